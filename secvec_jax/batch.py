@@ -1,0 +1,13 @@
+"""The contract of a packed batch, between the room that makes it and those that use it."""
+
+from typing import Any
+
+Batch = dict[str, Any]
+"""`tokens`, `targets`, `segments`, `positions`, `groups` int32 and `weights` float32, all `[B, T]`.
+
+`targets[b, t]` is the token to be predicted at `t`; `weights` is 1 where the assistant says it, else 0; `groups`
+tells the losses of different kinds of rows apart; `segments` tells the rows of one line apart, 0 is padding.
+"""
+
+SHARED = -1
+"""The segment of tokens that all rows of a line see: the beginning that they have in common."""

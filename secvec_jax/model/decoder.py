@@ -1,0 +1,197 @@
+"""One decoder for all families, and the protocol by which guests visit its layers.
+
+The weights of all layers are stacked on a leading axis and `lax.scan` runs one layer's program over them, so
+compile time does not grow with depth. The decoder is an NNX module and therefore a pytree: `jax.jit`,
+`jax.grad` and `optax` take it as it is.
+
+Whatever visits a layer (LoRA factors, a steering direction, a perturbation) is a *guest*: a pytree whose arrays
+have the same leading layer axis, scanned beside the weights and passed as an argument. So whether a guest is
+active is an argument and not a state of the model, and without guests the program is the bare backbone's.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from secvec_jax.model.attention import attend, rotate, visible
+from secvec_jax.model.families import SITES, Architecture, rope_frequencies
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass recomputes: nothing, all but the matrix products, or the whole layer."""
+
+
+@runtime_checkable
+class Guest(Protocol):
+    """A visitor of every layer: a pytree of arrays with a leading layer axis."""
+
+    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The output `[..., outputs]` that takes the place of `y`, the site's own output for the input `x`.
+
+        Called inside the scan: the guest's arrays have lost their layer axis.
+        """
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What was seen so far: `keys`, `values` `[L, B, S, K, H]`, `segments`, `positions` `[B, S]`.
+
+    Slots from `length` on are free; a free slot and a padded one have segment 0.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    segments: jax.Array
+    positions: jax.Array
+    length: jax.Array
+
+
+class Linear(nnx.Module):
+    """All layers' maps at one site: `kernel` `[L, inputs, outputs]`, `bias` `[L, outputs]` or None."""
+
+    def __init__(self, architecture: Architecture, site: str, rngs: nnx.Rngs):
+        shape = (architecture.num_layers, *architecture.site_shape(site))
+        axes = {"o_proj": ("heads", "embed"), "down_proj": ("mlp", "embed")}.get(
+            site, ("embed", "mlp" if site in ("gate_proj", "up_proj") else "heads")
+        )
+        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=("layers", *axes))
+        bias = partial(nnx.Param, axes=("layers", axes[1]))
+        self.bias = bias(jnp.zeros((shape[0], shape[2]))) if architecture.has_bias(site) else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Flat rows: XLA's CPU backend would transpose a three-dimensional operand for the weight gradient.
+        rows = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        y = rows.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Layers(nnx.Module):
+    """All transformer layers; called inside the scan, on one layer's slice."""
+
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
+        def ones(size: int, axis: str) -> nnx.Param:
+            return nnx.Param(jnp.ones((architecture.num_layers, size)), axes=("layers", axis))
+
+        self.architecture = architecture
+        self.attention_norm = ones(architecture.hidden_size, "embed")
+        self.mlp_norm = ones(architecture.hidden_size, "embed")
+        self.q_norm = ones(architecture.head_dim, "head_dim") if architecture.qk_norm else None
+        self.k_norm = ones(architecture.head_dim, "head_dim") if architecture.qk_norm else None
+        for site in SITES:
+            setattr(self, site, Linear(architecture, site, rngs))
+
+    def __call__(self, x, guests, cached, positions, frequencies, mask):
+        """One layer: hidden states `[B, T, D]` -> the same, and this layer's new keys and values."""
+        site = partial(self._site, guests=guests)
+        h = _rms_norm(x, self.attention_norm[...], self.architecture.norm_eps)
+        query, key, value = (self._heads(site(name, h)) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.q_norm is not None:
+            query = _rms_norm(query, self.q_norm[...], self.architecture.norm_eps)
+            key = _rms_norm(key, self.k_norm[...], self.architecture.norm_eps)
+        query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
+        new = (key, value)
+        if cached is not None:
+            key, value = (jnp.concatenate([old, fresh], axis=1) for old, fresh in zip(cached, new))
+        x = x + site("o_proj", attend(query, key, value, mask).reshape(*x.shape[:2], -1))
+        h = _rms_norm(x, self.mlp_norm[...], self.architecture.norm_eps)
+        return x + site("down_proj", jax.nn.silu(site("gate_proj", h)) * site("up_proj", h)), new
+
+    def _site(self, name: str, x: jax.Array, guests: tuple[Guest, ...]) -> jax.Array:
+        y = getattr(self, name)(x)
+        for guest in guests:
+            y = guest.linear(name, x, y)
+        return y
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, self.architecture.head_dim)
+
+
+class Decoder(nnx.Module):
+    """A causal language model: `embed` `[V, D]`, `layers`, `final_norm` `[D]`, `head` `[D, V]` or None if tied."""
+
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
+        self.architecture = architecture
+        size = (architecture.vocab_size, architecture.hidden_size)
+        self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), size), axes=("vocab", "embed"))
+        self.layers = Layers(architecture, rngs)
+        self.final_norm = nnx.Param(jnp.ones(size[1]), axes=("embed",))
+        head = partial(nnx.Param, axes=("embed", "vocab"))
+        self.head = None if architecture.tied_head else head(0.02 * jax.random.normal(rngs.params(), size[::-1]))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        guests: tuple[Guest, ...] = (),
+        cache: Cache | None = None,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: Remat = "none",
+        keep_cache: bool = False,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Hidden states after the final norm, `[B, T, D]`, and the new keys and values `[L, B, T, K, H]`.
+
+        tokens `[B, T]`; segments `[B, T]`: which row of a packed batch a token belongs to, 0 for padding (all
+        one row if None); positions `[B, T]`: the rotary position (0, 1, ... if None); cache: what the tokens
+        see besides themselves. Keys and values are returned for a cache or `keep_cache`, else None.
+        """
+        if segments is None:
+            segments = jnp.ones_like(tokens)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        frequencies = jnp.asarray(rope_frequencies(self.architecture), jnp.float32)
+        keep_cache |= cache is not None
+        mask = self._mask(segments, positions, cache)
+
+        def layer(x, scanned):
+            weights, guests, cached = scanned
+            x, new = weights(x, guests, cached, positions, frequencies, mask)
+            return x, new if keep_cache else None
+
+        scanned = (self.layers, guests, None if cache is None else (cache.keys, cache.values))
+        x = self.embed[...][tokens].astype(dtype)
+        x, new = jax.lax.scan(_rematerialize(layer, remat), x, scanned)
+        return _rms_norm(x, self.final_norm[...], self.architecture.norm_eps), new
+
+    def _mask(self, segments: jax.Array, positions: jax.Array, cache: Cache | None) -> jax.Array:
+        """`[B, 1, T, S + T]` with a cache: the layers put the fresh keys behind its slots."""
+        window = self.architecture.sliding_window
+        fresh = visible(segments, segments, positions, positions, window=window)
+        if cache is None:
+            return fresh
+        past = visible(segments, cache.segments, positions, cache.positions, cache.length, window)
+        return jnp.concatenate([past, fresh], axis=-1)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """`[..., D]` -> `[..., V]`, float32."""
+        head = self.embed[...].T if self.head is None else self.head[...]
+        return (hidden @ head.astype(hidden.dtype)).astype(jnp.float32)
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * weight).astype(x.dtype)
+
+
+def _rematerialize(layer, remat: Remat):
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def abstract_decoder(architecture: Architecture) -> Decoder:
+    """The decoder with shapes in place of arrays: costs no memory."""
+    return jax.eval_shape(lambda: Decoder(architecture, nnx.Rngs(0)))
+
+
+def leaf_name(path: tuple) -> str:
+    """The dotted name of a decoder leaf ("layers.q_proj.kernel") from its pytree path."""
+    return ".".join(key.name for key in path if getattr(key, "name", "value") != "value")

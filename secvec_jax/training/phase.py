@@ -1,0 +1,49 @@
+"""A phase says what moves: a label, `train` or `freeze`, for every leaf of `{"backbone", "vectors"}`.
+
+The step differentiates and donates the trained part alone. The optimizer is `optax.multi_transform` over the same
+labels, so its state exists for the trained part alone. Nothing else in the program knows which phase it is in.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from secvec_jax.trees import Tree
+
+TRAIN, FREEZE = "train", "freeze"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Labels over the parameters: a tree prefix of them, whose leaves are "train" or "freeze".
+
+        Phase({"backbone": "freeze", "vectors": "train"})     # phase 1: security vectors
+        Phase({"backbone": "train", "vectors": "freeze"})     # phase 2: fine-tuning under them
+    """
+
+    labels: Any
+
+    def expand(self, params: Tree) -> Tree:
+        """The label of every leaf. Raises ValueError if the labels are no prefix of the parameters."""
+        return jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), self.labels, params)
+
+    def split(self, params: Tree) -> tuple[Tree, Tree]:
+        """(trained, frozen): the parameters twice, each with None in place of the other's leaves."""
+        labels = self.expand(params)
+        trained = jax.tree.map(lambda label, leaf: leaf if label == TRAIN else None, labels, params)
+        frozen = jax.tree.map(lambda label, leaf: leaf if label == FREEZE else None, labels, params)
+        return trained, frozen
+
+    def optimizer(self, transform: optax.GradientTransformation, params: Tree) -> optax.GradientTransformation:
+        """`transform` for the trained leaves, nothing for the frozen ones."""
+        labels = self.expand(params)
+        return optax.multi_transform({TRAIN: transform, FREEZE: optax.set_to_zero()}, labels)
+
+
+def merge(trained: Tree, frozen: Tree) -> Tree:
+    """The parameters again from the two parts of `Phase.split`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None
+    )

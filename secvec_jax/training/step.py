@@ -1,0 +1,57 @@
+"""The one train step: forward with both trees, gradient and update of the trained part alone."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from secvec_jax.batch import Batch
+from secvec_jax.training.phase import merge
+from secvec_jax.trees import Tree
+
+Metrics = dict[str, Any]
+Loss = Callable[[Tree, dict[str, Batch], dict[str, jax.Array]], tuple[jax.Array, Metrics]]
+Step = Callable[[Tree, Tree, Tree, dict[str, Batch]], tuple[Tree, Tree, Metrics]]
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
+    """The jitted step `(trained, state, frozen, batch) -> (trained, state, metrics)`.
+
+    trained, frozen: the parameters as `Phase.split` parts them; state: the optimizer's, for the trained part.
+    batch: {stream: packed arrays `[A, B, T]`}, A micro-batches whose gradients are summed before the one update.
+    metrics: sums and counts by name, `loss`, `grad_norm`. The trained part and the state are donated.
+    """
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
+        totals = {stream: jnp.maximum(part["weights"].sum(), 1.0) for stream, part in batch.items()}
+
+        def gradient(micro: dict[str, Batch]) -> tuple[Tree, tuple[jax.Array, Metrics]]:
+            def objective(trained: Tree) -> tuple[jax.Array, Metrics]:
+                return loss(merge(trained, frozen), micro, totals)
+
+            (value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
+            return gradients, (value, metrics)
+
+        gradients, (value, metrics) = _summed(gradient, batch)
+        updates, state = optimizer.update(gradients, state, trained)
+        metrics |= {"loss": value, "grad_norm": optax.tree.norm(gradients)}
+        return optax.apply_updates(trained, updates), state, metrics
+
+    return step
+
+
+def _summed(function: Callable[[Any], Tree], batch: dict[str, Batch]) -> Tree:
+    """The sum of `function` over the leading axis of the batch; no loop where there is one micro-batch."""
+    count = jax.tree.leaves(batch)[0].shape[0]
+    first = function(jax.tree.map(lambda x: x[0], batch))
+    if count == 1:
+        return first
+
+    def add(total: Tree, micro: dict[str, Batch]) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, function(micro)), None
+
+    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]

