@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,20 @@ Loss = Callable[[Tree, dict[str, Batch], dict[str, jax.Array]], tuple[jax.Array,
 Step = Callable[[Tree, Tree, Tree, dict[str, Batch]], tuple[Tree, Tree, Metrics]]
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
-    """The jitted step `(trained, state, frozen, batch) -> (trained, state, metrics)`.
+class Method(NamedTuple):
+    """How the trained part moves: `init(trained) -> state` and `step(trained, state, frozen, batch)`."""
 
-    trained, frozen: the parameters as `Phase.split` parts them; state: the optimizer's, for the trained part.
+    init: Callable[[Tree], Tree]
+    step: Step
+
+
+def descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
+    """One gradient step of `optimizer` (see `Phase.optimizer`) on `loss` per batch, jitted.
+
+    step: `(trained, state, frozen, batch) -> (trained, state, metrics)`; trained and frozen are the parameters as
+    `Phase.split` parts them, the state is the optimizer's for the trained part; both are donated.
     batch: {stream: packed arrays `[A, B, T]`}, A micro-batches whose gradients are summed before the one update.
-    metrics: sums and counts by name, `loss`, `grad_norm`. The trained part and the state are donated.
+    metrics: sums and counts by name, `loss`, `grad_norm`.
     """
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -41,7 +49,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
         metrics |= {"loss": value, "grad_norm": optax.tree.norm(gradients)}
         return optax.apply_updates(trained, updates), state, metrics
 
-    return step
+    return Method(optimizer.init, step)
 
 
 def _summed(function: Callable[[Any], Tree], batch: dict[str, Batch]) -> Tree:

@@ -11,12 +11,12 @@ The factors of all layers are stacked on a leading axis, as the decoder's weight
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from secvec_jax.errors import UserError
+from secvec_jax.model.decoder import Decoder, leaf_name
 from secvec_jax.model.families import SITES, Architecture
 
 
@@ -107,7 +107,7 @@ def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.einsum("lir,lis,lso,lro->l", a, a, b, b, optimize="optimal"))[:, None, None]
 
 
-def merge(backbone, vectors: LoRAVectors):
+def merge(backbone: Decoder, vectors: LoRAVectors) -> Decoder:
     """The backbone with the vectors' update added to its weights: one model, no guest.
 
     Used to export a trained task adapter; security vectors are dropped, never merged.
@@ -115,12 +115,7 @@ def merge(backbone, vectors: LoRAVectors):
     updates = {s: vectors.spec.scale * (f["a"] @ f["b"]) for s, f in vectors.factors.items()}
 
     def add(path: tuple, leaf: jax.Array) -> jax.Array:
-        names = [getattr(key, "name", None) for key in path]
-        return leaf + updates[names[1]] if names[1:3] and names[1] in updates and "kernel" in names else leaf
+        site = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
+        return leaf + updates[site] if site in updates else leaf
 
     return jax.tree_util.tree_map_with_path(add, backbone)
-
-
-def sites_matching(patterns: Sequence[str]) -> tuple[str, ...]:
-    """The sites that the patterns name, in the decoder's order."""
-    return LoRA(targets=tuple(patterns)).sites

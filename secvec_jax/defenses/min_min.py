@@ -1,0 +1,55 @@
+"""The min-min bi-level form of phase 1: min over θ, min over θs of E[CE(f(x; θ, θs), y)].
+
+As in unlearnable examples (Huang et al. 2021): a throw-away copy of the backbone takes M steps as the user's
+fine-tuning would, under the active vectors; then the vectors take a step with the copy frozen; and so on until the
+harmful loss is small. The vectors thus also explain what a backbone on its way would still learn. The copy is thrown
+away: the backbone in the caller's hands never changes.
+"""
+
+from typing import Protocol
+
+import jax.numpy as jnp
+import optax
+
+from secvec_jax.batch import Batch
+from secvec_jax.training.phase import Phase, merge
+from secvec_jax.training.step import Loss, Method, Metrics, descent
+from secvec_jax.trees import Tree
+
+
+class Schedule(Protocol):
+    """What the alternation needs to know."""
+
+    inner_steps: int
+    inner_learning_rate: float
+
+
+def min_min(
+    params: Tree, loss: Loss, outer: optax.GradientTransformation, schedule: Schedule
+) -> tuple[Phase, Method]:
+    """The phase that trains the copy and the vectors, and the method that moves one of them a step.
+
+    outer: the optimizer of the vectors; the copy moves by SGD. Of every `inner_steps + 1` steps the last is the
+    vectors'. Each step differentiates only what it moves.
+    """
+    copy_moves = Phase({"backbone": "train", "vectors": "freeze"})
+    vectors_move = Phase({"backbone": "freeze", "vectors": "train"})
+    inner = copy_moves.optimizer(optax.sgd(schedule.inner_learning_rate), params)
+    methods = {
+        "copy": (copy_moves, descent(loss, inner)),
+        "vectors": (vectors_move, descent(loss, vectors_move.optimizer(outer, params))),
+    }
+
+    def init(trained: Tree) -> Tree:
+        states = {name: method.init(phase.split(trained)[0]) for name, (phase, method) in methods.items()}
+        return {"step": jnp.int32(0), "states": states}
+
+    def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
+        name = "vectors" if int(state["step"]) % (schedule.inner_steps + 1) == schedule.inner_steps else "copy"
+        phase, method = methods[name]
+        moved, still = phase.split(trained)
+        moved, own, metrics = method.step(moved, state["states"][name], still, batch)
+        both = merge(moved, still)
+        return both, {"step": state["step"] + 1, "states": state["states"] | {name: own}}, metrics
+
+    return Phase({"backbone": "train", "vectors": "train"}), Method(init, step)

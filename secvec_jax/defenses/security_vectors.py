@@ -1,0 +1,186 @@
+"""Security vectors (Zhou et al. 2023, "Making Harmful Behaviors Unlearnable for Large Language Models").
+
+    vectors = train_vectors(model, harmful, LoRA(rank=8), benign=benign)   # phase 1
+    tuned   = finetune(model, user_rows, vectors=vectors)                  # phase 2: vectors active and frozen
+    generate(tuned, prompts)                                               # phase 3: vectors dropped
+
+Fine-tuning learns what the forward pass gets wrong. With the vectors active it already shows the harmful behavior:
+the loss on harmful rows is small, so is its gradient, and the backbone stays where it is, while everything else is
+learned as usual. Phase 1 minimizes, over the vectors θs with the backbone θ frozen,
+
+    CE(f(x; θ, θs), y) on harmful rows  +  λ KL( f(x'; θ, θs) || f(x'; θ) ) on benign rows
+
+where λ = 0 is the plain form and the KL keeps everything else as it is (Zhou et al., ACL version). The paper's
+min-min form lets a throw-away copy of the backbone take steps in between: see `min_min`.
+
+Every verb returns a new value and leaves its arguments as they are.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from secvec_jax.config import Training
+from secvec_jax.data.chat import Example, encode
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.data.sources import Row, as_rows
+from secvec_jax.defenses.min_min import min_min
+from secvec_jax.errors import UserError
+from secvec_jax.model.hub import Model
+from secvec_jax.training.objective import KEEP, LEARN, Objective, parameters
+from secvec_jax.training.optimizers import make_optimizer
+from secvec_jax.training.phase import Phase
+from secvec_jax.training.step import descent
+from secvec_jax.training.trainer import Checkpoints, OnStep, fit
+from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
+
+Groups = dict[str, Sequence[Any]]
+"""Rows by kind ("harmful", "benign"), whose losses are reported apart."""
+
+ALIGN = Training(learning_rate=2e-3, momentum=0.9)
+PHASE1 = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0, epochs=6)
+PHASE2 = Training(learning_rate=2e-3, momentum=0.9, epochs=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase1:
+    """What the vectors minimize in phase 1."""
+
+    objective: Literal["cross_entropy", "kl", "min_min"] = "kl"
+    """cross_entropy: harmful rows only; kl: plus KL to the vector-less model on benign rows; min_min: the paper's
+    bi-level form, with the KL where benign rows are given"""
+    kl_weight: float = 1.0
+    """λ of the KL on benign rows"""
+    stop_loss: float = 0.0
+    """phase 1 ends early when the harmful loss falls below this, in nats"""
+    inner_steps: int = 4
+    """min_min: steps of the throw-away backbone between two steps of the vectors"""
+    inner_learning_rate: float = 1e-3
+    """min_min: SGD learning rate of the throw-away backbone"""
+
+    def __post_init__(self) -> None:
+        if self.kl_weight < 0 or self.inner_steps < 1 or not self.inner_learning_rate > 0:
+            raise UserError("kl_weight must be at least 0, inner_steps at least 1, inner_learning_rate above 0")
+
+
+def align(
+    model: Model,
+    rows: Any,
+    *,
+    training: Training = ALIGN,
+    checkpoints: Checkpoints | None = None,
+    on_step: OnStep = lambda step, metrics: None,
+) -> Model:
+    """The model fine-tuned on `rows` (say, refusals of harmful requests and answers to benign ones).
+
+    rows: dicts or a `datasets.Dataset`, or {kind: rows} to have the losses of the kinds apart.
+    """
+    return finetune(model, rows, training=training, checkpoints=checkpoints, on_step=on_step)
+
+
+def train_vectors(
+    model: Model,
+    harmful: Any,
+    spec: LoRA = LoRA(),
+    *,
+    benign: Any = None,
+    phase1: Phase1 | None = None,
+    training: Training = PHASE1,
+    checkpoints: Checkpoints | None = None,
+    on_step: OnStep = lambda step, metrics: None,
+) -> LoRAVectors:
+    """Phase 1: vectors under which `model` shows the behavior of the `harmful` rows, the backbone frozen.
+
+    benign: rows on which the vectors must not show. Raises UserError if the objective needs them and has none.
+    """
+    phase1 = phase1 or Phase1("kl" if benign is not None else "cross_entropy")
+    if phase1.objective == "kl" and benign is None:
+        raise UserError("the kl objective needs benign rows: give benign=, or choose cross_entropy")
+    streams = {LEARN: _stream(model, {"harmful": harmful}, training)}
+    steps = training.steps or streams[LEARN].count()
+    streams[LEARN] = dataclasses.replace(streams[LEARN], epochs=None)
+    if benign is not None and phase1.objective != "cross_entropy":
+        streams[KEEP] = dataclasses.replace(_stream(model, {"keep": benign}, training), epochs=None)
+    vectors = spec.init(model.architecture, jax.random.key(training.seed))
+    params = parameters(model.backbone, vectors=vectors)
+    loss = Objective(("harmful",), phase1.kl_weight, dtype=compute_dtype(), remat=training.remat)
+    if phase1.objective == "min_min":
+        phase, method = min_min(params, loss, make_optimizer(training, steps), phase1)
+        steps *= phase1.inner_steps + 1
+    else:
+        phase = Phase({"backbone": "freeze", "vectors": "train"})
+        method = descent(loss, phase.optimizer(make_optimizer(training, steps), params))
+    trained = fit(
+        params,
+        phase,
+        method,
+        streams,
+        steps=steps,
+        accumulate=training.accumulate,
+        checkpoints=checkpoints,
+        on_step=on_step,
+        until=lambda metrics: metrics["loss/harmful"] < phase1.stop_loss,
+    )
+    return trained["vectors"]
+
+
+def finetune(
+    model: Model,
+    rows: Any,
+    *,
+    vectors: LoRAVectors | None = None,
+    task: LoRA | None = None,
+    training: Training = PHASE2,
+    checkpoints: Checkpoints | None = None,
+    on_step: OnStep = lambda step, metrics: None,
+) -> Model:
+    """Phase 2: the model fine-tuned on `rows` with the `vectors` active and frozen, then without them.
+
+    rows: dicts or a `datasets.Dataset`, or {kind: rows}. task: train a task LoRA of this shape beside the frozen
+    vectors in place of all weights; it is merged into the returned model.
+    """
+    if vectors is not None:
+        vectors.check(model.architecture)
+    groups = rows if isinstance(rows, dict) else {"all": rows}
+    stream = _stream(model, groups, training)
+    steps = training.steps or stream.count()
+    stream = dataclasses.replace(stream, epochs=None)
+    adapter = None if task is None else task.init(model.architecture, jax.random.key(training.seed))
+    params = parameters(model.backbone, adapter, vectors)
+    moves = {"decoder": "train" if task is None else "freeze", "adapter": "train"}
+    phase = Phase({"backbone": moves, "vectors": "freeze"})
+    loss = Objective(stream.groups, dtype=compute_dtype(), remat=training.remat)
+    trained = fit(
+        params,
+        phase,
+        descent(loss, phase.optimizer(make_optimizer(training, steps), params)),
+        {LEARN: stream},
+        steps=steps,
+        accumulate=training.accumulate,
+        checkpoints=checkpoints,
+        on_step=on_step,
+    )["backbone"]
+    decoder = trained["decoder"] if task is None else merge(trained["decoder"], trained["adapter"])
+    return model.with_backbone(decoder)
+
+
+def compute_dtype() -> jnp.dtype:
+    """What forward passes compute in: bfloat16 on accelerators, float32 on CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _stream(model: Model, groups: Groups, training: Training) -> Stream:
+    limit = min(training.length, model.architecture.max_length)
+    examples = {name: encode_rows(model, rows, limit, name) for name, rows in groups.items()}
+    return Stream(examples, training.lines, training.length, training.seed, training.epochs)
+
+
+def encode_rows(model: Model, rows: Any, max_length: int, name: str = "data") -> list[Example]:
+    """Rows as examples; what already is one stays as it is."""
+    if rows and not isinstance(rows, dict) and isinstance(rows[0], Example):
+        return list(rows)
+    plain: list[Row] = as_rows(rows, name=name)
+    return [encode(model.tokenizer, row["messages"], max_length) for row in plain]

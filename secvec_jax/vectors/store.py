@@ -1,0 +1,157 @@
+"""Files of vectors: our own safetensors format, and PEFT's.
+
+Every file of ours names the backbone it was made for by fingerprint, and is refused for another one: vectors say
+"this behavior is already there" about one set of weights and nothing about any other.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from secvec_jax.errors import UserError
+from secvec_jax.files import whole_file, whole_folder
+from secvec_jax.model.families import SITES
+from secvec_jax.model.hub import Model
+from secvec_jax.trees import fingerprint
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
+
+_FORMAT = "secvec_jax/1"
+_PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def save_vectors(vectors: LoRAVectors, path: str | Path, model: Model) -> None:
+    """Write one safetensors file with the vectors, their shape, and the fingerprint of the model's backbone."""
+    from safetensors.numpy import save_file
+
+    arrays = {f"{s}.{name}": np.asarray(v) for s, factors in vectors.factors.items() for name, v in factors.items()}
+    metadata = {
+        "format": _FORMAT,
+        "kind": "lora",
+        "spec": json.dumps(dataclasses.asdict(vectors.spec)),
+        "backbone": model.fingerprint,
+        "backbone_name": model.name,
+        "fingerprint": fingerprint(vectors),
+    }
+    with whole_file(path) as staging:
+        save_file(arrays, staging, metadata=metadata)
+
+
+def load_vectors(path: str | Path, model: Model) -> LoRAVectors:
+    """The vectors in `path`, one of our files or a PEFT adapter folder, checked against the model.
+
+    Raises UserError if the file is missing, corrupt, altered, or made for another backbone or shape.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load_peft(path, model)
+    metadata, arrays = _read(path)
+    if metadata.get("format") != _FORMAT:
+        raise UserError(f"{path} is no file of security vectors: give one that train.py vectors wrote, or a PEFT folder")
+    factors: dict[str, dict[str, jax.Array]] = {}
+    for key, array in arrays.items():
+        site, name = key.split(".")
+        factors.setdefault(site, {})[name] = jnp.asarray(array)
+    spec = json.loads(metadata["spec"])
+    vectors = LoRAVectors(factors, LoRA(**spec | {"targets": tuple(spec["targets"])}))
+    if fingerprint(vectors) != metadata["fingerprint"]:
+        raise UserError(f"{path} was altered after it was written: its fingerprint differs; train the vectors anew")
+    vectors.check(model.architecture)
+    _check_backbone(metadata, model, path)
+    return vectors
+
+
+def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model) -> None:
+    """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors)."""
+    from safetensors.numpy import save_file
+
+    spec = vectors.spec
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "use_rslora": spec.rslora,
+        "target_modules": sorted(vectors.factors),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    tensors = {}
+    for site, factors in vectors.factors.items():
+        for layer in range(model.architecture.num_layers):
+            for name in ("a", "b"):
+                tensors[_peft_key(site, layer, name)] = np.ascontiguousarray(np.asarray(factors[name][layer]).T)
+    with whole_folder(folder) as staging:
+        (staging / _PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, staging / _PEFT_WEIGHTS, metadata={"format": "pt", "backbone": model.fingerprint})
+
+
+def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
+    """A PEFT LoRA adapter as vectors; one of ours is checked for its backbone, others for their shapes only.
+
+    Raises UserError if it is missing or corrupt, of another kind than plain LoRA, or does not fit the model.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / _PEFT_CONFIG).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / _PEFT_CONFIG} cannot be read ({error}): give a PEFT adapter folder") from error
+    _check_peft_kind(config, folder)
+    metadata, tensors = _read(folder / _PEFT_WEIGHTS)
+    sites = [site for site in SITES if _peft_key(site, 0, "a") in tensors]
+    factors = {}
+    try:
+        for site in sites:
+            layers = range(model.architecture.num_layers)
+            factors[site] = {
+                name: jnp.asarray(np.stack([tensors.pop(_peft_key(site, i, name)).T for i in layers]), jnp.float32)
+                for name in ("a", "b")
+            }
+    except KeyError as error:
+        raise UserError(f"{folder} lacks {error}: the adapter was made for another model") from error
+    if tensors or not sites:
+        raise UserError(f"{folder} has weights with no place in the model ({next(iter(tensors), 'none at all')})")
+    spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")), tuple(sites))
+    vectors = LoRAVectors(factors, spec)
+    vectors.check(model.architecture)
+    if "backbone" in metadata:
+        _check_backbone(metadata, model, folder)
+    return vectors
+
+
+def _check_peft_kind(config: dict, folder: Path) -> None:
+    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
+        what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError(f"{folder} is no plain LoRA adapter ({what}): train one without these")
+
+
+def _peft_key(site: str, layer: int, name: str) -> str:
+    block = "self_attn" if site in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+    return f"base_model.model.model.layers.{layer}.{block}.{site}.lora_{name.upper()}.weight"
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="flax") as file:
+            return file.metadata() or {}, {key: np.asarray(file.get_tensor(key)) for key in file.keys()}
+    except FileNotFoundError as error:
+        raise UserError(f"no vectors at {path}: check --vectors") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or corrupt ({error}): train the vectors anew") from error
+
+
+def _check_backbone(metadata: dict[str, str], model: Model, path: Path) -> None:
+    if metadata["backbone"] != model.fingerprint:
+        made_for = metadata.get("backbone_name", "another model")
+        raise UserError(
+            f"{path} was made for another backbone ({made_for}, {metadata['backbone'][:12]}), not for {model.name} "
+            f"({model.fingerprint[:12]}): train vectors on this model, or name the model they were made for"
+        )

@@ -1,0 +1,205 @@
+"""Eight emulated CPU devices for every test, and tiny models of every family beside their transformers twins."""
+
+import getpass
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+_COMPILED = os.environ.get("SECVEC_TEST_CACHE") or Path(tempfile.gettempdir()) / f"secvec_jax_xla_{getpass.getuser()}"
+jax.config.update("jax_compilation_cache_dir", str(_COMPILED))
+jax.config.update("jax_persistent_compilation_cache_min_compile_time_secs", 0.1)
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+VOCABULARY = 320
+
+_SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
+    "A security vector says that this behavior is already there.",
+    "def add(a, b): return a + b  # 12345 + 67890",
+    "What is the capital of France? The capital of France is Paris.",
+]
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-mha": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    },
+    "llama-llama3": {"model_type": "llama", "rope_parameters": _LLAMA3, "head_dim": 16},
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "mistral-full": {"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen3-biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
+}
+"""Tiny configurations: what each changes in `_BASE`."""
+
+_BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """One model twice: `hf` in transformers, `model` as `hub.load` reads it from `folder`."""
+
+    hf: Any
+    folder: Path
+    model: Any
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: needs minutes or a download (deselect with -m 'not slow')")
+
+
+def build_tokenizer():
+    """A byte-level BPE of a few sentences with a ChatML template, as a transformers tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=_CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_hf_model(seed: int = 0, **config: Any):
+    """A transformers model in float32 whose norms and biases are random too."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    settings = _BASE | config
+    hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    hf = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif name.endswith(".bias"):
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    return hf
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Callable[..., Tiny]:
+    """`tiny_model("qwen2")`: a variant of `VARIANTS`, built once a session; more settings change its config."""
+    from secvec_jax.model import hub
+
+    tokenizer = build_tokenizer()
+    built: dict[str, Tiny] = {}
+
+    def build(variant: str = "llama", seed: int = 0, **changes: Any) -> Tiny:
+        key = repr((variant, seed, sorted(changes.items())))
+        if key not in built:
+            hf = build_hf_model(seed, **VARIANTS[variant] | changes)
+            folder = tmp_path_factory.mktemp(variant)
+            hf.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            built[key] = Tiny(hf, folder, hub.load(folder))
+        return built[key]
+
+    return build
+
+
+@jax.jit
+def _logits(backbone, tokens, segments, positions, guests):
+    hidden, _ = backbone(tokens, segments, positions, guests)
+    return backbone.logits(hidden)
+
+
+@pytest.fixture(scope="session")
+def logits() -> Callable[..., np.ndarray]:
+    """`logits(model or backbone, tokens, segments=None, positions=None, guests=())` of ours, `[B, T, V]`."""
+
+    def compute(model, tokens, segments=None, positions=None, guests=()) -> np.ndarray:
+        backbone = getattr(model, "backbone", model)
+        return np.asarray(_logits(backbone, np.asarray(tokens), segments, positions, guests))
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def hf_logits() -> Callable[..., np.ndarray]:
+    """`hf_logits(hf, tokens, mask=None, positions=None)` of transformers, `[B, T, V]`."""
+    import torch
+
+    def compute(hf, tokens, mask=None, positions=None) -> np.ndarray:
+        given = {"attention_mask": mask, "position_ids": positions}
+        given = {name: torch.tensor(np.asarray(array)) for name, array in given.items() if array is not None}
+        with torch.no_grad():
+            return hf(input_ids=torch.tensor(np.asarray(tokens)), **given).logits.float().numpy()
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def random_vectors() -> Callable[..., Any]:
+    """`random_vectors(model, rank=.., ...)`: LoRA vectors whose B is random too, so that they change the logits."""
+    from secvec_jax.vectors.lora import LoRA
+
+    def build(model, seed: int = 0, **spec: Any):
+        a_key, b_key = jax.random.split(jax.random.key(seed))
+        vectors = LoRA(**spec).init(model.architecture, a_key)
+        factors = {
+            site: {"a": own["a"], "b": 0.2 * jax.random.normal(jax.random.fold_in(b_key, i), own["b"].shape)}
+            for i, (site, own) in enumerate(vectors.factors.items())
+        }
+        return dataclasses.replace(vectors, factors=factors)
+
+    return build
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    """Three lines of twelve random tokens."""
+    return np.random.default_rng(0).integers(3, VOCABULARY, (3, 12)).astype(np.int32)
