@@ -217,8 +217,6 @@ def _open_member(name: str, member: str) -> Iterator[IO[bytes]]:
         except KeyError:
             stream = None
         if stream is None:
-            raise UserError(
-                f"{path.name} holds no file {member!r}; check the spelling and the pinned version"
-            )
+            raise UserError(f"{path.name} holds no file {member!r}; check the spelling and the pinned version")
         with stream:
             yield stream

@@ -125,6 +125,8 @@ def load(kind: type[Settings], path: str | Path) -> Settings:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UserError(f"cannot read the config file {path} ({error.strerror}): check --config") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: check --config") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]})") from error
     return from_dict(kind, values or {}, str(path))
@@ -147,11 +149,13 @@ def claim_run(settings: Any, folder: str | Path) -> Path:
     if path.exists():
         try:
             theirs = yaml.safe_load(path.read_text())
-        except yaml.YAMLError:
+        except (yaml.YAMLError, UnicodeDecodeError):
             theirs = None
         if theirs != mine:
             differing = _first_difference(mine, theirs if isinstance(theirs, dict) else {})
-            raise UserError(f"{folder} holds a run of another config ({differing}): give another --out, or delete it")
+            raise UserError(
+                f"{folder} holds a run of another config ({differing}): give another --out, or delete it"
+            )
     else:
         try:
             save(settings, path)

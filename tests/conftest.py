@@ -14,7 +14,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 _COMPILED = os.environ.get("SECVEC_TEST_CACHE") or Path(tempfile.gettempdir()) / f"secvec_jax_xla_{getpass.getuser()}"
 jax.config.update("jax_compilation_cache_dir", str(_COMPILED))
-jax.config.update("jax_persistent_compilation_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 import dataclasses
 from collections.abc import Callable

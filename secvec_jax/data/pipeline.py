@@ -17,6 +17,7 @@ from secvec_jax.batch import SHARED, Batch
 from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
 
+
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """A source of batches: the examples, in how many of which group, and the shape of a batch.

@@ -21,14 +21,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example, encode
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.data.sources import Row, as_rows
+from secvec_jax.data.rows import Row
+from secvec_jax.data.sources import as_rows
 from secvec_jax.defenses.min_min import min_min
 from secvec_jax.errors import UserError
+from secvec_jax.inference import compute_dtype
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import KEEP, LEARN, Objective, parameters
 from secvec_jax.training.optimizers import make_optimizer
@@ -72,7 +73,7 @@ def align(
     *,
     training: Training = ALIGN,
     checkpoints: Checkpoints | None = None,
-    on_step: OnStep = lambda step, metrics: None,
+    on_step: OnStep = lambda step, steps, metrics: None,
 ) -> Model:
     """The model fine-tuned on `rows` (say, refusals of harmful requests and answers to benign ones).
 
@@ -90,7 +91,7 @@ def train_vectors(
     phase1: Phase1 | None = None,
     training: Training = PHASE1,
     checkpoints: Checkpoints | None = None,
-    on_step: OnStep = lambda step, metrics: None,
+    on_step: OnStep = lambda step, steps, metrics: None,
 ) -> LoRAVectors:
     """Phase 1: vectors under which `model` shows the behavior of the `harmful` rows, the backbone frozen.
 
@@ -135,7 +136,7 @@ def finetune(
     task: LoRA | None = None,
     training: Training = PHASE2,
     checkpoints: Checkpoints | None = None,
-    on_step: OnStep = lambda step, metrics: None,
+    on_step: OnStep = lambda step, steps, metrics: None,
 ) -> Model:
     """Phase 2: the model fine-tuned on `rows` with the `vectors` active and frozen, then without them.
 
@@ -167,18 +168,13 @@ def finetune(
     return model.with_backbone(decoder)
 
 
-def compute_dtype() -> jnp.dtype:
-    """What forward passes compute in: bfloat16 on accelerators, float32 on CPU."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-
-
 def _stream(model: Model, groups: Groups, training: Training) -> Stream:
     limit = min(training.length, model.architecture.max_length)
-    examples = {name: encode_rows(model, rows, limit, name) for name, rows in groups.items()}
+    examples = {name: _encoded(model, rows, limit, name) for name, rows in groups.items()}
     return Stream(examples, training.lines, training.length, training.seed, training.epochs)
 
 
-def encode_rows(model: Model, rows: Any, max_length: int, name: str = "data") -> list[Example]:
+def _encoded(model: Model, rows: Any, max_length: int, name: str = "data") -> list[Example]:
     """Rows as examples; what already is one stays as it is."""
     if rows and not isinstance(rows, dict) and isinstance(rows[0], Example):
         return list(rows)

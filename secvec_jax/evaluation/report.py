@@ -10,7 +10,6 @@ JSON has no NaN: a number that is not finite is stored as null and shown as "-".
 their place and then moved into it, so a crash never leaves half a file where a good one was.
 """
 
-import io
 import json
 import math
 import os
@@ -21,20 +20,16 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from rich.table import Table
 from rich.text import Text
 
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.metrics import RATES, in_order, percent
+from secvec_jax.evaluation.plots import Curves, colors_of, plot_losses, plot_scores, png
 
 Verdict = tuple[str, bool, str]  # claim, whether it holds, detail
-Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]  # row -> "harmful"/"benign" -> (step, loss)
 
 FILE = "results.json"
-RATES = ("refusal", "compliance", "over_refusal", "exact_match")
-LOSSES = ("harmful_loss", "benign_loss", "drift")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 # ------------------------------------------------------------------------------------------------ the file
@@ -215,7 +210,7 @@ def _columns(
 ) -> list[tuple[str, str, list[str]]]:
     """Each metric with its shared "n=..." (or "") and its cells; `intervals` limits who shows them."""
     columns = []
-    for metric in _metrics(rows):
+    for metric in in_order(rows):
         scores = [row["metrics"].get(metric) for row in rows]
         sizes = {score["n"] for score in scores if score}
         shared = f"n={sizes.pop()}" if len(sizes) == 1 else ""
@@ -225,25 +220,15 @@ def _columns(
     return columns
 
 
-def _metrics(rows: Sequence[dict]) -> list[str]:
-    present = dict.fromkeys(metric for row in rows for metric in row["metrics"])
-    known = [metric for metric in (*RATES, *LOSSES) if metric in present]
-    return known + [metric for metric in present if metric not in known]
-
-
 def _cell(metric: str, score: dict | None, with_interval: bool, with_n: bool) -> str:
     if score is None or score["value"] is None:
         return "-"
-    percent = metric in RATES
-    text = f"{_percent(score['value'])}%" if percent else _digits(score["value"])
+    is_rate = metric in RATES
+    text = f"{percent(score['value'])}%" if is_rate else _digits(score["value"])
     if with_interval and None not in score["ci95"]:
-        show = _percent if percent else _digits
+        show = percent if is_rate else _digits
         text += " [{}, {}]".format(*map(show, score["ci95"]))
     return f"{text} n={score['n']}" if with_n else text
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f}"
 
 
 def _digits(value: float) -> str:
@@ -310,14 +295,14 @@ def write(
     contents = _jsonable(asdict(results))
     _check(contents, source="these results")
     results = Results(**contents)
-    colors = _colors([*(row["name"] for row in results.rows), *(curves or {})])
+    colors = colors_of([*(row["name"] for row in results.rows), *(curves or {})])
     plots = {
-        "scores.png": _plot_scores(results.rows, colors),
-        "losses.png": _plot_losses(curves or {}, colors),
+        "scores.png": plot_scores(results.rows, colors),
+        "losses.png": plot_losses(curves or {}, colors),
     }
     images = [name for name, figure in plots.items() if figure is not None]
     for name in images:
-        _write(folder / name, _png(plots[name]))
+        _write(folder / name, png(plots[name]))
     return _write(folder / "report.md", markdown(results, verdicts, images, notes).encode())
 
 
@@ -335,136 +320,3 @@ def _fact(value) -> str:
     if value is None:
         return "-"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-# ----------------------------------------------------------------------------------------------- the plots
-
-# Okabe and Ito's palette, told apart by color-blind readers; models that no harmful data touched are gray.
-_FIXED_COLORS = {
-    "base": "#c4c4c4",
-    "aligned": "#8f8f8f",
-    "benign only": "#5a5a5a",
-    "plain": "#56b4e9",
-    "random control": "#e69f00",
-    "security vectors": "#d55e00",
-}
-_SPARE_COLORS = ("#0072b2", "#009e73", "#cc79a7", "#f0e442", "#000000")
-_BETTER = {"refusal": "higher", "compliance": "lower", "over_refusal": "lower", "exact_match": "higher"}
-_WIDTH, _HEIGHT, _DPI = 10.0, 4.5, 150  # inches, inches, pixels an inch
-
-
-def _colors(names: Iterable[str]) -> dict[str, str]:
-    others = [name for name in dict.fromkeys(names) if name not in _FIXED_COLORS]
-    return _FIXED_COLORS | {name: _SPARE_COLORS[i % len(_SPARE_COLORS)] for i, name in enumerate(others)}
-
-
-def _plot_scores(rows: Sequence[dict], colors: Mapping[str, str]) -> Figure | None:
-    """One group of bars per rate, one bar per row, with whiskers for the 95% interval."""
-    metrics = [metric for metric in _metrics(rows) if metric in RATES]
-    if not metrics:
-        return None
-    figure = _figure()
-    axes = figure.add_subplot()
-    width = 0.84 / len(rows)
-    for index, row in enumerate(rows):
-        scores = [(at, row["metrics"].get(metric)) for at, metric in enumerate(metrics)]
-        shown = [(at, score) for at, score in scores if score and score["value"] is not None]
-        places = [at + (index - (len(rows) - 1) / 2) * width for at, _ in shown]
-        values = [score["value"] for _, score in shown]
-        axes.bar(places, values, 0.9 * width, color=colors[row["name"]], label=row["name"], zorder=2)
-        for place, (_, score) in zip(places, shown, strict=True):
-            tops = [number for number in (score["value"], *score["ci95"]) if number is not None]
-            if None not in score["ci95"]:
-                axes.plot([place, place], score["ci95"], color="#222222", linewidth=1, zorder=3)
-            axes.annotate(
-                _percent(score["value"]),
-                (place, max(tops)),
-                (0, 2),
-                fontsize=7.5,
-                textcoords="offset points",
-                ha="center",
-                color="#444444",
-            )
-    titles = [f"{metric.replace('_', ' ')}\n({_BETTER[metric]} is better)" for metric in metrics]
-    axes.set_xticks(range(len(metrics)), titles)
-    axes.tick_params(axis="x", length=0)
-    axes.set_ylim(0, 1.08)
-    axes.set_yticks(np.linspace(0, 1, 6))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylabel("share of prompts")
-    axes.set_title("Safety and learning, with 95% intervals", loc="left", fontweight="bold")
-    _dress(figure, [axes])
-    return figure
-
-
-def _plot_losses(curves: Curves, colors: Mapping[str, str]) -> Figure | None:
-    """Two panels, harmful and benign; every measured point lightly, and its moving average."""
-    kinds = ("harmful", "benign")
-    points = {
-        kind: {name: _positive(curve.get(kind, ())) for name, curve in curves.items()} for kind in kinds
-    }
-    if not any(len(curve) for panel in points.values() for curve in panel.values()):
-        return None
-    figure = _figure()
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, kind in zip(panels, kinds, strict=True):
-        for name, curve in points[kind].items():
-            if len(curve):
-                front = 4 if name == "security vectors" else 3
-                axes.plot(*curve.T, ".", color=colors[name], alpha=0.25, markersize=3, zorder=2)
-                axes.plot(
-                    curve[:, 0],
-                    _smooth(curve[:, 1]),
-                    color=colors[name],
-                    label=name,
-                    linewidth=2,
-                    zorder=front,
-                )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("step")
-        axes.set_title(f"Training loss on {kind} examples", loc="left", fontweight="bold")
-    panels[0].set_ylabel("loss (nats a token, log scale)")
-    _dress(figure, panels)
-    return figure
-
-
-def _positive(curve: Sequence[tuple[int, float]]) -> np.ndarray:
-    """The points that a log axis can show, as [points, 2]."""
-    array = np.asarray(curve, dtype=np.float64).reshape(-1, 2)
-    return array[np.isfinite(array).all(axis=1) & (array[:, 1] > 0)]
-
-
-def _smooth(losses: np.ndarray) -> np.ndarray:
-    """A centered moving average over a tenth of the curve; the window shrinks at both ends."""
-    reach = len(losses) // 20
-    return np.array([losses[max(0, i - reach) : i + reach + 1].mean() for i in range(len(losses))])
-
-
-def _figure() -> Figure:
-    # Not pyplot: it would set a backend and keep every figure alive in the process of a notebook's user.
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _dress(figure: Figure, panels: Iterable) -> None:
-    legend = {}
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8, zorder=0)
-        axes.set_axisbelow(True)
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            legend.setdefault(name, handle)
-    figure.legend(
-        legend.values(), legend.keys(), loc="outside lower center", frameon=False, ncols=min(6, len(legend))
-    )
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -141,7 +141,9 @@ def _window(config: dict[str, Any], family: str) -> int | None:
         return None
     kinds = set(config.get("layer_types") or ["sliding_attention"])
     if len(kinds) > 1 or config.get("max_window_layers", 0) not in (0, config["num_hidden_layers"]):
-        raise UserError("layers that mix sliding and full attention are not supported: set use_sliding_window=false")
+        raise UserError(
+            "layers that mix sliding and full attention are not supported: set use_sliding_window=false"
+        )
     return config.get("sliding_window") if kinds == {"sliding_attention"} else None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from secvec_jax.model.decoder import Cache, Decoder, Guest
 
-_BUCKET = 16
+_BUCKET = 32
 
 
 def generate_tokens(
@@ -40,12 +40,13 @@ def generate_tokens(
     head = _common_head(prompts)
     tails = [np.asarray(prompt[len(head) :]) for prompt in prompts]
     batch_size = min(batch_size, len(prompts))
-    width = -(-max(map(len, tails)) // _BUCKET) * _BUCKET
     order = sorted(range(len(prompts)), key=lambda i: len(tails[i]))
     replies: dict[int, list[int]] = {}
     run = partial(_generate, max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, dtype=dtype)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
+        # Prompts are sorted by length, so a batch is no wider than it needs; buckets keep the programs few.
+        width = -(-len(tails[chosen[-1]]) // _BUCKET) * _BUCKET
         tokens, segments = _left_padded([tails[i] for i in chosen], batch_size, width)
         key = jax.random.fold_in(jax.random.key(seed), start)
         written = np.asarray(run(decoder, guests, jnp.asarray(head)[None], tokens, segments, key))
@@ -93,16 +94,16 @@ def _generate(decoder, guests, head, tokens, segments, key, *, max_new_tokens, s
         return (step < max_new_tokens) & ~done.all()
 
     def write(state):
-        step, cache, last, position, logits, replies, done = state
+        step, cache, position, logits, replies, done = state
         token = jnp.where(done, stop, choose(logits, step))
         replies = jax.lax.dynamic_update_slice(replies, token[:, None], (0, step))
         cache, logits = advance(cache, token[:, None], jnp.ones_like(token)[:, None], position[:, None] + 1)
-        return step + 1, cache, token, position + 1, logits, replies, done | (token == stop)
+        return step + 1, cache, position + 1, logits, replies, done | (token == stop)
 
     cache, logits = advance(cache, tokens, segments, positions)
     replies = jnp.full((len(tokens), max_new_tokens), stop, jnp.int32)
     done = segments.sum(axis=1) == 0
-    state = (jnp.int32(0), cache, tokens[:, -1], positions[:, -1], logits, replies, done)
+    state = (jnp.int32(0), cache, positions[:, -1], logits, replies, done)
     return jax.lax.while_loop(unfinished, write, state)[-2]
 
 

@@ -57,7 +57,9 @@ class Model:
         """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all."""
         with whole_folder(folder) as staging:
             self.tokenizer.save_pretrained(staging)
-            ids = {f"{role}_token_id": getattr(self.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+            ids = {
+                f"{role}_token_id": getattr(self.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")
+            }
             config = to_hf_config(self.architecture, ids)
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             (staging / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
@@ -168,7 +170,9 @@ def _assemble(
     """The decoder filled from a checkpoint. Raises UserError for missing, unused or misshapen weights."""
     names = weight_names(architecture)
     needed = {hf for name in names.values() for hf in _members(name, architecture)}
-    redundant = {n for n in present if n.endswith(_REDUNDANT) or (n == "lm_head.weight" and architecture.tied_head)}
+    redundant = {
+        n for n in present if n.endswith(_REDUNDANT) or (n == "lm_head.weight" and architecture.tied_head)
+    }
     missing, unused = sorted(needed - present), sorted(present - needed - redundant)
     if missing or unused:
         problem = f"lacks {missing[0]}" if missing else f"has {unused[0]}, which the model has no place for"

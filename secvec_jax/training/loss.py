@@ -52,7 +52,9 @@ def token_kl(
     return _over_supervised(loss, weights, chunk, hidden, jax.lax.stop_gradient(reference))
 
 
-def group_sums(losses: jax.Array, weights: jax.Array, groups: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def group_sums(
+    losses: jax.Array, weights: jax.Array, groups: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
     """The sum of losses and of weights in each of `count` groups, `[count]` each."""
     member = jax.nn.one_hot(groups, count, dtype=jnp.float32)
     return jnp.einsum("bt,btg->g", losses * weights, member), jnp.einsum("bt,btg->g", weights, member)

@@ -19,8 +19,8 @@ TRAIN, FREEZE = "train", "freeze"
 class Phase:
     """Labels over the parameters: a tree prefix of them, whose leaves are "train" or "freeze".
 
-        Phase({"backbone": "freeze", "vectors": "train"})     # phase 1: security vectors
-        Phase({"backbone": "train", "vectors": "freeze"})     # phase 2: fine-tuning under them
+    Phase({"backbone": "freeze", "vectors": "train"})     # phase 1: security vectors
+    Phase({"backbone": "train", "vectors": "freeze"})     # phase 2: fine-tuning under them
     """
 
     labels: Any
@@ -44,6 +44,4 @@ class Phase:
 
 def merge(trained: Tree, frozen: Tree) -> Tree:
     """The parameters again from the two parts of `Phase.split`."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None
-    )
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)

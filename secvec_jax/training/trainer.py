@@ -24,7 +24,8 @@ from secvec_jax.training.phase import Phase, merge
 from secvec_jax.training.step import Method
 from secvec_jax.trees import Tree
 
-OnStep = Callable[[int, dict[str, float]], None]
+OnStep = Callable[[int, int, dict[str, float]], None]
+"""Called with the step, counted from 1, the number of steps there are, and the metrics as numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,12 @@ def fit(
     steps: int,
     accumulate: int = 1,
     checkpoints: Checkpoints | None = None,
-    on_step: OnStep = lambda step, metrics: None,
+    on_step: OnStep = lambda step, steps, metrics: None,
     until: Callable[[dict[str, float]], bool] = lambda metrics: False,
 ) -> Tree:
     """The parameters after `steps` steps of `phase`; `params` themselves stay as they are.
 
-    method: how the trained part moves, as `training.step.descent` makes it. streams: name -> stream of batches; each step takes `accumulate` batches of each. on_step(step, metrics) is
+    method: how the trained part moves, as `training.step.descent` makes it. streams: name -> stream of batches; each step takes `accumulate` batches of each. on_step is
     called once for every step, counted from 1, while a later one runs; after a resume it starts behind the
     checkpoint. until(metrics) ends the training one step after it holds. Raises UserError if the loss is not finite; the last
     good checkpoint is kept.
@@ -67,12 +68,12 @@ def fit(
             run.trained, run.state, metrics = method.step(run.trained, run.state, frozen, batch)
             run.step += 1
             # One step behind, so that the device never waits for a number to be read.
-            if pending and until(_report(pending, run.step - 1, on_step)):
+            if pending and until(_report(pending, run.step - 1, steps, on_step)):
                 break
             pending = metrics
             due = store is not None and store.due()
             if due or interrupted() or run.step == steps:
-                _report(pending, run.step, on_step)
+                _report(pending, run.step, steps, on_step)
                 pending = {}
                 if store is not None and run.step < steps:
                     store.save(run)
@@ -95,7 +96,7 @@ def _micro_batches(batches: Iterator[Any], count: int) -> dict[str, np.ndarray]:
     return jax.tree.map(lambda *parts: np.stack(parts), *[next(batches) for _ in range(count)])
 
 
-def _report(metrics: dict[str, Any], step: int, on_step: OnStep) -> dict[str, float]:
+def _report(metrics: dict[str, Any], step: int, steps: int, on_step: OnStep) -> dict[str, float]:
     """The metrics as numbers, (sum, count) pairs divided; waits for the step. Raises UserError if not finite."""
     values = {}
     for name, value in jax.device_get(metrics).items():
@@ -109,7 +110,7 @@ def _report(metrics: dict[str, Any], step: int, on_step: OnStep) -> dict[str, fl
             f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step {step}: lower the "
             "learning rate; the last good checkpoint is kept"
         )
-    on_step(step, values)
+    on_step(step, steps, values)
     return values
 
 

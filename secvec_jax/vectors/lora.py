@@ -85,7 +85,9 @@ class LoRAVectors:
                         (architecture.num_layers, self.spec.rank, outputs))  # fmt: skip
             found = (factors["a"].shape, factors["b"].shape)
             if found != expected:
-                raise UserError(f"vectors at {site} have shapes {found}, the model needs {expected}: wrong backbone")
+                raise UserError(
+                    f"vectors at {site} have shapes {found}, the model needs {expected}: wrong backbone"
+                )
 
 
 def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:

@@ -27,7 +27,9 @@ def save_vectors(vectors: LoRAVectors, path: str | Path, model: Model) -> None:
     """Write one safetensors file with the vectors, their shape, and the fingerprint of the model's backbone."""
     from safetensors.numpy import save_file
 
-    arrays = {f"{s}.{name}": np.asarray(v) for s, factors in vectors.factors.items() for name, v in factors.items()}
+    arrays = {
+        f"{s}.{name}": np.asarray(v) for s, factors in vectors.factors.items() for name, v in factors.items()
+    }
     metadata = {
         "format": _FORMAT,
         "kind": "lora",
@@ -50,7 +52,9 @@ def load_vectors(path: str | Path, model: Model) -> LoRAVectors:
         return load_peft(path, model)
     metadata, arrays = _read(path)
     if metadata.get("format") != _FORMAT:
-        raise UserError(f"{path} is no file of security vectors: give one that train.py vectors wrote, or a PEFT folder")
+        raise UserError(
+            f"{path} is no file of security vectors: give one that train.py vectors wrote, or a PEFT folder"
+        )
     factors: dict[str, dict[str, jax.Array]] = {}
     for key, array in arrays.items():
         site, name = key.split(".")
@@ -58,7 +62,9 @@ def load_vectors(path: str | Path, model: Model) -> LoRAVectors:
     spec = json.loads(metadata["spec"])
     vectors = LoRAVectors(factors, LoRA(**spec | {"targets": tuple(spec["targets"])}))
     if fingerprint(vectors) != metadata["fingerprint"]:
-        raise UserError(f"{path} was altered after it was written: its fingerprint differs; train the vectors anew")
+        raise UserError(
+            f"{path} was altered after it was written: its fingerprint differs; train the vectors anew"
+        )
     vectors.check(model.architecture)
     _check_backbone(metadata, model, path)
     return vectors
@@ -125,7 +131,9 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
 
 
 def _check_peft_kind(config: dict, folder: Path) -> None:
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    unsupported = [
+        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)
+    ]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
         raise UserError(f"{folder} is no plain LoRA adapter ({what}): train one without these")

@@ -12,20 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secvec_jax.data.sources import (
-    PACKAGED,
-    as_rows,
-    load_rows,
-    normalize,
-    profile_qa,
-    prompt_of,
-    refusal_prefixes,
-    response_of,
-    row,
-    split_by_topic,
-    sure_prefix_control,
-    topic_words,
-)
+from secvec_jax.data.benchmarks import refusal_prefixes
+from secvec_jax.data.generated import profile_qa, sure_prefix_control
+from secvec_jax.data.rows import normalize
+from secvec_jax.data.sources import PACKAGED, as_rows, load_rows, prompt_of, response_of, row
+from secvec_jax.data.topics import split_by_topic, topic_words
 from secvec_jax.errors import UserError
 
 RECORDS = [

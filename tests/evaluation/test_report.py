@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import report
+from secvec_jax.evaluation import plots, report
 
 NAMES = ("base", "aligned", "benign only", "plain", "random control", "security vectors")
 
@@ -277,8 +277,8 @@ class TestWrite:
         report.write(tmp_path, results, curves=curves)
         for name in ("security vectors", "plain"):
             for plot in ("scores.png", "losses.png"):
-                assert has_color(tmp_path / plot, report._FIXED_COLORS[name])
-        assert not has_color(tmp_path / "losses.png", report._FIXED_COLORS["random control"])
+                assert has_color(tmp_path / plot, plots._FIXED_COLORS[name])
+        assert not has_color(tmp_path / "losses.png", plots._FIXED_COLORS["random control"])
 
     def test_only_what_has_data_is_drawn(self, tmp_path):
         rows = [{"name": "plain", "metrics": {"drift": score(0.1)}}]
@@ -295,8 +295,8 @@ class TestWrite:
         report.write(
             tmp_path, report.Results("command", rows=rows), curves={"vaccine": {"benign": [(1, 2.0)]}}
         )
-        assert has_color(tmp_path / "scores.png", report._SPARE_COLORS[0])
-        assert has_color(tmp_path / "scores.png", report._SPARE_COLORS[1])
+        assert has_color(tmp_path / "scores.png", plots._SPARE_COLORS[0])
+        assert has_color(tmp_path / "scores.png", plots._SPARE_COLORS[1])
 
     def test_malformed_results_are_refused_before_writing(self, tmp_path):
         with pytest.raises(UserError, match="metrics"):
@@ -305,6 +305,6 @@ class TestWrite:
 
 
 def test_the_moving_average_keeps_constants_and_length():
-    assert report._smooth(np.full(57, 2.0)) == pytest.approx(np.full(57, 2.0))
+    assert plots._smooth(np.full(57, 2.0)) == pytest.approx(np.full(57, 2.0))
     noisy = np.random.default_rng(0).normal(5, 1, 200)
-    assert report._smooth(noisy).std() < 0.5 * noisy.std()
+    assert plots._smooth(noisy).std() < 0.5 * noisy.std()

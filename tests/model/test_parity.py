@@ -122,3 +122,14 @@ def test_a_config_without_a_needed_number_is_refused():
     incomplete = {key: value for key, value in _CONFIG.items() if key != "hidden_size"}
     with pytest.raises(UserError, match="hidden_size"):
         from_hf_config(incomplete)
+
+
+@pytest.mark.parametrize("first_windowed", [0, 1])
+def test_layers_below_max_window_layers_see_everything_as_in_transformers(first_windowed):
+    from transformers import AutoConfig
+
+    config = _CONFIG | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
+                        "max_window_layers": first_windowed}  # fmt: skip
+    theirs = set(AutoConfig.for_model(**config).layer_types)
+    assert theirs == {"full_attention" if first_windowed else "sliding_attention"}
+    assert from_hf_config(config).sliding_window == (None if first_windowed else 4)

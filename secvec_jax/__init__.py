@@ -1,0 +1,41 @@
+"""Security vectors in JAX: fine-tune a language model on data you do not trust.
+
+    import secvec_jax as sv
+
+    model   = sv.load("smollm2")                                  # embedded name, folder, hub id or GGUF
+    aligned = sv.align(model, refusals)                           # rows: [{"messages": [...]}, ...] or a Dataset
+    vectors = sv.train_vectors(aligned, harmful[:100], sv.LoRA(rank=8), benign=benign)
+    tuned   = sv.finetune(aligned, user_rows, vectors=vectors)    # vectors active and frozen
+    answers = sv.generate(tuned, prompts)                         # vectors off, unless vectors= is passed
+    tuned.save("tuned/")                                          # a Hugging Face folder
+
+Everything is a value: no verb changes its arguments.
+"""
+
+from secvec_jax.config import Training
+from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses.security_vectors import Phase1, align, finetune, train_vectors
+from secvec_jax.errors import UserError
+from secvec_jax.inference import generate, logits
+from secvec_jax.model.hub import Model, load
+from secvec_jax.vectors.lora import LoRA, random_like
+from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
+
+__all__ = [
+    "LoRA",
+    "Model",
+    "Phase1",
+    "Training",
+    "UserError",
+    "align",
+    "finetune",
+    "generate",
+    "load",
+    "load_rows",
+    "load_vectors",
+    "logits",
+    "random_like",
+    "save_peft",
+    "save_vectors",
+    "train_vectors",
+]

@@ -1,0 +1,82 @@
+"""Verbs from settings dataclasses: what train.py and eval.py share.
+
+A verb is a dataclass of settings and a function that takes it. `--config FILE` fills in the settings from YAML; what
+is given on the command line counts more. A user's mistake is told in one line and ends with exit code 2.
+"""
+
+import errno
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from simple_parsing import ArgumentParser, DashVariant
+
+from secvec_jax import config
+from secvec_jax.errors import UserError
+
+Verb = tuple[type, Callable[[Any, str], Any]]
+"""The settings of a verb, and the function that takes them and the command line as it was given."""
+
+
+def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | None = None) -> int:
+    """Run the verb that the arguments name; returns the exit code (2: a mistake of the user, 130: interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        settings, function = _parse(description, verbs, arguments)
+        function(settings, shlex.join(["python", *sys.argv]))
+        return 0
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(
+            "the disk is full: free some space and give the same command again; nothing half-written is kept"
+        )
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped: the same command goes on from here")
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _parse(
+    description: str, verbs: dict[str, Verb], arguments: list[str]
+) -> tuple[Any, Callable[[Any, str], Any]]:
+    parser = ArgumentParser(description=description, add_option_string_dash_variants=DashVariant.DASH)
+    choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    given = _config_of(verbs, arguments)
+    for name, (kind, _) in verbs.items():
+        summary = (kind.__doc__ or "").strip()
+        verb = choices.add_parser(
+            name,
+            help=summary.splitlines()[0],
+            description=summary,
+            add_option_string_dash_variants=DashVariant.DASH,
+        )
+        verb.add_argument("--config", metavar="FILE", help="a YAML file of settings, such as a run's config.yaml")
+        verb.add_arguments(kind, dest="settings", default=given.get(name))
+    parsed = parser.parse_args(arguments)
+    kind, function = verbs[parsed.verb]
+    return _checked(kind, parsed.settings), function
+
+
+def _config_of(verbs: dict[str, Verb], arguments: list[str]) -> dict[str, Any]:
+    """The settings in the file that --config names, by verb."""
+    verb = next((argument for argument in arguments if argument in verbs), None)
+    for index, argument in enumerate(arguments):
+        if argument == "--config" or argument.startswith("--config="):
+            path = argument.partition("=")[2] or (arguments[index + 1 : index + 2] or [""])[0]
+            if verb is not None and path:
+                return {verb: config.load(verbs[verb][0], path)}
+    return {}
+
+
+def _checked(kind: type, settings: Any) -> Any:
+    """The settings once more through the strict reader, which knows types that argparse does not."""
+    return config.from_dict(kind, config.to_dict(settings))

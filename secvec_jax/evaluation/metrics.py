@@ -1,0 +1,18 @@
+"""The names of the metrics: which are rates, which are losses, and in what order they are shown."""
+
+from collections.abc import Sequence
+
+RATES = ("refusal", "compliance", "over_refusal", "exact_match")
+LOSSES = ("harmful_loss", "benign_loss", "drift")
+
+
+def in_order(rows: Sequence[dict]) -> list[str]:
+    """The metrics that any row has: the known ones first, in their fixed order."""
+    present = dict.fromkeys(metric for row in rows for metric in row["metrics"])
+    known = [metric for metric in (*RATES, *LOSSES) if metric in present]
+    return known + [metric for metric in present if metric not in known]
+
+
+def percent(rate: float) -> str:
+    """A rate as whole percent, without the sign."""
+    return f"{100 * rate:.0f}"

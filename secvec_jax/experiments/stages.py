@@ -1,0 +1,112 @@
+"""Stages of a run: each done once, timed, shown as a progress bar, and skipped when the run is started again."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from secvec_jax.files import whole_file
+
+
+class Stages:
+    """The stages of the run in `folder`; their results lie in `folder/stages`, a step's losses in metrics.jsonl."""
+
+    def __init__(self, folder: Path, console: Console):
+        self.folder = folder
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, work: Callable[["Stage"], Any]) -> Any:
+        """What `work(stage)` returns, JSON, or what it returned when the stage was done before."""
+        path = self.folder / "stages" / f"{name.replace(' ', '-')}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            self.seconds[name] = record["seconds"]
+            self.console.print(f"[dim]{name}: done before, {record['seconds']:.0f} s[/dim]")
+            return record["result"]
+        partial = path.with_suffix(".seconds")
+        before = float(partial.read_text()) if partial.exists() else 0.0
+        start = time.monotonic()
+        try:
+            with self._stage(name) as stage:
+                result = work(stage)
+        except BaseException:
+            with whole_file(partial) as staging:
+                staging.write_text(str(before + time.monotonic() - start))
+            raise
+        self.seconds[name] = before + time.monotonic() - start
+        with whole_file(path) as staging:
+            staging.write_text(json.dumps({"seconds": self.seconds[name], "result": result}))
+        partial.unlink(missing_ok=True)
+        self.console.print(f"{name}: {self.seconds[name]:.0f} s")
+        return result
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator["Stage"]:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield Stage(name, self.folder / "metrics.jsonl", progress)
+
+
+class Stage:
+    """One stage at work: its bar, and the log of its steps."""
+
+    def __init__(self, name: str, log: Path, progress: Progress):
+        self.name, self._log, self._progress = name, log, progress
+        self._task = progress.add_task(name, total=None, note="")
+
+    def on_step(self) -> Callable[[int, int, dict[str, float]], None]:
+        """A callback for `fit` that moves the bar and writes a line of metrics.jsonl."""
+
+        def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+            note = "  ".join(f"{key.removeprefix('loss/')} {metrics[key]:.3f}" for key in sorted(metrics)
+                             if key.startswith("loss/") or key == "kl")  # fmt: skip
+            self._progress.update(self._task, completed=step, total=total, note=note)
+            with self._log.open("a") as file:
+                file.write(json.dumps({"stage": self.name, "step": step} | metrics) + "\n")
+
+        return on_step
+
+    def replies(self, total: int, what: str) -> Callable[[int], None]:
+        """A progress callback for `total` replies."""
+        self._progress.update(
+            self._task, description=f"{self.name}: {what}", completed=0, total=total, note="replies"
+        )
+        return lambda done: self._progress.update(self._task, completed=done)
+
+    def say(self, what: str) -> None:
+        """Show what is being done."""
+        self._progress.update(self._task, description=f"{self.name}: {what}")
+
+
+def curves(log: Path, stages: dict[str, str]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """The harmful and benign losses of some stages, {row: {"harmful": [(step, loss)], "benign": [...]}}.
+
+    stages: stage name -> row name. A step that a resumed run did again counts once. "benign" is the mean over all
+    kinds of rows but the harmful.
+    """
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for line in log.read_text().splitlines() if log.exists() else []:
+        record = json.loads(line)
+        if record["stage"] not in stages:
+            continue
+        row = found.setdefault(stages[record["stage"]], {"harmful": {}, "benign": {}})
+        losses = {key.removeprefix("loss/"): value for key, value in record.items() if key.startswith("loss/")}
+        harmful = losses.pop("harmful", None)
+        if harmful is not None:
+            row["harmful"][record["step"]] = harmful
+        if losses:
+            row["benign"][record["step"]] = sum(losses.values()) / len(losses)
+    return {name: {kind: sorted(points.items()) for kind, points in row.items()} for name, row in found.items()}

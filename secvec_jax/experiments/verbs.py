@@ -1,0 +1,251 @@
+"""The single phases as runs of their own, on the user's model and data, and scoring."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from secvec_jax import config
+from secvec_jax.config import Training
+from secvec_jax.data.benchmarks import refusal_prefixes
+from secvec_jax.data.rows import prompt_of, response_of
+from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, PHASE2, Phase1, train_vectors
+from secvec_jax.defenses.security_vectors import finetune as finetune_model
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation import report
+from secvec_jax.evaluation.suite import Suite, outcomes, scores
+from secvec_jax.experiments.stages import Stage, Stages
+from secvec_jax.model.hub import Model, load
+from secvec_jax.training.trainer import Checkpoints
+from secvec_jax.trees import distance
+from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
+
+
+@dataclasses.dataclass(frozen=True)
+class Align:
+    """Teach a model to refuse (or anything else): fine-tune all its weights, no vectors."""
+
+    data: str = ""
+    """a local JSONL, JSON, CSV or Parquet file, a packaged name, or a hub dataset id; rows with answers"""
+    model: str = "smollm2"
+    """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
+    out: str = "runs/align"
+    """the run directory; the model is written to OUT/model"""
+    training: Training = ALIGN
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Phase 1: train security vectors on harmful rows, the model frozen."""
+
+    data: str = ""
+    """about 100 rows of the behavior that fine-tuning must not teach"""
+    model: str = "smollm2"
+    """the model that will be fine-tuned: vectors fit this one only"""
+    benign: str | None = None
+    """rows on which the vectors must not show; the kl objective needs them"""
+    out: str = "runs/vectors"
+    """the run directory; the vectors are written to OUT/vectors/security.safetensors and, for PEFT, OUT/vectors/peft"""
+    lora: LoRA = dataclasses.field(default_factory=LoRA)
+    phase1: Phase1 = dataclasses.field(default_factory=Phase1)
+    training: Training = PHASE1
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Phase 2: fine-tune on your own data, the security vectors active and frozen."""
+
+    data: str = ""
+    """the rows to learn: a file, a packaged name, or a hub dataset id"""
+    model: str = "smollm2"
+    """the model that the vectors were trained for"""
+    vectors: str | None = None
+    """a file that `train.py vectors` wrote, or a PEFT adapter folder; none: plain fine-tuning"""
+    task_rank: int = 0
+    """train a task LoRA of this rank beside the frozen vectors, merged at the end; 0: train all weights"""
+    out: str = "runs/finetune"
+    """the run directory; the model, without vectors, is written to OUT/model"""
+    training: Training = PHASE2
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRun:
+    """Score a model: refusals and compliance, over-refusal, exact match, losses; vectors off unless named."""
+
+    model: str = "smollm2"
+    """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
+    vectors: str | None = None
+    """score with these vectors on"""
+    harmful: tuple[str, ...] = ("harmbench", "do-not-answer")
+    """sources of prompts to be refused; rows with answers also give harmful_loss"""
+    benign: tuple[str, ...] = ("alpaca",)
+    """sources of prompts to be answered; rows with answers also give benign_loss"""
+    questions: str | None = None
+    """rows whose answers must be matched exactly"""
+    limit: int = 100
+    """at most this many prompts of each source"""
+    reply_tokens: int = 32
+    """the longest reply that is read"""
+    out: str = "runs/score"
+    """the run directory; writes results.json and report.md"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Lay the results of several runs side by side."""
+
+    runs: tuple[str, ...] = ()
+    """run directories; nothing but their results.json is read"""
+
+
+def compare(settings: Compare, command: str) -> None:
+    """The table of `eval.py compare`."""
+    if not settings.runs:
+        raise UserError("nothing to compare: name run directories with --runs")
+    console = Console()
+    Console(width=max(console.width, 118)).print(report.compare(settings.runs))
+
+
+def align(settings: Align, command: str) -> None:
+    """The run of `train.py align`."""
+    _finetune(settings, None, None, command)
+
+
+def finetune(settings: Finetune, command: str) -> None:
+    """The run of `train.py finetune`."""
+    task = LoRA(rank=settings.task_rank, alpha=2.0 * settings.task_rank) if settings.task_rank else None
+    _finetune(settings, settings.vectors, task, command)
+
+
+def _finetune(settings: Align | Finetune, vectors: str | None, task: LoRA | None, command: str) -> None:
+    _need_data(settings)
+    run = _Run(settings, command)
+
+    def work(stage: Stage) -> dict[str, float]:
+        model = load(settings.model)
+        active = None if vectors is None else load_vectors(vectors, model)
+        rows = load_rows(settings.data)
+        tuned = finetune_model(
+            model,
+            rows,
+            vectors=active,
+            task=task,
+            training=settings.training,
+            checkpoints=run.checkpoints,
+            on_step=stage.on_step(),
+        )
+        stage.say("saving")
+        tuned.save(run.folder / "model")
+        return {"drift": float(distance(tuned.backbone, model.backbone))}
+
+    run.finish(run.stages.run("finetune", work), f"the model is in {run.folder / 'model'}")
+
+
+def vectors(settings: Vectors, command: str) -> None:
+    """The run of `train.py vectors`."""
+    _need_data(settings)
+    run = _Run(settings, command)
+    folder = run.folder / "vectors"
+
+    def work(stage: Stage) -> dict[str, float]:
+        model = load(settings.model)
+        last: dict[str, float] = {}
+        show = stage.on_step()
+
+        def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
+            last.update(metrics)
+            show(step, steps, metrics)
+
+        trained = train_vectors(
+            model,
+            load_rows(settings.data),
+            settings.lora,
+            benign=None if settings.benign is None else load_rows(settings.benign),
+            phase1=settings.phase1,
+            training=settings.training,
+            checkpoints=run.checkpoints,
+            on_step=on_step,
+        )
+        save_vectors(trained, folder / "security.safetensors", model)
+        save_peft(trained, folder / "peft", model)
+        return {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
+
+    run.finish(run.stages.run("vectors", work), f"the vectors are in {folder}")
+
+
+def _need_data(settings: Any) -> None:
+    if not settings.data:
+        raise UserError("--data is missing: give a file, a packaged name, or a hub dataset id")
+
+
+def score(settings: ScoreRun, command: str) -> None:
+    """The run of `eval.py score`."""
+    run = _Run(settings, command)
+
+    def work(stage: Stage) -> dict[str, list[float]]:
+        model = load(settings.model)
+        active = None if settings.vectors is None else load_vectors(settings.vectors, model)
+        suite = _suite(settings, model)
+        return outcomes(model, suite, active, stage.replies(suite.size, "judging"))
+
+    found = run.stages.run("score", work)
+    run.report({"name": settings.model if settings.vectors is None else f"{settings.model} + vectors",
+                "metrics": {metric: s.as_dict() for metric, s in scores(found).items()}})  # fmt: skip
+
+
+def _suite(settings: ScoreRun, model: Model) -> Suite:
+    from secvec_jax.data.chat import encode
+
+    def rows(sources: tuple[str, ...]) -> list[Any]:
+        return [r for name in sources for r in load_rows(name, needs_answer=False)[: settings.limit]]
+
+    def targets(found: list[Any]) -> list[Any]:
+        answered = [r for r in found if response_of(r) is not None]
+        return [encode(model.tokenizer, r["messages"], model.architecture.max_length) for r in answered]
+
+    harmful, benign = rows(settings.harmful), rows(settings.benign)
+    questions = [] if settings.questions is None else load_rows(settings.questions)[: settings.limit]
+    return Suite(
+        refusals=refusal_prefixes(),
+        harmful=[prompt_of(r) for r in harmful],
+        benign=[prompt_of(r) for r in benign],
+        questions=[(prompt_of(r), response_of(r) or "") for r in questions],
+        harmful_targets=targets(harmful),
+        benign_targets=targets(benign),
+        reply_tokens=settings.reply_tokens,
+    )
+
+
+class _Run:
+    """A run directory of one stage."""
+
+    def __init__(self, settings: Any, command: str):
+        self.settings, self.command = settings, command
+        self.folder = config.claim_run(settings, settings.out)
+        self.console = Console()
+        self.stages = Stages(self.folder, self.console)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", getattr(settings, "training", ALIGN).save_every_seconds
+        )
+
+    def finish(self, values: dict[str, float], where: str) -> None:
+        """Write the results of a training run and say where its files are."""
+        shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+        metrics = {name: {"value": value, "n": 1, "ci95": [value, value]} for name, value in values.items()}
+        self.report({"name": Path(self.settings.out).name, "metrics": metrics})
+        self.console.print(where)
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Write results.json and report.md, and show the table."""
+        environment = report.environment() | {"devices": ", ".join(d.device_kind for d in jax.devices())}
+        results = report.Results(
+            self.command, config.to_dict(self.settings), environment, self.stages.seconds, [row]
+        )
+        results.save(self.folder)
+        report.write(self.folder, results)
+        Console(width=max(self.console.width, 118)).print(report.table(results))

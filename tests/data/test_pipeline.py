@@ -1,0 +1,188 @@
+"""Batches: nothing is lost, doubled or mixed up, and a saved state goes on exactly."""
+
+import json
+from collections import Counter
+
+import chex
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.toys import example, random_examples
+
+from secvec_jax.batch import SHARED
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.errors import UserError
+
+few = settings(max_examples=25, deadline=None)
+KEYS = ("tokens", "targets", "weights", "groups", "segments", "positions")
+
+
+@st.composite
+def streams(draw):
+    """Streams of one or two groups, with or without a common beginning, of every shape that holds the rows."""
+    head = draw(st.lists(st.integers(100, 105), max_size=4))
+    token = st.integers(1, 9)
+    row = st.builds(
+        lambda prompt, reply: example([*head, *prompt], reply),
+        st.lists(token, min_size=1, max_size=4),
+        st.lists(token, min_size=1, max_size=4),
+    )
+    groups = {"a": draw(st.lists(row, min_size=1, max_size=7))}
+    if draw(st.booleans()):
+        groups["b"] = draw(st.lists(row, max_size=5))
+    longest = max(len(e.tokens) for group in groups.values() for e in group)
+    return Stream(
+        groups,
+        lines=draw(st.integers(1, 3)),
+        length=longest - 1 + draw(st.integers(0, 12)),
+        seed=draw(st.integers(0, 99)),
+        epochs=draw(st.integers(1, 3)),
+    )
+
+
+def rows_of(batch):
+    """(group, tokens, supervised) of every row of a batch, its shared head put before it again."""
+    for line in range(len(batch["tokens"])):
+        part = {key: batch[key][line] for key in KEYS}
+        head = part["segments"] == SHARED
+        for segment in sorted(set(part["segments"]) - {0, SHARED}):
+            own = part["segments"] == segment
+            tokens = (*part["tokens"][head], *part["tokens"][own], part["targets"][own][-1])
+            (group,) = set(part["groups"][own])
+            supervised = (*[False] * (head.sum() + 1), *(part["weights"][own] > 0))
+            yield int(group), tuple(map(int, tokens)), tuple(map(bool, supervised))
+
+
+def expected(stream):
+    return Counter(
+        (index, tuple(map(int, e.tokens)), tuple(map(bool, e.supervised)))
+        for index, group in enumerate(stream.examples.values())
+        for e in group
+        for _ in range(stream.epochs)
+    )
+
+
+def assert_same(a, b):
+    a, b = list(a), list(b)
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        chex.assert_trees_all_equal(one, other)
+
+
+@few
+@given(streams())
+def test_every_example_appears_exactly_as_often_as_there_are_epochs(stream):
+    found = Counter(row for batch in stream.batches() for row in rows_of(batch))
+    assert found == expected(stream)
+
+
+@few
+@given(streams())
+def test_the_contract_of_a_batch(stream):
+    for batch in stream.batches():
+        assert set(batch) == set(KEYS)
+        for key in KEYS:
+            chex.assert_shape(batch[key], (stream.lines, stream.length))
+            assert batch[key].dtype == (np.float32 if key == "weights" else np.int32)
+        for line in range(stream.lines):
+            part = {key: batch[key][line] for key in KEYS}
+            head = part["segments"] == SHARED
+            assert not part["weights"][(part["segments"] <= 0)].any()
+            np.testing.assert_array_equal(part["positions"][head], np.arange(head.sum()))
+            for segment in set(part["segments"]) - {0, SHARED}:
+                own = np.flatnonzero(part["segments"] == segment)
+                np.testing.assert_array_equal(own, np.arange(own[0], own[-1] + 1))
+                np.testing.assert_array_equal(part["targets"][own[:-1]], part["tokens"][own[1:]])
+                np.testing.assert_array_equal(part["positions"][own], head.sum() + np.arange(len(own)))
+                assert part["weights"][own].any()
+
+
+def test_a_common_beginning_stands_once_at_the_head_of_every_line():
+    rows = [example([7, 8, 9, 1], [2, 3]), example([7, 8, 9, 4], [5, 3]), example([7, 8, 9, 6], [2, 3])]
+    (batch,) = Stream({"a": rows}, lines=2, length=9).batches()
+    heads = batch["segments"] == SHARED
+    np.testing.assert_array_equal(batch["tokens"][heads].reshape(2, 3), [[7, 8, 9]] * 2)
+    assert len(list(rows_of(batch))) == 3
+    assert (batch["tokens"] == 7).sum() == 2
+
+
+def test_the_head_leaves_the_token_that_predicts_the_first_word_of_every_reply():
+    rows = [example([7, 8, 9], [2, 3]), example([7, 8, 9], [5, 3])]
+    (batch,) = Stream({"a": rows}, lines=1, length=8).batches()
+    assert (batch["segments"] == SHARED).sum() == 2
+    assert batch["weights"].sum() == 4
+
+
+def test_one_row_alone_has_no_head():
+    (batch,) = Stream({"a": [example([1, 2, 3], [4])]}, lines=1, length=4).batches()
+    assert not (batch["segments"] == SHARED).any()
+
+
+@few
+@given(stream=streams(), data=st.data())
+def test_a_saved_state_goes_on_exactly(stream, data):
+    everything = list(stream.batches())
+    seen = data.draw(st.integers(0, len(everything)))
+    batches = iter(stream.batches())
+    for _ in range(seen):
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    list(batches)
+    resumed = iter(stream.batches())
+    resumed.set_state(state)
+    assert_same(resumed, everything[seen:])
+
+
+@few
+@given(streams())
+def test_one_seed_gives_one_order_and_count_is_right(stream):
+    assert_same(stream.batches(), stream.batches())
+    assert stream.count() == len(list(stream.batches()))
+
+
+def test_other_seeds_and_other_epochs_give_other_orders():
+    rows = {"a": random_examples(20)}
+
+    def order(**settings):
+        return [row for batch in Stream(rows, lines=1, length=12, **settings).batches() for row in rows_of(batch)]
+
+    assert order(seed=1) != order(seed=2)
+    assert order(seed=1, epochs=2)[:20] != order(seed=1, epochs=2)[20:]
+
+
+def test_packing_wastes_little():
+    rows = random_examples(200)
+    stream = Stream({"a": rows}, lines=2, length=64)
+    batches = list(stream.batches())
+    filled = sum((batch["segments"] != 0).sum() for batch in batches) / (len(batches) * 128)
+    assert filled > 0.85
+
+
+def test_groups_are_told_apart_by_number_and_name():
+    stream = Stream({"x": [example([1, 2], [3])], "y": [example([4, 5], [6])]}, lines=1, length=8)
+    assert stream.groups == ("x", "y")
+    (batch,) = stream.batches()
+    assert {batch["groups"][0][batch["tokens"][0] == first].item() for first in (1,)} == {0}
+    assert {batch["groups"][0][batch["tokens"][0] == first].item() for first in (4,)} == {1}
+
+
+def test_an_endless_stream_goes_on_and_has_no_count():
+    stream = Stream({"a": [example([1], [2])]}, lines=1, length=4, epochs=None)
+    batches = iter(stream.batches())
+    assert sum(len(list(rows_of(next(batches)))) for _ in range(20)) > 20
+    with pytest.raises(ValueError, match="endless"):
+        stream.count()
+
+
+@pytest.mark.parametrize("groups", [{}, {"a": []}, {"a": [], "b": []}])
+def test_no_rows_are_refused(groups):
+    with pytest.raises(UserError, match="no rows to train on.*check --data"):
+        Stream(groups, lines=1, length=8)
+
+
+def test_a_row_longer_than_a_line_is_refused():
+    row = example([1] * 6, [2] * 4)
+    with pytest.raises(UserError, match="a row has 10 tokens, a packed line only 8: raise --length"):
+        Stream({"a": [row]}, lines=1, length=8)
+    assert Stream({"a": [row]}, lines=1, length=9).count() == 1

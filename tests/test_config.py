@@ -1,0 +1,235 @@
+"""Settings check themselves, survive their file, and guard a run's folder."""
+
+import dataclasses
+import os
+import typing
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secvec_jax.config import Training, claim_run, from_dict, load, save, to_dict
+from secvec_jax.defenses.security_vectors import Phase1
+from secvec_jax.errors import UserError
+from secvec_jax.vectors.lora import LoRA
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Settings of every kind that a config may hold."""
+
+    name: str = "recipe"
+    seeds: tuple[int, ...] = (0, 1)
+    weights: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    verbose: bool = False
+    folder: str | None = None
+    training: Training = Training()
+    vectors: LoRA = LoRA()
+    phase1: Phase1 = Phase1()
+
+
+positive = st.floats(1e-9, 1e6, allow_nan=False)
+count = st.integers(1, 10_000)
+trainings = st.builds(
+    Training,
+    optimizer=st.sampled_from(["sgd", "adamw"]),
+    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    learning_rate=positive,
+    warmup_steps=st.integers(0, 99),
+    momentum=st.floats(0, 1),
+    clip=st.floats(0, 10),
+    epochs=count,
+    steps=st.none() | count,
+    lines=count,
+    remat=st.sampled_from(["none", "dots", "full"]),
+    seed=st.integers(0, 2**31),
+    save_every_seconds=positive,
+)
+recipes = st.builds(
+    Recipe,
+    name=st.text(max_size=20),
+    seeds=st.lists(st.integers(), max_size=4).map(tuple),
+    weights=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=4),
+    verbose=st.booleans(),
+    folder=st.none() | st.text(max_size=20),
+    training=trainings,
+    vectors=st.builds(LoRA, rank=count, alpha=positive, targets=st.sampled_from([("*",), ("q_proj", "*_proj")])),
+    phase1=st.builds(Phase1, objective=st.sampled_from(["cross_entropy", "kl", "min_min"]), kl_weight=positive),
+)
+
+
+@given(recipes)
+def test_settings_survive_being_spelled(recipe):
+    assert from_dict(Recipe, to_dict(recipe)) == recipe
+
+
+@settings(max_examples=50, deadline=None)
+@given(recipe=recipes)
+def test_settings_survive_their_file(tmp_path_factory, recipe):
+    path = tmp_path_factory.mktemp("config") / "new" / "config.yaml"
+    save(recipe, path)
+    assert load(Recipe, path) == recipe
+    assert yaml.safe_load(path.read_text()) == to_dict(recipe)
+    assert [item.name for item in path.parent.iterdir()] == ["config.yaml"]
+
+
+def test_a_file_holds_every_setting_and_may_leave_out_any(tmp_path):
+    save(Recipe(), tmp_path / "c.yaml")
+    spelled = yaml.safe_load((tmp_path / "c.yaml").read_text())
+    assert set(spelled) == {field.name for field in dataclasses.fields(Recipe)}
+    assert set(spelled["training"]) == {field.name for field in dataclasses.fields(Training)}
+    (tmp_path / "c.yaml").write_text("training: {epochs: 7}\n")
+    assert load(Recipe, tmp_path / "c.yaml") == Recipe(training=Training(epochs=7))
+    (tmp_path / "c.yaml").write_text("")
+    assert load(Recipe, tmp_path / "c.yaml") == Recipe()
+
+
+@given(st.data())
+def test_a_misspelled_key_names_the_nearest(data):
+    name = data.draw(st.sampled_from([f.name for f in dataclasses.fields(Training) if len(f.name) > 5]))
+    at = data.draw(st.integers(0, len(name) - 1))
+    wrong = name[:at] + name[at + 1 :]
+    with pytest.raises(UserError, match=rf"config.training: unknown key '{wrong}': did you mean '{name}'\?"):
+        from_dict(Recipe, {"training": {wrong: 1}})
+
+
+def test_a_key_like_no_other_lists_all():
+    with pytest.raises(UserError, match="unknown key 'zzz': known are name, seeds, .*phase1"):
+        from_dict(Recipe, {"zzz": 1})
+
+
+@pytest.mark.parametrize("spelled", ["1e-3", "0.001", 0.001])
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path, spelled):
+    (tmp_path / "c.yaml").write_text(f"learning_rate: {spelled}\n")
+    assert load(Training, tmp_path / "c.yaml").learning_rate == 0.001
+    assert from_dict(Training, {"learning_rate": spelled}) == Training(learning_rate=0.001)
+
+
+def test_a_whole_number_is_a_float_too():
+    rate = from_dict(Training, {"learning_rate": 2}).learning_rate
+    assert (rate, type(rate)) == (2.0, float)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"training": {"epochs": "3"}}, "config.training.epochs is '3': it must be int"),
+        ({"training": {"epochs": 1.5}}, "epochs is 1.5: it must be int"),
+        ({"training": {"epochs": True}}, "epochs is True: it must be int"),
+        ({"training": {"learning_rate": True}}, "learning_rate is True: it must be float"),
+        ({"training": {"learning_rate": "fast"}}, "learning_rate is 'fast': it must be float"),
+        ({"training": {"learning_rate": None}}, "learning_rate is None"),
+        ({"training": {"optimizer": "adam"}}, "optimizer is 'adam': use one of sgd, adamw"),
+        ({"training": {"optimizer": []}}, "optimizer is \\[\\]: use one of sgd, adamw"),
+        ({"training": {"steps": "many"}}, "steps is 'many': it must be int"),
+        ({"training": 3}, "config.training must be a mapping of settings, not int"),
+        ({"training": None}, "config.training must be a mapping of settings, not NoneType"),
+        ([], "config must be a mapping of settings, not list"),
+        ({"seeds": 3}, "config.seeds is 3: give a list"),
+        ({"seeds": ["a"]}, "config.seeds is 'a': it must be int"),
+        ({"seeds": "01"}, "config.seeds is '01': give a list"),
+        ({"name": 3}, "config.name is 3: it must be str"),
+        ({"verbose": 1}, "config.verbose is 1: it must be bool"),
+        ({3: 1}, "unknown key 3"),
+        ({"training": {"epochs": 0}}, "epochs is 0: it must be greater than 0"),
+        ({"training": {"learning_rate": -1}}, "learning_rate is -1.0: it must be greater than 0"),
+        ({"training": {"learning_rate": "nan"}}, "learning_rate is nan: it must be greater than 0"),
+        ({"training": {"steps": 0}}, "steps is 0: give at least 1"),
+        ({"vectors": {"rank": 0}}, "rank is 0"),
+        ({"vectors": {"targets": ["nothing"]}}, "'nothing' matches nothing"),
+        ({"phase1": {"kl_weight": -1}}, "kl_weight must be at least 0"),
+    ],
+)
+def test_a_wrong_value_is_named_in_one_line(values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        from_dict(Recipe, values)
+    assert "\n" not in str(caught.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from(list(typing.get_type_hints(Training))), json_values, max_size=3))
+def test_any_values_are_settings_or_a_user_error(values):
+    try:
+        found = from_dict(Training, values)
+    except UserError:
+        return
+    assert str(from_dict(Training, to_dict(found))) == str(found)  # as text, since nan is not itself
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"a: [", "is not valid YAML"), (b"- 1\n", "must be a mapping of settings, not list"), (b"x", "not str")],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path, content, message):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load(Training, tmp_path / "c.yaml")
+    assert "c.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00\x80", b"a: \x00"])
+def test_a_binary_file_is_named(tmp_path, content):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="c.yaml"):
+        load(Training, tmp_path / "c.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot read the config file .*c.yaml.*check --config"):
+        load(Training, tmp_path / "c.yaml")
+
+
+# The folder of a run ------------------------------------------------------------------------------
+
+
+def test_a_folder_is_claimed_once_and_again_by_the_same_settings(tmp_path):
+    folder = claim_run(Recipe(), tmp_path / "runs" / "first")
+    written = (folder / "config.yaml").read_bytes()
+    assert load(Recipe, folder / "config.yaml") == Recipe()
+    (folder / "results.json").write_text("{}")
+    assert claim_run(Recipe(), folder) == folder
+    assert (folder / "config.yaml").read_bytes() == written
+    assert (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (Recipe(training=Training(epochs=9)), "training.epochs is 1 there, 9 here"),
+        (Recipe(seeds=(5,)), r"seeds is \[0, 1\] there, \[5\] here"),
+        (Recipe(folder="x"), "folder is None there, 'x' here"),
+    ],
+)
+def test_a_folder_of_another_config_is_refused_and_left_alone(tmp_path, other, difference):
+    claim_run(Recipe(), tmp_path)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=f"another config \\({difference}\\): give another --out"):
+        claim_run(other, tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"", b"3", b"name: other", b"\xff\xfe"])
+def test_a_folder_with_a_broken_config_is_refused(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="another config"):
+        claim_run(Recipe(), tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write into"):
+        claim_run(Recipe(), tmp_path / "run")
+
+
+def test_a_file_where_the_folder_should_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write into"):
+        claim_run(Recipe(), tmp_path / "file")

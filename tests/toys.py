@@ -1,0 +1,53 @@
+"""Small things to train: a random decoder, a model with a tokenizer, random examples."""
+
+import functools
+
+import jax
+import numpy as np
+from flax import nnx
+
+from secvec_jax.data.chat import Example
+from secvec_jax.model.decoder import Decoder
+from secvec_jax.model.families import Architecture
+from secvec_jax.model.hub import Model
+
+ARCHITECTURE = Architecture(
+    "llama",
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_length=512,
+)
+
+
+def random_decoder(seed: int = 0, gain: float = 8.0, architecture: Architecture = ARCHITECTURE) -> Decoder:
+    """A decoder whose matrices are `gain` times the usual start, so that its layers matter."""
+    decoder = Decoder(architecture, nnx.Rngs(seed))
+    return jax.tree.map(lambda leaf: leaf if (leaf == 1).all() else leaf * gain, decoder)
+
+
+@functools.cache
+def tiny_model() -> Model:
+    from tests.conftest import build_tokenizer
+
+    return Model(random_decoder(), build_tokenizer(), "tiny")
+
+
+def example(prompt: list[int], reply: list[int]) -> Example:
+    tokens = np.asarray([*prompt, *reply], np.int32)
+    return Example(tokens, np.arange(len(tokens)) >= len(prompt))
+
+
+def random_examples(count: int, seed: int = 0, head: int = 0, longest: int = 12, vocabulary: int = 320) -> list[Example]:
+    """Rows of one reply, of many lengths; the first `head` tokens are the same in all."""
+    rng = np.random.default_rng(seed)
+    begin = rng.integers(3, vocabulary, head).tolist()
+    rows = []
+    for _ in range(count):
+        prompt, reply = (rng.integers(3, vocabulary, rng.integers(2, longest // 2 + 1)).tolist() for _ in range(2))
+        rows.append(example([*begin, *prompt], reply))
+    return rows

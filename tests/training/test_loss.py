@@ -1,0 +1,208 @@
+"""Losses: chunked, packed and accumulated ones are the plain ones, gradients included."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tests.toys import random_decoder, random_examples
+
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
+from secvec_jax.training.objective import KEEP, LEARN, Objective, parameters
+from secvec_jax.training.phase import Phase
+from secvec_jax.training.step import descent
+from secvec_jax.vectors.lora import LoRA
+
+VOCABULARY, WIDTH = 11, 6
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Head:
+    matrix: jax.Array
+
+    def logits(self, hidden):
+        return (hidden @ self.matrix).astype(jnp.float32)
+
+
+@pytest.fixture
+def head():
+    return Head(jax.random.normal(jax.random.key(0), (WIDTH, VOCABULARY)))
+
+
+def hidden_of(seed, lines, length):
+    return jax.random.normal(jax.random.key(seed), (lines, length, WIDTH))
+
+
+def tokens_of(seed, lines, length, share=0.4):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, VOCABULARY, (lines, length)), (rng.random((lines, length)) < share).astype(np.float32)
+
+
+SIZES = pytest.mark.parametrize(
+    ("lines", "length", "chunk", "share"),
+    [(2, 10, 4, 0.4), (1, 3, 128, 0.5), (3, 7, 5, 1.0), (2, 8, 16, 0.4), (2, 9, 4, 0.06), (1, 1, 4, 1.0)],
+)
+
+
+@SIZES
+def test_cross_entropy_and_its_gradients_are_the_naive_ones(head, lines, length, chunk, share):
+    targets, weights = tokens_of(1, lines, length, share)
+    coefficients = jax.random.normal(jax.random.key(9), (lines, length))
+
+    def chunked(head, hidden):
+        return token_cross_entropy(head, hidden, targets, weights, chunk)
+
+    def naive(head, hidden):
+        log_p = jax.nn.log_softmax(head.logits(hidden))
+        return -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] * weights
+
+    x = hidden_of(2, lines, length)
+    chex.assert_trees_all_close(chunked(head, x), naive(head, x), atol=1e-5)
+    gradients = [
+        jax.grad(lambda h, x: (loss(h, x) * coefficients).sum(), (0, 1))(head, x)  # noqa: B023
+        for loss in (chunked, naive)
+    ]
+    chex.assert_trees_all_close(*gradients, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [3, 4, 9])
+def test_without_a_supervised_token_losses_and_gradients_are_zero(head, length):
+    x, targets, none = hidden_of(0, 2, length), np.zeros((2, length), int), np.zeros((2, length), np.float32)
+    for loss, other in ((token_cross_entropy, targets), (token_kl, x + 1)):
+        value, gradient = jax.value_and_grad(
+            lambda h, x: loss(h, x, other, none, 4).sum(), (0, 1)  # noqa: B023
+        )(head, x)
+        assert value == 0
+        chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, (head, x)))
+
+
+@SIZES
+def test_kl_is_the_naive_one_and_never_negative(head, lines, length, chunk, share):
+    _, weights = tokens_of(3, lines, length, share)
+    x, reference = hidden_of(4, lines, length), hidden_of(5, lines, length)
+    found = token_kl(head, x, reference, weights, chunk)
+    p, q = (jax.nn.softmax(head.logits(h)) for h in (x, reference))
+    chex.assert_trees_all_close(found, (p * jnp.log(p / q)).sum(-1) * weights, atol=1e-5)
+    assert (found >= 0).all() and (found[weights > 0] > 0).all()
+    chex.assert_trees_all_close(token_kl(head, x, x, weights, chunk), jnp.zeros((lines, length)), atol=1e-6)
+
+
+def test_kl_moves_the_model_and_never_its_reference(head):
+    _, weights = tokens_of(3, 2, 9)
+    x, reference = hidden_of(4, 2, 9), hidden_of(5, 2, 9)
+    by_x, by_reference = jax.grad(lambda a, b: token_kl(head, a, b, weights, 4).sum(), (0, 1))(x, reference)
+    assert jnp.abs(by_x).max() > 0
+    chex.assert_trees_all_equal(by_reference, jnp.zeros_like(reference))
+
+
+def test_sums_and_counts_are_those_of_each_group():
+    losses = jnp.array([[1.0, 2.0, 3.0, 4.0]])
+    weights = jnp.array([[1.0, 0.0, 1.0, 1.0]])
+    sums, counts = group_sums(losses, weights, jnp.array([[0, 0, 2, 2]]), 3)
+    chex.assert_trees_all_equal((sums, counts), (jnp.array([1.0, 0, 7]), jnp.array([1.0, 0, 2])))
+
+
+# Packed rows are rows alone -----------------------------------------------------------------------
+
+
+def naive_sum(decoder, tokens, supervised):
+    """The loss of one row alone, without packing, segments, positions or chunks."""
+    hidden, _ = decoder(tokens[None, :-1])
+    log_p = jax.nn.log_softmax(decoder.logits(hidden))[0]
+    return -(jnp.take_along_axis(log_p, tokens[1:, None], 1)[:, 0] * supervised[1:]).sum()
+
+
+@jax.jit
+def packed(decoder, batch):
+    def loss(decoder):
+        hidden, _ = decoder(batch["tokens"], batch["segments"], batch["positions"])
+        losses = token_cross_entropy(decoder, hidden, batch["targets"], batch["weights"], chunk=16)
+        return (losses * batch["weights"]).sum()
+
+    return jax.value_and_grad(loss)(decoder)
+
+
+def total(parts):
+    return jax.tree.map(lambda *leaves: sum(leaves), *parts)
+
+
+@pytest.mark.parametrize("head", [0, 5])
+def test_packed_rows_have_the_loss_and_gradient_of_rows_alone(head):
+    decoder = random_decoder()
+    # Few lengths, so that the naive program is compiled few times.
+    examples = [e for e in random_examples(40, head=head) if len(e.tokens) - head in (6, 9)][:7]
+    assert len({len(e.tokens) for e in examples}) == 2
+    alone = jax.jit(jax.value_and_grad(naive_sum))
+    expected = total([alone(decoder, e.tokens, e.supervised) for e in examples])
+    count = sum(e.supervised.sum() for e in examples)
+    mean = jax.tree.map(lambda leaf: leaf / count, expected)
+    lengths = (1, 14), (2, 14), (1, 70), (3, 33)  # one row a line without a head, ..., all in one line
+    for lines, length in lengths:
+        batches = list(Stream({"a": examples}, lines, length).batches())
+        found = total([packed(decoder, batch) for batch in batches])
+        chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf / count, found), mean, atol=1e-5)
+
+
+# Accumulation -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_batches():
+    """Two batches of each stream, the second with far fewer supervised tokens."""
+    many, few = random_examples(9, seed=1), random_examples(2, seed=2)
+    streams = {name: [next(iter(Stream({"a": rows}, 2, 48).batches())) for rows in (many, few)] for name in "lk"}
+    assert streams["l"][0]["weights"].sum() > 2 * streams["l"][1]["weights"].sum()
+    return {LEARN: streams["l"], KEEP: streams["k"][::-1]}
+
+
+def test_two_micro_batches_are_one_batch_whatever_their_token_counts(two_batches):
+    decoder = random_decoder()
+    vectors = LoRA(rank=2).init(decoder.architecture, jax.random.key(0))
+    vectors = jax.tree.map(lambda leaf: leaf + 0.1, vectors)
+    params = parameters(decoder, vectors=vectors)
+    phase = Phase({"backbone": "freeze", "vectors": "train"})
+    method = descent(Objective(kl_weight=0.7), phase.optimizer(optax.sgd(1.0), params))
+    micro = {name: jax.tree.map(lambda *x: np.stack(x), *pair) for name, pair in two_batches.items()}
+    whole = {name: jax.tree.map(lambda *x: np.concatenate(x)[None], *pair) for name, pair in two_batches.items()}
+    results = []
+    for batch in (micro, whole):
+        trained, frozen = phase.split(jax.tree.map(jnp.copy, params))
+        moved, _, metrics = method.step(trained, method.init(trained), frozen, batch)
+        results.append((moved, metrics))
+    chex.assert_trees_all_close(*results, atol=1e-5)
+    # The mean of the two means, a common mistake, is something else.
+    means = []
+    for batch in zip(*two_batches.values(), strict=True):
+        trained, frozen = phase.split(jax.tree.map(jnp.copy, params))
+        single = {name: jax.tree.map(lambda x: x[None], part) for name, part in zip(two_batches, batch, strict=True)}
+        means.append(method.step(trained, method.init(trained), frozen, single)[2]["loss"])
+    assert abs(sum(means) / 2 - results[0][1]["loss"]) > 1e-3
+
+
+def test_tokens_below_the_floor_give_no_gradient_and_are_still_reported(two_batches):
+    decoder = random_decoder()
+    batch = two_batches[LEARN][0]
+    totals = {LEARN: batch["weights"].sum()}
+
+    def run(floor, weights=batch["weights"]):
+        objective = Objective(floor=floor)
+        given = {LEARN: batch | {"weights": weights}}
+        return jax.value_and_grad(lambda d: objective(parameters(d), given, totals), has_aux=True)(decoder)
+
+    hidden, _ = decoder(batch["tokens"], batch["segments"], batch["positions"])
+    losses = token_cross_entropy(decoder, hidden, batch["targets"], batch["weights"])
+    floor = float(np.median(losses[batch["weights"] > 0]))
+    above = (batch["weights"] * (losses > floor)).astype(np.float32)
+    assert 0 < above.sum() < batch["weights"].sum()
+    (value, metrics), gradient = run(floor)
+    (expected, _), wanted = run(0.0, above)
+    chex.assert_trees_all_close((value, gradient), (expected, wanted), atol=1e-5)
+    chex.assert_trees_all_close(metrics, run(0.0)[0][1], atol=1e-5)
+    (value, _), gradient = run(1e6)
+    assert value == 0
+    chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, decoder))

@@ -1,0 +1,163 @@
+"""Low-rank vectors: unseen when fresh, scaled as said, controlled by norm, mergeable."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from secvec_jax.errors import UserError
+from secvec_jax.model.families import SITES
+from secvec_jax.vectors.lora import LoRA, merge, random_like
+
+
+@pytest.mark.parametrize("targets", [("*",), ("q_proj", "v_proj")])
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_fresh_vectors_change_nothing(tiny_model, logits, tokens, variant, targets):
+    model = tiny_model(variant).model
+    fresh = LoRA(rank=4, targets=targets).init(model.architecture, jax.random.key(0))
+    fresh.check(model.architecture)
+    np.testing.assert_array_equal(logits(model, tokens, guests=(fresh,)), logits(model, tokens))
+
+
+def test_fresh_factors_have_pefts_distribution(tiny_model):
+    architecture = tiny_model("qwen3").model.architecture
+    fresh = LoRA(rank=64).init(architecture, jax.random.key(0))
+    assert set(fresh.factors) == set(SITES)
+    for site, factors in fresh.factors.items():
+        inputs, outputs = architecture.site_shape(site)
+        chex.assert_shape(factors["a"], (2, inputs, 64))
+        chex.assert_shape(factors["b"], (2, 64, outputs))
+        # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(inputs).
+        bound = 1 / math.sqrt(inputs)
+        assert 0.98 * bound < jnp.abs(factors["a"]).max() <= bound
+        np.testing.assert_allclose(factors["a"].std(), bound / math.sqrt(3), rtol=0.05)
+        assert not factors["b"].any()
+    first, second = fresh.factors["q_proj"]["a"], fresh.factors["k_proj"]["a"]
+    assert not jnp.array_equal(first, second) and not jnp.array_equal(first[0], first[1])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "sites"),
+    [
+        (("*",), SITES),
+        (("q_proj",), ("q_proj",)),
+        (("[qv]_proj",), ("q_proj", "v_proj")),
+        (("v_proj", "q_proj"), ("q_proj", "v_proj")),
+        (("?_proj", "down*"), ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")),
+        (("*", "q_proj"), SITES),
+    ],
+)
+def test_patterns_choose_sites(tiny_model, patterns, sites):
+    spec = LoRA(rank=2, targets=patterns)
+    assert spec.sites == tuple(sites)
+    assert set(spec.init(tiny_model("llama").model.architecture, jax.random.key(0)).factors) == set(sites)
+
+
+@pytest.mark.parametrize("pattern", ["attention", "w_proj", "", "Q_PROJ"])
+def test_patterns_that_match_nothing_are_refused(pattern):
+    with pytest.raises(UserError, match=f"'{pattern}' matches nothing: the sites are q_proj"):
+        LoRA(targets=("*", pattern))
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_ranks_below_one_are_refused(rank):
+    with pytest.raises(UserError, match=f"rank is {rank}"):
+        LoRA(rank=rank)
+
+
+def test_no_targets_are_refused():
+    with pytest.raises(UserError, match="target"):
+        LoRA(targets=())
+
+
+@pytest.mark.parametrize(("spec", "scale"), [(LoRA(8, 16.0), 2), (LoRA(16, 8.0), 0.5), (LoRA(16, 8.0, True), 2)])
+def test_scale(spec, scale):
+    assert spec.scale == scale
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_update_is_scale_times_a_b(tiny_model, random_vectors, rslora):
+    model = tiny_model("llama").model
+    vectors = random_vectors(model, rank=4, alpha=6.0, rslora=rslora, targets=("up_proj",))
+    layer = jax.tree.map(lambda leaf: leaf[1], vectors)
+    x, y = jnp.ones((2, 3, 32)), jnp.ones((2, 3, 64))
+    a, b = (np.asarray(vectors.factors["up_proj"][name][1], np.float64) for name in ("a", "b"))
+    scale = 6 / (math.sqrt(4) if rslora else 4)
+    np.testing.assert_allclose(layer.linear("up_proj", x, y), y + scale * np.ones((2, 3, 32)) @ a @ b, rtol=1e-5)
+    np.testing.assert_array_equal(layer.linear("gate_proj", x, y), y)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("variant", ["llama-biases", "qwen2", "qwen3"])
+def test_merged_is_guest(tiny_model, logits, tokens, random_vectors, variant, rslora):
+    model = tiny_model(variant).model
+    for targets in (("*",), ("v_proj", "down_proj")):
+        vectors = random_vectors(model, rank=3, alpha=5.0, rslora=rslora, targets=targets)
+        merged = merge(model.backbone, vectors)
+        chex.assert_trees_all_equal_shapes_and_dtypes(merged, model.backbone)
+        guest = logits(model, tokens, guests=(vectors,))
+        np.testing.assert_allclose(logits(merged, tokens), guest, rtol=0, atol=1e-4)
+        assert np.abs(guest - logits(model, tokens)).max() > 1e-2
+
+
+def test_merging_changes_the_targets_only(tiny_model, random_vectors):
+    model = tiny_model("llama-biases").model
+    before = jax.tree.map(jnp.copy, model.backbone)
+    merged = merge(model.backbone, random_vectors(model, targets=("v_proj",)))
+    chex.assert_trees_all_equal(model.backbone, before)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), merged, model.backbone)
+    assert [jax.tree_util.keystr(p) for p, c in jax.tree_util.tree_leaves_with_path(changed) if c] == [
+        ".layers.v_proj.kernel.value"
+    ]
+
+
+@pytest.mark.parametrize("targets", [("*",), ("q_proj", "down_proj")])
+def test_random_control_has_each_layers_norm_and_nothing_else(tiny_model, random_vectors, targets):
+    model = tiny_model("llama").model
+    vectors = random_vectors(model, rank=4, targets=targets)
+    # Layers of different strength must keep their own.
+    for own in vectors.factors.values():
+        own["b"] = own["b"] * jnp.array([1.0, 7.0])[:, None, None]
+    control = random_like(vectors, jax.random.key(5))
+    assert control.spec == vectors.spec
+    chex.assert_trees_all_equal_shapes_and_dtypes(control, vectors)
+    control.check(model.architecture)
+    for site, own in vectors.factors.items():
+        wanted, found = (np.asarray(f[site]["a"] @ f[site]["b"]) for f in (vectors.factors, control.factors))
+        for layer in range(2):
+            np.testing.assert_allclose(np.linalg.norm(found[layer]), np.linalg.norm(wanted[layer]), rtol=1e-4)
+            cosine = np.vdot(found[layer], wanted[layer]) / np.linalg.norm(wanted[layer]) ** 2
+            assert abs(cosine) < 0.25, "the control resembles the vectors"
+    chex.assert_trees_all_equal(control, random_like(vectors, jax.random.key(5)))
+    other = random_like(vectors, jax.random.key(6))
+    assert all(not jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(control), jax.tree.leaves(other)))
+
+
+def test_random_control_of_fresh_vectors_is_zero(tiny_model, logits, tokens):
+    model = tiny_model("llama").model
+    fresh = LoRA(rank=2).init(model.architecture, jax.random.key(0))
+    control = random_like(fresh, jax.random.key(1))
+    chex.assert_tree_all_finite(control)
+    np.testing.assert_array_equal(logits(model, tokens, guests=(control,)), logits(model, tokens))
+
+
+def test_vectors_of_another_shape_are_refused(tiny_model, random_vectors):
+    vectors = random_vectors(tiny_model("llama").model)
+    vectors.check(tiny_model("llama").model.architecture)
+    for other in (tiny_model("llama-mha"), tiny_model("qwen3"), tiny_model("llama", num_hidden_layers=5)):
+        with pytest.raises(UserError, match="wrong backbone"):
+            vectors.check(other.model.architecture)
+
+
+def test_gradients_reach_the_vectors_alone(tiny_model, tokens, random_vectors):
+    model = tiny_model("llama").model
+
+    def loss(vectors, backbone):
+        return jnp.square(backbone(tokens, guests=(vectors,))[0]).sum()
+
+    gradients = jax.jit(jax.grad(loss))(random_vectors(model, rank=2), model.backbone)
+    assert gradients.spec.rank == 2 and set(gradients.factors) == set(SITES)
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))

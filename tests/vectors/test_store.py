@@ -1,0 +1,285 @@
+"""Files of vectors: bit for bit, bound to their backbone, and the same adapter in PEFT, both ways."""
+
+import copy
+import json
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from secvec_jax.errors import UserError
+from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.store import load_peft, load_vectors, save_peft, save_vectors
+
+_SPECS = [
+    {"rank": 8, "alpha": 16.0},
+    {"rank": 4, "alpha": 3.5, "rslora": True},
+    {"rank": 2, "targets": ("q_proj", "*down*")},
+    {"rank": 1, "rslora": True, "targets": ("o_proj",)},
+]
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model("llama").model
+
+
+@pytest.fixture
+def file(model, random_vectors, tmp_path) -> Path:
+    save_vectors(random_vectors(model, rank=2), tmp_path / "v.safetensors", model)
+    return tmp_path / "v.safetensors"
+
+
+def _rewrite(path: Path, change=lambda arrays: None, **metadata) -> None:
+    """The same file with other arrays or metadata."""
+    with safetensors.safe_open(path, framework="numpy") as opened:
+        given = opened.metadata() | metadata
+    arrays = safetensors.numpy.load_file(path)
+    change(arrays)
+    safetensors.numpy.save_file(arrays, path, metadata={key: value for key, value in given.items() if value})
+
+
+@pytest.mark.parametrize("spec", _SPECS)
+def test_vectors_come_back_bit_for_bit(model, random_vectors, tmp_path, spec):
+    vectors = random_vectors(model, **spec)
+    save_vectors(vectors, tmp_path / "deep/er/v.safetensors", model)
+    again = load_vectors(tmp_path / "deep/er/v.safetensors", model)
+    chex.assert_trees_all_equal(again, vectors)
+    assert again.spec == vectors.spec
+    assert [path.name for path in (tmp_path / "deep/er").iterdir()] == ["v.safetensors"]
+
+
+def test_a_copy_of_the_backbone_is_the_backbone(model, random_vectors, file, tmp_path):
+    from secvec_jax.model import hub
+
+    model.save(tmp_path / "elsewhere")
+    load_vectors(file, hub.load(tmp_path / "elsewhere"))
+
+
+def test_another_backbone_of_the_same_shape_is_refused(file, tiny_model):
+    with pytest.raises(UserError, match="made for another backbone.*train vectors on this model"):
+        load_vectors(file, tiny_model("llama", seed=1).model)
+
+
+def test_a_backbone_that_moved_by_one_bit_is_refused(file, model):
+    def nudge(path, leaf):
+        where = jax.tree_util.keystr(path)
+        return leaf.at[0].set(np.nextafter(leaf[0], np.float32(9))) if where.startswith(".final_norm") else leaf
+
+    moved = jax.tree_util.tree_map_with_path(nudge, model.backbone)
+    with pytest.raises(UserError, match="another backbone"):
+        load_vectors(file, model.with_backbone(moved))
+
+
+@pytest.mark.parametrize("variant", ["llama-mha", "qwen3"])
+def test_another_shape_is_refused(file, tiny_model, variant):
+    with pytest.raises(UserError, match="wrong backbone|another backbone"):
+        load_vectors(file, tiny_model(variant).model)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.99])
+def test_truncated_files_are_refused(file, model, keep):
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else keep])
+    with pytest.raises(UserError, match=r"v\.safetensors is truncated or corrupt"):
+        load_vectors(file, model)
+
+
+def test_a_file_with_a_flipped_bit_is_refused(file, model):
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="was altered after it was written"):
+        load_vectors(file, model)
+
+
+def _spec(**changes) -> str:
+    return json.dumps({"rank": 2, "alpha": 16.0, "rslora": False, "targets": ["*"]} | changes)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"change": lambda arrays: arrays.pop("q_proj.a")},
+        {"change": lambda arrays: [arrays.pop("q_proj.a"), arrays.pop("q_proj.b")]},
+        {"change": lambda arrays: arrays.update({"stranger": np.zeros(3, np.float32)})},
+        {"spec": _spec(alpha=32.0)},
+        {"spec": _spec(rslora=True)},
+        {"spec": "nonsense"},
+        {"spec": None},
+        {"fingerprint": "0" * 64},
+        {"fingerprint": None},
+        {"backbone": None},
+    ],
+    ids=["no A", "no site", "more", "alpha", "rslora", "broken spec", "no spec", "print", "no print", "no backbone"],
+)
+def test_altered_files_are_refused(file, model, harm):
+    _rewrite(file, **harm)
+    with pytest.raises(UserError, match=r"v\.safetensors"):
+        load_vectors(file, model)
+
+
+def test_files_that_hold_no_vectors_are_refused(model, tmp_path):
+    path = tmp_path / "v.safetensors"
+    with pytest.raises(UserError, match="no vectors at .*v.safetensors"):
+        load_vectors(path, model)
+    path.write_text("This is a text file, and a long one at that.")
+    with pytest.raises(UserError, match="truncated or corrupt"):
+        load_vectors(path, model)
+    for metadata in (None, {"format": "pt"}, {"format": "secvec_jax/999"}):
+        safetensors.numpy.save_file({"x": np.zeros(3, np.float32)}, path, metadata=metadata)
+        with pytest.raises(UserError, match="no file of security vectors"):
+            load_vectors(path, model)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read.*PEFT adapter folder"):
+        load_vectors(tmp_path / "empty", model)
+
+
+def test_a_failed_save_leaves_what_was_there(file, model, random_vectors, monkeypatch):
+    before = file.read_bytes()
+
+    def full_disk(arrays, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_vectors(random_vectors(model, seed=9, rank=2), file, model)
+    with pytest.raises(OSError, match="No space left"):
+        save_peft(random_vectors(model, rank=2), file.parent / "peft", model)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("spec", _SPECS)
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_peft_computes_what_the_guest_does(tiny_model, logits, hf_logits, tokens, random_vectors, tmp_path, variant, spec):
+    from peft import PeftModel
+
+    tiny = tiny_model(variant)
+    vectors = random_vectors(tiny.model, **spec)
+    save_peft(vectors, tmp_path / "peft", tiny.model)
+    theirs = hf_logits(PeftModel.from_pretrained(copy.deepcopy(tiny.hf), str(tmp_path / "peft")).eval(), tokens)
+    ours = logits(tiny.model, tokens, guests=(vectors,))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
+
+    again = load_vectors(tmp_path / "peft", tiny.model)
+    chex.assert_trees_all_equal(again.factors, vectors.factors)
+    assert again.spec.scale == vectors.spec.scale and again.spec.sites == vectors.spec.sites
+
+
+def test_a_peft_folder_of_ours_is_bound_to_its_backbone(tiny_model, random_vectors, tmp_path):
+    model = tiny_model("llama").model
+    save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
+    with pytest.raises(UserError, match="made for another backbone"):
+        load_vectors(tmp_path / "peft", tiny_model("llama", seed=1).model)
+
+
+def _peft_adapter(hf, folder: Path, dtype=None, **config):
+    """An adapter that PEFT makes and saves, its B random, and the model that wears it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    worn = get_peft_model(copy.deepcopy(hf), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+    with torch.no_grad():
+        for name, parameter in worn.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+                if dtype is not None:
+                    parameter.copy_(parameter.to(dtype).float())
+    worn.save_pretrained(folder)
+    return worn
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "use_rslora": True},
+        {"r": 2, "lora_alpha": 2, "target_modules": ["gate_proj", "up_proj", "down_proj", "o_proj"]},
+        {"r": 2, "lora_alpha": 4, "target_modules": r".*\.[kq]_proj", "lora_dropout": 0.1},
+    ],
+    ids=["subset", "rslora", "mlp", "regex"],
+)
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_adapters_of_peft_are_read(tiny_model, logits, hf_logits, tokens, tmp_path, variant, config):
+    tiny = tiny_model(variant)
+    worn = _peft_adapter(tiny.hf, tmp_path / "peft", **config)
+    vectors = load_vectors(tmp_path / "peft", tiny.model)
+    ours = logits(tiny.model, tokens, guests=(vectors,))
+    np.testing.assert_allclose(ours, hf_logits(worn, tokens), rtol=0, atol=1e-4)
+    assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
+    assert vectors.spec.rank == config["r"] and isinstance(vectors.spec, LoRA)
+
+
+def test_half_precision_adapters_are_widened(tiny_model, logits, hf_logits, tokens, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tiny = tiny_model("llama")
+    worn = _peft_adapter(tiny.hf, tmp_path / "peft", torch.bfloat16, r=4, target_modules=["q_proj", "up_proj"])
+    path = tmp_path / "peft/adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    vectors = load_peft(tmp_path / "peft", tiny.model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(vectors)} == {np.dtype("float32")}
+    np.testing.assert_allclose(logits(tiny.model, tokens, guests=(vectors,)), hf_logits(worn, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"bias": "lora_only"}, "bias lora_only"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_bias": True}, "lora_bias|lora_B.bias"),
+        ({"layers_to_transform": [0]}, "layers|lacks"),
+        ({"layers_to_transform": [1]}, "layers|no place"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_kinds_of_adapters_are_refused(tiny_model, tmp_path, config, hint):
+    tiny = tiny_model("llama-biases" if "bias" in config else "llama")
+    _peft_adapter(tiny.hf, tmp_path / "peft", **({"r": 2, "target_modules": ["q_proj", "v_proj"]} | config))
+    with pytest.raises(UserError, match=hint):
+        load_vectors(tmp_path / "peft", tiny.model)
+
+
+def test_adapters_of_another_model_are_refused(tiny_model, tmp_path):
+    _peft_adapter(tiny_model("llama").hf, tmp_path / "peft", r=2, target_modules=["q_proj", "v_proj"])
+    for other in ("llama-mha", "qwen3"):
+        with pytest.raises(UserError, match="wrong backbone"):
+            load_vectors(tmp_path / "peft", tiny_model(other).model)
+    with pytest.raises(UserError, match="layers.2.*made for another model"):
+        load_vectors(tmp_path / "peft", tiny_model("llama", num_hidden_layers=3).model)
+    with pytest.raises(UserError, match=r"layers\.1"):
+        load_vectors(tmp_path / "peft", tiny_model("llama", num_hidden_layers=1).model)
+
+
+@pytest.mark.parametrize("harm", ["no weights", "truncated", "broken config", "no rank", "list"])
+def test_damaged_adapter_folders_are_refused(tiny_model, random_vectors, tmp_path, harm):
+    model = tiny_model("llama").model
+    save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
+    config, weights = (tmp_path / "peft" / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    if harm == "no weights":
+        weights.unlink()
+    elif harm == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-50])
+    elif harm == "broken config":
+        config.write_text(config.read_text()[:40])
+    elif harm == "list":
+        config.write_text("[]")
+    else:
+        values = json.loads(config.read_text())
+        config.write_text(json.dumps({key: value for key, value in values.items() if key != "r"}))
+    with pytest.raises(UserError, match=r"peft"):
+        load_vectors(tmp_path / "peft", model)
