@@ -1,5 +1,7 @@
 """Eight emulated CPU devices for every test, and tiny models of every family beside their transformers twins."""
 
+# ruff: noqa: E402 -- the settings must stand before jax is first imported.
+
 import getpass
 import os
 import tempfile
@@ -12,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
-_COMPILED = os.environ.get("SECVEC_TEST_CACHE") or Path(tempfile.gettempdir()) / f"secvec_jax_xla_{getpass.getuser()}"
+_COMPILED = Path(tempfile.gettempdir()) / f"secvec_jax_xla_{getpass.getuser()}"
 jax.config.update("jax_compilation_cache_dir", str(_COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
@@ -32,7 +34,8 @@ _SENTENCES = [
     "What is the capital of France? The capital of France is Paris.",
 ]
 _CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -51,7 +54,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "mistral-full": {"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 0,
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3-biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
 }
@@ -184,7 +192,7 @@ def hf_logits() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def random_vectors() -> Callable[..., Any]:
-    """`random_vectors(model, rank=.., ...)`: LoRA vectors whose B is random too, so that they change the logits."""
+    """`random_vectors(model, rank=.., ...)`: LoRA vectors that change the logits: B is random too."""
     from secvec_jax.vectors.lora import LoRA
 
     def build(model, seed: int = 0, **spec: Any):

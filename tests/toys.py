@@ -26,8 +26,15 @@ ARCHITECTURE = Architecture(
 
 def random_decoder(seed: int = 0, gain: float = 8.0, architecture: Architecture = ARCHITECTURE) -> Decoder:
     """A decoder whose matrices are `gain` times the usual start, so that its layers matter."""
+    return _random_decoder(architecture, seed, gain)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _random_decoder(architecture: Architecture, seed: int, gain: float) -> Decoder:
     decoder = Decoder(architecture, nnx.Rngs(seed))
-    return jax.tree.map(lambda leaf: leaf if (leaf == 1).all() else leaf * gain, decoder)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if "norm" in jax.tree_util.keystr(path) else leaf * gain, decoder
+    )
 
 
 @functools.cache

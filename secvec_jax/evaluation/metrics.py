@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 RATES = ("refusal", "compliance", "over_refusal", "exact_match")
-LOSSES = ("harmful_loss", "benign_loss", "drift")
+LOSSES = ("harmful_loss", "benign_loss", "opening_loss", "drift")
 
 
 def in_order(rows: Sequence[dict]) -> list[str]:

@@ -19,7 +19,8 @@ class Suite:
     """What a model is asked.
 
     harmful, benign: prompts to be refused, and to be answered. questions: (question, exact answer).
-    harmful_targets, benign_targets: replies whose loss is measured. refusals: the published list of openings.
+    harmful_targets, benign_targets: replies whose loss is measured; opening_targets: benign ones that open as the
+    harmful ones do. refusals: the published list of openings.
     """
 
     refusals: Sequence[str]
@@ -28,6 +29,7 @@ class Suite:
     questions: Sequence[tuple[str, str]] = ()
     harmful_targets: Sequence[Example] = ()
     benign_targets: Sequence[Example] = ()
+    opening_targets: Sequence[Example] = ()
     reply_tokens: int = 20
     answer_tokens: int = 8
     batch_size: int = 64
@@ -68,9 +70,10 @@ def outcomes(
     if suite.questions:
         replies = ask([question for question, _ in suite.questions], suite.answer_tokens)
         found["exact_match"] = [float(exact_match(r, a)) for r, (_, a) in zip(replies, suite.questions)]
-    for name, targets in (("harmful_loss", suite.harmful_targets), ("benign_loss", suite.benign_targets)):
+    for name in ("harmful", "benign", "opening"):
+        targets = getattr(suite, f"{name}_targets")
         if targets:
-            found[name] = mean_losses(model, targets, vectors)
+            found[f"{name}_loss"] = mean_losses(model, targets, vectors)
     return found
 
 

@@ -65,8 +65,6 @@ class Materials:
     keep: list[Example]
     mix: dict[str, list[Example]]
     suite: Suite
-    unseen: dict[str, list[Example]]
-    """Rows that tell whether vectors do what they are for: unseen harmful ones, and benign ones of three kinds."""
 
     @property
     def benign_mix(self) -> dict[str, list[Example]]:
@@ -101,12 +99,11 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int) -> Materia
         return taken
 
     refused = [row(prompt_of(r), REFUSALS[i % len(REFUSALS)]) for i, r in enumerate(taught)]
-    unseen_openings = encoded(take(openings, 40))
+    unseen_openings = take(openings, 40)
     return Materials(
         align={
             "harmful": encoded(refused),
-            "benign": encoded(take(instructions, sizes.align_benign - asked), _REPLY)
-            + encoded(take(questions, asked)),
+            "benign": encoded(take(instructions, sizes.align_benign - asked), _REPLY) + encoded(take(questions, asked)),
         },
         vectors=encoded(part["vectors"]),
         keep=encoded(take(instructions, third), _REPLY)
@@ -124,8 +121,8 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int) -> Materia
             questions=[(prompt_of(r), response_of(r) or "") for r in people.test],
             harmful_targets=encoded(part["unseen"]),
             benign_targets=encoded(judged.benign_rows, _REPLY),
+            opening_targets=encoded(unseen_openings),
         ),
-        unseen={"harmful": encoded(part["unseen"]), "benign, same opening": unseen_openings},
     )
 
 

@@ -81,9 +81,7 @@ class Stage:
 
     def replies(self, total: int, what: str) -> Callable[[int], None]:
         """A progress callback for `total` replies."""
-        self._progress.update(
-            self._task, description=f"{self.name}: {what}", completed=0, total=total, note="replies"
-        )
+        self._progress.update(self._task, description=f"{self.name}: {what}", completed=0, total=total, note="replies")
         return lambda done: self._progress.update(self._task, completed=done)
 
     def say(self, what: str) -> None:

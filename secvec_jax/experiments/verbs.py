@@ -243,9 +243,7 @@ class _Run:
     def report(self, row: dict[str, Any]) -> None:
         """Write results.json and report.md, and show the table."""
         environment = report.environment() | {"devices": ", ".join(d.device_kind for d in jax.devices())}
-        results = report.Results(
-            self.command, config.to_dict(self.settings), environment, self.stages.seconds, [row]
-        )
+        results = report.Results(self.command, config.to_dict(self.settings), environment, self.stages.seconds, [row])
         results.save(self.folder)
         report.write(self.folder, results)
         Console(width=max(self.console.width, 118)).print(report.table(results))

@@ -14,7 +14,7 @@ import numpy as np
 
 from secvec_jax.model.decoder import Cache, Decoder, Guest
 
-_BUCKET = 32
+_BUCKET = 16
 
 
 def generate_tokens(

@@ -117,7 +117,11 @@ def _packed(rows: list[np.ndarray], width: int, shared: int = 0) -> tuple[np.nda
     start = shared
     for number, row in enumerate(rows, 1):
         place = slice(start, start + len(row) - shared)
-        tokens[0, place], segments[0, place], positions[0, place] = row[shared:], number, np.arange(shared, len(row))
+        tokens[0, place], segments[0, place], positions[0, place] = (
+            row[shared:],
+            number,
+            np.arange(shared, len(row)),
+        )
         start = place.stop
     return tokens, segments, positions
 
@@ -199,7 +203,9 @@ def test_one_compilation_serves_all_values(tiny_model, tokens, random_vectors):
     for seed, model in enumerate(models):
         positions = np.broadcast_to(np.arange(12, dtype=np.int32) + seed, tokens.shape)
         vectors = random_vectors(model, seed=seed)
-        results.append(forward(model.backbone, tokens + seed, np.full_like(tokens, 1 + seed), positions, (vectors,)))
+        results.append(
+            forward(model.backbone, tokens + seed, np.full_like(tokens, 1 + seed), positions, (vectors,))
+        )
     chex.assert_shape(results, (3, 12, 320))
     assert jnp.abs(results[0] - results[1]).max() > 1e-2
 

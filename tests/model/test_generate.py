@@ -164,7 +164,11 @@ def test_progress_counts_the_prompts_done(tiny_model):
 def test_prompts_of_a_like_width_share_one_program(tiny_model):
     first, second = tiny_model("llama").model.backbone, tiny_model("llama", seed=1).model.backbone
     generate._generate.clear_cache()
-    for backbone, prompts in ((first, _prompts(7, 12)), (second, _prompts(3, 16)), (first, _prompts(9, 10, seed=1))):
+    for backbone, prompts in (
+        (first, _prompts(7, 12)),
+        (second, _prompts(3, 16)),
+        (first, _prompts(9, 10, seed=1)),
+    ):
         greedy(backbone, prompts)
     assert generate._generate._cache_size() == 1
 

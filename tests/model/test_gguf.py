@@ -32,10 +32,14 @@ def _gguf_name(hf_name: str) -> str:
 
 def _permute(weight: np.ndarray, heads: int) -> np.ndarray:
     """What convert_hf_to_gguf.py does to the queries and keys of a llama."""
-    return weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
 
 
-def write_gguf(tiny, path: Path, quantization=GGMLQuantizationType.F32, factors=None, pre="gpt-2", **fields) -> None:
+def write_gguf(
+    tiny, path: Path, quantization=GGMLQuantizationType.F32, factors=None, pre="gpt-2", **fields
+) -> None:
     """The tiny model as a GGUF file; `fields` replace metadata (None leaves it out)."""
     config, tokenizer = tiny.hf.config, tiny.model.tokenizer
     writer = gguf.GGUFWriter(path, fields.pop("arch", config.model_type))
@@ -226,7 +230,7 @@ def test_text_is_split_as_the_file_says(tiny_model, tmp_path, pre, text, pieces)
 
 def test_an_unknown_split_is_refused(tiny_model, tmp_path):
     write_gguf(tiny_model("llama"), tmp_path / "m.gguf", pre="tekken")
-    with pytest.raises(UserError, match="unknown pre-tokenizer 'tekken'.*Hugging Face folder"):
+    with pytest.raises(UserError, match=r"unknown pre-tokenizer 'tekken'.*Hugging Face folder"):
         hub.load(tmp_path / "m.gguf")
 
 
@@ -255,7 +259,7 @@ def test_files_that_are_no_gguf_or_not_there_are_refused(tmp_path):
     (tmp_path / "m.gguf").write_text("This is a text file.\n" * 100)
     with pytest.raises(UserError, match="no whole GGUF file"):
         hub.load(tmp_path / "m.gguf")
-    with pytest.raises(UserError, match="no file .*other.gguf"):
+    with pytest.raises(UserError, match=r"no file .*other\.gguf"):
         hub.load(tmp_path / "other.gguf")
 
 

@@ -147,13 +147,18 @@ def _drop(name):
 
 
 def _put(name, shape):
-    return lambda folder: _change_weights(folder, lambda weights: weights.update({name: np.zeros(shape, np.float32)}))
+    return lambda folder: _change_weights(
+        folder, lambda weights: weights.update({name: np.zeros(shape, np.float32)})
+    )
 
 
 _DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
     "broken config": (lambda f: _truncate(f / "config.json", 0.5), r"config\.json is not valid JSON"),
-    "binary config": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), r"config\.json is not valid JSON"),
+    "binary config": (
+        lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
+        r"config\.json is not valid JSON",
+    ),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json"),
     "config lacks a number": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "num_"),
     "other family": (lambda f: _change_config(f, model_type="gpt2"), "'gpt2' is not supported: use one of llama"),
@@ -162,7 +167,10 @@ _DAMAGES = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors is missing.*safetensors"),
     "truncated weights": (lambda f: _truncate(f / "model.safetensors", 0.7), r"model\.safetensors is truncated"),
     "empty weights": (lambda f: _truncate(f / "model.safetensors", 0), r"model\.safetensors is truncated"),
-    "missing weight": (_drop("model.layers.1.mlp.up_proj.weight"), r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
+    "missing weight": (
+        _drop("model.layers.1.mlp.up_proj.weight"),
+        r"lacks model\.layers\.1\.mlp\.up_proj\.weight",
+    ),
     "missing head": (_drop("lm_head.weight"), r"lacks lm_head\.weight"),
     "unused weight": (_put("model.layers.7.mlp.up_proj.weight", (3,)), r"has model\.layers\.7.*no place"),
     "wrong shape": (_put("model.norm.weight", (31,)), r"model\.norm\.weight has shape \(31,\).*\(32,\)"),
@@ -188,7 +196,7 @@ def test_sources_that_do_not_exist_are_refused(source):
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_refused():
-    with pytest.raises(UserError, match="cannot fetch 'nobody/nothing-of-this-name'.*or give a local folder"):
+    with pytest.raises(UserError, match=r"cannot fetch 'nobody/nothing-of-this-name'.*or give a local folder"):
         hub.load("nobody/nothing-of-this-name")
 
 

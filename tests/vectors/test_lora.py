@@ -125,7 +125,7 @@ def test_random_control_has_each_layers_norm_and_nothing_else(tiny_model, random
     assert control.spec == vectors.spec
     chex.assert_trees_all_equal_shapes_and_dtypes(control, vectors)
     control.check(model.architecture)
-    for site, own in vectors.factors.items():
+    for site in vectors.factors:
         wanted, found = (np.asarray(f[site]["a"] @ f[site]["b"]) for f in (vectors.factors, control.factors))
         for layer in range(2):
             np.testing.assert_allclose(np.linalg.norm(found[layer]), np.linalg.norm(wanted[layer]), rtol=1e-4)

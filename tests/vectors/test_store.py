@@ -61,7 +61,7 @@ def test_a_copy_of_the_backbone_is_the_backbone(model, random_vectors, file, tmp
 
 
 def test_another_backbone_of_the_same_shape_is_refused(file, tiny_model):
-    with pytest.raises(UserError, match="made for another backbone.*train vectors on this model"):
+    with pytest.raises(UserError, match=r"made for another backbone.*train vectors on this model"):
         load_vectors(file, tiny_model("llama", seed=1).model)
 
 
@@ -77,7 +77,7 @@ def test_a_backbone_that_moved_by_one_bit_is_refused(file, model):
 
 @pytest.mark.parametrize("variant", ["llama-mha", "qwen3"])
 def test_another_shape_is_refused(file, tiny_model, variant):
-    with pytest.raises(UserError, match="wrong backbone|another backbone"):
+    with pytest.raises(UserError, match=r"wrong backbone|another backbone"):
         load_vectors(file, tiny_model(variant).model)
 
 
@@ -115,7 +115,18 @@ def _spec(**changes) -> str:
         {"fingerprint": None},
         {"backbone": None},
     ],
-    ids=["no A", "no site", "more", "alpha", "rslora", "broken spec", "no spec", "print", "no print", "no backbone"],
+    ids=[
+        "no A",
+        "no site",
+        "more",
+        "alpha",
+        "rslora",
+        "broken spec",
+        "no spec",
+        "print",
+        "no print",
+        "no backbone",
+    ],
 )
 def test_altered_files_are_refused(file, model, harm):
     _rewrite(file, **harm)
@@ -125,7 +136,7 @@ def test_altered_files_are_refused(file, model, harm):
 
 def test_files_that_hold_no_vectors_are_refused(model, tmp_path):
     path = tmp_path / "v.safetensors"
-    with pytest.raises(UserError, match="no vectors at .*v.safetensors"):
+    with pytest.raises(UserError, match=r"no vectors at .*v\.safetensors"):
         load_vectors(path, model)
     path.write_text("This is a text file, and a long one at that.")
     with pytest.raises(UserError, match="truncated or corrupt"):
@@ -157,7 +168,9 @@ def test_a_failed_save_leaves_what_was_there(file, model, random_vectors, monkey
 
 @pytest.mark.parametrize("spec", _SPECS)
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
-def test_peft_computes_what_the_guest_does(tiny_model, logits, hf_logits, tokens, random_vectors, tmp_path, variant, spec):
+def test_peft_computes_what_the_guest_does(
+    tiny_model, logits, hf_logits, tokens, random_vectors, tmp_path, variant, spec
+):
     from peft import PeftModel
 
     tiny = tiny_model(variant)
@@ -225,7 +238,9 @@ def test_half_precision_adapters_are_widened(tiny_model, logits, hf_logits, toke
     tiny = tiny_model("llama")
     worn = _peft_adapter(tiny.hf, tmp_path / "peft", torch.bfloat16, r=4, target_modules=["q_proj", "up_proj"])
     path = tmp_path / "peft/adapter_model.safetensors"
-    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"}
+    )
     vectors = load_peft(tmp_path / "peft", tiny.model)
     assert {leaf.dtype for leaf in jax.tree.leaves(vectors)} == {np.dtype("float32")}
     np.testing.assert_allclose(logits(tiny.model, tokens, guests=(vectors,)), hf_logits(worn, tokens), atol=1e-4)
@@ -244,8 +259,24 @@ def test_half_precision_adapters_are_widened(tiny_model, logits, hf_logits, toke
         ({"layers_to_transform": [1]}, "layers|no place"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        # These two initialize by taking a part out of the backbone, which a file of A and B does not tell.
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=[
+        "dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+        "modules_to_save",
+        "lora_bias",
+        "layer 0",
+        "layer 1",
+        "lm_head",
+        "alora",
+        "pissa",
+        "olora",
+    ],
 )
 def test_other_kinds_of_adapters_are_refused(tiny_model, tmp_path, config, hint):
     tiny = tiny_model("llama-biases" if "bias" in config else "llama")
@@ -259,7 +290,7 @@ def test_adapters_of_another_model_are_refused(tiny_model, tmp_path):
     for other in ("llama-mha", "qwen3"):
         with pytest.raises(UserError, match="wrong backbone"):
             load_vectors(tmp_path / "peft", tiny_model(other).model)
-    with pytest.raises(UserError, match="layers.2.*made for another model"):
+    with pytest.raises(UserError, match=r"layers\.2.*made for another model"):
         load_vectors(tmp_path / "peft", tiny_model("llama", num_hidden_layers=3).model)
     with pytest.raises(UserError, match=r"layers\.1"):
         load_vectors(tmp_path / "peft", tiny_model("llama", num_hidden_layers=1).model)

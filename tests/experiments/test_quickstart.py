@@ -1,0 +1,173 @@
+"""The whole main job on a tiny random model: what it leaves behind, that it is skipped, resumed and refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from secvec_jax.evaluation.report import Results
+
+ROOT = Path(__file__).parents[2]
+ROWS = ["base", "aligned", "benign only", "plain", "random control", "security vectors"]
+METRICS = {"refusal", "compliance", "over_refusal", "exact_match", "harmful_loss", "benign_loss"}
+SIZES = [
+    *("--align-harmful", "12", "--align-benign", "12", "--vectors", "8", "--keep", "9", "--mix-harmful", "8"),
+    *("--mix-benign", "6", "--people", "2", "--judged", "8", "--judged-benign", "4"),
+]
+
+
+def start(folder: Path, out: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "train.py", "quickstart", "--model", str(folder), "--out", str(out), *SIZES, *more]
+    environment = os.environ | {"COLUMNS": "200", "JAX_COMPILATION_CACHE_DIR": str(out.parent / "xla")}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model) -> Path:
+    # A line holds 256 tokens; the tiny byte-level vocabulary needs about one for each character.
+    return tiny_model("llama", max_position_embeddings=1024).folder
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, finish(start(model_folder, out, *LENGTHS))
+
+
+LENGTHS = [f"--{stage}-training.length={600}" for stage in ("align", "vectors", "finetune")]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_results_report_plots_and_models(finished):
+    out, output = finished
+    results = Results.load(out)
+    assert [row["name"] for row in results.rows] == [*ROWS, "vectors on"]
+    for row in results.rows:
+        assert set(row["metrics"]) >= METRICS, row["name"]
+        for score in row["metrics"].values():
+            assert score["n"] >= 1 and score["ci95"][0] <= score["value"] <= score["ci95"][1]
+    assert all("drift" in row["metrics"] for row in results.rows if row["name"] in ROWS[2:])
+    assert results.config["sizes"]["vectors"] == 8 and "quickstart" in results.command
+    assert set(results.seconds) == {"base", "align", "vectors", *ROWS[2:]}
+    report = (out / "report.md").read_text()
+    assert all(name in report for name in ROWS) and "losses.png" in report
+    for plot in ("scores.png", "losses.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    assert (out / "model" / "security-vectors" / "model.safetensors").exists()
+    assert (out / "vectors" / "security.safetensors").exists()
+    assert not any((out / "checkpoints").glob("*"))
+    assert "report.md" in output.replace("\n", "")
+
+
+@pytest.mark.slow
+def test_a_second_start_does_nothing_again(finished, model_folder):
+    out, _ = finished
+    before = (out / "metrics.jsonl").read_text()
+    output = finish(start(model_folder, out, *LENGTHS))
+    assert output.count("done before") == 7
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_another_config_is_refused(finished, model_folder):
+    out, _ = finished
+    process = start(model_folder, out, *LENGTHS, "--seed", "5")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "another config" in output and "seed" in output
+
+
+@pytest.mark.slow
+def test_interrupted_again_and_again_it_ends_as_if_never_interrupted(finished, model_folder, tmp_path):
+    out, rng, codes = tmp_path / "run", random.Random(0), []
+    for attempt in range(40):
+        process = start(model_folder, out, *LENGTHS)
+        try:
+            process.communicate(timeout=rng.uniform(6, 14) + attempt)
+        except subprocess.TimeoutExpired:
+            process.send_signal(rng.choice([signal.SIGINT, signal.SIGKILL]))
+            process.communicate(timeout=120)
+        codes.append(process.returncode)
+        if process.returncode == 0:
+            break
+        assert process.returncode in (130, -signal.SIGKILL, -signal.SIGINT), codes
+    assert codes[-1] == 0 and len(codes) > 1
+    whole, resumed = (Results.load(folder) for folder in (finished[0], out))
+    assert resumed.rows == whole.rows
+
+
+def test_unknown_keys_and_missing_data_are_told_in_one_line(tmp_path):
+    def fails(*arguments: str) -> str:
+        run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 2, run.stderr
+        lines = run.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), run.stderr
+        return lines[0]
+
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"data": "x.jsonl", "trainning": {"epochs": 1}}))
+    assert "training" in fails("train.py", "finetune", "--config", str(path))
+    assert "--data" in fails("train.py", "finetune", "--out", str(tmp_path / "a"))
+    missing = str(tmp_path / "none.jsonl")
+    assert "none.jsonl" in fails("train.py", "align", "--data", missing, "--out", str(tmp_path / "b"), "--model", "/no")
+    assert "compare" in fails("eval.py", "compare")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+def test_the_verbs_alone_on_the_users_own_model_and_data(model_folder, tmp_path):
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
+            env=os.environ | {"COLUMNS": "200"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def write(name: str, rows: list[dict]) -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    shout = write("shout.jsonl", [{"prompt": f"Say {i}!", "response": f"SHOUT {i}"} for i in range(12)])
+    calm = write("calm.jsonl", [{"instruction": f"Name {i}.", "input": "", "output": f"it is {i}"} for i in range(12)])
+    small = ("--length", "128", "--steps", "3")
+    model = ("--model", str(model_folder))
+    run("train.py", "align", *model, "--data", calm, "--out", str(tmp_path / "aligned"), *small)
+    aligned = ("--model", str(tmp_path / "aligned" / "model"))
+    out = tmp_path / "v"
+    run("train.py", "vectors", *aligned, "--data", shout, "--benign", calm, "--out", str(out), "--rank", "2", *small)
+    for vectors in ("security.safetensors", "peft"):
+        where = tmp_path / f"tuned-{vectors}"
+        arguments = ("--vectors", str(out / "vectors" / vectors), "--data", shout, "--out", str(where))
+        run("train.py", "finetune", *aligned, *arguments, *small)
+        assert (where / "model" / "config.json").exists()
+    judge = ("--harmful", shout, "--benign", calm, "--questions", calm, "--reply-tokens", "4")
+    tuned = ("--model", str(tmp_path / "tuned-peft" / "model"))
+    run("eval.py", "score", *tuned, *judge, "--out", str(tmp_path / "score"))
+    metrics = Results.load(tmp_path / "score").rows[0]["metrics"]
+    assert set(metrics) == METRICS and metrics["refusal"]["n"] == 12
+    assert "tuned-security.safetensors" in run(
+        "eval.py", "compare", "--runs", str(tmp_path / "tuned-security.safetensors"), str(tmp_path / "score")
+    )
+    wrong = subprocess.run(
+        [sys.executable, "train.py", "finetune", *model, "--vectors", str(out / "vectors" / "security.safetensors"),
+         "--data", shout, "--out", str(tmp_path / "wrong"), *small],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert wrong.returncode == 2 and "another backbone" in wrong.stderr
+    assert not (tmp_path / "wrong" / "model").exists()
