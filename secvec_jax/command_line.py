@@ -32,9 +32,7 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _fail(
-            "the disk is full: free some space and give the same command again; nothing half-written is kept"
-        )
+        return _fail("the disk is full: free some space and give the same command again; nothing half-written is kept")
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped: the same command goes on from here")
         return 130
@@ -45,9 +43,7 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _parse(
-    description: str, verbs: dict[str, Verb], arguments: list[str]
-) -> tuple[Any, Callable[[Any, str], Any]]:
+def _parse(description: str, verbs: dict[str, Verb], arguments: list[str]) -> tuple[Any, Callable[[Any, str], Any]]:
     parser = ArgumentParser(description=description, add_option_string_dash_variants=DashVariant.DASH)
     choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     given = _config_of(verbs, arguments)

@@ -153,9 +153,7 @@ def claim_run(settings: Any, folder: str | Path) -> Path:
             theirs = None
         if theirs != mine:
             differing = _first_difference(mine, theirs if isinstance(theirs, dict) else {})
-            raise UserError(
-                f"{folder} holds a run of another config ({differing}): give another --out, or delete it"
-            )
+            raise UserError(f"{folder} holds a run of another config ({differing}): give another --out, or delete it")
     else:
         try:
             save(settings, path)

@@ -23,7 +23,12 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.rename(target, old / "it")
-            os.rename(staging, target)
+            try:
+                os.rename(staging, target)
+            except BaseException:
+                os.rename(old / "it", target)
+                os.rmdir(old)
+                raise
             shutil.rmtree(old)
         else:
             os.rename(staging, target)

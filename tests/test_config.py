@@ -95,7 +95,7 @@ def test_a_misspelled_key_names_the_nearest(data):
 
 
 def test_a_key_like_no_other_lists_all():
-    with pytest.raises(UserError, match="unknown key 'zzz': known are name, seeds, .*phase1"):
+    with pytest.raises(UserError, match=r"unknown key 'zzz': known are name, seeds, .*phase1"):
         from_dict(Recipe, {"zzz": 1})
 
 
@@ -177,12 +177,12 @@ def test_a_file_that_is_no_config_is_named(tmp_path, content, message):
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00\x80", b"a: \x00"])
 def test_a_binary_file_is_named(tmp_path, content):
     (tmp_path / "c.yaml").write_bytes(content)
-    with pytest.raises(UserError, match="c.yaml"):
+    with pytest.raises(UserError, match=r"c\.yaml"):
         load(Training, tmp_path / "c.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot read the config file .*c.yaml.*check --config"):
+    with pytest.raises(UserError, match=r"cannot read the config file .*c.yaml.*check --config"):
         load(Training, tmp_path / "c.yaml")
 
 

@@ -49,7 +49,9 @@ def example(prompt: list[int], reply: list[int]) -> Example:
     return Example(tokens, np.arange(len(tokens)) >= len(prompt))
 
 
-def random_examples(count: int, seed: int = 0, head: int = 0, longest: int = 12, vocabulary: int = 320) -> list[Example]:
+def random_examples(
+    count: int, seed: int = 0, head: int = 0, longest: int = 12, vocabulary: int = 320
+) -> list[Example]:
     """Rows of one reply, of many lengths; the first `head` tokens are the same in all."""
     rng = np.random.default_rng(seed)
     begin = rng.integers(3, vocabulary, head).tolist()

@@ -44,8 +44,7 @@ def response_of(row: Row) -> str | None:
 
 
 ACCEPTED_FORMS = (
-    "a row needs `messages` (a list of role and content), or `prompt` and `response`, "
-    "or `instruction` and `output`"
+    "a row needs `messages` (a list of role and content), or `prompt` and `response`, or `instruction` and `output`"
 )
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "system": "system",

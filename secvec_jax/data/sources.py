@@ -1,9 +1,9 @@
 """A name becomes rows.
 
-    harmful = load_rows("advbench")                              # packaged; read from its archive at run time
-    mine = load_rows("my_rows.jsonl")                            # or .json, .csv, .parquet, a folder
-    theirs = load_rows("openai/gsm8k:main", split="test")        # hub: OWNER/NAME or OWNER/NAME:CONFIG
-    given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
+harmful = load_rows("advbench")                              # packaged; read from its archive at run time
+mine = load_rows("my_rows.jsonl")                            # or .json, .csv, .parquet, a folder
+theirs = load_rows("openai/gsm8k:main", split="test")        # hub: OWNER/NAME or OWNER/NAME:CONFIG
+given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
 """
 
 import csv

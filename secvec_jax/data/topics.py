@@ -1,6 +1,6 @@
 """Parts of a data set that share no topic, so that what is measured on one was not trained on in another.
 
-    parts = split_by_topic(harmful, {"vectors": 100, "unseen": 60}, seed=0)
+parts = split_by_topic(harmful, {"vectors": 100, "unseen": 60}, seed=0)
 """
 
 import random
@@ -83,9 +83,7 @@ def _same_topic(prompt_a: str, words_a: frozenset[str], prompt_b: str, words_b: 
     return prompt_a == prompt_b or (union > 0 and len(words_a & words_b) >= SAME_TOPIC * union)
 
 
-def _deal(
-    clusters: list[list[Row]], sizes: dict[str, int], spare: int, rng: random.Random
-) -> dict[str, list[Row]]:
+def _deal(clusters: list[list[Row]], sizes: dict[str, int], spare: int, rng: random.Random) -> dict[str, list[Row]]:
     capacity: dict[str | None, int] = {**sizes, None: spare}  # None: dealt out, but to no part
     dealt: dict[str | None, list[Row]] = {name: [] for name in capacity}
     for cluster in sorted(rng.sample(clusters, len(clusters)), key=len, reverse=True):

@@ -24,9 +24,7 @@ class Schedule(Protocol):
     inner_learning_rate: float
 
 
-def min_min(
-    params: Tree, loss: Loss, outer: optax.GradientTransformation, schedule: Schedule
-) -> tuple[Phase, Method]:
+def min_min(params: Tree, loss: Loss, outer: optax.GradientTransformation, schedule: Schedule) -> tuple[Phase, Method]:
     """The phase that trains the copy and the vectors, and the method that moves one of them a step.
 
     outer: the optimizer of the vectors; the copy moves by SGD. Of every `inner_steps + 1` steps the last is the

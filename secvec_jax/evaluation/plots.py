@@ -74,9 +74,7 @@ def plot_scores(rows: Sequence[dict], colors: Mapping[str, str]) -> Figure | Non
 def plot_losses(curves: Curves, colors: Mapping[str, str]) -> Figure | None:
     """Two panels, harmful and benign; every measured point lightly, and its moving average."""
     kinds = ("harmful", "benign")
-    points = {
-        kind: {name: _positive(curve.get(kind, ())) for name, curve in curves.items()} for kind in kinds
-    }
+    points = {kind: {name: _positive(curve.get(kind, ())) for name, curve in curves.items()} for kind in kinds}
     if not any(len(curve) for panel in points.values() for curve in panel.values()):
         return None
     figure = _figure()
@@ -133,9 +131,7 @@ def _dress(figure: Figure, panels: Iterable) -> None:
         axes.set_axisbelow(True)
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             legend.setdefault(name, handle)
-    figure.legend(
-        legend.values(), legend.keys(), loc="outside lower center", frameon=False, ncols=min(6, len(legend))
-    )
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", frameon=False, ncols=min(6, len(legend)))
 
 
 def png(figure: Figure) -> bytes:

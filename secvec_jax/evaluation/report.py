@@ -205,9 +205,7 @@ def _terminal_table(labeled: list[tuple[str, dict]], show_run: bool = False) -> 
     return view
 
 
-def _columns(
-    rows: Sequence[dict], intervals: Sequence[str] | None = None
-) -> list[tuple[str, str, list[str]]]:
+def _columns(rows: Sequence[dict], intervals: Sequence[str] | None = None) -> list[tuple[str, str, list[str]]]:
     """Each metric with its shared "n=..." (or "") and its cells; `intervals` limits who shows them."""
     columns = []
     for metric in in_order(rows):

@@ -68,8 +68,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0, res
     first, second = _sample(a), _sample(b)
     if len(first) != len(second):
         raise UserError(
-            f"paired scores differ in length ({len(first)} and {len(second)}): "
-            "score both models on the same prompts"
+            f"paired scores differ in length ({len(first)} and {len(second)}): score both models on the same prompts"
         )
     binary = _binary(first) and _binary(second)
     return _interval(first - second, seed, resamples, bounds=(-1.0, 1.0) if binary else None)

@@ -85,8 +85,16 @@ FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2
 def from_hf_config(config: dict[str, Any]) -> Architecture:
     """The architecture that a Hugging Face config.json describes, old and new (transformers 5) spellings.
 
-    Raises UserError for a family, rope scaling, activation or window layout that the decoder does not have.
+    Raises UserError for a family, rope scaling, activation or window layout that the decoder does not have,
+    and for missing or malformed entries.
     """
+    try:
+        return _from_hf_config(config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"config.json lacks or misstates {error}: fetch the model again") from error
+
+
+def _from_hf_config(config: dict[str, Any]) -> Architecture:
     family = config.get("model_type", "")
     if family not in FAMILIES:
         raise UserError(f"model family {family or 'unknown'!r} is not supported: use one of {', '.join(FAMILIES)}")
@@ -140,10 +148,11 @@ def _window(config: dict[str, Any], family: str) -> int | None:
     if family == "llama" or not config.get("use_sliding_window", family == "mistral"):
         return None
     kinds = set(config.get("layer_types") or ["sliding_attention"])
-    if len(kinds) > 1 or config.get("max_window_layers", 0) not in (0, config["num_hidden_layers"]):
-        raise UserError(
-            "layers that mix sliding and full attention are not supported: set use_sliding_window=false"
-        )
+    if "layer_types" not in config and family != "mistral":
+        first, layers = config.get("max_window_layers", 28), config["num_hidden_layers"]
+        kinds = {"sliding_attention" if i >= first else "full_attention" for i in range(layers)}
+    if len(kinds) > 1:
+        raise UserError("layers that mix sliding and full attention are not supported: set use_sliding_window=false")
     return config.get("sliding_window") if kinds == {"sliding_attention"} else None
 
 

@@ -49,7 +49,9 @@ def generate_tokens(
         width = -(-len(tails[chosen[-1]]) // _BUCKET) * _BUCKET
         tokens, segments = _left_padded([tails[i] for i in chosen], batch_size, width)
         key = jax.random.fold_in(jax.random.key(seed), start)
-        written = np.asarray(run(decoder, guests, jnp.asarray(head)[None], tokens, segments, key))
+        written = np.asarray(
+            run(decoder, guests, jnp.asarray(head)[None], tokens, segments, np.arange(batch_size) >= len(chosen), key)
+        )
         for i, row in zip(chosen, written):
             ends = np.flatnonzero(row == stop)
             replies[i] = row[: ends[0] if len(ends) else None].tolist()
@@ -74,7 +76,7 @@ def _left_padded(tails: Sequence[np.ndarray], rows: int, width: int) -> tuple[np
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "stop", "temperature", "dtype"))
-def _generate(decoder, guests, head, tokens, segments, key, *, max_new_tokens, stop, temperature, dtype):
+def _generate(decoder, guests, head, tokens, segments, done, key, *, max_new_tokens, stop, temperature, dtype):
     """Replies `[B, max_new_tokens]`, filled up with `stop`, for the tails `[B, T]` of prompts that share `head`."""
     forward = partial(decoder, guests=guests, dtype=dtype)
     cache = _shared_cache(forward, head, len(tokens), head.shape[1] + tokens.shape[1] + max_new_tokens, decoder)
@@ -102,7 +104,6 @@ def _generate(decoder, guests, head, tokens, segments, key, *, max_new_tokens, s
 
     cache, logits = advance(cache, tokens, segments, positions)
     replies = jnp.full((len(tokens), max_new_tokens), stop, jnp.int32)
-    done = segments.sum(axis=1) == 0
     state = (jnp.int32(0), cache, positions[:, -1], logits, replies, done)
     return jax.lax.while_loop(unfinished, write, state)[-2]
 

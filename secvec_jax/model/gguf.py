@@ -56,6 +56,16 @@ class GGUF:
         if kind not in ("llama", "qwen2", "qwen3"):
             raise UserError(f"{self.path} holds a {kind!r} model: supported are llama (mistral), qwen2 and qwen3")
         heads = value("attention.head_count")
+        for key in (
+            "embedding_length",
+            "feed_forward_length",
+            "block_count",
+            "context_length",
+            "attention.head_count",
+            "attention.layer_norm_rms_epsilon",
+        ):
+            if value(key) is None:
+                raise UserError(f"{self.path} lacks {kind}.{key}: convert the model to GGUF anew")
         architecture = from_hf_config(
             {
                 "model_type": kind,
@@ -128,8 +138,11 @@ class GGUF:
             )
         tokens = self.field("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ", 1)) for merge in self.field("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-        tokenizer.pre_tokenizer = _pre_tokenizer(self.field("tokenizer.ggml.pre", "default"), self.path)
+        pre = self.field("tokenizer.ggml.pre", "default")
+        # Llama 3 takes a whole word that is in the vocabulary, even if no merges lead to it.
+        bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe")
+        tokenizer = Tokenizer(bpe)
+        tokenizer.pre_tokenizer = _pre_tokenizer(pre, self.path)
         tokenizer.decoder = decoders.ByteLevel()
         # llama.cpp's token types: 3 is a control token, 4 one that the user added.
         for token, kind in zip(tokens, self.field("tokenizer.ggml.token_type")):

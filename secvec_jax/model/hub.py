@@ -57,9 +57,7 @@ class Model:
         """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all."""
         with whole_folder(folder) as staging:
             self.tokenizer.save_pretrained(staging)
-            ids = {
-                f"{role}_token_id": getattr(self.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")
-            }
+            ids = {f"{role}_token_id": getattr(self.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
             config = to_hf_config(self.architecture, ids)
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             (staging / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
@@ -108,8 +106,7 @@ def _snapshot(source: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"cannot fetch {source!r} from the hub ({reason}): check the name and the network, "
-            "or give a local folder"
+            f"cannot fetch {source!r} from the hub ({reason}): check the name and the network, or give a local folder"
         ) from error
 
 
@@ -141,7 +138,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: --model needs a whole Hugging Face folder") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch the model again") from error
 
 
@@ -150,7 +147,11 @@ def _open_safetensors(folder: Path) -> tuple[Callable[[str], np.ndarray], set[st
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    files = ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        if not files:
+            raise UserError(f"{index} has no weight_map: fetch the model again")
     where: dict[str, Any] = {}
     for file in files:
         try:
@@ -170,9 +171,7 @@ def _assemble(
     """The decoder filled from a checkpoint. Raises UserError for missing, unused or misshapen weights."""
     names = weight_names(architecture)
     needed = {hf for name in names.values() for hf in _members(name, architecture)}
-    redundant = {
-        n for n in present if n.endswith(_REDUNDANT) or (n == "lm_head.weight" and architecture.tied_head)
-    }
+    redundant = {n for n in present if n.endswith(_REDUNDANT) or (n == "lm_head.weight" and architecture.tied_head)}
     missing, unused = sorted(needed - present), sorted(present - needed - redundant)
     if missing or unused:
         problem = f"lacks {missing[0]}" if missing else f"has {unused[0]}, which the model has no place for"

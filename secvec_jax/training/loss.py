@@ -35,9 +35,7 @@ def token_cross_entropy(
     return _over_supervised(loss, weights, chunk, hidden, targets)
 
 
-def token_kl(
-    head: Head, hidden: jax.Array, reference: jax.Array, weights: jax.Array, chunk: int = CHUNK
-) -> jax.Array:
+def token_kl(head: Head, hidden: jax.Array, reference: jax.Array, weights: jax.Array, chunk: int = CHUNK) -> jax.Array:
     """KL(p || p_ref) of the next-token distributions at each supervised token, 0 elsewhere, `[B, T]`.
 
     hidden and reference `[B, T, D]`: hidden states of the model as it is and of the one to stay close to.
@@ -52,17 +50,13 @@ def token_kl(
     return _over_supervised(loss, weights, chunk, hidden, jax.lax.stop_gradient(reference))
 
 
-def group_sums(
-    losses: jax.Array, weights: jax.Array, groups: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array]:
+def group_sums(losses: jax.Array, weights: jax.Array, groups: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The sum of losses and of weights in each of `count` groups, `[count]` each."""
     member = jax.nn.one_hot(groups, count, dtype=jnp.float32)
     return jnp.einsum("bt,btg->g", losses * weights, member), jnp.einsum("bt,btg->g", weights, member)
 
 
-def _over_supervised(
-    loss: Callable[..., jax.Array], weights: jax.Array, chunk: int, *arrays: jax.Array
-) -> jax.Array:
+def _over_supervised(loss: Callable[..., jax.Array], weights: jax.Array, chunk: int, *arrays: jax.Array) -> jax.Array:
     size = weights.size
     flat = weights.reshape(size) > 0
     order = jnp.argsort(~flat, stable=True)

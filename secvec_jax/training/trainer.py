@@ -51,10 +51,10 @@ def fit(
 ) -> Tree:
     """The parameters after `steps` steps of `phase`; `params` themselves stay as they are.
 
-    method: how the trained part moves, as `training.step.descent` makes it. streams: name -> stream of batches; each step takes `accumulate` batches of each. on_step is
-    called once for every step, counted from 1, while a later one runs; after a resume it starts behind the
-    checkpoint. until(metrics) ends the training one step after it holds. Raises UserError if the loss is not finite; the last
-    good checkpoint is kept.
+    method: how the trained part moves, as `training.step.descent` makes it. streams: name -> stream of batches;
+    each step takes `accumulate` batches of each. on_step is called once for every step, counted from 1, while a
+    later one runs; after a resume it starts behind the checkpoint. until(metrics) ends the training one step after
+    it holds. Raises UserError if the loss is not finite; the last good checkpoint is kept.
     """
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
@@ -63,19 +63,22 @@ def fit(
         if store is not None:
             run = store.restore(run)
         pending: dict[str, Any] = {}
+        ending: Any = False
         while run.step < steps:
             batch = {name: _micro_batches(batches, accumulate) for name, batches in run.data.items()}
             run.trained, run.state, metrics = method.step(run.trained, run.state, frozen, batch)
             run.step += 1
             # One step behind, so that the device never waits for a number to be read.
-            if pending and until(_report(pending, run.step - 1, steps, on_step)):
+            ending = ending or (pending and until(_report(pending, run.step - 1, steps, on_step)))
+            if ending:
+                _report(metrics, run.step, steps, on_step)
                 break
             pending = metrics
             due = store is not None and store.due()
             if due or interrupted() or run.step == steps:
-                _report(pending, run.step, steps, on_step)
+                ending = until(_report(pending, run.step, steps, on_step))
                 pending = {}
-                if store is not None and run.step < steps:
+                if store is not None and run.step < steps and not ending:  # or a resumed run would not end
                     store.save(run)
                 if interrupted():
                     raise KeyboardInterrupt

@@ -36,6 +36,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"rank is {self.rank}: give a LoRA rank of at least 1")
+        if not self.targets:
+            raise UserError('no targets: give at least one pattern, "*" for all linear maps')
         for pattern in self.targets:
             if not fnmatch.filter(SITES, pattern):
                 raise UserError(f"target pattern {pattern!r} matches nothing: the sites are {', '.join(SITES)}")
@@ -85,9 +87,7 @@ class LoRAVectors:
                         (architecture.num_layers, self.spec.rank, outputs))  # fmt: skip
             found = (factors["a"].shape, factors["b"].shape)
             if found != expected:
-                raise UserError(
-                    f"vectors at {site} have shapes {found}, the model needs {expected}: wrong backbone"
-                )
+                raise UserError(f"vectors at {site} have shapes {found}, the model needs {expected}: wrong backbone")
 
 
 def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:

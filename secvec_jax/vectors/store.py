@@ -27,16 +27,14 @@ def save_vectors(vectors: LoRAVectors, path: str | Path, model: Model) -> None:
     """Write one safetensors file with the vectors, their shape, and the fingerprint of the model's backbone."""
     from safetensors.numpy import save_file
 
-    arrays = {
-        f"{s}.{name}": np.asarray(v) for s, factors in vectors.factors.items() for name, v in factors.items()
-    }
+    arrays = {f"{s}.{name}": np.asarray(v) for s, factors in vectors.factors.items() for name, v in factors.items()}
     metadata = {
         "format": _FORMAT,
         "kind": "lora",
         "spec": json.dumps(dataclasses.asdict(vectors.spec)),
         "backbone": model.fingerprint,
         "backbone_name": model.name,
-        "fingerprint": fingerprint(vectors),
+        "fingerprint": _fingerprint(vectors),
     }
     with whole_file(path) as staging:
         save_file(arrays, staging, metadata=metadata)
@@ -55,19 +53,26 @@ def load_vectors(path: str | Path, model: Model) -> LoRAVectors:
         raise UserError(
             f"{path} is no file of security vectors: give one that train.py vectors wrote, or a PEFT folder"
         )
-    factors: dict[str, dict[str, jax.Array]] = {}
-    for key, array in arrays.items():
-        site, name = key.split(".")
-        factors.setdefault(site, {})[name] = jnp.asarray(array)
-    spec = json.loads(metadata["spec"])
-    vectors = LoRAVectors(factors, LoRA(**spec | {"targets": tuple(spec["targets"])}))
-    if fingerprint(vectors) != metadata["fingerprint"]:
-        raise UserError(
-            f"{path} was altered after it was written: its fingerprint differs; train the vectors anew"
-        )
+    try:
+        factors: dict[str, dict[str, jax.Array]] = {}
+        for key, array in arrays.items():
+            site, name = key.split(".")
+            factors.setdefault(site, {})[name] = jnp.asarray(array)
+        spec = json.loads(metadata["spec"])
+        vectors = LoRAVectors(factors, LoRA(**spec | {"targets": tuple(spec["targets"])}))
+        whole = "backbone" in metadata and _fingerprint(vectors) == metadata["fingerprint"]
+    except (ValueError, KeyError, TypeError):  # UserError and JSONDecodeError are ValueErrors
+        whole = False
+    if not whole:
+        raise UserError(f"{path} was altered after it was written: its fingerprint differs; train the vectors anew")
     vectors.check(model.architecture)
     _check_backbone(metadata, model, path)
     return vectors
+
+
+def _fingerprint(vectors: LoRAVectors) -> str:
+    """Of the factors and of what scales them."""
+    return fingerprint((vectors, np.float64(vectors.spec.scale)))
 
 
 def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model) -> None:
@@ -105,7 +110,9 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     folder = Path(folder)
     try:
         config = json.loads((folder / _PEFT_CONFIG).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(config, dict) or not {"r", "lora_alpha"} <= set(config):
+            raise ValueError("r or lora_alpha is missing")
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / _PEFT_CONFIG} cannot be read ({error}): give a PEFT adapter folder") from error
     _check_peft_kind(config, folder)
     metadata, tensors = _read(folder / _PEFT_WEIGHTS)
@@ -130,10 +137,15 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     return vectors
 
 
+_PEFT_UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "modules_to_save",
+                     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+                     "layer_replication")  # fmt: skip
+
+
 def _check_peft_kind(config: dict, folder: Path) -> None:
-    unsupported = [
-        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)
-    ]
+    unsupported = [key for key in _PEFT_UNSUPPORTED if config.get(key)]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        unsupported.append("init_lora_weights")  # pissa, olora, ... take their start out of the backbone
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
         raise UserError(f"{folder} is no plain LoRA adapter ({what}): train one without these")

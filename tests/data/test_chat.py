@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from tests.conftest import build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secvec_jax.data.chat import encode, prompt_tokens
 from secvec_jax.errors import UserError
+from tests.conftest import build_tokenizer
 
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
@@ -95,7 +95,7 @@ def test_a_template_that_marks_generations_gives_the_same_mask(tokenizer, templa
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters(templated):
-    with pytest.raises(UserError, match="rewrites earlier turns.*generation"):
+    with pytest.raises(UserError, match=r"rewrites earlier turns.*generation"):
         encode(templated(REWRITING), conversation(("a", "b"), ("c", "d")), LONG)
     assert encode(templated(REWRITING), conversation(("a", "b")), LONG).supervised.any()
 
@@ -108,7 +108,7 @@ def test_a_tokenizer_without_a_template_is_refused(templated):
 
 def test_a_conversation_without_a_reply_is_refused(tokenizer, templated):
     for any_tokenizer in (tokenizer, templated(MARKED)):
-        with pytest.raises(UserError, match="no assistant turn.*every row needs an answer"):
+        with pytest.raises(UserError, match=r"no assistant turn.*every row needs an answer"):
             encode(any_tokenizer, [{"role": "user", "content": "Hello"}], LONG)
 
 
@@ -119,7 +119,7 @@ def test_replies_are_cut_and_prompts_are_not(tokenizer, limit):
     whole = encode(tokenizer, turns, LONG)
     prompt = int(whole.supervised.argmax())
     if limit <= prompt:
-        with pytest.raises(UserError, match=f"prompt has {prompt} tokens.*maximum length is {limit}.*raise --length"):
+        with pytest.raises(UserError, match=f"prompt has {prompt} tokens.*maximum length is {limit}"):
             encode(tokenizer, turns, limit)
     else:
         cut = encode(tokenizer, turns, limit)

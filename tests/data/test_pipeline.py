@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.toys import example, random_examples
 
 from secvec_jax.batch import SHARED
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.errors import UserError
+from tests.toys import example, random_examples
 
 few = settings(max_examples=25, deadline=None)
 KEYS = ("tokens", "targets", "weights", "groups", "segments", "positions")
@@ -177,7 +177,7 @@ def test_an_endless_stream_goes_on_and_has_no_count():
 
 @pytest.mark.parametrize("groups", [{}, {"a": []}, {"a": [], "b": []}])
 def test_no_rows_are_refused(groups):
-    with pytest.raises(UserError, match="no rows to train on.*check --data"):
+    with pytest.raises(UserError, match=r"no rows to train on.*check --data"):
         Stream(groups, lines=1, length=8)
 
 

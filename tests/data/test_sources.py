@@ -140,7 +140,7 @@ def test_rows_in_memory():
 
 @pytest.mark.parametrize("unanswered", [{"prompt": "b"}, {"prompt": "b", "response": " "}])
 def test_a_missing_answer_is_told_by_its_row(unanswered):
-    with pytest.raises(UserError, match="data, row 3 has no answer.*needs_answer=False"):
+    with pytest.raises(UserError, match=r"data, row 3 has no answer.*needs_answer=False"):
         as_rows([*RECORDS, unanswered])
 
 
@@ -226,7 +226,7 @@ def test_a_bad_file_is_named(tmp_path, filename, content, message):
 @pytest.mark.parametrize("source", ["advbnch", "missing.jsonl", "folder/missing.csv"])
 def test_an_unknown_name_lists_the_packaged_ones(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="advbench, harmbench.*OWNER/NAME"):
+    with pytest.raises(UserError, match=r"advbench, harmbench.*OWNER/NAME"):
         load_rows(source)
 
 
@@ -235,7 +235,7 @@ def test_an_unreadable_file_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     _write(path, RECORDS)
     path.chmod(0)
-    with pytest.raises(UserError, match="cannot read .*rows.jsonl"):
+    with pytest.raises(UserError, match=r"cannot read .*rows.jsonl"):
         load_rows(str(path))
 
 
@@ -264,7 +264,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match="cannot load 'owner/name', split 'train'.*local file") as caught:
+    with pytest.raises(UserError, match=r"cannot load 'owner/name', split 'train'.*local file") as caught:
         load_rows("owner/name")
     assert "\n" not in str(caught.value)
 

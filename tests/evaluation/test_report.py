@@ -118,7 +118,7 @@ class TestFile:
     @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", "\xff\xfe", '{"command": NaN}'])
     def test_malformed_json_is_refused(self, tmp_path, text):
         (tmp_path / "results.json").write_bytes(text.encode("latin-1"))
-        with pytest.raises(UserError, match="results.json"):
+        with pytest.raises(UserError, match=r"results\.json"):
             report.Results.load(tmp_path)
 
     @pytest.mark.parametrize(

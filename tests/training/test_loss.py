@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.toys import random_decoder, random_examples
 
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
@@ -17,6 +16,7 @@ from secvec_jax.training.objective import KEEP, LEARN, Objective, parameters
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import descent
 from secvec_jax.vectors.lora import LoRA
+from tests.toys import random_decoder, random_examples
 
 VOCABULARY, WIDTH = 11, 6
 
@@ -71,7 +71,8 @@ def both(one, other, head, hidden, coefficients):
     @jax.jit
     def run(head, hidden):
         def results(loss):
-            return loss(head, hidden), jax.grad(lambda h, x: (loss(h, x) * coefficients).sum(), (0, 1))(head, hidden)
+            weighted = jax.grad(lambda h, x: (loss(h, x) * coefficients).sum(), (0, 1))
+            return loss(head, hidden), weighted(head, hidden)
 
         return results(one), results(other)
 
@@ -198,7 +199,8 @@ def test_two_micro_batches_are_one_batch_whatever_their_token_counts(two_batches
     means = []
     for batch in zip(*two_batches.values(), strict=True):
         trained, frozen = phase.split(jax.tree.map(jnp.copy, params))
-        single = {name: jax.tree.map(lambda x: x[None], part) for name, part in zip(two_batches, batch, strict=True)}
+        named = zip(two_batches, batch, strict=True)
+        single = {name: jax.tree.map(lambda x: x[None], part) for name, part in named}
         means.append(method.step(trained, method.init(trained), frozen, single)[2]["loss"])
     assert abs(sum(means) / 2 - results[0][1]["loss"]) > 1e-3
 

@@ -8,7 +8,6 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.toys import ARCHITECTURE, random_decoder, random_examples
 
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
@@ -18,6 +17,7 @@ from secvec_jax.training.phase import Phase, merge
 from secvec_jax.training.step import descent
 from secvec_jax.trees import num_parameters
 from secvec_jax.vectors.lora import LoRA
+from tests.toys import ARCHITECTURE, random_decoder, random_examples
 
 PHASES = {
     "phase 1": Phase({"backbone": "freeze", "vectors": "train"}),

@@ -1,0 +1,297 @@
+"""A run that is stopped at any moment and started again ends as one that never was."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from secvec_jax.errors import UserError
+from secvec_jax.training.step import Method
+from secvec_jax.training.trainer import Checkpoints, fit
+from secvec_jax.trees import fingerprint
+from tests.training.tiny_fit import PHASE, STEPS, make_method, make_streams, parameters, spied
+
+ROOT = Path(__file__).parents[2]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def method():
+    return make_method()
+
+
+def run(method, *, folder=None, every=0.0, stop_at=None, streams=None, **options):
+    """(fingerprint, steps reported, batches seen); the fingerprint is None for a run that was stopped."""
+    reported, batches = [], []
+
+    def on_step(step, steps, metrics):
+        if step == stop_at:
+            raise Stop
+        assert steps == options.get("steps", STEPS)
+        reported.append((step, metrics["loss"]))
+
+    checkpoints = None if folder is None else Checkpoints(folder, every_seconds=every)
+    options = {"steps": STEPS} | options
+    try:
+        after = fit(
+            parameters(),
+            PHASE,
+            spied(method, batches),
+            streams or make_streams(),
+            checkpoints=checkpoints,
+            on_step=on_step,
+            **options,
+        )
+    except Stop:
+        return None, reported, batches
+    return fingerprint(after), reported, batches
+
+
+@pytest.fixture(scope="module")
+def whole(method):
+    """A run that was never stopped and never saved."""
+    return run(method)
+
+
+def test_every_step_is_reported_once_with_its_loss(whole):
+    _, reported, batches = whole
+    assert [step for step, _ in reported] == list(range(1, STEPS + 1))
+    assert len(batches) == STEPS == len(set(batches))
+    assert reported[-1][1] < 0.9 * reported[0][1]
+
+
+def test_parameters_in_the_callers_hands_stay_as_they_are(method):
+    params = parameters()
+    before = fingerprint(params)
+    after = fit(params, PHASE, method, make_streams(), steps=3)
+    assert fingerprint(params) == before != fingerprint(after)
+    assert fingerprint(params["backbone"]) == fingerprint(after["backbone"])
+
+
+def test_saving_changes_nothing(method, whole, tmp_path):
+    assert run(method, folder=tmp_path) == whole
+
+
+@pytest.mark.parametrize("stops", [[1], [2], [7], [STEPS], [3, 4, 9], [5, 5, 5], [11, 12, 12]])
+def test_a_stopped_run_ends_as_if_never_stopped(method, whole, tmp_path, stops):
+    fingerprint_of_whole, all_reported, all_batches = whole
+    for stop_at in stops:
+        result, reported, batches = run(method, folder=tmp_path, stop_at=stop_at)
+        assert result is None
+        first = all_batches.index(batches[0])  # the data goes on where it was
+        assert batches == all_batches[first : first + len(batches)]
+        assert reported == all_reported[first : first + len(reported)]
+    result, reported, batches = run(method, folder=tmp_path)
+    assert result == fingerprint_of_whole
+    assert batches == all_batches[-len(batches) :]
+    assert reported == all_reported[-len(batches) :]
+    if max(stops) > 2:
+        assert len(batches) < STEPS, "nothing was resumed"
+
+
+def test_without_a_checkpoint_in_time_a_run_starts_anew(method, whole, tmp_path):
+    assert run(method, folder=tmp_path, every=3600, stop_at=8)[0] is None
+    assert run(method, folder=tmp_path, every=3600) == whole
+
+
+def test_only_as_many_checkpoints_are_kept_as_asked(method, tmp_path):
+    run(method, folder=tmp_path, stop_at=9)
+    assert len([item for item in tmp_path.iterdir() if item.is_dir()]) == 1
+
+
+def test_accumulation_takes_as_many_batches_a_step_and_resumes(method, tmp_path):
+    whole = run(method, accumulate=3)
+    assert run(method, folder=tmp_path, stop_at=6, accumulate=3)[0] is None
+    assert run(method, folder=tmp_path, accumulate=3)[0] == whole[0] != run(method)[0]
+
+
+# Ends ---------------------------------------------------------------------------------------------
+
+
+def test_until_ends_a_run_one_step_after_it_holds(method, whole, tmp_path):
+    losses = [value for _, value in whole[1]]
+    target = next(i for i in range(3, STEPS - 3) if losses[i] < min(losses[:i]))
+
+    def until(metrics):
+        return metrics["loss"] <= losses[target]
+
+    result, reported, batches = run(method, until=until)
+    assert len(batches) == len(reported) == target + 2
+    assert result == run(method, steps=target + 2)[0]
+    # Checkpoints and stops do not move the end.
+    assert run(method, until=until, folder=tmp_path / "saved")[0] == result
+    for stop_at in (target, target + 1, target + 2):
+        folder = tmp_path / str(stop_at)
+        assert run(method, until=until, folder=folder, stop_at=stop_at)[0] is None
+        assert run(method, until=until, folder=folder)[0] == result
+
+
+def failing(method: Method, at: int, name: str) -> Method:
+    """The method, whose `name` is not a number from its step `at` on."""
+    calls = []
+
+    def step(trained, state, frozen, batch):
+        calls.append(None)
+        trained, state, metrics = method.step(trained, state, frozen, batch)
+        return trained, state, metrics | ({name: jnp.float32(jnp.nan)} if len(calls) >= at else {})
+
+    return Method(method.init, step)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("at", [1, 5, STEPS])
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(method, whole, tmp_path, at, name):
+    with pytest.raises(UserError, match=f"at step {at}: lower the learning rate; the last good"):
+        run(failing(method, at, name), folder=tmp_path)
+    result, reported, _ = run(method, folder=tmp_path)
+    assert result == whole[0]
+    assert reported[0][0] == at
+
+
+@pytest.mark.parametrize("at", [3, STEPS])
+def test_a_loss_that_is_no_number_is_found_without_checkpoints(method, at):
+    with pytest.raises(UserError, match=f"the loss is nan .* at step {at}:"):
+        run(failing(method, at, "loss"))
+
+
+# Checkpoints that cannot be read -------------------------------------------------------------------
+
+
+def truncate(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def garbage(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\xff\x00garbage" * 20)
+
+
+def half(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose(name: str):
+    def damage(folder: Path) -> None:
+        (part,) = [item for item in folder.rglob(name) if item.is_dir()]
+        shutil.rmtree(part)
+
+    damage.__name__ = f"lose_{name}"
+    return damage
+
+
+@pytest.mark.parametrize("damage", [truncate, garbage, half, lose("trained"), lose("state"), lose("data_learn")])
+def test_a_checkpoint_that_cannot_be_read_names_its_folder(method, tmp_path, damage):
+    run(method, folder=tmp_path, stop_at=6)
+    damage(tmp_path)
+    with pytest.raises(UserError, match="delete that folder to start this stage anew") as caught:
+        run(method, folder=tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_other_parameters_names_its_folder(method, tmp_path):
+    run(method, folder=tmp_path, stop_at=6)
+    other = {"backbone": jnp.ones(()), "vectors": {"table": jnp.zeros(400)}}
+    with pytest.raises(UserError, match="delete that folder"):
+        fit(other, PHASE, method, make_streams(), steps=STEPS, checkpoints=Checkpoints(tmp_path))
+
+
+def test_files_of_others_in_the_folder_do_no_harm(method, whole, tmp_path):
+    run(method, folder=tmp_path, stop_at=6)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()  # what a killed write leaves behind
+    assert run(method, folder=tmp_path)[0] == whole[0]
+
+
+# Signals -------------------------------------------------------------------------------------------
+
+
+def start(folder, *options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.training.tiny_fit", str(folder), *map(str, options)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(folder, *options) -> list[str]:
+    """The lines of a run that must end well."""
+    process = start(folder, *options)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out.split()
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory):
+    return finish(tmp_path_factory.mktemp("unkilled"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_saves_and_the_next_start_goes_on(unkilled, tmp_path, number):
+    process = start(tmp_path, "--pause", 0.2)
+    seen = [process.stdout.readline() for _ in range(4)]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "KeyboardInterrupt" in err
+    last = int([*seen, *out.split()][-1])
+    assert last < STEPS
+    lines = finish(tmp_path)
+    assert lines[0] == str(last + 1)
+    assert lines[-1] == unkilled[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.003, 0.01, 0.03])
+def test_a_kill_during_a_write_leaves_the_older_checkpoint(unkilled, tmp_path, delay):
+    process = start(tmp_path, "--kill-in-save", 7, delay)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    lines = finish(tmp_path)
+    assert lines[0] in ("7", "8")
+    assert lines[-1] == unkilled[-1]
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_do_not_change_the_end(unkilled, tmp_path):
+    rng = random.Random(0)
+    kills = 0
+    for _ in range(40):
+        process = start(tmp_path, "--pause", 0.1)
+        first = process.stdout.readline().strip()  # killed while it trains, not while it starts
+        time.sleep(rng.uniform(0.0, 0.5))
+        process.kill()
+        out, _ = process.communicate(timeout=60)
+        kills += process.returncode == -signal.SIGKILL
+        lines = [first, *out.split()]
+        if lines[-1] == unkilled[-1]:
+            break
+    else:
+        lines = finish(tmp_path)
+    assert lines[-1] == unkilled[-1]
+    assert kills >= 3
+
+
+def test_numpy_and_jax_agree_on_fingerprints():
+    tree = {"a": jnp.arange(3.0), "b": None}
+    assert fingerprint(tree) == fingerprint(jax.tree.map(np.asarray, tree))
