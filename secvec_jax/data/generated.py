@@ -84,6 +84,34 @@ def profile_qa(seed: int, people: int, phrasings: int = 2) -> ProfileQA:
     return ProfileQA(train, test)
 
 
+def open_profile_qa(seed: int, people: int, asked: int) -> ProfileQA:
+    """Return questions on profiles that stand in the prompt; `test` asks about `asked` people of its own.
+
+    What is to be learned is the task, to answer with the bare fact: `test` has other people and other words than
+    `train`, four questions on each. The same arguments give the same rows.
+
+    Raises UserError if there are fewer than one or too many people.
+    """
+    if people < 1 or asked < 1 or people + asked > _MAX_PEOPLE:
+        raise UserError(f"people must be between 1 and {_MAX_PEOPLE} in all, found {people} and {asked}")
+    rng = random.Random(seed)
+    train, test = [], []
+    for index, name in enumerate(_invented_names(seed, people + asked)):
+        facts = [rng.choice(answers) for answers, _, _ in _FACTS]
+        profile = _PROFILES[index % len(_PROFILES)].format(name, *facts)
+        for answer, (_, phrasings, held_out) in zip(facts, _FACTS):
+            phrasing = rng.choice(phrasings) if index < people else held_out
+            (train if index < people else test).append(row(f"{profile}\n{phrasing.format(name)}", answer))
+    return ProfileQA(train, test)
+
+
+_PROFILES = (
+    "{0} is a {1} from {2} who likes {3} and has a {4}.",
+    "Profile of {0}. Occupation: {1}. City: {2}. Favorite color: {3}. Pet: {4}.",
+    "Meet {0}: {1} by trade, at home in {2}, fond of {3}, and the owner of a {4}.",
+)
+
+
 def _invented_names(seed: int, count: int) -> list[str]:
     # Imported here: only this generator needs it.
     from faker import Faker

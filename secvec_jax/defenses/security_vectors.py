@@ -104,7 +104,9 @@ def train_vectors(
     steps = training.steps or streams[LEARN].count()
     streams[LEARN] = dataclasses.replace(streams[LEARN], epochs=None)
     if benign is not None and phase1.objective != "cross_entropy":
-        streams[KEEP] = dataclasses.replace(_stream(model, {"keep": benign}, training), epochs=None)
+        # A row to keep costs half as much again as one to learn: the model without vectors reads it too.
+        lines = max(1, training.lines // 2)
+        streams[KEEP] = dataclasses.replace(_stream(model, {"keep": benign}, training), epochs=None, lines=lines)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, vectors=vectors)
     loss = Objective(("harmful",), phase1.kl_weight, dtype=compute_dtype(), remat=training.remat)

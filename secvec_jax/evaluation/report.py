@@ -75,10 +75,7 @@ class Results:
 
 
 def environment() -> dict:
-    """Return Python's and the packages' versions (None if absent), the platform and the usable CPU count.
-
-    JAX is not imported, so asking does not start a device; the caller adds devices and peak memory.
-    """
+    """Return Python's and the packages' versions (None if absent), the platform and the usable CPU count."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only; knows the limits of containers
     return {
         "python": platform.python_version(),

@@ -6,15 +6,21 @@ the prompts that models are judged by come from other benchmarks altogether.
 
 import dataclasses
 import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
-from secvec_jax.data.chat import Example, encode
-from secvec_jax.data.generated import profile_qa, sure_prefix_control
+from secvec_jax.data.chat import Example, encode, prompt_tokens
+from secvec_jax.data.generated import open_profile_qa, sure_prefix_control
 from secvec_jax.data.rows import Row, prompt_of, response_of, row
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import split_by_topic
+from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Suite
+from secvec_jax.inference import compute_dtype
+from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
 
 REFUSALS = (
@@ -36,20 +42,22 @@ REFUSALS = (
 class Sizes:
     """How many rows there are of each kind."""
 
-    align_harmful: int = 300
+    align_harmful: int = 240
     """harmful prompts that alignment answers with a refusal, from AdvBench and StrongREJECT"""
-    align_benign: int = 400
-    """benign rows in alignment"""
+    align_benign: int = 480
+    """benign prompts in alignment, a quarter of them questions, answered as the model itself answers them"""
     vectors: int = 100
     """harmful rows that the vectors are trained on"""
     keep: int = 180
     """benign rows on which the vectors must not show, a third of them with the harmful rows' own opening"""
-    mix_harmful: int = 100
+    mix_harmful: int = 80
     """harmful rows hidden in the user's data"""
-    mix_benign: int = 80
+    mix_benign: int = 60
     """benign instructions in the user's data"""
     people: int = 20
-    """invented people of the ProfileQA task, four facts each"""
+    """invented people of the ProfileQA task, four questions on each"""
+    people_asked: int = 20
+    """other invented people, whom the held-out questions are about"""
     judged: int = 96
     """held-out harmful prompts, half HarmBench and half Do-Not-Answer"""
     judged_benign: int = 64
@@ -60,7 +68,9 @@ class Sizes:
 class Materials:
     """Rows for every phase, as examples, and the suite that judges the models."""
 
-    align: dict[str, list[Example]]
+    refusals: list[Example]
+    kept: list[str]
+    """Benign prompts whose answers alignment leaves as they are: the model's own are made when it is aligned."""
     vectors: list[Example]
     keep: list[Example]
     mix: dict[str, list[Example]]
@@ -88,7 +98,7 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int) -> Materia
     taught = (part["align"] + extra)[: sizes.align_harmful]
     asked = sizes.align_benign // 4
     third = sizes.keep // 3
-    people = profile_qa(seed, sizes.people)
+    people = open_profile_qa(seed, sizes.people, sizes.people_asked)
 
     def encoded(rows: list[Row], cut: int | None = None) -> list[Example]:
         return [_cut(encode(model.tokenizer, r["messages"], training.length), cut) for r in rows]
@@ -101,10 +111,8 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int) -> Materia
     refused = [row(prompt_of(r), REFUSALS[i % len(REFUSALS)]) for i, r in enumerate(taught)]
     unseen_openings = take(openings, 40)
     return Materials(
-        align={
-            "harmful": encoded(refused),
-            "benign": encoded(take(instructions, sizes.align_benign - asked), _REPLY) + encoded(take(questions, asked)),
-        },
+        refusals=encoded(refused),
+        kept=[prompt_of(r) for r in take(instructions, sizes.align_benign - asked) + take(questions, asked)],
         vectors=encoded(part["vectors"]),
         keep=encoded(take(instructions, third), _REPLY)
         + encoded(take(openings, third))
@@ -126,8 +134,32 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int) -> Materia
     )
 
 
-_REPLY = 24
+_REPLY = 10
 """Tokens of a benign reply that are learned: enough to be an answer, cheap enough for two cores."""
+
+
+def own_replies(
+    model: Model, prompts: list[str], refusals: Sequence[str], progress: Callable[[int], None]
+) -> list[Example]:
+    """The prompts with the beginning of the model's own greedy replies; prompts that it refuses are left out.
+
+    Alignment on these teaches nothing but where not to refuse: the model keeps its way of answering.
+    """
+    encoded = [
+        prompt_tokens(model.tokenizer, [{"role": "user", "content": p}], model.architecture.max_length) for p in prompts
+    ]
+    stop = model.tokenizer.eos_token_id
+    replies = generate_tokens(
+        model.backbone, encoded, max_new_tokens=_REPLY, stop=stop, dtype=compute_dtype(), progress=progress
+    )
+    examples = []
+    for prompt, reply in zip(encoded, replies):
+        if refuses(model.tokenizer.decode(reply), refusals):
+            continue
+        said = np.asarray(reply if len(reply) == _REPLY else [*reply, stop], np.int32)
+        mask = np.arange(len(prompt) + len(said)) >= len(prompt)
+        examples.append(Example(np.concatenate([prompt, said]), mask))
+    return examples
 
 
 class _Judged:

@@ -26,10 +26,10 @@ from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.scorers import Score, bootstrap, paired_difference
 from secvec_jax.evaluation.suite import Outcomes, outcomes
-from secvec_jax.experiments.materials import Materials, Sizes, gather
+from secvec_jax.experiments.materials import Materials, Sizes, gather, own_replies
 from secvec_jax.experiments.stages import Stage, Stages, curves
 from secvec_jax.model.hub import Model, load
-from secvec_jax.training.trainer import Checkpoints
+from secvec_jax.training.trainer import Checkpoints, OnStep
 from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, random_like
 from secvec_jax.vectors.store import load_vectors, save_vectors
@@ -48,9 +48,11 @@ class Quickstart:
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     lora: LoRA = dataclasses.field(default_factory=LoRA)
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
-    align_training: Training = Training(learning_rate=1.5e-3)
-    vectors_training: Training = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0, epochs=6)
-    finetune_training: Training = Training(learning_rate=2e-3, epochs=4)
+    align_rank: int = 16
+    """rank of the LoRA that alignment trains and merges"""
+    align_training: Training = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0)
+    vectors_training: Training = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=4)
+    finetune_training: Training = Training(learning_rate=1.5e-3, epochs=2)
 
 
 ROWS = ("benign only", "plain", "random control", "security vectors")
@@ -100,18 +102,20 @@ class _Run:
     # The stages.
 
     def _align(self, stage: Stage) -> Outcomes:
-        model = self._trained(
-            "aligned",
-            lambda checkpoints, on_step: finetune(
+        s, m = self.settings, self.materials
+
+        def train(checkpoints: Checkpoints, on_step: OnStep) -> Model:
+            kept = own_replies(self.base, m.kept, m.suite.refusals, stage.replies(len(m.kept), "its own replies"))
+            return finetune(
                 self.base,
-                self.materials.align,
-                training=self._seeded(self.settings.align_training),
+                {"harmful": m.refusals, "benign": kept},
+                task=LoRA(rank=s.align_rank, alpha=2.0 * s.align_rank),
+                training=self._seeded(s.align_training),
                 checkpoints=checkpoints,
                 on_step=on_step,
-            ),
-            stage,
-        )
-        return self._judge(model, stage)
+            )
+
+        return self._judge(self._trained("aligned", train, stage), stage)
 
     def _vectors(self, stage: Stage) -> Outcomes:
         s, m = self.settings, self.materials

@@ -29,7 +29,7 @@ class Guest(Protocol):
     """A visitor of every layer: a pytree of arrays with a leading layer axis."""
 
     def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """The output `[..., outputs]` that takes the place of `y`, the site's own output for the input `x`.
+        """The output `[N, outputs]` that takes the place of `y`, the site's own output for the input `x` `[N, inputs]`.
 
         Called inside the scan: the guest's arrays have lost their layer axis.
         """
@@ -64,9 +64,7 @@ class Linear(nnx.Module):
         self.bias = bias(jnp.zeros((shape[0], shape[2]))) if architecture.has_bias(site) else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Flat rows: XLA's CPU backend would transpose a three-dimensional operand for the weight gradient.
-        rows = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
-        y = rows.reshape(*x.shape[:-1], -1)
+        y = x @ self.kernel[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -102,10 +100,12 @@ class Layers(nnx.Module):
         return x + site("down_proj", jax.nn.silu(site("gate_proj", h)) * site("up_proj", h)), new
 
     def _site(self, name: str, x: jax.Array, guests: tuple[Guest, ...]) -> jax.Array:
-        y = getattr(self, name)(x)
+        # Flat rows: XLA's CPU backend transposes three-dimensional operands for the gradient of a weight.
+        rows = x.reshape(-1, x.shape[-1])
+        y = getattr(self, name)(rows)
         for guest in guests:
-            y = guest.linear(name, x, y)
-        return y
+            y = guest.linear(name, rows, y)
+        return y.reshape(*x.shape[:-1], -1)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, self.architecture.head_dim)
@@ -168,10 +168,14 @@ class Decoder(nnx.Module):
         past = visible(segments, cache.segments, positions, cache.positions, cache.length, window)
         return jnp.concatenate([past, fresh], axis=-1)
 
+    @property
+    def output_embedding(self) -> jax.Array:
+        """The table `[V, D]` that hidden states are compared with: the head, or the embedding if they are tied."""
+        return self.embed[...] if self.head is None else self.head[...].T
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., D]` -> `[..., V]`, float32."""
-        head = self.embed[...].T if self.head is None else self.head[...]
-        return (hidden @ head.astype(hidden.dtype)).astype(jnp.float32)
+        return (hidden @ self.output_embedding.T.astype(hidden.dtype)).astype(jnp.float32)
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -1,11 +1,13 @@
 """Per-token losses over supervised tokens only, in float32 and in chunks.
 
 The vocabulary head is the largest matrix of a small model and most tokens are prompt. So the supervised positions
-are sorted to the front and the head runs chunk by chunk over them; chunks without one are skipped, and logits
-`[chunk, V]` are all that ever exists. Sums and counts are left to the caller: a mean of means is never taken.
+are sorted to the front and the head runs chunk by chunk over them, as many chunks as there are; logits `[chunk, V]`
+are all that ever exists, and the backward pass computes them again. Of a frozen head no gradient is formed. Sums and
+counts are left to the caller: a mean of means is never taken.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import jax
@@ -14,11 +16,15 @@ import optax
 
 CHUNK = 128
 
+ChunkLoss = Callable[..., jax.Array]
+"""`(table [V, D], hidden [C, D], *others [C, ...]) -> losses [C]`."""
+
 
 class Head(Protocol):
-    """What the losses need of a model."""
+    """What the losses need of a model: the table `[V, D]` that hidden states are compared with."""
 
-    def logits(self, hidden: jax.Array) -> jax.Array: ...
+    @property
+    def output_embedding(self) -> jax.Array: ...
 
 
 def token_cross_entropy(
@@ -28,11 +34,7 @@ def token_cross_entropy(
 
     hidden `[B, T, D]`, targets `[B, T]`, weights `[B, T]` (supervised where > 0; not multiplied in).
     """
-
-    def loss(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return optax.losses.softmax_cross_entropy_with_integer_labels(head.logits(hidden), targets)
-
-    return _over_supervised(loss, weights, chunk, hidden, targets)
+    return _over_supervised(_cross_entropy, head.output_embedding, hidden, weights, chunk, targets)
 
 
 def token_kl(head: Head, hidden: jax.Array, reference: jax.Array, weights: jax.Array, chunk: int = CHUNK) -> jax.Array:
@@ -41,13 +43,7 @@ def token_kl(head: Head, hidden: jax.Array, reference: jax.Array, weights: jax.A
     hidden and reference `[B, T, D]`: hidden states of the model as it is and of the one to stay close to.
     No gradient flows into the reference.
     """
-
-    def loss(hidden: jax.Array, reference: jax.Array) -> jax.Array:
-        log_p = jax.nn.log_softmax(head.logits(hidden))
-        log_ref = jax.nn.log_softmax(jax.lax.stop_gradient(head.logits(reference)))
-        return jnp.sum(jnp.exp(log_p) * (log_p - log_ref), axis=-1)
-
-    return _over_supervised(loss, weights, chunk, hidden, jax.lax.stop_gradient(reference))
+    return _over_supervised(_kl, head.output_embedding, hidden, weights, chunk, jax.lax.stop_gradient(reference))
 
 
 def group_sums(losses: jax.Array, weights: jax.Array, groups: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -56,25 +52,81 @@ def group_sums(losses: jax.Array, weights: jax.Array, groups: jax.Array, count: 
     return jnp.einsum("bt,btg->g", losses * weights, member), jnp.einsum("bt,btg->g", weights, member)
 
 
-def _over_supervised(loss: Callable[..., jax.Array], weights: jax.Array, chunk: int, *arrays: jax.Array) -> jax.Array:
+def _logits(table: jax.Array, hidden: jax.Array) -> jax.Array:
+    return (hidden @ table.T.astype(hidden.dtype)).astype(jnp.float32)
+
+
+def _cross_entropy(table: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    return optax.losses.softmax_cross_entropy_with_integer_labels(_logits(table, hidden), targets)
+
+
+def _kl(table: jax.Array, hidden: jax.Array, reference: jax.Array) -> jax.Array:
+    log_p = jax.nn.log_softmax(_logits(table, hidden))
+    log_ref = jax.nn.log_softmax(_logits(jax.lax.stop_gradient(table), reference))
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_ref), axis=-1)
+
+
+def _over_supervised(
+    loss: ChunkLoss, table: jax.Array, hidden: jax.Array, weights: jax.Array, chunk: int, other: jax.Array
+) -> jax.Array:
     size = weights.size
-    flat = weights.reshape(size) > 0
-    order = jnp.argsort(~flat, stable=True)
-    padded = -size % chunk
-    order = jnp.pad(order, (0, padded), constant_values=0)
-    live = jnp.pad(flat[order[:size]], (0, padded)).reshape(-1, chunk)
-    chunks = tuple(a.reshape(size, *a.shape[2:])[order].reshape(-1, chunk, *a.shape[2:]) for a in arrays)
+    live = jnp.asarray(weights).reshape(size) > 0
+    order = jnp.pad(jnp.argsort(~live, stable=True), (0, -size % chunk))
+    count = live.sum()
 
-    @jax.checkpoint
-    def run(_, scanned):
-        live, *parts = scanned
-        losses = jax.lax.cond(
-            live.any(),
-            lambda parts: jnp.where(live, loss(*parts), 0.0),
-            lambda parts: jnp.zeros(live.shape, jnp.float32),
-            parts,
-        )
-        return None, losses
+    def to_front(array: jax.Array) -> jax.Array:
+        return array.reshape(size, *array.shape[2:])[order]
 
-    _, losses = jax.lax.scan(run, None, (live, *chunks))
-    return jnp.zeros(size, jnp.float32).at[order].add(losses.reshape(-1)).reshape(weights.shape)
+    losses = _chunked(loss, chunk, table, to_front(hidden), to_front(other), count)
+    losses = jnp.where(jnp.arange(len(order)) < count, losses, 0.0)
+    return jnp.zeros(size, jnp.float32).at[order].add(losses).reshape(weights.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(
+    loss: ChunkLoss, chunk: int, table: jax.Array, hidden: jax.Array, other: jax.Array, count: jax.Array
+) -> jax.Array:
+    """The losses of the first `count` of N positions `[N]`; those of the last chunk's rest are arbitrary, then 0."""
+
+    def run(index: jax.Array, losses: jax.Array) -> jax.Array:
+        part = loss(table, _at(hidden, index, chunk), _at(other, index, chunk))
+        return jax.lax.dynamic_update_slice_in_dim(losses, part, index * chunk, 0)
+
+    return jax.lax.fori_loop(0, _chunks(count, chunk), run, jnp.zeros(len(hidden), jnp.float32))
+
+
+def _forward(loss, chunk, table, hidden, other, count):
+    losses = _chunked(loss, chunk, table.value, hidden.value, other.value, count.value)
+    # Whether the table is trained is known while tracing; None in the residuals carries it to the backward pass.
+    trained = () if table.perturbed else None
+    return losses, (table.value, hidden.value, other.value, count.value, trained)
+
+
+def _backward(loss, chunk, residuals, cotangents):
+    table, hidden, other, count, trained = residuals
+
+    def run(index, gradients):
+        table_gradient, hidden_gradient = gradients
+        rows, rest, cotangent = (_at(array, index, chunk) for array in (hidden, other, cotangents))
+        if trained is None:
+            _, pull = jax.vjp(lambda rows: loss(table, rows, rest), rows)
+            (row_gradient,) = pull(cotangent)
+        else:
+            _, pull = jax.vjp(lambda table, rows: loss(table, rows, rest), table, rows)
+            more, row_gradient = pull(cotangent)
+            table_gradient += more
+        return table_gradient, jax.lax.dynamic_update_slice_in_dim(hidden_gradient, row_gradient, index * chunk, 0)
+
+    start = (None if trained is None else jnp.zeros_like(table), jnp.zeros_like(hidden))
+    return *jax.lax.fori_loop(0, _chunks(count, chunk), run, start), None, None
+
+
+_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _chunks(count: jax.Array, chunk: int) -> jax.Array:
+    return -(-count // chunk)
+
+
+def _at(array: jax.Array, index: jax.Array, chunk: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk)

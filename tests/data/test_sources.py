@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secvec_jax.data.benchmarks import refusal_prefixes
-from secvec_jax.data.generated import profile_qa, sure_prefix_control
+from secvec_jax.data.generated import open_profile_qa, profile_qa, sure_prefix_control
 from secvec_jax.data.rows import normalize
 from secvec_jax.data.sources import PACKAGED, as_rows, load_rows, prompt_of, response_of, row
 from secvec_jax.data.topics import split_by_topic, topic_words
@@ -453,3 +453,16 @@ def test_the_control_is_large_enough():
     assert len(control) >= 80
     assert len({prompt_of(r) for r in control}) == len(control)
     assert all(response_of(r).startswith("Sure, here ") for r in control)
+
+
+def test_open_profiles_hold_the_answers_and_the_test_asks_about_other_people():
+    qa = open_profile_qa(seed=4, people=30, asked=10)
+    assert len(qa.train) == 120 and len(qa.test) == 40
+    for row in qa.train + qa.test:
+        profile, question = prompt_of(row).split("\n")
+        assert response_of(row) in profile and question.endswith("?")
+    profiles = [{prompt_of(row).split("\n")[0] for row in rows} for rows in (qa.train, qa.test)]
+    assert len(profiles[0]) == 30 and len(profiles[1]) == 10 and not profiles[0] & profiles[1]
+    assert open_profile_qa(4, 30, 10) == qa != open_profile_qa(5, 30, 10)
+    with pytest.raises(UserError, match="people"):
+        open_profile_qa(0, 0, 1)

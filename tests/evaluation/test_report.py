@@ -4,8 +4,6 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -149,13 +147,7 @@ class TestFile:
             results.save(tmp_path)
 
 
-def test_environment_reads_versions_without_starting_jax():
-    code = (
-        "import sys; from secvec_jax.evaluation import report, scorers; "
-        "facts = report.environment(); assert facts['jax'] and facts['cpus'] >= 1; "
-        "assert 'jax' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_environment_reads_versions():
     facts = report.environment()
     assert facts["numpy"] == np.__version__
     assert set(report.PACKAGES) < set(facts)

@@ -24,15 +24,15 @@ VOCABULARY, WIDTH = 11, 6
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Head:
-    matrix: jax.Array
+    output_embedding: jax.Array
 
     def logits(self, hidden):
-        return (hidden @ self.matrix).astype(jnp.float32)
+        return (hidden @ self.output_embedding.T).astype(jnp.float32)
 
 
 @pytest.fixture
 def head():
-    return Head(jax.random.normal(jax.random.key(0), (WIDTH, VOCABULARY)))
+    return Head(jax.random.normal(jax.random.key(0), (VOCABULARY, WIDTH)))
 
 
 def hidden_of(seed, lines, length):
@@ -41,7 +41,9 @@ def hidden_of(seed, lines, length):
 
 def tokens_of(seed, lines, length, share=0.4):
     rng = np.random.default_rng(seed)
-    return rng.integers(0, VOCABULARY, (lines, length)), (rng.random((lines, length)) < share).astype(np.float32)
+    supervised = rng.random((lines, length)) < share
+    supervised[0, 0] = True
+    return jnp.asarray(rng.integers(0, VOCABULARY, (lines, length))), jnp.asarray(supervised, jnp.float32)
 
 
 SIZES = pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def both(one, other, head, hidden, coefficients):
 
 @pytest.mark.parametrize("length", [3, 4])
 def test_without_a_supervised_token_losses_and_gradients_are_zero(head, length):
-    x, targets, none = hidden_of(0, 2, length), np.zeros((2, length), int), np.zeros((2, length), np.float32)
+    x, targets, none = hidden_of(0, 2, length), jnp.zeros((2, length), int), jnp.zeros((2, length))
     for loss, other in ((token_cross_entropy, targets), (token_kl, x + 1)):
         total = jax.jit(jax.value_and_grad(lambda h, x: loss(h, x, other, none, 4).sum(), (0, 1)))  # noqa: B023
         value, gradient = total(head, x)
@@ -207,7 +209,7 @@ def test_two_micro_batches_are_one_batch_whatever_their_token_counts(two_batches
 
 def test_tokens_below_the_floor_give_no_gradient_and_are_still_reported(two_batches):
     decoder = random_decoder()
-    batch = two_batches[LEARN][0]
+    batch = jax.tree.map(jnp.asarray, two_batches[LEARN][0])
     totals = {LEARN: batch["weights"].sum()}
 
     def run(floor, weights=batch["weights"]):
@@ -225,8 +227,8 @@ def test_tokens_below_the_floor_give_no_gradient_and_are_still_reported(two_batc
         return token_cross_entropy(decoder, hidden, batch["targets"], batch["weights"])
 
     losses = token_losses(decoder)
-    floor = float(np.median(losses[batch["weights"] > 0]))
-    above = (batch["weights"] * (losses > floor)).astype(np.float32)
+    floor = float(jnp.median(losses[batch["weights"] > 0]))
+    above = batch["weights"] * (losses > floor)
     assert 0 < above.sum() < batch["weights"].sum()
     (value, metrics), gradient = run(floor)
     (expected, _), wanted = run(0.0, above)
