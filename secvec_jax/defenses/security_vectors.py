@@ -41,9 +41,9 @@ from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 Groups = dict[str, Sequence[Any]]
 """Rows by kind ("harmful", "benign"), whose losses are reported apart."""
 
-ALIGN = Training(learning_rate=2e-3, momentum=0.9)
-PHASE1 = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0, epochs=6)
-PHASE2 = Training(learning_rate=2e-3, momentum=0.9, epochs=3)
+ALIGN = Training(learning_rate=1e-3, momentum=0.9)
+PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=4)
+PHASE2 = Training(learning_rate=4e-4, momentum=0.9, epochs=2)
 
 
 @dataclasses.dataclass(frozen=True)
