@@ -101,10 +101,12 @@ def open_profile_qa(seed: int, people: int, asked: int) -> ProfileQA:
         profile = _PROFILES[index % len(_PROFILES)].format(name, *facts)
         for answer, (_, phrasings, held_out) in zip(facts, _FACTS):
             phrasing = rng.choice(phrasings) if index < people else held_out
-            (train if index < people else test).append(row(f"{profile}\n{phrasing.format(name)}", answer))
+            (train if index < people else test).append(row(f"{profile}\n{phrasing.format(name)} {_BARE}", answer))
     return ProfileQA(train, test)
 
 
+# Without it a chat model answers in a sentence, and unlearning that shakes everything else it was taught.
+_BARE = "Answer with one word."
 _PROFILES = (
     "{0} is a {1} from {2} who likes {3} and has a {4}.",
     "Profile of {0}. Occupation: {1}. City: {2}. Favorite color: {3}. Pet: {4}.",

@@ -52,7 +52,7 @@ class Quickstart:
     """rank of the LoRA that alignment trains and merges"""
     align_training: Training = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0)
     vectors_training: Training = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=4)
-    finetune_training: Training = Training(learning_rate=3.5e-4, epochs=2)
+    finetune_training: Training = Training(learning_rate=3e-4, epochs=2)
 
 
 ROWS = ("benign only", "plain", "random control", "security vectors")
