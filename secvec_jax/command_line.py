@@ -35,13 +35,21 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
         return 0
     except UserError as error:
         return _fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _disk_is_full(error):
             raise
         return _fail("the disk is full: free some space and give the same command again; nothing half-written is kept")
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped: the same command goes on from here")
         return 130
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says so; only Python's own carry a number."""
+    if error is None:
+        return False
+    told = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    return told or _disk_is_full(error.__cause__ or error.__context__)
 
 
 def _fail(message: str) -> int:

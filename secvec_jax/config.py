@@ -141,12 +141,13 @@ def save(settings: Any, path: str | Path) -> None:
 def claim_run(settings: Any, folder: str | Path) -> Path:
     """The run directory, made for these settings or made before for the same ones.
 
-    Raises UserError if it holds a run of other settings, naming the first that differs.
+    A run of other settings that failed before its first step gives way. Raises UserError if the directory holds
+    one that came further, naming the first setting that differs.
     """
     folder = Path(folder)
     path = folder / "config.yaml"
     mine = to_dict(settings)
-    if path.exists():
+    if path.exists() and _came_further(folder):
         try:
             theirs = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError):
@@ -160,6 +161,10 @@ def claim_run(settings: Any, folder: str | Path) -> Path:
         except OSError as error:
             raise UserError(f"cannot write into {folder} ({error.strerror}): give another --out") from error
     return folder
+
+
+def _came_further(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or any(folder.glob("stages/*.json"))
 
 
 def _first_difference(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> str:

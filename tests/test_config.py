@@ -209,6 +209,7 @@ def test_a_folder_is_claimed_once_and_again_by_the_same_settings(tmp_path):
 )
 def test_a_folder_of_another_config_is_refused_and_left_alone(tmp_path, other, difference):
     claim_run(Recipe(), tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=f"another config \\({difference}\\): give another --out"):
         claim_run(other, tmp_path)
@@ -218,8 +219,15 @@ def test_a_folder_of_another_config_is_refused_and_left_alone(tmp_path, other, d
 @pytest.mark.parametrize("content", [b"a: [", b"", b"3", b"name: other", b"\xff\xfe"])
 def test_a_folder_with_a_broken_config_is_refused(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content)
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="another config"):
         claim_run(Recipe(), tmp_path)
+
+
+def test_a_run_that_failed_before_its_first_step_gives_way(tmp_path):
+    claim_run(Recipe(), tmp_path)
+    claim_run(Recipe(folder="x"), tmp_path)
+    assert load(Recipe, tmp_path / "config.yaml") == Recipe(folder="x")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
