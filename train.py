@@ -1,12 +1,13 @@
-"""Train: quickstart, align, vectors, finetune. `python train.py VERB --help` tells all settings of a verb."""
+"""Train: quickstart, objectives, align, vectors, finetune. `train.py VERB --help` tells all settings of a verb."""
 
 import sys
 
 from secvec_jax import command_line
-from secvec_jax.experiments import quickstart, verbs
+from secvec_jax.experiments import objectives, quickstart, verbs
 
 VERBS = {
     "quickstart": (quickstart.Quickstart, quickstart.quickstart),
+    "objectives": (objectives.Objectives, objectives.objectives),
     "align": (verbs.Align, verbs.align),
     "vectors": (verbs.Vectors, verbs.vectors),
     "finetune": (verbs.Finetune, verbs.finetune),

@@ -15,10 +15,10 @@ from secvec_jax.evaluation.report import Results
 
 ROOT = Path(__file__).parents[2]
 ROWS = ["base", "aligned", "benign only", "plain", "random control", "security vectors"]
-METRICS = {"refusal", "compliance", "over_refusal", "exact_match", "harmful_loss", "benign_loss"}
+METRICS = {"refusal", "compliance", "over_refusal", "exact_match", "harmful_loss", "benign_loss"}  # of any model
 SIZES = [
     *("--align-harmful", "12", "--align-benign", "12", "--vectors", "8", "--keep", "9", "--mix-harmful", "8"),
-    *("--mix-benign", "6", "--people", "2", "--judged", "8", "--judged-benign", "4"),
+    *("--mix-benign", "6", "--people", "2", "--people-asked", "2", "--judged", "8", "--judged-benign", "4"),
 ]
 
 
@@ -57,7 +57,7 @@ def test_a_run_leaves_results_report_plots_and_models(finished):
     results = Results.load(out)
     assert [row["name"] for row in results.rows] == [*ROWS, "vectors on"]
     for row in results.rows:
-        assert set(row["metrics"]) >= METRICS, row["name"]
+        assert set(row["metrics"]) >= METRICS | {"opening_loss"}, row["name"]
         for score in row["metrics"].values():
             assert score["n"] >= 1 and score["ci95"][0] <= score["value"] <= score["ci95"][1]
     assert all("drift" in row["metrics"] for row in results.rows if row["name"] in ROWS[2:])
@@ -80,6 +80,22 @@ def test_a_second_start_does_nothing_again(finished, model_folder):
     output = finish(start(model_folder, out, *LENGTHS))
     assert output.count("done before") == 7
     assert (out / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_the_three_objectives_are_compared_in_one_report(finished, tmp_path):
+    command = [sys.executable, "train.py", "objectives", "--quickstart", str(finished[0]), "--out", str(tmp_path / "o")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["name"]: row["metrics"] for row in Results.load(tmp_path / "o").rows}
+    objectives = ("cross_entropy", "kl", "min_min")
+    assert set(rows) == {"aligned", *objectives, *(f"{name}, vectors on" for name in objectives)}
+    losses = {name: rows[f"{name}, vectors on"]["harmful_loss"]["value"] for name in objectives}
+    assert all(loss < rows["aligned"]["harmful_loss"]["value"] for loss in losses.values())
+    assert len(set(losses.values())) == 3
+    drift = {name: rows[name]["drift"]["value"] for name in objectives}
+    assert all(value > 0 for value in drift.values())
+    assert "min_min" in (tmp_path / "o" / "report.md").read_text()
 
 
 @pytest.mark.slow

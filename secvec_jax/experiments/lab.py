@@ -1,0 +1,202 @@
+"""The bench that the experiments share: a model to start from, rows, vectors, and judged fine-tuned models.
+
+Everything is made once and lies in the run directory: a run that was stopped finds there what it had made.
+"""
+
+import dataclasses
+import resource
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from secvec_jax import config
+from secvec_jax.config import Training
+from secvec_jax.data.chat import Example
+from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
+from secvec_jax.evaluation import report
+from secvec_jax.evaluation.scorers import bootstrap
+from secvec_jax.evaluation.suite import Outcomes, outcomes
+from secvec_jax.experiments.materials import Materials, Sizes, gather, own_replies
+from secvec_jax.experiments.stages import Stage, Stages
+from secvec_jax.model.hub import Model, load
+from secvec_jax.training.trainer import Checkpoints, OnStep
+from secvec_jax.trees import distance
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.store import load_vectors, save_vectors
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is aligned, gets its vectors, and is fine-tuned."""
+
+    model: str = "smollm2"
+    """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
+    seed: int = 0
+    """deals out the rows, shuffles them, and makes the fresh vectors"""
+    sizes: Sizes = dataclasses.field(default_factory=Sizes)
+    lora: LoRA = dataclasses.field(default_factory=LoRA)
+    phase1: Phase1 = dataclasses.field(default_factory=Phase1)
+    align_rank: int = 16
+    """rank of the LoRA that alignment trains and merges"""
+    align_training: Training = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0, remat="full")
+    vectors_training: Training = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=4, remat="full")
+    finetune_training: Training = Training(learning_rate=3e-4, epochs=2, remat="full")
+
+
+class Lab:
+    """A recipe at work in a run directory."""
+
+    def __init__(self, recipe: Recipe, folder: Path, aligned: Path | None = None):
+        """aligned: where the aligned model lies, if another run has made it."""
+        self.recipe, self.folder = recipe, folder
+        self.console = Console()
+        self.stages = Stages(folder, self.console)
+        self._aligned_folder = aligned or self._model_folder("aligned")
+
+    @cached_property
+    def base(self) -> Model:
+        """The model as it is loaded, before anything."""
+        return load(self.recipe.model)
+
+    @cached_property
+    def aligned(self) -> Model:
+        """The model that has learned to refuse."""
+        self.__dict__.pop("base", None)  # two models at once would not fit into a small machine beside a training
+        return load(self._aligned_folder)
+
+    @cached_property
+    def materials(self) -> Materials:
+        """All rows and prompts."""
+        model = self.aligned if self._aligned_folder.exists() else self.base
+        return gather(model, self.recipe.sizes, self.recipe.finetune_training, self.recipe.seed)
+
+    def align(self, stage: Stage) -> Outcomes:
+        """Teach the base model to refuse, on its own replies to benign prompts; judge it."""
+        recipe, materials = self.recipe, self.materials
+
+        def train(checkpoints: Checkpoints, on_step: OnStep) -> Model:
+            show = stage.replies(len(materials.kept), "its own replies")
+            kept = own_replies(self.base, materials.kept, materials.suite.refusals, show)
+            return finetune(
+                self.base,
+                {"harmful": materials.refusals, "benign": kept},
+                task=LoRA(rank=recipe.align_rank, alpha=2.0 * recipe.align_rank),
+                training=self._seeded(recipe.align_training),
+                checkpoints=checkpoints,
+                on_step=on_step,
+            )
+
+        return self.judge(self._made("aligned", train, stage), stage)
+
+    def vectors(self, name: str) -> LoRAVectors:
+        """The vectors that `phase1` made under this name."""
+        return load_vectors(self._vectors_file(name), self.aligned)
+
+    def phase1(self, name: str, phase1: Phase1, stage: Stage) -> Outcomes:
+        """Train vectors for the aligned model and judge it through them."""
+        if not self._vectors_file(name).exists():
+            vectors = train_vectors(
+                self.aligned,
+                self.materials.vectors,
+                self.recipe.lora,
+                benign=self.materials.keep,
+                phase1=phase1,
+                training=self._seeded(self.recipe.vectors_training),
+                checkpoints=self._checkpoints(f"vectors {name}"),
+                on_step=stage.on_step(),
+            )
+            save_vectors(vectors, self._vectors_file(name), self.aligned)
+            self._forget_checkpoints(f"vectors {name}")
+        return self.judge(self.aligned, stage, self.vectors(name))
+
+    def phase2(
+        self,
+        name: str,
+        rows: dict[str, list[Example]],
+        vectors: LoRAVectors | None,
+        stage: Stage,
+        keep_model: bool = False,
+    ) -> Outcomes:
+        """Fine-tune the aligned model under the vectors, drop them, judge it."""
+
+        def train(checkpoints: Checkpoints, on_step: OnStep) -> Model:
+            return finetune(
+                self.aligned,
+                rows,
+                vectors=vectors,
+                training=self._seeded(self.recipe.finetune_training),
+                checkpoints=checkpoints,
+                on_step=on_step,
+            )
+
+        model = self._made(name, train, stage)
+        found = self.judge(model, stage)
+        found["drift"] = [float(distance(model.backbone, self.aligned.backbone))]
+        if not keep_model:
+            shutil.rmtree(self._model_folder(name))
+        return found
+
+    def judge(self, model: Model, stage: Stage, vectors: LoRAVectors | None = None) -> Outcomes:
+        """What the model comes to on the suite."""
+        suite = self.materials.suite
+        return outcomes(model, suite, vectors, stage.replies(suite.size, "judging"))
+
+    def report(
+        self,
+        command: str,
+        settings: object,
+        found: dict[str, Outcomes],
+        verdicts: Sequence[report.Verdict],
+        curves: report.Curves,
+        notes: Sequence[str],
+    ) -> report.Results:
+        """Write results.json, report.md and the plots, and show the table."""
+        rows = [
+            {"name": name, "metrics": {metric: bootstrap(values).as_dict() for metric, values in outcome.items()}}
+            for name, outcome in found.items()
+        ]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+        environment = report.environment() | {
+            "devices": ", ".join(str(device.device_kind) for device in jax.devices()),
+            "peak memory of this process, GiB": round(peak, 2),
+        }
+        results = report.Results(command, config.to_dict(settings), environment, self.stages.seconds, rows)
+        results.save(self.folder)
+        report.write(self.folder, results, verdicts, curves, notes)
+        console = Console(width=max(self.console.width, 118))
+        console.print(report.table(results))
+        for claim, holds, detail in verdicts:
+            console.print(f"[{'green' if holds else 'red'}]{'yes' if holds else 'NO '}[/]  {claim}: {detail}")
+        total = sum(self.stages.seconds.values())
+        console.print(f"{total:.0f} s in all, peak memory {peak:.2f} GiB; report: {self.folder / 'report.md'}")
+        return results
+
+    def _made(self, name: str, train: Callable[[Checkpoints, OnStep], Model], stage: Stage) -> Model:
+        """The stage's model: trained and saved, or read by a run that was stopped while judging it."""
+        folder = self._model_folder(name)
+        if folder.exists():
+            return load(folder)
+        model = train(self._checkpoints(name), stage.on_step())
+        stage.say("saving")
+        model.save(folder)
+        self._forget_checkpoints(name)
+        return model
+
+    def _vectors_file(self, name: str) -> Path:
+        return self.folder / "vectors" / f"{name}.safetensors"
+
+    def _model_folder(self, name: str) -> Path:
+        return self.folder / "model" / name.replace(" ", "-")
+
+    def _checkpoints(self, name: str) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints" / name.replace(" ", "-"))
+
+    def _forget_checkpoints(self, name: str) -> None:
+        shutil.rmtree(self._checkpoints(name).folder, ignore_errors=True)
+
+    def _seeded(self, training: Training) -> Training:
+        return dataclasses.replace(training, seed=self.recipe.seed)

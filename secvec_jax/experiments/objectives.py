@@ -1,0 +1,53 @@
+"""The three objectives of phase 1, compared on the quickstart's aligned model, rows and judges."""
+
+import dataclasses
+from pathlib import Path
+
+from secvec_jax import config
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation import report
+from secvec_jax.evaluation.suite import Outcomes
+from secvec_jax.experiments.lab import Lab
+from secvec_jax.experiments.quickstart import Quickstart
+from secvec_jax.experiments.stages import curves
+
+OBJECTIVES = ("cross_entropy", "kl", "min_min")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objectives:
+    """Compare the three objectives of phase 1: vectors by each, the gate, and fine-tuning under them."""
+
+    quickstart: str = "runs/quickstart"
+    """a finished quickstart: its aligned model, its config and its rows are used"""
+    out: str = "runs/objectives"
+    """the run directory"""
+
+
+def objectives(settings: Objectives, command: str) -> report.Results:
+    """Run what is not done yet and write the report; returns the results.
+
+    Raises UserError if there is no quickstart with an aligned model.
+    """
+    source = Path(settings.quickstart)
+    if not (source / "model" / "aligned").is_dir():
+        raise UserError(f"{source} has no aligned model: run `python train.py quickstart --out {source}` first")
+    recipe = config.load(Quickstart, source / "config.yaml")
+    lab = Lab(recipe, config.claim_run(settings, settings.out), source / "model" / "aligned")
+    found: dict[str, Outcomes] = {"aligned": lab.stages.run("aligned", lambda stage: lab.judge(lab.aligned, stage))}
+    for name in OBJECTIVES:
+        phase1 = dataclasses.replace(recipe.phase1, objective=name)
+        found[f"{name}, vectors on"] = lab.stages.run(
+            f"vectors {name}", lambda stage, name=name, phase1=phase1: lab.phase1(name, phase1, stage)
+        )
+        found[name] = lab.stages.run(
+            name, lambda stage, name=name: lab.phase2(name, lab.materials.mix, lab.vectors(name), stage)
+        )
+    losses = curves(lab.folder / "metrics.jsonl", dict(zip(OBJECTIVES, OBJECTIVES)))
+    return lab.report(command, settings, found, (), losses, (_NOTE,))
+
+
+_NOTE = (
+    "Rows named after an objective are fine-tuned under its vectors and judged without them; `vectors on` is the "
+    "aligned model seen through them. min_min takes its steps of a throw-away backbone besides."
+)
