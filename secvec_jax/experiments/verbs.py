@@ -11,6 +11,7 @@ from rich.console import Console
 from secvec_jax import config
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
+from secvec_jax.data.chat import encode
 from secvec_jax.data.rows import prompt_of, response_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, PHASE2, Phase1, train_vectors
@@ -199,8 +200,6 @@ def score(settings: ScoreRun, command: str) -> None:
 
 
 def _suite(settings: ScoreRun, model: Model) -> Suite:
-    from secvec_jax.data.chat import encode
-
     def rows(sources: tuple[str, ...]) -> list[Any]:
         return [r for name in sources for r in load_rows(name, needs_answer=False)[: settings.limit]]
 
