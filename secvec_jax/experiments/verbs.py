@@ -128,9 +128,9 @@ def _finetune(settings: Align | Finetune, vectors: str | None, task: LoRA | None
     run = _Run(settings, command)
 
     def work(stage: Stage) -> dict[str, float]:
+        rows = load_rows(settings.data)
         model = load(settings.model)
         active = None if vectors is None else load_vectors(vectors, model)
-        rows = load_rows(settings.data)
         tuned = finetune_model(
             model,
             rows,
@@ -154,6 +154,8 @@ def vectors(settings: Vectors, command: str) -> None:
     folder = run.folder / "vectors"
 
     def work(stage: Stage) -> dict[str, float]:
+        rows = load_rows(settings.data)
+        benign = None if settings.benign is None else load_rows(settings.benign)
         model = load(settings.model)
         last: dict[str, float] = {}
         show = stage.on_step()
@@ -164,9 +166,9 @@ def vectors(settings: Vectors, command: str) -> None:
 
         trained = train_vectors(
             model,
-            load_rows(settings.data),
+            rows,
             settings.lora,
-            benign=None if settings.benign is None else load_rows(settings.benign),
+            benign=benign,
             phase1=settings.phase1,
             training=settings.training,
             checkpoints=run.checkpoints,
