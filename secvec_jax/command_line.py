@@ -11,11 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from rich.console import Console
 from simple_parsing import ArgumentParser, DashVariant
 
-from secvec_jax import assets, config
+from secvec_jax import config
 from secvec_jax.errors import UserError
 
 Verb = tuple[type, Callable[[Any, str], Any]]
@@ -27,8 +26,6 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # transformers reads tokenizers for us and need not say that it found no torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(assets.cache_dir() / "compiled"))
     try:
         settings, function = _parse(description, verbs, arguments)
         function(settings, shlex.join(["python", *sys.argv]))
