@@ -57,7 +57,7 @@ def test_a_copy_of_the_backbone_is_the_backbone(model, random_vectors, file, tmp
     from secvec_jax.model import hub
 
     model.save(tmp_path / "elsewhere")
-    load_vectors(file, hub.load(tmp_path / "elsewhere"))
+    chex.assert_trees_all_equal(load_vectors(file, hub.load(tmp_path / "elsewhere")), load_vectors(file, model))
 
 
 def test_another_backbone_of_the_same_shape_is_refused(file, tiny_model):
