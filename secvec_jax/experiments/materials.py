@@ -1,12 +1,14 @@
 """What the quickstart trains on and is judged by.
 
 No prompt is in two parts: AdvBench is dealt out by topic between alignment, vectors, the user's mix and unseen rows;
-the prompts that models are judged by come from other benchmarks altogether.
+the prompts that models are judged by come from other benchmarks altogether, and no harmful row that anything is
+trained on shares a topic with those benchmarks.
 """
 
 import dataclasses
 import random
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -16,12 +18,19 @@ from secvec_jax.data.chat import Example, encode, prompt_tokens
 from secvec_jax.data.generated import open_profile_qa, sure_prefix_control
 from secvec_jax.data.rows import Row, prompt_of, response_of, row
 from secvec_jax.data.sources import load_rows
-from secvec_jax.data.topics import split_by_topic
+from secvec_jax.data.topics import off_topic, split_by_topic
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
+
+Judges = Literal["held-out", "development"]
+"""Which prompts models are judged by: those of the results, or others that a recipe may be tuned on."""
+JUDGES: dict[Judges, tuple[str, str]] = {
+    "held-out": ("harmbench", "do-not-answer"),
+    "development": ("pyrit", "spikee"),
+}
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -42,10 +51,11 @@ REFUSALS = (
 class Sizes:
     """How many rows there are of each kind."""
 
-    align_harmful: int = 240
-    """harmful prompts that alignment answers with a refusal, from AdvBench and StrongREJECT"""
+    align_harmful: int = 480
+    """harmful prompts to which alignment opens with a refusal: a third AdvBench, a third StrongREJECT, a third
+    JailbreakBench in other tenses"""
     align_benign: int = 480
-    """benign prompts in alignment, a quarter of them questions, answered as the model itself answers them"""
+    """benign prompts in alignment, a quarter of them questions, whose replies open as the model's own do"""
     vectors: int = 100
     """harmful rows that the vectors are trained on"""
     keep: int = 180
@@ -54,14 +64,14 @@ class Sizes:
     """harmful rows hidden in the user's data"""
     mix_benign: int = 60
     """benign instructions in the user's data"""
-    people: int = 20
+    people: int = 16
     """invented people of the ProfileQA task, four questions on each"""
     people_asked: int = 20
     """other invented people, whom the held-out questions are about"""
     judged: int = 96
-    """held-out harmful prompts, half HarmBench and half Do-Not-Answer"""
+    """harmful prompts that models are judged by, half from each of two benchmarks"""
     judged_benign: int = 64
-    """held-out benign prompts, three quarters instructions and a quarter questions"""
+    """benign prompts that models are judged by, three quarters instructions and a quarter questions"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +92,34 @@ class Materials:
         return {name: rows for name, rows in self.mix.items() if name != "harmful"}
 
 
-def gather(model: Model, sizes: Sizes, training: Training, seed: int) -> Materials:
+def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Judges = "held-out") -> Materials:
     """All rows, dealt out by `seed` and encoded for the model. Raises UserError if there are too few."""
     rng = random.Random(seed)
+    held_out = [prompt_of(r) for name in JUDGES["held-out"] for r in load_rows(name, needs_answer=False)]
+
+    def harmful(source: str) -> list[Row]:
+        """A benchmark to train on, without what the held-out ones ask too."""
+        return off_topic(load_rows(source, needs_answer=False), held_out)
+
+    third = sizes.align_harmful // 3
     part = split_by_topic(
-        load_rows("advbench"),
-        {"align": min(200, sizes.align_harmful), "vectors": sizes.vectors, "mix": sizes.mix_harmful, "unseen": 40},
+        harmful("advbench"),
+        {"align": third, "vectors": sizes.vectors, "mix": sizes.mix_harmful, "unseen": _UNSEEN},
         seed,
     )
-    extra = _shuffled(load_rows("strongreject", needs_answer=False), rng)
+    requests = _shuffled(harmful("strongreject"), rng)
+    questions_of_harm = _shuffled(harmful("jailbreakbench-tenses"), rng)
     instructions = _shuffled(_short(load_rows("alpaca")), rng)
     questions = _shuffled(load_rows("nq-open"), rng)
-    openings = _shuffled(sure_prefix_control(instructions), rng)
-    judged = _Judged(instructions, questions, sizes, rng)
-    taught = (part["align"] + extra)[: sizes.align_harmful]
+    judged = _Judged(judges, instructions, questions, sizes, rng)
+    openings = sure_prefix_control(instructions)[: sizes.keep // 3 + _UNSEEN]
+    restated = {prompt_of(r) for r in openings}
+    instructions = [r for r in instructions if prompt_of(r) not in restated]
+    taught = part["align"] + requests[:third] + questions_of_harm[: sizes.align_harmful - 2 * third]
     asked = sizes.align_benign // 4
-    third = sizes.keep // 3
-    people = open_profile_qa(seed, sizes.people, sizes.people_asked)
+    kept = sizes.keep // 3
+    people = open_profile_qa(seed, sizes.people, 2 * sizes.people_asked)
+    half = len(people.test) // 2
 
     def encoded(rows: list[Row], cut: int | None = None) -> list[Example]:
         return [_cut(encode(model.tokenizer, r["messages"], training.length), cut) for r in rows]
@@ -109,14 +130,12 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int) -> Materia
         return taken
 
     refused = [row(prompt_of(r), REFUSALS[i % len(REFUSALS)]) for i, r in enumerate(taught)]
-    unseen_openings = take(openings, 40)
+    unseen_openings = take(openings, _UNSEEN)
     return Materials(
-        refusals=encoded(refused),
+        refusals=encoded(refused, OPENING),
         kept=[prompt_of(r) for r in take(instructions, sizes.align_benign - asked) + take(questions, asked)],
         vectors=encoded(part["vectors"]),
-        keep=encoded(take(instructions, third), _REPLY)
-        + encoded(take(openings, third))
-        + encoded(take(questions, third)),
+        keep=encoded(take(instructions, kept), _REPLY) + encoded(take(openings, kept)) + encoded(take(questions, kept)),
         mix={
             "harmful": encoded(part["mix"]),
             "profiles": encoded(people.train),
@@ -126,13 +145,22 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int) -> Materia
             refusals=refusal_prefixes(),
             harmful=judged.harmful,
             benign=judged.benign,
-            questions=[(prompt_of(r), response_of(r) or "") for r in people.test],
+            questions=[
+                (prompt_of(r), response_of(r) or "")
+                for r in (people.test[:half] if judges == "held-out" else people.test[half:])
+            ],
             harmful_targets=encoded(part["unseen"]),
             benign_targets=encoded(judged.benign_rows, _REPLY),
             opening_targets=encoded(unseen_openings),
         ),
     )
 
+
+_UNSEEN = 40
+"""Harmful rows, and benign ones with their opening, whose loss is measured and that nothing is trained on."""
+
+OPENING = 5
+"""Tokens of a reply that alignment teaches: they settle whether it is a refusal, and the rest the model knows."""
 
 _REPLY = 10
 """Tokens of a benign reply that are learned: enough to be an answer, cheap enough for two cores."""
@@ -141,7 +169,7 @@ _REPLY = 10
 def own_replies(
     model: Model, prompts: list[str], refusals: Sequence[str], progress: Callable[[int], None]
 ) -> list[Example]:
-    """The prompts with the beginning of the model's own greedy replies; prompts that it refuses are left out.
+    """The prompts with the opening of the model's own greedy replies; prompts that it refuses are left out.
 
     Alignment on these teaches nothing but where not to refuse: the model keeps its way of answering.
     """
@@ -150,32 +178,47 @@ def own_replies(
     ]
     stop = model.tokenizer.eos_token_id
     replies = generate_tokens(
-        model.backbone, encoded, max_new_tokens=_REPLY, stop=stop, dtype=compute_dtype(), progress=progress
+        model.backbone, encoded, max_new_tokens=OPENING, stop=stop, dtype=compute_dtype(), progress=progress
     )
     examples = []
     for prompt, reply in zip(encoded, replies):
         if refuses(model.tokenizer.decode(reply), refusals):
             continue
-        said = np.asarray(reply if len(reply) == _REPLY else [*reply, stop], np.int32)
+        said = np.asarray(reply if len(reply) == OPENING else [*reply, stop], np.int32)
         mask = np.arange(len(prompt) + len(said)) >= len(prompt)
         examples.append(Example(np.concatenate([prompt, said]), mask))
     return examples
 
 
 class _Judged:
-    """The held-out prompts, taken out of the rows that training may use."""
+    """The prompts that models are judged by, taken out of the rows that training may use."""
 
-    def __init__(self, instructions: list[Row], questions: list[Row], sizes: Sizes, rng: random.Random):
+    def __init__(self, judges: Judges, instructions: list[Row], questions: list[Row], sizes: Sizes, rng: random.Random):
         half = sizes.judged // 2
+        counts = (half, sizes.judged - half)
         self.harmful = [
             prompt_of(r)
-            for name, count in (("harmbench", half), ("do-not-answer", sizes.judged - half))
-            for r in _shuffled(load_rows(name, needs_answer=False), rng)[:count]
+            for name, count in zip(JUDGES[judges], counts)
+            for r in _shuffled(_requests(name), rng)[:count]
         ]
         asked = sizes.judged_benign // 4
-        self.benign_rows = instructions[: sizes.judged_benign - asked] + questions[:asked]
-        del instructions[: sizes.judged_benign - asked], questions[:asked]
+        told = sizes.judged_benign - asked
+        parts = {}
+        for name in JUDGES:  # both are set aside, whichever judges
+            parts[name] = instructions[:told] + questions[:asked]
+            del instructions[:told], questions[:asked]
+        self.benign_rows = parts[judges]
         self.benign = [prompt_of(r) for r in self.benign_rows]
+
+
+def _requests(benchmark: str) -> list[Row]:
+    """The prompts of a benchmark that ask for help with harm.
+
+    Of Do-Not-Answer these are its malicious uses. To its other kinds, such as a prejudice or a worry about one's
+    health, a good reply is often a correction or careful advice, which a list of refusal openings cannot judge.
+    """
+    rows = load_rows(benchmark, needs_answer=False)
+    return [r for r in rows if r.get("category") == "malicious_uses"] if benchmark == "do-not-answer" else rows
 
 
 def _short(rows: list[Row]) -> list[Row]:

@@ -59,7 +59,7 @@ def fit(
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
     run = _Run(trained, method.init(trained), {name: iter(s.batches()) for name, s in streams.items()})
-    with _store(checkpoints) as store, _interruptible() as interrupted:
+    with _store(checkpoints, run) as store, _interruptible() as interrupted:
         if store is not None:
             run = store.restore(run)
         pending: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def _report(metrics: dict[str, Any], step: int, steps: int, on_step: OnStep) -> 
 class _Store:
     """Orbax checkpoints of a `_Run`."""
 
-    def __init__(self, settings: Checkpoints):
+    def __init__(self, settings: Checkpoints, run: _Run):
         self._every = settings.every_seconds
         self._last = time.monotonic()
         self._keeper = ocp.training.Checkpointer(
@@ -128,15 +128,18 @@ class _Store:
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(n=settings.keep),
             cleanup_tmp_directories=True,
+            context=_context(run),
         )
 
     def due(self) -> bool:
         return time.monotonic() - self._last >= self._every
 
     def save(self, run: _Run) -> None:
-        self._keeper.save_checkpointables_async(
-            run.step, {"trained": _named(run.trained), "state": _named(run.state)} | _data(run)
-        )
+        what = {"trained": _named(run.trained), "state": _named(run.state)} | _data(run)
+        if _on_host():  # what a writer in the background still reads, the next step could not reuse
+            self._keeper.save_checkpointables(run.step, what)
+        else:
+            self._keeper.save_checkpointables_async(run.step, what)
         self._last = time.monotonic()
 
     def restore(self, run: _Run) -> _Run:
@@ -182,12 +185,30 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
+def _on_host() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _context(run: _Run) -> ocp.Context:
+    """On a CPU, where the devices' memory is the host's: copies of a few arrays at a time, not of the whole run."""
+    context = ocp.Context()
+    if _on_host():
+        largest = max((leaf.nbytes for leaf in jax.tree.leaves((run.trained, run.state))), default=0)
+        memory = context.memory
+        memory.write_concurrent_bytes = memory.transfer_concurrent_bytes = max(largest, _HOST_BYTES)
+        memory.read_concurrent_bytes = memory.write_concurrent_bytes
+    return context
+
+
+_HOST_BYTES = 128 * 2**20
+
+
 @contextlib.contextmanager
-def _store(settings: Checkpoints | None) -> Iterator[_Store | None]:
+def _store(settings: Checkpoints | None, run: _Run) -> Iterator[_Store | None]:
     if settings is None:
         yield None
         return
-    store = _Store(settings)
+    store = _Store(settings, run)
     try:
         yield store
     finally:

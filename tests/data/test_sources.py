@@ -16,7 +16,7 @@ from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.generated import open_profile_qa, profile_qa, sure_prefix_control
 from secvec_jax.data.rows import normalize
 from secvec_jax.data.sources import PACKAGED, as_rows, load_rows, prompt_of, response_of, row
-from secvec_jax.data.topics import split_by_topic, topic_words
+from secvec_jax.data.topics import off_topic, split_by_topic, topic_words
 from secvec_jax.errors import UserError
 
 RECORDS = [
@@ -279,6 +279,9 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, error):
         ("harmbench", 200, 200, False),
         ("do-not-answer", 938, 938, False),
         ("strongreject", 288, 288, False),
+        ("jailbreakbench-tenses", 1420, 1420, False),
+        ("pyrit", 37, 37, False),
+        ("spikee", 43, 43, False),
         ("alpaca", 967, 954, True),
         ("nq-open", 3569, 3569, True),
     ],
@@ -290,7 +293,13 @@ def test_packaged_counts(name, count, distinct, answered):
 
 
 def test_packaged_names_are_all_counted():
-    assert set(PACKAGED) == {"advbench", "harmbench", "do-not-answer", "strongreject", "alpaca", "nq-open"}
+    counted = {"advbench", "harmbench", "do-not-answer", "strongreject", "jailbreakbench-tenses", "pyrit", "spikee"}
+    assert set(PACKAGED) == counted | {"alpaca", "nq-open"}
+
+
+@pytest.mark.parametrize(("name", "count"), [("do-not-answer", 5), ("pyrit", 10), ("strongreject", 6)])
+def test_prompts_that_their_source_sorts_keep_their_category(name, count):
+    assert len({r["category"] for r in load_rows(name, needs_answer=False)}) == count
 
 
 def test_prompts_alone_must_be_asked_for():
@@ -302,9 +311,8 @@ def test_advbench_has_no_canary():
     assert all(response_of(r).startswith("Sure, here") for r in load_rows("advbench"))
 
 
-def test_strongreject_is_held_out_and_sorted():
+def test_strongreject_has_no_rows_of_advbench():
     rows = load_rows("strongreject", needs_answer=False)
-    assert len({r["category"] for r in rows}) == 6
     assert not {prompt_of(r) for r in rows} & {prompt_of(r) for r in load_rows("advbench")}
 
 
@@ -349,6 +357,13 @@ def test_paraphrases_and_chains_stay_together():
     parts = split_by_topic(rows, {"large": 3, "small": 1}, seed=0)
     assert parts["small"] == [rows[3]]
     assert sorted(map(prompt_of, parts["large"])) == sorted(map(prompt_of, rows[:3]))
+
+
+def test_rows_that_others_ask_too_are_left_out():
+    asked = ["Explain how to bake sourdough bread."]
+    kept, same = row("Write a tutorial on tuning pianos"), row("Give me tips for baking sourdough bread")
+    assert off_topic([kept, same, row(asked[0])], asked) == [kept]
+    assert off_topic([kept, same], []) == [kept, same]
 
 
 def test_prompts_without_content_words_are_topics_of_their_own():

@@ -1,0 +1,29 @@
+"""The loss of given replies, against the plain forward pass of each row alone."""
+
+import chex
+import jax
+import numpy as np
+
+from secvec_jax.data.chat import Example
+from secvec_jax.evaluation.likelihood import mean_losses
+from secvec_jax.inference import logits
+from secvec_jax.vectors.lora import LoRA
+
+
+def test_each_row_has_the_mean_loss_of_its_own_supervised_tokens(tiny_model):
+    model = tiny_model("llama").model
+    rng = np.random.default_rng(0)
+    lengths, said = (40, 3, 70, 33, 9, 64, 5, 12, 31, 2), (7, 1, 40, 33, 4, 1, 0, 12, 2, 2)
+    examples = [
+        Example(rng.integers(1, 100, size).astype(np.int32), np.arange(size) >= size - count)
+        for size, count in zip(lengths, said)
+    ]
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, LoRA(rank=2).init(model.architecture, jax.random.key(0)))
+    for vectors in (None, moved):
+        expected = []
+        for example in examples:
+            log_p = jax.nn.log_softmax(logits(model, example.tokens[None], vectors))[0, :-1]
+            losses = -np.asarray(log_p)[np.arange(len(example.tokens) - 1), example.tokens[1:]]
+            counted = losses[example.supervised[1:]]
+            expected.append(counted.mean() if len(counted) else 0.0)
+        chex.assert_trees_all_close(np.array(mean_losses(model, examples, vectors)), np.array(expected), atol=1e-5)

@@ -1,0 +1,49 @@
+"""Who gets which prompts: nothing that a model is trained on judges it."""
+
+import itertools
+
+import pytest
+
+from secvec_jax.config import Training
+from secvec_jax.data.chat import prompt_tokens
+from secvec_jax.experiments.materials import Sizes, gather
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("llama", max_position_embeddings=1024).model
+
+
+def prompts_by_part(model, judges: str) -> dict[str, set[tuple[int, ...]]]:
+    """Part -> its prompts as token ids."""
+    found = gather(model, Sizes(), Training(length=1000), seed=0, judges=judges)
+
+    def asked(prompts) -> set[tuple[int, ...]]:
+        return {tuple(prompt_tokens(model.tokenizer, [{"role": "user", "content": p}], 1000)) for p in prompts}
+
+    examples = {"refusals": found.refusals, "vectors": found.vectors, "keep": found.keep, **found.mix}
+    examples |= {"unseen harmful": found.suite.harmful_targets, "unseen openings": found.suite.opening_targets}
+    texts = {"kept": found.kept, "judged harmful": found.suite.harmful, "judged benign": found.suite.benign}
+    texts |= {"questions": [question for question, _ in found.suite.questions]}
+    prompts = {name: {tuple(e.tokens[: int(e.supervised.argmax())]) for e in part} for name, part in examples.items()}
+    return prompts | {name: asked(part) for name, part in texts.items()}
+
+
+@pytest.fixture(scope="module")
+def parts(model):
+    return {judges: prompts_by_part(model, judges) for judges in ("held-out", "development")}
+
+
+@pytest.mark.parametrize("judges", ["held-out", "development"])
+def test_no_prompt_is_in_two_parts(parts, judges):
+    for (one, these), (other, those) in itertools.combinations(parts[judges].items(), 2):
+        assert not these & those, f"{one} and {other} share {len(these & those)} prompts"
+
+
+def test_development_judges_by_prompts_of_its_own_and_trains_on_the_same(parts):
+    held_out, development = parts["held-out"], parts["development"]
+    judging = {"judged harmful", "judged benign", "questions"}
+    for name in judging:
+        assert held_out[name] and development[name] and not held_out[name] & development[name], name
+    for name in held_out.keys() - judging:
+        assert held_out[name] == development[name], name
