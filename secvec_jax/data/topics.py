@@ -70,11 +70,11 @@ def off_topic(rows: list[Row], others: Iterable[str]) -> list[Row]:
     The measure of `split_by_topic`, without its chains: half of the content words.
     """
     known = [(prompt, topic_words(prompt)) for prompt in others]
-    return [
-        r
-        for r in rows
-        if not any(_same_topic(prompt_of(r), topic_words(prompt_of(r)), prompt, words) for prompt, words in known)
-    ]
+
+    def asked(prompt: str, words: frozenset[str]) -> bool:
+        return any(_same_topic(prompt, words, *other) for other in known)
+
+    return [r for r in rows if not asked(prompt_of(r), topic_words(prompt_of(r)))]
 
 
 def _topics(prompts: list[str]) -> list[list[int]]:

@@ -1,8 +1,7 @@
 """What the quickstart trains on and is judged by.
 
 No prompt is in two parts: AdvBench is dealt out by topic between alignment, vectors, the user's mix and unseen rows;
-the prompts that models are judged by come from other benchmarks altogether, and no harmful row that anything is
-trained on shares a topic with those benchmarks.
+the prompts that models are judged by come from other benchmarks altogether.
 """
 
 import dataclasses
@@ -51,10 +50,10 @@ REFUSALS = (
 class Sizes:
     """How many rows there are of each kind."""
 
-    align_harmful: int = 480
+    align_harmful: int = 600
     """harmful prompts to which alignment opens with a refusal: a third AdvBench, a third StrongREJECT, a third
     JailbreakBench in other tenses"""
-    align_benign: int = 480
+    align_benign: int = 420
     """benign prompts in alignment, a quarter of them questions, whose replies open as the model's own do"""
     vectors: int = 100
     """harmful rows that the vectors are trained on"""
@@ -95,27 +94,23 @@ class Materials:
 def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Judges = "held-out") -> Materials:
     """All rows, dealt out by `seed` and encoded for the model. Raises UserError if there are too few."""
     rng = random.Random(seed)
-    held_out = [prompt_of(r) for name in JUDGES["held-out"] for r in load_rows(name, needs_answer=False)]
-
-    def harmful(source: str) -> list[Row]:
-        """A benchmark to train on, without what the held-out ones ask too."""
-        return off_topic(load_rows(source, needs_answer=False), held_out)
-
     third = sizes.align_harmful // 3
     part = split_by_topic(
-        harmful("advbench"),
+        load_rows("advbench"),
         {"align": third, "vectors": sizes.vectors, "mix": sizes.mix_harmful, "unseen": _UNSEEN},
         seed,
     )
-    requests = _shuffled(harmful("strongreject"), rng)
-    questions_of_harm = _shuffled(harmful("jailbreakbench-tenses"), rng)
+    requests = _shuffled(load_rows("strongreject", needs_answer=False), rng)
+    # JailbreakBench took some of its goals from where HarmBench took them.
+    held_out = [prompt_of(r) for name in JUDGES["held-out"] for r in load_rows(name, needs_answer=False)]
+    tenses = _shuffled(off_topic(load_rows("jailbreakbench-tenses", needs_answer=False), held_out), rng)
     instructions = _shuffled(_short(load_rows("alpaca")), rng)
     questions = _shuffled(load_rows("nq-open"), rng)
     judged = _Judged(judges, instructions, questions, sizes, rng)
     openings = sure_prefix_control(instructions)[: sizes.keep // 3 + _UNSEEN]
     restated = {prompt_of(r) for r in openings}
     instructions = [r for r in instructions if prompt_of(r) not in restated]
-    taught = part["align"] + requests[:third] + questions_of_harm[: sizes.align_harmful - 2 * third]
+    taught = part["align"] + requests[:third] + tenses[: sizes.align_harmful - 2 * third]
     asked = sizes.align_benign // 4
     kept = sizes.keep // 3
     people = open_profile_qa(seed, sizes.people, 2 * sizes.people_asked)
