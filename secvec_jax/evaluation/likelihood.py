@@ -10,6 +10,7 @@ import numpy as np
 from secvec_jax.data.chat import Example
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.decoder import Guest
+from secvec_jax.model.generate import common_head, shared_cache
 from secvec_jax.model.hub import Model
 
 _BATCH, _BUCKET = 8, 32
@@ -18,18 +19,23 @@ _BATCH, _BUCKET = 8, 32
 def mean_losses(model: Model, examples: Sequence[Example], vectors: Guest | None = None) -> list[float]:
     """Each example's cross-entropy per token that the assistant says, in nats."""
     guests = () if vectors is None else (vectors,)
-    said = _rounded_up(max((int(e.supervised.sum()) for e in examples), default=1))
+    # The head that all rows share is read once; one token more than its reply is left to every row.
+    head = common_head([example.tokens[: int(example.supervised.argmax())] for example in examples])
+    said = _rounded_up(max(int(e.supervised.sum()) for e in examples))
     losses = np.zeros(len(examples))
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     for start in range(0, len(examples), _BATCH):
         batch = order[start : start + _BATCH]
-        width = _rounded_up(len(examples[batch[-1]].tokens))
-        tokens, supervised = np.zeros((_BATCH, width), np.int32), np.zeros((_BATCH, width), bool)
+        width = _rounded_up(len(examples[batch[-1]].tokens) - len(head))
+        tokens, marks = np.zeros((_BATCH, width), np.int32), np.zeros((2, _BATCH, width), np.int32)
+        marks[0, :, 0] = 1  # no row is empty
         for row, index in enumerate(batch):
-            example = examples[index]
-            tokens[row, : len(example.tokens)] = example.tokens
-            supervised[row, : len(example.tokens)] = example.supervised
-        found = _row_losses(model.backbone, guests, tokens, supervised, said=min(said, width), dtype=compute_dtype())
+            tail = slice(len(head), None)
+            length = len(examples[index].tokens) - len(head)
+            tokens[row, :length] = examples[index].tokens[tail]
+            marks[0, row, :length] = 1
+            marks[1, row, :length] = examples[index].supervised[tail]
+        found = _row_losses(model.backbone, guests, head[None], tokens, *marks, said=said, dtype=compute_dtype())
         losses[batch] = np.asarray(found)[: len(batch)]
     return losses.tolist()
 
@@ -39,12 +45,15 @@ def _rounded_up(length: int) -> int:
 
 
 @partial(jax.jit, static_argnames=("said", "dtype"))
-def _row_losses(decoder, guests, tokens, supervised, *, said, dtype):
-    """said: the most supervised tokens that a row has."""
-    hidden, _ = decoder(tokens, guests=guests, dtype=dtype)
+def _row_losses(decoder, guests, head, tokens, segments, supervised, *, said, dtype):
+    """said: at least as many as any row has supervised tokens."""
+    forward = partial(decoder, guests=guests, dtype=dtype)
+    cache = shared_cache(forward, head, len(tokens), head.shape[1], decoder)
+    positions = head.shape[1] + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = forward(tokens, segments, positions, cache=cache)
 
     def row(hidden, tokens, supervised):
-        (targets,) = jnp.nonzero(supervised.at[0].set(False), size=said, fill_value=0)  # 0: nothing precedes it
+        (targets,) = jnp.nonzero(supervised.at[0].set(0), size=said, fill_value=0)  # 0: nothing precedes it
         log_p = jax.nn.log_softmax(decoder.logits(hidden[targets - 1]))
         losses = -jnp.take_along_axis(log_p, tokens[targets, None], axis=-1)[:, 0]
         weights = (targets > 0).astype(jnp.float32)

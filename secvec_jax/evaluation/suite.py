@@ -30,7 +30,7 @@ class Suite:
     harmful_targets: Sequence[Example] = ()
     benign_targets: Sequence[Example] = ()
     opening_targets: Sequence[Example] = ()
-    reply_tokens: int = 20
+    reply_tokens: int = 16
     answer_tokens: int = 8
     batch_size: int = 64
 

@@ -45,7 +45,7 @@ class Recipe:
     align_rank: int = 16
     """rank of the LoRA that alignment trains and merges"""
     align_training: Training = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0, remat="full")
-    vectors_training: Training = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=4, remat="full")
+    vectors_training: Training = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=3, remat="full")
     finetune_training: Training = Training(learning_rate=2e-4, epochs=2, remat="full")
 
 

@@ -63,7 +63,7 @@ class Sizes:
     """harmful rows hidden in the user's data"""
     mix_benign: int = 60
     """benign instructions in the user's data"""
-    people: int = 16
+    people: int = 20
     """invented people of the ProfileQA task, four questions on each"""
     people_asked: int = 20
     """other invented people, whom the held-out questions are about"""

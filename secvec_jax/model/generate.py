@@ -37,9 +37,10 @@ def generate_tokens(
     """
     if not prompts:
         return []
-    head = _common_head(prompts)
+    head = common_head(prompts)
     tails = [np.asarray(prompt[len(head) :]) for prompt in prompts]
-    batch_size = min(batch_size, len(prompts))
+    batches = -(-len(prompts) // batch_size)
+    batch_size = -(-len(prompts) // batches)  # equal batches: a last one of padding would cost as much as a full one
     order = sorted(range(len(prompts)), key=lambda i: len(tails[i]))
     replies: dict[int, list[int]] = {}
     run = partial(_generate, max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, dtype=dtype)
@@ -59,7 +60,7 @@ def generate_tokens(
     return [replies[i] for i in range(len(prompts))]
 
 
-def _common_head(prompts: Sequence[np.ndarray]) -> np.ndarray:
+def common_head(prompts: Sequence[np.ndarray]) -> np.ndarray:
     """The tokens with which all prompts begin; at least the last token of each is left over."""
     shortest = min(map(len, prompts)) - 1
     return np.asarray(os.path.commonprefix([prompt[:shortest].tolist() for prompt in prompts]), np.int32)
@@ -79,7 +80,7 @@ def _left_padded(tails: Sequence[np.ndarray], rows: int, width: int) -> tuple[np
 def _generate(decoder, guests, head, tokens, segments, done, key, *, max_new_tokens, stop, temperature, dtype):
     """Replies `[B, max_new_tokens]`, filled up with `stop`, for the tails `[B, T]` of prompts that share `head`."""
     forward = partial(decoder, guests=guests, dtype=dtype)
-    cache = _shared_cache(forward, head, len(tokens), head.shape[1] + tokens.shape[1] + max_new_tokens, decoder)
+    cache = shared_cache(forward, head, len(tokens), head.shape[1] + tokens.shape[1] + max_new_tokens, decoder)
     positions = head.shape[1] + jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
 
     def advance(cache, tokens, segments, positions):
@@ -91,25 +92,30 @@ def _generate(decoder, guests, head, tokens, segments, done, key, *, max_new_tok
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature).astype(jnp.int32)
 
+    def say(step, logits, replies, done):
+        token = jnp.where(done, stop, choose(logits, step))
+        return token, jax.lax.dynamic_update_slice(replies, token[:, None], (0, step)), done | (token == stop)
+
     def unfinished(state):
         step, *_, done = state
         return (step < max_new_tokens) & ~done.all()
 
     def write(state):
-        step, cache, position, logits, replies, done = state
-        token = jnp.where(done, stop, choose(logits, step))
-        replies = jax.lax.dynamic_update_slice(replies, token[:, None], (0, step))
+        step, cache, position, token, replies, done = state
         cache, logits = advance(cache, token[:, None], jnp.ones_like(token)[:, None], position[:, None] + 1)
-        return step + 1, cache, position + 1, logits, replies, done | (token == stop)
+        return step + 1, cache, position + 1, *say(step, logits, replies, done)
 
     cache, logits = advance(cache, tokens, segments, positions)
     replies = jnp.full((len(tokens), max_new_tokens), stop, jnp.int32)
-    state = (jnp.int32(0), cache, positions[:, -1], logits, replies, done)
+    state = (jnp.int32(1), cache, positions[:, -1], *say(0, logits, replies, done))
     return jax.lax.while_loop(unfinished, write, state)[-2]
 
 
-def _shared_cache(forward, head, rows: int, slots: int, decoder: Decoder) -> Cache:
-    """A cache of `slots` for `rows` conversations that all begin with `head` `[1, H]` (H may be 0)."""
+def shared_cache(forward, head, rows: int, slots: int, decoder: Decoder) -> Cache:
+    """A cache of `slots` for `rows` conversations that all begin with `head` `[1, H]` (H may be 0).
+
+    forward: the decoder with its guests and its `dtype` bound by keyword.
+    """
     a = decoder.architecture
     shape = (a.num_layers, rows, slots, a.num_kv_heads, a.head_dim)
     dtype = forward.keywords["dtype"]

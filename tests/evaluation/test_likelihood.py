@@ -3,6 +3,7 @@
 import chex
 import jax
 import numpy as np
+import pytest
 
 from secvec_jax.data.chat import Example
 from secvec_jax.evaluation.likelihood import mean_losses
@@ -10,12 +11,17 @@ from secvec_jax.inference import logits
 from secvec_jax.vectors.lora import LoRA
 
 
-def test_each_row_has_the_mean_loss_of_its_own_supervised_tokens(tiny_model):
+@pytest.mark.parametrize("shared", [0, 6])
+def test_each_row_has_the_mean_loss_of_its_own_supervised_tokens(tiny_model, shared):
     model = tiny_model("llama").model
     rng = np.random.default_rng(0)
     lengths, said = (40, 3, 70, 33, 9, 64, 5, 12, 31, 2), (7, 1, 40, 33, 4, 1, 0, 12, 2, 2)
+    head = rng.integers(1, 100, shared)
     examples = [
-        Example(rng.integers(1, 100, size).astype(np.int32), np.arange(size) >= size - count)
+        Example(
+            np.concatenate([head, rng.integers(1, 100, size)]).astype(np.int32),
+            np.arange(shared + size) >= shared + size - count,
+        )
         for size, count in zip(lengths, said)
     ]
     moved = jax.tree.map(lambda leaf: leaf + 0.1, LoRA(rank=2).init(model.architecture, jax.random.key(0)))
