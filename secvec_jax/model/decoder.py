@@ -39,7 +39,7 @@ class Guest(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What was seen so far: `keys`, `values` `[L, B, S, K, H]`, `segments`, `positions` `[B, S]`.
+    """What was seen so far: `keys`, `values` `[L, B, K, S, H]`, `segments`, `positions` `[B, S]`.
 
     Slots from `length` on are free; a free slot and a padded one have segment 0.
     """
@@ -92,10 +92,9 @@ class Layers(nnx.Module):
             query = _rms_norm(query, self.q_norm[...], self.architecture.norm_eps)
             key = _rms_norm(key, self.k_norm[...], self.architecture.norm_eps)
         query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
-        new = (key, value)
-        if cached is not None:
-            key, value = (jnp.concatenate([old, fresh], axis=1) for old, fresh in zip(cached, new))
-        x = x + site("o_proj", attend(query, key, value, mask).reshape(*x.shape[:2], -1))
+        new = (key.swapaxes(1, 2), value.swapaxes(1, 2))
+        keys, values = zip(new) if cached is None else zip(cached, new)
+        x = x + site("o_proj", attend(query, keys, values, mask).reshape(*x.shape[:2], -1))
         h = _rms_norm(x, self.mlp_norm[...], self.architecture.norm_eps)
         return x + site("down_proj", jax.nn.silu(site("gate_proj", h)) * site("up_proj", h)), new
 
@@ -135,7 +134,7 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         keep_cache: bool = False,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Hidden states after the final norm, `[B, T, D]`, and the new keys and values `[L, B, T, K, H]`.
+        """Hidden states after the final norm, `[B, T, D]`, and the new keys and values `[L, B, K, T, H]`.
 
         tokens `[B, T]`; segments `[B, T]`: which row of a packed batch a token belongs to, 0 for padding (all
         one row if None); positions `[B, T]`: the rotary position (0, 1, ... if None); cache: what the tokens

@@ -117,7 +117,7 @@ def shared_cache(forward, head, rows: int, slots: int, decoder: Decoder) -> Cach
     forward: the decoder with its guests and its `dtype` bound by keyword.
     """
     a = decoder.architecture
-    shape = (a.num_layers, rows, slots, a.num_kv_heads, a.head_dim)
+    shape = (a.num_layers, rows, a.num_kv_heads, slots, a.head_dim)
     dtype = forward.keywords["dtype"]
     marks = jnp.zeros((rows, slots), jnp.int32)
     cache = Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), marks, marks, jnp.int32(0))
@@ -134,8 +134,8 @@ def _append(cache: Cache, new: tuple[jax.Array, jax.Array], segments: jax.Array,
         return jax.lax.dynamic_update_slice_in_dim(into, what.astype(into.dtype), cache.length, axis)
 
     return Cache(
-        put(cache.keys, new[0], 2),
-        put(cache.values, new[1], 2),
+        put(cache.keys, new[0], 3),
+        put(cache.values, new[1], 3),
         put(cache.segments, segments, 1),
         put(cache.positions, positions, 1),
         cache.length + segments.shape[1],

@@ -167,13 +167,15 @@ def test_visible_by_hand():
 
 
 @pytest.mark.parametrize("heads", [2, 6])
-def test_the_two_attention_kernels_agree(heads):
+@pytest.mark.parametrize("runs", [[], [3], [1, 5]])
+def test_the_two_attention_kernels_agree_on_any_runs_of_keys(heads, runs):
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 5, heads, 8))
     key, value = (jax.random.normal(k, (2, 7, 2, 8)) for k in keys[1:3])
     mask = jax.random.bernoulli(keys[3], 0.6, (2, 1, 5, 7)).at[..., 0].set(True)
     general = jax.nn.dot_product_attention(query, key, value, mask=mask)
-    ours = _attend_by_batched_products(query, key, value, mask)
+    keys, values = (jnp.split(part.swapaxes(1, 2), runs, axis=2) for part in (key, value))
+    ours = _attend_by_batched_products(query, keys, values, mask)
     chex.assert_equal_shape([ours, query])
     np.testing.assert_allclose(ours, general, rtol=0, atol=1e-5)
 
@@ -248,7 +250,7 @@ def test_keys_and_values_are_kept_on_request_only(tiny_model, tokens):
     backbone = tiny_model("llama").model.backbone
     assert backbone(tokens)[1] is None
     _, new = backbone(tokens, keep_cache=True)
-    chex.assert_shape(new, (2, 3, 12, 2, 8))
+    chex.assert_shape(new, (2, 3, 2, 12, 8))
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-biases", "qwen2", "qwen3-biases"])
