@@ -1,6 +1,10 @@
 """The contract of a packed batch, between the room that makes it and those that use it."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 Batch = dict[str, Any]
 """`tokens`, `targets`, `segments`, `positions`, `groups` int32 and `weights` float32, all `[B, T]`.
@@ -11,3 +15,9 @@ tells the losses of different kinds of rows apart; `segments` tells the rows of 
 
 SHARED = -1
 """The segment of tokens that all rows of a line see: the beginning that they have in common."""
+
+
+def common_head(prompts: Sequence[np.ndarray]) -> np.ndarray:
+    """The tokens with which all prompts begin; at least the last token of each is left over."""
+    shortest = max(min(map(len, prompts)) - 1, 0)
+    return np.asarray(os.path.commonprefix([prompt[:shortest].tolist() for prompt in prompts]), np.int32)

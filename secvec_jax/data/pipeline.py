@@ -6,14 +6,13 @@ every segment sees them. A row's forward pass and gradient are those of the row 
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from secvec_jax.batch import SHARED, Batch
+from secvec_jax.batch import SHARED, Batch, common_head
 from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
 
@@ -61,15 +60,14 @@ class Stream:
 
     def _records(self) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
         everything = [(index, e) for index, group in enumerate(self.examples.values()) for e in group]
-        head = _common_head([example for _, example in everything])
+        head = shared_head([example for _, example in everything])
         return head, [_record(example, index, len(head)) for index, example in everything]
 
 
-def _common_head(examples: Sequence[Example]) -> np.ndarray:
-    """The unsupervised tokens with which all examples begin."""
-    bounds = [max(int(e.supervised.argmax()) - 1, 0) for e in examples]
-    head = os.path.commonprefix([e.tokens[:bound].tolist() for e, bound in zip(examples, bounds)])
-    return np.asarray(head if len(examples) > 1 else [], np.int32)
+def shared_head(examples: Sequence[Example]) -> np.ndarray:
+    """The unsupervised tokens with which all examples begin, without the last before a reply; one shares none."""
+    prompts = [e.tokens[: int(e.supervised.argmax())] for e in examples]
+    return common_head(prompts if len(prompts) > 1 else [np.zeros(0, np.int32)])
 
 
 def _record(example: Example, group: int, skip: int) -> dict[str, np.ndarray]:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.data.chat import Example
+from secvec_jax.data.pipeline import shared_head
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.decoder import Guest
-from secvec_jax.model.generate import common_head, shared_cache
+from secvec_jax.model.generate import shared_cache
 from secvec_jax.model.hub import Model
 
 _BATCH, _BUCKET = 8, 32
@@ -19,8 +20,9 @@ _BATCH, _BUCKET = 8, 32
 def mean_losses(model: Model, examples: Sequence[Example], vectors: Guest | None = None) -> list[float]:
     """Each example's cross-entropy per token that the assistant says, in nats."""
     guests = () if vectors is None else (vectors,)
-    # The head that all rows share is read once; one token more than its reply is left to every row.
-    head = common_head([example.tokens[: int(example.supervised.argmax())] for example in examples])
+    if not examples:
+        return []
+    head = shared_head(examples)  # read once for all rows
     said = _rounded_up(max(int(e.supervised.sum()) for e in examples))
     losses = np.zeros(len(examples))
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
@@ -30,11 +32,9 @@ def mean_losses(model: Model, examples: Sequence[Example], vectors: Guest | None
         tokens, marks = np.zeros((_BATCH, width), np.int32), np.zeros((2, _BATCH, width), np.int32)
         marks[0, :, 0] = 1  # no row is empty
         for row, index in enumerate(batch):
-            tail = slice(len(head), None)
-            length = len(examples[index].tokens) - len(head)
-            tokens[row, :length] = examples[index].tokens[tail]
-            marks[0, row, :length] = 1
-            marks[1, row, :length] = examples[index].supervised[tail]
+            tail = examples[index].tokens[len(head) :]
+            tokens[row, : len(tail)], marks[0, row, : len(tail)] = tail, 1
+            marks[1, row, : len(tail)] = examples[index].supervised[len(head) :]
         found = _row_losses(model.backbone, guests, head[None], tokens, *marks, said=said, dtype=compute_dtype())
         losses[batch] = np.asarray(found)[: len(batch)]
     return losses.tolist()

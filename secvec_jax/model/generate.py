@@ -4,7 +4,6 @@ Prompts that begin alike (the system prompt) are read once: the cache of their c
 The rest is padded on the left, so that all replies start at the same slot.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from secvec_jax.batch import common_head
 from secvec_jax.model.decoder import Cache, Decoder, Guest
 
 _BUCKET = 16
@@ -58,12 +58,6 @@ def generate_tokens(
             replies[i] = row[: ends[0] if len(ends) else None].tolist()
         progress(len(replies))
     return [replies[i] for i in range(len(prompts))]
-
-
-def common_head(prompts: Sequence[np.ndarray]) -> np.ndarray:
-    """The tokens with which all prompts begin; at least the last token of each is left over."""
-    shortest = min(map(len, prompts)) - 1
-    return np.asarray(os.path.commonprefix([prompt[:shortest].tolist() for prompt in prompts]), np.int32)
 
 
 def _left_padded(tails: Sequence[np.ndarray], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
