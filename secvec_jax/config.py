@@ -46,7 +46,7 @@ class Training:
     """tokens in a packed line; a row's prompt must fit into one"""
     accumulate: int = 1
     """batches per optimizer step"""
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = "full"
     """what the backward pass computes again to save memory"""
     seed: int = 0
     """of the order of rows and of fresh vectors"""

@@ -166,9 +166,7 @@ def test_no_network_tells_what_to_run_where(wheel, pip, cache):
     message = str(caught.value)
     assert "\n" not in message
     assert "ERROR: no route" in message
-    assert (
-        f"python -m pip download --no-deps --only-binary=:all: --dest {cache}/packages tiny==1.0" in message
-    )
+    assert f"python -m pip download --no-deps --only-binary=:all: --dest {cache}/packages tiny==1.0" in message
     assert wheel.filename in message
     assert _files(cache) == []
 

@@ -41,9 +41,11 @@ from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 Groups = dict[str, Sequence[Any]]
 """Rows by kind ("harmful", "benign"), whose losses are reported apart."""
 
-ALIGN = Training(learning_rate=1e-3, momentum=0.9)
-PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=4)
-PHASE2 = Training(learning_rate=4e-4, momentum=0.9, epochs=2)
+ALIGN = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0)
+ALIGN_TASK = LoRA(rank=16, alpha=32.0)
+PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=3)
+PHASE2 = Training(learning_rate=2e-4, epochs=2)
+"""What the quickstart takes, tuned on a model of 135 million parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +73,17 @@ def align(
     model: Model,
     rows: Any,
     *,
+    task: LoRA | None = ALIGN_TASK,
     training: Training = ALIGN,
     checkpoints: Checkpoints | None = None,
     on_step: OnStep = lambda step, steps, metrics: None,
 ) -> Model:
     """The model fine-tuned on `rows` (say, refusals of harmful requests and answers to benign ones).
 
-    rows: dicts or a `datasets.Dataset`, or {kind: rows} to have the losses of the kinds apart.
+    rows: dicts or a `datasets.Dataset`, or {kind: rows} to have the losses of the kinds apart. task: the LoRA that is
+    trained and merged, which disturbs the rest of the model less than training all weights; None: all weights.
     """
-    return finetune(model, rows, training=training, checkpoints=checkpoints, on_step=on_step)
+    return finetune(model, rows, task=task, training=training, checkpoints=checkpoints, on_step=on_step)
 
 
 def train_vectors(

@@ -16,7 +16,16 @@ from rich.console import Console
 from secvec_jax import config
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
-from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
+from secvec_jax.defenses.security_vectors import (
+    ALIGN,
+    ALIGN_TASK,
+    PHASE1,
+    PHASE2,
+    Phase1,
+    align,
+    finetune,
+    train_vectors,
+)
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.scorers import bootstrap
 from secvec_jax.evaluation.suite import Outcomes, outcomes
@@ -42,11 +51,11 @@ class Recipe:
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     lora: LoRA = dataclasses.field(default_factory=LoRA)
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
-    align_rank: int = 16
-    """rank of the LoRA that alignment trains and merges"""
-    align_training: Training = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0, remat="full")
-    vectors_training: Training = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=3, remat="full")
-    finetune_training: Training = Training(learning_rate=2e-4, epochs=2, remat="full")
+    align_task: LoRA = ALIGN_TASK
+    """the LoRA that alignment trains and merges"""
+    align_training: Training = ALIGN
+    vectors_training: Training = PHASE1
+    finetune_training: Training = PHASE2
 
 
 class Lab:
@@ -84,10 +93,10 @@ class Lab:
         def train(checkpoints: Checkpoints, on_step: OnStep) -> Model:
             show = stage.replies(len(materials.kept), "its own replies")
             kept = own_replies(self.base, materials.kept, materials.suite.refusals, show)
-            return finetune(
+            return align(
                 self.base,
                 {"harmful": materials.refusals, "benign": kept},
-                task=LoRA(rank=recipe.align_rank, alpha=2.0 * recipe.align_rank),
+                task=recipe.align_task,
                 training=self._seeded(recipe.align_training),
                 checkpoints=checkpoints,
                 on_step=on_step,

@@ -192,9 +192,7 @@ class _Judged:
         half = sizes.judged // 2
         counts = (half, sizes.judged - half)
         self.harmful = [
-            prompt_of(r)
-            for name, count in zip(JUDGES[judges], counts)
-            for r in _shuffled(_requests(name), rng)[:count]
+            prompt_of(r) for name, count in zip(JUDGES[judges], counts) for r in _shuffled(_requests(name), rng)[:count]
         ]
         asked = sizes.judged_benign // 4
         told = sizes.judged_benign - asked

@@ -14,7 +14,7 @@ from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import encode
 from secvec_jax.data.rows import prompt_of, response_of
 from secvec_jax.data.sources import load_rows
-from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, PHASE2, Phase1, train_vectors
+from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK, PHASE1, PHASE2, Phase1, train_vectors
 from secvec_jax.defenses.security_vectors import finetune as finetune_model
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
@@ -29,7 +29,7 @@ from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
 
 @dataclasses.dataclass(frozen=True)
 class Align:
-    """Teach a model to refuse (or anything else): fine-tune all its weights, no vectors."""
+    """Teach a model to refuse (or anything else): fine-tune it without vectors."""
 
     data: str = ""
     """a local JSONL, JSON, CSV or Parquet file, a packaged name, or a hub dataset id; rows with answers"""
@@ -37,6 +37,8 @@ class Align:
     """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
     out: str = "runs/align"
     """the run directory; the model is written to OUT/model"""
+    task_rank: int = ALIGN_TASK.rank
+    """train a LoRA of this rank and merge it at the end; 0: train all weights"""
     training: Training = ALIGN
 
 
@@ -114,18 +116,18 @@ def compare(settings: Compare, command: str) -> None:
 
 def align(settings: Align, command: str) -> None:
     """The run of `train.py align`."""
-    _finetune(settings, None, None, command)
+    _finetune(settings, None, command)
 
 
 def finetune(settings: Finetune, command: str) -> None:
     """The run of `train.py finetune`."""
-    task = LoRA(rank=settings.task_rank, alpha=2.0 * settings.task_rank) if settings.task_rank else None
-    _finetune(settings, settings.vectors, task, command)
+    _finetune(settings, settings.vectors, command)
 
 
-def _finetune(settings: Align | Finetune, vectors: str | None, task: LoRA | None, command: str) -> None:
+def _finetune(settings: Align | Finetune, vectors: str | None, command: str) -> None:
     _need_data(settings)
     run = _Run(settings, command)
+    task = LoRA(rank=settings.task_rank, alpha=2.0 * settings.task_rank) if settings.task_rank else None
 
     def work(stage: Stage) -> dict[str, float]:
         rows = load_rows(settings.data)

@@ -31,9 +31,7 @@ def visible(
     return shown[:, None]
 
 
-def attend(
-    query: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], mask: jax.Array
-) -> jax.Array:
+def attend(query: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], mask: jax.Array) -> jax.Array:
     """Softmax attention with grouped key-value heads, over one or more runs of keys: cached ones, fresh ones.
 
     query `[B, T, N, H]`; keys and values `[B, K, S_i, H]` each, with N a multiple of K; mask `[B, 1, T, S]` with S

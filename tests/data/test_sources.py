@@ -248,9 +248,7 @@ def test_only_folders_and_the_hub_have_other_splits(tmp_path):
 
 def test_hub_ids_are_loaded_without_remote_code(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or RECORDS
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or RECORDS)
     assert load_rows("owner/name") == load_rows("owner/name:main", split="test[:2]") == ROWS
     assert calls == [
         (("owner/name", None), {"split": "train"}),
@@ -333,9 +331,7 @@ def test_no_near_duplicates_cross_parts_of_advbench(seed):
     parts = split_by_topic(load_rows("advbench"), SIZES, seed)
     assert {name: len(part) for name, part in parts.items()} == SIZES
     words = [(name, topic_words(prompt_of(r))) for name, part in parts.items() for r in part]
-    crossing = sum(
-        len(a & b) / len(a | b) >= 0.5 for i, (x, a) in enumerate(words) for y, b in words[:i] if x != y
-    )
+    crossing = sum(len(a & b) / len(a | b) >= 0.5 for i, (x, a) in enumerate(words) for y, b in words[:i] if x != y)
     assert crossing == 0
     assert len({prompt_of(r) for part in parts.values() for r in part}) == sum(SIZES.values())
 

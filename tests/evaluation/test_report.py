@@ -284,9 +284,7 @@ class TestWrite:
             {"name": "vaccine", "metrics": {"refusal": {"value": 0.5, "n": 2, "ci95": [None, None]}}},
             {"name": "forget filter", "metrics": {"refusal": score(float("nan")), "compliance": score(1)}},
         ]
-        report.write(
-            tmp_path, report.Results("command", rows=rows), curves={"vaccine": {"benign": [(1, 2.0)]}}
-        )
+        report.write(tmp_path, report.Results("command", rows=rows), curves={"vaccine": {"benign": [(1, 2.0)]}})
         assert has_color(tmp_path / "scores.png", plots._SPARE_COLORS[0])
         assert has_color(tmp_path / "scores.png", plots._SPARE_COLORS[1])
 

@@ -53,9 +53,7 @@ class TestBootstrap:
     def test_agrees_with_the_normal_interval_on_many_values(self):
         values = np.random.default_rng(1).normal(3, 2, 2000)
         error = 1.96 * values.std() / np.sqrt(2000)
-        assert scorers.bootstrap(values).ci95 == pytest.approx(
-            (values.mean() - error, values.mean() + error), abs=0.02
-        )
+        assert scorers.bootstrap(values).ci95 == pytest.approx((values.mean() - error, values.mean() + error), abs=0.02)
 
     def test_seed_decides_the_interval(self):
         values = np.random.default_rng(2).random(30)

@@ -205,9 +205,7 @@ def test_one_compilation_serves_all_values(tiny_model, tokens, random_vectors):
     for seed, model in enumerate(models):
         positions = np.broadcast_to(np.arange(12, dtype=np.int32) + seed, tokens.shape)
         vectors = random_vectors(model, seed=seed)
-        results.append(
-            forward(model.backbone, tokens + seed, np.full_like(tokens, 1 + seed), positions, (vectors,))
-        )
+        results.append(forward(model.backbone, tokens + seed, np.full_like(tokens, 1 + seed), positions, (vectors,)))
     chex.assert_shape(results, (3, 12, 320))
     assert jnp.abs(results[0] - results[1]).max() > 1e-2
 

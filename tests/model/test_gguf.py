@@ -32,9 +32,7 @@ def _gguf_name(hf_name: str) -> str:
 
 def _permute(weight: np.ndarray, heads: int) -> np.ndarray:
     """What convert_hf_to_gguf.py does to the queries and keys of a llama."""
-    return (
-        weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
+    return weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(

@@ -147,9 +147,7 @@ def _drop(name):
 
 
 def _put(name, shape):
-    return lambda folder: _change_weights(
-        folder, lambda weights: weights.update({name: np.zeros(shape, np.float32)})
-    )
+    return lambda folder: _change_weights(folder, lambda weights: weights.update({name: np.zeros(shape, np.float32)}))
 
 
 _DAMAGES = {

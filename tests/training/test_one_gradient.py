@@ -65,9 +65,7 @@ def program(labels: tuple, layers: int = 4) -> Program:
 def abstract(architecture):
     vectors = LoRA(rank=2)
     return jax.eval_shape(
-        lambda: parameters(
-            Decoder(architecture, nnx.Rngs(0)), vectors=vectors.init(architecture, jax.random.key(0))
-        )
+        lambda: parameters(Decoder(architecture, nnx.Rngs(0)), vectors=vectors.init(architecture, jax.random.key(0)))
     )
 
 

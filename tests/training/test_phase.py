@@ -114,9 +114,7 @@ def test_the_optimizer_remembers_only_what_it_trains(params, name, optimizer):
     optimizer=st.sampled_from(["sgd", "adamw"]),
 )
 def test_every_step_moves_and_none_further_than_the_peak(steps, warmup, schedule, optimizer):
-    settings = Training(
-        optimizer=optimizer, schedule=schedule, warmup_steps=warmup, learning_rate=0.5, momentum=0.0
-    )
+    settings = Training(optimizer=optimizer, schedule=schedule, warmup_steps=warmup, learning_rate=0.5, momentum=0.0)
     transform = make_optimizer(settings, steps)
     x = jnp.zeros(())
     state = transform.init(x)

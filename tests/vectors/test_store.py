@@ -238,9 +238,7 @@ def test_half_precision_adapters_are_widened(tiny_model, logits, hf_logits, toke
     tiny = tiny_model("llama")
     worn = _peft_adapter(tiny.hf, tmp_path / "peft", torch.bfloat16, r=4, target_modules=["q_proj", "up_proj"])
     path = tmp_path / "peft/adapter_model.safetensors"
-    save_file(
-        {name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"}
-    )
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     vectors = load_peft(tmp_path / "peft", tiny.model)
     assert {leaf.dtype for leaf in jax.tree.leaves(vectors)} == {np.dtype("float32")}
     np.testing.assert_allclose(logits(tiny.model, tokens, guests=(vectors,)), hf_logits(worn, tokens), atol=1e-4)
