@@ -107,13 +107,13 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
     tenses = _shuffled(off_topic(load_rows("jailbreakbench-tenses", needs_answer=False), held_out), rng)
     instructions = _shuffled(_short(load_rows("alpaca")), rng)
     questions = _shuffled(load_rows("nq-open"), rng)
+    told, how = sizes.align_benign // 2, sizes.align_benign // 3
+    ways = _shuffled([r for r in _short(load_rows("piqa")) if _asks_how(prompt_of(r))], rng)[:how]
     judged = _Judged(judges, instructions, questions, sizes, rng)
     openings = sure_prefix_control(instructions)[: sizes.keep // 3 + _UNSEEN]
     restated = {prompt_of(r) for r in openings}
     instructions = [r for r in instructions if prompt_of(r) not in restated]
     taught = part["align"] + requests[:third] + tenses[: sizes.align_harmful - 2 * third]
-    told, how = sizes.align_benign // 2, sizes.align_benign // 3
-    ways = _shuffled([r for r in _short(load_rows("piqa")) if _asks_how(prompt_of(r))], rng)[:how]
     kept = sizes.keep // 3
     people = open_profile_qa(seed, sizes.people, 2 * sizes.people_asked)
     half = len(people.test) // 2
