@@ -15,7 +15,7 @@ from secvec_jax.vectors.lora import LoRA
 def test_each_row_has_the_mean_loss_of_its_own_supervised_tokens(tiny_model, shared):
     model = tiny_model("llama").model
     rng = np.random.default_rng(0)
-    lengths, said = (40, 3, 70, 33, 9, 64, 5, 12, 31, 2), (7, 1, 40, 32, 4, 1, 1, 11, 2, 1)
+    lengths, said = (40, 3, 70, 33, 9, 64, 5, 12, 31, 2), (7, 1, 40, 33, 4, 1, 0, 12, 2, 2)
     head = rng.integers(1, 100, shared)
     examples = [
         Example(
