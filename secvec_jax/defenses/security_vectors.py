@@ -41,7 +41,7 @@ from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 Groups = dict[str, Sequence[Any]]
 """Rows by kind ("harmful", "benign"), whose losses are reported apart."""
 
-ALIGN = Training(optimizer="adamw", learning_rate=1e-3, clip=1.0)
+ALIGN = Training(optimizer="adamw", learning_rate=4e-3, clip=1.0)
 ALIGN_TASK = LoRA(rank=16, alpha=32.0)
 PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=3)
 PHASE2 = Training(learning_rate=2e-4, epochs=2)

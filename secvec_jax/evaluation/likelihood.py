@@ -14,7 +14,7 @@ from secvec_jax.model.decoder import Guest
 from secvec_jax.model.generate import shared_cache
 from secvec_jax.model.hub import Model
 
-_BATCH, _BUCKET = 8, 32
+_BATCH, _BUCKET = 8, 16
 
 
 def mean_losses(model: Model, examples: Sequence[Example], vectors: Guest | None = None) -> list[float]:

@@ -50,10 +50,10 @@ REFUSALS = (
 class Sizes:
     """How many rows there are of each kind."""
 
-    align_harmful: int = 600
+    align_harmful: int = 510
     """harmful prompts to which alignment opens with a refusal: a third AdvBench, a third StrongREJECT, a third
     JailbreakBench in other tenses"""
-    align_benign: int = 720
+    align_benign: int = 600
     """benign prompts in alignment, whose replies open as the model's own do: half instructions, a third PIQA's
     questions on how something is done, the others questions on facts"""
     vectors: int = 100
@@ -147,14 +147,15 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
                 for r in (people.test[:half] if judges == "held-out" else people.test[half:])
             ],
             harmful_targets=encoded(part["unseen"]),
-            benign_targets=encoded(judged.benign_rows, _REPLY),
+            benign_targets=encoded(judged.benign_rows[:_UNSEEN], _REPLY),
             opening_targets=encoded(unseen_openings),
         ),
     )
 
 
 _UNSEEN = 40
-"""Harmful rows, and benign ones with their opening, whose loss is measured and that nothing is trained on."""
+"""Harmful rows, benign ones, and benign ones with the harmful ones' opening, whose loss is measured and that nothing
+is trained on."""
 
 OPENING = 5
 """Tokens of a reply that alignment teaches: they settle whether it is a refusal, and the rest the model knows."""
