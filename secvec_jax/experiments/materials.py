@@ -60,7 +60,7 @@ class Sizes:
     """harmful rows that the vectors are trained on"""
     keep: int = 180
     """benign rows on which the vectors must not show, a third of them with the harmful rows' own opening"""
-    mix_harmful: int = 80
+    mix_harmful: int = 64
     """harmful rows hidden in the user's data"""
     mix_benign: int = 60
     """benign instructions in the user's data"""
