@@ -208,7 +208,7 @@ class _Judged:
         told = sizes.judged_benign - asked
         parts = {}
         for name in JUDGES:  # both are set aside, whichever judges
-            parts[name] = instructions[:told] + questions[:asked]
+            parts[name] = _shuffled(instructions[:told] + questions[:asked], rng)
             del instructions[:told], questions[:asked]
         self.benign_rows = parts[judges]
         self.benign = [prompt_of(r) for r in self.benign_rows]
