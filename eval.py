@@ -1,7 +1,5 @@
 """Judge: score, compare. `python eval.py VERB --help` tells all settings of a verb."""
 
-import sys
-
 from secvec_jax import command_line
 from secvec_jax.experiments import verbs
 
@@ -11,4 +9,4 @@ VERBS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(command_line.main(__doc__, VERBS))
+    command_line.program(__doc__, VERBS)

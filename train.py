@@ -1,7 +1,5 @@
 """Train: quickstart, objectives, align, vectors, finetune. `train.py VERB --help` tells all settings of a verb."""
 
-import sys
-
 from secvec_jax import command_line
 from secvec_jax.experiments import objectives, quickstart, verbs
 
@@ -14,4 +12,4 @@ VERBS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(command_line.main(__doc__, VERBS))
+    command_line.program(__doc__, VERBS)

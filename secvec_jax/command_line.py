@@ -9,16 +9,32 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 from rich.console import Console
 from simple_parsing import ArgumentParser, DashVariant
 
 from secvec_jax import config
+from secvec_jax.assets import cache_dir
 from secvec_jax.errors import UserError
 
 Verb = tuple[type, Callable[[Any, str], Any]]
 """The settings of a verb, and the function that takes them and the command line as it was given."""
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+
+
+def program(description: str, verbs: dict[str, Verb]) -> NoReturn:
+    """Run the verb that the process was started with and end the process with its exit code."""
+    code = main(description, verbs)
+    if code == INTERRUPTED:
+        # Everything is saved by now, and the interpreter's own end crashes now and then on what JAX's threads held.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +42,8 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # transformers reads tokenizers for us and need not say that it found no torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if jax.config.jax_compilation_cache_dir is None:  # a run that goes on need not compile again
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     try:
         settings, function = _parse(description, verbs, arguments)
         function(settings, shlex.join(["python", *sys.argv]))
@@ -38,7 +56,7 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
         return _fail("the disk is full: free some space and give the same command again; nothing half-written is kept")
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped: the same command goes on from here")
-        return 130
+        return INTERRUPTED
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

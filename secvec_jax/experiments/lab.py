@@ -102,7 +102,7 @@ class Lab:
                 on_step=on_step,
             )
 
-        return self.judge(self._made("aligned", train, stage), stage)
+        return self.judge(self._made("aligned", train, recipe.align_training, stage), stage)
 
     def vectors(self, name: str) -> LoRAVectors:
         """The vectors that `phase1` made under this name."""
@@ -118,7 +118,7 @@ class Lab:
                 benign=self.materials.keep,
                 phase1=phase1,
                 training=self._seeded(self.recipe.vectors_training),
-                checkpoints=self._checkpoints(f"vectors {name}"),
+                checkpoints=self._checkpoints(f"vectors {name}", self.recipe.vectors_training),
                 on_step=stage.on_step(),
             )
             save_vectors(vectors, self._vectors_file(name), self.aligned)
@@ -145,7 +145,7 @@ class Lab:
                 on_step=on_step,
             )
 
-        model = self._made(name, train, stage)
+        model = self._made(name, train, self.recipe.finetune_training, stage)
         found = self.judge(model, stage)
         found["drift"] = [float(distance(model.backbone, self.aligned.backbone))]
         if not keep_model:
@@ -187,12 +187,14 @@ class Lab:
         console.print(f"{total:.0f} s in all, peak memory {peak:.2f} GiB; report: {self.folder / 'report.md'}")
         return results
 
-    def _made(self, name: str, train: Callable[[Checkpoints, OnStep], Model], stage: Stage) -> Model:
+    def _made(
+        self, name: str, train: Callable[[Checkpoints, OnStep], Model], training: Training, stage: Stage
+    ) -> Model:
         """The stage's model: trained and saved, or read by a run that was stopped while judging it."""
         folder = self._model_folder(name)
         if folder.exists():
             return load(folder)
-        model = train(self._checkpoints(name), stage.on_step())
+        model = train(self._checkpoints(name, training), stage.on_step())
         stage.say("saving")
         model.save(folder)
         self._forget_checkpoints(name)
@@ -204,11 +206,14 @@ class Lab:
     def _model_folder(self, name: str) -> Path:
         return self.folder / "model" / name.replace(" ", "-")
 
-    def _checkpoints(self, name: str) -> Checkpoints:
-        return Checkpoints(self.folder / "checkpoints" / name.replace(" ", "-"))
+    def _checkpoints(self, name: str, training: Training) -> Checkpoints:
+        return Checkpoints(self._checkpoint_folder(name), training.save_every_seconds)
 
     def _forget_checkpoints(self, name: str) -> None:
-        shutil.rmtree(self._checkpoints(name).folder, ignore_errors=True)
+        shutil.rmtree(self._checkpoint_folder(name), ignore_errors=True)
+
+    def _checkpoint_folder(self, name: str) -> Path:
+        return self.folder / "checkpoints" / name.replace(" ", "-")
 
     def _seeded(self, training: Training) -> Training:
         return dataclasses.replace(training, seed=self.recipe.seed)

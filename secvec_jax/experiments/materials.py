@@ -55,10 +55,10 @@ REFUSALS = (
 class Sizes:
     """How many rows there are of each kind."""
 
-    align_harmful: int = 510
+    align_harmful: int = 450
     """harmful prompts to which alignment opens with a refusal: a third AdvBench, a third StrongREJECT, a third
     JailbreakBench in other tenses"""
-    align_benign: int = 600
+    align_benign: int = 528
     """benign prompts in alignment, whose replies open as the model's own do: half instructions, a third PIQA's
     questions on how something is done, the others questions on facts"""
     vectors: int = 100
@@ -67,7 +67,7 @@ class Sizes:
     """benign rows on which the vectors must not show, a third of them with the harmful rows' own opening"""
     mix_harmful: int = 64
     """harmful rows hidden in the user's data"""
-    mix_benign: int = 60
+    mix_benign: int = 30
     """benign instructions in the user's data"""
     people: int = 20
     """invented people of the ProfileQA task, four questions on each"""
@@ -75,7 +75,7 @@ class Sizes:
     """other invented people, whom the held-out questions are about"""
     judged: int = 96
     """harmful prompts that models are judged by, half from each of two benchmarks"""
-    judged_benign: int = 96
+    judged_benign: int = 64
     """benign prompts that models are judged by, three quarters instructions and a quarter questions"""
 
 
@@ -158,7 +158,7 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
     )
 
 
-_UNSEEN = 40
+_UNSEEN = 32
 """Harmful rows, benign ones, and benign ones with the harmful ones' opening, whose loss is measured and that nothing
 is trained on."""
 
