@@ -50,7 +50,7 @@ class Training:
     """what the backward pass computes again to save memory"""
     seed: int = 0
     """of the order of rows and of fresh vectors"""
-    save_every_seconds: float = 60.0
+    save_every_seconds: float = 120.0
     """time between two checkpoints"""
 
     def __post_init__(self) -> None:

@@ -2,8 +2,8 @@
 
 The vocabulary head is the largest matrix of a small model and most tokens are prompt. So the supervised positions
 are sorted to the front and the head runs chunk by chunk over them, as many chunks as there are; logits `[chunk, V]`
-are all that ever exists, and the backward pass computes them again. Of a frozen head no gradient is formed. Sums and
-counts are left to the caller: a mean of means is never taken.
+are all that ever exists. The backward pass computes them again where the head is trained; where it is frozen, the
+forward pass has left what it needs. Sums and counts are left to the caller: a mean of means is never taken.
 """
 
 from collections.abc import Callable
@@ -90,34 +90,46 @@ def _chunked(
 
     def run(index: jax.Array, losses: jax.Array) -> jax.Array:
         part = loss(table, _at(hidden, index, chunk), _at(other, index, chunk))
-        return jax.lax.dynamic_update_slice_in_dim(losses, part, index * chunk, 0)
+        return _put(losses, part, index, chunk)
 
     return jax.lax.fori_loop(0, _chunks(count, chunk), run, jnp.zeros(len(hidden), jnp.float32))
 
 
 def _forward(loss, chunk, table, hidden, other, count):
-    losses = _chunked(loss, chunk, table.value, hidden.value, other.value, count.value)
-    # Whether the table is trained is known while tracing; None in the residuals carries it to the backward pass.
-    trained = () if table.perturbed else None
-    return losses, (table.value, hidden.value, other.value, count.value, trained)
+    if table.perturbed:
+        losses = _chunked(loss, chunk, table.value, hidden.value, other.value, count.value)
+        return losses, (table.value, hidden.value, other.value, count.value)
+    # A frozen head gives each position's slope on its own, at once: the backward pass scales it, without logits.
+    return _with_slopes(loss, chunk, table.value, hidden.value, other.value, count.value)
+
+
+def _with_slopes(loss, chunk, table, hidden, other, count):
+    """As `_chunked`, with the gradient `[N, D]` of each loss by its own hidden state."""
+
+    def run(index, found):
+        losses, slopes = found
+        rest = _at(other, index, chunk)
+        part, pull = jax.vjp(lambda rows: loss(table, rows, rest), _at(hidden, index, chunk))
+        (slope,) = pull(jnp.ones_like(part))
+        return _put(losses, part, index, chunk), _put(slopes, slope, index, chunk)
+
+    start = (jnp.zeros(len(hidden), jnp.float32), jnp.zeros_like(hidden))
+    return jax.lax.fori_loop(0, _chunks(count, chunk), run, start)
 
 
 def _backward(loss, chunk, residuals, cotangents):
-    table, hidden, other, count, trained = residuals
+    if not isinstance(residuals, tuple):
+        return None, (residuals * cotangents[:, None]).astype(residuals.dtype), None, None
+    table, hidden, other, count = residuals
 
     def run(index, gradients):
         table_gradient, hidden_gradient = gradients
         rows, rest, cotangent = (_at(array, index, chunk) for array in (hidden, other, cotangents))
-        if trained is None:
-            _, pull = jax.vjp(lambda rows: loss(table, rows, rest), rows)
-            (row_gradient,) = pull(cotangent)
-        else:
-            _, pull = jax.vjp(lambda table, rows: loss(table, rows, rest), table, rows)
-            more, row_gradient = pull(cotangent)
-            table_gradient += more
-        return table_gradient, jax.lax.dynamic_update_slice_in_dim(hidden_gradient, row_gradient, index * chunk, 0)
+        _, pull = jax.vjp(lambda table, rows: loss(table, rows, rest), table, rows)
+        more, row_gradient = pull(cotangent)
+        return table_gradient + more, _put(hidden_gradient, row_gradient, index, chunk)
 
-    start = (None if trained is None else jnp.zeros_like(table), jnp.zeros_like(hidden))
+    start = (jnp.zeros_like(table), jnp.zeros_like(hidden))
     return *jax.lax.fori_loop(0, _chunks(count, chunk), run, start), None, None
 
 
@@ -130,3 +142,7 @@ def _chunks(count: jax.Array, chunk: int) -> jax.Array:
 
 def _at(array: jax.Array, index: jax.Array, chunk: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk)
+
+
+def _put(array: jax.Array, part: jax.Array, index: jax.Array, chunk: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, part, index * chunk, 0)

@@ -33,7 +33,7 @@ class Checkpoints:
     """Where checkpoints lie, how many seconds pass between two, and how many are kept."""
 
     folder: Path
-    every_seconds: float = 60.0
+    every_seconds: float = 120.0
     keep: int = 1
 
 

@@ -68,13 +68,19 @@ def test_cross_entropy_and_its_gradients_are_the_naive_ones(head, lines, length,
 
 
 def both(one, other, head, hidden, coefficients):
-    """The losses and the gradients of their weighted sum, of two functions of the head and the hidden states."""
+    """The losses and the gradients of their weighted sum, of two functions of the head and the hidden states.
+
+    The gradients are by both, and by the hidden states alone, as with a frozen head.
+    """
 
     @jax.jit
     def run(head, hidden):
         def results(loss):
-            weighted = jax.grad(lambda h, x: (loss(h, x) * coefficients).sum(), (0, 1))
-            return loss(head, hidden), weighted(head, hidden)
+            def weighted(head, hidden):
+                return (loss(head, hidden) * coefficients).sum()
+
+            by_both, by_hidden = jax.grad(weighted, (0, 1)), jax.grad(weighted, 1)
+            return loss(head, hidden), by_both(head, hidden), by_hidden(head, hidden)
 
         return results(one), results(other)
 
