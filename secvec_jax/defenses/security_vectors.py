@@ -44,7 +44,7 @@ Groups = dict[str, Sequence[Any]]
 ALIGN = Training(optimizer="adamw", learning_rate=4e-3, clip=1.0)
 ALIGN_TASK = LoRA(rank=16, alpha=32.0)
 PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=3)
-PHASE2 = Training(learning_rate=3e-4, epochs=2)
+PHASE2 = Training(learning_rate=3.6e-4, epochs=2)
 """What the quickstart takes, tuned on a model of 135 million parameters."""
 
 
