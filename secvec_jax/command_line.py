@@ -28,9 +28,11 @@ INTERRUPTED = 130
 
 def program(description: str, verbs: dict[str, Verb]) -> NoReturn:
     """Run the verb that the process was started with and end the process with its exit code."""
+    if jax.config.jax_compilation_cache_dir is None:  # a run that goes on need not compile again
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     code = main(description, verbs)
     if code == INTERRUPTED:
-        # Everything is saved by now, and the interpreter's own end crashes now and then on what JAX's threads held.
+        # Everything is saved by now, and with JAX loaded the interpreter's own end was seen to crash (SIGSEGV).
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -42,8 +44,6 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # transformers reads tokenizers for us and need not say that it found no torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if jax.config.jax_compilation_cache_dir is None:  # a run that goes on need not compile again
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     try:
         settings, function = _parse(description, verbs, arguments)
         function(settings, shlex.join(["python", *sys.argv]))

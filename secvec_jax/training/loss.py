@@ -98,9 +98,10 @@ def _chunked(
 def _forward(loss, chunk, table, hidden, other, count):
     if table.perturbed:
         losses = _chunked(loss, chunk, table.value, hidden.value, other.value, count.value)
-        return losses, (table.value, hidden.value, other.value, count.value)
+        return losses, (None, (table.value, hidden.value, other.value, count.value))
     # A frozen head gives each position's slope on its own, at once: the backward pass scales it, without logits.
-    return _with_slopes(loss, chunk, table.value, hidden.value, other.value, count.value)
+    losses, slopes = _with_slopes(loss, chunk, table.value, hidden.value, other.value, count.value)
+    return losses, (slopes, None)
 
 
 def _with_slopes(loss, chunk, table, hidden, other, count):
@@ -118,9 +119,10 @@ def _with_slopes(loss, chunk, table, hidden, other, count):
 
 
 def _backward(loss, chunk, residuals, cotangents):
-    if not isinstance(residuals, tuple):
-        return None, (residuals * cotangents[:, None]).astype(residuals.dtype), None, None
-    table, hidden, other, count = residuals
+    slopes, arguments = residuals
+    if slopes is not None:
+        return None, (slopes * cotangents[:, None]).astype(slopes.dtype), None, None
+    table, hidden, other, count = arguments
 
     def run(index, gradients):
         table_gradient, hidden_gradient = gradients

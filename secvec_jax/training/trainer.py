@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.errors import UserError
 from secvec_jax.training.phase import Phase, merge
@@ -33,7 +34,7 @@ class Checkpoints:
     """Where checkpoints lie, how many seconds pass between two, and how many are kept."""
 
     folder: Path
-    every_seconds: float = 120.0
+    every_seconds: float = Training.save_every_seconds
     keep: int = 1
 
 
