@@ -13,6 +13,8 @@ Batch = dict[str, Any]
 tells the losses of different kinds of rows apart; `segments` tells the rows of one line apart, 0 is padding.
 """
 
+KEYS = ("tokens", "targets", "weights", "groups", "segments", "positions")
+
 SHARED = -1
 """The segment of tokens that all rows of a line see: the beginning that they have in common."""
 

@@ -1,7 +1,8 @@
 """Verbs from settings dataclasses: what train.py and eval.py share.
 
 A verb is a dataclass of settings and a function that takes it. `--config FILE` fills in the settings from YAML; what
-is given on the command line counts more. A user's mistake is told in one line and ends with exit code 2.
+is given on the command line counts more. Which machines and devices do the work (`mesh.Cluster`) is no setting of a
+run: it may change from one start to the next. A user's mistake is told in one line and ends with exit code 2.
 """
 
 import errno
@@ -18,6 +19,7 @@ from simple_parsing import ArgumentParser, DashVariant
 from secvec_jax import config
 from secvec_jax.assets import cache_dir
 from secvec_jax.errors import UserError
+from secvec_jax.mesh import Cluster, start
 
 Verb = tuple[type, Callable[[Any, str], Any]]
 """The settings of a verb, and the function that takes them and the command line as it was given."""
@@ -45,7 +47,8 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
     # transformers reads tokenizers for us and need not say that it found no torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        settings, function = _parse(description, verbs, arguments)
+        settings, cluster, function = _parse(description, verbs, arguments)
+        start(cluster)
         function(settings, shlex.join(["python", *sys.argv]))
         return 0
     except UserError as error:
@@ -72,7 +75,9 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _parse(description: str, verbs: dict[str, Verb], arguments: list[str]) -> tuple[Any, Callable[[Any, str], Any]]:
+def _parse(
+    description: str, verbs: dict[str, Verb], arguments: list[str]
+) -> tuple[Any, Cluster, Callable[[Any, str], Any]]:
     parser = ArgumentParser(description=description, add_option_string_dash_variants=DashVariant.DASH)
     choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     given = _config_of(verbs, arguments)
@@ -86,9 +91,10 @@ def _parse(description: str, verbs: dict[str, Verb], arguments: list[str]) -> tu
         )
         verb.add_argument("--config", metavar="FILE", help="a YAML file of settings, such as a run's config.yaml")
         verb.add_arguments(kind, dest="settings", default=given.get(name))
+        verb.add_arguments(Cluster, dest="cluster")
     parsed = parser.parse_args(arguments)
     kind, function = verbs[parsed.verb]
-    return _checked(kind, parsed.settings), function
+    return _checked(kind, parsed.settings), _checked(Cluster, parsed.cluster), function
 
 
 def _config_of(verbs: dict[str, Verb], arguments: list[str]) -> dict[str, Any]:

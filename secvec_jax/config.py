@@ -52,9 +52,14 @@ class Training:
     """of the order of rows and of fresh vectors"""
     save_every_seconds: float = 120.0
     """time between two checkpoints"""
+    keep_checkpoints: int = 2
+    """how many of the newest are kept while the training runs"""
+    best: str | None = None
+    """a metric of metrics.jsonl, such as loss/all: keep the checkpoint where it was lowest, and end with that one"""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "lines", "length", "accumulate", "save_every_seconds"):
+        for name in ("learning_rate", "epochs", "lines", "length", "accumulate", "save_every_seconds",
+                     "keep_checkpoints"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be greater than 0")
         if self.steps is not None and self.steps < 1:

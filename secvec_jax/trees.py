@@ -1,24 +1,73 @@
 """Measures of parameter trees: who they are, how large, how far apart."""
 
+import functools
 import hashlib
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 Tree = Any
 """A pytree of arrays."""
 
+_PIECE_BYTES = 2**26
+
 
 def fingerprint(tree: Tree) -> str:
-    """sha256 over the paths, shapes, dtypes and bytes of all leaves: equal if and only if the trees are."""
+    """sha256 over the paths, shapes, dtypes and bytes of all leaves: equal if and only if the trees are.
+
+    Where arrays lie does not count. Arrays that are spread over several processes must be asked about by all of them.
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
+        array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        for piece in pieces(array):
+            digest.update(np.ascontiguousarray(piece).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def pieces(array: jax.Array | np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
+    """The array on the host of every process, so many rows at a time, `[rows, ...]`.
+
+    Without `rows`, as a whole where that takes no copy, else in blocks of at most 64 MiB or one row. If the array is
+    spread over several processes, all of them must take all pieces.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_replicated:
+        host = np.asarray(array)
+        if rows is None:
+            yield host
+        else:
+            yield from (host[start : start + rows] for start in range(0, len(host), rows))
+        return
+    array = _with_whole_rows(array)
+    whole = NamedSharding(array.sharding.mesh, P())
+    step = rows or max(1, _PIECE_BYTES * len(array) // array.nbytes)
+    for start in range(0, len(array), step):
+        yield np.asarray(_slice(array, start, min(step, len(array) - start), whole))
+
+
+def _with_whole_rows(array: jax.Array) -> jax.Array:
+    """The same array with its first axis on every device, so that a block of rows is gathered without the others."""
+    mesh, spec = array.sharding.mesh, array.sharding.spec
+    first, *others = (*spec, *[None] * (array.ndim - len(spec)))
+    if first is None:
+        return array
+    if others:
+        last = tuple(jax.tree.leaves((others[-1], first)))
+        if array.shape[-1] % math.prod(mesh.shape[name] for name in last) == 0:
+            others[-1] = last
+    return jax.device_put(array, NamedSharding(mesh, P(None, *others)))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _slice(array: jax.Array, start: int, size: int, where: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(array, start, size), where)
 
 
 @jax.jit

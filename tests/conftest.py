@@ -25,19 +25,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-VOCABULARY = 320
+from tests.toys import VOCABULARY, build_tokenizer
 
-_SENTENCES = [
-    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
-    "A security vector says that this behavior is already there.",
-    "def add(a, b): return a + b  # 12345 + 67890",
-    "What is the capital of France? The capital of France is Paris.",
-]
-_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 
@@ -90,31 +79,6 @@ class Tiny:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: needs minutes or a download (deselect with -m 'not slow')")
-
-
-def build_tokenizer():
-    """A byte-level BPE of a few sentences with a ChatML template, as a transformers tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>"],
-        chat_template=_CHATML,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_hf_model(seed: int = 0, **config: Any):

@@ -11,9 +11,22 @@ from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.families import Architecture
 from secvec_jax.model.hub import Model
 
+VOCABULARY = 320
+
+_SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
+    "A security vector says that this behavior is already there.",
+    "def add(a, b): return a + b  # 12345 + 67890",
+    "What is the capital of France? The capital of France is Paris.",
+]
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 ARCHITECTURE = Architecture(
     "llama",
-    vocab_size=320,
+    vocab_size=VOCABULARY,
     hidden_size=32,
     intermediate_size=64,
     num_layers=2,
@@ -37,10 +50,33 @@ def _random_decoder(architecture: Architecture, seed: int, gain: float) -> Decod
     )
 
 
+def build_tokenizer():
+    """A byte-level BPE of a few sentences with a ChatML template, as a transformers tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=_CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 @functools.cache
 def tiny_model() -> Model:
-    from tests.conftest import build_tokenizer
-
     return Model(random_decoder(), build_tokenizer(), "tiny")
 
 

@@ -3,6 +3,10 @@
 Several rows share one packed line of `length` tokens; segment numbers keep them from seeing each other. Rows that
 all begin alike (the same system prompt) share these tokens too: they stand once at the head of each line, where
 every segment sees them. A row's forward pass and gradient are those of the row alone.
+
+A batch is filled by *lanes*, each of which reads every n-th row for a line or two of its own. What a lane reads does
+not depend on who reads it, so a run's batches are the same on one device and on a pod, where each host reads the lanes
+of its own devices and no others.
 """
 
 import dataclasses
@@ -12,16 +16,17 @@ from typing import Any
 import grain
 import numpy as np
 
-from secvec_jax.batch import SHARED, Batch, common_head
+from secvec_jax.batch import KEYS, SHARED, Batch, common_head
 from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
+from secvec_jax.mesh import largest, sharding, shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """A source of batches: the examples, in how many of which group, and the shape of a batch.
 
-    examples: group name -> examples; all are shuffled together. lines x length: tokens per batch.
+    examples: group name -> examples; all are shuffled together. lines x length: tokens per batch, on all hosts.
     epochs: passes over the examples; None goes on forever.
     """
 
@@ -34,34 +39,104 @@ class Stream:
     def __post_init__(self) -> None:
         if not any(len(group) for group in self.examples.values()):
             raise UserError(f"no rows to train on in {', '.join(self.examples) or 'the data'}: check --data")
-        longest = max(len(e.tokens) for group in self.examples.values() for e in group)
-        if longest - 1 > self.length:
-            raise UserError(f"a row has {longest} tokens, a packed line only {self.length}: raise --length")
 
     @property
     def groups(self) -> tuple[str, ...]:
         return tuple(self.examples)
 
-    def batches(self) -> grain.IterDataset:
-        """The packed batches; their iterator's state can be saved and set, which resumes exactly."""
-        head, records = self._records()
-        room = self.length - len(head)
-        rows = grain.MapDataset.source(records).shuffle(seed=self.seed).repeat(self.epochs).to_iter_dataset()
-        packed = grain.experimental.FirstFitPackIterDataset(
-            rows, length_struct=dict.fromkeys(records[0], room), num_packing_bins=4 * self.lines, shuffle_bins=False
-        )
-        return packed.batch(self.lines, batch_fn=lambda lines: _collate(lines, head, self.lines))
+    @property
+    def lanes(self) -> int:
+        """How many lanes fill a batch. Never more than there are rows: a lane without any would have nothing to say."""
+        rows = sum(len(group) for group in self.examples.values())
+        return next(n for n in range(max(self.lines // 2, 1), 0, -1) if self.lines % n == 0 and n <= rows)
+
+    def batches(self, lanes: Sequence[int] | None = None) -> "Batches":
+        """The packed batches, of all lanes or of some; their iterator's state can be saved and set."""
+        chosen = range(self.lanes) if lanes is None else lanes
+        return Batches({lane: self._lane(lane) for lane in chosen}, (self.lines // self.lanes, self.length))
 
     def count(self) -> int:
         """How many batches there are in all epochs."""
         if self.epochs is None:
             raise ValueError("an endless stream has no count")
-        return sum(1 for _ in self.batches())
+        return largest(sum(1 for _ in self.batches(self.own_lanes())))
 
-    def _records(self) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
-        everything = [(index, e) for index, group in enumerate(self.examples.values()) for e in group]
-        head = shared_head([example for _, example in everything])
-        return head, [_record(example, index, len(head)) for index, example in everything]
+    def own_lanes(self) -> list[int]:
+        """The lanes whose lines lie, at least in part, on this process's devices of the ambient mesh.
+
+        Raises UserError if the mesh does not divide the batch.
+        """
+        where = sharding("batch")
+        if where is None:
+            return list(range(self.lanes))
+        parts = shards("batch")
+        if self.lines % parts:
+            raise UserError(
+                f"a batch of {self.lines} lines cannot be spread over {parts} devices (data x fsdp): "
+                f"give --lines a multiple of {parts} (of {2 * parts} where benign rows take half as many)"
+            )
+        height = self.lines // self.lanes
+        slices = where.addressable_devices_indices_map((self.lines,)).values()
+        return sorted({line // height for (part,) in slices for line in range(*part.indices(self.lines))})
+
+    def _lane(self, lane: int) -> grain.IterDataset:
+        """A lane's lines of every batch."""
+        height = self.lines // self.lanes
+        head, records = self._records(lane)
+        room = self.length - len(head)
+        rows = grain.MapDataset.source(records).shuffle(seed=self.seed + lane).repeat(self.epochs).to_iter_dataset()
+        packed = grain.experimental.FirstFitPackIterDataset(
+            rows, length_struct=dict.fromkeys(records[0], room), num_packing_bins=4 * height, shuffle_bins=False
+        )
+        return packed.batch(height, batch_fn=lambda lines: _collate(lines, head, height))
+
+    def _records(self, lane: int) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
+        everything = [(group, row) for group, rows in enumerate(self.examples.values()) for row in range(len(rows))]
+        groups = list(self.examples.values())
+        mine = [(group, groups[group][row]) for group, row in everything[lane :: self.lanes]]
+        longest = max(len(example.tokens) for _, example in mine)
+        if longest - 1 > self.length:
+            raise UserError(f"a row has {longest} tokens, a packed line only {self.length}: raise --length")
+        head = shared_head([example for _, example in mine])
+        return head, [_record(example, group, len(head)) for group, example in mine]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The batches of some lanes `[B, T]`, as long as any of them has rows."""
+
+    lanes: dict[int, grain.IterDataset]
+    shape: tuple[int, int]
+
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self)
+
+
+class BatchIterator:
+    """Batches one by one; `get_state` and `set_state` take {lane: state}, JSON, and resume exactly."""
+
+    def __init__(self, batches: Batches):
+        self._shape = batches.shape
+        self._lanes = {str(lane): iter(dataset) for lane, dataset in batches.lanes.items()}
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        parts = [next(lane, None) for lane in self._lanes.values()]
+        if all(part is None for part in parts):
+            raise StopIteration
+        empty = {key: np.zeros(self._shape, np.float32 if key == "weights" else np.int32) for key in KEYS}
+        filled = [empty if part is None else part for part in parts]
+        return {key: np.concatenate([part[key] for part in filled]) for key in KEYS}
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: lane.get_state() for name, lane in self._lanes.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where the state's lanes were; it may hold other processes' lanes too."""
+        for name, lane in self._lanes.items():
+            lane.set_state(state[name])
 
 
 def shared_head(examples: Sequence[Example]) -> np.ndarray:

@@ -31,11 +31,12 @@ from secvec_jax.defenses.min_min import min_min
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.hub import Model
+from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.objective import KEEP, LEARN, Objective, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import descent
-from secvec_jax.training.trainer import Checkpoints, OnStep, fit
+from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 
 Groups = dict[str, Sequence[Any]]

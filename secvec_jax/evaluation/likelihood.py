@@ -10,6 +10,7 @@ import numpy as np
 from secvec_jax.data.chat import Example
 from secvec_jax.data.pipeline import shared_head
 from secvec_jax.inference import compute_dtype
+from secvec_jax.mesh import place
 from secvec_jax.model.decoder import Guest
 from secvec_jax.model.generate import shared_cache
 from secvec_jax.model.hub import Model
@@ -60,4 +61,4 @@ def _row_losses(decoder, guests, head, tokens, segments, supervised, *, said, dt
         return jnp.sum(losses * weights) / jnp.maximum(weights.sum(), 1)
 
     # Row by row: the logits of a whole batch would be the largest array of the program.
-    return jax.lax.map(lambda row_of: row(*row_of), (hidden, tokens, supervised))
+    return place(jax.lax.map(lambda row_of: row(*row_of), (hidden, tokens, supervised)), None)

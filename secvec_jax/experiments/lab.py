@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from secvec_jax import config
@@ -30,9 +29,11 @@ from secvec_jax.evaluation import report
 from secvec_jax.evaluation.scorers import bootstrap
 from secvec_jax.evaluation.suite import Outcomes, outcomes
 from secvec_jax.experiments.materials import Judges, Materials, Sizes, gather, own_replies
-from secvec_jax.experiments.stages import Stage, Stages
+from secvec_jax.experiments.stages import Stage, Stages, checkpoints, devices, screen
+from secvec_jax.mesh import agree, by_first, is_first
 from secvec_jax.model.hub import Model, load
-from secvec_jax.training.trainer import Checkpoints, OnStep
+from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.trainer import OnStep
 from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.store import load_vectors, save_vectors
@@ -64,7 +65,7 @@ class Lab:
     def __init__(self, recipe: Recipe, folder: Path, aligned: Path | None = None):
         """aligned: where the aligned model lies, if another run has made it."""
         self.recipe, self.folder = recipe, folder
-        self.console = Console()
+        self.console = Console(quiet=not is_first())
         self.stages = Stages(folder, self.console)
         self._aligned_folder = aligned or self._model_folder("aligned")
 
@@ -82,7 +83,7 @@ class Lab:
     @cached_property
     def materials(self) -> Materials:
         """All rows and prompts."""
-        model = self.aligned if self._aligned_folder.exists() else self.base
+        model = self.aligned if agree(self._aligned_folder.exists()) else self.base
         recipe = self.recipe
         return gather(model, recipe.sizes, recipe.finetune_training, recipe.seed, recipe.judges)
 
@@ -110,7 +111,7 @@ class Lab:
 
     def phase1(self, name: str, phase1: Phase1, stage: Stage) -> Outcomes:
         """Train vectors for the aligned model and judge it through them."""
-        if not self._vectors_file(name).exists():
+        if not agree(self._vectors_file(name).exists()):
             vectors = train_vectors(
                 self.aligned,
                 self.materials.vectors,
@@ -149,7 +150,7 @@ class Lab:
         found = self.judge(model, stage)
         found["drift"] = [float(distance(model.backbone, self.aligned.backbone))]
         if not keep_model:
-            shutil.rmtree(self._model_folder(name))
+            by_first(lambda: shutil.rmtree(self._model_folder(name)))
         return found
 
     def judge(self, model: Model, stage: Stage, vectors: LoRAVectors | None = None) -> Outcomes:
@@ -172,14 +173,15 @@ class Lab:
             for name, outcome in found.items()
         ]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
-        environment = report.environment() | {
-            "devices": ", ".join(str(device.device_kind) for device in jax.devices()),
-            "peak memory of this process, GiB": round(peak, 2),
-        }
+        environment = report.environment() | devices() | {"peak memory of this process, GiB": round(peak, 2)}
         results = report.Results(command, config.to_dict(settings), environment, self.stages.seconds, rows)
-        results.save(self.folder)
-        report.write(self.folder, results, verdicts, curves, notes)
-        console = Console(width=max(self.console.width, 118))
+
+        def write() -> None:
+            results.save(self.folder)
+            report.write(self.folder, results, verdicts, curves, notes)
+
+        by_first(write)
+        console = screen()
         console.print(report.table(results))
         for claim, holds, detail in verdicts:
             console.print(f"[{'green' if holds else 'red'}]{'yes' if holds else 'NO '}[/]  {claim}: {detail}")
@@ -192,7 +194,7 @@ class Lab:
     ) -> Model:
         """The stage's model: trained and saved, or read by a run that was stopped while judging it."""
         folder = self._model_folder(name)
-        if folder.exists():
+        if agree(folder.exists()):
             return load(folder)
         model = train(self._checkpoints(name, training), stage.on_step())
         stage.say("saving")
@@ -207,10 +209,10 @@ class Lab:
         return self.folder / "model" / name.replace(" ", "-")
 
     def _checkpoints(self, name: str, training: Training) -> Checkpoints:
-        return Checkpoints(self._checkpoint_folder(name), training.save_every_seconds)
+        return checkpoints(self._checkpoint_folder(name), training)
 
     def _forget_checkpoints(self, name: str) -> None:
-        shutil.rmtree(self._checkpoint_folder(name), ignore_errors=True)
+        by_first(lambda: shutil.rmtree(self._checkpoint_folder(name), ignore_errors=True))
 
     def _checkpoint_folder(self, name: str) -> Path:
         return self.folder / "checkpoints" / name.replace(" ", "-")

@@ -9,7 +9,7 @@ from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.experiments.lab import Lab
 from secvec_jax.experiments.quickstart import Quickstart
-from secvec_jax.experiments.stages import curves
+from secvec_jax.experiments.stages import claim, curves
 
 OBJECTIVES = ("cross_entropy", "kl", "min_min")
 
@@ -33,7 +33,7 @@ def objectives(settings: Objectives, command: str) -> report.Results:
     if not (source / "model" / "aligned").is_dir():
         raise UserError(f"{source} has no aligned model: run `python train.py quickstart --out {source}` first")
     recipe = config.load(Quickstart, source / "config.yaml")
-    lab = Lab(recipe, config.claim_run(settings, settings.out), source / "model" / "aligned")
+    lab = Lab(recipe, claim(settings), source / "model" / "aligned")
     found: dict[str, Outcomes] = {"aligned": lab.stages.run("aligned", lambda stage: lab.judge(lab.aligned, stage))}
     for name in OBJECTIVES:
         phase1 = dataclasses.replace(recipe.phase1, objective=name)

@@ -13,12 +13,11 @@ import dataclasses
 
 import jax
 
-from secvec_jax import config
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.scorers import Score, paired_difference
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.experiments.lab import Lab, Recipe
-from secvec_jax.experiments.stages import curves
+from secvec_jax.experiments.stages import claim, curves
 from secvec_jax.vectors.lora import random_like
 
 
@@ -36,7 +35,7 @@ ROWS = ("benign only", "plain", "random control", "security vectors")
 
 def quickstart(settings: Quickstart, command: str) -> report.Results:
     """Run what is not done yet and write the report; returns the results."""
-    lab = Lab(settings, config.claim_run(settings, settings.out))
+    lab = Lab(settings, claim(settings))
     run = lab.stages.run
 
     def control():

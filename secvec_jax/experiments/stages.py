@@ -7,10 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from secvec_jax import config
+from secvec_jax.config import Training
 from secvec_jax.files import whole_file
+from secvec_jax.mesh import agree, by_first, is_first
+from secvec_jax.training.checkpoints import Checkpoints
 
 
 class Stages:
@@ -24,7 +29,7 @@ class Stages:
     def run(self, name: str, work: Callable[["Stage"], Any]) -> Any:
         """What `work(stage)` returns, JSON, or what it returned when the stage was done before."""
         path = self.folder / "stages" / f"{name.replace(' ', '-')}.json"
-        if path.exists():
+        if agree(path.exists()):
             record = json.loads(path.read_text())
             self.seconds[name] = record["seconds"]
             self.console.print(f"[dim]{name}: done before, {record['seconds']:.0f} s[/dim]")
@@ -36,13 +41,16 @@ class Stages:
             with self._stage(name) as stage:
                 result = work(stage)
         except BaseException:
-            with whole_file(partial) as staging:
-                staging.write_text(str(before + time.monotonic() - start))
+            if is_first():
+                _write(partial, str(before + time.monotonic() - start))
             raise
         self.seconds[name] = before + time.monotonic() - start
-        with whole_file(path) as staging:
-            staging.write_text(json.dumps({"seconds": self.seconds[name], "result": result}))
-        partial.unlink(missing_ok=True)
+
+        def note() -> None:
+            _write(path, json.dumps({"seconds": self.seconds[name], "result": result}))
+            partial.unlink(missing_ok=True)
+
+        by_first(note)
         self.console.print(f"{name}: {self.seconds[name]:.0f} s")
         return result
 
@@ -74,8 +82,9 @@ class Stage:
             note = "  ".join(f"{key.removeprefix('loss/')} {metrics[key]:.3f}" for key in sorted(metrics)
                              if key.startswith("loss/") or key == "kl")  # fmt: skip
             self._progress.update(self._task, completed=step, total=total, note=note)
-            with self._log.open("a") as file:
-                file.write(json.dumps({"stage": self.name, "step": step} | metrics) + "\n")
+            if is_first():
+                with self._log.open("a") as file:
+                    file.write(json.dumps({"stage": self.name, "step": step} | metrics) + "\n")
 
         return on_step
 
@@ -87,6 +96,37 @@ class Stage:
     def say(self, what: str) -> None:
         """Show what is being done."""
         self._progress.update(self._task, description=f"{self.name}: {what}")
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as staging:
+        staging.write_text(text)
+
+
+def claim(settings: Any) -> Path:
+    """The run directory of the settings, claimed by the first process (see `config.claim_run`)."""
+    by_first(lambda: config.claim_run(settings, settings.out))
+    return Path(settings.out)
+
+
+def checkpoints(folder: Path, training: Training) -> Checkpoints:
+    """Checkpoints in the folder, as the training wants them."""
+    return Checkpoints(folder, training.save_every_seconds, training.keep_checkpoints, training.best)
+
+
+def devices() -> dict[str, str]:
+    """What a run's results tell of the devices."""
+    mesh, kinds = jax.sharding.get_mesh(), [device.device_kind for device in jax.devices()]
+    told = {"devices": ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))}
+    if not mesh.empty:
+        told["mesh"] = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        told["processes"] = str(jax.process_count())
+    return told
+
+
+def screen() -> Console:
+    """The terminal, wide enough for a table; of several processes only the first one speaks."""
+    return Console(width=max(Console().width, 118), quiet=not is_first())
 
 
 def curves(log: Path, stages: dict[str, str]) -> dict[str, dict[str, list[tuple[int, float]]]]:

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from secvec_jax import config
@@ -19,9 +18,9 @@ from secvec_jax.defenses.security_vectors import finetune as finetune_model
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
-from secvec_jax.experiments.stages import Stage, Stages
+from secvec_jax.experiments.stages import Stage, Stages, checkpoints, claim, devices, screen
+from secvec_jax.mesh import by_first, is_first
 from secvec_jax.model.hub import Model, load
-from secvec_jax.training.trainer import Checkpoints
 from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
@@ -110,8 +109,7 @@ def compare(settings: Compare, command: str) -> None:
     """The table of `eval.py compare`."""
     if not settings.runs:
         raise UserError("nothing to compare: name run directories with --runs")
-    console = Console()
-    Console(width=max(console.width, 118)).print(report.compare(settings.runs))
+    screen().print(report.compare(settings.runs))
 
 
 def align(settings: Align, command: str) -> None:
@@ -229,24 +227,26 @@ class _Run:
 
     def __init__(self, settings: Any, command: str):
         self.settings, self.command = settings, command
-        self.folder = config.claim_run(settings, settings.out)
-        self.console = Console()
+        self.folder = claim(settings)
+        self.console = Console(quiet=not is_first())
         self.stages = Stages(self.folder, self.console)
-        self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", getattr(settings, "training", ALIGN).save_every_seconds
-        )
+        self.checkpoints = checkpoints(self.folder / "checkpoints", getattr(settings, "training", ALIGN))
 
     def finish(self, values: dict[str, float], where: str) -> None:
         """Write the results of a training run and say where its files are."""
-        shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+        by_first(lambda: shutil.rmtree(self.checkpoints.folder, ignore_errors=True))
         metrics = {name: {"value": value, "n": 1, "ci95": [value, value]} for name, value in values.items()}
         self.report({"name": Path(self.settings.out).name, "metrics": metrics})
         self.console.print(where)
 
     def report(self, row: dict[str, Any]) -> None:
         """Write results.json and report.md, and show the table."""
-        environment = report.environment() | {"devices": ", ".join(d.device_kind for d in jax.devices())}
+        environment = report.environment() | devices()
         results = report.Results(self.command, config.to_dict(self.settings), environment, self.stages.seconds, [row])
-        results.save(self.folder)
-        report.write(self.folder, results)
-        Console(width=max(self.console.width, 118)).print(report.table(results))
+
+        def write() -> None:
+            results.save(self.folder)
+            report.write(self.folder, results)
+
+        by_first(write)
+        screen().print(report.table(results))

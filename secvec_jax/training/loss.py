@@ -13,6 +13,9 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
+
+from secvec_jax.mesh import PLACES
 
 CHUNK = 128
 
@@ -68,6 +71,27 @@ def _kl(table: jax.Array, hidden: jax.Array, reference: jax.Array) -> jax.Array:
 
 def _over_supervised(
     loss: ChunkLoss, table: jax.Array, hidden: jax.Array, weights: jax.Array, chunk: int, other: jax.Array
+) -> jax.Array:
+    """On a mesh each part of the batch is sorted by itself; the table is made whole along D, once."""
+    run = partial(_over_supervised_part, loss, chunk)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(table, hidden, weights, other)
+
+    def part(table: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return run(jax.lax.all_gather(table, PLACES["embed"], axis=1, tiled=True), *arrays)
+
+    lines = P(PLACES["batch"])
+    return jax.shard_map(
+        part,
+        in_specs=(P(None, PLACES["embed"]), lines, lines, lines),
+        out_specs=lines,
+        axis_names=set(PLACES["batch"]),
+        check_vma=False,
+    )(table, hidden, weights, other)
+
+
+def _over_supervised_part(
+    loss: ChunkLoss, chunk: int, table: jax.Array, hidden: jax.Array, weights: jax.Array, other: jax.Array
 ) -> jax.Array:
     size = weights.size
     live = jnp.asarray(weights).reshape(size) > 0

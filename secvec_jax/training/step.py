@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
+from secvec_jax.mesh import lay
 from secvec_jax.training.phase import merge
 from secvec_jax.trees import Tree
 
@@ -45,11 +46,12 @@ def descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
             return gradients, (value, metrics)
 
         gradients, (value, metrics) = _summed(gradient, batch)
+        gradients = lay(gradients)
         updates, state = optimizer.update(gradients, state, trained)
         metrics |= {"loss": value, "grad_norm": optax.tree.norm(gradients)}
-        return optax.apply_updates(trained, updates), state, metrics
+        return lay(optax.apply_updates(trained, updates)), lay(state), lay(metrics)
 
-    return Method(optimizer.init, step)
+    return Method(jax.jit(lambda trained: lay(optimizer.init(trained))), step)
 
 
 def _summed(function: Callable[[Any], Tree], batch: dict[str, Batch]) -> Tree:

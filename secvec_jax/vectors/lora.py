@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.errors import UserError
-from secvec_jax.model.decoder import Decoder, leaf_name
+from secvec_jax.mesh import lay
+from secvec_jax.model.decoder import SITE_AXES, Decoder, leaf_name
 from secvec_jax.model.families import SITES, Architecture
 
 
@@ -61,7 +62,7 @@ class LoRA:
                 "a": jax.random.uniform(site_key, shape, minval=-bound, maxval=bound),
                 "b": jnp.zeros((architecture.num_layers, self.rank, outputs)),
             }
-        return LoRAVectors(factors, self)
+        return lay(LoRAVectors(factors, self))
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +79,16 @@ class LoRAVectors:
         if factors is None:
             return y
         return y + self.spec.scale * (x @ factors["a"].astype(x.dtype)) @ factors["b"].astype(x.dtype)
+
+    def axes(self) -> "LoRAVectors":
+        """The logical axes of the factors, in the same tree form; they are small, so only wide sides are spread."""
+
+        def of(path: tuple, _: jax.Array) -> tuple[str, str, str]:
+            site, name = path[1].key, path[2].key
+            inputs, outputs = ("hidden" if axis == "embed" else axis for axis in SITE_AXES[site])
+            return ("layers", inputs, "rank") if name == "a" else ("layers", "rank", outputs)
+
+        return jax.tree_util.tree_map_with_path(of, self)
 
     def check(self, architecture: Architecture) -> None:
         """Raises UserError if the factors do not fit the architecture."""
@@ -101,7 +112,7 @@ def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:
         a, b = (jax.random.normal(next(keys), own[name].shape) for name in ("a", "b"))
         ratio = _update_norm(own["a"], own["b"]) / _update_norm(a, b)
         factors[site] = {"a": a * jnp.sqrt(ratio), "b": b * jnp.sqrt(ratio)}
-    return dataclasses.replace(vectors, factors=factors)
+    return lay(dataclasses.replace(vectors, factors=factors))
 
 
 def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -120,4 +131,4 @@ def merge(backbone: Decoder, vectors: LoRAVectors) -> Decoder:
         site = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
         return leaf + updates[site] if site in updates else leaf
 
-    return jax.tree_util.tree_map_with_path(add, backbone)
+    return lay(jax.tree_util.tree_map_with_path(add, backbone))

@@ -14,6 +14,7 @@ import numpy as np
 
 from secvec_jax.errors import UserError
 from secvec_jax.files import whole_file, whole_folder
+from secvec_jax.mesh import by_first, lay, whole
 from secvec_jax.model.families import SITES
 from secvec_jax.model.hub import Model
 from secvec_jax.trees import fingerprint
@@ -27,7 +28,8 @@ def save_vectors(vectors: LoRAVectors, path: str | Path, model: Model) -> None:
     """Write one safetensors file with the vectors, their shape, and the fingerprint of the model's backbone."""
     from safetensors.numpy import save_file
 
-    arrays = {f"{s}.{name}": np.asarray(v) for s, factors in vectors.factors.items() for name, v in factors.items()}
+    factors = whole(vectors).factors
+    arrays = {f"{site}.{name}": np.asarray(factor) for site, own in factors.items() for name, factor in own.items()}
     metadata = {
         "format": _FORMAT,
         "kind": "lora",
@@ -36,8 +38,12 @@ def save_vectors(vectors: LoRAVectors, path: str | Path, model: Model) -> None:
         "backbone_name": model.name,
         "fingerprint": _fingerprint(vectors),
     }
-    with whole_file(path) as staging:
-        save_file(arrays, staging, metadata=metadata)
+
+    def write() -> None:
+        with whole_file(path) as staging:
+            save_file(arrays, staging, metadata=metadata)
+
+    by_first(write)
 
 
 def load_vectors(path: str | Path, model: Model) -> LoRAVectors:
@@ -67,7 +73,7 @@ def load_vectors(path: str | Path, model: Model) -> LoRAVectors:
         raise UserError(f"{path} was altered after it was written: its fingerprint differs; train the vectors anew")
     vectors.check(model.architecture)
     _check_backbone(metadata, model, path)
-    return vectors
+    return lay(vectors)
 
 
 def _fingerprint(vectors: LoRAVectors) -> str:
@@ -93,13 +99,18 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model) -> None:
         "inference_mode": True,
     }
     tensors = {}
-    for site, factors in vectors.factors.items():
+    for site, factors in whole(vectors).factors.items():
         for layer in range(model.architecture.num_layers):
             for name in ("a", "b"):
                 tensors[_peft_key(site, layer, name)] = np.ascontiguousarray(np.asarray(factors[name][layer]).T)
-    with whole_folder(folder) as staging:
-        (staging / _PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, staging / _PEFT_WEIGHTS, metadata={"format": "pt", "backbone": model.fingerprint})
+    metadata = {"format": "pt", "backbone": model.fingerprint}
+
+    def write() -> None:
+        with whole_folder(folder) as staging:
+            (staging / _PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            save_file(tensors, staging / _PEFT_WEIGHTS, metadata=metadata)
+
+    by_first(write)
 
 
 def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
@@ -134,7 +145,7 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     vectors.check(model.architecture)
     if "backbone" in metadata:
         _check_backbone(metadata, model, folder)
-    return vectors
+    return lay(vectors)
 
 
 _PEFT_UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "modules_to_save",

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from secvec_jax.data.chat import encode, prompt_tokens
 from secvec_jax.errors import UserError
-from tests.conftest import build_tokenizer
+from tests.toys import build_tokenizer
 
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"

@@ -184,5 +184,5 @@ def test_no_rows_are_refused(groups):
 def test_a_row_longer_than_a_line_is_refused():
     row = example([1] * 6, [2] * 4)
     with pytest.raises(UserError, match="a row has 10 tokens, a packed line only 8: raise --length"):
-        Stream({"a": [row]}, lines=1, length=8)
+        Stream({"a": [row]}, lines=1, length=8).count()
     assert Stream({"a": [row]}, lines=1, length=9).count() == 1

@@ -10,8 +10,8 @@ import pytest
 from secvec_jax.config import Training
 from secvec_jax.defenses.security_vectors import Phase1, align, finetune, train_vectors
 from secvec_jax.errors import UserError
+from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.loss import token_cross_entropy
-from secvec_jax.training.trainer import Checkpoints
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
 from tests.toys import random_examples, tiny_model

@@ -73,7 +73,7 @@ def test_a_large_export_is_sharded_with_an_index_that_both_read(
     import torch
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(hub, "_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(hub, "_FILE_BYTES", 30_000)
     model = tiny_model("llama").model
     model.save(tmp_path / "out")
     files = sorted(tmp_path.glob("out/*.safetensors"))

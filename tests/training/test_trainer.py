@@ -12,13 +12,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from secvec_jax.errors import UserError
-from secvec_jax.training.step import Method
-from secvec_jax.training.trainer import Checkpoints, fit
+from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.phase import Phase
+from secvec_jax.training.step import Method, descent
+from secvec_jax.training.trainer import fit
 from secvec_jax.trees import fingerprint
-from tests.training.tiny_fit import PHASE, STEPS, make_method, make_streams, parameters, spied
+from tests.training.tiny_fit import PHASE, STEPS, loss, make_method, make_streams, parameters, spied
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +35,11 @@ def method():
     return make_method()
 
 
-def run(method, *, folder=None, every=0.0, stop_at=None, streams=None, **options):
+def steps_kept(folder: Path) -> list[int]:
+    return sorted(int(item.name) for item in folder.iterdir() if item.name.isdigit())
+
+
+def run(method, *, folder=None, every=0.0, stop_at=None, streams=None, keep=2, best=None, **options):
     """(fingerprint, steps reported, batches seen); the fingerprint is None for a run that was stopped."""
     reported, batches = [], []
 
@@ -42,13 +49,13 @@ def run(method, *, folder=None, every=0.0, stop_at=None, streams=None, **options
         assert steps == options.get("steps", STEPS)
         reported.append((step, metrics["loss"]))
 
-    checkpoints = None if folder is None else Checkpoints(folder, every_seconds=every)
+    checkpoints = None if folder is None else Checkpoints(folder, every, keep, best)
     options = {"steps": STEPS} | options
     try:
         after = fit(
             parameters(),
             PHASE,
-            spied(method, batches),
+            spied(method, batches, []),
             streams or make_streams(),
             checkpoints=checkpoints,
             on_step=on_step,
@@ -106,9 +113,10 @@ def test_without_a_checkpoint_in_time_a_run_starts_anew(method, whole, tmp_path)
     assert run(method, folder=tmp_path, every=3600) == whole
 
 
-def test_only_as_many_checkpoints_are_kept_as_asked(method, tmp_path):
-    run(method, folder=tmp_path, stop_at=9)
-    assert len([item for item in tmp_path.iterdir() if item.is_dir()]) == 1
+@pytest.mark.parametrize("keep", [1, 3])
+def test_only_as_many_checkpoints_are_kept_as_asked(method, tmp_path, keep):
+    run(method, folder=tmp_path, stop_at=9, keep=keep)
+    assert steps_kept(tmp_path) == list(range(9 - keep, 9))
 
 
 def test_accumulation_takes_as_many_batches_a_step_and_resumes(method, tmp_path):
@@ -196,20 +204,62 @@ def lose(name: str):
     return damage
 
 
-@pytest.mark.parametrize("damage", [truncate, garbage, half, lose("trained"), lose("state"), lose("data_learn")])
-def test_a_checkpoint_that_cannot_be_read_names_its_folder(method, tmp_path, damage):
+DAMAGES = [truncate, garbage, half, lose("trained"), lose("state"), lose("data")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_torn_checkpoint_costs_that_checkpoint_only_and_is_told(method, whole, tmp_path, damage, caplog):
     run(method, folder=tmp_path, stop_at=6)
-    damage(tmp_path)
+    assert steps_kept(tmp_path) == [4, 5]
+    damage(tmp_path / "5")
+    result, reported, _ = run(method, folder=tmp_path)
+    assert result == whole[0]
+    assert reported[0][0] == 5
+    assert "checkpoint of step 5" in caplog.text and "going on from the one before it" in caplog.text
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_checkpoints_that_cannot_be_read_name_their_folder(method, tmp_path, damage):
+    run(method, folder=tmp_path, stop_at=6)
+    for step in steps_kept(tmp_path):
+        damage(tmp_path / str(step))
     with pytest.raises(UserError, match="delete that folder to start this stage anew") as caught:
         run(method, folder=tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_of_other_parameters_names_its_folder(method, tmp_path):
-    run(method, folder=tmp_path, stop_at=6)
+    run(method, folder=tmp_path, stop_at=6, keep=1)
     other = {"backbone": jnp.ones(()), "vectors": {"table": jnp.zeros(400)}}
     with pytest.raises(UserError, match="delete that folder"):
         fit(other, PHASE, method, make_streams(), steps=STEPS, checkpoints=Checkpoints(tmp_path))
+
+
+def test_a_checkpoint_holds_the_trained_part_and_not_the_frozen_one(method, tmp_path):
+    size = 1 << 20
+    params = {"backbone": jnp.ones(()), "more": jnp.ones(size), "vectors": parameters()["vectors"]}
+    phase = Phase({"backbone": "freeze", "more": "freeze", "vectors": "train"})
+    method = descent(loss, phase.optimizer(optax.adam(0.1), params))
+    stop = Stop()
+
+    def on_step(step, steps, metrics):
+        if step == 5:
+            raise stop
+
+    with pytest.raises(Stop):
+        fit(params, phase, method, make_streams(), steps=9, checkpoints=Checkpoints(tmp_path, 0.0), on_step=on_step)
+    assert sum(item.stat().st_size for item in tmp_path.rglob("*") if item.is_file()) < size
+
+
+@pytest.mark.parametrize("stops", [[], [4], [9]])
+def test_a_run_may_end_with_its_best_checkpoint(method, whole, tmp_path, stops):
+    losses = [value for _, value in whole[1]]
+    best = min(range(STEPS), key=losses.__getitem__) + 1
+    assert best < STEPS
+    for stop_at in stops:
+        run(method, folder=tmp_path, stop_at=stop_at, keep=1, best="loss")
+    result, *_ = run(method, folder=tmp_path, keep=1, best="loss")
+    assert result == run(method, steps=best)[0] != whole[0]
 
 
 def test_files_of_others_in_the_folder_do_no_harm(method, whole, tmp_path):

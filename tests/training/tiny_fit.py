@@ -1,7 +1,8 @@
 """A training of milliseconds, whose end depends on the order of the data and the optimizer's memory.
 
-Also a program, for tests that kill it: `python -m tests.training.tiny_fit FOLDER` prints each step and in the end
-a fingerprint of the result.
+Also a program, for tests that kill it: `python -m tests.training.tiny_fit FOLDER` prints each step with a fingerprint
+of its batch, and in the end those of the parameters and of the optimizer's state. Several of them with --cluster
+HOST:PORT --processes N --process I train together; the first one speaks.
 """
 
 import argparse
@@ -9,13 +10,14 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from secvec_jax import mesh
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.training import trainer
+from secvec_jax.training import checkpoints, trainer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import Method, descent
 from secvec_jax.trees import fingerprint
@@ -40,17 +42,19 @@ def make_method() -> Method:
     return descent(loss, PHASE.optimizer(optax.adam(optax.cosine_decay_schedule(0.2, STEPS)), parameters()))
 
 
-def make_streams() -> dict[str, Stream]:
+def make_streams(lines: int = 1) -> dict[str, Stream]:
     rows = random_examples(30, vocabulary=VOCABULARY)
-    return {"learn": Stream({"all": rows}, lines=1, length=24, seed=3, epochs=None)}
+    return {"learn": Stream({"all": rows}, lines=lines, length=24, seed=3, epochs=None)}
 
 
-def spied(method: Method, batches: list[str]) -> Method:
-    """The method, with a fingerprint of every batch that it is given appended to `batches`."""
+def spied(method: Method, batches: list[str], states: list[Any]) -> Method:
+    """The method, with a fingerprint of every batch that it is given appended to `batches`, the state to `states`."""
 
     def step(trained, state, frozen, batch):
-        batches.append(fingerprint({name: {k: np.asarray(v) for k, v in p.items()} for name, p in batch.items()}))
-        return method.step(trained, state, frozen, batch)
+        batches.append(fingerprint(mesh.whole(batch)))
+        trained, state, metrics = method.step(trained, state, frozen, batch)
+        states[:] = [state]
+        return trained, state, metrics
 
     return Method(method.init, step)
 
@@ -60,31 +64,50 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--kill-in-save", nargs=2, type=float, default=(0, 0))
+    parser.add_argument("--lines", type=int, default=1)
+    parser.add_argument("--mesh", default="")
+    parser.add_argument("--cluster", default="")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
     options = parser.parse_args()
+    mesh.start(mesh.Cluster(options.mesh, options.cluster, options.processes, options.process))
+    batches, states = [], []
+    method = spied(make_method(), batches, states)
+
+    def say(*words) -> None:
+        if mesh.is_first():
+            print(*words, flush=True)
 
     def on_step(step, steps, metrics):
-        print(step, flush=True)
+        say(step, batches[step - first])
         time.sleep(options.pause)
 
-    save = trainer._Store.save
+    save, load = checkpoints.Store.save, checkpoints.Store.restore
+    first = 1
 
-    def dying_save(store, run):
-        save(store, run)
+    def restore(store, run):
+        nonlocal first
+        load(store, run)
+        first = run.step + 1
+
+    def dying_save(store, run, metrics):
+        save(store, run, metrics)
         if run.step == options.kill_in_save[0]:
             time.sleep(options.kill_in_save[1])
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer._Store.save = dying_save
+    checkpoints.Store.save, checkpoints.Store.restore = dying_save, restore
     after = trainer.fit(
-        parameters(),
+        mesh.lay(parameters()),
         PHASE,
-        make_method(),
-        make_streams(),
+        method,
+        make_streams(options.lines),
         steps=STEPS,
         checkpoints=trainer.Checkpoints(options.folder, every_seconds=0.0),
         on_step=on_step,
     )
-    print(fingerprint(after), flush=True)
+    end = f"{fingerprint(after)} {fingerprint(states[-1])}"
+    say("end", end)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""One run of everything that a mesh could change, told as numbers: phase 1, min-min, phase 2, and the scores.
+
+Also a program, for runs of several processes: `python -m tests.sharded_run OUT MESH --cluster HOST:PORT --processes 2
+--process 0` writes the numbers to OUT.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from secvec_jax import mesh
+from secvec_jax.config import Training
+from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
+from secvec_jax.evaluation.suite import Suite, outcomes
+from secvec_jax.inference import generate
+from secvec_jax.model.hub import Model
+from secvec_jax.trees import distance
+from secvec_jax.vectors.lora import LoRA, random_like
+from tests.toys import example, random_examples, tiny_model
+
+STEPS = 20
+TRAINING = Training(optimizer="adamw", learning_rate=1e-3, lines=8, length=48, steps=STEPS, accumulate=2)
+
+
+def everything(checkpoints: Any = None) -> dict[str, Any]:
+    """Losses of each step and the final scores, on the ambient mesh."""
+    told: dict[str, Any] = {}
+
+    def losses(name: str):
+        told[name] = []
+        return lambda step, steps, metrics: told[name].append(metrics["loss"])
+
+    model = Model(mesh.lay(tiny_model().backbone), tiny_model().tokenizer, "tiny")
+    harmful, benign, user = (random_examples(count, seed=i, head=5) for i, count in enumerate((40, 60, 90)))
+    train = {"benign": benign, "training": TRAINING}
+    vectors = train_vectors(model, harmful, LoRA(rank=4), phase1=Phase1("kl"), on_step=losses("kl"), **train)
+    min_min = Phase1("min_min", inner_steps=1, inner_learning_rate=1e-2)
+    train_vectors(model, harmful, LoRA(rank=4), phase1=min_min, on_step=losses("min_min"), **train)
+    tuned = finetune(model, {"user": user}, vectors=vectors, training=TRAINING, on_step=losses("finetune"))
+    task = finetune(
+        model,
+        {"user": user},
+        vectors=random_like(vectors, jax.random.key(3)),
+        task=LoRA(rank=2),
+        training=dataclasses.replace(TRAINING, steps=3),
+        on_step=losses("task"),
+    )
+    prompts = ["What is the capital of France?", "def add", "dogs", "A security vector says that", "12345 + 67890"]
+    suite = Suite(
+        refusals=["I"],
+        harmful=prompts,
+        benign=prompts[:3],
+        questions=[(prompt, "x") for prompt in prompts],
+        harmful_targets=[example([5, 6, 7, *range(8, 8 + i)], [9, 10 + i]) for i in range(11)],
+        reply_tokens=6,
+    )
+    for name, one in (("tuned", tuned), ("task", task)):
+        told[f"{name} drift"] = [float(distance(one.backbone, model.backbone))]
+        told |= {f"{name} {metric}": values for metric, values in outcomes(one, suite).items()}
+    told["replies"] = generate(tuned, prompts, vectors, max_new_tokens=8)
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("mesh")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--cluster")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
+    options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", options.devices)
+    mesh.start(mesh.Cluster(options.mesh, options.cluster, options.processes, options.process))
+    told = everything()
+    mesh.by_first(lambda: options.out.write_text(json.dumps(told)))
+
+
+if __name__ == "__main__":
+    main()
