@@ -1,7 +1,9 @@
-"""Train: quickstart, objectives, align, vectors, finetune. `train.py VERB --help` tells all settings of a verb."""
+"""Train: quickstart, objectives, align, vectors, finetune; plan a run on TPUs.
+
+`train.py VERB --help` tells all settings of a verb."""
 
 from secvec_jax import command_line
-from secvec_jax.experiments import objectives, quickstart, verbs
+from secvec_jax.experiments import objectives, planning, quickstart, verbs
 
 VERBS = {
     "quickstart": (quickstart.Quickstart, quickstart.quickstart),
@@ -9,6 +11,7 @@ VERBS = {
     "align": (verbs.Align, verbs.align),
     "vectors": (verbs.Vectors, verbs.vectors),
     "finetune": (verbs.Finetune, verbs.finetune),
+    "plan": (planning.Planned, planning.planned),
 }
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.security_vectors import Phase1, align, finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.inference import generate, logits
+from secvec_jax.mesh import make_mesh
 from secvec_jax.model.hub import Model, load
 from secvec_jax.vectors.lora import LoRA, random_like
 from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
@@ -34,6 +35,7 @@ __all__ = [
     "load_rows",
     "load_vectors",
     "logits",
+    "make_mesh",
     "random_like",
     "save_peft",
     "save_vectors",

@@ -5,6 +5,7 @@ is given on the command line counts more. Which machines and devices do the work
 run: it may change from one start to the next. A user's mistake is told in one line and ends with exit code 2.
 """
 
+import dataclasses
 import errno
 import os
 import shlex
@@ -48,7 +49,8 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         settings, cluster, function = _parse(description, verbs, arguments)
-        start(cluster)
+        if cluster is not None:
+            start(cluster)
         function(settings, shlex.join(["python", *sys.argv]))
         return 0
     except UserError as error:
@@ -77,7 +79,7 @@ def _fail(message: str) -> int:
 
 def _parse(
     description: str, verbs: dict[str, Verb], arguments: list[str]
-) -> tuple[Any, Cluster, Callable[[Any, str], Any]]:
+) -> tuple[Any, Cluster | None, Callable[[Any, str], Any]]:
     parser = ArgumentParser(description=description, add_option_string_dash_variants=DashVariant.DASH)
     choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     given = _config_of(verbs, arguments)
@@ -91,10 +93,17 @@ def _parse(
         )
         verb.add_argument("--config", metavar="FILE", help="a YAML file of settings, such as a run's config.yaml")
         verb.add_arguments(kind, dest="settings", default=given.get(name))
-        verb.add_arguments(Cluster, dest="cluster")
+        if not _has_mesh(kind):
+            verb.add_arguments(Cluster, dest="cluster")
     parsed = parser.parse_args(arguments)
     kind, function = verbs[parsed.verb]
-    return _checked(kind, parsed.settings), _checked(Cluster, parsed.cluster), function
+    cluster = None if _has_mesh(kind) else _checked(Cluster, parsed.cluster)
+    return _checked(kind, parsed.settings), cluster, function
+
+
+def _has_mesh(kind: type) -> bool:
+    """Whether a verb's mesh is a setting of its own, of devices that are not here."""
+    return any(field.name == "mesh" for field in dataclasses.fields(kind))
 
 
 def _config_of(verbs: dict[str, Verb], arguments: list[str]) -> dict[str, Any]:

@@ -46,8 +46,11 @@ class Training:
     """tokens in a packed line; a row's prompt must fit into one"""
     accumulate: int = 1
     """batches per optimizer step"""
-    remat: Literal["none", "dots", "full"] = "full"
-    """what the backward pass computes again to save memory"""
+    remat: Literal["none", "dots", "attention", "full"] = "full"
+    """what the backward pass computes again to save memory: none: nothing; dots: all but matrix products; attention:
+    all but a fused attention kernel; full: whole layers"""
+    share_beginnings: bool | None = None
+    """whether tokens with which all rows begin stand once in a line; TPUs' fused attention cannot, so: not on TPUs"""
     seed: int = 0
     """of the order of rows and of fresh vectors"""
     save_every_seconds: float = 120.0

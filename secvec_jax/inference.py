@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.data.chat import prompt_tokens
+from secvec_jax.mesh import platform
 from secvec_jax.model.decoder import Guest
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
@@ -60,7 +61,7 @@ def _logits(decoder, tokens, guests, *, dtype):
 
 def compute_dtype() -> jnp.dtype:
     """What forward passes compute in: bfloat16 on accelerators, float32 on CPU."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.float32 if platform() == "cpu" else jnp.bfloat16
 
 
 def _guests(vectors: Guest | None) -> tuple[Guest, ...]:

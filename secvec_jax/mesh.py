@@ -78,9 +78,13 @@ def start(settings: Cluster) -> None:
     Raises UserError for a cluster that cannot be joined, a mesh that does not fit the devices, or hosts without one.
     """
     if settings.cluster and not jax.distributed.is_initialized():
+        # JAX would swallow SIGTERM, also outside of a training, which by itself saves and ends.
+        jax.config.update("jax_enable_preemption_service", False)
         try:
             if settings.cluster == "auto":
                 jax.distributed.initialize()
+            elif ":" not in settings.cluster:
+                raise ValueError("it has no port")
             else:
                 jax.distributed.initialize(settings.cluster, settings.processes, settings.process)
         except (ValueError, RuntimeError) as error:
@@ -99,7 +103,7 @@ def parse(text: str) -> dict[str, int]:
     """ "fsdp=8,tensor=4" -> {"fsdp": 8, "tensor": 4}. Raises UserError."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9][0-9]{0,6})\s*", part)
         if match is None or match[1] not in AXES or match[1] in sizes:
             raise UserError(f"mesh {text!r} is not of the form fsdp=8,tensor=4, with axes {', '.join(AXES)} once each")
         sizes[match[1]] = int(match[2])
@@ -114,6 +118,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Any = N
         text = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "fsdp=1"
         raise UserError(f"mesh {text} takes {needed} devices, there are {have}: the axes must multiply to {have}")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def platform() -> str:
+    """What programs are made for: "cpu", "gpu" or "tpu". The ambient mesh may be of devices that are not here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def spec(*axes: str | None) -> P:
@@ -190,7 +200,8 @@ def axes_of(tree: Any) -> list[Axes]:
 
 
 def lay(tree: Any) -> Any:
-    """The tree laid out on the ambient mesh as its `axes_of` say, inside a jitted program or outside.
+    """The tree laid out on the ambient mesh as its `axes_of` say: arrays, shapes in place of arrays, or, inside a
+    jitted program, what is traced.
 
     Without a mesh, the tree as it is.
     """
@@ -203,6 +214,8 @@ def lay(tree: Any) -> Any:
 def _lay(leaf: Any, axes: Axes) -> jax.Array:
     if isinstance(leaf, jax.core.Tracer):
         return place(leaf, *axes)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(*axes))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=sharding(*axes))(leaf)
     host = np.asarray(leaf)

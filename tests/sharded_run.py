@@ -5,8 +5,15 @@ Also a program, for runs of several processes: `python -m tests.sharded_run OUT 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +29,90 @@ from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA, random_like
 from tests.toys import example, random_examples, tiny_model
 
+ROOT = Path(__file__).parents[1]
 STEPS = 20
 TRAINING = Training(optimizer="adamw", learning_rate=1e-3, lines=8, length=48, steps=STEPS, accumulate=2)
+MIN_MIN = Phase1("min_min", inner_steps=1, inner_learning_rate=1e-2)
+PROMPTS = ["What is the capital of France?", "def add", "dogs", "A security vector says that", "12345 + 67890"]
 
 
-def everything(checkpoints: Any = None) -> dict[str, Any]:
-    """Losses of each step and the final scores, on the ambient mesh."""
+def everything(steps: int = STEPS) -> dict[str, Any]:
+    """Losses of each step, replies and final scores, on the ambient mesh."""
     told: dict[str, Any] = {}
 
     def losses(name: str):
-        told[name] = []
-        return lambda step, steps, metrics: told[name].append(metrics["loss"])
+        told[f"losses of {name}"] = []
+        return lambda step, steps, metrics: told[f"losses of {name}"].append(metrics["loss"])
 
     model = Model(mesh.lay(tiny_model().backbone), tiny_model().tokenizer, "tiny")
     harmful, benign, user = (random_examples(count, seed=i, head=5) for i, count in enumerate((40, 60, 90)))
-    train = {"benign": benign, "training": TRAINING}
-    vectors = train_vectors(model, harmful, LoRA(rank=4), phase1=Phase1("kl"), on_step=losses("kl"), **train)
-    min_min = Phase1("min_min", inner_steps=1, inner_learning_rate=1e-2)
-    train_vectors(model, harmful, LoRA(rank=4), phase1=min_min, on_step=losses("min_min"), **train)
-    tuned = finetune(model, {"user": user}, vectors=vectors, training=TRAINING, on_step=losses("finetune"))
+    training = dataclasses.replace(TRAINING, steps=steps)
+    train = {"benign": benign, "training": training}
+    vectors = train_vectors(model, harmful, LoRA(rank=4), on_step=losses("kl"), **train)
+    train["training"] = dataclasses.replace(training, steps=steps // 2)  # of the vectors; as many of the copy
+    train_vectors(model, harmful, LoRA(rank=4), phase1=MIN_MIN, on_step=losses("min-min"), **train)
+    tuned = finetune(model, {"user": user}, vectors=vectors, training=training, on_step=losses("finetune"))
     task = finetune(
         model,
         {"user": user},
         vectors=random_like(vectors, jax.random.key(3)),
         task=LoRA(rank=2),
-        training=dataclasses.replace(TRAINING, steps=3),
+        training=dataclasses.replace(training, steps=3),
         on_step=losses("task"),
     )
-    prompts = ["What is the capital of France?", "def add", "dogs", "A security vector says that", "12345 + 67890"]
+    told["replies"] = generate(tuned, PROMPTS, max_new_tokens=8)
+    told["replies with vectors"] = generate(tuned, PROMPTS, vectors, max_new_tokens=8)
     suite = Suite(
-        refusals=["I"],
-        harmful=prompts,
-        benign=prompts[:3],
-        questions=[(prompt, "x") for prompt in prompts],
+        refusals=[told["replies"][0][:4]],  # one reply is a refusal, and one question is answered
+        harmful=PROMPTS,
+        questions=[(prompt, told["replies"][0]) for prompt in PROMPTS],
         harmful_targets=[example([5, 6, 7, *range(8, 8 + i)], [9, 10 + i]) for i in range(11)],
-        reply_tokens=6,
+        reply_tokens=8,
     )
     for name, one in (("tuned", tuned), ("task", task)):
         told[f"{name} drift"] = [float(distance(one.backbone, model.backbone))]
         told |= {f"{name} {metric}": values for metric, values in outcomes(one, suite).items()}
-    told["replies"] = generate(tuned, prompts, vectors, max_new_tokens=8)
     return told
+
+
+@contextlib.contextmanager
+def together(*command: object, processes: int = 2) -> Iterator[list[subprocess.Popen]]:
+    """So many processes of a Python program that meet as a cluster; those that still run in the end are killed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "COLUMNS": "160",
+    }
+    meet = ["--cluster", f"127.0.0.1:{port}", "--processes", str(processes), "--process"]
+    running: list[subprocess.Popen] = []
+    try:
+        for process in range(processes):
+            more = [*meet, str(process)] if processes > 1 else []
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, *map(str, command), *more],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def ends(running: list[subprocess.Popen], timeout: float) -> list[tuple[str, str]]:
+    """What each process still says, (stdout, stderr), once all have ended; all must do so in time."""
+    until = time.monotonic() + timeout
+    return [process.communicate(timeout=max(until - time.monotonic(), 0.1)) for process in running]
 
 
 def main() -> None:

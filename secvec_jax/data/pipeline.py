@@ -21,13 +21,17 @@ from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import largest, sharding, shards
 
+_IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+"""The rows are there: grain's sixteen threads for every lane would only be in each other's way."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """A source of batches: the examples, in how many of which group, and the shape of a batch.
 
     examples: group name -> examples; all are shuffled together. lines x length: tokens per batch, on all hosts.
-    epochs: passes over the examples; None goes on forever.
+    epochs: passes over the examples; None goes on forever. share: whether tokens with which all rows of a lane begin
+    stand once in a line.
     """
 
     examples: dict[str, Sequence[Example]]
@@ -35,6 +39,7 @@ class Stream:
     length: int
     seed: int = 0
     epochs: int | None = 1
+    share: bool = True
 
     def __post_init__(self) -> None:
         if not any(len(group) for group in self.examples.values()):
@@ -84,9 +89,12 @@ class Stream:
         height = self.lines // self.lanes
         head, records = self._records(lane)
         room = self.length - len(head)
-        rows = grain.MapDataset.source(records).shuffle(seed=self.seed + lane).repeat(self.epochs).to_iter_dataset()
+        rows = grain.MapDataset.source(records).shuffle(seed=self.seed + lane).repeat(self.epochs)
         packed = grain.experimental.FirstFitPackIterDataset(
-            rows, length_struct=dict.fromkeys(records[0], room), num_packing_bins=4 * height, shuffle_bins=False
+            rows.to_iter_dataset(_IN_MEMORY),
+            length_struct=dict.fromkeys(records[0], room),
+            num_packing_bins=4 * height,
+            shuffle_bins=False,
         )
         return packed.batch(height, batch_fn=lambda lines: _collate(lines, head, height))
 
@@ -97,7 +105,7 @@ class Stream:
         longest = max(len(example.tokens) for _, example in mine)
         if longest - 1 > self.length:
             raise UserError(f"a row has {longest} tokens, a packed line only {self.length}: raise --length")
-        head = shared_head([example for _, example in mine])
+        head = shared_head([example for _, example in mine] if self.share else [])
         return head, [_record(example, group, len(head)) for group, example in mine]
 
 

@@ -30,14 +30,15 @@ from secvec_jax.data.sources import as_rows
 from secvec_jax.defenses.min_min import min_min
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
+from secvec_jax.mesh import platform
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
-from secvec_jax.training.objective import KEEP, LEARN, Objective, parameters
+from secvec_jax.training.objective import KEEP, LEARN, Objective, Params, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import descent
+from secvec_jax.training.step import Method, descent
 from secvec_jax.training.trainer import OnStep, fit
-from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
+from secvec_jax.vectors.lora import Folded, LoRA, LoRAVectors, merge
 
 Groups = dict[str, Sequence[Any]]
 """Rows by kind ("harmful", "benign"), whose losses are reported apart."""
@@ -114,19 +115,13 @@ def train_vectors(
         streams[KEEP] = dataclasses.replace(_stream(model, {"keep": benign}, training), epochs=None, lines=lines)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, vectors=vectors)
-    loss = Objective(("harmful",), phase1.kl_weight, dtype=compute_dtype(), remat=training.remat)
-    if phase1.objective == "min_min":
-        phase, method = min_min(params, loss, make_optimizer(training, steps), phase1)
-        steps *= phase1.inner_steps + 1
-    else:
-        phase = Phase({"backbone": "freeze", "vectors": "train"})
-        method = descent(loss, phase.optimizer(make_optimizer(training, steps), params))
+    phase, method = phase1_method(params, phase1, training, steps)
     trained = fit(
         params,
         phase,
         method,
         streams,
-        steps=steps,
+        steps=steps * (phase1.inner_steps + 1 if phase1.objective == "min_min" else 1),
         accumulate=training.accumulate,
         checkpoints=checkpoints,
         on_step=on_step,
@@ -158,13 +153,11 @@ def finetune(
     stream = dataclasses.replace(stream, epochs=None)
     adapter = None if task is None else task.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, adapter, vectors)
-    moves = {"decoder": "train" if task is None else "freeze", "adapter": "train"}
-    phase = Phase({"backbone": moves, "vectors": "freeze"})
-    loss = Objective(stream.groups, dtype=compute_dtype(), remat=training.remat)
+    phase, method = phase2_method(params, stream.groups, training, steps)
     trained = fit(
         params,
         phase,
-        descent(loss, phase.optimizer(make_optimizer(training, steps), params)),
+        method,
         {LEARN: stream},
         steps=steps,
         accumulate=training.accumulate,
@@ -175,10 +168,38 @@ def finetune(
     return model.with_backbone(decoder)
 
 
+def phase1_method(params: Params, phase1: Phase1, training: Training, steps: int) -> tuple[Phase, Method]:
+    """What moves in phase 1, and its step."""
+    loss = Objective(("harmful",), phase1.kl_weight, **_forward(training))
+    optimizer = make_optimizer(training, steps)
+    if phase1.objective == "min_min":
+        return min_min(params, loss, optimizer, phase1)
+    phase = Phase({"backbone": "freeze", "vectors": "train"})
+    return phase, descent(loss, phase.optimizer(optimizer, params))
+
+
+def phase2_method(params: Params, groups: Sequence[str], training: Training, steps: int) -> tuple[Phase, Method]:
+    """What moves in phase 2, and its step: a task adapter where the parameters have one, else the decoder."""
+    moves = {"decoder": "train" if params["backbone"]["adapter"] is None else "freeze", "adapter": "train"}
+    phase = Phase({"backbone": moves, "vectors": "freeze"})
+    # On a CPU thin products are cheap, and the weights that the fold passes over are not.
+    present = {"present": Folded} if platform() != "cpu" else {}
+    loss = Objective(tuple(groups), **_forward(training), **present)
+    return phase, descent(loss, phase.optimizer(make_optimizer(training, steps), params))
+
+
+def _forward(training: Training) -> dict[str, Any]:
+    return {"dtype": compute_dtype(), "remat": training.remat, "shared": _shares(training)}
+
+
+def _shares(training: Training) -> bool:
+    return platform() != "tpu" if training.share_beginnings is None else training.share_beginnings
+
+
 def _stream(model: Model, groups: Groups, training: Training) -> Stream:
     limit = min(training.length, model.architecture.max_length)
     examples = {name: _encoded(model, rows, limit, name) for name, rows in groups.items()}
-    return Stream(examples, training.lines, training.length, training.seed, training.epochs)
+    return Stream(examples, training.lines, training.length, training.seed, training.epochs, _shares(training))
 
 
 def _encoded(model: Model, rows: Any, max_length: int, name: str = "data") -> list[Example]:

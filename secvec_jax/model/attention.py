@@ -1,12 +1,33 @@
 """Attention over packed, padded or cached tokens: the only place that chooses a kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from secvec_jax.batch import SHARED
+from secvec_jax.mesh import PLACES, platform
+
+Attend = Callable[[jax.Array, Sequence[jax.Array], Sequence[jax.Array]], jax.Array]
+"""Query `[B, T, N, H]`, runs of keys and of values `[B, K, S_i, H]` -> `[B, T, N, H]`."""
+
+KERNEL = "attention"
+"""The name under which a fused kernel's results can be kept for the backward pass."""
+
+_LANES = 128
+
+
+def among_themselves(segments: jax.Array, positions: jax.Array, *, window: int | None, shared: bool) -> Attend:
+    """Attention of packed lines `[B, T]` over themselves.
+
+    shared: whether a token may be of the segment `SHARED`, which TPUs' fused kernel does not know.
+    """
+    if platform() == "tpu" and not shared and segments.shape[1] % _LANES == 0:
+        return partial(_splash, segments=segments, window=window)
+    return partial(attend, mask=visible(segments, segments, positions, positions, window=window))
 
 
 def visible(
@@ -37,7 +58,7 @@ def attend(query: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Arr
     query `[B, T, N, H]`; keys and values `[B, K, S_i, H]` each, with N a multiple of K; mask `[B, 1, T, S]` with S
     the sum of the S_i; returns `[B, T, N, H]`. Scores are held in float32.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         key, value = (jnp.concatenate(parts, axis=2).swapaxes(1, 2) for parts in (keys, values))
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
     return _attend_by_batched_products(query, keys, values, mask)
@@ -66,9 +87,55 @@ def _attend_by_batched_products(query, keys, values, mask):
     return out.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
+def _splash(query, keys, values, *, segments, window, interpret=False):
+    """Splash attention, the TPU's fused kernel, on each device's lines and heads; no scores in memory."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def one_device(query, key, value, segments):
+        _, heads, length, _ = query.shape
+        mask = splash.CausalMask((length, length))
+        if window is not None:
+            mask = splash.LocalMask((length, length), (window - 1, 0), 0)
+        block = next(size for size in (512, 256, _LANES) if length % size == 0)
+        wide = next(size for size in (2048, 1024, 512, 256, _LANES) if length % size == 0)
+        kernel = splash.make_splash_mha_single_device(
+            mask=splash.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(
+                block_q=block,
+                block_kv=block,
+                block_q_dkv=block,
+                # The backward kernel writes a gradient of the queries for each block of keys.
+                block_kv_dkv=wide,
+                block_kv_dkv_compute=block,
+                use_fused_bwd_kernel=True,
+            ),
+            residual_checkpoint_name=KERNEL,
+            interpret=interpret,
+        )
+        return jax.vmap(kernel)(query, key, value, splash.SegmentIds(segments, segments))
+
+    run = one_device
+    if not jax.sharding.get_abstract_mesh().empty:
+        lines, heads = P(PLACES["batch"]), P(PLACES["batch"], PLACES["heads"])
+        run = jax.shard_map(run, in_specs=(heads, heads, heads, lines), out_specs=heads, check_vma=False)
+    query = query.swapaxes(1, 2) * query.shape[-1] ** -0.5
+    return run(query.astype(keys[0].dtype), keys[0], values[0], segments).swapaxes(1, 2)
+
+
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
     """Rotary position embedding (Su et al. 2021) in the half-split layout of Hugging Face, `[B, T, N, H]`."""
     angles = positions[..., None].astype(jnp.float32) * frequencies
+    if platform() == "tpu":
+        return _rotate_by_product(x, angles)
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _rotate_by_product(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """The same with the halves swapped by a product with zeros and ones: TPUs pad half a head to a whole register."""
+    cos, sin = (jnp.concatenate([f(angles)] * 2, axis=-1)[:, :, None] for f in (jnp.cos, jnp.sin))
+    one = np.eye(x.shape[-1] // 2)
+    swap = jnp.asarray(np.block([[0 * one, one], [-one, 0 * one]]), x.dtype)
+    swapped = jax.lax.dot_general(x, swap, (((3,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from secvec_jax.mesh import gather, place
-from secvec_jax.model.attention import attend, rotate, visible
+from secvec_jax.model.attention import KERNEL, Attend, among_themselves, attend, rotate, visible
 from secvec_jax.model.families import SITES, Architecture, rope_frequencies
 
-Remat = Literal["none", "dots", "full"]
-"""What the backward pass recomputes: nothing, all but the matrix products, or the whole layer."""
+Remat = Literal["none", "dots", "attention", "full"]
+"""What the backward pass computes again: nothing; all but the sites' products and a fused attention kernel; all but
+that kernel; the whole layer."""
 
 SITE_AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("embed", "heads")) | {
     "o_proj": ("heads", "embed"),
@@ -42,6 +43,10 @@ class Guest(Protocol):
 
         Called inside the scan: the guest's arrays have lost their layer axis.
         """
+        ...
+
+    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
+        """The weight `[inputs, outputs]` that takes the place of the site's own; called inside the scan."""
         ...
 
 
@@ -70,8 +75,11 @@ class Linear(nnx.Module):
         bias = partial(nnx.Param, axes=("layers", SITE_AXES[site][1]))
         self.bias = bias(jnp.zeros((shape[0], shape[2]))) if architecture.has_bias(site) else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ gather(self.kernel[...].astype(x.dtype), *SITE_AXES[self.site])
+    def __call__(self, x: jax.Array, guests: tuple["Guest", ...]) -> jax.Array:
+        kernel = self.kernel[...]
+        for guest in guests:
+            kernel = guest.kernel(self.site, kernel)
+        y = x @ gather(kernel.astype(x.dtype), *SITE_AXES[self.site])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -90,7 +98,7 @@ class Layers(nnx.Module):
         for site in SITES:
             setattr(self, site, Linear(architecture, site, rngs))
 
-    def __call__(self, x, guests, cached, positions, frequencies, mask):
+    def __call__(self, x, guests, cached, positions, frequencies, attention: Attend):
         """One layer: hidden states `[B, T, D]` -> the same, and this layer's new keys and values."""
         site = partial(self._site, guests=guests)
         h = _rms_norm(x, self.attention_norm[...], self.architecture.norm_eps)
@@ -101,7 +109,7 @@ class Layers(nnx.Module):
         query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
         new = (key.swapaxes(1, 2), value.swapaxes(1, 2))
         keys, values = zip(new) if cached is None else zip(cached, new)
-        x = x + site("o_proj", attend(query, keys, values, mask).reshape(*x.shape[:2], -1))
+        x = x + site("o_proj", attention(query, keys, values).reshape(*x.shape[:2], -1))
         x = place(x, "batch", "length", "hidden")
         h = _rms_norm(x, self.mlp_norm[...], self.architecture.norm_eps)
         x = x + site("down_proj", jax.nn.silu(site("gate_proj", h)) * site("up_proj", h))
@@ -110,7 +118,7 @@ class Layers(nnx.Module):
     def _site(self, name: str, x: jax.Array, guests: tuple[Guest, ...]) -> jax.Array:
         # Flat rows: XLA's CPU backend transposes three-dimensional operands for the gradient of a weight.
         rows = x.reshape(-1, x.shape[-1])
-        y = getattr(self, name)(rows)
+        y = getattr(self, name)(rows, guests)
         for guest in guests:
             y = guest.linear(name, rows, y)
         return y.reshape(*x.shape[:-1], -1)
@@ -143,12 +151,14 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         remat: Remat = "none",
         keep_cache: bool = False,
+        shared: bool = True,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Hidden states after the final norm, `[B, T, D]`, and the new keys and values `[L, B, K, T, H]`.
 
         tokens `[B, T]`; segments `[B, T]`: which row of a packed batch a token belongs to, 0 for padding (all
         one row if None); positions `[B, T]`: the rotary position (0, 1, ... if None); cache: what the tokens
-        see besides themselves. Keys and values are returned for a cache or `keep_cache`, else None.
+        see besides themselves; shared: whether a token may be of the segment `SHARED`. Keys and values are returned
+        for a cache or `keep_cache`, else None.
         """
         if segments is None:
             segments = jnp.ones_like(tokens)
@@ -156,11 +166,11 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         frequencies = jnp.asarray(rope_frequencies(self.architecture), jnp.float32)
         keep_cache |= cache is not None
-        mask = self._mask(segments, positions, cache)
+        attention = self._attention(segments, positions, cache, shared)
 
         def layer(x, scanned):
             weights, guests, cached = scanned
-            x, new = weights(x, guests, cached, positions, frequencies, mask)
+            x, new = weights(x, guests, cached, positions, frequencies, attention)
             return x, new if keep_cache else None
 
         scanned = (self.layers, guests, None if cache is None else (cache.keys, cache.values))
@@ -172,14 +182,14 @@ class Decoder(nnx.Module):
         x = self.embed[...][place(tokens, "copies", "length")]
         return place(place(x, "copies", "length", "embed"), "batch", "length", "hidden")
 
-    def _mask(self, segments: jax.Array, positions: jax.Array, cache: Cache | None) -> jax.Array:
-        """`[B, 1, T, S + T]` with a cache: the layers put the fresh keys behind its slots."""
+    def _attention(self, segments: jax.Array, positions: jax.Array, cache: Cache | None, shared: bool) -> Attend:
+        """With a cache, over its slots and the fresh keys behind them."""
         window = self.architecture.sliding_window
-        fresh = visible(segments, segments, positions, positions, window=window)
         if cache is None:
-            return fresh
+            return among_themselves(segments, positions, window=window, shared=shared)
+        fresh = visible(segments, segments, positions, positions, window=window)
         past = visible(segments, cache.segments, positions, cache.positions, cache.length, window)
-        return jnp.concatenate([past, fresh], axis=-1)
+        return partial(attend, mask=jnp.concatenate([past, fresh], axis=-1))
 
     @property
     def output_embedding(self) -> jax.Array:
@@ -200,7 +210,10 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def _rematerialize(layer, remat: Remat):
     if remat == "none":
         return layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policies = jax.checkpoint_policies
+    kernel = policies.save_only_these_names(KERNEL)
+    dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kernel)
+    policy = {"dots": dots, "attention": kernel, "full": None}[remat]
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 

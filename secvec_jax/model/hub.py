@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +96,25 @@ def load(source: str | Path) -> Model:
         return _load_gguf(path, source)
     if path.is_dir():
         return _load_folder(path)
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise UserError(
-            f"no model {source!r}: give an embedded name ({', '.join(EMBEDDED)}), a folder with config.json, "
-            "a .gguf file, or a hub id like owner/name"
-        )
     return dataclasses.replace(_load_folder(_snapshot(source)), name=source)
+
+
+def load_architecture(source: str | Path) -> Architecture:
+    """The architecture that `source` names, without its weights: whatever `load` takes, or a config.json by itself.
+
+    Raises UserError as `load` does.
+    """
+    source = str(source)
+    path = Path(source).expanduser()
+    if source in EMBEDDED:
+        return GGUF(assets.extract(*EMBEDDED[source])).read()[0]
+    if path.suffix == ".gguf":
+        return GGUF(path).read()[0]
+    if path.suffix == ".json":
+        return from_hf_config(_read_json(path))
+    if path.is_dir():
+        return from_hf_config(_read_json(path / "config.json"))
+    return from_hf_config(_read_json(_snapshot(source, ["config.json"]) / "config.json"))
 
 
 def _converted(name: str) -> Path:
@@ -127,12 +140,17 @@ def _converted(name: str) -> Path:
     return folder
 
 
-def _snapshot(source: str) -> Path:
+def _snapshot(source: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.jinja", "*.model")) -> Path:
+    if Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        raise UserError(
+            f"no model {source!r}: give an embedded name ({', '.join(EMBEDDED)}), a folder with config.json, "
+            "a .gguf file, or a hub id like owner/name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        return Path(snapshot_download(source, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -143,7 +161,7 @@ def _snapshot(source: str) -> Path:
 def _load_gguf(path: Path, name: str) -> Model:
     file = GGUF(path)
     architecture, weight, present = file.read()
-    _check_mesh(architecture)
+    check_mesh(architecture)
     return Model(_assemble(architecture, weight, present, path), file.tokenizer(), name)
 
 
@@ -151,7 +169,7 @@ def _load_folder(folder: Path) -> Model:
     from transformers import AutoTokenizer
 
     architecture = from_hf_config(_read_json(folder / "config.json"))
-    _check_mesh(architecture)
+    check_mesh(architecture)
     weights = _open_safetensors(folder)
     backbone = _assemble(architecture, weights.__getitem__, set(weights), folder)
     try:
@@ -163,7 +181,7 @@ def _load_folder(folder: Path) -> Model:
     return Model(backbone, tokenizer, str(folder))
 
 
-def _check_mesh(architecture: Architecture) -> None:
+def check_mesh(architecture: Architecture) -> None:
     """Raises UserError if the ambient mesh does not divide the model."""
     a = architecture
     sizes = [
@@ -354,3 +372,4 @@ def _write_weights(sizes: dict[str, int], weights: Iterable[tuple[str, np.ndarra
     weights = iter(weights)
     for file, group in zip(files, groups):
         save_file(dict(itertools.islice(weights, len(group))), folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # it writes for its owner only

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from secvec_jax.mesh import PLACES
+from secvec_jax.mesh import PLACES, platform
 
-CHUNK = 128
+CHUNK = {"cpu": 128, "gpu": 1024, "tpu": 1024}
+"""Positions whose logits exist at a time."""
 
 ChunkLoss = Callable[..., jax.Array]
 """`(table [V, D], hidden [C, D], *others [C, ...]) -> losses [C]`."""
@@ -31,7 +32,7 @@ class Head(Protocol):
 
 
 def token_cross_entropy(
-    head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = CHUNK
+    head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int | None = None
 ) -> jax.Array:
     """Cross-entropy at each supervised token, 0 elsewhere, `[B, T]`.
 
@@ -40,7 +41,9 @@ def token_cross_entropy(
     return _over_supervised(_cross_entropy, head.output_embedding, hidden, weights, chunk, targets)
 
 
-def token_kl(head: Head, hidden: jax.Array, reference: jax.Array, weights: jax.Array, chunk: int = CHUNK) -> jax.Array:
+def token_kl(
+    head: Head, hidden: jax.Array, reference: jax.Array, weights: jax.Array, chunk: int | None = None
+) -> jax.Array:
     """KL(p || p_ref) of the next-token distributions at each supervised token, 0 elsewhere, `[B, T]`.
 
     hidden and reference `[B, T, D]`: hidden states of the model as it is and of the one to stay close to.
@@ -70,10 +73,11 @@ def _kl(table: jax.Array, hidden: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 def _over_supervised(
-    loss: ChunkLoss, table: jax.Array, hidden: jax.Array, weights: jax.Array, chunk: int, other: jax.Array
+    loss: ChunkLoss, table: jax.Array, hidden: jax.Array, weights: jax.Array, chunk: int | None, other: jax.Array
 ) -> jax.Array:
     """On a mesh each part of the batch is sorted by itself; the table is made whole along D, once."""
-    run = partial(_over_supervised_part, loss, chunk)
+    run = partial(_over_supervised_part, loss, chunk or CHUNK[platform()])
+    table = table.astype(hidden.dtype)  # before it is made whole
     if jax.sharding.get_abstract_mesh().empty:
         return run(table, hidden, weights, other)
 
@@ -155,8 +159,9 @@ def _backward(loss, chunk, residuals, cotangents):
         more, row_gradient = pull(cotangent)
         return table_gradient + more, _put(hidden_gradient, row_gradient, index, chunk)
 
-    start = (jnp.zeros_like(table), jnp.zeros_like(hidden))
-    return *jax.lax.fori_loop(0, _chunks(count, chunk), run, start), None, None
+    start = (jnp.zeros(table.shape, jnp.float32), jnp.zeros_like(hidden))
+    table_gradient, hidden_gradient = jax.lax.fori_loop(0, _chunks(count, chunk), run, start)
+    return table_gradient.astype(table.dtype), hidden_gradient, None, None
 
 
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -7,6 +7,7 @@ with room for a task adapter beside its weights. Absent parts are None and cost 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,7 +34,8 @@ class Objective:
 
     groups: names of the kinds of rows in the stream `learn`, whose losses are reported apart.
     kl_weight: λ, in nats per nat, of the stream `keep`. floor: a token whose loss is already below `floor` nats
-    gives no gradient. dtype: what the forward pass computes in; losses are float32 always.
+    gives no gradient. dtype: what the forward pass computes in; losses are float32 always. shared: whether lines have
+    a shared beginning. present: makes the guest that the decoder sees of the vectors.
     """
 
     groups: tuple[str, ...] = ("all",)
@@ -41,6 +43,8 @@ class Objective:
     floor: float = 0.0
     dtype: Any = jnp.float32
     remat: Remat = "none"
+    shared: bool = True
+    present: Callable[[Any], Any] = lambda vectors: vectors
 
     def __call__(
         self, params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]
@@ -68,7 +72,8 @@ class Objective:
         return loss, metrics
 
     def _hidden(self, params: Params, batch: Batch, with_vectors: bool) -> jax.Array:
-        guests = (params["backbone"]["adapter"], params["vectors"] if with_vectors else None)
+        vectors = params["vectors"] if with_vectors else None
+        guests = (params["backbone"]["adapter"], None if vectors is None else self.present(vectors))
         hidden, _ = params["backbone"]["decoder"](
             batch["tokens"],
             batch["segments"],
@@ -76,5 +81,6 @@ class Objective:
             tuple(guest for guest in guests if guest is not None),
             dtype=self.dtype,
             remat=self.remat,
+            shared=self.shared,
         )
         return hidden

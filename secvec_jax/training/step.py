@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
-from secvec_jax.mesh import lay
+from secvec_jax.mesh import lay, platform
 from secvec_jax.training.phase import merge
 from secvec_jax.trees import Tree
 
@@ -25,6 +25,18 @@ class Method(NamedTuple):
     step: Step
 
 
+_OPTIONS = {
+    # Gathers of weights and sums of gradients run beside the products instead of before and after them.
+    "tpu": {
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+        "xla_enable_async_all_gather": True,
+    }
+}
+
+
 def descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
     """One gradient step of `optimizer` (see `Phase.optimizer`) on `loss` per batch, jitted.
 
@@ -34,7 +46,7 @@ def descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
     metrics: sums and counts by name, `loss`, `grad_norm`.
     """
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_OPTIONS.get(platform()))
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         totals = {stream: jnp.maximum(part["weights"].sum(), 1.0) for stream, part in batch.items()}
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import lay
+from secvec_jax.mesh import lay, place
 from secvec_jax.model.decoder import SITE_AXES, Decoder, leaf_name
 from secvec_jax.model.families import SITES, Architecture
 
@@ -80,6 +80,10 @@ class LoRAVectors:
             return y
         return y + self.spec.scale * (x @ factors["a"].astype(x.dtype)) @ factors["b"].astype(x.dtype)
 
+    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
+        """The site's own weight: the factors work on inputs and outputs."""
+        return kernel
+
     def axes(self) -> "LoRAVectors":
         """The logical axes of the factors, in the same tree form; they are small, so only wide sides are spread."""
 
@@ -99,6 +103,29 @@ class LoRAVectors:
             found = (factors["a"].shape, factors["b"].shape)
             if found != expected:
                 raise UserError(f"vectors at {site} have shapes {found}, the model needs {expected}: wrong backbone")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """The same vectors as a guest that adds `scale * A B` to the weights while they are used.
+
+    Frozen vectors cost next to nothing so: a product of two small matrices a layer, on each device for its own part
+    of the weight, in place of two thin products for every token. The weight's gradient is the same.
+    """
+
+    vectors: LoRAVectors
+
+    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The site's own output."""
+        return y
+
+    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
+        """`W + scale * A B` at the sites that have factors; called on one layer's slice."""
+        factors = self.vectors.factors.get(site)
+        if factors is None:
+            return kernel
+        return kernel + place(self.vectors.spec.scale * factors["a"] @ factors["b"], *SITE_AXES[site])
 
 
 def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:

@@ -61,6 +61,9 @@ class Shift:
     def linear(self, site, x, y):
         return y + self.direction if site == "down_proj" else y
 
+    def kernel(self, site, kernel):
+        return kernel
+
 
 def test_guests_visit_their_own_layer_and_in_order(tiny_model, logits, tokens):
     model = tiny_model("llama").model

@@ -48,7 +48,7 @@ def parts(params):
     return {**params["backbone"], "vectors": params["vectors"]}
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.fixed_dictionaries({"a": labels, "b": labels | st.fixed_dictionaries({"x": labels, "y": labels})}))
 def test_the_two_parts_of_a_split_make_the_whole(tree_labels):
     params = {"a": {"p": jnp.ones(2), "q": None}, "b": {"x": jnp.zeros(3), "y": [jnp.ones(1), jnp.zeros(1)]}}

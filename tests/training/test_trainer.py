@@ -1,12 +1,10 @@
 """A run that is stopped at any moment and started again ends as one that never was."""
 
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -21,7 +19,7 @@ from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import Method, descent
 from secvec_jax.training.trainer import fit
 from secvec_jax.trees import fingerprint
-from tests.training.tiny_fit import PHASE, STEPS, loss, make_method, make_streams, parameters, spied
+from tests.training.tiny_fit import PHASE, STEPS, Table, loss, make_method, make_streams, parameters, spied
 
 ROOT = Path(__file__).parents[2]
 
@@ -230,7 +228,7 @@ def test_checkpoints_that_cannot_be_read_name_their_folder(method, tmp_path, dam
 
 def test_a_checkpoint_of_other_parameters_names_its_folder(method, tmp_path):
     run(method, folder=tmp_path, stop_at=6, keep=1)
-    other = {"backbone": jnp.ones(()), "vectors": {"table": jnp.zeros(400)}}
+    other = {"backbone": jnp.ones(()), "vectors": Table(jnp.zeros((400, 2)))}
     with pytest.raises(UserError, match="delete that folder"):
         fit(other, PHASE, method, make_streams(), steps=STEPS, checkpoints=Checkpoints(tmp_path))
 
@@ -288,7 +286,11 @@ def finish(folder, *options) -> list[str]:
     process = start(folder, *options)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    return out.split()
+    return out.splitlines()
+
+
+def step_of(line: str) -> int:
+    return int(line.split()[0])
 
 
 @pytest.fixture(scope="module")
@@ -304,11 +306,9 @@ def test_ctrl_c_finishes_the_step_saves_and_the_next_start_goes_on(unkilled, tmp
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "KeyboardInterrupt" in err
-    last = int([*seen, *out.split()][-1])
-    assert last < STEPS
-    lines = finish(tmp_path)
-    assert lines[0] == str(last + 1)
-    assert lines[-1] == unkilled[-1]
+    told = [line.rstrip() for line in seen] + out.splitlines()
+    assert step_of(told[-1]) < STEPS
+    assert told + finish(tmp_path) == unkilled
 
 
 @pytest.mark.slow
@@ -318,28 +318,8 @@ def test_a_kill_during_a_write_leaves_the_older_checkpoint(unkilled, tmp_path, d
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     lines = finish(tmp_path)
-    assert lines[0] in ("7", "8")
-    assert lines[-1] == unkilled[-1]
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments_do_not_change_the_end(unkilled, tmp_path):
-    rng = random.Random(0)
-    kills = 0
-    for _ in range(40):
-        process = start(tmp_path, "--pause", 0.1)
-        first = process.stdout.readline().strip()  # killed while it trains, not while it starts
-        time.sleep(rng.uniform(0.0, 0.5))
-        process.kill()
-        out, _ = process.communicate(timeout=60)
-        kills += process.returncode == -signal.SIGKILL
-        lines = [first, *out.split()]
-        if lines[-1] == unkilled[-1]:
-            break
-    else:
-        lines = finish(tmp_path)
-    assert lines[-1] == unkilled[-1]
-    assert kills >= 3
+    assert step_of(lines[0]) in (7, 8)
+    assert lines == unkilled[-len(lines) :]
 
 
 def test_numpy_and_jax_agree_on_fingerprints():

@@ -1,17 +1,20 @@
 """A training of milliseconds, whose end depends on the order of the data and the optimizer's memory.
 
-Also a program, for tests that kill it: `python -m tests.training.tiny_fit FOLDER` prints each step with a fingerprint
-of its batch, and in the end those of the parameters and of the optimizer's state. Several of them with --cluster
-HOST:PORT --processes N --process I train together; the first one speaks.
+Also a program, for tests that kill it: `python -m tests.training.tiny_fit FOLDER` prints for each step its number, a
+fingerprint of its batch and its loss, and in the end fingerprints of the parameters and of the optimizer's state.
+Several of them with --cluster HOST:PORT --processes N --process I train together; the first one speaks.
 """
 
 import argparse
+import dataclasses
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -27,15 +30,26 @@ STEPS, VOCABULARY = 12, 8
 PHASE = Phase({"backbone": "freeze", "vectors": "train"})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What is trained, `[VOCABULARY, 2]`, spread over any mesh of up to 16 devices."""
+
+    table: jax.Array
+
+    def axes(self) -> "Table":
+        return Table(("vocab", "embed"))
+
+
 def loss(params, batch, totals):
     learn = batch["learn"]
-    guess = params["vectors"]["table"][learn["tokens"]] + params["backbone"]
+    guess = params["vectors"].table[learn["tokens"]] @ jnp.array([1.0, 0.3]) + params["backbone"]
     error = (guess - learn["targets"] / 2) ** 2 * learn["weights"]
     return error.sum() / totals["learn"], {"loss/all": (error.sum(), learn["weights"].sum())}
 
 
 def parameters():
-    return {"backbone": jnp.ones(()), "vectors": {"table": jnp.zeros(VOCABULARY)}}
+    return {"backbone": jnp.ones(()), "vectors": Table(jnp.zeros((VOCABULARY, 2)))}
 
 
 def make_method() -> Method:
@@ -63,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pause", type=float, default=0.0)
-    parser.add_argument("--kill-in-save", nargs=2, type=float, default=(0, 0))
+    parser.add_argument("--kill-in-save", nargs=2, type=float, default=(0, 0), metavar=("STEP", "SECONDS"))
     parser.add_argument("--lines", type=int, default=1)
     parser.add_argument("--mesh", default="")
     parser.add_argument("--cluster", default="")
@@ -79,7 +93,7 @@ def main() -> None:
             print(*words, flush=True)
 
     def on_step(step, steps, metrics):
-        say(step, batches[step - first])
+        say(step, batches[step - first], repr(metrics["loss"]))
         time.sleep(options.pause)
 
     save, load = checkpoints.Store.save, checkpoints.Store.restore
@@ -91,10 +105,12 @@ def main() -> None:
         first = run.step + 1
 
     def dying_save(store, run, metrics):
+        step, seconds = options.kill_in_save
+        if run.step == step:
+            threading.Thread(target=_die_in_a_write, args=(options.folder, seconds), daemon=True).start()
         save(store, run, metrics)
-        if run.step == options.kill_in_save[0]:
-            time.sleep(options.kill_in_save[1])
-            os.kill(os.getpid(), signal.SIGKILL)
+        if run.step == step:
+            time.sleep(60)
 
     checkpoints.Store.save, checkpoints.Store.restore = dying_save, restore
     after = trainer.fit(
@@ -108,6 +124,14 @@ def main() -> None:
     )
     end = f"{fingerprint(after)} {fingerprint(states[-1])}"
     say("end", end)
+
+
+def _die_in_a_write(folder: Path, seconds: float) -> None:
+    """Kill this process so many seconds after a checkpoint has begun to be written."""
+    while not any(folder.glob("*tmp*")):
+        time.sleep(0.0005)
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

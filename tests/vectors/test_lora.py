@@ -10,7 +10,7 @@ import pytest
 
 from secvec_jax.errors import UserError
 from secvec_jax.model.families import SITES
-from secvec_jax.vectors.lora import LoRA, merge, random_like
+from secvec_jax.vectors.lora import Folded, LoRA, merge, random_like
 
 
 @pytest.mark.parametrize("targets", [("*",), ("q_proj", "v_proj")])
@@ -161,3 +161,24 @@ def test_gradients_reach_the_vectors_alone(tiny_model, tokens, random_vectors):
     gradients = jax.jit(jax.grad(loss))(random_vectors(model, rank=2), model.backbone)
     assert gradients.spec.rank == 2 and set(gradients.factors) == set(SITES)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("targets", [("*",), ("q_proj", "down_proj")])
+def test_folded_vectors_are_the_same_vectors(tiny_model, random_vectors, logits, tokens, targets):
+    model = tiny_model("llama-biases").model
+    vectors = random_vectors(model, rank=3, targets=targets)
+    plain, folded = (logits(model, tokens, guests=(guest,)) for guest in (vectors, Folded(vectors)))
+    assert np.abs(plain - logits(model, tokens)).max() > 0.1
+    np.testing.assert_allclose(folded, plain, atol=2e-5 * np.abs(plain).max())
+
+
+def test_weights_under_folded_vectors_have_the_same_gradient(tiny_model, random_vectors, tokens):
+    model = tiny_model("qwen3").model
+    vectors = random_vectors(model, rank=3)
+
+    def loss(backbone, guest):
+        return (backbone(tokens, guests=(guest,))[0] ** 2).mean()
+
+    gradients = [jax.tree.leaves(jax.jit(jax.grad(loss))(model.backbone, g)) for g in (vectors, Folded(vectors))]
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(abs(other).max()))

@@ -1,0 +1,184 @@
+"""The table of docs/scale.md: what fits which TPU slice, and how fast the compiler thinks it would be.
+
+    python benchmarks/scale.py [--part 0/2]      # compiles what docs/scale.json lacks: a minute or two a row
+    python benchmarks/scale.py --table           # writes the table from docs/scale.json
+
+Needs `jax[tpu]` for its compiler, and no TPU. A row is compiled with the lines given here, or with half as many until
+it fits.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+from secvec_jax.experiments.planning import Planned, compiled
+from secvec_jax.files import whole_file
+from secvec_jax.mesh import shards
+from secvec_jax.model.hub import check_mesh, load_architecture
+from secvec_jax.training.plan import TooLarge, topology_mesh
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "docs" / "scale.json", ROOT / "docs" / "scale.md"
+START, END = "<!-- table -->", "<!-- end of table -->"
+SLICES = {
+    "v5e-16": ("v5e:4x4", "fsdp=16"),
+    "v6e-8": ("v6e:2x4", "fsdp=8"),
+    "v5p-8": ("v5p:2x2x1", "fsdp=4"),
+    "v5p-128": ("v5p:4x4x4", "data=4,fsdp=16"),
+}
+
+ROWS = [
+    # model, slice, phase, lines of each part of the batch, length, remat
+    ("llama-2-7b", "v5p-8", "finetune", 8, 2048, "attention"),
+    ("llama-2-13b", "v5p-8", "finetune", 8, 2048, "attention"),
+    ("llama-3.1-8b", "v5p-8", "finetune", 8, 2048, "attention"),
+    ("qwen3-32b", "v5p-128", "finetune", 4, 2048, "attention"),
+    ("llama-2-70b", "v5p-128", "finetune", 1, 4096, "attention"),
+    ("llama-2-7b", "v5p-8", "plain", 8, 2048, "attention"),
+    ("llama-2-13b", "v5p-8", "plain", 8, 2048, "attention"),
+    ("llama-3.1-8b", "v5p-8", "plain", 8, 2048, "attention"),
+    ("qwen3-32b", "v5p-128", "plain", 4, 2048, "attention"),
+    ("llama-2-70b", "v5p-128", "plain", 1, 4096, "attention"),
+    ("llama-2-7b", "v5p-8", "vectors", 8, 2048, "attention"),
+    ("llama-2-13b", "v5p-8", "vectors", 8, 2048, "attention"),
+    ("llama-3.1-8b", "v5p-8", "vectors", 8, 2048, "attention"),
+    ("qwen3-32b", "v5p-128", "vectors", 4, 2048, "attention"),
+    ("llama-2-70b", "v5p-128", "vectors", 2, 4096, "attention"),
+    ("llama-2-7b", "v5e-16", "finetune", 4, 2048, "attention"),
+    ("llama-2-7b", "v6e-8", "finetune", 8, 2048, "attention"),
+    ("llama-2-7b", "v5p-128", "finetune", 4, 2048, "attention"),
+    ("llama-3.1-8b", "v5e-16", "finetune", 2, 2048, "attention"),
+    ("llama-3.1-8b", "v6e-8", "finetune", 4, 2048, "attention"),
+    ("llama-3.1-8b", "v5p-128", "finetune", 4, 2048, "attention"),
+    ("llama-2-13b", "v5e-16", "finetune", 1, 2048, "full"),
+    ("llama-2-13b", "v6e-8", "finetune", 2, 2048, "attention"),
+    ("llama-2-13b", "v5p-128", "finetune", 4, 2048, "attention"),
+    ("llama-2-7b", "v5e-16", "vectors", 4, 2048, "attention"),
+    ("llama-2-7b", "v6e-8", "vectors", 8, 2048, "attention"),
+    ("llama-3.1-8b", "v5e-16", "vectors", 4, 2048, "attention"),
+    ("llama-3.1-8b", "v6e-8", "vectors", 8, 2048, "attention"),
+    ("llama-2-13b", "v5e-16", "vectors", 4, 2048, "attention"),
+    ("llama-2-13b", "v6e-8", "vectors", 4, 2048, "attention"),
+    ("qwen3-32b", "v6e-8", "vectors", 2, 2048, "attention"),
+    ("qwen3-32b", "v5p-8", "vectors", 4, 2048, "attention"),
+    ("llama-2-70b", "v5p-8", "vectors", 2, 2048, "attention"),
+    ("llama-2-7b", "v5p-128", "vectors", 4, 2048, "attention"),
+    ("llama-2-13b", "v5p-128", "vectors", 4, 2048, "attention"),
+    ("llama-3.1-8b", "v5p-128", "vectors", 4, 2048, "attention"),
+]
+
+
+def key(row: tuple) -> str:
+    return " ".join(map(str, row))
+
+
+def measured(row: tuple) -> dict:
+    """What the compiler says of a row."""
+    model, slice_name, phase, lines, length, remat = row
+    topology, mesh = SLICES[slice_name]
+    file = f"configs/models/{model}.json"
+    architecture = load_architecture(ROOT / file)
+    with jax.set_mesh(topology_mesh(topology, mesh)):
+        check_mesh(architecture)
+        parts = shards("batch")
+        while True:
+            settings = Planned(
+                model=file,
+                topology=topology,
+                mesh=mesh,
+                phase="vectors" if phase == "vectors" else "finetune",
+                rank=0 if phase == "plain" else 8,
+            )
+            training = dataclasses.replace(settings.training, lines=lines * parts, length=length, remat=remat)
+            try:
+                plan = compiled(dataclasses.replace(settings, training=training), architecture)
+                break
+            except TooLarge as error:
+                print(f"  {lines} lines a part: {error}", flush=True)
+                smallest = 2 if phase == "vectors" else 1
+                if lines == smallest:
+                    return {"fits": False}
+                lines //= 2
+    account = plan.account
+    return {
+        "fits": True,
+        "lines": lines * parts,
+        "total_gib": plan.total / 2**30,
+        "memory_gib": plan.chip.memory / 2**30,
+        "parameters_gib": plan.parameters / 2**30,
+        "optimizer_gib": plan.optimizer / 2**30,
+        "activations_gib": plan.activations / 2**30,
+        "seconds": plan.seconds,
+        "exposed_seconds": account.exposed_seconds,
+        "kernel_seconds": account.kernel_seconds,
+        "mfu": plan.mfu,
+        "formula": plan.formula,
+        "tokens_per_second": plan.tokens / plan.seconds,
+        "compile_seconds": plan.compile_seconds,
+        "jax": jax.__version__,
+    }
+
+
+def load() -> dict[str, dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def save(name: str, found: dict) -> None:
+    everything = load() | {name: found}
+    with whole_file(RESULTS) as staging:
+        staging.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+def table(results: dict[str, dict]) -> str:
+    lines = [
+        "| model | slice | phase | batch | remat | HBM of chip | step | waiting | MFU | tokens/s | against plain |",
+        "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    phases = {"finetune": "2, all weights", "plain": "plain, all weights", "vectors": "1, vectors"}
+    for row in sorted(ROWS, key=lambda row: (row[0], list(SLICES).index(row[1]), list(phases).index(row[2]))):
+        found = results.get(key(row))
+        if found is None:
+            continue
+        model, slice_name, phase, _, length, remat = row
+        head = f"| {model} | {slice_name} | {phases[phase]} |"
+        if not found["fits"]:
+            lines.append(f"{head} - | {remat} | does not fit | | | | | |")
+            continue
+        plain = results.get(key((model, slice_name, "plain", *row[3:])))
+        against = ""
+        if phase == "finetune" and plain is not None and plain.get("lines") == found["lines"]:
+            against = f"{100 * (found['seconds'] / plain['seconds'] - 1):+.1f}%"
+        hbm = f"{found['total_gib']:.1f} of {found['memory_gib']:.0f} GiB"
+        waiting = f"{100 * found['exposed_seconds'] / found['seconds']:.0f}%"
+        lines.append(
+            f"{head} {found['lines']} x {length} | {remat} | {hbm} | {found['seconds']:.2f} s | {waiting} | "
+            f"{100 * found['mfu']:.1f}% | {found['tokens_per_second']:,.0f} | {against} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th row from i on")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    options = parser.parse_args()
+    if not options.table:
+        jax.config.update("jax_platforms", "cpu")
+        part, parts = map(int, options.part.split("/"))
+        for row in ROWS[part::parts]:
+            if key(row) not in load():
+                print(key(row), flush=True)
+                found = measured(row)
+                save(key(row), found)
+                print(f"  {found}", flush=True)
+    before, _, rest = PAGE.read_text().partition(START)
+    after = rest.partition(END)[2]
+    with whole_file(PAGE) as staging:
+        staging.write_text(f"{before}{START}\n{table(load())}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""`train.py plan`: whether a run fits a TPU slice, and how fast it would be, before one is rented."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+from rich.console import Console
+
+from secvec_jax.config import Training
+from secvec_jax.defenses.security_vectors import PHASE1, PHASE2, Phase1, phase1_method, phase2_method
+from secvec_jax.errors import UserError
+from secvec_jax.mesh import shards
+from secvec_jax.model.decoder import abstract_decoder
+from secvec_jax.model.families import Architecture
+from secvec_jax.model.hub import check_mesh, load_architecture
+from secvec_jax.training.objective import KEEP, LEARN, parameters
+from secvec_jax.training.plan import Plan, TooLarge, plan, topology_mesh
+from secvec_jax.vectors.lora import LoRA
+
+REMATS = ("none", "dots", "attention", "full")
+"""From the fastest to the smallest."""
+
+_TOKENS = 32768
+"""Of a device, and of a batch's lines: more do not make a step more efficient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """Compile the true train step for a TPU slice that is not here: memory, FLOPs, collectives, estimated time."""
+
+    model: str = "configs/models/llama-2-7b.json"
+    """whatever the other verbs take, or a config.json by itself: weights are not needed"""
+    topology: str = "v5p:2x2x1"
+    """the slice's chips: v5e:4x4 is a v5e-16, v6e:2x4 a v6e-8, v5p:2x2x1 a v5p-8 (which counts cores), v5p:4x4x4 a
+    v5p-128"""
+    mesh: str = ""
+    """how the chips are laid out, as for the other verbs; empty: fsdp over all of them"""
+    phase: Literal["vectors", "finetune"] = "finetune"
+    """vectors: phase 1, the model frozen; finetune: phase 2, all weights under frozen vectors"""
+    rank: int = 8
+    """of the security vectors; 0: plain fine-tuning"""
+    task_rank: int = 0
+    """finetune: train a task LoRA of this rank and not all weights"""
+    objective: Literal["cross_entropy", "kl"] = "kl"
+    """vectors: with kl, a batch has half as many lines of benign rows besides"""
+    fit: bool = False
+    """search lines and remat for the fastest step that fits"""
+    training: Training = dataclasses.replace(PHASE2, lines=16, length=2048, remat="attention")
+
+
+def planned(settings: Planned, command: str) -> None:
+    """The verb."""
+    console = Console(soft_wrap=True, highlight=False)
+    jax.config.update("jax_platforms", "cpu")
+    mesh = topology_mesh(settings.topology, settings.mesh)
+    architecture = load_architecture(settings.model)
+    with jax.set_mesh(mesh):
+        check_mesh(architecture)
+        if settings.fit:
+            settings, found = _fastest(settings, architecture, console)
+        else:
+            found = compiled(settings, architecture)
+    for line in told(settings, found):
+        console.print(line)
+
+
+def compiled(settings: Planned, architecture: Architecture) -> Plan:
+    """The plan of the settings' step on the ambient mesh. Raises UserError if it does not fit."""
+    training, frozen_decoder = settings.training, abstract_decoder(architecture)
+    if settings.phase == "vectors" and not settings.rank:
+        raise UserError("phase 1 trains vectors: give --rank at least 1")
+
+    def guest(rank: int):
+        return jax.eval_shape(lambda: LoRA(rank=rank).init(architecture, jax.random.key(0))) if rank else None
+
+    lines = {LEARN: training.lines}
+    if settings.phase == "vectors":
+        params = parameters(frozen_decoder, vectors=guest(settings.rank))
+        phase, method = phase1_method(params, Phase1(settings.objective), _optimizer(training, PHASE1), 100)
+        if settings.objective == "kl":
+            lines[KEEP] = max(1, training.lines // 2)
+    else:
+        params = parameters(frozen_decoder, guest(settings.task_rank), guest(settings.rank))
+        phase, method = phase2_method(params, ("all",), training, 100)
+    return plan(architecture, params, phase, method, lines, training.length)
+
+
+def _optimizer(training: Training, phase: Training) -> Training:
+    """Phase 1 has its own optimizer, whose state is that of the vectors alone."""
+    return dataclasses.replace(training, optimizer=phase.optimizer, clip=phase.clip)
+
+
+def _fastest(settings: Planned, architecture: Architecture, console: Console) -> tuple[Planned, Plan]:
+    """The settings whose step has the highest throughput, and its plan. Raises TooLarge if none fits."""
+    best: tuple[Planned, Plan] | None = None
+    for tried in _ladder(settings, architecture, console):
+        if best is None or tried[1].tokens / tried[1].seconds > best[1].tokens / best[1].seconds:
+            best = tried
+    if best is None:
+        raise TooLarge(f"no batch fits into {settings.topology}: take more chips, a task LoRA, or shorter lines")
+    return best
+
+
+def _ladder(settings: Planned, architecture: Architecture, console: Console) -> Iterator[tuple[Planned, Plan]]:
+    """For each remat policy the fewest lines, and as many as its memory then lets hope for."""
+    training, parts = settings.training, shards("batch")
+    least = parts * (2 if settings.phase == "vectors" and settings.objective == "kl" else 1)
+
+    def attempt(remat: str, lines: int) -> tuple[Planned, Plan] | None:
+        new = dataclasses.replace(settings, training=dataclasses.replace(training, remat=remat, lines=lines))
+        try:
+            found = compiled(new, architecture)
+        except TooLarge as error:
+            console.print(f"remat {remat}, {lines} lines: {error}")
+            return None
+        console.print(f"remat {remat}, {lines} lines: {_short(found)}")
+        return new, found
+
+    for remat in REMATS:
+        first = attempt(remat, least)
+        if first is None:
+            continue
+        yield first
+        room = first[1].chip.memory - first[1].total
+        more = 1 + room / max(first[1].activations, 1)
+        times = min(int(more), _TOKENS * parts // (least * training.length))
+        while times > 1:
+            power = 1 << (times.bit_length() - 1)
+            again = attempt(remat, least * power)
+            if again is not None:
+                yield again
+                break
+            times = power - 1
+
+
+def _short(plan: Plan) -> str:
+    return f"HBM {_gib(plan.total)} of {_gib(plan.chip.memory)} GiB, {plan.seconds:.3f} s, MFU {100 * plan.mfu:.1f}%"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def told(settings: Planned, plan: Plan) -> Iterator[str]:
+    """What the verb prints."""
+    training, account = settings.training, plan.account
+    yield (
+        f"{settings.model}, phase {settings.phase}, {training.lines} lines x {training.length} tokens, "
+        f"remat {training.remat}, on {plan.chips} {plan.chip.name} chips ({settings.topology})"
+    )
+    yield (
+        f"HBM per chip: parameters {_gib(plan.parameters)} + optimizer {_gib(plan.optimizer)} + activations "
+        f"{_gib(plan.activations)} (gradients and gathered weights among them); total {_gib(plan.total)} of "
+        f"{_gib(plan.chip.memory)} GiB ({100 * plan.total / plan.chip.memory:.0f}%)"
+    )
+    yield (
+        f"FLOPs per step and chip: {plan.flops / 1e12:.1f} T by {plan.formula} (remat not counted); "
+        f"the program's own products {(account.flops + account.kernel_flops) / 1e12:.1f} T"
+    )
+    for kind, (count, size) in sorted(account.collectives.items()):
+        yield f"collective {kind}: {count} a step, {_gib(size)} GiB sent per chip"
+    yield (
+        f"step {plan.seconds:.3f} s estimated: compute {account.compute_seconds:.3f}, of it attention kernel "
+        f"{account.kernel_seconds:.3f}; waiting for other chips {account.exposed_seconds:.3f}"
+    )
+    yield (
+        f"MFU {100 * plan.mfu:.1f}% of {plan.chip.peak / 1e12:.0f} TFLOP/s; "
+        f"{plan.tokens / plan.seconds:.0f} tokens/s, {plan.tokens / plan.seconds / plan.chips:.0f} per chip"
+    )
+    yield f"compiled in {plan.compile_seconds:.0f} s"
+    yield (
+        "All of this is known at compile time: nothing ran, and no TPU was near. Memory is the compiler's; time is its "
+        "own estimate of each operation in the order of its schedule, collectives at 90% of the links' bandwidth, the "
+        "attention kernel at 35% of the peak."
+    )

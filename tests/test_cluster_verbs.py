@@ -1,0 +1,159 @@
+"""The verbs in two processes: the same results as on one device, files written once, one voice, mistakes in a line."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from secvec_jax.evaluation.report import Results
+from secvec_jax.model import hub
+from tests.sharded_run import ends, together
+
+TRAINING = ("--lines", 4, "--length", 192, "--steps", 4, "--learning-rate", 1e-3)
+TWO = ("--mesh", "fsdp=2")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model, tmp_path_factory) -> dict[str, Path]:
+    """A small model folder and rows to train on."""
+    folder = tmp_path_factory.mktemp("rows")
+
+    def write(name: str, prompt: str, reply: str, count: int) -> Path:
+        rows = [{"prompt": prompt.format(i), "response": reply.format(i)} for i in range(count)]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder / name
+
+    odd = folder / "odd"  # a model that tensor=2 does not divide; it is refused before any weights are read
+    odd.mkdir()
+    config = json.loads((tiny_model("llama").folder / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1}))
+    return {
+        "model": tiny_model("llama").folder,
+        "odd": odd,
+        "harmful": write("harmful.jsonl", "Say bad {}", "Sure, bad {}", 12),
+        "benign": write("benign.jsonl", "What is {}?", "It is {}", 12),
+    }
+
+
+def run(processes: int, script: str, *arguments: object, code: int = 0) -> tuple[str, str]:
+    """What the first process says, stdout and stderr; all must end with the exit code, and no other may speak."""
+    mesh = TWO if processes > 1 else ()
+    with together(f"{script}.py", *arguments, *mesh, processes=processes) as running:
+        told = ends(running, 120)
+        assert [process.returncode for process in running] == [code] * processes, told
+    # Gloo, which carries the arrays between processes on a CPU, speaks for itself.
+    told = [("".join(line for line in out.splitlines(True) if "[Gloo]" not in line), err) for out, err in told]
+    assert not any(out.strip() for out, _ in told[1:])
+    return told[0]
+
+
+@pytest.fixture(scope="module")
+def done(files, tmp_path_factory) -> dict[int, tuple[Path, dict[str, str]]]:
+    """Processes -> the folder of a whole run (vectors, finetune, score), and what each verb printed."""
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path_factory.mktemp(f"processes{processes}")
+        model = ("--model", files["model"])
+        vectors = ("--vectors", out / "vectors/vectors/security.safetensors")
+        told = {
+            "vectors": run(processes, "train", "vectors", *model, "--data", files["harmful"], "--benign",
+                           files["benign"], "--out", out / "vectors", *TRAINING)[0],
+            "finetune": run(processes, "train", "finetune", *model, "--data", files["benign"], *vectors,
+                            "--out", out / "tuned", *TRAINING)[0],
+            "score": run(processes, "eval", "score", "--model", out / "tuned/model", "--harmful", files["harmful"],
+                         "--benign", files["benign"], "--questions", files["benign"], "--limit", 7,
+                         "--reply-tokens", 8, "--out", out / "score")[0],
+        }  # fmt: skip
+        found[processes] = out, told
+    return found
+
+
+def everything_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_files_are_written_once_and_whole(done):
+    (one, _), (two, _) = done[1], done[2]
+    assert everything_in(one) == everything_in(two)
+    assert {"vectors/vectors/security.safetensors", "tuned/model/config.json", "score/results.json"} <= everything_in(
+        two
+    )
+    assert not any(".tmp" in name or "/." in name or name.startswith(".") for name in everything_in(two))
+    for name in ("vectors", "tuned"):
+        records = [[json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+                   for out in (one, two)]  # fmt: skip
+        assert [record["step"] for record in records[1]] == list(range(1, 5))
+        np.testing.assert_allclose(*([record["loss"] for record in own] for own in records), rtol=1e-5)
+        print(name, max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(*records, strict=True)))
+    assert hub.load(two / "tuned/model").fingerprint
+
+
+def test_results_tell_of_the_mesh_and_are_those_of_one_device(done):
+    (one, _), (two, _) = done[1], done[2]
+    for name in ("vectors", "tuned", "score"):
+        expected, results = Results.load(one / name), Results.load(two / name)
+        assert results.environment["mesh"] == "fsdp=2" and results.environment["processes"] == "2"
+        assert results.environment["devices"].startswith("2 x ") and "mesh" not in expected.environment
+        (row,), (other,) = results.rows, expected.rows
+        assert row["metrics"].keys() == other["metrics"].keys() and row["metrics"]
+        for metric, score in row["metrics"].items():
+            assert score["n"] == other["metrics"][metric]["n"]
+            np.testing.assert_allclose(score["value"], other["metrics"][metric]["value"], rtol=1e-5, err_msg=metric)
+            np.testing.assert_allclose(score["ci95"], other["metrics"][metric]["ci95"], rtol=1e-5, err_msg=metric)
+
+
+def test_the_first_process_tells_what_one_process_would(done):
+    """`run` has seen that the others say nothing."""
+    for verb, words in {"vectors": "the vectors are in", "finetune": "the model is in", "score": "refusal"}.items():
+        for processes in (1, 2):
+            assert words in done[processes][1][verb]
+
+
+def test_a_second_start_does_nothing_again(done, files):
+    out, _ = done[2]
+    before = (out / "vectors/metrics.jsonl").read_text()
+    told, _ = run(2, "train", "vectors", "--model", files["model"], "--data", files["harmful"], "--benign",
+                  files["benign"], "--out", out / "vectors", *TRAINING)  # fmt: skip
+    assert "vectors: done before" in told
+    assert (out / "vectors/metrics.jsonl").read_text() == before
+
+
+def test_a_signal_to_one_process_saves_and_ends_both_with_130(files, tmp_path):
+    command = ("vectors", "--model", files["model"], "--data", files["harmful"], "--benign", files["benign"],
+               "--out", tmp_path / "run", *TRAINING, "--steps", 400)  # fmt: skip
+    with together("train.py", *command, *TWO) as running:
+        log = tmp_path / "run/metrics.jsonl"
+        while not (log.exists() and log.read_text().count("\n") > 3):
+            assert running[0].poll() is None, running[0].communicate()
+        os.kill(running[1].pid, signal.SIGTERM)
+        told = ends(running, 60)
+        assert [process.returncode for process in running] == [130, 130], told
+    assert "stopped: the same command goes on from here" in told[0][1]
+    stopped = json.loads(log.read_text().splitlines()[-1])["step"]
+    assert (tmp_path / "run/checkpoints" / str(stopped)).is_dir()
+    assert stopped < 400
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "lines", "words"),
+    [
+        ("fsdp=3", "model", 4, "mesh fsdp=3 takes 3 devices, there are 2: the axes must multiply to 2"),
+        ("", "model", 4, "2 processes need a mesh: give --mesh, such as --mesh fsdp=2"),
+        ("fsdp=2", "model", 3, "a batch of 3 lines cannot be spread over 2 devices"),
+        ("tensor=2", "odd", 4, "mesh tensor=2 does not divide the model's 1 key-value heads: use tensor=1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line_with_the_numbers(files, tmp_path, mesh, model, lines, words):
+    command = ("vectors", "--model", files[model], "--data", files["harmful"], "--benign", files["benign"],
+               "--out", tmp_path / "run", "--lines", lines, "--mesh", mesh)  # fmt: skip
+    with together("train.py", *command) as running:
+        told = ends(running, 60)
+        assert [process.returncode for process in running] == [2, 2], told
+    errors = [line for line in told[0][1].splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and words in errors[0]
+    assert "Traceback" not in told[0][1] + told[1][1]

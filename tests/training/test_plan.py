@@ -1,0 +1,97 @@
+"""A plan compiles the true step for a topology that is not here; its FLOPs are those of the formula."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from secvec_jax.errors import UserError
+from secvec_jax.model.decoder import abstract_decoder
+from secvec_jax.model.hub import load_architecture
+from secvec_jax.training.plan import Work, multiplied, topology_mesh
+from tests.toys import ARCHITECTURE
+
+ROOT = Path(__file__).parents[2]
+SHAPES = sorted((ROOT / "configs" / "models").glob("*.json"))
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "train.py", "plan", *arguments],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("full", "keep", "expected"), [(True, 0, 6), (False, 0, 4)])
+def test_flops_are_those_of_the_formula(full, keep, expected):
+    a, length = ARCHITECTURE, 64
+    work = Work(learn=1000, keep=keep, full=full)
+    attention = 2 * length * a.hidden_size * a.num_layers
+    assert work.flops(a, length) == 1000 * (expected * multiplied(a) + 3 * attention)
+    assert work.formula.startswith(f"{expected}N+3a")
+
+
+def test_rows_to_keep_are_read_once_more_without_vectors():
+    a, length = ARCHITECTURE, 64
+    with_keep, without = (Work(1000, keep, False).flops(a, length) for keep in (500, 0))
+    attention = 2 * length * a.hidden_size * a.num_layers
+    assert with_keep - without == 500 * (6 * multiplied(a) + 4 * attention)
+
+
+@pytest.mark.parametrize("path", SHAPES, ids=[path.stem for path in SHAPES])
+def test_the_published_shapes_have_their_names_many_parameters(path):
+    architecture = load_architecture(path)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_decoder(architecture)))
+    billions = float(path.stem.split("-")[-1].removesuffix("b"))
+    assert parameters / 1e9 == pytest.approx(billions, rel=0.05)
+    embedding = 0 if architecture.tied_head else architecture.vocab_size * architecture.hidden_size
+    norms = parameters - multiplied(architecture) - embedding
+    assert 0 < norms < 1e-3 * parameters
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_the_compiler_the_extra_is_named():
+    with pytest.raises(UserError, match=r"pip install \"jax\[tpu\]\""):
+        topology_mesh("v5e:4x4", "")
+    done = train()
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0 and "jax[tpu]" in done.stderr
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["finetune", "vectors"])
+def test_a_plan_names_memory_and_utilization(phase):
+    done = train("--model", "smollm2", "--topology", "v5e:2x2", "--phase", phase, "--lines", "8", "--length", "512")
+    assert done.returncode == 0, done.stderr
+    assert "HBM per chip: parameters" in done.stdout and "of 16.00 GiB" in done.stdout
+    assert "MFU" in done.stdout and "compile time" in done.stdout
+    assert "WARNING" not in done.stderr
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--topology", "v5e:9x9x9"), "no TPU topology 'v5e:9x9x9'"),
+        (("--mesh", "fsdp=3"), "takes 3 devices, there are 4"),
+        (("--mesh", "tensor=4", "--model", "smollm2"), "tensor=4 does not divide the model's 9 attention heads"),
+        (("--lines", "6"), "6 lines"),
+        (("--model", "configs/models/llama-2-70b.json", "--topology", "v5e:2x2", "--lines", "4"), "does not fit into"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(arguments, words):
+    done = train(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr and done.stderr.strip().count("\n") == 0
