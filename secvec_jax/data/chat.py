@@ -6,6 +6,8 @@ behind the generation prompt when the turn is appended.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,20 @@ def encode(tokenizer: Any, messages: list[Message], max_length: int) -> Example:
     if supervised.argmax() >= max_length:
         raise UserError(_too_long(int(supervised.argmax()), max_length))
     return Example(tokens[:max_length], supervised[:max_length])
+
+
+class Encoded(Sequence[Example]):
+    """Conversations as examples, each encoded when it is first asked for: a host asks for those of its own lanes."""
+
+    def __init__(self, tokenizer: Any, conversations: Sequence[list[Message]], max_length: int):
+        self._conversations = conversations
+        self._encode = functools.cache(lambda index: encode(tokenizer, conversations[index], max_length))
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._encode(range(len(self))[index])
 
 
 def _marked_by_template(tokenizer: Any, messages: list[Message]) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 
 from secvec_jax.config import Training
-from secvec_jax.data.chat import Example, encode
+from secvec_jax.data.chat import Encoded, Example
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.data.rows import Row
 from secvec_jax.data.sources import as_rows
@@ -202,9 +202,9 @@ def _stream(model: Model, groups: Groups, training: Training) -> Stream:
     return Stream(examples, training.lines, training.length, training.seed, training.epochs, _shares(training))
 
 
-def _encoded(model: Model, rows: Any, max_length: int, name: str = "data") -> list[Example]:
+def _encoded(model: Model, rows: Any, max_length: int, name: str = "data") -> Sequence[Example]:
     """Rows as examples; what already is one stays as it is."""
     if rows and not isinstance(rows, dict) and isinstance(rows[0], Example):
         return list(rows)
     plain: list[Row] = as_rows(rows, name=name)
-    return [encode(model.tokenizer, row["messages"], max_length) for row in plain]
+    return Encoded(model.tokenizer, [row["messages"] for row in plain], max_length)

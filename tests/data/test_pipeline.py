@@ -4,18 +4,20 @@ import json
 from collections import Counter
 
 import chex
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secvec_jax.batch import SHARED
+from secvec_jax.batch import KEYS, SHARED
+from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.errors import UserError
+from secvec_jax.mesh import make_mesh
 from tests.toys import example, random_examples
 
 few = settings(max_examples=25, deadline=None)
-KEYS = ("tokens", "targets", "weights", "groups", "segments", "positions")
 
 
 @st.composite
@@ -186,3 +188,71 @@ def test_a_row_longer_than_a_line_is_refused():
     with pytest.raises(UserError, match="a row has 10 tokens, a packed line only 8: raise --length"):
         Stream({"a": [row]}, lines=1, length=8).count()
     assert Stream({"a": [row]}, lines=1, length=9).count() == 1
+
+
+# Lanes and hosts -----------------------------------------------------------------------------------
+
+
+class Asked(list):
+    """Rows that note which of them were asked for."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.asked = set()
+
+    def __getitem__(self, index):
+        self.asked.add(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3, 4, 8, 12])
+def test_lanes_read_apart_make_the_same_batches(lines):
+    stream = Stream({"a": random_examples(50, head=3)}, lines=lines, length=40)
+    everything = list(stream.batches())
+    lanes = [list(stream.batches([lane])) for lane in range(stream.lanes)]
+    height = lines // stream.lanes
+    for index, batch in enumerate(everything):
+        for lane, own in enumerate(lanes):
+            rows = slice(lane * height, (lane + 1) * height)
+            for key in KEYS:
+                expected = own[index][key] if index < len(own) else np.zeros((height, 40))
+                np.testing.assert_array_equal(batch[key][rows], expected)
+
+
+def test_a_lane_reads_its_own_share_of_the_rows_only():
+    rows = Asked(random_examples(40))
+    stream = Stream({"a": rows}, lines=8, length=40)
+    assert stream.lanes == 4
+    list(stream.batches([1]))
+    assert rows.asked == set(range(1, 40, 4))
+
+
+def test_a_process_reads_the_lanes_of_its_devices_and_any_mesh_goes_on_from_its_state():
+    stream = Stream({"a": random_examples(60)}, lines=8, length=40, epochs=None)
+    alone = Feed(stream)
+    first, second = alone.take(2), alone.take(2)
+    with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
+        assert stream.own_lanes() == [0, 1, 2, 3]
+        spread = Feed(stream)
+        chex.assert_trees_all_equal(jax.device_get(spread.take(2)), first)
+        state = json.loads(json.dumps(spread.get_state()))
+        assert set(state) == {"0", "1", "2", "3"}
+        batch = spread.take(2)
+        assert batch["tokens"].sharding.spec == jax.P(None, "fsdp")
+        chex.assert_trees_all_equal(jax.device_get(batch), second)
+    resumed = Feed(stream)
+    resumed.set_state(state)
+    chex.assert_trees_all_equal(resumed.take(2), second)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+    stream = Stream({"a": random_examples(60)}, lines=6, length=40)
+    with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
+        with pytest.raises(UserError, match="a batch of 6 lines cannot be spread over 4 devices"):
+            Feed(stream)
+
+
+def test_beginnings_are_shared_only_where_they_may_be():
+    rows = {"a": random_examples(8, head=5)}
+    shared, apart = (next(iter(Stream(rows, 1, 60, share=share).batches()))["segments"] for share in (True, False))
+    assert (shared == SHARED).any() and not (apart == SHARED).any()

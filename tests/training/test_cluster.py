@@ -112,7 +112,12 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(unkilled, tmp_pat
                 time.sleep(1.0)
             kill(running, rng)
             lines += spoken(ends(running, 30)[0][0])
-            assert all(process.returncode != 0 for process in running)
+            assert all(process.returncode != 0 for process in running), (
+                number,
+                begun,
+                lines,
+                [p.returncode for p in running],
+            )
             assert any(process.returncode == -signal.SIGKILL for process in running)
         whole = [line for line in lines if line in expected]
         assert whole and whole == lines[: len(whole)] and len(lines) - len(whole) <= 1  # one may be torn
