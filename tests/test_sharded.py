@@ -293,7 +293,7 @@ def test_fsdp_holds_an_eighth_of_everything_that_is_spread():
     program, trained, state = compiled("phase 2", "fsdp=8")
     one, *_ = compiled("phase 2", "")
     share = program.memory_analysis().argument_size_in_bytes / one.memory_analysis().argument_size_in_bytes
-    assert 1 / 8 <= share < 1.1 / 8 + 0.05
+    assert 1 / 8 <= share < 0.15
     for leaf, axes in zip(jax.tree.leaves((trained, state)), axes_of((trained, state)), strict=True):
         if "embed" in axes:
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size

@@ -99,9 +99,11 @@ class Stream:
         return packed.batch(height, batch_fn=lambda lines: _collate(lines, head, height))
 
     def _records(self, lane: int) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
-        everything = [(group, row) for group, rows in enumerate(self.examples.values()) for row in range(len(rows))]
-        groups = list(self.examples.values())
-        mine = [(group, groups[group][row]) for group, row in everything[lane :: self.lanes]]
+        mine, passed = [], 0
+        for group, rows in enumerate(self.examples.values()):
+            own = range((lane - passed) % self.lanes, len(rows), self.lanes)
+            mine += [(group, rows[row]) for row in own]
+            passed += len(rows)
         longest = max(len(example.tokens) for _, example in mine)
         if longest - 1 > self.length:
             raise UserError(f"a row has {longest} tokens, a packed line only {self.length}: raise --length")

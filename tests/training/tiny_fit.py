@@ -106,10 +106,10 @@ def main() -> None:
 
     def dying_save(store, run, metrics):
         step, seconds = options.kill_in_save
-        if run.step == step:
+        if 0 < step <= run.step:
             threading.Thread(target=_die_in_a_write, args=(options.folder, seconds), daemon=True).start()
         save(store, run, metrics)
-        if run.step == step:
+        if 0 < step <= run.step:
             time.sleep(60)
 
     checkpoints.Store.save, checkpoints.Store.restore = dying_save, restore
