@@ -103,7 +103,7 @@ def _fastest(settings: Planned, architecture: Architecture, console: Console) ->
 
 
 def _ladder(settings: Planned, architecture: Architecture, console: Console) -> Iterator[tuple[Planned, Plan]]:
-    """For each remat policy the fewest lines, and as many as its memory then lets hope for."""
+    """For each remat policy the fewest lines, then as many as its memory lets hope for."""
     training, parts = settings.training, shards("batch")
     least = parts * (2 if settings.phase == "vectors" and settings.objective == "kl" else 1)
 
@@ -118,20 +118,23 @@ def _ladder(settings: Planned, architecture: Architecture, console: Console) -> 
         return new, found
 
     for remat in REMATS:
-        first = attempt(remat, least)
-        if first is None:
-            continue
-        yield first
-        room = first[1].chip.memory - first[1].total
-        more = 1 + room / max(first[1].activations, 1)
-        times = min(int(more), _TOKENS * parts // (least * training.length))
-        while times > 1:
-            power = 1 << (times.bit_length() - 1)
-            again = attempt(remat, least * power)
-            if again is not None:
-                yield again
+        lines, most, before = least, _TOKENS // training.length * parts, (0, 0)
+        while lines <= max(most, least):
+            found = attempt(remat, lines)
+            if found is None:
+                lines, most = (before[0] + lines) // 2 // least * least, lines - least
+                if lines <= before[0]:
+                    break
+                continue
+            yield found
+            room = found[1].chip.memory - found[1].total
+            line = max(found[1].activations - before[1], 1) / (lines - before[0])
+            before = lines, found[1].activations
+            # One point does not tell what a line takes: the second is tried in any case.
+            hoped = min(max(int(lines + room / line), 2 * least if lines == least else 0), most) // least
+            lines = least << (hoped.bit_length() - 1) if hoped else 0
+            if lines <= before[0]:
                 break
-            times = power - 1
 
 
 def _short(plan: Plan) -> str:
