@@ -22,7 +22,6 @@ from secvec_jax.training.plan import TooLarge, topology_mesh
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "docs" / "scale.json", ROOT / "docs" / "scale.md"
-START, END = "<!-- table -->", "<!-- end of table -->"
 SLICES = {
     "v5e-16": ("v5e:4x4", "fsdp=16"),
     "v6e-8": ("v6e:2x4", "fsdp=8"),
@@ -69,6 +68,8 @@ ROWS = [
     ("llama-2-13b", "v5p-128", "vectors", 4, 2048, "attention"),
     ("llama-3.1-8b", "v5p-128", "vectors", 4, 2048, "attention"),
 ]
+
+REMAT_ROWS = [("llama-2-7b", "v5p-8", "finetune", 2, 2048, remat) for remat in ("none", "dots", "attention", "full")]
 
 
 def key(row: tuple) -> str:
@@ -160,6 +161,29 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def remat_table(results: dict[str, dict]) -> str:
+    lines = [
+        "| remat | HBM of chip | of it activations | step | MFU |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in REMAT_ROWS:
+        found = results.get(key(row))
+        if found is not None:
+            lines.append(
+                f"| `{row[-1]}` | {found['total_gib']:.1f} GiB | {found['activations_gib']:.1f} GiB | "
+                f"{found['seconds']:.3f} s | {100 * found['mfu']:.1f}% |"
+            )
+    return "\n".join(lines)
+
+
+def write(name: str, text: str) -> None:
+    """Put the text between the marks of this name in the page."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = PAGE.read_text().partition(start)
+    with whole_file(PAGE) as staging:
+        staging.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="0/1", help="i/n: every n-th row from i on")
@@ -168,16 +192,14 @@ def main() -> None:
     if not options.table:
         jax.config.update("jax_platforms", "cpu")
         part, parts = map(int, options.part.split("/"))
-        for row in ROWS[part::parts]:
+        for row in (ROWS + REMAT_ROWS)[part::parts]:
             if key(row) not in load():
                 print(key(row), flush=True)
                 found = measured(row)
                 save(key(row), found)
                 print(f"  {found}", flush=True)
-    before, _, rest = PAGE.read_text().partition(START)
-    after = rest.partition(END)[2]
-    with whole_file(PAGE) as staging:
-        staging.write_text(f"{before}{START}\n{table(load())}\n{END}{after}")
+    write("table", table(load()))
+    write("remat", remat_table(load()))
 
 
 if __name__ == "__main__":
