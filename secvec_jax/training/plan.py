@@ -24,8 +24,9 @@ from secvec_jax.model.families import Architecture
 from secvec_jax.training.loss import CHUNK
 from secvec_jax.training.objective import KEEP, LEARN, Params
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.schedule import CHIPS, Account, Chip, account
+from secvec_jax.training.schedule import Account, account
 from secvec_jax.training.step import Method
+from secvec_jax.training.torus import CHIPS, Chip
 
 KERNEL_EFFICIENCY = 0.35
 """The share of the published peak that the fused attention kernel is taken to reach on the blocks that it computes."""

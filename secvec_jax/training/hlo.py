@@ -1,0 +1,191 @@
+"""The text of a compiled program: its computations, what their products cost, and how often its loops run."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """The instruction `name = result opcode(inside)rest` of the computation `where`."""
+
+    name: str
+    where: str
+    opcode: str
+    result: str
+    inside: str
+    rest: str
+
+    @functools.cached_property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([^\s,()]+)", self.inside)
+
+    @functools.cached_property
+    def arrays(self) -> list[tuple[float, tuple[int, ...]]]:
+        """(bytes, dimensions) of each array in the result."""
+        found = re.findall(r"([a-z]+(\d*)\w*)\[([\d,<=]*)\]", self.result)
+        shapes = [tuple(int(d.strip("<=")) for d in dims.split(",") if d) for *_, dims in found]
+        bits = [8 if kind == "pred" else int(width or 0) for kind, width, _ in found]
+        return [(width / 8 * math.prod(shape), shape) for width, shape in zip(bits, shapes)]
+
+    @property
+    def bytes(self) -> float:
+        return sum(size for size, _ in self.arrays)
+
+    @property
+    def label(self) -> str:
+        return self.read(r'op_name="([^"]*)"') or self.name
+
+    def read(self, pattern: str) -> str | None:
+        found = re.search(pattern, self.rest)
+        return found[1] if found else None
+
+    def number(self, key: str) -> float:
+        """A number in the backend's configuration, or 0."""
+        return float(self.read(rf'"{key}":"?(\d+)') or 0)
+
+    @functools.cached_property
+    def called(self) -> list[str]:
+        """The computation of a fusion, a call or an asynchronous wrapper; the branches of a conditional."""
+        several = self.read(r"branch_computations=\{([^}]*)\}")
+        one = r"(?:calls|to_apply|(?:true|false)_computation)=%([^\s,]+)"
+        return re.findall(r"%([^\s,]+)", several) if several else re.findall(one, self.rest)
+
+
+def _closing(text: str, start: int) -> int:
+    """The index of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if found[0] == "(" else -1
+        if not depth:
+            return found.start()
+    raise ValueError(f"a parenthesis is not closed: {text[start : start + 80]}")
+
+
+class Program:
+    """The computations of a module, and what can be said of them without a clock."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Op]] = {}
+        self.roots: dict[str, Op] = {}
+        self.loops: dict[str, Op] = {}
+        """body -> the loop that runs it"""
+        where = ""
+        for line in text.splitlines():
+            if header := re.match(r"(ENTRY )?%?(\S+) \(.*\{$", line):
+                where = header[2]
+                self.computations[where] = {}
+                if header[1]:
+                    self.entry = where
+            elif found := re.match(r"\s+(ROOT )?%?(\S+) = ", line):
+                rest = line[found.end() :]
+                end = _closing(rest, 0) + 1 if rest[0] == "(" else rest.index(" ")
+                opening = rest.index("(", end)
+                closing = _closing(rest, opening)
+                inside = rest[opening + 1 : closing]
+                op = Op(found[2], where, rest[end:opening].strip(), rest[:end], inside, rest[closing + 1 :])
+                self.computations[where][op.name] = op
+                if found[1]:
+                    self.roots[where] = op
+                if op.opcode == "while":
+                    self.loops[op.read(r"body=%([^\s,]+)")] = op
+        self.inner = functools.cache(self._inner)
+
+    def operands(self, op: Op) -> list[Op]:
+        return [self.computations[op.where][name] for name in op.operands]
+
+    def _inner(self, op: Op) -> list[Op]:
+        """The instruction, and those in it if it is a fusion or an asynchronous wrapper."""
+        called = op.called if op.opcode in ("fusion", "async-start") else ()
+        return [op, *(x for name in called for below in self.computations[name].values() for x in self.inner(below))]
+
+    def flops(self, op: Op) -> float:
+        return sum(_products(x, *self.operands(x)) for x in self.inner(op) if x.opcode in ("dot", "convolution"))
+
+    def trips(self, loop: Op) -> int | None:
+        """How often the body runs; None if the condition compares no counter with a constant."""
+        if known := loop.read(r'"known_trip_count":\{"n":"(\d+)"'):
+            return int(known)
+        test = self.roots[loop.read(r"condition=%([^\s,]+)")]
+        if test.opcode != "compare":
+            return None
+        counter, limit = map(self._value, self.operands(test))
+        direction = test.read(r"direction=(\w+)")
+        if counter and counter[0] is None:
+            counter, limit, direction = limit, counter, direction.translate(str.maketrans("LG", "GL"))
+        if not counter or not limit or counter[0] is None:
+            return None
+        start, step, stop = self._entering(loop, counter), self._step(loop, counter[0]), self._constant(loop, limit)
+        if start is None or not step or stop is None:
+            return None
+        return max(0, math.ceil((stop + {"LE": 1, "GE": -1}.get(direction, 0) - start) / step))
+
+    def _value(self, op: Op) -> tuple[int | None, int] | None:
+        """(i, c): element i of the computation's argument, plus c; (None, c): the constant c; None: neither."""
+        below = self.operands(op)
+        match op.opcode:
+            case "constant":
+                return (None, int(op.inside)) if re.fullmatch(r"-?\d+", op.inside) else None
+            case "copy" | "copy-start" | "copy-done" | "bitcast" | "convert" | "reshape":
+                return self._value(below[0])
+            case "get-tuple-element":
+                index = int(op.read(r"index=(\d+)"))
+                if below[0].opcode == "tuple":
+                    return self._value(self.operands(below[0])[index])
+                return (index, 0) if below[0].opcode == "parameter" else None
+            case "add" | "subtract":
+                left, right = map(self._value, below)
+                if left and right and right[0] is None:
+                    return left[0], left[1] + (right[1] if op.opcode == "add" else -right[1])
+                if left and right and left[0] is None and op.opcode == "add":
+                    return right[0], right[1] + left[1]
+        return None
+
+    def _step(self, loop: Op, index: int) -> int | None:
+        """By how much one pass changes element `index`."""
+        root = self.roots[loop.read(r"body=%([^\s,]+)")]
+        value = self._value(self.operands(root)[index]) if root.opcode == "tuple" else None
+        return value[1] if value and value[0] == index else None
+
+    def _constant(self, loop: Op, value: tuple[int | None, int]) -> int | None:
+        """A value in the loop, if it is the same in every pass."""
+        if value[0] is None:
+            return value[1]
+        return self._entering(loop, value) if self._step(loop, value[0]) == 0 else None
+
+    def _entering(self, loop: Op, value: tuple[int, int]) -> int | None:
+        """A value in the loop in its first pass."""
+        (start,) = self.operands(loop)
+        outer = self._value(self.operands(start)[value[0]]) if start.opcode == "tuple" else None
+        if outer is None or (outer[0] is not None and loop.where not in self.loops):
+            return None
+        before = outer[1] if outer[0] is None else self._constant(self.loops[loop.where], outer)
+        return None if before is None else before + value[1]
+
+
+def _products(op: Op, lhs: Op, rhs: Op) -> float:
+    left, right, out = (x.arrays[0][1] for x in (lhs, rhs, op))
+    if op.opcode == "dot":
+        contracted = op.read(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+        return 2.0 * math.prod(out) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+    left_names, right_names, out_names = re.split("_|->", op.read(r"dim_labels=([^\s,]+)"))
+    window = dict(part.split("=") for part in (op.read(r"window=\{([^}]*)\}") or "").split())
+    total = 2.0 * out[out_names.index("b")] * out[out_names.index("f")] * right[right_names.index("i")]
+    for axis in range(len(out) - 2):
+        size, stride, dilation, spread, pad = (
+            int(window[key].split("x")[axis].split("_")[0]) if key in window else int(key != "pad")
+            for key in ("size", "stride", "rhs_dilate", "lhs_dilate", "pad")
+        )
+        inputs, outputs = left[left_names.index(str(axis))], out[out_names.index(str(axis))]
+        total *= _taps(inputs, outputs, size, stride, dilation, spread, pad)
+    return total
+
+
+@functools.cache
+def _taps(inputs: int, outputs: int, size: int, stride: int, dilation: int, spread: int, pad: int) -> int:
+    """How many pairs of an output position and a window element meet an input, and not padding."""
+    at = (np.arange(outputs) * stride - pad + k * dilation for k in range(size))
+    return sum(int(((x >= 0) & (x <= (inputs - 1) * spread) & (x % spread == 0)).sum()) for x in at)

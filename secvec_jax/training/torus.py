@@ -1,0 +1,141 @@
+"""The chips that programs are planned for, and the torus that they stand in: how long a collective takes.
+
+What is assumed of both is told in `schedule`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from secvec_jax.training.hlo import Op
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of one chip, in FLOP/s (bf16), bytes, bytes/s and Hz."""
+
+    name: str
+    peak: float
+    memory: int
+    memory_bandwidth: float
+    interconnect: float
+    """out of the chip, over all of its links"""
+    links: int
+    """two for each axis of the torus"""
+    ring: int
+    """an axis closes if its extent is a multiple of this, and in three dimensions only if every axis does"""
+    clock: float
+    """turns the compiler's cycles into seconds"""
+
+    @property
+    def link_bandwidth(self) -> float:
+        return 0.9 * self.interconnect / self.links
+
+
+CHIPS = {
+    "TPU v4": Chip("v4", 275e12, 32 << 30, 1228e9, 2400e9 / 8, links=6, ring=4, clock=1.05e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 16 << 30, 819e9, 1600e9 / 8, links=4, ring=16, clock=1.5e9),
+    "TPU v5": Chip("v5p", 459e12, 95 << 30, 2765e9, 4800e9 / 8, links=6, ring=4, clock=1.75e9),
+    "TPU v6 lite": Chip("v6e", 918e12, 32 << 30, 1640e9, 3584e9 / 8, links=4, ring=16, clock=1.75e9),
+}
+"""By `device_kind`. One device is one chip; a v4 topology has two to a chip without `chip_config_name="megacore"`."""
+
+
+COLLECTIVES = frozenset(
+    "all-gather reduce-scatter all-reduce all-to-all ragged-all-to-all collective-permute collective-broadcast".split()
+)
+_GROUPS = (
+    r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\(\S+\))? \{[^}]*\}"  # mesh['a'=4,'b'=2], device_ids=(..) {'a'}
+    r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{\{.*?\}\}|\{\})"  # [2,4]<=[4,2]T(1,0); {{0,1},{2,3}}; {}: all
+)
+
+
+class Torus:
+    """Where the mesh's devices are: how long a collective takes, and on which lanes.
+
+    A lane is an axis of the torus and a direction along it.
+    """
+
+    def __init__(self, chip: Chip, coords: Sequence[Sequence[int]]) -> None:
+        self.chip = chip
+        self.coords = np.array(coords) - np.min(coords, 0)
+        self.extent = (self.coords.max(0) + 1).tolist()
+        closed = [extent % chip.ring == 0 for extent in self.extent]
+        self.closed = closed if chip.links == 4 or all(closed) else [False] * len(closed)
+        self.share = functools.cache(self._share)
+        self.route = functools.cache(self._route)
+
+    def transfer(self, kind: str, op: Op, size: float) -> tuple[float, float, frozenset]:
+        """(bytes that a chip sends, seconds, lanes) for operands of `size` bytes on each chip."""
+        if kind == "collective-permute":
+            load, lanes = self.route(op.read(r"source_target_pairs=\{(.*?\})\}"))
+            return size, size * load / self.chip.link_bandwidth, lanes
+        members, links, lanes = self.share(op.read(_GROUPS))
+        sent = size * (members - 1) / members * {"all-gather": members, "all-reduce": 2}.get(kind, 1)
+        # What is sent to one chip alone crosses a quarter of a ring on average, and more where it does not close.
+        hops = max(1.0, members / 4) if "all-to-all" in kind else 1.0
+        return sent, sent * hops / (links * self.chip.link_bandwidth), lanes
+
+    def _share(self, text: str) -> tuple[int, int, frozenset]:
+        """(members of a group, links that each has for it, lanes)."""
+        groups = self._groups(text)
+        links, lanes = [], set()
+        for group in groups:
+            spanned = [len(set(axis)) for axis in self.coords[group].T.tolist()]
+            used = [axis for axis, count in enumerate(spanned) if count > 1]
+            links.append(sum(1 + (self.closed[axis] and spanned[axis] == self.extent[axis]) for axis in used))
+            lanes |= {(axis, way) for axis in used for way in (1, -1)}
+        return groups.shape[1], max(1, min(links)), frozenset(lanes)
+
+    def _groups(self, text: str) -> np.ndarray:
+        """Places in the mesh, `[groups, members]`."""
+        if text.startswith("{"):
+            groups = [_integers(group) for group in re.findall(r"\d[\d,]*", text)]
+            return np.array(groups or [range(len(self.coords))])
+        if text.startswith("["):
+            shape, source = text.split("<=")
+            return _permutation(source).reshape(_integers(shape))
+        sizes = {name: int(size) for name, size in re.findall(r"('[^']*')=(\d+)", text)}
+        given = re.search(r"device_ids=\((\S+)\)", text)
+        devices = _permutation(given[1]) if given else np.arange(math.prod(sizes.values()))
+        group, members = np.arange(len(devices)), 1
+        # 'a':(pre)size is a part of axis 'a': `size` steps, in each of `pre` stretches.
+        for name, pre, size in re.findall(r"('[^']*')(?::\((\d+)\)(\d+))?", text[text.rindex("{") :]):
+            length, names = int(size or sizes[name]), list(sizes)
+            after = math.prod(sizes[x] for x in names[names.index(name) + 1 :])
+            stride = after * sizes[name] // (int(pre or 1) * length)
+            group -= np.arange(len(devices)) // stride % length * stride
+            members *= length
+        return devices[np.argsort(group, kind="stable")].reshape(-1, members)
+
+    def _route(self, text: str) -> tuple[int, frozenset]:
+        """(messages over the busiest link, lanes)."""
+        load = Counter()
+        for source, target in re.findall(r"(\d+),(\d+)", text):
+            at, goal = self.coords[int(source)].tolist(), self.coords[int(target)].tolist()
+            for axis, (extent, closed) in enumerate(zip(self.extent, self.closed)):
+                steps = goal[axis] - at[axis]
+                if closed and abs(steps) > extent / 2:
+                    steps -= int(math.copysign(extent, steps))
+                way = 1 if steps > 0 else -1
+                for _ in range(abs(steps)):
+                    load[*at, axis, way] += 1
+                    at[axis] = (at[axis] + way) % extent
+        return max(load.values(), default=0), frozenset((axis, way) for *_, axis, way in load)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(i) for i in re.findall(r"\d+", text)]
+
+
+def _permutation(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)` is 0 to 7 as `[4, 2]`, transposed, read in order; `0,2,1` is itself."""
+    shape, _, order = text.partition("T")
+    if not shape.startswith("["):
+        return np.array(_integers(shape))
+    return np.arange(math.prod(_integers(shape))).reshape(_integers(shape)).transpose(_integers(order) or None).ravel()
