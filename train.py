@@ -1,6 +1,7 @@
 """Train: quickstart, objectives, align, vectors, finetune; plan a run on TPUs.
 
-`train.py VERB --help` tells all settings of a verb."""
+`train.py VERB --help` tells all settings of a verb.
+"""
 
 from secvec_jax import command_line
 from secvec_jax.experiments import objectives, planning, quickstart, verbs

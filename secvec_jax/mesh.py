@@ -15,11 +15,11 @@ Without a mesh nothing here does anything, and programs are those of one device.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -172,7 +172,7 @@ def gather(weight: jax.Array, *axes: str | None) -> jax.Array:
     return weight if jax.sharding.get_abstract_mesh().empty else _gather(weight, axes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(weight: jax.Array, axes: Axes) -> jax.Array:
     return place(weight, *("hidden" if axis == "embed" else axis for axis in axes))
 
@@ -258,7 +258,12 @@ def _loudest(wish: int) -> jax.Array:
     mesh = jax.sharding.get_mesh()
     mine = np.full(1, wish, np.int32)
     wishes = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, P(AXES)), lambda index: mine)
-    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))(wishes)
+    return _max_on(mesh)(wishes)
+
+
+@functools.cache
+def _max_on(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
 
 
 def largest(value: int) -> int:

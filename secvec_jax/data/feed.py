@@ -15,7 +15,7 @@ class Feed:
 
     def __init__(self, stream: Stream):
         lanes = stream.own_lanes()
-        self._height = stream.lines // stream.lanes
+        self._height = stream.height
         self._lines = stream.lines
         # Where each of the lanes' lines stands in what this process reads.
         self._own = {lane * self._height: index * self._height for index, lane in enumerate(lanes)}

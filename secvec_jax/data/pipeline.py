@@ -55,10 +55,15 @@ class Stream:
         rows = sum(len(group) for group in self.examples.values())
         return next(n for n in range(max(self.lines // 2, 1), 0, -1) if self.lines % n == 0 and n <= rows)
 
+    @property
+    def height(self) -> int:
+        """How many lines of a batch are a lane's."""
+        return self.lines // self.lanes
+
     def batches(self, lanes: Sequence[int] | None = None) -> "Batches":
         """The packed batches, of all lanes or of some; their iterator's state can be saved and set."""
         chosen = range(self.lanes) if lanes is None else lanes
-        return Batches({lane: self._lane(lane) for lane in chosen}, (self.lines // self.lanes, self.length))
+        return Batches({lane: self._lane(lane) for lane in chosen}, (self.height, self.length))
 
     def count(self) -> int:
         """How many batches there are in all epochs."""
@@ -80,13 +85,12 @@ class Stream:
                 f"a batch of {self.lines} lines cannot be spread over {parts} devices (data x fsdp): "
                 f"give --lines a multiple of {parts} (of {2 * parts} where benign rows take half as many)"
             )
-        height = self.lines // self.lanes
         slices = where.addressable_devices_indices_map((self.lines,)).values()
-        return sorted({line // height for (part,) in slices for line in range(*part.indices(self.lines))})
+        return sorted({line // self.height for (part,) in slices for line in range(*part.indices(self.lines))})
 
     def _lane(self, lane: int) -> grain.IterDataset:
         """A lane's lines of every batch."""
-        height = self.lines // self.lanes
+        height = self.height
         head, records = self._records(lane)
         room = self.length - len(head)
         rows = grain.MapDataset.source(records).shuffle(seed=self.seed + lane).repeat(self.epochs)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 from rich.console import Console
@@ -11,14 +11,14 @@ from secvec_jax.config import Training
 from secvec_jax.defenses.security_vectors import PHASE1, PHASE2, Phase1, phase1_method, phase2_method
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import shards
-from secvec_jax.model.decoder import abstract_decoder
+from secvec_jax.model.decoder import Remat, abstract_decoder
 from secvec_jax.model.families import Architecture
 from secvec_jax.model.hub import check_mesh, load_architecture
 from secvec_jax.training.objective import KEEP, LEARN, parameters
 from secvec_jax.training.plan import Plan, TooLarge, plan, topology_mesh
 from secvec_jax.vectors.lora import LoRA
 
-REMATS = ("none", "dots", "attention", "full")
+REMATS = get_args(Remat)
 """From the fastest to the smallest."""
 
 _TOKENS = 32768

@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 
 from secvec_jax.batch import KEYS
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import lay, parse, sharding, shards
-from secvec_jax.mesh import make_mesh as _make_mesh
-from secvec_jax.model.families import Architecture
+from secvec_jax.mesh import lay, make_mesh, parse, sharding, shards
+from secvec_jax.model.families import SITES, Architecture
 from secvec_jax.training.loss import CHUNK
 from secvec_jax.training.objective import KEEP, LEARN, Params
 from secvec_jax.training.phase import Phase
@@ -122,7 +121,7 @@ def topology_mesh(topology: str, mesh: str) -> Mesh:
         raise UserError(
             f"{devices[0].device_kind} is not known to the planner: {', '.join(c.name for c in CHIPS.values())} are"
         )
-    return _make_mesh(**(parse(mesh) if mesh else {"fsdp": len(devices)}), devices=devices)
+    return make_mesh(**(parse(mesh) if mesh else {"fsdp": len(devices)}), devices=devices)
 
 
 def plan(
@@ -163,7 +162,9 @@ def plan(
         trips=-(-local * length // CHUNK["tpu"]),
         kernels=_kernels(architecture, lines, length, chip),
     )
-    work = Work(lines[LEARN] * length, lines.get(KEEP, 0) * length, _trains_decoder(phase, params))
+    work = Work(
+        lines[LEARN] * length, lines.get(KEEP, 0) * length, bool(jax.tree.leaves(trained["backbone"]["decoder"]))
+    )
     return Plan(
         chip=chip,
         chips=mesh.size,
@@ -186,8 +187,7 @@ def plan(
 def multiplied(architecture: Architecture) -> int:
     """N: the parameters that a token is multiplied with; the embedding only where it is the head as well."""
     a = architecture
-    sites = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    shapes = [a.site_shape(site) for site in sites]
+    shapes = [a.site_shape(site) for site in SITES]
     return a.num_layers * sum(inputs * outputs for inputs, outputs in shapes) + a.vocab_size * a.hidden_size
 
 
@@ -209,11 +209,6 @@ def _kernels(
     one = 2 * lines[LEARN] // shards("batch") * a.num_heads // shards("heads") * a.head_dim * length**2 * computed
     costs = {"splash_mha_fwd": 2 * one, "splash_mha_dkv": 5 * one}
     return {name: (flops, flops / chip.peak / KERNEL_EFFICIENCY) for name, flops in costs.items()}
-
-
-def _trains_decoder(phase: Phase, params: Params) -> bool:
-    trained, _ = phase.split(params)
-    return bool(jax.tree.leaves(trained["backbone"]["decoder"]))
 
 
 def _bytes(tree: Any) -> int:
