@@ -53,6 +53,7 @@ def planned(settings: Planned, command: str) -> None:
     """The verb."""
     console = Console(soft_wrap=True, highlight=False)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read what was made for absent devices
     mesh = topology_mesh(settings.topology, settings.mesh)
     architecture = load_architecture(settings.model)
     with jax.set_mesh(mesh):
