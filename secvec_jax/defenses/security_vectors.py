@@ -38,7 +38,7 @@ from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import Method, descent
 from secvec_jax.training.trainer import OnStep, fit
-from secvec_jax.vectors.lora import Folded, LoRA, LoRAVectors, merge
+from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 
 Groups = dict[str, Sequence[Any]]
 """Rows by kind ("harmful", "benign"), whose losses are reported apart."""
@@ -170,7 +170,7 @@ def finetune(
 
 def phase1_method(params: Params, phase1: Phase1, training: Training, steps: int) -> tuple[Phase, Method]:
     """What moves in phase 1, and its step."""
-    loss = Objective(("harmful",), phase1.kl_weight, **_forward(training))
+    loss = Objective(("harmful",), phase1.kl_weight, **forward_settings(training))
     optimizer = make_optimizer(training, steps)
     if phase1.objective == "min_min":
         return min_min(params, loss, optimizer, phase1)
@@ -180,15 +180,19 @@ def phase1_method(params: Params, phase1: Phase1, training: Training, steps: int
 
 def phase2_method(params: Params, groups: Sequence[str], training: Training, steps: int) -> tuple[Phase, Method]:
     """What moves in phase 2, and its step: a task adapter where the parameters have one, else the decoder."""
-    moves = {"decoder": "train" if params["backbone"]["adapter"] is None else "freeze", "adapter": "train"}
-    phase = Phase({"backbone": moves, "vectors": "freeze"})
-    # On a CPU thin products are cheap, and the weights that the fold passes over are not.
-    present = {"present": Folded} if platform() != "cpu" else {}
-    loss = Objective(tuple(groups), **_forward(training), **present)
+    phase = finetune_phase(params)
+    loss = Objective(tuple(groups), **forward_settings(training))
     return phase, descent(loss, phase.optimizer(make_optimizer(training, steps), params))
 
 
-def _forward(training: Training) -> dict[str, Any]:
+def finetune_phase(params: Params) -> Phase:
+    """A task adapter moves where the parameters have one, else the decoder; vectors never do."""
+    moves = {"decoder": "train" if params["backbone"]["adapter"] is None else "freeze", "adapter": "train"}
+    return Phase({"backbone": moves, "vectors": "freeze"})
+
+
+def forward_settings(training: Training) -> dict[str, Any]:
+    """What an `Objective` takes from the settings of a training."""
     return {"dtype": compute_dtype(), "remat": training.remat, "shared": _shares(training)}
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from secvec_jax.batch import SHARED
@@ -84,7 +85,8 @@ def _attend_by_batched_products(query, keys, values, mask):
         jax.lax.dot_general(part, value, (((3,), (2,)), batched))
         for part, value in zip(jnp.split(weights, ends, axis=-1), values)
     )
-    return out.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    out = out.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    return checkpoint_name(out, KERNEL)
 
 
 def _splash(query, keys, values, *, segments, window, interpret=False):

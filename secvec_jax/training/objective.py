@@ -7,7 +7,6 @@ with room for a task adapter beside its weights. Absent parts are None and cost 
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +34,7 @@ class Objective:
     groups: names of the kinds of rows in the stream `learn`, whose losses are reported apart.
     kl_weight: λ, in nats per nat, of the stream `keep`. floor: a token whose loss is already below `floor` nats
     gives no gradient. dtype: what the forward pass computes in; losses are float32 always. shared: whether lines have
-    a shared beginning. present: makes the guest that the decoder sees of the vectors.
+    a shared beginning.
     """
 
     groups: tuple[str, ...] = ("all",)
@@ -44,7 +43,6 @@ class Objective:
     dtype: Any = jnp.float32
     remat: Remat = "none"
     shared: bool = True
-    present: Callable[[Any], Any] = lambda vectors: vectors
 
     def __call__(
         self, params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]
@@ -73,7 +71,7 @@ class Objective:
 
     def _hidden(self, params: Params, batch: Batch, with_vectors: bool) -> jax.Array:
         vectors = params["vectors"] if with_vectors else None
-        guests = (params["backbone"]["adapter"], None if vectors is None else self.present(vectors))
+        guests = (params["backbone"]["adapter"], vectors)
         hidden, _ = params["backbone"]["decoder"](
             batch["tokens"],
             batch["segments"],

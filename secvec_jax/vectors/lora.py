@@ -11,6 +11,7 @@ The factors of all layers are stacked on a leading axis, as the decoder's weight
 import dataclasses
 import fnmatch
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -74,15 +75,17 @@ class LoRAVectors:
     spec: LoRA = dataclasses.field(metadata={"static": True})
 
     def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """`y + scale * (x A) B` at the sites that have factors, `y` elsewhere; called on one layer's slice."""
+        """`y`, which `kernel` has had its effect on; here the factors get their gradients."""
         factors = self.factors.get(site)
-        if factors is None:
-            return y
-        return y + self.spec.scale * (x @ factors["a"].astype(x.dtype)) @ factors["b"].astype(x.dtype)
+        return y if factors is None else _attached(self.spec.scale, y, x, factors["a"], factors["b"])
 
     def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
-        """The site's own weight: the factors work on inputs and outputs."""
-        return kernel
+        """`W + scale * A B` at the sites that have factors; called on one layer's slice."""
+        factors = self.factors.get(site)
+        if factors is None:
+            return kernel
+        a, b = map(jax.lax.stop_gradient, (factors["a"], factors["b"]))
+        return kernel + place(self.spec.scale * a @ b, *SITE_AXES[site])
 
     def axes(self) -> "LoRAVectors":
         """The logical axes of the factors, in the same tree form; they are small, so only wide sides are spread."""
@@ -105,27 +108,30 @@ class LoRAVectors:
                 raise UserError(f"vectors at {site} have shapes {found}, the model needs {expected}: wrong backbone")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Folded:
-    """The same vectors as a guest that adds `scale * A B` to the weights while they are used.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attached(scale: float, y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`y`, with the gradients that `scale * x A B` in it gives to A and B, and to nothing else."""
+    return y
 
-    Frozen vectors cost next to nothing so: a product of two small matrices a layer, on each device for its own part
-    of the weight, in place of two thin products for every token. The weight's gradient is the same.
-    """
 
-    vectors: LoRAVectors
+def _attach(scale, y, x, a, b):
+    trained = a.perturbed or b.perturbed
+    return y.value, (x.value, a.value, b.value) if trained else None
 
-    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """The site's own output."""
-        return y
 
-    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
-        """`W + scale * A B` at the sites that have factors; called on one layer's slice."""
-        factors = self.vectors.factors.get(site)
-        if factors is None:
-            return kernel
-        return kernel + place(self.vectors.spec.scale * factors["a"] @ factors["b"], *SITE_AXES[site])
+def _detach(scale, residuals, slope):
+    if residuals is None:
+        return slope, None, None, None
+    x, a, b = residuals
+    inner, outer = slope @ b.astype(x.dtype).T, x @ a.astype(x.dtype)
+    return slope, None, scale * _product(x.T, inner), scale * _product(outer.T, slope)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+_attached.defvjp(_attach, _detach, symbolic_zeros=True)
 
 
 def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:

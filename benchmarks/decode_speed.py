@@ -1,0 +1,99 @@
+"""Decoding 64 held-out prompts x 48 new tokens, greedily: ours against `generate` of transformers.
+
+    python benchmarks/decode_speed.py --json OUT [--rounds 5]
+
+Both sides start from the prompts' token ids and end with the replies' ids, in one batch, with the same model in
+float32; nothing stops a reply early. Of the caches of transformers the faster one counts. The share of equal tokens
+tells that both decode the same: where two tokens are as likely to 1e-6, rounding decides and the replies part.
+"""
+
+import argparse
+import ast
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rival
+from sides import Side, alternate, machine, ratio
+
+import secvec_jax as sv
+from secvec_jax.data.chat import prompt_tokens
+from secvec_jax.evaluation.report import environment
+from secvec_jax.experiments.lab import Recipe
+from secvec_jax.experiments.materials import gather
+from secvec_jax.files import whole_file
+from secvec_jax.model.generate import generate_tokens
+
+PROMPTS, NEW_TOKENS = 64, 48
+_NEVER = -1
+"""No token: nothing stops a reply."""
+
+
+def ours(
+    folder: str, prompts: Sequence[np.ndarray], new_tokens: int, kept: str
+) -> tuple[dict[str, Any], Callable[[int], None]]:
+    """A side of `sides.alternate`: the replies to all prompts in one batch. kept: a file for them."""
+    decoder = sv.load(folder).backbone
+
+    def reply(piece: int) -> None:
+        written = generate_tokens(decoder, prompts, max_new_tokens=new_tokens, stop=_NEVER, batch_size=len(prompts))
+        assert all(len(row) == new_tokens for row in written)
+        Path(kept).write_text(str(written))
+
+    return {"prompt tokens": sum(map(len, prompts))}, reply
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe, model = Recipe(), sv.load("smollm2")
+        folder = f"{scratch}/model"
+        model.save(folder)
+        suite = gather(model, recipe.sizes, recipe.finetune_training, recipe.seed).suite
+        limit = model.architecture.max_length - NEW_TOKENS
+        prompts = [
+            prompt_tokens(model.tokenizer, [{"role": "user", "content": prompt}], limit)
+            for prompt in suite.harmful[:PROMPTS]
+        ]
+        del model
+        plain = [prompt.tolist() for prompt in prompts]
+        sides = {"ours": Side(ours, (folder, prompts, NEW_TOKENS, f"{scratch}/ours"))}
+        for cache in ("dynamic", "static"):
+            kept = f"{scratch}/{cache}"
+            sides[f"transformers, {cache}"] = Side(rival.decoding, (folder, plain, NEW_TOKENS, cache, kept))
+        found = alternate(sides, arguments.rounds, 1)
+        mine, theirs = (
+            np.asarray(ast.literal_eval(Path(f"{scratch}/{side}").read_text())) for side in ("ours", "dynamic")
+        )
+    rivals = {name: times for name, times in found.items() if name != "ours"}
+    best = min(rivals, key=lambda name: sorted(rivals[name].rounds)[len(rivals[name].rounds) // 2])
+    measured = ratio(found[best], found["ours"])
+    results = {
+        "command": "python benchmarks/decode_speed.py",
+        "environment": environment() | machine(),
+        "ratios": {"decode_vs_transformers": measured["median"]},
+        "ranges": {"decode_vs_transformers": measured},
+        "faster cache of transformers": best,
+        "equal tokens": float((mine == theirs).mean()),
+        "equal replies": float((mine == theirs).all(axis=1).mean()),
+        "sides": {name: times.as_dict(1) for name, times in found.items()},
+    }
+    with whole_file(arguments.json) as staging:
+        staging.write_text(json.dumps(results, indent=1))
+    for name, times in found.items():
+        said = times.as_dict(1)
+        print(
+            f"{name:26} {said['seconds']:7.3f} s  {PROMPTS / said['seconds']:6.2f} prompts/s  {said['peak_gib']:5.2f} GiB"
+        )
+    print(f"ratio {measured['median']:.3f}  [{measured['least']:.3f}, {measured['largest']:.3f}]  n={measured['n']}")
+    print(f"equal tokens {results['equal tokens']:.4f}, equal replies {results['equal replies']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Speed and memory of training on one GPU of the H100 or H200 class, ours beside transformers with PEFT.
+
+    python benchmarks/gpu.py --part attention remat                    # kernels; remat policies, scan against unrolled
+    python benchmarks/gpu.py --part train-8b-2048 peft-8b-2048         # the same card, the same run
+    python benchmarks/gpu.py --table                                   # what was measured, as Markdown
+    python benchmarks/gpu.py --toy --json OUT                          # all parts at toy size, on a CPU as well
+
+A part ends within 8 minutes: rows that it has no time left for are skipped, and measured when it is called again. Each
+row has a process of its own, so that no other holds memory, and is written to the JSON file (`--json`) at once. A row
+that does not fit is tried with more to compute again, then with half as many lines. Every step has 16,384 tokens, if
+they fit, in packed lines of random tokens.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "gpu.json"
+
+SECONDS, LEAST = 450.0, 20.0
+"""A part's, and what must be left for another process to be started."""
+
+MODELS, LENGTHS, TOKENS, SEGMENTS = ("1b", "3b", "7b", "8b"), (2048, 4096), 16384, 4
+LARGE = ("7b", "8b")
+"""Whose weights, gradients and AdamW states in float32 leave room for hidden states alone."""
+
+KERNELS = (
+    "as the library", "xla, packed mask", "cudnn, packed mask", "cudnn, rows with lengths", "cudnn, packed offsets",
+    "triton, segments", "triton, segments, blocks of 64",
+)  # fmt: skip
+OURS = ("full", "under vectors", "vectors", "vectors with KL", "vaccine")
+"""All weights; all weights under frozen vectors; vectors by cross-entropy; and with KL on half as many lines more;
+Vaccine on all weights."""
+
+Attempt = tuple[int, str]
+"""Lines of a batch, and what the backward pass computes again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A training step. by: "ours" or "peft". remats: tried in this order, before there are fewer lines."""
+
+    part: str
+    by: str
+    kind: str
+    model: str
+    length: int
+    tokens: int
+    segments: int = SEGMENTS
+    remats: tuple[str, ...] = ("dots", "full")
+    optimizer: str = "adamw"
+    unrolled: bool = False
+
+    @property
+    def key(self) -> str:
+        special = [f"remat {self.remats[0]}"] if self.part.startswith("remat") else []
+        special += ["sgd"] if self.optimizer == "sgd" else []
+        special += ["one segment"] if self.segments == 1 else []
+        special += ["unrolled"] if self.unrolled else []
+        return ", ".join([f"{self.part} {self.kind}", *special])
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        lines = max(1, self.tokens // self.length)
+        halves = itertools.takewhile(bool, (lines >> i for i in itertools.count(1)))
+        return [(lines, remat) for remat in self.remats] + [(half, self.remats[-1]) for half in halves]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """A kernel's times for one layer of each case (model, length)."""
+
+    part: str
+    kind: str
+    cases: tuple[tuple[str, int], ...]
+    tokens: int
+    segments: int = SEGMENTS
+    by: str = "attention"
+    attempts: tuple[Attempt, ...] = ((0, ""),)
+
+    @property
+    def key(self) -> str:
+        return f"{self.part} {self.kind}"
+
+
+def all_rows(toy: bool) -> list[Row | Kernels]:
+    """Every part's, the most important first."""
+    models, lengths, tokens = (("toy",), (256,), 1024) if toy else (MODELS, LENGTHS, TOKENS)
+    cases = tuple((model, length) for model in models if model != "3b" for length in lengths)
+    size = "-toy" if toy else ""
+    return [
+        *(Kernels(f"attention{size}", kind, cases, tokens) for kind in KERNELS),
+        *_remat_rows(f"remat{size}", models[0], lengths[0], tokens),
+        *itertools.chain(*(_train_rows(*case, tokens) for case in itertools.product(models, lengths))),
+        *itertools.chain(*(_rival_rows(*case, tokens) for case in itertools.product(models, lengths))),
+    ]
+
+
+def _remat_rows(part: str, model: str, length: int, tokens: int) -> Iterator[Row]:
+    for kind, remat in itertools.product(("full", "vectors"), ("full", "attention", "dots", "none")):
+        yield Row(part, "ours", kind, model, length, tokens, remats=(remat,))
+    yield Row(part, "ours", "full", model, length, tokens, remats=("dots",), unrolled=True)
+
+
+def _train_rows(model: str, length: int, tokens: int) -> Iterator[Row]:
+    part, large = f"train-{model}-{length}", model in LARGE
+    for kind in OURS:
+        whole = large and not kind.startswith("vectors")
+        yield Row(part, "ours", kind, model, length, tokens, remats=("full",) if whole else ("dots", "full"))
+    if large:
+        for kind in ("full", "under vectors"):
+            yield Row(part, "ours", kind, model, length, tokens, remats=("full",), optimizer="sgd")
+
+
+def _rival_rows(model: str, length: int, tokens: int) -> Iterator[Row]:
+    for segments, kind in itertools.product((SEGMENTS, 1), ("full", "lora")):
+        remats = ("full",) if kind == "full" and model in LARGE else ("none", "full")
+        yield Row(f"peft-{model}-{length}", "peft", kind, model, length, tokens, segments, remats)
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def started(row: Row | Kernels, attempts: list[Attempt], seconds: float) -> dict[str, Any]:
+    """What a process of its own says of the row: its last line, JSON; or how it failed."""
+    text = json.dumps(dataclasses.asdict(row) | {"attempts": attempts})
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"XLA_CLIENT_MEM_FRACTION": "0.95"} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if row.by == "peft":
+        environment["JAX_PLATFORMS"] = "cpu"  # or JAX would take the GPU's memory
+    command = [sys.executable, __file__, "--row", text]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"not done in the {seconds:.0f} s that its part had left"}
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        return {"error": last[0][:300]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+Start = Callable[[Row | Kernels, list[Attempt], float], dict[str, Any]]
+
+
+def measured(row: Row | Kernels, deadline: float, start: Start = started) -> dict[str, Any]:
+    """The row's result: `status` "measured", "failed" with `error` or "skipped" with `error`; `too_large`: attempts
+    before the one that fit."""
+    left = list(row.attempts)
+    too_large: list[Attempt] = []
+    while left:
+        seconds = deadline - time.monotonic()
+        if seconds < LEAST:
+            return {"status": "skipped", "error": "its part had no time left", "too_large": too_large}
+        found = start(row, left, seconds)
+        if "skipped" in found:
+            return {"status": "skipped", "error": found["skipped"], "too_large": too_large}
+        if "error" in found:
+            return {"status": "failed", "error": found["error"], "too_large": too_large}
+        begun = found["out_of_memory"] + 1 if "out_of_memory" in found else found["attempt"]
+        too_large, left = too_large + left[:begun], left[begun:]
+        if "out_of_memory" not in found:
+            shapes = found.get("shapes", {}).values()
+            if shapes and all("error" in shape for shape in shapes):
+                return {"status": "failed", "error": next(iter(shapes))["error"]}
+            return {"status": "measured", "too_large": too_large} | found
+    return {"status": "failed", "error": "does not fit, not with a single line", "too_large": too_large}
+
+
+def child(row: dict[str, Any]) -> dict[str, Any]:
+    """In the process of its own."""
+    if row["by"] == "attention":
+        from gpu_attention import attention
+
+        return attention(row)
+    from gpu_rows import ours, peft
+
+    return {"ours": ours, "peft": peft}[row["by"]](row)
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, the GPU and its driver."""
+    from secvec_jax.evaluation.report import environment
+
+    packages = ("torch", "peft", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13")
+    installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    gpu = _said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    versions = {package: installed.get(package) for package in packages}
+    return environment() | versions | {"gpu": gpu, "commit": _said("git", "-C", str(ROOT), "rev-parse", "HEAD")}
+
+
+def _said(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def measure(rows: list[Row | Kernels], file: Path) -> dict[str, Any]:
+    """Measure what the file lacks of these rows; each result is written at once. The file's contents."""
+    from secvec_jax.files import whole_file
+
+    results = json.loads(file.read_text()) if file.exists() else {"environments": [], "rows": {}}
+    here = surroundings()
+    if here not in results["environments"]:
+        results["environments"].append(here)
+    where = {"environment": results["environments"].index(here)}
+    for _, part in itertools.groupby(rows, lambda row: row.part):
+        deadline = time.monotonic() + SECONDS
+        for row in part:
+            if results["rows"].get(row.key, {}).get("status") == "measured":
+                continue
+            found = measured(row, deadline)
+            results["rows"][row.key] = dataclasses.asdict(row) | found | where
+            with whole_file(file) as staging:
+                staging.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{row.key}: {found['status']} {found.get('error', '')}", flush=True)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def table(results: dict[str, Any]) -> str:
+    """Everything that the file holds."""
+    rows = results["rows"]
+    good = [row for row in rows.values() if row["status"] == "measured"]
+    steps = sorted((row for row in good if "formula" in row), key=lambda row: (row["model"], row["length"]))
+    remat = [row for row in steps if row["part"].startswith("remat")]
+    texts = [
+        _kernel_table([row for row in good if "shapes" in row]),
+        _step_table(remat, steps),
+        _step_table([row for row in steps if row not in remat], steps),
+        "\n".join(f"- {key}: {reason}" for key, row in rows.items() for reason in _reasons(row)),
+        f"Measured on {', '.join(sorted({row['device'] for row in good}))}. MFU: the FLOPs of the formula over what "
+        "the published dense bf16 peak could do; N: parameters that a token is multiplied with, a = 2 T d L for whole "
+        "causal lines; what remat computes again and the vectors are not counted.",
+    ]
+    return "\n\n".join(filter(None, texts))
+
+
+def _reasons(row: dict[str, Any]) -> list[str]:
+    """Why the row, or a shape of it, was not measured."""
+    if row["status"] != "measured":
+        return [f"{row['status']}: {row['error']}"]
+    return [f"{name}: {shape['error']}" for name, shape in row.get("shapes", {}).items() if "error" in shape]
+
+
+def _kernel_table(rows: list[dict[str, Any]]) -> str:
+    """Both passes of one layer; the difference is the largest of any shape."""
+    shapes = list(dict.fromkeys(shape for row in rows for shape in row["shapes"]))
+    lines = [f"| kernel | {' | '.join(shapes)} | difference |", f"| --- | {'---: | ' * len(shapes)}---: |"]
+    for row in rows:
+        found = [row["shapes"].get(shape, {}) for shape in shapes]
+        cells = [f"{1e3 * x['seconds']:.2f} ms, {x['tflops']:.0f} TFLOP/s" if "seconds" in x else "-" for x in found]
+        differences = [x["difference"] for x in found if x.get("difference") is not None]
+        lines.append(f"| {row['kind']} | {' | '.join(cells)} | {f'{max(differences):.1e}' if differences else '-'} |")
+    return "\n".join(lines) if rows else ""
+
+
+def _step_table(rows: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | trained | by | batch | remat | tokens/s | against PEFT | MFU | formula | memory | step |",
+        "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for row in rows:
+        trained = [row["kind"], *(["SGD"] if row["optimizer"] == "sgd" else []), *(["unrolled"] * row["unrolled"])]
+        trained += ["one segment a line"] if row["segments"] == 1 else []
+        cells = [
+            row["model"], ", ".join(trained), row["by"], f"{row['lines']} x {row['length']}", row["remat"],
+            f"{row['tokens_per_second']:,.0f}", _against(row, everything),
+            "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%", row["formula"].replace(" per token", ""),
+            f"{row['peak_bytes'] / 2**30:.1f} GiB", f"{row['seconds']:.3f} s",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if rows else ""
+
+
+def _against(row: dict[str, Any], everything: list[dict[str, Any]]) -> str:
+    """Tokens per second over the rival's, which trains as much with the same optimizer on as many segments."""
+    same = {"full": "full", "under vectors": "full", "vectors": "lora"}.get(row["kind"])
+    if row["by"] == "ours" and not row["part"].startswith("remat"):
+        for other in everything:
+            alike = all(other[name] == row[name] for name in ("model", "length", "segments", "optimizer"))
+            if other["by"] == "peft" and other["kind"] == same and alike:
+                return f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}x"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = {toy: all_rows(toy) for toy in (False, True)}
+    parts = list(dict.fromkeys(row.part for rows in known.values() for row in rows))
+    parser.add_argument("--part", nargs="+", choices=parts, metavar="PART", help=f"these only: {', '.join(parts)}")
+    parser.add_argument("--toy", action="store_true", help="a model of 2 layers")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results are kept")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    parser.add_argument("--row", help="measure this row, JSON, in this process: what the command does by itself")
+    options = parser.parse_args()
+    if options.row is not None:
+        print(json.dumps(child(json.loads(options.row))))
+        return 0
+    if options.table:
+        print(table(json.loads(options.json.read_text())))
+        return 0
+    chosen = options.part or {row.part for row in known[options.toy]}
+    rows = [row for some in known.values() for row in some if row.part in chosen]
+    found = measure(rows, options.json)["rows"]
+    return 0 if any(found[row.key]["status"] == "measured" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""A training step of `gpu.py`, ours or the rival's, measured in a process of its own.
+
+Batches are random tokens, several segments to a line, every position supervised. Compute is in bfloat16 (on a CPU in
+float32), trained weights and optimizer states are float32. A training's peak memory is the allocator's of the whole
+process on a GPU, and that of the process on a CPU.
+"""
+
+import contextlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+from flax import nnx
+
+from secvec_jax.batch import Batch
+from secvec_jax.config import Training
+from secvec_jax.defenses.security_vectors import Phase1, phase1_method, phase2_method
+from secvec_jax.model.decoder import Decoder
+from secvec_jax.model.families import Architecture, from_hf_config
+from secvec_jax.training.objective import KEEP, LEARN, Params, parameters
+from secvec_jax.training.phase import Phase
+from secvec_jax.training.plan import Work
+from secvec_jax.training.step import Method
+from secvec_jax.vectors.lora import LoRA
+
+WARM, LEAST, MOST, SECONDS = 3, 3, 10, 12.0
+"""Steps before the clock, and under it: the fewest, the most, and how long there are more than the fewest."""
+
+RANK = 8
+
+FILES = {"1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "7b": "llama-2-7b", "8b": "llama-3.1-8b"}
+TOY = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12}
+"""Published dense bf16 FLOP/s, by what a device's name holds; the first that fits counts."""
+
+Row = dict[str, Any]
+"""A row of `gpu.py` as JSON, with its `attempts`."""
+
+
+def config(model: str) -> dict[str, Any]:
+    """Its config.json."""
+    file = Path(__file__).parents[1] / "configs" / "models" / f"{FILES.get(model)}.json"
+    return TOY if model == "toy" else json.loads(file.read_text())
+
+
+def packed(lines: int, length: int, segments: int, vocabulary: int) -> Batch:
+    """Random rows, cut at random places, the same ones in each run."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocabulary, (lines, length + 1), np.int32)
+    starts = segment_starts(lines, length, segments)
+    slots = np.arange(length, dtype=np.int32)
+    marks = (slots[:, None] >= starts[:, None, :]).sum(axis=-1, dtype=np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones((lines, length), np.float32),
+        "groups": np.zeros((lines, length), np.int32),
+        "segments": marks,
+        "positions": slots - np.take_along_axis(starts, marks - 1, axis=1),
+    }
+
+
+def segment_starts(lines: int, length: int, segments: int) -> np.ndarray:
+    """Where the segments of each line begin, `[lines, segments]`, rising from 0."""
+    rng = np.random.default_rng(1)
+    cuts = [rng.choice(length - 1, segments - 1, replace=False) + 1 for _ in range(lines)]
+    return np.asarray([[0, *sorted(line)] for line in cuts], np.int32)
+
+
+def timed(step: Callable[[], Any], most: int = MOST) -> list[float]:
+    """Seconds of each step after the warm-up; `step` returns when the device is done."""
+    for _ in range(WARM):
+        step()
+    times: list[float] = []
+    while len(times) < most and (len(times) < LEAST or sum(times) < SECONDS):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def account(row: Row, work: list[Work], times: list[float], device: str) -> dict[str, Any]:
+    """Tokens per second and MFU of the median step: the FLOPs of `work` over what the published peak could do."""
+    architecture, seconds = from_hf_config(config(row["model"])), statistics.median(times)
+    tokens = work[0].learn + work[0].keep
+    flops = sum(part.flops(architecture, row["length"]) for part in work)
+    peak = next((peak for name, peak in PEAKS.items() if name in device), None)
+    return {
+        "device": device,
+        "tokens": tokens,
+        "seconds": seconds,
+        "steps": times,
+        "tokens_per_second": tokens / seconds,
+        "flops": flops,
+        "formula": " + ".join(part.formula for part in work),
+        "peak_flops": peak,
+        "mfu": None if peak is None else flops / seconds / peak,
+    }
+
+
+def host_peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
+
+
+# ---------------------------------------------------------------------------------------------------- ours
+
+
+def ours(row: Row) -> dict[str, Any]:
+    """A training step of this library, of the first of the attempts (lines, remat) that fits; what fits not by the
+    compiler's account is not begun. Or `out_of_memory`, the last attempt that failed: another process must go on."""
+    architecture = from_hf_config(config(row["model"]))
+    stats = jax.devices()[0].memory_stats()
+    limit = math.inf if stats is None else stats["bytes_limit"]
+    for i, (lines, remat) in enumerate(row["attempts"]):
+        try:
+            plan = planned(row, architecture, lines, remat)
+            if plan.bytes <= limit:
+                return {"attempt": i, "lines": lines, "remat": remat} | run(row, plan)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return {"out_of_memory": i}
+    return {"out_of_memory": len(row["attempts"]) - 1}
+
+
+class Planned(NamedTuple):
+    """A compiled step, before there are weights."""
+
+    start: Callable[[], Params]
+    phase: Phase
+    method: Method
+    batch: dict[str, Batch]
+    program: jax.stages.Compiled
+    compile_seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """Of device memory, by the compiler's account."""
+        memory = self.program.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return held + memory.temp_size_in_bytes
+
+
+def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Planned:
+    """The row's step for batches of so many lines; vectors to train by KL have half as many lines to keep."""
+    kind, length = row["kind"], row["length"]
+    training = Training(
+        optimizer=row["optimizer"], learning_rate=1e-6, lines=lines, length=length, remat=remat, share_beginnings=False
+    )
+
+    def start() -> Params:
+        vectors = LoRA(rank=RANK).init(architecture, jax.random.key(1)) if "vectors" in kind else None
+        return parameters(Decoder(architecture, nnx.Rngs(0)), vectors=vectors)
+
+    def batch(lines: int) -> Batch:
+        return {key: x[None] for key, x in packed(lines, length, row["segments"], architecture.vocab_size).items()}
+
+    streams = {LEARN: batch(lines)} | ({KEEP: batch(max(1, lines // 2))} if kind == "vectors with KL" else {})
+    params = jax.eval_shape(start)
+    phase, method = moves(kind, params, training)
+    trained, frozen = phase.split(params)
+    begin = time.perf_counter()
+    with unrolled() if row["unrolled"] else contextlib.nullcontext():
+        lowered = method.step.lower(trained, jax.eval_shape(method.init, trained), frozen, streams)
+    program = lowered.compile()
+    return Planned(start, phase, method, streams, program, time.perf_counter() - begin)
+
+
+def moves(kind: str, params: Params, training: Training) -> tuple[Phase, Method]:
+    """What is trained in a row of this kind, and how."""
+    if kind == "vaccine":
+        from secvec_jax.defenses.vaccine import vaccine_method
+
+        return vaccine_method(params, ("all",), training, 1000, 2.0)
+    if kind.startswith("vectors"):
+        return phase1_method(params, Phase1("kl" if kind.endswith("KL") else "cross_entropy"), training, 1000)
+    return phase2_method(params, ("all",), training, 1000)
+
+
+def unrolled() -> contextlib.AbstractContextManager:
+    """While programs are traced: layers one after the other in place of a loop, which the decoder itself never is."""
+    return mock.patch.object(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
+
+
+def run(row: Row, plan: Planned) -> dict[str, Any]:
+    """The compiled step on random weights, which are made on the device."""
+    device = jax.devices()[0]
+    trained, frozen = plan.phase.split(jax.jit(plan.start)())
+    state = plan.method.init(trained)
+    batch = jax.device_put(plan.batch)
+    losses: list[float] = []
+
+    def step() -> None:
+        nonlocal trained, state
+        trained, state, metrics = plan.program(trained, state, frozen, batch)
+        jax.block_until_ready((trained, state))
+        losses.append(float(metrics["loss"]))
+
+    times = timed(step)
+    stats = device.memory_stats()
+    return account(row, work(row["kind"], batch), times, device.device_kind) | {
+        "losses": losses,
+        "peak_bytes": host_peak() if stats is None else stats["peak_bytes_in_use"],
+        "program_bytes": plan.bytes,
+        "compile_seconds": plan.compile_seconds,
+    }
+
+
+def work(kind: str, batch: dict[str, Batch]) -> list[Work]:
+    """Of a step; Vaccine's first pass has gradients of hidden states alone."""
+    learn, keep = batch[LEARN]["tokens"].size, batch[KEEP]["tokens"].size if KEEP in batch else 0
+    step = Work(learn, keep, full=not kind.startswith("vectors"))
+    return [Work(learn, 0, full=False), step] if kind == "vaccine" else [step]
+
+
+# ----------------------------------------------------------------------------------------------- the rival's
+
+
+def peft(row: Row) -> dict[str, Any]:
+    """A training step of transformers and PEFT, compiled, of the first attempt (lines, "full": with checkpointing).
+
+    All weights ("full") are float32 and computed with in bfloat16 by autocast; under a LoRA of all linear maps
+    ("lora") the frozen ones are bfloat16. One segment to a line needs no mask and gets the flash kernel.
+    """
+    import torch
+
+    lines, remat = row["attempts"][0]
+    try:
+        found = rival(row, lines, remat)
+    except RuntimeError as error:
+        said = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in said and "out of memory" not in said:
+            raise
+        return {"out_of_memory": 0}
+    return {"attempt": 0, "lines": lines, "remat": remat} | found
+
+
+def rival(row: Row, lines: int, remat: str) -> dict[str, Any]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    cuda = torch.cuda.is_available()
+    where, lora = "cuda" if cuda else "cpu", row["kind"] == "lora"
+    torch.manual_seed(0)
+    settings = dict(config(row["model"]))
+    hf_config = AutoConfig.for_model(settings.pop("model_type"), use_cache=False, **settings)
+    dtype = torch.bfloat16 if lora and cuda else torch.float32
+    with torch.device(where):
+        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=dtype)
+    if remat == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear")).to(where)
+    moved = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(moved, 1e-6, weight_decay=0.0, fused=cuda)
+    compiled = torch.compile(model.train(), backend="inductor" if cuda else "eager")
+    batch = rival_batch(row, lines, hf_config.vocab_size, where)
+    losses: list[float] = []
+
+    def step() -> None:
+        with torch.autocast(where, torch.bfloat16, enabled=cuda):
+            loss = compiled(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if cuda:
+            torch.cuda.synchronize()
+
+    begin = time.perf_counter()
+    step()
+    first = time.perf_counter() - begin
+    times = timed(step)
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    return account(row, [Work(lines * row["length"], 0, full=not lora)], times, device) | {
+        "losses": losses,
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else host_peak(),
+        "compile_seconds": first - statistics.median(times),
+    }
+
+
+def rival_batch(row: Row, lines: int, vocabulary: int, where: str) -> dict[str, Any]:
+    """The same rows; their own attention mask keeps segments apart."""
+    import torch
+
+    own = {
+        key: torch.tensor(x, device=where)
+        for key, x in packed(lines, row["length"], row["segments"], vocabulary).items()
+    }
+    tokens = own["tokens"].long()
+    batch = {"input_ids": tokens, "labels": tokens, "position_ids": own["positions"].long()}
+    if row["segments"] > 1:
+        same = own["segments"][:, :, None] == own["segments"][:, None, :]
+        batch["attention_mask"] = same.tril()[:, None]
+    return batch

@@ -1,0 +1,261 @@
+"""How step time and memory grow with sequence length, layers, vector rank, active vectors and batch, on the CPU.
+
+    python benchmarks/growth.py --json FILE                 # all parts, under ten minutes on two cores
+    python benchmarks/growth.py --json FILE --part layers   # one part; the others that FILE holds stay
+    python benchmarks/growth.py --json FILE --table         # writes nothing: prints the tables of FILE
+
+A point is the true train step on a small Llama of random weights, fed by the true pipeline. Its seconds are the median
+of several steps after a first one; compiling is told apart. Its memory is the compiler's own account of the program:
+arguments, results and temporaries, what is reused counted once. Every part ends with two fits of each: the slope of
+log(time) over log(size) in the larger half of the points, and a straight line over all of them. What is linear has
+slope 1 at most; attention over whole lines is quadratic by design, and nothing else should be.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from secvec_jax.data.chat import Example
+from secvec_jax.data.feed import Feed
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.defenses.security_vectors import PHASE1, PHASE2, Phase1, phase1_method, phase2_method
+from secvec_jax.evaluation.report import environment
+from secvec_jax.experiments.stages import devices
+from secvec_jax.files import whole_file
+from secvec_jax.model.decoder import Decoder
+from secvec_jax.model.families import Architecture
+from secvec_jax.training.objective import LEARN, Params, parameters
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
+
+MODEL = Architecture(
+    "llama",
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=768,
+    num_layers=4,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=128,
+    max_length=8192,
+)
+ROW = (64, 128)
+"""The shortest and the longest row of a packed line, in tokens; the reply is its second half."""
+SECONDS, LEAST, MOST = 2.0, 3, 9
+"""Steps are timed for so many seconds, but no fewer and no more than so many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What a step is made of.
+
+    whole: one row fills a line, in place of rows of `ROW` tokens. trained: the vectors are what is trained (phase 1),
+    in place of all weights under so many frozen `vectors` (phase 2).
+    """
+
+    lines: int = 8
+    length: int = 256
+    layers: int = 4
+    rank: int = 8
+    vectors: int = 1
+    trained: bool = False
+    whole: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A size that grows, and what else its points have."""
+
+    title: str
+    size: str
+    sizes: tuple[int, ...]
+    point: Callable[[int], Point]
+
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+PARTS = {
+    "length": Part(
+        "length, 8192 tokens a step in rows of 64 to 128: flat but for attention, whose lines grow",
+        "tokens in a line",
+        LENGTHS,
+        lambda n: Point(lines=8192 // n, length=n, layers=2),
+    ),
+    "length-whole": Part(
+        "length, 8192 tokens a step, one row a line: flat but for attention, which is linear here by design",
+        "tokens in a line",
+        LENGTHS,
+        lambda n: Point(lines=8192 // n, length=n, layers=2, whole=True),
+    ),
+    "line": Part(
+        "one line, of rows of 64 to 128 tokens: linear but for attention",
+        "tokens in a line",
+        LENGTHS,
+        lambda n: Point(lines=1, length=n, layers=2),
+    ),
+    "layers": Part("layers, 8 lines of 256", "layers", (2, 4, 6, 8, 12, 16), lambda n: Point(layers=n)),
+    "rank": Part(
+        "rank of the trained vectors (phase 1, cross-entropy), 8 lines of 256",
+        "rank",
+        (1, 2, 4, 8, 16, 32, 64),
+        lambda n: Point(rank=n, trained=True),
+    ),
+    "vectors": Part(
+        "active frozen vectors of rank 8 under full fine-tuning, 8 lines of 256",
+        "vectors",
+        (0, 1, 2, 3, 4),
+        lambda n: Point(vectors=n),
+    ),
+    "batch": Part("batch, lines of 256", "lines", (1, 2, 4, 8, 16), lambda n: Point(lines=n)),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """Several vectors as one guest."""
+
+    guests: tuple[LoRAVectors, ...]
+
+    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return functools.reduce(lambda y, guest: guest.linear(site, x, y), self.guests, y)
+
+    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
+        return functools.reduce(lambda kernel, guest: guest.kernel(site, kernel), self.guests, kernel)
+
+
+def random_parameters(point: Point) -> Params:
+    """A decoder and vectors of random weights; both of a vector's factors, so that none of its work can be dropped."""
+    architecture = dataclasses.replace(MODEL, num_layers=point.layers)
+    decoder = jax.jit(lambda: Decoder(architecture, nnx.Rngs(0)))()
+    keys = jax.random.split(jax.random.key(0), max(point.vectors, 1))
+    fresh = [LoRA(rank=point.rank).init(architecture, key) for key in keys[: point.vectors]]
+    filled = tuple(jax.tree.map(lambda leaf: leaf + 1e-3, vectors) for vectors in fresh)
+    vectors = filled[0] if len(filled) == 1 else Several(filled) if filled else None
+    return parameters(decoder, vectors=vectors)
+
+
+def random_batch(point: Point) -> dict:
+    """A batch out of the pipeline, of rows enough to fill it twice."""
+    rng = np.random.default_rng(0)
+    shortest, longest = (point.length, point.length) if point.whole else ROW
+    rows = []
+    for size in rng.integers(shortest, longest + 1, 4 + 2 * point.lines * point.length // shortest):
+        tokens = rng.integers(1, MODEL.vocab_size, size + 1).astype(np.int32)
+        rows.append(Example(tokens, np.arange(size + 1) > size // 2))
+    return Feed(Stream({"all": rows}, point.lines, point.length, epochs=None)).take(1)
+
+
+def measured(point: Point) -> dict:
+    """Seconds and bytes of a point's step, and the tokens of rows in its batch."""
+    params = random_parameters(point)
+    training = dataclasses.replace(PHASE1 if point.trained else PHASE2, lines=point.lines, length=point.length)
+    if point.trained:
+        phase, method = phase1_method(params, Phase1("cross_entropy"), training, 100)
+    else:
+        phase, method = phase2_method(params, ("all",), training, 100)
+    trained, frozen = phase.split(params)
+    state, batch = method.init(trained), {LEARN: random_batch(point)}
+    start = time.monotonic()
+    step = method.step.lower(trained, state, frozen, batch).compile()
+    compiling = time.monotonic() - start
+    memory = step.memory_analysis()
+    seconds: list[float] = []
+    while len(seconds) <= LEAST or (len(seconds) <= MOST and sum(seconds) < SECONDS):
+        start = time.monotonic()
+        trained, state, metrics = step(trained, state, frozen, batch)
+        jax.block_until_ready((trained, state, metrics))
+        seconds.append(time.monotonic() - start)
+    return {
+        "seconds": statistics.median(seconds[1:]),  # the first one touches the memory
+        "fastest_seconds": min(seconds[1:]),
+        "compile_seconds": compiling,
+        "bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "tokens": int((batch[LEARN]["segments"] != 0).sum()),
+    }
+
+
+def fits(sizes: list[int], values: list[float]) -> dict[str, float]:
+    """The exponent of a power law over the larger half of the points; a line over all, `each * size + start`, and the
+    largest deviation from it, as a share of the value."""
+    upper = [(size, value) for size, value in zip(sizes, values)][len(sizes) // 2 :]
+    exponent = np.polyfit(*np.log(np.array(upper).T), 1)[0]
+    each, start = np.polyfit(sizes, values, 1)
+    deviation = max(abs(value - each * size - start) / value for size, value in zip(sizes, values))
+    return {"exponent": exponent, "each": each, "start": start, "deviation": deviation}
+
+
+def run_part(part: Part, measure: Callable[[Point], dict]) -> dict:
+    """All points of a part, each told as it comes, and the fits."""
+    points = []
+    for size in part.sizes:
+        points.append({"size": size} | measure(part.point(size)))
+        print(f"{part.size} {size}: {points[-1]['seconds']:.3f} s", flush=True)
+    found = {name: fits(list(part.sizes), [point[name] for point in points]) for name in ("seconds", "bytes")}
+    return {"environment": environment() | devices(), "title": part.title, "points": points, "fits": found}
+
+
+def tables(found: dict[str, dict]) -> str:
+    """A table of points for each part, and one of all fits."""
+    lines = []
+    for name, part in found.items():
+        lines += [f"**{name}**: {part['title']}", ""]
+        lines += [f"| {PARTS[name].size} | step | memory | of it temporary | compiling |", "| ---: " * 5 + "|"]
+        for point in part["points"]:
+            memory, temporary = (f"{point[key] / 2**20:,.0f} MiB" for key in ("bytes", "temporary_bytes"))
+            lines.append(
+                f"| {point['size']} | {1e3 * point['seconds']:,.0f} ms | {memory} | {temporary} | "
+                f"{point['compile_seconds']:.1f} s |"
+            )
+        lines.append("")
+    lines += ["| part | time exponent | time as a line | off by | memory exponent | memory as a line | off by |"]
+    lines += ["| --- " + "| ---: " * 6 + "|"]
+    for name, part in found.items():
+        told = []
+        for key, scale, unit in (("seconds", 1e3, "ms"), ("bytes", 2**-20, "MiB")):
+            fit = part["fits"][key]
+            line = f"{_short(scale * fit['start'])} + {_short(scale * fit['each'])} n {unit}"
+            told += [f"{fit['exponent']:.2f}", line, f"{100 * fit['deviation']:.0f}%"]
+        lines.append(f"| {name} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{min(digits, 4)}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="where the results are, or will be")
+    parser.add_argument("--part", choices=PARTS, help="measure this part alone")
+    parser.add_argument("--table", action="store_true", help="only print what the file holds")
+    options = parser.parse_args()
+    found = json.loads(options.json.read_text()) if options.json.exists() else {}
+    if not options.table:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
+        measure = functools.cache(measured)  # parts share points
+        for name in [options.part] if options.part else PARTS:
+            print(f"{name}: {PARTS[name].title}", flush=True)
+            found = {key: found.get(key) for key in PARTS} | {name: run_part(PARTS[name], measure)}
+            found = {key: part for key, part in found.items() if part is not None}
+            with whole_file(options.json) as staging:
+                staging.write_text(json.dumps(found, indent=1) + "\n")
+    print(tables(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Training on the quickstart's rows: seconds per optimizer step, ours against transformers with PEFT.
+
+    python benchmarks/train_speed.py --json OUT [--part full] [--rounds 5]
+
+Both sides take the same model, the same rows in each optimizer step, the same optimizer and the same loss, which must
+agree to 1e-3 before the first step. Ours packs the rows, PEFT pads them. A ratio is of seconds, and so of useful tokens
+per second: tokens of the rows, each with its own chat template, padding not counted.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rival
+from sides import Side, Times, alternate, machine, ratio
+
+import secvec_jax as sv
+from secvec_jax.batch import SHARED, Batch
+from secvec_jax.config import Training
+from secvec_jax.data.chat import Example
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.defenses.security_vectors import Phase1, phase1_method, phase2_method
+from secvec_jax.defenses.vaccine import vaccine_method
+from secvec_jax.evaluation.report import environment
+from secvec_jax.experiments.lab import Recipe
+from secvec_jax.experiments.materials import Materials, gather
+from secvec_jax.files import whole_file
+from secvec_jax.training.objective import KEEP, LEARN, parameters
+from secvec_jax.vectors.lora import LoRA, random_like
+from secvec_jax.vectors.store import load_peft, save_peft
+
+PIECES = 3
+"""Optimizer steps in a turn, each on a batch of its own."""
+
+RECIPE = Recipe()
+TASK = LoRA(rank=8, alpha=16.0)
+FULL = dataclasses.replace(RECIPE.finetune_training, learning_rate=1e-6, steps=1000)
+"""As the quickstart fine-tunes, at a rate that leaves the model as it is."""
+PHASE1_TRAINING = dataclasses.replace(RECIPE.vectors_training, learning_rate=1e-6, steps=1000)
+
+
+def ours(
+    folder: str, adapter: str | None, batches: Sequence[dict[str, Batch]], kind: str, training: Training
+) -> tuple[dict[str, Any], Callable[[int], None]]:
+    """A side of `sides.alternate`: an optimizer step on a packed batch.
+
+    kind: "full" or "lora" fine-tuning, phase 1's "vectors", or "vaccine" and "vaccine lora". adapter: a PEFT folder
+    of vectors that are active and frozen, or None.
+    """
+    model = sv.load(folder)
+    fresh = TASK.init(model.architecture, jax.random.key(0))
+    vectors = load_peft(adapter, model) if adapter else fresh if kind == "vectors" else None
+    params = parameters(model.backbone, fresh if kind.endswith("lora") else None, vectors)
+    if kind == "vectors":
+        phase, method = phase1_method(params, Phase1("kl" if KEEP in batches[0] else "cross_entropy"), training, 1000)
+    else:
+        make = vaccine_method if kind.startswith("vaccine") else phase2_method
+        phase, method = make(params, ("all",), training, 1000)
+    trained, frozen = phase.split(params)
+    trained = jax.tree.map(lambda leaf: leaf.copy(), trained)
+    del model, params
+    state = method.init(trained)
+    losses = []
+
+    def step(piece: int) -> None:
+        nonlocal trained, state
+        batch = jax.tree.map(lambda part: part[None], batches[piece % len(batches)])
+        trained, state, metrics = method.step(trained, state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+
+    for piece in range(len(batches)):  # at the rates of this file the model hardly moves
+        step(piece)
+    shapes = [list(batch[LEARN]["tokens"].shape) for batch in batches]
+    moved = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    return {"losses": losses[: len(batches)], "shapes": shapes, "trained": moved}, step
+
+
+def packed(examples: Sequence[Example], training: Training, stream: str = LEARN) -> list[dict[str, Batch]]:
+    """The first batches that training on the examples takes."""
+    share = training.share_beginnings is not False
+    source = Stream({"all": examples}, training.lines, training.length, training.seed, None, share)
+    return [{stream: batch} for batch in itertools.islice(source.batches(), PIECES)]
+
+
+def rows_of(batch: Batch) -> list[rival.Row]:
+    """The rows that a packed batch holds, each with the shared beginning of its line."""
+    rows = []
+    for line in range(len(batch["tokens"])):
+        part = {key: batch[key][line] for key in batch}
+        head = part["tokens"][part["segments"] == SHARED].tolist()
+        for segment in range(1, part["segments"].max() + 1):
+            own = part["segments"] == segment
+            targets, weights = part["targets"][own], part["weights"][own]
+            tokens = [*head, *part["tokens"][own].tolist(), int(targets[-1])]
+            labels = [int(target) if weight else -100 for target, weight in zip(targets, weights)]
+            rows.append((tokens, [-100] * (len(head) + 1) + labels))
+    return rows
+
+
+def windows(examples: Sequence[Example], rows: int, length: int) -> list[dict[str, Batch]]:
+    """Batches `[rows, length]` without padding or packing, cut from the examples' text; every token is learned."""
+    text = np.concatenate([example.tokens for example in examples])
+    batches = []
+    for start in range(PIECES):
+        cut = text[start * rows * (length + 1) : (start + 1) * rows * (length + 1)].reshape(rows, length + 1)
+        ones = np.ones((rows, length), np.int32)
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
+        batches.append({LEARN: {
+            "tokens": cut[:, :-1], "targets": cut[:, 1:], "weights": ones.astype(np.float32),
+            "groups": 0 * ones, "segments": ones, "positions": positions,
+        }})  # fmt: skip
+    return batches
+
+
+def check_rows(batches: Sequence[dict[str, Batch]], examples: Sequence[Example]) -> list[list[rival.Row]]:
+    """Each batch's rows; every one is one of the examples, whole."""
+    known = {tuple(example.tokens.tolist()) for example in examples}
+    found = [rows_of(batch[LEARN]) for batch in batches]
+    if not all(tuple(tokens) in known for rows in found for tokens, _ in rows):
+        raise RuntimeError("a packed batch holds a row that is none of the examples")
+    return found
+
+
+def parts(materials: Materials, folder: str, adapter: str) -> dict[str, dict[str, Side]]:
+    """What is timed beside what."""
+    mix = [example for rows in materials.mix.values() for example in rows]
+    batches, harmful = packed(mix, FULL), packed(materials.vectors, PHASE1_TRAINING)
+    half = dataclasses.replace(PHASE1_TRAINING, lines=PHASE1_TRAINING.lines // 2)
+    kept = [learn | keep for learn, keep in zip(harmful, packed(materials.keep, half, KEEP))]
+    cut = windows(mix, 8, 64)
+    own = packed(mix, dataclasses.replace(FULL, share_beginnings=False))
+
+    def mine(batches, kind, training=FULL, under=None) -> Side:
+        return Side(ours, (folder, under, batches, kind, training))
+
+    def theirs(rows, rank, under=None) -> Side:
+        return Side(rival.training, (folder, under, rows, rank, TASK.alpha, 1e-6))
+
+    learned, shown = check_rows(batches, mix), check_rows(harmful, materials.vectors)
+    lora = dataclasses.replace(PHASE1_TRAINING, share_beginnings=False)
+    return {
+        "full": {
+            "full": mine(batches, "full"),
+            "full under vectors": mine(batches, "full", under=adapter),
+            "full, PEFT": theirs(learned, 0),
+            "full under vectors, PEFT": theirs(learned, 0, adapter),
+        },
+        "vectors": {
+            "vectors": mine(harmful, "vectors", PHASE1_TRAINING),
+            "vectors with KL": mine(kept, "vectors", PHASE1_TRAINING),
+            "full on their rows": mine(harmful, "full"),
+            "vectors, PEFT": theirs(shown, TASK.rank),
+        },
+        "raw": {
+            "raw full": mine(cut, "full"),
+            "raw LoRA": mine(cut, "lora", PHASE1_TRAINING),
+            "raw full, PEFT": theirs([rows_of(batch[LEARN]) for batch in cut], 0),
+            "raw LoRA, PEFT": theirs([rows_of(batch[LEARN]) for batch in cut], TASK.rank),
+        },
+        "vaccine": {
+            "SFT": mine(own, "full"),
+            "Vaccine": mine(own, "vaccine"),
+            "SFT, LoRA": mine(own, "lora", lora),
+            "Vaccine, LoRA": mine(own, "vaccine lora", lora),
+        },
+    }
+
+
+RATIOS = {
+    "full_vs_peft": ("full, PEFT", "full"),
+    "full_under_vectors_vs_peft": ("full under vectors, PEFT", "full under vectors"),
+    "vectors_vs_peft": ("vectors, PEFT", "vectors"),
+    "raw_vs_peft": ("raw full, PEFT", "raw full"),
+    "raw_lora_vs_peft": ("raw LoRA, PEFT", "raw LoRA"),
+    "frozen_vectors": ("full under vectors", "full"),
+    "phase1_vs_full": ("vectors", "full on their rows"),
+    "vaccine_vs_sft": ("Vaccine", "SFT"),
+    "vaccine_lora_vs_sft": ("Vaccine, LoRA", "SFT, LoRA"),
+}
+"""Name -> whose seconds are divided by whose."""
+
+SAME_LOSS = [pair for name, pair in RATIOS.items() if name.endswith("_vs_peft")]
+
+
+def check_losses(found: dict[str, Times]) -> float:
+    """The largest difference of the losses before the first step. Raises RuntimeError above 1e-3."""
+    worst = 0.0
+    for one, other in SAME_LOSS:
+        if one in found:
+            losses = zip(found[one].facts["losses"], found[other].facts["losses"])
+            worst = max(worst, *(abs(a - b) for a, b in losses))
+    if worst > 1e-3:
+        raise RuntimeError(f"the sides do not compute the same loss: {worst:.2g} apart")
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument("--part", choices=("full", "vectors", "raw", "vaccine"), help="this comparison only")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        model = sv.load(RECIPE.model)
+        folder, adapter = f"{scratch}/model", f"{scratch}/vectors"
+        model.save(folder)
+        shape = TASK.init(model.architecture, jax.random.key(1))
+        ones = jax.tree.map(lambda leaf: 0.01 + 0 * leaf, shape)
+        save_peft(random_like(ones, jax.random.key(2)), adapter, model)
+        materials = gather(model, RECIPE.sizes, RECIPE.finetune_training, RECIPE.seed)
+        del model, shape, ones
+        chosen = parts(materials, folder, adapter)
+        found: dict[str, Times] = {}
+        for name in [arguments.part] if arguments.part else chosen:
+            found |= alternate(chosen[name], arguments.rounds, PIECES)
+        useful = {
+            name: sum(len(tokens) for rows in side.arguments[2] for tokens, _ in rows) / PIECES
+            for sides in chosen.values() for name, side in sides.items() if name.endswith("PEFT")
+        }  # fmt: skip
+    apart = check_losses(found)
+    ratios = {name: ratio(found[a], found[b]) for name, (a, b) in RATIOS.items() if a in found}
+    medians = {name: value["median"] for name, value in ratios.items()}
+    if "frozen_vectors" in medians:
+        medians["frozen_vectors_overhead"] = medians.pop("frozen_vectors") - 1
+    results = {
+        "command": "python benchmarks/train_speed.py",
+        "environment": environment() | machine(),
+        "ratios": medians,
+        "ranges": ratios,
+        "largest difference of losses": apart,
+        "useful tokens per step": useful,
+        "sides": {name: times.as_dict(PIECES) for name, times in found.items()},
+    }
+    with whole_file(arguments.json) as staging:
+        staging.write_text(json.dumps(results, indent=1))
+    for name, times in found.items():
+        said = times.as_dict(PIECES)
+        print(f"{name:26} {said['seconds']:7.3f} s a step  {said['peak_gib']:5.2f} GiB  {said['shapes'][0]}")
+    for name, value in ratios.items():
+        print(f"{name:26} {value['median']:6.3f}  [{value['least']:.3f}, {value['largest']:.3f}]  n={value['n']}")
+
+
+if __name__ == "__main__":
+    main()
