@@ -88,9 +88,8 @@ def main() -> None:
         staging.write_text(json.dumps(results, indent=1))
     for name, times in found.items():
         said = times.as_dict(1)
-        print(
-            f"{name:26} {said['seconds']:7.3f} s  {PROMPTS / said['seconds']:6.2f} prompts/s  {said['peak_gib']:5.2f} GiB"
-        )
+        rate = PROMPTS / said["seconds"]
+        print(f"{name:26} {said['seconds']:7.3f} s  {rate:6.2f} prompts/s  {said['peak_gib']:5.2f} GiB")
     print(f"ratio {measured['median']:.3f}  [{measured['least']:.3f}, {measured['largest']:.3f}]  n={measured['n']}")
     print(f"equal tokens {results['equal tokens']:.4f}, equal replies {results['equal replies']:.4f}")
 

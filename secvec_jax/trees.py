@@ -80,3 +80,12 @@ def distance(a: Tree, b: Tree) -> jax.Array:
 def num_parameters(tree: Tree) -> int:
     """How many numbers a tree holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def unstacked(tree: Tree, count: int) -> list[Tree]:
+    """The `count` trees that are stacked on the leading axis of `tree`'s leaves."""
+
+    def part(index: int) -> Tree:
+        return jax.tree.map(lambda leaf: leaf[index], tree)
+
+    return [part(index) for index in range(count)]

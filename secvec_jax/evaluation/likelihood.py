@@ -12,7 +12,7 @@ from secvec_jax.data.pipeline import shared_head
 from secvec_jax.inference import compute_dtype
 from secvec_jax.mesh import place
 from secvec_jax.model.decoder import Guest
-from secvec_jax.model.generate import shared_cache
+from secvec_jax.model.generate import head_cache
 from secvec_jax.model.hub import Model
 
 _BATCH, _BUCKET = 8, 16
@@ -49,7 +49,7 @@ def _rounded_up(length: int) -> int:
 def _row_losses(decoder, guests, head, tokens, segments, supervised, *, said, dtype):
     """said: at least as many as any row has supervised tokens."""
     forward = partial(decoder, guests=guests, dtype=dtype)
-    cache = shared_cache(forward, head, len(tokens), head.shape[1], decoder)
+    cache = head_cache(forward, head, len(tokens))
     positions = head.shape[1] + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = forward(tokens, segments, positions, cache=cache)
 

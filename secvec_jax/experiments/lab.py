@@ -56,7 +56,7 @@ class Recipe:
     """the LoRA that alignment trains and merges"""
     align_training: Training = dataclasses.replace(ALIGN, remat="dots")
     vectors_training: Training = dataclasses.replace(PHASE1, remat="dots")
-    finetune_training: Training = PHASE2
+    finetune_training: Training = dataclasses.replace(PHASE2, remat="dots")
 
 
 class Lab:

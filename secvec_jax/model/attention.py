@@ -13,7 +13,7 @@ from secvec_jax.batch import SHARED
 from secvec_jax.mesh import PLACES, platform
 
 Attend = Callable[[jax.Array, Sequence[jax.Array], Sequence[jax.Array]], jax.Array]
-"""Query `[B, T, N, H]`, runs of keys and of values `[B, K, S_i, H]` -> `[B, T, N, H]`."""
+"""Query `[B, T, N, H]`, runs of keys `[B, K, H, S_i]` and of values `[B, K, S_i, H]` -> `[B, T, N, H]`."""
 
 KERNEL = "attention"
 """The name under which a fused kernel's results can be kept for the backward pass."""
@@ -54,14 +54,18 @@ def visible(
 
 
 def attend(query: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], mask: jax.Array) -> jax.Array:
-    """Softmax attention with grouped key-value heads, over one or more runs of keys: cached ones, fresh ones.
+    """Softmax attention with grouped key-value heads, over one or more runs of keys: shared, cached, fresh ones.
 
-    query `[B, T, N, H]`; keys and values `[B, K, S_i, H]` each, with N a multiple of K; mask `[B, 1, T, S]` with S
-    the sum of the S_i; returns `[B, T, N, H]`. Scores are held in float32.
+    query `[B, T, N, H]`; keys `[B, K, H, S_i]` and values `[B, K, S_i, H]`, with N a multiple of K; those of a run
+    that is the same for all rows may be `[1, ...]`. mask `[B, 1, T, S]` with S the sum of the S_i; returns
+    `[B, T, N, H]`. Scores are held in float32.
     """
     if platform() != "cpu":
-        key, value = (jnp.concatenate(parts, axis=2).swapaxes(1, 2) for parts in (keys, values))
-        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+        key, value = (
+            jnp.concatenate([jnp.broadcast_to(run, (len(query), *run.shape[1:])) for run in runs], axis=axis)
+            for runs, axis in ((keys, 3), (values, 2))
+        )
+        return jax.nn.dot_product_attention(query, key.transpose(0, 3, 1, 2), value.swapaxes(1, 2), mask=mask)
     return _attend_by_batched_products(query, keys, values, mask)
 
 
@@ -72,21 +76,24 @@ def _attend_by_batched_products(query, keys, values, mask):
     """
     (b, t, n, h), k = query.shape, keys[0].shape[1]
     query = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
-    batched = ((0, 1), (0, 1))
-    scores = jnp.concatenate(
-        [jax.lax.dot_general(query, key, (((3,), (3,)), batched), preferred_element_type=jnp.float32) for key in keys],
-        axis=-1,
-    )
+    scores = jnp.concatenate([_product_of_rows(query, key, jnp.float32) for key in keys], axis=-1)
     s = scores.shape[-1]
     scores = jnp.where(mask[:, :, None], scores.reshape(b, k, n // k, t, s) * h**-0.5, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).reshape(b, k, -1, s).astype(values[0].dtype)
     ends = np.cumsum([value.shape[2] for value in values])[:-1]
-    out = sum(
-        jax.lax.dot_general(part, value, (((3,), (2,)), batched))
-        for part, value in zip(jnp.split(weights, ends, axis=-1), values)
-    )
+    parts = zip(jnp.split(weights, ends, axis=-1), values)
+    out = sum(_product_of_rows(part, value, value.dtype) for part, value in parts)
     out = out.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
     return checkpoint_name(out, KERNEL)
+
+
+def _product_of_rows(rows: jax.Array, table: jax.Array, dtype) -> jax.Array:
+    """`[B, K, R, X]` times `[B, K, X, Y]`, or times `[1, K, X, Y]`, read once for all rows."""
+    if len(table) == len(rows):
+        return jnp.matmul(rows, table, preferred_element_type=dtype)
+    b, k, r, x = rows.shape
+    out = jnp.matmul(rows.swapaxes(0, 1).reshape(k, b * r, x), table[0], preferred_element_type=dtype)
+    return out.reshape(k, b, r, -1).swapaxes(0, 1)
 
 
 def _splash(query, keys, values, *, segments, window, interpret=False):
@@ -121,7 +128,7 @@ def _splash(query, keys, values, *, segments, window, interpret=False):
         lines, heads = P(PLACES["batch"]), P(PLACES["batch"], PLACES["heads"])
         run = jax.shard_map(run, in_specs=(heads, heads, heads, lines), out_specs=heads, check_vma=False)
     query = query.swapaxes(1, 2) * query.shape[-1] ** -0.5
-    return run(query.astype(keys[0].dtype), keys[0], values[0], segments).swapaxes(1, 2)
+    return run(query.astype(keys[0].dtype), keys[0].swapaxes(2, 3), values[0], segments).swapaxes(1, 2)
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:

@@ -10,20 +10,26 @@ active is an argument and not a state of the model, and without guests the progr
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from secvec_jax.mesh import gather, place
 from secvec_jax.model.attention import KERNEL, Attend, among_themselves, attend, rotate, visible
 from secvec_jax.model.families import SITES, Architecture, rope_frequencies
+from secvec_jax.trees import unstacked
 
 Remat = Literal["none", "dots", "attention", "full"]
 """What the backward pass computes again: nothing; all but the sites' products and a fused attention kernel; all but
 that kernel; the whole layer."""
+
+_PRODUCT = "product"
+"""The name under which the sites' products can be kept for the backward pass."""
 
 SITE_AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("embed", "heads")) | {
     "o_proj": ("heads", "embed"),
@@ -50,19 +56,30 @@ class Guest(Protocol):
         ...
 
 
+Run = tuple[jax.Array, jax.Array]
+"""Keys `[B, K, H, S]` and values `[B, K, S, H]` of successive slots; `[1, ...]` where all rows share them."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What was seen so far: `keys`, `values` `[L, B, K, S, H]`, `segments`, `positions` `[B, S]`.
+    """What was seen so far, in runs of slots: their keys and values, `segments` and `positions` `[B, S]` of all slots.
 
-    Slots from `length` on are free; a free slot and a padded one have segment 0.
+    runs: with a leading layer axis, or one tuple of runs for each layer. Slots from `length` on are free; a free slot
+    and a padded one have segment 0.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    runs: tuple[Run, ...] | list[tuple[Run, ...]]
     segments: jax.Array
     positions: jax.Array
     length: jax.Array
+
+
+def written(run: Run, new: Run, slot: jax.Array) -> Run:
+    """The run, with or without a leading layer axis, with `new` in the slots from `slot` on."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    axes = (run[0].ndim - 1, run[1].ndim - 2)
+    return tuple(put(into, what.astype(into.dtype), slot, axis) for into, what, axis in zip(run, new, axes))
 
 
 class Linear(nnx.Module):
@@ -76,10 +93,14 @@ class Linear(nnx.Module):
         self.bias = bias(jnp.zeros((shape[0], shape[2]))) if architecture.has_bias(site) else None
 
     def __call__(self, x: jax.Array, guests: tuple["Guest", ...]) -> jax.Array:
-        kernel = self.kernel[...]
-        for guest in guests:
-            kernel = guest.kernel(self.site, kernel)
-        y = x @ gather(kernel.astype(x.dtype), *SITE_AXES[self.site])
+        def product(x: jax.Array, kernel: jax.Array, guests: tuple[Guest, ...]) -> jax.Array:
+            for guest in guests:
+                kernel = guest.kernel(self.site, kernel)
+            return x @ gather(kernel.astype(x.dtype), *SITE_AXES[self.site])
+
+        if guests:  # the backward pass makes the guests' weight again: kept, it would be a second backbone
+            product = jax.checkpoint(product, prevent_cse=False)
+        y = checkpoint_name(product(x, self.kernel[...], guests), _PRODUCT)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -98,8 +119,11 @@ class Layers(nnx.Module):
         for site in SITES:
             setattr(self, site, Linear(architecture, site, rngs))
 
-    def __call__(self, x, guests, cached, positions, frequencies, attention: Attend):
-        """One layer: hidden states `[B, T, D]` -> the same, and this layer's new keys and values."""
+    def __call__(self, x, guests, cached: tuple[Run, ...], positions, frequencies, attention: Attend, slot=None):
+        """One layer: hidden states `[B, T, D]` -> the same, and this layer's new keys and values.
+
+        With a slot, these are written into the one cached run from there on, and that run is returned.
+        """
         site = partial(self._site, guests=guests)
         h = _rms_norm(x, self.attention_norm[...], self.architecture.norm_eps)
         query, key, value = (self._heads(site(name, h)) for name in ("q_proj", "k_proj", "v_proj"))
@@ -107,8 +131,10 @@ class Layers(nnx.Module):
             query = _rms_norm(query, self.q_norm[...], self.architecture.norm_eps)
             key = _rms_norm(key, self.k_norm[...], self.architecture.norm_eps)
         query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
-        new = (key.swapaxes(1, 2), value.swapaxes(1, 2))
-        keys, values = zip(new) if cached is None else zip(cached, new)
+        new = (key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
+        if slot is not None:
+            cached, new = (), written(*cached, new, slot)
+        keys, values = zip(*cached, new)
         x = x + site("o_proj", attention(query, keys, values).reshape(*x.shape[:2], -1))
         x = place(x, "batch", "length", "hidden")
         h = _rms_norm(x, self.mlp_norm[...], self.architecture.norm_eps)
@@ -152,13 +178,16 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         keep_cache: bool = False,
         shared: bool = True,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Hidden states after the final norm, `[B, T, D]`, and the new keys and values `[L, B, K, T, H]`.
+        apart: Sequence[tuple[Layers, tuple[Guest, ...]]] | None = None,
+    ) -> tuple[jax.Array, Run | list[Run] | None]:
+        """Hidden states after the final norm, `[B, T, D]`, and all layers' new keys and values.
 
         tokens `[B, T]`; segments `[B, T]`: which row of a packed batch a token belongs to, 0 for padding (all
         one row if None); positions `[B, T]`: the rotary position (0, 1, ... if None); cache: what the tokens
-        see besides themselves; shared: whether a token may be of the segment `SHARED`. Keys and values are returned
-        for a cache or `keep_cache`, else None.
+        see besides themselves; shared: whether a token may be of the segment `SHARED`; apart: `layers_apart`, to be
+        run one by one in place of a scan, over a cache that is apart as well and has the tokens' segments and positions
+        from slot `length` on: their keys and values are written there, and each layer's run is returned. Else
+        keys and values are returned for a cache or `keep_cache`, else None.
         """
         if segments is None:
             segments = jnp.ones_like(tokens)
@@ -166,15 +195,22 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         frequencies = jnp.asarray(rope_frequencies(self.architecture), jnp.float32)
         keep_cache |= cache is not None
-        attention = self._attention(segments, positions, cache, shared)
+        attention = self._attention(segments, positions, cache, shared, apart is not None)
 
-        def layer(x, scanned):
-            weights, guests, cached = scanned
-            x, new = weights(x, guests, cached, positions, frequencies, attention)
+        def layer(x, visit, slot=None):
+            weights, guests, cached = visit
+            x, new = weights(x, guests, cached, positions, frequencies, attention, slot)
             return x, new if keep_cache else None
 
-        scanned = (self.layers, guests, None if cache is None else (cache.keys, cache.values))
-        x, new = jax.lax.scan(_rematerialize(layer, remat), self._embedded(tokens).astype(dtype), scanned)
+        runs = () if cache is None else cache.runs
+        x = self._embedded(tokens).astype(dtype)
+        if apart is None:
+            x, new = jax.lax.scan(_rematerialize(layer, remat), x, (self.layers, guests, runs))
+        else:
+            new = []
+            for visit, cached in zip(apart, runs, strict=True):
+                x, run = layer(x, (*visit, cached), cache.length)
+                new.append(run)
         return _rms_norm(x, self.final_norm[...], self.architecture.norm_eps), new
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:
@@ -182,14 +218,23 @@ class Decoder(nnx.Module):
         x = self.embed[...][place(tokens, "copies", "length")]
         return place(place(x, "copies", "length", "embed"), "batch", "length", "hidden")
 
-    def _attention(self, segments: jax.Array, positions: jax.Array, cache: Cache | None, shared: bool) -> Attend:
-        """With a cache, over its slots and the fresh keys behind them."""
+    def _attention(
+        self, segments: jax.Array, positions: jax.Array, cache: Cache | None, shared: bool, written: bool
+    ) -> Attend:
+        """With a cache, over its slots and the fresh keys behind them, if they are not written there."""
         window = self.architecture.sliding_window
         if cache is None:
             return among_themselves(segments, positions, window=window, shared=shared)
-        fresh = visible(segments, segments, positions, positions, window=window)
         past = visible(segments, cache.segments, positions, cache.positions, cache.length, window)
+        if written:
+            return partial(attend, mask=past)
+        fresh = visible(segments, segments, positions, positions, window=window)
         return partial(attend, mask=jnp.concatenate([past, fresh], axis=-1))
+
+    def layers_apart(self, guests: tuple[Guest, ...]) -> list[tuple[Layers, tuple[Guest, ...]]]:
+        """Each layer's weights and guests as arrays of their own: a copy, which a loop over many short passes saves
+        taking in each of them on XLA's CPU backend."""
+        return unstacked((self.layers, guests), self.architecture.num_layers)
 
     @property
     def output_embedding(self) -> jax.Array:
@@ -210,10 +255,8 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def _rematerialize(layer, remat: Remat):
     if remat == "none":
         return layer
-    policies = jax.checkpoint_policies
-    kernel = policies.save_only_these_names(KERNEL)
-    dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kernel)
-    policy = {"dots": dots, "attention": kernel, "full": None}[remat]
+    kept = {"dots": (_PRODUCT, KERNEL), "attention": (KERNEL,), "full": ()}[remat]
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 

@@ -1,19 +1,22 @@
 """Decoding: jitted, batched, with a key-value cache; greedy or sampled.
 
-Prompts that begin alike (the system prompt) are read once: the cache of their common head is shared out to all.
-The rest is padded on the left, so that all replies start at the same slot.
+Prompts that begin alike (the system prompt) are read once, and all rows look at the one cache of their common head.
+The rest is read packed, as in training, and then laid out row by row, so that all replies start at the same slot.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from secvec_jax.batch import common_head
-from secvec_jax.mesh import place, shards
-from secvec_jax.model.decoder import Cache, Decoder, Guest
+from secvec_jax.batch import SHARED, common_head
+from secvec_jax.mesh import place, platform, shards
+from secvec_jax.model.decoder import Cache, Decoder, Guest, Run, written
+from secvec_jax.trees import unstacked
 
 _BUCKET = 16
 
@@ -45,47 +48,113 @@ def generate_tokens(
     batch_size = -(-batch_size // shards("batch")) * shards("batch")
     order = sorted(range(len(prompts)), key=lambda i: len(tails[i]))
     replies: dict[int, list[int]] = {}
-    run = partial(_generate, max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, dtype=dtype)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        # Prompts are sorted by length, so a batch is no wider than it needs; buckets keep the programs few.
-        width = -(-len(tails[chosen[-1]]) // _BUCKET) * _BUCKET
-        tokens, segments = _left_padded([tails[i] for i in chosen], batch_size, width)
+        lines = _dealt([tails[i] for i in chosen], batch_size, len(head))
+        cache, logits = _read(decoder, guests, head[None], *lines, slots=max_new_tokens, dtype=dtype)
         key = jax.random.fold_in(jax.random.key(seed), start)
         done = np.arange(batch_size) >= len(chosen)
-        written = np.asarray(run(decoder, guests, head[None], tokens, segments, done, key))
-        for i, row in zip(chosen, written):
+        options = {"max_new_tokens": max_new_tokens, "stop": stop, "temperature": temperature, "dtype": dtype}
+        said = np.asarray(_write(decoder, guests, cache, logits, done, key, **options, apart=platform() == "cpu"))
+        for i, row in zip(chosen, said):
             ends = np.flatnonzero(row == stop)
             replies[i] = row[: ends[0] if len(ends) else None].tolist()
         progress(len(replies))
     return [replies[i] for i in range(len(prompts))]
 
 
-def _left_padded(tails: Sequence[np.ndarray], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments `[rows, width]`; rows without a prompt hold one token, so that no row is empty."""
-    tokens, segments = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
-    segments[:, -1] = 1
-    for row, tail in enumerate(tails):
-        tokens[row, width - len(tail) :] = tail
-        segments[row, width - len(tail) :] = 1
-    return tokens, segments
+class _Lines(NamedTuple):
+    """Prompts packed into lines, `tokens`, `segments`, `positions` `[P, W]`, and where each one's tokens stand in them.
+
+    index, marks: `[B, T]`, the prompt's tokens at the right end, where marks are 1.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    index: np.ndarray
+    marks: np.ndarray
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "stop", "temperature", "dtype"))
-def _generate(decoder, guests, head, tokens, segments, done, key, *, max_new_tokens, stop, temperature, dtype):
-    """Replies `[B, max_new_tokens]`, filled up with `stop`, for the tails `[B, T]` of prompts that share `head`."""
+def _dealt(tails: Sequence[np.ndarray], rows: int, head: int) -> _Lines:
+    """Prompts, sorted by length, dealt out to lines back and forth, so that all lines are about as long.
+
+    Little is padded so. Rows without a prompt hold one token, so that no row is empty.
+    """
+    tails = [*tails, *[np.zeros(1, np.int32)] * (rows - len(tails))]
+    each = next(n for n in (8, 4, 2, 1) if rows % (n * shards("batch")) == 0)
+    count = rows // each
+    lines: list[list[int]] = [[] for _ in range(count)]
+    for row in range(rows):
+        turn, place_ = divmod(row, count)
+        lines[count - 1 - place_ if turn % 2 else place_].append(row)
+    width = _rounded_up(max(sum(len(tails[row]) for row in line) for line in lines), _BUCKET * min(each, 4))
+    longest = _rounded_up(max(map(len, tails)), _BUCKET)
+    tokens, segments, positions = (np.zeros((count, width), np.int32) for _ in range(3))
+    index, marks = (np.zeros((rows, longest), np.int32) for _ in range(2))
+    for number, line in enumerate(lines):
+        start = 0
+        for segment, row in enumerate(line, 1):
+            end = start + len(tails[row])
+            tokens[number, start:end], segments[number, start:end] = tails[row], segment
+            positions[number, start:end] = head + np.arange(end - start)
+            index[row, longest - (end - start) :] = number * width + np.arange(start, end)
+            marks[row, longest - (end - start) :] = 1
+            start = end
+    return _Lines(tokens, segments, positions, index, marks)
+
+
+def _rounded_up(length: int, bucket: int) -> int:
+    """Buckets keep the programs few."""
+    return -(-length // bucket) * bucket
+
+
+@partial(jax.jit, static_argnames=("slots", "dtype"))
+def _read(decoder, guests, head, tokens, segments, positions, index, marks, *, slots, dtype):
+    """The cache after the prompts, with `slots` free, and the logits `[B, V]` of what follows them."""
     forward = partial(decoder, guests=guests, dtype=dtype)
-    tokens, segments, done = (place(x, "batch", *["length"] * (x.ndim - 1)) for x in (tokens, segments, done))
-    cache = shared_cache(forward, head, len(tokens), head.shape[1] + tokens.shape[1] + max_new_tokens, decoder)
-    positions = head.shape[1] + jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    tokens, segments, positions, index, marks = (
+        place(x, "batch", "length") for x in (tokens, segments, positions, index, marks)
+    )
+    cache = head_cache(forward, head, len(tokens))
+    hidden, (keys, values) = forward(tokens, segments, positions, cache=cache)
+    (layers, _, heads, size, _), (rows, longest) = keys.shape, index.shape
 
-    def advance(cache, tokens, segments, positions):
-        hidden, new = forward(tokens, segments, positions, cache=cache)
-        return _append(cache, new, segments, positions), decoder.logits(hidden[:, -1])
+    def laid_out(packed: jax.Array, shared: Sequence[jax.Array]) -> jax.Array:
+        """`[L, P, K, W, H]` -> `[L, B, K, S, H]`, the head's slots before the row's own, the free ones behind them."""
+        flat = packed.swapaxes(1, 2).reshape(layers, heads, -1, size)
+        own = jnp.take(flat, index.reshape(-1), axis=2).reshape(layers, heads, rows, longest, size).swapaxes(1, 2)
+        before = [jnp.broadcast_to(part, (layers, rows, *part.shape[2:])) for part in shared]
+        free = jnp.zeros((layers, rows, heads, slots, size), own.dtype)
+        return place(jnp.concatenate([*before, own, free], axis=3), "layers", "batch", "heads", "length", "head_dim")
+
+    def row_by_row(own: jax.Array, head: jax.Array) -> jax.Array:
+        before = jnp.broadcast_to(head, (rows, *head.shape))
+        return jnp.concatenate([before, own, jnp.zeros((rows, slots), own.dtype)], axis=1)
+
+    run = (
+        laid_out(keys.swapaxes(3, 4), [run[0].swapaxes(3, 4) for run in cache.runs]).swapaxes(3, 4),
+        laid_out(values, [run[1] for run in cache.runs]),
+    )
+    slots_of = partial(row_by_row, head=cache.segments[0]), partial(row_by_row, head=cache.positions[0])
+    length = jnp.int32(head.shape[1] + longest)
+    full = Cache((run,), slots_of[0](marks), slots_of[1](positions.reshape(-1)[index]), length)
+    return full, decoder.logits(hidden.reshape(-1, hidden.shape[-1])[index[:, -1]])
+
+
+@partial(jax.jit, static_argnames=("max_new_tokens", "stop", "temperature", "dtype", "apart"))
+def _write(decoder, guests, cache, logits, done, key, *, max_new_tokens, stop, temperature, dtype, apart):
+    """Replies `[B, max_new_tokens]`, filled up with `stop`. apart: run the layers one by one, not in a scan."""
+    done = place(done, "batch")
+    layers = None
+    if apart:
+        layers = decoder.layers_apart(guests)
+        cache = dataclasses.replace(cache, runs=unstacked(cache.runs, len(layers)))
+    forward = partial(decoder, guests=guests, dtype=dtype, apart=layers)
 
     def choose(logits, step):
         if temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return _first_largest(logits)
         return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature).astype(jnp.int32)
 
     def say(step, logits, replies, done):
@@ -98,42 +167,43 @@ def _generate(decoder, guests, head, tokens, segments, done, key, *, max_new_tok
 
     def write(state):
         step, cache, position, token, replies, done = state
-        cache, logits = advance(cache, token[:, None], jnp.ones_like(token)[:, None], position[:, None] + 1)
-        return step + 1, cache, position + 1, *say(step, logits, replies, done)
+        ones, position = jnp.ones_like(token)[:, None], position + 1
+        marked = _marked(cache, ones, position[:, None])
+        # Layer by layer the cache is written before it is read, or XLA copies it in between; a scan would copy it too.
+        hidden, new = forward(token[:, None], ones, position[:, None], cache=marked if apart else cache)
+        runs = [(run,) for run in new] if apart else _appended(cache, new)
+        cache = dataclasses.replace(marked, runs=runs, length=cache.length + 1)
+        return step + 1, cache, position, *say(step, decoder.logits(hidden[:, -1]), replies, done)
 
-    cache, logits = advance(cache, tokens, segments, positions)
-    replies = jnp.full((len(tokens), max_new_tokens), stop, jnp.int32)
-    state = (jnp.int32(1), cache, positions[:, -1], *say(0, logits, replies, done))
+    replies = jnp.full((len(done), max_new_tokens), stop, jnp.int32)
+    position = cache.positions[:, -max_new_tokens - 1]
+    state = (jnp.int32(1), cache, position, *say(0, logits, replies, done))
     return place(jax.lax.while_loop(unfinished, write, state)[-2], None, None)
 
 
-def shared_cache(forward, head, rows: int, slots: int, decoder: Decoder) -> Cache:
-    """A cache of `slots` for `rows` conversations that all begin with `head` `[1, H]` (H may be 0).
+def _first_largest(logits: jax.Array) -> jax.Array:
+    """`argmax` in two passes that XLA's CPU backend vectorizes."""
+    places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(logits == logits.max(axis=-1, keepdims=True), places, places[-1]), axis=-1)
+
+
+def head_cache(forward, head, rows: int) -> Cache:
+    """A cache for `rows` lines, each row of which begins with `head` `[1, H]` (H may be 0).
 
     forward: the decoder with its guests and its `dtype` bound by keyword.
     """
-    a = decoder.architecture
-    shape = (a.num_layers, rows, a.num_kv_heads, slots, a.head_dim)
-    dtype = forward.keywords["dtype"]
-    marks = place(jnp.zeros((rows, slots), jnp.int32), "batch", "length")
-    empty = place(jnp.zeros(shape, dtype), "layers", "batch", "heads", "length", "head_dim")
-    cache = Cache(empty, empty, marks, marks, jnp.int32(0))
-    if head.shape[1] == 0:
-        return cache
-    _, new = forward(head, keep_cache=True)
-    new = tuple(jnp.broadcast_to(part, (part.shape[0], rows, *part.shape[2:])) for part in new)
-    wide = (rows, head.shape[1])
-    return _append(cache, new, jnp.ones(wide, jnp.int32), jnp.broadcast_to(jnp.arange(wide[1]), wide))
+    shape = (rows, head.shape[1])
+    segments = place(jnp.full(shape, SHARED, jnp.int32), "batch", "length")
+    positions = place(jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape), "batch", "length")
+    runs = (forward(head, keep_cache=True)[1],) if shape[1] else ()
+    return Cache(runs, segments, positions, jnp.int32(shape[1]))
 
 
-def _append(cache: Cache, new: tuple[jax.Array, jax.Array], segments: jax.Array, positions: jax.Array) -> Cache:
-    def put(into: jax.Array, what: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(into, what.astype(into.dtype), cache.length, axis)
+def _marked(cache: Cache, segments: jax.Array, positions: jax.Array) -> Cache:
+    """The cache with the next slots' segments and positions."""
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.length, axis=1)
+    return dataclasses.replace(cache, segments=put(cache.segments, segments), positions=put(cache.positions, positions))
 
-    return Cache(
-        put(cache.keys, new[0], 3),
-        put(cache.values, new[1], 3),
-        put(cache.segments, segments, 1),
-        put(cache.positions, positions, 1),
-        cache.length + segments.shape[1],
-    )
+
+def _appended(cache: Cache, new: Run) -> tuple[Run, ...]:
+    return tuple(written(run, new, cache.length) for run in cache.runs)

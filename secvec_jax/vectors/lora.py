@@ -84,7 +84,7 @@ class LoRAVectors:
         factors = self.factors.get(site)
         if factors is None:
             return kernel
-        a, b = map(jax.lax.stop_gradient, (factors["a"], factors["b"]))
+        a, b = (jax.lax.stop_gradient(factors[name]) for name in ("a", "b"))
         return kernel + place(self.spec.scale * a @ b, *SITE_AXES[site])
 
     def axes(self) -> "LoRAVectors":

@@ -12,7 +12,8 @@ def packed(heads: int, kv_heads: int, seed: int = 0):
     """Query, key, value, segments and positions of two packed lines of 256 tokens, padding at the end."""
     keys = jax.random.split(jax.random.key(seed), 3)
     query = jax.random.normal(keys[0], (2, 256, heads, 128))
-    key, value = (jax.random.normal(k, (2, kv_heads, 256, 128)) for k in keys[1:])
+    key = jax.random.normal(keys[1], (2, kv_heads, 128, 256))
+    value = jax.random.normal(keys[2], (2, kv_heads, 256, 128))
     segments = np.zeros((2, 256), np.int32)
     for line, ends in enumerate([(60, 61, 200, 240), (128, 256)]):
         for number, (start, end) in enumerate(zip((0, *ends), ends)):

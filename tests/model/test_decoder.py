@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from secvec_jax.batch import SHARED
+from secvec_jax.model import attention
 from secvec_jax.model.attention import _attend_by_batched_products, rotate, visible
 from secvec_jax.model.decoder import Guest, abstract_decoder, leaf_name
 from secvec_jax.model.families import SITES, weight_names
@@ -40,7 +41,7 @@ def test_without_guests_the_program_is_the_bare_backbones(tiny_model, tokens):
 
     vectors = LoRA(rank=2, targets=("q_proj", "up_proj")).init(model.architecture, jax.random.key(0))
     visited = jax.make_jaxpr(lambda b, t, v: b(t, guests=(v,))[0])(model.backbone, tokens, vectors)
-    assert _primitives(visited.jaxpr)["dot_general"] == len(SITES) + 2 + 2 * 2
+    assert _primitives(visited.jaxpr)["dot_general"] == len(SITES) + 2 + 2
 
 
 def test_without_guests_the_logits_are_bit_identical(tiny_model, logits, tokens, random_vectors):
@@ -177,10 +178,24 @@ def test_the_two_attention_kernels_agree_on_any_runs_of_keys(heads, runs):
     key, value = (jax.random.normal(k, (2, 7, 2, 8)) for k in keys[1:3])
     mask = jax.random.bernoulli(keys[3], 0.6, (2, 1, 5, 7)).at[..., 0].set(True)
     general = jax.nn.dot_product_attention(query, key, value, mask=mask)
-    keys, values = (jnp.split(part.swapaxes(1, 2), runs, axis=2) for part in (key, value))
+    keys = jnp.split(key.transpose(0, 2, 3, 1), runs, axis=3)
+    values = jnp.split(value.swapaxes(1, 2), runs, axis=2)
     ours = _attend_by_batched_products(query, keys, values, mask)
     chex.assert_equal_shape([ours, query])
     np.testing.assert_allclose(ours, general, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
+def test_a_run_that_all_rows_share_is_stored_once(on, monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 5)
+    query = jax.random.normal(keys[0], (3, 4, 6, 8))
+    shared, own = (jax.random.normal(k, (n, 2, 8, s)) for k, n, s in zip(keys[1:], (1, 3), (5, 4)))
+    first, second = (jax.random.normal(k, (n, 2, s, 8)) for k, n, s in zip(keys[3:], (1, 3), (5, 4)))
+    mask = jnp.ones((3, 1, 4, 9), bool)
+    repeated = [jnp.repeat(part, 3, axis=0) for part in (shared, first)]
+    expected = attention.attend(query, [repeated[0], own], [repeated[1], second], mask)
+    monkeypatch.setattr(attention, "platform", lambda: on)
+    np.testing.assert_allclose(attention.attend(query, [shared, own], [first, second], mask), expected, atol=1e-5)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
@@ -251,7 +266,8 @@ def test_keys_and_values_are_kept_on_request_only(tiny_model, tokens):
     backbone = tiny_model("llama").model.backbone
     assert backbone(tokens)[1] is None
     _, new = backbone(tokens, keep_cache=True)
-    chex.assert_shape(new, (2, 3, 2, 12, 8))
+    chex.assert_shape(new[0], (2, 3, 2, 8, 12))
+    chex.assert_shape(new[1], (2, 3, 2, 12, 8))
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-biases", "qwen2", "qwen3-biases"])

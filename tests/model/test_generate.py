@@ -58,6 +58,31 @@ def test_cached_is_uncached(tiny_model, variant, head):
     assert len({tuple(reply) for reply in replies}) > 1
 
 
+@pytest.mark.parametrize("variant", ["llama", "mistral"])
+def test_in_a_scan_over_the_layers_as_one_by_one(tiny_model, random_vectors, variant, monkeypatch):
+    """What accelerators do; on a CPU the layers are apart."""
+    model = tiny_model(variant).model
+    guests = (random_vectors(model, rank=4),)
+    prompts = _prompts(7, 20, 12, 9, head=6)
+    apart = greedy(model.backbone, prompts, guests)
+    monkeypatch.setattr(generate, "platform", lambda: "tpu")
+    assert greedy(model.backbone, prompts, guests) == apart
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 12, 16, 64])
+def test_prompts_are_dealt_out_whole(count):
+    rng = np.random.default_rng(count)
+    tails = sorted((rng.integers(1, 99, n) for n in rng.integers(1, 40, count)), key=len)
+    lines = generate._dealt(tails, count, 5)
+    flat = {name: getattr(lines, name).reshape(-1) for name in ("tokens", "segments", "positions")}
+    assert (lines.segments > 0).sum() == sum(map(len, tails))
+    for tail, index, marks in zip(tails, lines.index, lines.marks):
+        own = index[marks > 0]
+        np.testing.assert_array_equal(flat["tokens"][own], tail)
+        np.testing.assert_array_equal(flat["positions"][own], 5 + np.arange(len(tail)))
+        assert len(set(flat["segments"][own])) == 1 and marks[-1] == 1
+
+
 @pytest.mark.parametrize("head", [0, 6])
 @pytest.mark.parametrize("variant", ["llama", "mistral"])
 def test_cached_is_uncached_with_a_guest(tiny_model, random_vectors, variant, head):
@@ -120,13 +145,13 @@ def test_decoding_ends_early_once_all_have_stopped(tiny_model, monkeypatch):
         return end
 
     monkeypatch.setattr(jax.lax, "while_loop", counting)
-    generate._generate.clear_cache()
+    generate._write.clear_cache()
     stop = greedy(backbone, prompts[:1])[0][0]
     steps.clear()
     # The same prompt three times in batches of two: the second batch has one line without a prompt.
     assert greedy(backbone, [prompts[0]] * 3, stop=stop, batch_size=2) == [[], [], []]
     jax.effects_barrier()
-    generate._generate.clear_cache()
+    generate._write.clear_cache()
     assert steps == [1, 1]
 
 
@@ -163,14 +188,14 @@ def test_progress_counts_the_prompts_done(tiny_model):
 
 def test_prompts_of_a_like_width_share_one_program(tiny_model):
     first, second = tiny_model("llama").model.backbone, tiny_model("llama", seed=1).model.backbone
-    generate._generate.clear_cache()
+    generate._write.clear_cache()
     for backbone, prompts in (
         (first, _prompts(7, 12)),
         (second, _prompts(3, 16)),
         (first, _prompts(9, 10, seed=1)),
     ):
         greedy(backbone, prompts)
-    assert generate._generate._cache_size() == 1
+    assert generate._write._cache_size() == 1
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral"])

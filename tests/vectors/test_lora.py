@@ -1,5 +1,6 @@
 """Low-rank vectors: unseen when fresh, scaled as said, controlled by norm, mergeable."""
 
+import dataclasses
 import math
 
 import chex
@@ -10,7 +11,7 @@ import pytest
 
 from secvec_jax.errors import UserError
 from secvec_jax.model.families import SITES
-from secvec_jax.vectors.lora import Folded, LoRA, merge, random_like
+from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge, random_like
 
 
 @pytest.mark.parametrize("targets", [("*",), ("q_proj", "v_proj")])
@@ -83,11 +84,13 @@ def test_the_update_is_scale_times_a_b(tiny_model, random_vectors, rslora):
     model = tiny_model("llama").model
     vectors = random_vectors(model, rank=4, alpha=6.0, rslora=rslora, targets=("up_proj",))
     layer = jax.tree.map(lambda leaf: leaf[1], vectors)
-    x, y = jnp.ones((2, 3, 32)), jnp.ones((2, 3, 64))
+    x, y, kernel = jnp.ones((2, 32)), jnp.ones((2, 64)), jnp.ones((32, 64))
     a, b = (np.asarray(vectors.factors["up_proj"][name][1], np.float64) for name in ("a", "b"))
     scale = 6 / (math.sqrt(4) if rslora else 4)
-    np.testing.assert_allclose(layer.linear("up_proj", x, y), y + scale * np.ones((2, 3, 32)) @ a @ b, rtol=1e-5)
-    np.testing.assert_array_equal(layer.linear("gate_proj", x, y), y)
+    np.testing.assert_allclose(layer.kernel("up_proj", kernel), kernel + scale * a @ b, rtol=1e-5)
+    for site in ("up_proj", "gate_proj"):
+        np.testing.assert_array_equal(layer.linear(site, x, y), y)
+    assert layer.kernel("gate_proj", kernel) is kernel
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -163,22 +166,56 @@ def test_gradients_reach_the_vectors_alone(tiny_model, tokens, random_vectors):
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ThinProducts:
+    """The same vectors by the textbook: two thin products for every token, and whatever gradients they have."""
+
+    vectors: LoRAVectors
+
+    def linear(self, site, x, y):
+        factors = self.vectors.factors.get(site)
+        return y if factors is None else y + self.vectors.spec.scale * (x @ factors["a"]) @ factors["b"]
+
+    def kernel(self, site, kernel):
+        return kernel
+
+
 @pytest.mark.parametrize("targets", [("*",), ("q_proj", "down_proj")])
-def test_folded_vectors_are_the_same_vectors(tiny_model, random_vectors, logits, tokens, targets):
+def test_vectors_in_the_weights_are_thin_products(tiny_model, random_vectors, logits, tokens, targets):
     model = tiny_model("llama-biases").model
     vectors = random_vectors(model, rank=3, targets=targets)
-    plain, folded = (logits(model, tokens, guests=(guest,)) for guest in (vectors, Folded(vectors)))
+    ours, plain = (logits(model, tokens, guests=(guest,)) for guest in (vectors, ThinProducts(vectors)))
     assert np.abs(plain - logits(model, tokens)).max() > 0.1
-    np.testing.assert_allclose(folded, plain, atol=2e-5 * np.abs(plain).max())
+    np.testing.assert_allclose(ours, plain, atol=2e-5 * np.abs(plain).max())
 
 
-def test_weights_under_folded_vectors_have_the_same_gradient(tiny_model, random_vectors, tokens):
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_gradients_of_weights_and_of_two_guests_are_those_of_thin_products(tiny_model, random_vectors, tokens, remat):
     model = tiny_model("qwen3").model
+    guests = (random_vectors(model, rank=3), random_vectors(model, seed=1, rank=2, rslora=True))
+
+    def loss(backbone, guests):
+        return (backbone(tokens, guests=guests, remat=remat)[0] ** 2).mean()
+
+    found = [
+        jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(model.backbone, kind))
+        for kind in (guests, tuple(map(ThinProducts, guests)))
+    ]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(abs(other).max()))
+
+
+def test_frozen_vectors_keep_nothing_for_gradients(tiny_model, random_vectors, tokens):
+    """A saved input of every site would be there for factors that nobody differentiates."""
+    model = tiny_model("llama").model
     vectors = random_vectors(model, rank=3)
 
-    def loss(backbone, guest):
-        return (backbone(tokens, guests=(guest,))[0] ** 2).mean()
+    def kept(guests):
+        def loss(backbone):
+            return (backbone(tokens, guests=guests)[0] ** 2).mean()
 
-    gradients = [jax.tree.leaves(jax.jit(jax.grad(loss))(model.backbone, g)) for g in (vectors, Folded(vectors))]
-    for one, other in zip(*gradients, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5 * float(abs(other).max()))
+        return jax.jit(jax.grad(loss)).lower(model.backbone).compile().memory_analysis().temp_size_in_bytes
+
+    thin = sum(leaf.size * 4 for leaf in jax.tree.leaves(vectors))
+    assert kept((vectors,)) - kept(()) < 4 * thin

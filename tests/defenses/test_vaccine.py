@@ -1,0 +1,126 @@
+"""Vaccine's step is that of the published code: two passes, one norm over all layers, the perturbation a constant."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from secvec_jax.config import Training
+from secvec_jax.defenses.vaccine import Perturbation, perturbed, vaccine_method
+from secvec_jax.model.families import SITES
+from secvec_jax.training.objective import Objective, parameters
+from secvec_jax.training.phase import merge
+from secvec_jax.vectors.lora import LoRA
+
+RHO = 2.0
+
+
+@pytest.fixture
+def batch():
+    """Two rows of 12 tokens, the last 5 and 3 learned."""
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(3, 320, (2, 2, 12)).astype(np.int32)
+    targets[:, :-1] = tokens[:, 1:]
+    weights = np.zeros((2, 12), np.float32)
+    weights[0, -5:] = weights[1, -3:] = 1
+    ones = np.ones((2, 12), np.int32)
+    learn = {"tokens": tokens, "targets": targets, "weights": weights, "groups": 0 * ones, "segments": ones,
+             "positions": np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))}  # fmt: skip
+    return {"learn": learn}
+
+
+def totals(batch):
+    return {"learn": jnp.float32(batch["learn"]["weights"].sum())}
+
+
+def theirs(hf, learn):
+    """The published trainer's two passes (git-disl/Vaccine): hooks on every attention output."""
+    tokens = torch.tensor(np.asarray(learn["tokens"]), dtype=torch.long)
+    targets = torch.tensor(np.asarray(learn["targets"]), dtype=torch.long)
+    supervised = torch.tensor(np.asarray(learn["weights"])) > 0
+    layers = [layer.self_attn for layer in hf.model.layers]
+
+    def loss():
+        return torch.nn.functional.cross_entropy(hf(tokens).logits[supervised], targets[supervised])
+
+    outputs = []
+    hooks = [a.register_forward_hook(lambda m, i, out: (outputs.append(out[0]), out[0].retain_grad())[:0] or None)
+             for a in layers]  # fmt: skip
+    hf.zero_grad()
+    first = loss()
+    first.backward()
+    slopes = [out.grad.detach().clone() for out in outputs]
+    for hook in hooks:
+        hook.remove()
+    norm = torch.sqrt(sum((slope**2).sum() for slope in slopes))
+
+    def adding(slope):
+        def hook(module, inputs, out):
+            out[0].data = out[0] + slope * (RHO / (norm + 1e-7))
+            return out
+
+        return hook
+
+    hooks = [a.register_forward_hook(adding(slope)) for a, slope in zip(layers, slopes)]
+    hf.zero_grad()
+    second = loss()
+    second.backward()
+    for hook in hooks:
+        hook.remove()
+    gradient = hf.model.layers[0].mlp.up_proj.weight.grad.T.numpy()
+    return float(first), float(second), gradient
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_loss_and_gradient_are_those_of_the_published_trainer(tiny_model, batch, variant, remat):
+    tiny = tiny_model(variant)
+    params = parameters(tiny.model.backbone)
+    loss = Objective(remat=remat)
+    plain, second, gradient = theirs(tiny.hf, batch["learn"])
+    assert second > plain + 0.01, "the perturbation raises the loss"
+    (value, _), found = jax.value_and_grad(perturbed(loss, RHO), has_aux=True)(params, batch, totals(batch))
+    np.testing.assert_allclose(loss(params, batch, totals(batch))[0], plain, rtol=1e-5)
+    np.testing.assert_allclose(value, second, rtol=1e-5)
+    ours = found["backbone"]["decoder"].layers.up_proj.kernel[0]
+    np.testing.assert_allclose(ours, gradient, atol=1e-5 * np.abs(gradient).max())
+
+
+def test_no_radius_is_plain_fine_tuning(tiny_model, batch):
+    params = parameters(tiny_model("llama").model.backbone)
+    loss = Objective()
+    plain, none = (
+        jax.tree.leaves(jax.grad(lambda p, f=f: f(p, batch, totals(batch))[0])(params))
+        for f in (loss, perturbed(loss, 0.0))
+    )
+    for one, other in zip(plain, none, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_only_attention_outputs_are_moved():
+    guest = Perturbation(jnp.ones((4, 8)))
+    y = jnp.zeros((4, 8))
+    for site in SITES:
+        assert float(guest.linear(site, y, y).sum()) == (32 if site == "o_proj" else 0)
+        assert guest.kernel(site, y) is y
+
+
+@pytest.mark.parametrize("task", [None, LoRA(rank=4)])
+def test_the_step_moves_what_it_should(tiny_model, batch, task):
+    model = tiny_model("llama").model
+    adapter = task and task.init(model.architecture, jax.random.key(0))
+    params = parameters(model.backbone, adapter)
+    phase, method = vaccine_method(params, ("all",), Training(learning_rate=0.1, warmup_steps=1), 10, RHO)
+    trained, frozen = phase.split(params)
+    trained = jax.tree.map(jnp.copy, trained)
+    state, stacked = method.init(trained), jax.tree.map(lambda part: part[None], batch)
+    before = None
+    for _ in range(3):
+        trained, state, metrics = method.step(trained, state, frozen, stacked)
+        before = before or float(metrics["loss"])
+    assert float(metrics["loss"]) < before
+    after = merge(trained, frozen)
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, after["backbone"]["decoder"], model.backbone))
+    assert (float(moved) > 0) == (task is None)
