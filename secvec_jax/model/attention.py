@@ -19,6 +19,8 @@ KERNEL = "attention"
 """The name under which a fused kernel's results can be kept for the backward pass."""
 
 _LANES = 128
+_BLOCKS = 8
+"""More blocks of queries would skip little more, and each is a program of its own."""
 
 
 def among_themselves(segments: jax.Array, positions: jax.Array, *, window: int | None, shared: bool) -> Attend:
@@ -28,7 +30,8 @@ def among_themselves(segments: jax.Array, positions: jax.Array, *, window: int |
     """
     if platform() == "tpu" and not shared and segments.shape[1] % _LANES == 0:
         return partial(_splash, segments=segments, window=window)
-    return partial(attend, mask=visible(segments, segments, positions, positions, window=window))
+    mask = visible(segments, segments, positions, positions, window=window)
+    return partial(_in_blocks if platform() == "cpu" else attend, mask=mask)
 
 
 def visible(
@@ -67,6 +70,19 @@ def attend(query: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Arr
         )
         return jax.nn.dot_product_attention(query, key.transpose(0, 3, 1, 2), value.swapaxes(1, 2), mask=mask)
     return _attend_by_batched_products(query, keys, values, mask)
+
+
+def _in_blocks(query, keys, values, mask):
+    """`attend` for one run of keys, block by block of queries: none is compared with the keys behind its block."""
+    length = query.shape[1]
+    block = max(_LANES, -(-length // _BLOCKS))
+    [keys], [values] = keys, values
+    parts = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        seen = mask[:, :, start:end, :end]
+        parts.append(attend(query[:, start:end], (keys[..., :end],), (values[:, :, :end],), seen))
+    return jnp.concatenate(parts, axis=1)
 
 
 def _attend_by_batched_products(query, keys, values, mask):

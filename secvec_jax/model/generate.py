@@ -48,6 +48,7 @@ def generate_tokens(
     batch_size = -(-batch_size // shards("batch")) * shards("batch")
     order = sorted(range(len(prompts)), key=lambda i: len(tails[i]))
     replies: dict[int, list[int]] = {}
+    apart = _apart(decoder, guests) if platform() == "cpu" else None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         lines = _dealt([tails[i] for i in chosen], batch_size, len(head))
@@ -55,7 +56,7 @@ def generate_tokens(
         key = jax.random.fold_in(jax.random.key(seed), start)
         done = np.arange(batch_size) >= len(chosen)
         options = {"max_new_tokens": max_new_tokens, "stop": stop, "temperature": temperature, "dtype": dtype}
-        said = np.asarray(_write(decoder, guests, cache, logits, done, key, **options, apart=platform() == "cpu"))
+        said = np.asarray(_write(decoder, guests, apart, cache, logits, done, key, **options))
         for i, row in zip(chosen, said):
             ends = np.flatnonzero(row == stop)
             replies[i] = row[: ends[0] if len(ends) else None].tolist()
@@ -136,21 +137,22 @@ def _read(decoder, guests, head, tokens, segments, positions, index, marks, *, s
         laid_out(keys.swapaxes(3, 4), [run[0].swapaxes(3, 4) for run in cache.runs]).swapaxes(3, 4),
         laid_out(values, [run[1] for run in cache.runs]),
     )
-    slots_of = partial(row_by_row, head=cache.segments[0]), partial(row_by_row, head=cache.positions[0])
-    length = jnp.int32(head.shape[1] + longest)
-    full = Cache((run,), slots_of[0](marks), slots_of[1](positions.reshape(-1)[index]), length)
+    marks = row_by_row(marks, cache.segments[0])
+    positions = row_by_row(positions.reshape(-1)[index], cache.positions[0])
+    full = Cache((run,), marks, positions, jnp.int32(head.shape[1] + longest))
     return full, decoder.logits(hidden.reshape(-1, hidden.shape[-1])[index[:, -1]])
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "stop", "temperature", "dtype", "apart"))
-def _write(decoder, guests, cache, logits, done, key, *, max_new_tokens, stop, temperature, dtype, apart):
-    """Replies `[B, max_new_tokens]`, filled up with `stop`. apart: run the layers one by one, not in a scan."""
+_apart = jax.jit(Decoder.layers_apart)
+
+
+@partial(jax.jit, static_argnames=("max_new_tokens", "stop", "temperature", "dtype"))
+def _write(decoder, guests, apart, cache, logits, done, key, *, max_new_tokens, stop, temperature, dtype):
+    """Replies `[B, max_new_tokens]`, filled up with `stop`. apart: `layers_apart`, or None for a scan over them."""
     done = place(done, "batch")
-    layers = None
-    if apart:
-        layers = decoder.layers_apart(guests)
-        cache = dataclasses.replace(cache, runs=unstacked(cache.runs, len(layers)))
-    forward = partial(decoder, guests=guests, dtype=dtype, apart=layers)
+    if apart is not None:
+        cache = dataclasses.replace(cache, runs=unstacked(cache.runs, len(apart)))
+    forward = partial(decoder, guests=guests, dtype=dtype, apart=apart)
 
     def choose(logits, step):
         if temperature == 0:
@@ -170,8 +172,8 @@ def _write(decoder, guests, cache, logits, done, key, *, max_new_tokens, stop, t
         ones, position = jnp.ones_like(token)[:, None], position + 1
         marked = _marked(cache, ones, position[:, None])
         # Layer by layer the cache is written before it is read, or XLA copies it in between; a scan would copy it too.
-        hidden, new = forward(token[:, None], ones, position[:, None], cache=marked if apart else cache)
-        runs = [(run,) for run in new] if apart else _appended(cache, new)
+        hidden, new = forward(token[:, None], ones, position[:, None], cache=cache if apart is None else marked)
+        runs = _appended(cache, new) if apart is None else [(run,) for run in new]
         cache = dataclasses.replace(marked, runs=runs, length=cache.length + 1)
         return step + 1, cache, position, *say(step, decoder.logits(hidden[:, -1]), replies, done)
 
@@ -206,4 +208,5 @@ def _marked(cache: Cache, segments: jax.Array, positions: jax.Array) -> Cache:
 
 
 def _appended(cache: Cache, new: Run) -> tuple[Run, ...]:
+    """The cache's one run with the next slots' keys and values."""
     return tuple(written(run, new, cache.length) for run in cache.runs)

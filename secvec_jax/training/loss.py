@@ -152,15 +152,21 @@ def _backward(loss, chunk, residuals, cotangents):
         return None, (slopes * cotangents[:, None]).astype(slopes.dtype), None, None
     table, hidden, other, count = arguments
 
-    def run(index, gradients):
-        table_gradient, hidden_gradient = gradients
+    def part(index):
         rows, rest, cotangent = (_at(array, index, chunk) for array in (hidden, other, cotangents))
         _, pull = jax.vjp(lambda table, rows: loss(table, rows, rest), table, rows)
-        more, row_gradient = pull(cotangent)
+        table_gradient, row_gradient = pull(cotangent)
+        return table_gradient.astype(jnp.float32), row_gradient
+
+    def run(index, gradients):
+        table_gradient, hidden_gradient = gradients
+        more, row_gradient = part(index)
         return table_gradient + more, _put(hidden_gradient, row_gradient, index, chunk)
 
-    start = (jnp.zeros(table.shape, jnp.float32), jnp.zeros_like(hidden))
-    table_gradient, hidden_gradient = jax.lax.fori_loop(0, _chunks(count, chunk), run, start)
+    # The first chunk is often the only one: its gradient is the sum, and a table of zeros is neither made nor added to.
+    table_gradient, row_gradient = part(0)
+    start = (table_gradient, _put(jnp.zeros_like(hidden), row_gradient, 0, chunk))
+    table_gradient, hidden_gradient = jax.lax.fori_loop(1, _chunks(count, chunk), run, start)
     return table_gradient.astype(table.dtype), hidden_gradient, None, None
 
 
