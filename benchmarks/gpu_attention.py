@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 def library(marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """What training takes here."""
     attend = among_themselves(marks["segments"], marks["positions"], window=None, shared=False)
-    return attend(query, [key.swapaxes(1, 2)], [value.swapaxes(1, 2)])
+    return attend(query, [key.transpose(0, 2, 3, 1)], [value.swapaxes(1, 2)])
 
 
 def masked(

@@ -19,15 +19,17 @@ from unittest import mock
 import jax
 import numpy as np
 from flax import nnx
+from sides import peak_bytes
 
 from secvec_jax.batch import Batch
 from secvec_jax.config import Training
 from secvec_jax.defenses.security_vectors import Phase1, phase1_method, phase2_method
+from secvec_jax.defenses.vaccine import vaccine_method
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.families import Architecture, from_hf_config
 from secvec_jax.training.objective import KEEP, LEARN, Params, parameters
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.plan import Work
+from secvec_jax.training.plan import Work, program_bytes
 from secvec_jax.training.step import Method
 from secvec_jax.vectors.lora import LoRA
 
@@ -110,12 +112,6 @@ def account(row: Row, work: list[Work], times: list[float], device: str) -> dict
     }
 
 
-def host_peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) << 10
-
-
 # ---------------------------------------------------------------------------------------------------- ours
 
 
@@ -150,9 +146,7 @@ class Planned(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of device memory, by the compiler's account."""
-        memory = self.program.memory_analysis()
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return held + memory.temp_size_in_bytes
+        return program_bytes(self.program)
 
 
 def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Planned:
@@ -183,8 +177,6 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
 def moves(kind: str, params: Params, training: Training) -> tuple[Phase, Method]:
     """What is trained in a row of this kind, and how."""
     if kind == "vaccine":
-        from secvec_jax.defenses.vaccine import vaccine_method
-
         return vaccine_method(params, ("all",), training, 1000, 2.0)
     if kind.startswith("vectors"):
         return phase1_method(params, Phase1("kl" if kind.endswith("KL") else "cross_entropy"), training, 1000)
@@ -214,7 +206,7 @@ def run(row: Row, plan: Planned) -> dict[str, Any]:
     stats = device.memory_stats()
     return account(row, work(row["kind"], batch), times, device.device_kind) | {
         "losses": losses,
-        "peak_bytes": host_peak() if stats is None else stats["peak_bytes_in_use"],
+        "peak_bytes": peak_bytes() if stats is None else stats["peak_bytes_in_use"],
         "program_bytes": plan.bytes,
         "compile_seconds": plan.compile_seconds,
     }
@@ -290,7 +282,7 @@ def rival(row: Row, lines: int, remat: str) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if cuda else "cpu"
     return account(row, [Work(lines * row["length"], 0, full=not lora)], times, device) | {
         "losses": losses,
-        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else host_peak(),
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else peak_bytes(),
         "compile_seconds": first - statistics.median(times),
     }
 

@@ -35,6 +35,7 @@ from secvec_jax.files import whole_file
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.families import Architecture
 from secvec_jax.training.objective import LEARN, Params, parameters
+from secvec_jax.training.plan import program_bytes
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 
 MODEL = Architecture(
@@ -167,7 +168,6 @@ def measured(point: Point) -> dict:
     start = time.monotonic()
     step = method.step.lower(trained, state, frozen, batch).compile()
     compiling = time.monotonic() - start
-    memory = step.memory_analysis()
     seconds: list[float] = []
     while len(seconds) <= LEAST or (len(seconds) <= MOST and sum(seconds) < SECONDS):
         start = time.monotonic()
@@ -178,11 +178,8 @@ def measured(point: Point) -> dict:
         "seconds": statistics.median(seconds[1:]),  # the first one touches the memory
         "fastest_seconds": min(seconds[1:]),
         "compile_seconds": compiling,
-        "bytes": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
+        "bytes": program_bytes(step),
+        "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
         "tokens": int((batch[LEARN]["segments"] != 0).sum()),
     }
 

@@ -96,7 +96,7 @@ def _serve(pipe: Connection, side: Side) -> None:
             for piece in range(pieces):
                 work(piece)
             pipe.send(time.perf_counter() - start)
-        pipe.send(_peak_gib())
+        pipe.send(round(peak_bytes() / 2**30, 3))
     except BaseException as error:
         pipe.send(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         raise
@@ -112,12 +112,10 @@ def _received(name: str, pipe: Connection) -> Any:
     return answer
 
 
-def _peak_gib() -> float:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return round(int(line.split()[1]) / 2**20, 3)
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
 
 
 def machine() -> dict[str, Any]:

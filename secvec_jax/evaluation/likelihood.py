@@ -12,7 +12,7 @@ from secvec_jax.data.pipeline import shared_head
 from secvec_jax.inference import compute_dtype
 from secvec_jax.mesh import place
 from secvec_jax.model.decoder import Guest
-from secvec_jax.model.generate import head_cache
+from secvec_jax.model.generate import head_cache, rounded_up
 from secvec_jax.model.hub import Model
 
 _BATCH, _BUCKET = 8, 16
@@ -24,12 +24,12 @@ def mean_losses(model: Model, examples: Sequence[Example], vectors: Guest | None
     if not examples:
         return []
     head = shared_head(examples)  # read once for all rows
-    said = _rounded_up(max(int(e.supervised.sum()) for e in examples))
+    said = rounded_up(max(int(e.supervised.sum()) for e in examples), _BUCKET)
     losses = np.zeros(len(examples))
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     for start in range(0, len(examples), _BATCH):
         batch = order[start : start + _BATCH]
-        width = _rounded_up(len(examples[batch[-1]].tokens) - len(head))
+        width = rounded_up(len(examples[batch[-1]].tokens) - len(head), _BUCKET)
         tokens, marks = np.zeros((_BATCH, width), np.int32), np.zeros((2, _BATCH, width), np.int32)
         marks[0, :, 0] = 1  # no row is empty
         for row, index in enumerate(batch):
@@ -39,10 +39,6 @@ def mean_losses(model: Model, examples: Sequence[Example], vectors: Guest | None
         found = _row_losses(model.backbone, guests, head[None], tokens, *marks, said=said, dtype=compute_dtype())
         losses[batch] = np.asarray(found)[: len(batch)]
     return losses.tolist()
-
-
-def _rounded_up(length: int) -> int:
-    return -(-length // _BUCKET) * _BUCKET
 
 
 @partial(jax.jit, static_argnames=("said", "dtype"))

@@ -89,8 +89,8 @@ def _dealt(tails: Sequence[np.ndarray], rows: int, head: int) -> _Lines:
     for row in range(rows):
         turn, place_ = divmod(row, count)
         lines[count - 1 - place_ if turn % 2 else place_].append(row)
-    width = _rounded_up(max(sum(len(tails[row]) for row in line) for line in lines), _BUCKET * min(each, 4))
-    longest = _rounded_up(max(map(len, tails)), _BUCKET)
+    width = rounded_up(max(sum(len(tails[row]) for row in line) for line in lines), _BUCKET * min(each, 4))
+    longest = rounded_up(max(map(len, tails)), _BUCKET)
     tokens, segments, positions = (np.zeros((count, width), np.int32) for _ in range(3))
     index, marks = (np.zeros((rows, longest), np.int32) for _ in range(2))
     for number, line in enumerate(lines):
@@ -105,7 +105,7 @@ def _dealt(tails: Sequence[np.ndarray], rows: int, head: int) -> _Lines:
     return _Lines(tokens, segments, positions, index, marks)
 
 
-def _rounded_up(length: int, bucket: int) -> int:
+def rounded_up(length: int, bucket: int) -> int:
     """Buckets keep the programs few."""
     return -(-length // bucket) * bucket
 

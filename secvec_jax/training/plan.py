@@ -171,17 +171,20 @@ def plan(
         parameters=_bytes((trained, frozen)),
         optimizer=_bytes(state),
         activations=memory.temp_size_in_bytes,
-        total=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        total=program_bytes(compiled) + memory.generated_code_size_in_bytes,
         flops=work.flops(architecture, length) / mesh.size,
         formula=work.formula,
         tokens=work.learn + work.keep,
         account=found,
         compile_seconds=took,
     )
+
+
+def program_bytes(program: jax.stages.Compiled) -> int:
+    """Memory of a device that a program takes, by the compiler's account: what is reused counts once."""
+    memory = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
 
 
 def multiplied(architecture: Architecture) -> int:
