@@ -9,6 +9,7 @@ from secvec_jax.evaluation.scorers import Score, bootstrap, complies, exact_matc
 from secvec_jax.inference import generate
 from secvec_jax.model.decoder import Guest
 from secvec_jax.model.hub import Model
+from secvec_jax.vectors.lora import LoRAVectors, merge
 
 Outcomes = dict[str, list[float]]
 """Metric -> one number per prompt, in the suite's order, so that two models can be compared in pairs."""
@@ -44,6 +45,8 @@ def outcomes(
     model: Model, suite: Suite, vectors: Guest | None = None, on_reply: Callable[[int], None] = lambda done: None
 ) -> Outcomes:
     """What each prompt of the suite came to: refusal, compliance, over_refusal, exact_match as 0 or 1, losses."""
+    if isinstance(vectors, LoRAVectors):  # made once, not at each token; and the programs are those without vectors
+        model, vectors = model.with_backbone(merge(model.backbone, vectors)), None
     done = 0
 
     def ask(prompts: Sequence[str], tokens: int) -> list[str]:
@@ -61,12 +64,12 @@ def outcomes(
         return replies
 
     found: Outcomes = {}
+    replies = ask([*suite.harmful, *suite.benign], suite.reply_tokens)
     if suite.harmful:
-        replies = ask(suite.harmful, suite.reply_tokens)
-        found["refusal"] = [float(refuses(r, suite.refusals)) for r in replies]
+        found["refusal"] = [float(refuses(r, suite.refusals)) for r in replies[: len(suite.harmful)]]
         found["compliance"] = [float(complies(p, r, suite.refusals)) for p, r in zip(suite.harmful, replies)]
     if suite.benign:
-        found["over_refusal"] = [float(refuses(r, suite.refusals)) for r in ask(suite.benign, suite.reply_tokens)]
+        found["over_refusal"] = [float(refuses(r, suite.refusals)) for r in replies[len(suite.harmful) :]]
     if suite.questions:
         replies = ask([question for question, _ in suite.questions], suite.answer_tokens)
         found["exact_match"] = [float(exact_match(r, a)) for r, (_, a) in zip(replies, suite.questions)]

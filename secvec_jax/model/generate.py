@@ -19,6 +19,8 @@ from secvec_jax.model.decoder import Cache, Decoder, Guest, Run, written
 from secvec_jax.trees import unstacked
 
 _BUCKET = 16
+_SHORT = 128
+"""Prompts up to here are alike: so few slots of a cache cost next to nothing beside the weights."""
 
 
 def generate_tokens(
@@ -43,25 +45,37 @@ def generate_tokens(
         return []
     head = common_head(prompts)
     tails = [np.asarray(prompt[len(head) :]) for prompt in prompts]
-    batches = -(-len(prompts) // batch_size)
-    batch_size = -(-len(prompts) // batches)  # equal batches: a last one of padding would cost as much as a full one
-    batch_size = -(-batch_size // shards("batch")) * shards("batch")
-    order = sorted(range(len(prompts)), key=lambda i: len(tails[i]))
     replies: dict[int, list[int]] = {}
     apart = _apart(decoder, guests) if platform() == "cpu" else None
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        lines = _dealt([tails[i] for i in chosen], batch_size, len(head))
-        cache, logits = _read(decoder, guests, head[None], *lines, slots=max_new_tokens, dtype=dtype)
-        key = jax.random.fold_in(jax.random.key(seed), start)
-        done = np.arange(batch_size) >= len(chosen)
-        options = {"max_new_tokens": max_new_tokens, "stop": stop, "temperature": temperature, "dtype": dtype}
-        said = np.asarray(_write(decoder, guests, apart, cache, logits, done, key, **options))
-        for i, row in zip(chosen, said):
-            ends = np.flatnonzero(row == stop)
-            replies[i] = row[: ends[0] if len(ends) else None].tolist()
-        progress(len(replies))
+    options = {"max_new_tokens": max_new_tokens, "stop": stop, "temperature": temperature, "dtype": dtype}
+    for rows, batches in _alike(tails, batch_size):
+        for chosen, lines in zip(batches, _dealt([[tails[i] for i in batch] for batch in batches], rows, len(head))):
+            cache, logits = _read(decoder, guests, head[None], *lines, slots=max_new_tokens, dtype=dtype)
+            key = jax.random.fold_in(jax.random.key(seed), len(replies))
+            done = np.arange(rows) >= len(chosen)
+            said = np.asarray(_write(decoder, guests, apart, cache, logits, done, key, **options))
+            for i, row in zip(chosen, said):
+                ends = np.flatnonzero(row == stop)
+                replies[i] = row[: ends[0] if len(ends) else None].tolist()
+            progress(len(replies))
     return [replies[i] for i in range(len(prompts))]
+
+
+def _alike(tails: Sequence[np.ndarray], batch_size: int) -> list[tuple[int, list[list[int]]]]:
+    """(rows, batches of indices) for prompts of like length, which end within the same power of two.
+
+    The batches of one kind are as large and, by turns, about as long as each other, so that one program does for all
+    and no batch is mostly padding.
+    """
+    kinds: dict[int, list[int]] = {}
+    for i in sorted(range(len(tails)), key=lambda i: len(tails[i])):
+        kinds.setdefault(max(_SHORT, 1 << (len(tails[i]) - 1).bit_length()), []).append(i)
+    found = []
+    for members in kinds.values():
+        count = -(-len(members) // batch_size)
+        rows = rounded_up(-(-len(members) // count), shards("batch"))
+        found.append((rows, [members[turn::count] for turn in range(count)]))
+    return found
 
 
 class _Lines(NamedTuple):
@@ -77,29 +91,36 @@ class _Lines(NamedTuple):
     marks: np.ndarray
 
 
-def _dealt(tails: Sequence[np.ndarray], rows: int, head: int) -> _Lines:
-    """Prompts, sorted by length, dealt out to lines back and forth, so that all lines are about as long.
+def _dealt(batches: Sequence[Sequence[np.ndarray]], rows: int, head: int) -> list[_Lines]:
+    """Batches of prompts, sorted by length, dealt out to lines back and forth, so that all lines are about as long.
 
-    Little is padded so. Rows without a prompt hold one token, so that no row is empty.
+    Little is padded so. Rows without a prompt hold one token, so that no row is empty. All batches get one shape.
     """
-    tails = [*tails, *[np.zeros(1, np.int32)] * (rows - len(tails))]
     each = next(n for n in (8, 4, 2, 1) if rows % (n * shards("batch")) == 0)
     count = rows // each
+    filled = [[*tails, *[np.zeros(1, np.int32)] * (rows - len(tails))] for tails in batches]
     lines: list[list[int]] = [[] for _ in range(count)]
     for row in range(rows):
         turn, place_ = divmod(row, count)
         lines[count - 1 - place_ if turn % 2 else place_].append(row)
-    width = rounded_up(max(sum(len(tails[row]) for row in line) for line in lines), _BUCKET * min(each, 4))
-    longest = rounded_up(max(map(len, tails)), _BUCKET)
-    tokens, segments, positions = (np.zeros((count, width), np.int32) for _ in range(3))
-    index, marks = (np.zeros((rows, longest), np.int32) for _ in range(2))
+    width = max(sum(len(tails[row]) for row in line) for tails in filled for line in lines)
+    longest = max(len(tail) for tails in filled for tail in tails)
+    shape = (count, rounded_up(width, _BUCKET))
+    return [_laid_out(tails, lines, shape, rounded_up(longest, _BUCKET), head) for tails in filled]
+
+
+def _laid_out(
+    tails: Sequence[np.ndarray], lines: Sequence[Sequence[int]], shape: tuple[int, int], longest: int, head: int
+) -> _Lines:
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    index, marks = (np.zeros((len(tails), longest), np.int32) for _ in range(2))
     for number, line in enumerate(lines):
         start = 0
         for segment, row in enumerate(line, 1):
             end = start + len(tails[row])
             tokens[number, start:end], segments[number, start:end] = tails[row], segment
             positions[number, start:end] = head + np.arange(end - start)
-            index[row, longest - (end - start) :] = number * width + np.arange(start, end)
+            index[row, longest - (end - start) :] = number * shape[1] + np.arange(start, end)
             marks[row, longest - (end - start) :] = 1
             start = end
     return _Lines(tokens, segments, positions, index, marks)

@@ -156,7 +156,7 @@ def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
 def merge(backbone: Decoder, vectors: LoRAVectors) -> Decoder:
     """The backbone with the vectors' update added to its weights: one model, no guest.
 
-    Used to export a trained task adapter; security vectors are dropped, never merged.
+    For a trained task adapter, and to judge a model through its vectors; what is kept of a fine-tuning has none.
     """
     updates = {s: vectors.spec.scale * (f["a"] @ f["b"]) for s, f in vectors.factors.items()}
 

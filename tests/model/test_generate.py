@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from secvec_jax.model import generate
 from secvec_jax.model.generate import generate_tokens
@@ -73,7 +75,7 @@ def test_in_a_scan_over_the_layers_as_one_by_one(tiny_model, random_vectors, var
 def test_prompts_are_dealt_out_whole(count):
     rng = np.random.default_rng(count)
     tails = sorted((rng.integers(1, 99, n) for n in rng.integers(1, 40, count)), key=len)
-    lines = generate._dealt(tails, count, 5)
+    [lines] = generate._dealt([tails], count, 5)
     flat = {name: getattr(lines, name).reshape(-1) for name in ("tokens", "segments", "positions")}
     assert (lines.segments > 0).sum() == sum(map(len, tails))
     for tail, index, marks in zip(tails, lines.index, lines.marks):
@@ -81,6 +83,26 @@ def test_prompts_are_dealt_out_whole(count):
         np.testing.assert_array_equal(flat["tokens"][own], tail)
         np.testing.assert_array_equal(flat["positions"][own], 5 + np.arange(len(tail)))
         assert len(set(flat["segments"][own])) == 1 and marks[-1] == 1
+
+
+@given(st.lists(st.integers(1, 1500), min_size=1, max_size=60), st.integers(1, 20))
+def test_prompts_of_like_length_are_read_together(lengths, batch_size):
+    found = generate._alike([np.zeros(length) for length in lengths], batch_size)
+    assert sorted(i for _, batches in found for batch in batches for i in batch) == list(range(len(lengths)))
+    for rows, batches in found:
+        assert all(rows - 1 <= len(batch) <= rows <= batch_size for batch in batches)
+        own = [lengths[i] for batch in batches for i in batch]
+        assert max(own) <= max(generate._SHORT, 2 * min(own))
+        assert all([lengths[i] for i in batch] == sorted(lengths[i] for i in batch) for batch in batches)
+    assert len(found) <= 5, "128, 256, 512, 1024, 2048"
+
+
+def test_all_batches_of_like_prompts_share_one_program(tiny_model):
+    backbone = tiny_model("llama").model.backbone
+    prompts = _prompts(*range(4, 40), head=3)
+    generate._write.clear_cache(), generate._read.clear_cache()
+    greedy(backbone, prompts, max_new_tokens=2, batch_size=8)
+    assert generate._write._cache_size() == generate._read._cache_size() == 1
 
 
 @pytest.mark.parametrize("head", [0, 6])

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from secvec_jax.errors import UserError
-from secvec_jax.model import hub
+from secvec_jax.model import hub, weights
 from secvec_jax.model.generate import generate_tokens
 
 VARIANTS = ["llama-tied", "llama-llama3", "llama-linear", "llama-biases", "mistral", "qwen2", "qwen2-window",
@@ -73,7 +73,7 @@ def test_a_large_export_is_sharded_with_an_index_that_both_read(
     import torch
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(hub, "_FILE_BYTES", 30_000)
+    monkeypatch.setattr(weights, "_FILE_BYTES", 30_000)
     model = tiny_model("llama").model
     model.save(tmp_path / "out")
     files = sorted(tmp_path.glob("out/*.safetensors"))
