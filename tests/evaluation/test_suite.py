@@ -21,7 +21,7 @@ def test_outcomes_are_those_of_the_replies_with_vectors_on_and_off(tiny_model, r
     for active in (None, vectors):
         replies = generate(model, [*_HARMFUL, *_BENIGN], active, max_new_tokens=6)
         suite = Suite(
-            refusals=[replies[0], replies[3]],
+            refusals=[replies[1], replies[3]],
             harmful=_HARMFUL,
             benign=_BENIGN,
             questions=[(prompt, generate(model, _HARMFUL, active, max_new_tokens=4)[1]) for prompt in _HARMFUL],
@@ -30,8 +30,8 @@ def test_outcomes_are_those_of_the_replies_with_vectors_on_and_off(tiny_model, r
             answer_tokens=4,
         )
         outcome = outcomes(model, suite, active)
-        assert len(set(replies)) == 5
-        assert outcome["refusal"] == [1, 0, 0] and outcome["over_refusal"] == [1, 0]
+        assert replies.count(replies[1]) == replies.count(replies[3]) == 1 and replies[1] and replies[3]
+        assert outcome["refusal"] == [0, 1, 0] and outcome["over_refusal"] == [1, 0]
         assert outcome["exact_match"][1] == 1.0
         for ours, plain in zip(outcome["harmful_loss"], mean_losses(model, targets, active), strict=True):
             assert abs(ours - plain) < 1e-5
