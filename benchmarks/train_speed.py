@@ -143,6 +143,7 @@ def parts(materials: Materials, folder: str, adapter: str) -> dict[str, dict[str
     def theirs(rows, rank, under=None) -> Side:
         return Side(rival.training, (folder, under, rows, rank, TASK.alpha, 1e-6))
 
+    large = packed(mix, dataclasses.replace(FULL, lines=4 * FULL.lines))
     learned, shown = check_rows(batches, mix), check_rows(harmful, materials.vectors)
     lora = dataclasses.replace(PHASE1_TRAINING, share_beginnings=False)
     return {
@@ -151,6 +152,10 @@ def parts(materials: Materials, folder: str, adapter: str) -> dict[str, dict[str
             "full under vectors": mine(batches, "full", under=adapter),
             "full, PEFT": theirs(learned, 0),
             "full under vectors, PEFT": theirs(learned, 0, adapter),
+        },
+        "large": {
+            "full, large batch": mine(large, "full"),
+            "full, large batch, PEFT": theirs(check_rows(large, mix), 0),
         },
         "vectors": {
             "vectors": mine(harmful, "vectors", PHASE1_TRAINING),
@@ -176,6 +181,7 @@ def parts(materials: Materials, folder: str, adapter: str) -> dict[str, dict[str
 RATIOS = {
     "full_vs_peft": ("full, PEFT", "full"),
     "full_under_vectors_vs_peft": ("full under vectors, PEFT", "full under vectors"),
+    "full_large_vs_peft": ("full, large batch, PEFT", "full, large batch"),
     "vectors_vs_peft": ("vectors, PEFT", "vectors"),
     "raw_vs_peft": ("raw full, PEFT", "raw full"),
     "raw_lora_vs_peft": ("raw LoRA, PEFT", "raw LoRA"),
@@ -204,7 +210,7 @@ def check_losses(found: dict[str, Times]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
-    parser.add_argument("--part", choices=("full", "vectors", "raw", "vaccine"), help="this comparison only")
+    parser.add_argument("--part", choices=("full", "large", "vectors", "raw", "vaccine"), help="this comparison only")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

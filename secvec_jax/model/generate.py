@@ -19,6 +19,8 @@ from secvec_jax.model.decoder import Cache, Decoder, Guest, Run, written
 from secvec_jax.trees import unstacked
 
 _BUCKET = 16
+_PACKED = 8
+"""Prompts in a line, on average."""
 _SHORT = 128
 """Prompts up to here are alike: so few slots of a cache cost next to nothing beside the weights."""
 
@@ -92,21 +94,25 @@ class _Lines(NamedTuple):
 
 
 def _dealt(batches: Sequence[Sequence[np.ndarray]], rows: int, head: int) -> list[_Lines]:
-    """Batches of prompts, sorted by length, dealt out to lines back and forth, so that all lines are about as long.
+    """Batches of prompts, each packed into lines that are about as long as each other; all batches get one shape.
 
-    Little is padded so. Rows without a prompt hold one token, so that no row is empty. All batches get one shape.
+    Rows without a prompt hold one token, so that no row is empty.
     """
-    each = next(n for n in (8, 4, 2, 1) if rows % (n * shards("batch")) == 0)
-    count = rows // each
+    count = rounded_up(-(-rows // _PACKED), shards("batch"))
     filled = [[*tails, *[np.zeros(1, np.int32)] * (rows - len(tails))] for tails in batches]
-    lines: list[list[int]] = [[] for _ in range(count)]
-    for row in range(rows):
-        turn, place_ = divmod(row, count)
-        lines[count - 1 - place_ if turn % 2 else place_].append(row)
-    width = max(sum(len(tails[row]) for row in line) for tails in filled for line in lines)
-    longest = max(len(tail) for tails in filled for tail in tails)
+    deals = [_lines_of(list(map(len, tails)), count) for tails in filled]
+    width = max(sum(len(tails[row]) for row in line) for tails, lines in zip(filled, deals) for line in lines)
+    longest = rounded_up(max(len(tail) for tails in filled for tail in tails), _BUCKET)
     shape = (count, rounded_up(width, _BUCKET))
-    return [_laid_out(tails, lines, shape, rounded_up(longest, _BUCKET), head) for tails in filled]
+    return [_laid_out(tails, lines, shape, longest, head) for tails, lines in zip(filled, deals)]
+
+
+def _lines_of(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """The rows of each of `count` lines: the longest first, each to the line that holds least."""
+    lines: list[list[int]] = [[] for _ in range(count)]
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        min(lines, key=lambda line: sum(lengths[other] for other in line)).append(row)
+    return lines
 
 
 def _laid_out(
