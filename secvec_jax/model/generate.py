@@ -19,8 +19,8 @@ from secvec_jax.model.decoder import Cache, Decoder, Guest, Run, written
 from secvec_jax.trees import unstacked
 
 _BUCKET = 16
-_PACKED = 8
-"""Prompts in a line, on average."""
+_PACKED, _LINE = 8, 512
+"""A line holds so many prompts and no more than so many tokens, on average, or a single longer prompt."""
 _SHORT = 128
 """Prompts up to here are alike: so few slots of a cache cost next to nothing beside the weights."""
 
@@ -98,8 +98,9 @@ def _dealt(batches: Sequence[Sequence[np.ndarray]], rows: int, head: int) -> lis
 
     Rows without a prompt hold one token, so that no row is empty.
     """
-    count = rounded_up(-(-rows // _PACKED), shards("batch"))
     filled = [[*tails, *[np.zeros(1, np.int32)] * (rows - len(tails))] for tails in batches]
+    most = max(sum(map(len, tails)) for tails in filled)
+    count = rounded_up(min(rows, max(-(-rows // _PACKED), -(-most // _LINE))), shards("batch"))
     deals = [_lines_of(list(map(len, tails)), count) for tails in filled]
     width = max(sum(len(tails[row]) for row in line) for tails, lines in zip(filled, deals) for line in lines)
     longest = rounded_up(max(len(tail) for tails in filled for tail in tails), _BUCKET)
