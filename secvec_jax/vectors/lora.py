@@ -158,10 +158,16 @@ def merge(backbone: Decoder, vectors: LoRAVectors) -> Decoder:
 
     For a trained task adapter, and to judge a model through its vectors; what is kept of a fine-tuning has none.
     """
-    updates = {s: vectors.spec.scale * (f["a"] @ f["b"]) for s, f in vectors.factors.items()}
 
     def add(path: tuple, leaf: jax.Array) -> jax.Array:
         site = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
-        return leaf + updates[site] if site in updates else leaf
+        factors = vectors.factors.get(site)
+        return leaf if factors is None else _updated(site, vectors.spec.scale, leaf, factors["a"], factors["b"])
 
     return lay(jax.tree_util.tree_map_with_path(add, backbone))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _updated(site: str, scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`W + scale * A B` of all layers, spread over the mesh as W is: A B by itself would lie whole on each device."""
+    return kernel + place(scale * a @ b, "layers", *SITE_AXES[site])

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from secvec_jax.errors import UserError
+from secvec_jax.mesh import lay, make_mesh
+from secvec_jax.model import hub
 from secvec_jax.model.families import SITES
-from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge, random_like
+from secvec_jax.vectors.lora import LoRA, LoRAVectors, _updated, merge, random_like
 
 
 @pytest.mark.parametrize("targets", [("*",), ("q_proj", "v_proj")])
@@ -115,6 +117,21 @@ def test_merging_changes_the_targets_only(tiny_model, random_vectors):
     assert [jax.tree_util.keystr(p) for p, c in jax.tree_util.tree_leaves_with_path(changed) if c] == [
         ".layers.v_proj.kernel.value"
     ]
+
+
+def test_on_a_mesh_no_device_holds_a_whole_update(tiny_model, random_vectors):
+    tiny = tiny_model("llama", hidden_size=128, intermediate_size=256)
+    vectors = random_vectors(tiny.model)
+    expected = merge(tiny.model.backbone, vectors)
+    with jax.set_mesh(make_mesh(fsdp=8)):
+        backbone, spread = hub.load(tiny.folder).backbone, lay(vectors)
+        merged = merge(backbone, spread)
+        for ours, before, plain in zip(*map(jax.tree.leaves, (merged, backbone, expected)), strict=True):
+            assert ours.sharding == before.sharding
+            np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-6)
+        kernel, factors = backbone.layers.up_proj.kernel[...], spread.factors["up_proj"]
+        program = _updated.lower("up_proj", vectors.spec.scale, kernel, factors["a"], factors["b"]).compile()
+    assert program.memory_analysis().temp_size_in_bytes < kernel.nbytes / 2
 
 
 @pytest.mark.parametrize("targets", [("*",), ("q_proj", "down_proj")])
