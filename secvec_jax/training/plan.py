@@ -154,6 +154,9 @@ def plan(
         ) from error
     took = time.monotonic() - start
     memory = compiled.memory_analysis()
+    total = program_bytes(compiled) + memory.generated_code_size_in_bytes
+    if total > chip.memory:  # the compiler itself was seen to let 16.8 GiB pass for a chip of 16
+        raise TooLarge(f"{total / 2**30:.1f} GiB do not fit into the {chip.memory / 2**30:.0f} GiB of a {chip.name}")
     local = sum(lines.values()) // parts
     found = account(
         compiled.as_text(),
@@ -171,7 +174,7 @@ def plan(
         parameters=_bytes((trained, frozen)),
         optimizer=_bytes(state),
         activations=memory.temp_size_in_bytes,
-        total=program_bytes(compiled) + memory.generated_code_size_in_bytes,
+        total=total,
         flops=work.flops(architecture, length) / mesh.size,
         formula=work.formula,
         tokens=work.learn + work.keep,
