@@ -85,7 +85,7 @@ class LoRAVectors:
         if factors is None:
             return kernel
         a, b = (jax.lax.stop_gradient(factors[name]) for name in ("a", "b"))
-        return kernel + place(self.spec.scale * a @ b, *SITE_AXES[site])
+        return _updated(site, self.spec.scale, kernel, a, b)
 
     def axes(self) -> "LoRAVectors":
         """The logical axes of the factors, in the same tree form; they are small, so only wide sides are spread."""
@@ -162,12 +162,15 @@ def merge(backbone: Decoder, vectors: LoRAVectors) -> Decoder:
     def add(path: tuple, leaf: jax.Array) -> jax.Array:
         site = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
         factors = vectors.factors.get(site)
-        return leaf if factors is None else _updated(site, vectors.spec.scale, leaf, factors["a"], factors["b"])
+        return leaf if factors is None else _merged(site, vectors.spec.scale, leaf, factors["a"], factors["b"])
 
     return lay(jax.tree_util.tree_map_with_path(add, backbone))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def _updated(site: str, scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`W + scale * A B` of all layers, spread over the mesh as W is: A B by itself would lie whole on each device."""
-    return kernel + place(scale * a @ b, "layers", *SITE_AXES[site])
+    """`W + scale * A B`, of one layer or all, spread over the mesh as W is: A B would else lie whole on each device."""
+    layers = ("layers",) * (kernel.ndim - 2)
+    return kernel + place(scale * a @ b, *layers, *SITE_AXES[site])
+
+
+_merged = jax.jit(_updated, static_argnums=(0, 1))

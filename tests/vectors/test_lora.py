@@ -13,7 +13,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, make_mesh
 from secvec_jax.model import hub
 from secvec_jax.model.families import SITES
-from secvec_jax.vectors.lora import LoRA, LoRAVectors, _updated, merge, random_like
+from secvec_jax.vectors.lora import LoRA, LoRAVectors, _merged, merge, random_like
 
 
 @pytest.mark.parametrize("targets", [("*",), ("q_proj", "v_proj")])
@@ -130,7 +130,7 @@ def test_on_a_mesh_no_device_holds_a_whole_update(tiny_model, random_vectors):
             assert ours.sharding == before.sharding
             np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-6)
         kernel, factors = backbone.layers.up_proj.kernel[...], spread.factors["up_proj"]
-        program = _updated.lower("up_proj", vectors.spec.scale, kernel, factors["a"], factors["b"]).compile()
+        program = _merged.lower("up_proj", vectors.spec.scale, kernel, factors["a"], factors["b"]).compile()
     assert program.memory_analysis().temp_size_in_bytes < kernel.nbytes / 2
 
 
