@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.mesh import platform
-from secvec_jax.model.decoder import Guest
+from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
 
@@ -20,7 +20,7 @@ from secvec_jax.model.hub import Model
 def generate(
     model: Model,
     prompts: Sequence[str | list[dict[str, str]]],
-    vectors: Guest | None = None,
+    vectors: Guest | tuple[Guest, ...] | None = None,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -37,7 +37,7 @@ def generate(
     replies = generate_tokens(
         model.backbone,
         [prompt_tokens(model.tokenizer, messages, limit) for messages in conversations],
-        _guests(vectors),
+        as_guests(vectors),
         max_new_tokens=max_new_tokens,
         stop=model.tokenizer.eos_token_id,
         batch_size=batch_size,
@@ -49,9 +49,9 @@ def generate(
     return [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in replies]
 
 
-def logits(model: Model, tokens: Any, vectors: Guest | None = None) -> jax.Array:
+def logits(model: Model, tokens: Any, vectors: Guest | tuple[Guest, ...] | None = None) -> jax.Array:
     """The plain forward pass: token ids `[B, T]` -> next-token logits `[B, T, V]`, float32."""
-    return _logits(model.backbone, jnp.asarray(tokens), _guests(vectors), dtype=compute_dtype())
+    return _logits(model.backbone, jnp.asarray(tokens), as_guests(vectors), dtype=compute_dtype())
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -62,7 +62,3 @@ def _logits(decoder, tokens, guests, *, dtype):
 def compute_dtype() -> jnp.dtype:
     """What forward passes compute in: bfloat16 on accelerators, float32 on CPU."""
     return jnp.float32 if platform() == "cpu" else jnp.bfloat16
-
-
-def _guests(vectors: Guest | None) -> tuple[Guest, ...]:
-    return () if vectors is None else (vectors,)

@@ -4,15 +4,15 @@ The weights of all layers are stacked on a leading axis and `lax.scan` runs one 
 compile time does not grow with depth. The decoder is an NNX module and therefore a pytree: `jax.jit`,
 `jax.grad` and `optax` take it as it is.
 
-Whatever visits a layer (LoRA factors, a steering direction, a perturbation) is a *guest*: a pytree whose arrays
-have the same leading layer axis, scanned beside the weights and passed as an argument. So whether a guest is
-active is an argument and not a state of the model, and without guests the program is the bare backbone's.
+Whatever visits a layer (LoRA factors, a steering direction, a soft prompt, a perturbation) is a *guest*: a pytree
+whose arrays have the same leading layer axis, scanned beside the weights and passed as an argument. So whether a
+guest is active is an argument and not a state of the model, and without guests the program is the bare backbone's.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ Remat = Literal["none", "dots", "attention", "full"]
 """What the backward pass computes again: nothing; all but the sites' products and a fused attention kernel; all but
 that kernel; the whole layer."""
 
+Watched = Literal["attention", "residual"]
+"""States of a layer that can be had: the attention's output before it is added, the stream stream behind it."""
+
 _PRODUCT = "product"
 """The name under which the sites' products can be kept for the backward pass."""
 
@@ -40,24 +43,39 @@ SITE_AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("embed", "heads")) | 
 """The logical axes of each site's kernel `[inputs, outputs]`."""
 
 
-@runtime_checkable
-class Guest(Protocol):
-    """A visitor of every layer: a pytree of arrays with a leading layer axis."""
-
-    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """The output `[N, outputs]` that takes the place of `y`, the site's own output for the input `x` `[N, inputs]`.
-
-        Called inside the scan: the guest's arrays have lost their layer axis.
-        """
-        ...
-
-    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
-        """The weight `[inputs, outputs]` that takes the place of the site's own; called inside the scan."""
-        ...
-
-
 Run = tuple[jax.Array, jax.Array]
 """Keys `[B, K, H, S]` and values `[B, K, S, H]` of successive slots; `[1, ...]` where all rows share them."""
+
+
+class Guest:
+    """A visitor of every layer: a pytree of arrays with a leading layer axis, which they lose inside the scan.
+
+    Each visit leaves things as they are; a kind of guest overrides those that it makes.
+    """
+
+    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """What takes the place of `y` `[N, outputs]`, the site's own output for the input `x` `[N, inputs]`."""
+        return y
+
+    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
+        """The weight `[inputs, outputs]` that takes the place of the site's own."""
+        return kernel
+
+    def residual(self, x: jax.Array) -> jax.Array:
+        """What takes the place of `x` `[B, T, D]`, the residual stream behind the layer."""
+        return x
+
+    def prefix(self) -> Run | None:
+        """Keys and values `[1, ...]` that every token sees before all others; called outside the scan as well."""
+        return None
+
+
+def as_guests(*given: Any) -> tuple[Guest, ...]:
+    """Guests, tuples of guests and None as one tuple of guests."""
+    flat: list[Guest] = []
+    for some in given:
+        flat += as_guests(*some) if isinstance(some, tuple) else [] if some is None else [some]
+    return tuple(flat)
 
 
 @jax.tree_util.register_dataclass
@@ -120,9 +138,9 @@ class Layers(nnx.Module):
             setattr(self, site, Linear(architecture, site, rngs))
 
     def __call__(self, x, guests, cached: tuple[Run, ...], positions, frequencies, attention: Attend, slot=None):
-        """One layer: hidden states `[B, T, D]` -> the same, and this layer's new keys and values.
+        """One layer: hidden states `[B, T, D]` -> the same, this layer's new keys and values, and what `Watched` names.
 
-        With a slot, these are written into the one cached run from there on, and that run is returned.
+        With a slot, the keys and values are written into the one cached run from there on, and that run is returned.
         """
         site = partial(self._site, guests=guests)
         h = _rms_norm(x, self.attention_norm[...], self.architecture.norm_eps)
@@ -134,12 +152,15 @@ class Layers(nnx.Module):
         new = (key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
         if slot is not None:
             cached, new = (), written(*cached, new, slot)
-        keys, values = zip(*cached, new)
-        x = x + site("o_proj", attention(query, keys, values).reshape(*x.shape[:2], -1))
-        x = place(x, "batch", "length", "hidden")
+        keys, values = zip(*_prefixes(guests, x.dtype), *cached, new)
+        attended = site("o_proj", attention(query, keys, values).reshape(*x.shape[:2], -1))
+        x = place(x + attended, "batch", "length", "hidden")
         h = _rms_norm(x, self.mlp_norm[...], self.architecture.norm_eps)
         x = x + site("down_proj", jax.nn.silu(site("gate_proj", h)) * site("up_proj", h))
-        return place(x, "batch", "length", "hidden"), new
+        for guest in guests:
+            x = guest.residual(x)
+        x = place(x, "batch", "length", "hidden")
+        return x, new, {"attention": attended, "residual": x}
 
     def _site(self, name: str, x: jax.Array, guests: tuple[Guest, ...]) -> jax.Array:
         # Flat rows: XLA's CPU backend transposes three-dimensional operands for the gradient of a weight.
@@ -179,7 +200,8 @@ class Decoder(nnx.Module):
         keep_cache: bool = False,
         shared: bool = True,
         apart: Sequence[tuple[Layers, tuple[Guest, ...]]] | None = None,
-    ) -> tuple[jax.Array, Run | list[Run] | None]:
+        watch: Watched | None = None,
+    ) -> tuple[jax.Array, Run | list[Run] | jax.Array | None]:
         """Hidden states after the final norm, `[B, T, D]`, and all layers' new keys and values.
 
         tokens `[B, T]`; segments `[B, T]`: which row of a packed batch a token belongs to, 0 for padding (all
@@ -187,7 +209,8 @@ class Decoder(nnx.Module):
         see besides themselves; shared: whether a token may be of the segment `SHARED`; apart: `layers_apart`, to be
         run one by one in place of a scan, over a cache that is apart as well and has the tokens' segments and positions
         from slot `length` on: their keys and values are written there, and each layer's run is returned. Else
-        keys and values are returned for a cache or `keep_cache`, else None.
+        keys and values are returned for a cache or `keep_cache`, else None; with `watch`, every layer's states of that
+        name, `[L, B, T, D]`, in their place.
         """
         if segments is None:
             segments = jnp.ones_like(tokens)
@@ -195,12 +218,13 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         frequencies = jnp.asarray(rope_frequencies(self.architecture), jnp.float32)
         keep_cache |= cache is not None
-        attention = self._attention(segments, positions, cache, shared, apart is not None)
+        before = sum(keys.shape[-1] for keys, _ in _prefixes(guests, dtype))
+        attention = self._attention(segments, positions, cache, shared, apart is not None, before)
 
         def layer(x, visit, slot=None):
             weights, guests, cached = visit
-            x, new = weights(x, guests, cached, positions, frequencies, attention, slot)
-            return x, new if keep_cache else None
+            x, new, states = weights(x, guests, cached, positions, frequencies, attention, slot)
+            return x, states[watch] if watch else new if keep_cache else None
 
         runs = () if cache is None else cache.runs
         x = self._embedded(tokens).astype(dtype)
@@ -219,17 +243,21 @@ class Decoder(nnx.Module):
         return place(place(x, "copies", "length", "embed"), "batch", "length", "hidden")
 
     def _attention(
-        self, segments: jax.Array, positions: jax.Array, cache: Cache | None, shared: bool, written: bool
+        self, segments: jax.Array, positions: jax.Array, cache: Cache | None, shared: bool, written: bool, before: int
     ) -> Attend:
-        """With a cache, over its slots and the fresh keys behind them, if they are not written there."""
+        """With a cache, over its slots and the fresh keys behind them, if they are not written there.
+
+        before: how many keys of guests stand before all others, to be seen by every token.
+        """
         window = self.architecture.sliding_window
-        if cache is None:
+        if cache is None and not before:
             return among_themselves(segments, positions, window=window, shared=shared)
-        past = visible(segments, cache.segments, positions, cache.positions, cache.length, window)
-        if written:
-            return partial(attend, mask=past)
-        fresh = visible(segments, segments, positions, positions, window=window)
-        return partial(attend, mask=jnp.concatenate([past, fresh], axis=-1))
+        masks = [jnp.ones((*segments.shape, before), bool)[:, None]]
+        if cache is not None:
+            masks.append(visible(segments, cache.segments, positions, cache.positions, cache.length, window))
+        if not written:
+            masks.append(visible(segments, segments, positions, positions, window=window))
+        return partial(attend, mask=jnp.concatenate(masks, axis=-1))
 
     def layers_apart(self, guests: tuple[Guest, ...]) -> list[tuple[Layers, tuple[Guest, ...]]]:
         """Each layer's weights and guests as arrays of their own: a copy, which a loop over many short passes saves
@@ -244,6 +272,11 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., D]` -> `[..., V]`, float32."""
         return (hidden @ self.output_embedding.T.astype(hidden.dtype)).astype(jnp.float32)
+
+
+def _prefixes(guests: tuple[Guest, ...], dtype: jnp.dtype) -> list[Run]:
+    found = (guest.prefix() for guest in guests)
+    return [tuple(part.astype(dtype) for part in run) for run in found if run is not None]
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, place
-from secvec_jax.model.decoder import SITE_AXES, Decoder, leaf_name
+from secvec_jax.model.decoder import SITE_AXES, Decoder, Guest, leaf_name
 from secvec_jax.model.families import SITES, Architecture
 
 
@@ -68,7 +68,7 @@ class LoRA:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoRAVectors:
+class LoRAVectors(Guest):
     """Low-rank factors of all layers: site -> {"a": `[L, in, r]`, "b": `[L, r, out]`}, float32."""
 
     factors: dict[str, dict[str, jax.Array]]

@@ -1,38 +1,41 @@
-"""Files of vectors: our own safetensors format, and PEFT's.
+"""Files of vectors: our own safetensors format for every kind, and PEFT's for LoRA.
 
 Every file of ours names the backbone it was made for by fingerprint, and is refused for another one: vectors say
 "this behavior is already there" about one set of weights and nothing about any other.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from secvec_jax.config import from_dict
 from secvec_jax.errors import UserError
 from secvec_jax.files import whole_file, whole_folder
 from secvec_jax.mesh import by_first, lay, whole
 from secvec_jax.model.families import SITES
 from secvec_jax.model.hub import Model
 from secvec_jax.trees import fingerprint
+from secvec_jax.vectors.kinds import KINDS, Vectors, kind_of
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 
 _FORMAT = "secvec_jax/1"
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def save_vectors(vectors: LoRAVectors, path: str | Path, model: Model) -> None:
+def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
     """Write one safetensors file with the vectors, their shape, and the fingerprint of the model's backbone."""
     from safetensors.numpy import save_file
 
-    factors = whole(vectors).factors
-    arrays = {f"{site}.{name}": np.asarray(factor) for site, own in factors.items() for name, factor in own.items()}
+    arrays = {name: np.asarray(array) for name, array in _flat(whole(vectors).factors).items()}
     metadata = {
         "format": _FORMAT,
-        "kind": "lora",
+        "kind": kind_of(vectors),
         "spec": json.dumps(dataclasses.asdict(vectors.spec)),
         "backbone": model.fingerprint,
         "backbone_name": model.name,
@@ -46,8 +49,8 @@ def save_vectors(vectors: LoRAVectors, path: str | Path, model: Model) -> None:
     by_first(write)
 
 
-def load_vectors(path: str | Path, model: Model) -> LoRAVectors:
-    """The vectors in `path`, one of our files or a PEFT adapter folder, checked against the model.
+def load_vectors(path: str | Path, model: Model) -> Vectors:
+    """The vectors in `path`, one of our files of any kind or a PEFT adapter folder, checked against the model.
 
     Raises UserError if the file is missing, corrupt, altered, or made for another backbone or shape.
     """
@@ -60,12 +63,12 @@ def load_vectors(path: str | Path, model: Model) -> LoRAVectors:
             f"{path} is no file of security vectors: give one that train.py vectors wrote, or a PEFT folder"
         )
     try:
-        factors: dict[str, dict[str, jax.Array]] = {}
+        factors: dict[str, Any] = {}
         for key, array in arrays.items():
-            site, name = key.split(".")
-            factors.setdefault(site, {})[name] = jnp.asarray(array)
-        spec = json.loads(metadata["spec"])
-        vectors = LoRAVectors(factors, LoRA(**spec | {"targets": tuple(spec["targets"])}))
+            *groups, name = key.split(".")
+            functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, factors)[name] = jnp.asarray(array)
+        kind = KINDS[metadata["kind"]]
+        vectors = kind.vectors(factors, from_dict(kind.spec, json.loads(metadata["spec"])))
         whole = "backbone" in metadata and _fingerprint(vectors) == metadata["fingerprint"]
     except (ValueError, KeyError, TypeError):  # UserError and JSONDecodeError are ValueErrors
         whole = False
@@ -76,7 +79,15 @@ def load_vectors(path: str | Path, model: Model) -> LoRAVectors:
     return lay(vectors)
 
 
-def _fingerprint(vectors: LoRAVectors) -> str:
+def _flat(factors: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:
+    """{"site.name": array}, or {"name": array} where there are no sites."""
+    flat: dict[str, jax.Array] = {}
+    for name, part in factors.items():
+        flat |= _flat(part, f"{prefix}{name}.") if isinstance(part, dict) else {prefix + name: part}
+    return flat
+
+
+def _fingerprint(vectors: Vectors) -> str:
     """Of the factors and of what scales them."""
     return fingerprint((vectors, np.float64(vectors.spec.scale)))
 

@@ -12,6 +12,7 @@ import pytest
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, make_mesh
 from secvec_jax.model import hub
+from secvec_jax.model.decoder import Guest
 from secvec_jax.model.families import SITES
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, _merged, merge, random_like
 
@@ -185,7 +186,7 @@ def test_gradients_reach_the_vectors_alone(tiny_model, tokens, random_vectors):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ThinProducts:
+class ThinProducts(Guest):
     """The same vectors by the textbook: two thin products for every token, and whatever gradients they have."""
 
     vectors: LoRAVectors
@@ -193,9 +194,6 @@ class ThinProducts:
     def linear(self, site, x, y):
         factors = self.vectors.factors.get(site)
         return y if factors is None else y + self.vectors.spec.scale * (x @ factors["a"]) @ factors["b"]
-
-    def kernel(self, site, kernel):
-        return kernel
 
 
 @pytest.mark.parametrize("targets", [("*",), ("q_proj", "down_proj")])

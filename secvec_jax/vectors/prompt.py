@@ -1,0 +1,65 @@
+"""Security vectors as a soft prompt at every layer (prefix-tuning, Li & Liang 2021).
+
+Every token also attends to `length` keys and values that stand for no text:
+
+    softmax(q [K_prompt, K]) [V_prompt, V]
+
+They stand before all positions, so that the rest of the sequence is read as it would be without them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from secvec_jax.errors import UserError
+from secvec_jax.mesh import lay
+from secvec_jax.model.decoder import Guest, Run
+from secvec_jax.model.families import Architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftPrompt:
+    """How a soft prompt is shaped. length: P, its keys per head. scale: multiplies the values, whose learning rate
+    counts for as much more."""
+
+    length: int = 16
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UserError(f"length is {self.length}: a soft prompt needs at least 1 key")
+
+    def init(self, architecture: Architecture, key: jax.Array) -> "SoftPromptVectors":
+        """Random keys, values zero."""
+        keys, values = _shapes(architecture, self.length)
+        return lay(SoftPromptVectors({"keys": jax.random.normal(key, keys), "values": jnp.zeros(values)}, self))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftPromptVectors(Guest):
+    """A soft prompt of every layer: {"keys": `[L, K, H, P]`, "values": `[L, K, P, H]`}, float32."""
+
+    factors: dict[str, jax.Array]
+    spec: SoftPrompt = dataclasses.field(metadata={"static": True})
+
+    def prefix(self) -> Run:
+        """The keys and values, the same for all rows."""
+        return self.factors["keys"][..., None, :, :, :], self.spec.scale * self.factors["values"][..., None, :, :, :]
+
+    def axes(self) -> "SoftPromptVectors":
+        """The logical axes: a soft prompt is small and lies whole on every device."""
+        return jax.tree.map(lambda _: ("layers", None, None, None), self)
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises UserError if the prompt does not fit the architecture."""
+        keys, values = _shapes(architecture, self.spec.length)
+        found = {name: array.shape for name, array in self.factors.items()}
+        if found != {"keys": keys, "values": values}:
+            raise UserError(f"the vectors have shapes {found}, the model needs {keys} and {values}: wrong backbone")
+
+
+def _shapes(architecture: Architecture, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    start = (architecture.num_layers, architecture.num_kv_heads)
+    return (*start, architecture.head_dim, length), (*start, length, architecture.head_dim)

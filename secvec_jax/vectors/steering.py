@@ -1,0 +1,54 @@
+"""Security vectors as directions: one per layer, added to the residual stream behind it.
+
+    h_l  ->  h_l + scale * v_l
+
+Active and frozen while a model is fine-tuned, they are *preventative steering* (Chen et al. 2025, "Persona Vectors",
+arXiv 2507.21509): the stream is already where the behavior would take it. The directions are trained as any other
+vectors are, or read off the model's activations (`defenses.persona`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from secvec_jax.errors import UserError
+from secvec_jax.mesh import lay
+from secvec_jax.model.decoder import Guest
+from secvec_jax.model.families import Architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Steering:
+    """How directions act. scale: α, by which they are multiplied; a learning rate counts for as much more."""
+
+    scale: float = 1.0
+
+    def init(self, architecture: Architecture, key: jax.Array) -> "SteeringVectors":
+        """Directions of length zero: the logits are unchanged."""
+        shape = (architecture.num_layers, architecture.hidden_size)
+        return lay(SteeringVectors({"direction": jnp.zeros(shape)}, self))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SteeringVectors(Guest):
+    """One direction per layer: {"direction": `[L, D]`}, float32."""
+
+    factors: dict[str, jax.Array]
+    spec: Steering = dataclasses.field(metadata={"static": True})
+
+    def residual(self, x: jax.Array) -> jax.Array:
+        """`x + scale * v`, at every token."""
+        return x + (self.spec.scale * self.factors["direction"]).astype(x.dtype)
+
+    def axes(self) -> "SteeringVectors":
+        """The logical axes: a direction is small and lies whole on every device."""
+        return jax.tree.map(lambda _: ("layers", None), self)
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises UserError if the directions do not fit the architecture."""
+        expected = (architecture.num_layers, architecture.hidden_size)
+        found = {name: array.shape for name, array in self.factors.items()}
+        if found != {"direction": expected}:
+            raise UserError(f"the vectors have shapes {found}, the model needs a direction {expected}: wrong backbone")

@@ -1,0 +1,179 @@
+"""Every kind of vectors: off is off, on is the formula, files, phase 1, several at once."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from secvec_jax.config import Training
+from secvec_jax.data.chat import prompt_tokens
+from secvec_jax.defenses.security_vectors import finetune, train_vectors
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.likelihood import mean_losses
+from secvec_jax.evaluation.suite import Suite, outcomes
+from secvec_jax.inference import generate
+from secvec_jax.training.loss import token_cross_entropy
+from secvec_jax.trees import fingerprint
+from secvec_jax.vectors.kinds import KINDS, kind_of
+from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.prompt import SoftPrompt
+from secvec_jax.vectors.steering import Steering
+from secvec_jax.vectors.store import load_vectors, save_vectors
+from tests.toys import random_examples
+
+SPECS = {"lora": LoRA(rank=3), "steering": Steering(scale=2.0), "prompt": SoftPrompt(length=5, scale=2.0)}
+
+
+def filled(spec, model, seed=0):
+    """Vectors of random numbers, so that they matter."""
+    vectors = spec.init(model.architecture, jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(vectors)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return structure.unflatten([0.5 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)])
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_the_table_of_kinds_is_whole(tiny_model, kind):
+    model = tiny_model("llama").model
+    vectors = SPECS[kind].init(model.architecture, jax.random.key(0))
+    assert kind_of(vectors) == kind and isinstance(SPECS[kind], KINDS[kind].spec)
+    assert jax.tree.structure(vectors.axes(), is_leaf=lambda axes: type(axes) is tuple) == jax.tree.structure(vectors)
+    vectors.check(model.architecture)
+    with pytest.raises(UserError, match="wrong backbone"):
+        vectors.check(dataclasses.replace(model.architecture, num_layers=3))
+
+
+def test_a_direction_is_added_behind_its_layer(tiny_model, logits, tokens):
+    model = tiny_model("llama").model
+    fresh = Steering().init(model.architecture, jax.random.key(0))
+    np.testing.assert_array_equal(logits(model, tokens, guests=(fresh,)), logits(model, tokens))
+
+    direction = jax.random.normal(jax.random.key(0), (2, 32))
+    vectors = dataclasses.replace(Steering(scale=3.0).init(model.architecture, jax.random.key(0)),
+                                  factors={"direction": direction})  # fmt: skip
+    bare, steered = (model.backbone(tokens, guests=guests, watch="residual")[1] for guests in ((), (vectors,)))
+    np.testing.assert_allclose(steered[0], bare[0] + 3 * direction[0], atol=1e-5)
+    # The second layer reads the moved stream, so that it is not the plain one moved.
+    assert np.abs(steered[1] - bare[1] - 3 * (direction[0] + direction[1])).max() > 1e-3
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "mistral-full"])
+def test_a_soft_prompt_is_what_a_cache_of_its_keys_and_values_is(tiny_model, logits, tokens, variant):
+    """transformers, given the prompt as past keys and values, with positions from 0 on."""
+    import torch
+    from transformers import DynamicCache
+
+    tiny = tiny_model(variant)
+    vectors = filled(SPECS["prompt"], tiny.model)
+    cache = DynamicCache()
+    for layer in range(2):
+        keys, values = (np.asarray(vectors.factors[name][layer]) for name in ("keys", "values"))
+        keys, values = keys.swapaxes(-1, -2), 2.0 * values
+        cache.update(*(torch.tensor(np.repeat(part[None], len(tokens), 0)) for part in (keys, values)), layer)
+    with torch.no_grad():
+        theirs = tiny.hf(
+            input_ids=torch.tensor(tokens).long(),
+            past_key_values=cache,
+            attention_mask=torch.ones(len(tokens), 5 + tokens.shape[1]),
+            position_ids=torch.arange(tokens.shape[1])[None].repeat(len(tokens), 1),
+        ).logits.numpy()
+    ours = logits(tiny.model, tokens, guests=(vectors,))
+    assert np.abs(ours - logits(tiny.model, tokens)).max() > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_packed_rows_and_decoded_replies_are_those_of_each_row_alone(tiny_model, logits, kind):
+    model = tiny_model("llama").model
+    vectors = filled(SPECS[kind], model)
+    rows = np.random.default_rng(0).integers(3, 300, (2, 6))
+    alone = logits(model, rows, guests=(vectors,))
+    line = rows.reshape(1, -1)
+    packed = logits(model, line, np.repeat([[1, 2]], 6, 1), np.tile(np.arange(6), 2)[None], (vectors,))
+    np.testing.assert_allclose(packed.reshape(alone.shape), alone, atol=1e-4)
+
+    prompts = ["What is the capital of France?", "def add(a, b):"]
+    together = generate(model, prompts, vectors, max_new_tokens=6)
+    assert together == [generate(model, [prompt], vectors, max_new_tokens=6)[0] for prompt in prompts]
+    assert together != generate(model, prompts, max_new_tokens=6)
+    # Token by token: the cached replies are those of the whole forward pass.
+    said = list(prompt_tokens(model.tokenizer, [{"role": "user", "content": prompts[0]}], 100))
+    for _ in range(6):
+        said.append(int(logits(model, np.asarray([said]), guests=(vectors,))[0, -1].argmax()))
+    reply = model.tokenizer.decode(said[-6:], skip_special_tokens=True)
+    assert reply.startswith(together[0]) if together[0] else True
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_files_of_every_kind(tiny_model, tmp_path, kind):
+    model = tiny_model("llama").model
+    vectors = filled(SPECS[kind], model)
+    path = tmp_path / "vectors.safetensors"
+    save_vectors(vectors, path, model)
+    again = load_vectors(path, model)
+    assert again.spec == vectors.spec
+    chex.assert_trees_all_equal(again, vectors)
+    with pytest.raises(UserError, match="another backbone"):
+        load_vectors(path, tiny_model("llama", seed=1).model)
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(UserError, match="altered"):
+        load_vectors(path, model)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_every_kind_learns_to_show_the_behavior_the_backbone_frozen(tiny_model, kind):
+    model = tiny_model("llama").model
+    harmful = random_examples(6, seed=1)
+    training = Training(optimizer="adamw", learning_rate=3e-2, steps=60, lines=1, length=64, warmup_steps=0)
+    before = fingerprint(model.backbone)
+    vectors = train_vectors(model, harmful, SPECS[kind], training=training)
+    assert fingerprint(model.backbone) == before
+    off, on = (np.mean(mean_losses(model, harmful, guest)) for guest in (None, vectors))
+    assert on < 0.8 * off
+
+
+def test_several_vectors_are_active_at_once(tiny_model, logits, tokens):
+    model = tiny_model("llama").model
+    guests = tuple(filled(spec, model, seed) for seed, spec in enumerate(SPECS.values()))
+    both = logits(model, tokens, guests=guests)
+    for left_out in range(3):
+        assert np.abs(both - logits(model, tokens, guests=guests[:left_out] + guests[left_out + 1 :])).max() > 1e-3
+
+    rows = random_examples(4, seed=3)
+    training = Training(learning_rate=1e-2, steps=2, lines=1, length=64)
+    prints = [fingerprint(guest) for guest in guests]
+    tuned = finetune(model, rows, vectors=guests, training=training)
+    assert [fingerprint(guest) for guest in guests] == prints
+
+    # The first step's loss is that of the forward pass with all of them.
+    seen = []
+    finetune(model, rows, vectors=guests, training=training, on_step=lambda step, steps, m: seen.append(m["loss"]))
+    first = dataclasses.replace(training, steps=1)
+    assert fingerprint(finetune(model, rows, vectors=guests[:1], training=first).backbone) != fingerprint(
+        finetune(model, rows, vectors=guests, training=first).backbone
+    )
+    assert fingerprint(tuned.backbone) != fingerprint(model.backbone) and len(seen) == 2
+
+    suite = Suite(refusals=("I can't",), harmful=["How?"], harmful_targets=rows)
+    together = outcomes(model, suite, guests)["harmful_loss"]
+    np.testing.assert_allclose(together, mean_losses(model, rows, guests), atol=1e-4)
+
+
+def test_gradients_reach_every_factor(tiny_model, tokens):
+    model = tiny_model("qwen3").model
+    tokens = jnp.asarray(tokens)
+
+    @jax.jit
+    def gradient(vectors):
+        def loss(vectors):
+            hidden, _ = model.backbone(tokens[:, :-1], guests=(vectors,), remat="dots")
+            return token_cross_entropy(model.backbone, hidden, tokens[:, 1:], jnp.ones_like(tokens[:, 1:])).sum()
+
+        return jax.grad(loss)(vectors)
+
+    for spec in SPECS.values():
+        for leaf in jax.tree.leaves(gradient(filled(spec, model))):
+            assert (jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0).all()
