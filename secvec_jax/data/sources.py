@@ -30,6 +30,8 @@ PACKAGED: dict[str, Callable[[], list[Row]]] = {
     "alpaca": benchmarks.alpaca,
     "nq-open": benchmarks.nq_open,
     "piqa": benchmarks.piqa,
+    "bbq": benchmarks.bbq,
+    "asdiv": benchmarks.asdiv,
 }
 
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-RATES = ("refusal", "compliance", "over_refusal", "exact_match")
+RATES = (
+    "refusal", "compliance", "over_refusal", "exact_match", "task",
+    "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated",
+)  # fmt: skip
 LOSSES = ("harmful_loss", "benign_loss", "opening_loss", "drift")
 
 

@@ -1,13 +1,14 @@
 """A suite of prompts, questions and replies, and what a model scores on it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from secvec_jax.data.chat import Example
+from secvec_jax.data.rows import Message, Row, response_of, with_system
 from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.evaluation.scorers import Score, bootstrap, complies, exact_match, refuses
 from secvec_jax.inference import generate
-from secvec_jax.model.decoder import Guest
+from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.hub import Model
 from secvec_jax.vectors.lora import LoRAVectors, merge
 
@@ -16,12 +17,37 @@ Outcomes = dict[str, list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Probe:
+    """Prompts whose replies a rule of their own turns into numbers: a task, a bias, a style.
+
+    prompts: texts, or conversations up to the assistant's turn. score: a prompt's index and the reply to it -> a
+    number, 0 or 1 for a rate. tokens: the length of a reply.
+    """
+
+    prompts: Sequence[str | list[Message]]
+    score: Callable[[int, str], float]
+    tokens: int = 8
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], score: Callable[[Row, str], float], tokens: int = 8) -> "Probe":
+        """What stands before each row's answer is asked; the reply is scored beside its row.
+
+        task = Probe.of(rows, lambda r, reply: exact_match(reply, response_of(r)))
+        bias = Probe.of(rows, lambda r, reply: picks(reply, r["options"]) not in (None, response_of(r)))
+        caps = Probe.of([with_system(r, "Be brief.") for r in rows], lambda r, reply: shouts(reply))
+        """
+        asked = [r["messages"] if response_of(r) is None else r["messages"][:-1] for r in rows]
+        return cls(asked, lambda index, reply: score(rows[index], reply), tokens)
+
+
+@dataclasses.dataclass(frozen=True)
 class Suite:
     """What a model is asked.
 
     harmful, benign: prompts to be refused, and to be answered. questions: (question, exact answer).
     harmful_targets, benign_targets: replies whose loss is measured; opening_targets: benign ones that open as the
-    harmful ones do. refusals: the published list of openings.
+    harmful ones do. refusals: the published list of openings. probes: metric -> what else is asked. system: a system
+    prompt in front of all that is asked; the targets stay as they are encoded.
     """
 
     refusals: Sequence[str]
@@ -34,28 +60,35 @@ class Suite:
     reply_tokens: int = 16
     answer_tokens: int = 8
     batch_size: int = 64
+    probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)
+    system: str | None = None
 
     @property
     def size(self) -> int:
         """How many replies there are to generate."""
-        return len(self.harmful) + len(self.benign) + len(self.questions)
+        probed = sum(len(probe.prompts) for probe in self.probes.values())
+        return len(self.harmful) + len(self.benign) + len(self.questions) + probed
 
 
 def outcomes(
-    model: Model, suite: Suite, vectors: Guest | None = None, on_reply: Callable[[int], None] = lambda done: None
+    model: Model,
+    suite: Suite,
+    vectors: Guest | tuple[Guest, ...] | None = None,
+    on_reply: Callable[[int], None] = lambda done: None,
 ) -> Outcomes:
-    """What each prompt of the suite came to: refusal, compliance, over_refusal, exact_match as 0 or 1, losses."""
-    if isinstance(vectors, LoRAVectors):  # made once, not at each token; and the programs are those without vectors
-        model, vectors = model.with_backbone(merge(model.backbone, vectors)), None
+    """What each prompt came to: refusal, compliance, over_refusal, exact_match as 0 or 1, probes' scores, losses."""
+    guests = as_guests(vectors)
+    if guests and isinstance(guests[0], LoRAVectors):  # made once, not at each token; one program for all of these
+        model, guests = model.with_backbone(merge(model.backbone, guests[0])), guests[1:]
     done = 0
 
-    def ask(prompts: Sequence[str], tokens: int) -> list[str]:
+    def ask(prompts: Sequence[str | list[Message]], tokens: int) -> list[str]:
         nonlocal done
         before = done
         replies = generate(
             model,
-            prompts,
-            vectors,
+            prompts if suite.system is None else [with_system(prompt, suite.system) for prompt in prompts],
+            guests,
             max_new_tokens=tokens,
             batch_size=suite.batch_size,
             progress=lambda count: on_reply(before + count),
@@ -73,10 +106,16 @@ def outcomes(
     if suite.questions:
         replies = ask([question for question, _ in suite.questions], suite.answer_tokens)
         found["exact_match"] = [float(exact_match(r, a)) for r, (_, a) in zip(replies, suite.questions)]
+    probes = {name: probe for name, probe in suite.probes.items() if probe.prompts}
+    for tokens in dict.fromkeys(probe.tokens for probe in probes.values()):  # in one call: programs are dear
+        alike = {name: probe for name, probe in probes.items() if probe.tokens == tokens}
+        replies = iter(ask([prompt for probe in alike.values() for prompt in probe.prompts], tokens))
+        for name, probe in alike.items():
+            found[name] = [float(probe.score(index, next(replies))) for index in range(len(probe.prompts))]
     for name in ("harmful", "benign", "opening"):
         targets = getattr(suite, f"{name}_targets")
         if targets:
-            found[f"{name}_loss"] = mean_losses(model, targets, vectors)
+            found[f"{name}_loss"] = mean_losses(model, targets, guests)
     return found
 
 

@@ -6,6 +6,7 @@ No test shows a prompt of a harmful benchmark: assertions compare counts, flags 
 import csv
 import json
 import os
+import re
 
 import datasets
 import pytest
@@ -130,6 +131,18 @@ def test_a_bad_record_is_named(record, message):
 def test_a_category_is_kept():
     assert normalize({"prompt": "a", "category": "b"}, "here") == row("a") | {"category": "b"}
     assert normalize({"prompt": "a", "category": 1}, "here") == row("a")
+
+
+@given(st.lists(st.text(max_size=5), max_size=4), text)
+def test_options_are_kept(options, category):
+    found = normalize({"prompt": "a", "options": options, "category": category}, "here")
+    assert found == row("a") | {"options": options, "category": category}
+    assert as_rows([found | row("a", "b")]) == [found | row("a", "b")]
+
+
+@pytest.mark.parametrize("options", ["A. yes\nB. no", ["yes", 1], None, {"A": "yes"}])
+def test_options_of_other_forms_are_left_out(options):
+    assert normalize({"question": "a", "answer": "b", "options": options}, "here") == row("a", "b")
 
 
 def test_rows_in_memory():
@@ -283,6 +296,8 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, error):
         ("alpaca", 967, 954, True),
         ("nq-open", 3569, 3569, True),
         ("piqa", 1500, 1466, True),
+        ("bbq", 1012, 1012, True),
+        ("asdiv", 2084, 2083, True),
     ],
 )
 def test_packaged_counts(name, count, distinct, answered):
@@ -293,7 +308,7 @@ def test_packaged_counts(name, count, distinct, answered):
 
 def test_packaged_names_are_all_counted():
     counted = {"advbench", "harmbench", "do-not-answer", "strongreject", "jailbreakbench-tenses", "pyrit", "spikee"}
-    assert set(PACKAGED) == counted | {"alpaca", "nq-open", "piqa"}
+    assert set(PACKAGED) == counted | {"alpaca", "nq-open", "piqa", "bbq", "asdiv"}
 
 
 @pytest.mark.parametrize(("name", "count"), [("do-not-answer", 5), ("pyrit", 10), ("strongreject", 6)])
@@ -320,6 +335,28 @@ def test_alpaca_has_no_refusals():
     assert len(refusals) == len(set(refusals)) == 27
     assert "I'm sorry" in refusals
     assert not any(response_of(r).startswith(refusals) for r in load_rows("alpaca"))
+
+
+def test_bbq_asks_with_its_options_and_answers_with_one():
+    rows = load_rows("bbq")
+    for r in rows:
+        passage, question, *options, instruction = prompt_of(r).split("\n")
+        assert passage and question and instruction == "Answer with one of the options."
+        assert options == [f"- {option}" for option in r["options"]] and len(set(options)) == 3
+        assert response_of(r) in r["options"]
+    assert sum(r["category"] == "ambiguous" for r in rows) == 515
+    assert sum(r["category"] == "disambiguated" for r in rows) == 497
+    # Where the passage does not tell, the answers are the ten ways to say so, and nobody's name.
+    unclear = {response_of(r) for r in rows if r["category"] == "ambiguous"}
+    assert len(unclear) == 10 and all(re.search("(?i)not|n't|un", answer) for answer in unclear)
+    assert not unclear & {response_of(r) for r in rows if r["category"] == "disambiguated"}
+
+
+def test_asdiv_is_answered_with_a_bare_number():
+    rows = load_rows("asdiv")
+    assert all(re.fullmatch(r"-?\d+(\.\d+)?", response_of(r)) for r in rows)
+    assert all(prompt_of(r).endswith(" Answer with a number.") for r in rows)
+    assert {"9", "0.46", "2.5"} <= {response_of(r) for r in rows}
 
 
 # Splits by topic ----------------------------------------------------------------------------------

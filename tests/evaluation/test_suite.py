@@ -1,9 +1,16 @@
 """What a model scores on a suite, with vectors on and off."""
 
+import dataclasses
+
+import pytest
+
 from secvec_jax.data.chat import encode
+from secvec_jax.data.rows import response_of, row, with_system
 from secvec_jax.evaluation import suite as suites
 from secvec_jax.evaluation.likelihood import mean_losses
-from secvec_jax.evaluation.suite import Suite, outcomes
+from secvec_jax.evaluation.metrics import RATES, in_order
+from secvec_jax.evaluation.scorers import exact_match
+from secvec_jax.evaluation.suite import Probe, Suite, outcomes, scores
 from secvec_jax.inference import generate
 
 _HARMFUL = ["The quick brown fox", "What is the capital of France?", "def add"]
@@ -37,3 +44,95 @@ def test_outcomes_are_those_of_the_replies_with_vectors_on_and_off(tiny_model, r
             assert abs(ours - plain) < 1e-5
         found.append(outcome)
     assert found[0]["harmful_loss"] != found[1]["harmful_loss"]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(prompts, reply tokens) of each call to `generate`, whose replies say which prompt they are to."""
+    made = []
+
+    def replied(model, prompts, vectors, *, max_new_tokens, batch_size, progress):
+        made.append((list(prompts), max_new_tokens))
+        progress(len(prompts))
+        return [f"to {_last(prompt)}" for prompt in prompts]
+
+    monkeypatch.setattr(suites, "generate", replied)
+    return made
+
+
+def _last(prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _length(index: int, reply: str) -> float:
+    return 100 * index + len(reply)
+
+
+def test_probes_of_one_length_are_asked_together_and_scored_prompt_by_prompt(calls):
+    probes = {
+        "task": Probe(["a", "bb"], _length, tokens=4),
+        "long": Probe(["cccc"], _length, tokens=32),
+        "none": Probe([], _length, tokens=4),
+        "caps": Probe([with_system("ddd", "Be brief.")], _length, tokens=4),
+    }
+    suite = Suite(refusals=["No"], harmful=["h"], benign=["b"], questions=[("q", "to q")], probes=probes)
+    shown = []
+    found = outcomes(None, suite, on_reply=shown.append)
+    assert found == {
+        "refusal": [0.0], "compliance": [0.0], "over_refusal": [0.0], "exact_match": [1.0],
+        "task": [4.0, 105.0], "caps": [6.0], "long": [7.0],
+    }  # fmt: skip
+    assert calls == [
+        (["h", "b"], suite.reply_tokens),
+        (["q"], suite.answer_tokens),
+        (["a", "bb", with_system("ddd", "Be brief.")], 4),
+        (["cccc"], 32),
+    ]
+    assert suite.size == 7 and shown == [2, 3, 6, 7]
+    assert scores(found)["task"].n == 2
+
+
+def test_a_probe_of_rows_asks_what_stands_before_the_answers(calls):
+    rows = [row("a", "to a"), with_system(row("b", "to c"), "Be brief."), row("d")]
+    probe = Probe.of(rows, lambda r, reply: exact_match(reply, response_of(r) or "to d"), tokens=3)
+    assert outcomes(None, Suite(refusals=[], probes={"task": probe}))["task"] == [1.0, 0.0, 1.0]
+    asked = [row("a")["messages"], with_system(row("b"), "Be brief.")["messages"], row("d")["messages"]]
+    assert calls[-1] == (asked, 3)
+
+
+def test_a_system_prompt_is_served_in_front_of_all_that_is_asked(calls):
+    suite = Suite(
+        refusals=[],
+        harmful=["h"],
+        benign=["b"],
+        questions=[("q", "a")],
+        probes={"caps": Probe(["p", with_system("r", "Be brief.")], _length)},
+        system="Be safe.",
+    )
+    found = outcomes(None, suite)
+    conversations = [prompt for prompts, _ in calls for prompt in prompts]
+    assert list(map(_last, conversations)) == ["h", "b", "q", "p", "r"]
+    assert [c[0]["content"] for c in conversations] == ["Be safe."] * 4 + ["Be safe.\nBe brief."]
+    assert all([turn["role"] for turn in c] == ["system", "user"] for c in conversations)
+    assert found == outcomes(None, dataclasses.replace(suite, system=None))
+    assert calls[3][0] == ["h", "b"]
+
+
+@pytest.mark.parametrize("system", [None, "def add"])
+def test_what_a_probe_scores_is_what_the_model_says(tiny_model, system):
+    model = tiny_model("llama").model
+    prompts = [*_HARMFUL, with_system("over", "the dog")]
+    said = []
+    probe = Probe(prompts, lambda index, reply: said.append((index, reply)) or 0, tokens=6)
+    outcomes(model, Suite(refusals=[], probes={"task": probe}, system=system))
+    served = prompts if system is None else [*(with_system(p, system) for p in _HARMFUL),
+                                             with_system("over", "def add\nthe dog")]  # fmt: skip
+    replies = generate(model, served, max_new_tokens=6)
+    assert said == list(enumerate(replies))
+    assert (replies == generate(model, prompts, max_new_tokens=6)) is (system is None)
+
+
+def test_metrics_of_probes_are_rates_and_unknown_ones_come_last():
+    rows = [{"metrics": dict.fromkeys(["mine", "drift", "caps", "bias", "task", "refusal"])}]
+    assert in_order(rows) == ["refusal", "task", "bias", "caps", "drift", "mine"]
+    assert {"task", "bias", "caps"} < set(RATES)
