@@ -1,14 +1,23 @@
-"""Scores as bars with their intervals and training losses as curves, as matplotlib figures."""
+"""Scores as bars, training losses as curves, and grids as scatters and sweeps, as matplotlib figures.
+
+Intervals are 95%. Every plot takes the colors of `colors_of`, so that a model looks the same in all of them.
+"""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.transforms import Bbox
 
 from secvec_jax.evaluation.metrics import RATES, in_order, percent
+from secvec_jax.evaluation.scorers import Score
+from secvec_jax.evaluation.tables import BETTER
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]  # row -> "harmful"/"benign" -> (step, loss)
 
@@ -22,7 +31,8 @@ _FIXED_COLORS = {
     "security vectors": "#d55e00",
 }
 _SPARE_COLORS = ("#0072b2", "#009e73", "#cc79a7", "#f0e442", "#000000")
-_BETTER = {"refusal": "higher", "compliance": "lower", "over_refusal": "lower", "exact_match": "higher"}
+_LOG_AXES = ("learning_rate", "samples")
+_DASHES = ("-", "--", ":", "-.")
 _WIDTH, _HEIGHT, _DPI = 10.0, 4.5, 150  # inches, inches, pixels an inch
 
 
@@ -59,7 +69,7 @@ def plot_scores(rows: Sequence[dict], colors: Mapping[str, str]) -> Figure | Non
                 ha="center",
                 color="#444444",
             )
-    titles = [f"{metric.replace('_', ' ')}\n({_BETTER[metric]} is better)" for metric in metrics]
+    titles = [f"{metric.replace('_', ' ')}\n({BETTER[metric]} is better)" for metric in metrics]
     axes.set_xticks(range(len(metrics)), titles)
     axes.tick_params(axis="x", length=0)
     axes.set_ylim(0, 1.08)
@@ -104,6 +114,170 @@ def plot_losses(curves: Curves, colors: Mapping[str, str]) -> Figure | None:
     return figure
 
 
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The indices of the points that no other is at least as good as in both numbers and better in one.
+
+    More is better in both. The indices come by falling first number; points that coincide are on the front together.
+    """
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: points[i], reverse=True):
+        # Those before it are at least as good in the first number, so only the best second one so far matters.
+        if not front or points[index][1] > points[front[-1]][1] or points[index] == points[front[-1]]:
+            front.append(index)
+    return front
+
+
+def plot_pareto(
+    points: Mapping[str, tuple[Score, Score]],
+    x: str,
+    y: str,
+    colors: Mapping[str, str],
+    references: Collection[str] = (),
+) -> Figure | None:
+    """One point per defense with bars for both 95% intervals, and the Pareto front of the defenses drawn in steps.
+
+    `points` holds (score of metric `x`, score of metric `y`), usually utility and safety. `references` are names of
+    points that are no choice (the model before the attack, say): hollow diamonds, which the front leaves out.
+    """
+    if not points:
+        return None
+    figure = _figure()
+    axes = figure.add_subplot()
+    for name, scores in points.items():
+        at, hollow = [score.value for score in scores], name in references
+        for axis, score in enumerate(scores):
+            bar = [[number if axis == i else at[i] for number in score.ci95] for i in (0, 1)]
+            axes.plot(*bar, color=colors[name], linewidth=1, alpha=0.6, zorder=2)
+        axes.plot(
+            *at,
+            "D" if hollow else "o",
+            color=colors[name],
+            markerfacecolor="white" if hollow else colors[name],
+            markersize=7,
+            zorder=4,
+            gid=name,
+        )
+    signs = [-1 if BETTER.get(metric) == "lower" else 1 for metric in (x, y)]
+    choices = [tuple(score.value for score in scores) for name, scores in points.items() if name not in references]
+    front = [choices[i] for i in pareto_front([(signs[0] * a, signs[1] * b) for a, b in choices])]
+    if front:
+        axes.step(*zip(*front, strict=True), "--", where="post", color="#222222", linewidth=1.2, zorder=3, gid="front")
+    for metric, axis, limit in ((x, axes.xaxis, axes.set_xlim), (y, axes.yaxis, axes.set_ylim)):
+        axis.set_label_text(_titled(metric))
+        if metric in RATES:
+            limit(-0.03, 1.08)  # room for names at the edge
+            axis.set_ticks(np.linspace(0, 1, 6))
+            axis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title("Safety and learning, with 95% intervals and the Pareto front", loc="left", fontweight="bold")
+    _dress(figure, [axes])
+    _label(figure, axes, {name: tuple(score.value for score in scores) for name, scores in points.items()})
+    return figure
+
+
+def plot_sweep(
+    series: Mapping[str, Sequence[tuple[float, Score]]], metric: str, over: str, colors: Mapping[str, str]
+) -> Figure | None:
+    """One line per defense with a band for the 95% interval: `metric` over `over` (poison, samples, learning_rate).
+
+    Learning rates and sample counts stand on a log axis, unless one of them is 0. The ticks are the values that were
+    run. Where more than one line has the same color, the later ones are dashed.
+    """
+    lines = {name: sorted(line, key=lambda point: point[0]) for name, line in series.items() if line}
+    if not lines:
+        return None
+    figure = _figure()
+    axes = figure.add_subplot()
+    used: list[str] = []
+    for name, line in lines.items():
+        places = [at for at, _ in line]
+        dash = _DASHES[used.count(colors[name]) % len(_DASHES)]
+        used.append(colors[name])
+        axes.plot(
+            places, [score.value for _, score in line], dash, marker="o", markersize=4, color=colors[name], label=name
+        )
+        lows, highs = zip(*(score.ci95 for _, score in line), strict=True)
+        axes.fill_between(places, lows, highs, color=colors[name], alpha=0.15, linewidth=0)
+    ticks = sorted({at for line in lines.values() for at, _ in line})
+    if over in _LOG_AXES and ticks[0] > 0:
+        axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{at:g}" for at in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    if metric in RATES:
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel(over.replace("_", " ") + (" (log scale)" if axes.get_xscale() == "log" else ""))
+    axes.set_ylabel(_titled(metric))
+    axes.set_title(
+        f"{metric.replace('_', ' ').capitalize()} by {over.replace('_', ' ')}, with 95% intervals",
+        loc="left",
+        fontweight="bold",
+    )
+    _dress(figure, [axes])
+    return figure
+
+
+def plot_histogram(scores: Mapping[str, Sequence[float]], label: str, threshold: float | None = None) -> Figure:
+    """How numbers of one or several kinds are spread, with the threshold between them, if there is one."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    everything = np.concatenate([np.asarray(some, np.float64) for some in scores.values()])
+    edges = np.histogram_bin_edges(everything, bins=min(40, max(5, len(everything) // 4)))
+    for (name, some), color in zip(scores.items(), _SPARE_COLORS * len(scores)):
+        axes.hist(some, edges, color=color, alpha=0.5, label=f"{name} (n={len(some)})")
+    if threshold is not None:
+        axes.axvline(threshold, color="#222222", linestyle="--", linewidth=1, label=f"threshold {threshold:.2f}")
+    axes.set_xlabel(label)
+    axes.set_ylabel("rows")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _dress(figure, [axes])
+    return figure
+
+
+def _titled(metric: str) -> str:
+    return metric.replace("_", " ") + (f" ({BETTER[metric]} is better)" if metric in BETTER else "")
+
+
+def _label(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
+    """Write each name beside its point, where it covers least of the other names, the points and the lines."""
+    figure.canvas.draw()  # settles the layout, so that pixels are known
+    renderer = figure.canvas.get_renderer()
+    taken = [line.get_window_extent(renderer).padded(3) for line in axes.lines if line.get_gid() != "front"]
+    sides = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))  # right and up; bars spare corners
+    spots = [(right, up, reach) for reach in (5, 14, 26, 38) for right, up in sides]
+
+    def put(text: Annotation, spot: tuple[int, int, int]) -> Bbox:
+        right, up, reach = spot
+        text.set(ha=("center", "left", "right")[right], va=("center", "bottom", "top")[up])
+        text.xyann = right * reach, up * reach
+        text.update_positions(renderer)
+        return Text.get_window_extent(text, renderer)  # without the line that leads to the point
+
+    def cost(spot: tuple[int, int, int], box: Bbox) -> float:
+        outside = box.width * box.height - _overlap(box, axes.bbox)
+        return 15 * spot[2] + 10 * outside + sum(_overlap(box, other) for other in taken)
+
+    for name, place in places.items():
+        text = axes.annotate(
+            name,
+            place,
+            (0, 0),
+            fontsize=8.5,
+            textcoords="offset points",
+            color="#444444",
+            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6},
+            zorder=5,
+        )
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        best = min(spots, key=lambda spot: cost(spot, put(text, spot)))
+        taken.append(put(text, best))
+
+
+def _overlap(a: Bbox, b: Bbox) -> float:
+    """The area that two boxes share, in square pixels."""
+    shared = Bbox.intersection(a, b)
+    return shared.width * shared.height if shared else 0.0
+
+
 def _positive(curve: Sequence[tuple[int, float]]) -> np.ndarray:
     """The points that a log axis can show, as [points, 2]."""
     array = np.asarray(curve, dtype=np.float64).reshape(-1, 2)
@@ -131,7 +305,9 @@ def _dress(figure: Figure, panels: Iterable) -> None:
         axes.set_axisbelow(True)
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             legend.setdefault(name, handle)
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", frameon=False, ncols=min(6, len(legend)))
+    if legend:
+        columns = min(6, len(legend))
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", frameon=False, ncols=columns)
 
 
 def png(figure: Figure) -> bytes:
