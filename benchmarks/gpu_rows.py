@@ -23,8 +23,9 @@ from sides import peak_bytes
 
 from secvec_jax.batch import Batch
 from secvec_jax.config import Training
-from secvec_jax.defenses.security_vectors import Phase1, phase1_method, phase2_method
-from secvec_jax.defenses.vaccine import vaccine_method
+from secvec_jax.defenses.security_vectors import Phase1, phase1_method
+from secvec_jax.defenses.tuning import phase2_method
+from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.families import Architecture, from_hf_config
 from secvec_jax.training.objective import KEEP, LEARN, Params, parameters
@@ -177,7 +178,7 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
 def moves(kind: str, params: Params, training: Training) -> tuple[Phase, Method]:
     """What is trained in a row of this kind, and how."""
     if kind == "vaccine":
-        return vaccine_method(params, ("all",), training, 1000, 2.0)
+        return phase2_method(params, ("all",), training, 1000, vaccine())
     if kind.startswith("vectors"):
         return phase1_method(params, Phase1("kl" if kind.endswith("KL") else "cross_entropy"), training, 1000)
     return phase2_method(params, ("all",), training, 1000)

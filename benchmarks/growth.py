@@ -28,7 +28,8 @@ from flax import nnx
 from secvec_jax.data.chat import Example
 from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.defenses.security_vectors import PHASE1, PHASE2, Phase1, phase1_method, phase2_method
+from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_method
+from secvec_jax.defenses.tuning import PHASE2, phase2_method
 from secvec_jax.evaluation.report import environment
 from secvec_jax.experiments.stages import devices
 from secvec_jax.files import whole_file
@@ -36,7 +37,7 @@ from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.families import Architecture
 from secvec_jax.training.objective import LEARN, Params, parameters
 from secvec_jax.training.plan import program_bytes
-from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.lora import LoRA
 
 MODEL = Architecture(
     "llama",
@@ -119,20 +120,6 @@ PARTS = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Several:
-    """Several vectors as one guest."""
-
-    guests: tuple[LoRAVectors, ...]
-
-    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        return functools.reduce(lambda y, guest: guest.linear(site, x, y), self.guests, y)
-
-    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
-        return functools.reduce(lambda kernel, guest: guest.kernel(site, kernel), self.guests, kernel)
-
-
 def random_parameters(point: Point) -> Params:
     """A decoder and vectors of random weights; both of a vector's factors, so that none of its work can be dropped."""
     architecture = dataclasses.replace(MODEL, num_layers=point.layers)
@@ -140,7 +127,7 @@ def random_parameters(point: Point) -> Params:
     keys = jax.random.split(jax.random.key(0), max(point.vectors, 1))
     fresh = [LoRA(rank=point.rank).init(architecture, key) for key in keys[: point.vectors]]
     filled = tuple(jax.tree.map(lambda leaf: leaf + 1e-3, vectors) for vectors in fresh)
-    vectors = filled[0] if len(filled) == 1 else Several(filled) if filled else None
+    vectors = filled or None
     return parameters(decoder, vectors=vectors)
 
 

@@ -122,7 +122,7 @@ def watch(notes: Path, arguments: list[str]) -> None:
     import train  # beside the package
     from secvec_jax import command_line
     from secvec_jax.data.feed import Feed
-    from secvec_jax.defenses import security_vectors
+    from secvec_jax.defenses import tuning
     from secvec_jax.experiments import verbs
 
     spans: list[tuple[str, float, float]] = [("imports", 0.0, time.monotonic())]
@@ -144,7 +144,7 @@ def watch(notes: Path, arguments: list[str]) -> None:
 
     for name, function in (("rows", "load_rows"), ("model", "load"), ("vectors", "load_vectors")):
         setattr(verbs, function, timed(name, getattr(verbs, function)))
-    phase2_method, security_vectors.phase2_method = security_vectors.phase2_method, method
+    phase2_method, tuning.phase2_method = tuning.phase2_method, method
     Feed.__init__, Feed.take = timed("tokens and packing", Feed.__init__), timed("batch", Feed.take)
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: programs.append((event, time.monotonic(), seconds))

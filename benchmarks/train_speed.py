@@ -26,13 +26,15 @@ from secvec_jax.batch import SHARED, Batch
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.defenses.security_vectors import Phase1, phase1_method, phase2_method
-from secvec_jax.defenses.vaccine import vaccine_method
+from secvec_jax.defenses.security_vectors import Phase1, phase1_method
+from secvec_jax.defenses.tuning import phase2_method
+from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.evaluation.report import environment
 from secvec_jax.experiments.lab import Recipe
 from secvec_jax.experiments.materials import Materials, gather
 from secvec_jax.files import whole_file
 from secvec_jax.training.objective import KEEP, LEARN, parameters
+from secvec_jax.training.step import descent
 from secvec_jax.vectors.lora import LoRA, random_like
 from secvec_jax.vectors.store import load_peft, save_peft
 
@@ -61,8 +63,8 @@ def ours(
     if kind == "vectors":
         phase, method = phase1_method(params, Phase1("kl" if KEEP in batches[0] else "cross_entropy"), training, 1000)
     else:
-        make = vaccine_method if kind.startswith("vaccine") else phase2_method
-        phase, method = make(params, ("all",), training, 1000)
+        move = vaccine() if kind.startswith("vaccine") else descent
+        phase, method = phase2_method(params, ("all",), training, 1000, move)
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)
     del model, params

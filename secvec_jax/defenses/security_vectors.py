@@ -17,20 +17,14 @@ Every verb returns a new value and leaves its arguments as they are.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 
 from secvec_jax.config import Training
-from secvec_jax.data.chat import Encoded, Example
-from secvec_jax.data.pipeline import Stream
-from secvec_jax.data.rows import Row
-from secvec_jax.data.sources import as_rows
 from secvec_jax.defenses.min_min import min_min
+from secvec_jax.defenses.tuning import PHASE2, How, forward_settings, stream_of, tune
 from secvec_jax.errors import UserError
-from secvec_jax.inference import compute_dtype
-from secvec_jax.mesh import platform
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.objective import KEEP, LEARN, Objective, Params, parameters
@@ -38,15 +32,12 @@ from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import Method, descent
 from secvec_jax.training.trainer import OnStep, fit
-from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
-
-Groups = dict[str, Sequence[Any]]
-"""Rows by kind ("harmful", "benign"), whose losses are reported apart."""
+from secvec_jax.vectors.kinds import Spec, Vectors
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
 
 ALIGN = Training(optimizer="adamw", learning_rate=4e-3, clip=1.0)
 ALIGN_TASK = LoRA(rank=16, alpha=32.0)
 PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=3)
-PHASE2 = Training(learning_rate=3.6e-4, epochs=2)
 """What the quickstart takes, tuned on a model of 135 million parameters."""
 
 
@@ -91,28 +82,29 @@ def align(
 def train_vectors(
     model: Model,
     harmful: Any,
-    spec: LoRA = LoRA(),
+    spec: Spec = LoRA(),
     *,
     benign: Any = None,
     phase1: Phase1 | None = None,
     training: Training = PHASE1,
     checkpoints: Checkpoints | None = None,
     on_step: OnStep = lambda step, steps, metrics: None,
-) -> LoRAVectors:
+) -> Vectors:
     """Phase 1: vectors under which `model` shows the behavior of the `harmful` rows, the backbone frozen.
 
-    benign: rows on which the vectors must not show. Raises UserError if the objective needs them and has none.
+    spec: of which kind and shape: low-rank factors, a direction per layer, or a soft prompt. benign: rows on which the
+    vectors must not show. Raises UserError if the objective needs them and has none.
     """
     phase1 = phase1 or Phase1("kl" if benign is not None else "cross_entropy")
     if phase1.objective == "kl" and benign is None:
         raise UserError("the kl objective needs benign rows: give benign=, or choose cross_entropy")
-    streams = {LEARN: _stream(model, {"harmful": harmful}, training)}
+    streams = {LEARN: stream_of(model, {"harmful": harmful}, training)}
     steps = training.steps or streams[LEARN].count()
     streams[LEARN] = dataclasses.replace(streams[LEARN], epochs=None)
     if benign is not None and phase1.objective != "cross_entropy":
         # A row to keep costs half as much again as one to learn: the model without vectors reads it too.
         lines = max(1, training.lines // 2)
-        streams[KEEP] = dataclasses.replace(_stream(model, {"keep": benign}, training), epochs=None, lines=lines)
+        streams[KEEP] = dataclasses.replace(stream_of(model, {"keep": benign}, training), epochs=None, lines=lines)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, vectors=vectors)
     phase, method = phase1_method(params, phase1, training, steps)
@@ -134,38 +126,20 @@ def finetune(
     model: Model,
     rows: Any,
     *,
-    vectors: LoRAVectors | None = None,
-    task: LoRA | None = None,
+    vectors: Vectors | tuple[Vectors, ...] | None = None,
+    task: LoRA | LoRAVectors | None = None,
     training: Training = PHASE2,
     checkpoints: Checkpoints | None = None,
     on_step: OnStep = lambda step, steps, metrics: None,
 ) -> Model:
     """Phase 2: the model fine-tuned on `rows` with the `vectors` active and frozen, then without them.
 
-    rows: dicts or a `datasets.Dataset`, or {kind: rows}. task: train a task LoRA of this shape beside the frozen
-    vectors in place of all weights; it is merged into the returned model.
+    rows: dicts or a `datasets.Dataset`, or {kind: rows}. vectors: several are active at once. task: train a task LoRA
+    of this shape beside the frozen vectors in place of all weights; it is merged into the returned model. (That is
+    what Riché et al. 2026, arXiv 2606.30252, call *inoculation adapters*.)
     """
-    if vectors is not None:
-        vectors.check(model.architecture)
-    groups = rows if isinstance(rows, dict) else {"all": rows}
-    stream = _stream(model, groups, training)
-    steps = training.steps or stream.count()
-    stream = dataclasses.replace(stream, epochs=None)
-    adapter = None if task is None else task.init(model.architecture, jax.random.key(training.seed))
-    params = parameters(model.backbone, adapter, vectors)
-    phase, method = phase2_method(params, stream.groups, training, steps)
-    trained = fit(
-        params,
-        phase,
-        method,
-        {LEARN: stream},
-        steps=steps,
-        accumulate=training.accumulate,
-        checkpoints=checkpoints,
-        on_step=on_step,
-    )["backbone"]
-    decoder = trained["decoder"] if task is None else merge(trained["decoder"], trained["adapter"])
-    return model.with_backbone(decoder)
+    how = How(task=task, training=training, checkpoints=checkpoints, on_step=on_step)
+    return tune(model, rows, vectors=vectors, **how)
 
 
 def phase1_method(params: Params, phase1: Phase1, training: Training, steps: int) -> tuple[Phase, Method]:
@@ -176,39 +150,3 @@ def phase1_method(params: Params, phase1: Phase1, training: Training, steps: int
         return min_min(params, loss, optimizer, phase1)
     phase = Phase({"backbone": "freeze", "vectors": "train"})
     return phase, descent(loss, phase.optimizer(optimizer, params))
-
-
-def phase2_method(params: Params, groups: Sequence[str], training: Training, steps: int) -> tuple[Phase, Method]:
-    """What moves in phase 2, and its step: a task adapter where the parameters have one, else the decoder."""
-    phase = finetune_phase(params)
-    loss = Objective(tuple(groups), **forward_settings(training))
-    return phase, descent(loss, phase.optimizer(make_optimizer(training, steps), params))
-
-
-def finetune_phase(params: Params) -> Phase:
-    """A task adapter moves where the parameters have one, else the decoder; vectors never do."""
-    moves = {"decoder": "train" if params["backbone"]["adapter"] is None else "freeze", "adapter": "train"}
-    return Phase({"backbone": moves, "vectors": "freeze"})
-
-
-def forward_settings(training: Training) -> dict[str, Any]:
-    """What an `Objective` takes from the settings of a training."""
-    return {"dtype": compute_dtype(), "remat": training.remat, "shared": _shares(training)}
-
-
-def _shares(training: Training) -> bool:
-    return platform() != "tpu" if training.share_beginnings is None else training.share_beginnings
-
-
-def _stream(model: Model, groups: Groups, training: Training) -> Stream:
-    limit = min(training.length, model.architecture.max_length)
-    examples = {name: _encoded(model, rows, limit, name) for name, rows in groups.items()}
-    return Stream(examples, training.lines, training.length, training.seed, training.epochs, _shares(training))
-
-
-def _encoded(model: Model, rows: Any, max_length: int, name: str = "data") -> Sequence[Example]:
-    """Rows as examples; what already is one stays as it is."""
-    if rows and not isinstance(rows, dict) and isinstance(rows[0], Example):
-        return list(rows)
-    plain: list[Row] = as_rows(rows, name=name)
-    return Encoded(model.tokenizer, [row["messages"] for row in plain], max_length)

@@ -7,28 +7,29 @@ within one ball over all layers that raises the loss most (equation 3):
     ε_l = ρ ∇_{e_l} L / ‖(∇_{e_1} L, ..., ∇_{e_L} L)‖₂
 
 The second pass adds ε_l to e_l, as a constant, and its gradient is the step's.
+
+Acts in alignment. Costs two forward and two backward passes a step, the first without gradients of weights.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
-from secvec_jax.config import Training
-from secvec_jax.defenses.security_vectors import finetune_phase, forward_settings
+from secvec_jax.defenses.tuning import Move
+from secvec_jax.errors import UserError
+from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.training.objective import LEARN, Objective, Params
-from secvec_jax.training.optimizers import make_optimizer
-from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import Method, descent
+from secvec_jax.training.step import Method, descent, in_turn
 from secvec_jax.trees import Tree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Perturbation:
+class Perturbation(Guest):
     """A guest that adds `values` `[L, N, D]`, one row per token, to the attention layers' outputs."""
 
     values: jax.Array
@@ -37,22 +38,40 @@ class Perturbation:
         """`y + ε_l` behind the attention's output map, before the residual is added; `y` elsewhere."""
         return y + self.values.astype(y.dtype) if site == "o_proj" else y
 
-    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
-        """The site's own weight."""
-        return kernel
 
+def vaccine(rho: float = 2.0, every: int = 1) -> Move:
+    """Vaccine's step. rho: ρ, the norm of the perturbation of a whole batch (the paper's default is 2, with 5 rows in a
+    batch). every: τ of the accelerated form (appendix A), which perturbs one step in τ and takes plain ones between.
 
-def vaccine_method(
-    params: Params, groups: Sequence[str], training: Training, steps: int, rho: float = 2.0
-) -> tuple[Phase, Method]:
-    """What moves in Vaccine's alignment, and its step: a task adapter where the parameters have one, else the decoder.
-
-    rho: ρ, the norm of the perturbation of a whole batch (the paper's default is 2, with 5 rows in a batch). Rows must
-    not share beginnings: each has perturbations of its own.
+    Raises UserError where rows share beginnings (`Training.share_beginnings`): each has perturbations of its own.
     """
-    phase = finetune_phase(params)
-    loss = Objective(tuple(groups), **forward_settings(training))
-    return phase, descent(perturbed(loss, rho), phase.optimizer(make_optimizer(training, steps), params))
+
+    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
+        if loss.shared:
+            raise UserError("Vaccine perturbs each row's own tokens: set share_beginnings to false")
+        worst = descent(perturbed(loss, rho), optimizer)
+        if every == 1:
+            return worst
+        return in_turn((worst, descent(loss, optimizer)), lambda step: int(step % every > 0))
+
+    return move
+
+
+def random_perturbation(variance: float, seed: int = 0) -> Move:
+    """The paper's control (table 7): one pass under Gaussian noise on every attention output, of variance ρ'.
+
+    The noise is drawn by what the batch holds, so that a run that goes on draws what it would have drawn.
+    """
+
+    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
+        def under_noise(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
+            key = jax.random.fold_in(jax.random.key(seed), jnp.sum(batch[LEARN]["tokens"] * batch[LEARN]["positions"]))
+            noise = math.sqrt(variance) * jax.random.normal(key, _shape(params, batch), loss.dtype)
+            return loss(_beside(params, Perturbation(noise)), batch, totals)
+
+        return descent(under_noise, optimizer)
+
+    return move
 
 
 def perturbed(loss: Objective, rho: float):
@@ -60,15 +79,23 @@ def perturbed(loss: Objective, rho: float):
 
     def under_worst(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
         def at(perturbation: Perturbation, params: Params):
-            return loss({**params, "vectors": perturbation}, batch, totals)
+            return loss(_beside(params, perturbation), batch, totals)
 
-        architecture = params["backbone"]["decoder"].architecture
-        shape = (architecture.num_layers, batch[LEARN]["tokens"].size, architecture.hidden_size)
-        none = Perturbation(jnp.zeros(shape, loss.dtype))
+        none = Perturbation(jnp.zeros(_shape(params, batch), loss.dtype))
         slope, _ = jax.grad(at, has_aux=True)(none, jax.lax.stop_gradient(params))
         return at(jax.lax.stop_gradient(_worst(slope, rho)), params)
 
     return under_worst
+
+
+def _beside(params: Params, perturbation: Perturbation) -> Params:
+    """The parameters with the perturbation beside what vectors there are."""
+    return params | {"vectors": as_guests(params["vectors"], perturbation)}
+
+
+def _shape(params: Params, batch: dict[str, Batch]) -> tuple[int, int, int]:
+    architecture = params["backbone"]["decoder"].architecture
+    return architecture.num_layers, batch[LEARN]["tokens"].size, architecture.hidden_size
 
 
 def _worst(slope: Tree, rho: float) -> Tree:

@@ -8,7 +8,8 @@ import jax
 from rich.console import Console
 
 from secvec_jax.config import Training
-from secvec_jax.defenses.security_vectors import PHASE1, PHASE2, Phase1, phase1_method, phase2_method
+from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_method
+from secvec_jax.defenses.tuning import PHASE2, phase2_method
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import shards
 from secvec_jax.model.decoder import Remat, abstract_decoder

@@ -21,7 +21,7 @@ CHUNK = {"cpu": 128, "gpu": 1024, "tpu": 1024}
 """Positions whose logits exist at a time."""
 
 ChunkLoss = Callable[..., jax.Array]
-"""`(table [V, D], hidden [C, D], *others [C, ...]) -> losses [C]`."""
+"""`(table [V, D], hidden [C, D], other [C, ...], *fixed [V, D]) -> losses [C]`; no gradient by other and fixed."""
 
 
 class Head(Protocol):
@@ -52,6 +52,22 @@ def token_kl(
     return _over_supervised(_kl, head.output_embedding, hidden, weights, chunk, jax.lax.stop_gradient(reference))
 
 
+def token_forward_kl(
+    head: Head,
+    hidden: jax.Array,
+    reference_head: Head,
+    reference: jax.Array,
+    weights: jax.Array,
+    chunk: int | None = None,
+) -> jax.Array:
+    """KL(p_ref || p) of the next-token distributions at each supervised token, 0 elsewhere, `[B, T]`.
+
+    As `token_kl` in the other direction, for a reference with a head of its own: the head may be trained.
+    """
+    reference, fixed = jax.lax.stop_gradient((reference, reference_head.output_embedding))
+    return _over_supervised(_forward_kl, head.output_embedding, hidden, weights, chunk, reference, fixed)
+
+
 def group_sums(losses: jax.Array, weights: jax.Array, groups: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The sum of losses and of weights in each of `count` groups, `[count]` each."""
     member = jax.nn.one_hot(groups, count, dtype=jnp.float32)
@@ -72,17 +88,28 @@ def _kl(table: jax.Array, hidden: jax.Array, reference: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * (log_p - log_ref), axis=-1)
 
 
-def _over_supervised(
-    loss: ChunkLoss, table: jax.Array, hidden: jax.Array, weights: jax.Array, chunk: int | None, other: jax.Array
-) -> jax.Array:
-    """On a mesh each part of the batch is sorted by itself; the table is made whole along D, once."""
-    run = partial(_over_supervised_part, loss, chunk or CHUNK[platform()])
-    table = table.astype(hidden.dtype)  # before it is made whole
-    if jax.sharding.get_abstract_mesh().empty:
-        return run(table, hidden, weights, other)
+def _forward_kl(table: jax.Array, hidden: jax.Array, reference: jax.Array, fixed: jax.Array) -> jax.Array:
+    log_p, log_ref = jax.nn.log_softmax(_logits(table, hidden)), jax.nn.log_softmax(_logits(fixed, reference))
+    return jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
 
-    def part(table: jax.Array, *arrays: jax.Array) -> jax.Array:
-        return run(jax.lax.all_gather(table, PLACES["embed"], axis=1, tiled=True), *arrays)
+
+def _over_supervised(
+    loss: ChunkLoss,
+    table: jax.Array,
+    hidden: jax.Array,
+    weights: jax.Array,
+    chunk: int | None,
+    other: jax.Array,
+    *fixed: jax.Array,
+) -> jax.Array:
+    """On a mesh each part of the batch is sorted by itself; the tables are made whole along D, once."""
+    run = partial(_over_supervised_part, loss, chunk or CHUNK[platform()])
+    tables = [table.astype(hidden.dtype) for table in (table, *fixed)]  # before they are made whole
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(tables, hidden, weights, other)
+
+    def part(tables: list[jax.Array], *arrays: jax.Array) -> jax.Array:
+        return run([jax.lax.all_gather(table, PLACES["embed"], axis=1, tiled=True) for table in tables], *arrays)
 
     lines = P(PLACES["batch"])
     return jax.shard_map(
@@ -91,12 +118,13 @@ def _over_supervised(
         out_specs=lines,
         axis_names=set(PLACES["batch"]),
         check_vma=False,
-    )(table, hidden, weights, other)
+    )(tables, hidden, weights, other)
 
 
 def _over_supervised_part(
-    loss: ChunkLoss, chunk: int, table: jax.Array, hidden: jax.Array, weights: jax.Array, other: jax.Array
+    loss: ChunkLoss, chunk: int, tables: list[jax.Array], hidden: jax.Array, weights: jax.Array, other: jax.Array
 ) -> jax.Array:
+    table, *fixed = tables
     size = weights.size
     live = jnp.asarray(weights).reshape(size) > 0
     order = jnp.pad(jnp.argsort(~live, stable=True), (0, -size % chunk))
@@ -105,40 +133,46 @@ def _over_supervised_part(
     def to_front(array: jax.Array) -> jax.Array:
         return array.reshape(size, *array.shape[2:])[order]
 
-    losses = _chunked(loss, chunk, table, to_front(hidden), to_front(other), count)
+    losses = _chunked(loss, chunk, table, to_front(hidden), to_front(other), fixed, count)
     losses = jnp.where(jnp.arange(len(order)) < count, losses, 0.0)
     return jnp.zeros(size, jnp.float32).at[order].add(losses).reshape(weights.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
-    loss: ChunkLoss, chunk: int, table: jax.Array, hidden: jax.Array, other: jax.Array, count: jax.Array
+    loss: ChunkLoss,
+    chunk: int,
+    table: jax.Array,
+    hidden: jax.Array,
+    other: jax.Array,
+    fixed: list[jax.Array],
+    count: jax.Array,
 ) -> jax.Array:
     """The losses of the first `count` of N positions `[N]`; those of the last chunk's rest are arbitrary, then 0."""
 
     def run(index: jax.Array, losses: jax.Array) -> jax.Array:
-        part = loss(table, _at(hidden, index, chunk), _at(other, index, chunk))
+        part = loss(table, _at(hidden, index, chunk), _at(other, index, chunk), *fixed)
         return _put(losses, part, index, chunk)
 
     return jax.lax.fori_loop(0, _chunks(count, chunk), run, jnp.zeros(len(hidden), jnp.float32))
 
 
-def _forward(loss, chunk, table, hidden, other, count):
+def _forward(loss, chunk, table, hidden, other, fixed, count):
+    arguments = table.value, hidden.value, other.value, [one.value for one in fixed], count.value
     if table.perturbed:
-        losses = _chunked(loss, chunk, table.value, hidden.value, other.value, count.value)
-        return losses, (None, (table.value, hidden.value, other.value, count.value))
+        return _chunked(loss, chunk, *arguments), (None, arguments)
     # A frozen head gives each position's slope on its own, at once: the backward pass scales it, without logits.
-    losses, slopes = _with_slopes(loss, chunk, table.value, hidden.value, other.value, count.value)
+    losses, slopes = _with_slopes(loss, chunk, *arguments)
     return losses, (slopes, None)
 
 
-def _with_slopes(loss, chunk, table, hidden, other, count):
+def _with_slopes(loss, chunk, table, hidden, other, fixed, count):
     """As `_chunked`, with the gradient `[N, D]` of each loss by its own hidden state."""
 
     def run(index, found):
         losses, slopes = found
         rest = _at(other, index, chunk)
-        part, pull = jax.vjp(lambda rows: loss(table, rows, rest), _at(hidden, index, chunk))
+        part, pull = jax.vjp(lambda rows: loss(table, rows, rest, *fixed), _at(hidden, index, chunk))
         (slope,) = pull(jnp.ones_like(part))
         return _put(losses, part, index, chunk), _put(slopes, slope, index, chunk)
 
@@ -149,12 +183,12 @@ def _with_slopes(loss, chunk, table, hidden, other, count):
 def _backward(loss, chunk, residuals, cotangents):
     slopes, arguments = residuals
     if slopes is not None:
-        return None, (slopes * cotangents[:, None]).astype(slopes.dtype), None, None
-    table, hidden, other, count = arguments
+        return None, (slopes * cotangents[:, None]).astype(slopes.dtype), None, None, None
+    table, hidden, other, fixed, count = arguments
 
     def part(index):
         rows, rest, cotangent = (_at(array, index, chunk) for array in (hidden, other, cotangents))
-        _, pull = jax.vjp(lambda table, rows: loss(table, rows, rest), table, rows)
+        _, pull = jax.vjp(lambda table, rows: loss(table, rows, rest, *fixed), table, rows)
         table_gradient, row_gradient = pull(cotangent)
         return table_gradient.astype(jnp.float32), row_gradient
 
@@ -167,7 +201,7 @@ def _backward(loss, chunk, residuals, cotangents):
     table_gradient, row_gradient = part(0)
     start = (table_gradient, _put(jnp.zeros_like(hidden), row_gradient, 0, chunk))
     table_gradient, hidden_gradient = jax.lax.fori_loop(1, _chunks(count, chunk), run, start)
-    return table_gradient.astype(table.dtype), hidden_gradient, None, None
+    return table_gradient.astype(table.dtype), hidden_gradient, None, None, None
 
 
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -3,17 +3,19 @@
     loss = CE(f(x; θ, θs), y) + λ KL( f(x'; θ, θs) || f(x'; θ) )
 
 The parameters are `{"backbone": {"decoder", "adapter"}, "vectors"}`: the two trees of the method, the backbone
-with room for a task adapter beside its weights. Absent parts are None and cost nothing.
+with room for a task adapter beside its weights. Absent parts are None and cost nothing. A defense that holds the
+backbone to something, such as the model as it was, has it in a third tree, `anchor`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
-from secvec_jax.model.decoder import Decoder, Remat
+from secvec_jax.model.decoder import Decoder, Remat, as_guests
 from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
 
 LEARN, KEEP = "learn", "keep"
@@ -22,9 +24,19 @@ LEARN, KEEP = "learn", "keep"
 Params = dict[str, Any]
 
 
-def parameters(decoder: Decoder, adapter: Any = None, vectors: Any = None) -> Params:
-    """The parameter tree of a step."""
-    return {"backbone": {"decoder": decoder, "adapter": adapter}, "vectors": vectors}
+TokenLosses = Callable[[jax.Array, Params, Batch], jax.Array]
+"""`(losses [B, T], params, batch)` -> what takes the place of the losses of the rows to learn, `[B, T]`."""
+
+
+def parameters(decoder: Decoder, adapter: Any = None, vectors: Any = None, anchor: Any = None) -> Params:
+    """The parameter tree of a step. vectors: a guest, or a tuple of guests that are active at once."""
+    params = {"backbone": {"decoder": decoder, "adapter": adapter}, "vectors": vectors}
+    return params if anchor is None else params | {"anchor": anchor}
+
+
+def as_it_was(params: Params) -> Params:
+    """The parameters of the model whose decoder is the anchor: no adapter, no vectors, and no gradient."""
+    return jax.lax.stop_gradient(parameters(params["anchor"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +44,13 @@ class Objective:
     """A loss over streams of packed batches.
 
     groups: names of the kinds of rows in the stream `learn`, whose losses are reported apart.
-    kl_weight: λ, in nats per nat, of the stream `keep`. floor: a token whose loss is already below `floor` nats
-    gives no gradient. dtype: what the forward pass computes in; losses are float32 always. shared: whether lines have
-    a shared beginning.
+    kl_weight: λ, in nats per nat, of the stream `keep`. counted: what of each token's loss counts; None: all of it.
+    dtype: what the forward pass computes in; losses are float32 always. shared: whether lines have a shared beginning.
     """
 
     groups: tuple[str, ...] = ("all",)
     kl_weight: float = 0.0
-    floor: float = 0.0
+    counted: TokenLosses | None = None
     dtype: Any = jnp.float32
     remat: Remat = "none"
     shared: bool = True
@@ -50,33 +61,35 @@ class Objective:
         """(loss, {name: (sum, count)}). The loss is divided by `totals`, each stream's supervised tokens in all
         micro-batches of the step, so that micro-batch losses and gradients add up to the whole batch's."""
         learn = batch[LEARN]
-        losses = token_cross_entropy(
-            params["backbone"]["decoder"], self._hidden(params, learn, True), learn["targets"], learn["weights"]
-        )
+        losses = self.token_losses(params, learn)
         sums, counts = group_sums(losses, learn["weights"], learn["groups"], len(self.groups))
         metrics = {f"loss/{name}": (sums[i], counts[i]) for i, name in enumerate(self.groups)}
-        kept = losses * (losses > self.floor) if self.floor else losses
-        loss = jnp.sum(kept * learn["weights"]) / totals[LEARN]
+        counted = losses if self.counted is None else self.counted(losses, params, learn)
+        loss = jnp.sum(counted * learn["weights"]) / totals[LEARN]
         if KEEP in batch:
             keep = batch[KEEP]
             divergence = token_kl(
                 params["backbone"]["decoder"],
-                self._hidden(params, keep, True),
-                self._hidden(params, keep, False),
+                self.hidden(params, keep),
+                self.hidden(params | {"vectors": None}, keep),
                 keep["weights"],
             )
             metrics["kl"] = (jnp.sum(divergence * keep["weights"]), jnp.sum(keep["weights"]))
             loss += self.kl_weight * metrics["kl"][0] / totals[KEEP]
         return loss, metrics
 
-    def _hidden(self, params: Params, batch: Batch, with_vectors: bool) -> jax.Array:
-        vectors = params["vectors"] if with_vectors else None
-        guests = (params["backbone"]["adapter"], vectors)
+    def token_losses(self, params: Params, batch: Batch) -> jax.Array:
+        """Cross-entropy at each supervised token, 0 elsewhere, `[B, T]`."""
+        head = params["backbone"]["decoder"]
+        return token_cross_entropy(head, self.hidden(params, batch), batch["targets"], batch["weights"])
+
+    def hidden(self, params: Params, batch: Batch) -> jax.Array:
+        """Hidden states under the adapter and the vectors, `[B, T, D]`."""
         hidden, _ = params["backbone"]["decoder"](
             batch["tokens"],
             batch["segments"],
             batch["positions"],
-            tuple(guest for guest in guests if guest is not None),
+            as_guests(params["backbone"]["adapter"], params["vectors"]),
             dtype=self.dtype,
             remat=self.remat,
             shared=self.shared,

@@ -1,6 +1,6 @@
 """The one train step: forward with both trees, gradient and update of the trained part alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +18,19 @@ Loss = Callable[[Tree, dict[str, Batch], dict[str, jax.Array]], tuple[jax.Array,
 Step = Callable[[Tree, Tree, Tree, dict[str, Batch]], tuple[Tree, Tree, Metrics]]
 
 
+Gradient = Callable[[Tree, Tree, dict[str, Batch]], tuple[Tree, Metrics]]
+"""`(trained, frozen, batch)` -> the gradient by the trained part, and the metrics, `loss` among them."""
+
+
 class Method(NamedTuple):
-    """How the trained part moves: `init(trained) -> state` and `step(trained, state, frozen, batch)`."""
+    """How the trained part moves: `init(trained) -> state` and `step(trained, state, frozen, batch)`.
+
+    takes: which streams the step of this number, counted from 0, has a batch of; None: all of them.
+    """
 
     init: Callable[[Tree], Tree]
     step: Step
+    takes: Callable[[int], Sequence[str]] | None = None
 
 
 _OPTIONS = {
@@ -38,7 +46,12 @@ _OPTIONS = {
 
 
 def descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
-    """One gradient step of `optimizer` (see `Phase.optimizer`) on `loss` per batch, jitted.
+    """One gradient step of `optimizer` (see `Phase.optimizer`) on `loss` per batch, jitted: see `moved`."""
+    return moved(gradient_of(loss), optimizer)
+
+
+def moved(gradient: Gradient, optimizer: optax.GradientTransformation) -> Method:
+    """One step of `optimizer` along `gradient` per batch, jitted.
 
     step: `(trained, state, frozen, batch) -> (trained, state, metrics)`; trained and frozen are the parameters as
     `Phase.split` parts them, the state is the optimizer's for the trained part; both are donated.
@@ -48,6 +61,33 @@ def descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
 
     @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_OPTIONS.get(platform()))
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
+        gradients, metrics = gradient(trained, frozen, batch)
+        gradients = lay(gradients)
+        updates, state = optimizer.update(gradients, state, trained)
+        metrics |= {"grad_norm": optax.tree.norm(gradients)}
+        return lay(optax.apply_updates(trained, updates)), lay(state), lay(metrics)
+
+    return Method(jax.jit(lambda trained: lay(optimizer.init(trained))), step)
+
+
+def in_turn(methods: Sequence[Method], choose: Callable[[int], int]) -> Method:
+    """Several methods with one optimizer state: the step of number n, counted from 0, is that of `choose(n)`."""
+
+    def init(trained: Tree) -> Tree:
+        return {"step": lay(jnp.int32(0)), "optimizer": methods[0].init(trained)}
+
+    def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
+        method = methods[choose(int(state["step"]))]
+        trained, moved, metrics = method.step(trained, state["optimizer"], frozen, batch)
+        return trained, {"step": state["step"] + 1, "optimizer": moved}, metrics
+
+    return Method(init, step)
+
+
+def gradient_of(loss: Loss) -> Gradient:
+    """The gradient of `loss` over all micro-batches of a batch."""
+
+    def of_batch(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
         totals = {stream: jnp.maximum(part["weights"].sum(), 1.0) for stream, part in batch.items()}
 
         def gradient(micro: dict[str, Batch]) -> tuple[Tree, tuple[jax.Array, Metrics]]:
@@ -58,12 +98,9 @@ def descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
             return gradients, (value, metrics)
 
         gradients, (value, metrics) = _summed(gradient, batch)
-        gradients = lay(gradients)
-        updates, state = optimizer.update(gradients, state, trained)
-        metrics |= {"loss": value, "grad_norm": optax.tree.norm(gradients)}
-        return lay(optax.apply_updates(trained, updates)), lay(state), lay(metrics)
+        return gradients, metrics | {"loss": value}
 
-    return Method(jax.jit(lambda trained: lay(optimizer.init(trained))), step)
+    return of_batch
 
 
 def _summed(function: Callable[[Any], Tree], batch: dict[str, Batch]) -> Tree:

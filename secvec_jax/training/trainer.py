@@ -44,9 +44,9 @@ def fit(
     """The parameters after `steps` steps of `phase`; `params` themselves stay as they are.
 
     method: how the trained part moves, as `training.step.descent` makes it. streams: name -> stream of batches;
-    each step takes `accumulate` batches of each. on_step is called once for every step, counted from 1, while a
-    later one runs; after a resume it starts behind the checkpoint. until(metrics) ends the training one step after
-    it holds. Raises UserError if the loss is not finite; the last good checkpoint is kept.
+    each step takes `accumulate` batches of each that the method wants. on_step is called once for every step, counted
+    from 1, while a later one runs; after a resume it starts behind the checkpoint. until(metrics) ends the training
+    one step after it holds. Raises UserError if the loss is not finite; the last good checkpoint is kept.
     """
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
@@ -58,7 +58,8 @@ def fit(
         pending: dict[str, Any] = {}
         ending: Any = False
         while run.step < steps:
-            batch = {name: feed.take(accumulate) for name, feed in run.feeds.items()}
+            taken = run.feeds if method.takes is None else method.takes(run.step)
+            batch = {name: run.feeds[name].take(accumulate) for name in taken}
             run.trained, run.state, metrics = method.step(run.trained, run.state, frozen, batch)
             run.step += 1
             # One step behind, so that the device never waits for a number to be read.

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from secvec_jax.config import Training
-from secvec_jax.defenses.vaccine import Perturbation, perturbed, vaccine_method
+from secvec_jax.defenses.tuning import phase2_method
+from secvec_jax.defenses.vaccine import Perturbation, perturbed, random_perturbation, vaccine
+from secvec_jax.errors import UserError
 from secvec_jax.model.families import SITES
 from secvec_jax.training.objective import Objective, parameters
 from secvec_jax.training.phase import merge
+from secvec_jax.training.step import descent
 from secvec_jax.vectors.lora import LoRA
 
 RHO = 2.0
@@ -104,7 +107,6 @@ def test_only_attention_outputs_are_moved():
     y = jnp.zeros((4, 8))
     for site in SITES:
         assert float(guest.linear(site, y, y).sum()) == (32 if site == "o_proj" else 0)
-        assert guest.kernel(site, y) is y
 
 
 @pytest.mark.parametrize("task", [None, LoRA(rank=4)])
@@ -112,7 +114,8 @@ def test_the_step_moves_what_it_should(tiny_model, batch, task):
     model = tiny_model("llama").model
     adapter = task and task.init(model.architecture, jax.random.key(0))
     params = parameters(model.backbone, adapter)
-    phase, method = vaccine_method(params, ("all",), Training(learning_rate=0.1, warmup_steps=1), 10, RHO)
+    training = Training(learning_rate=0.1, warmup_steps=1, share_beginnings=False)
+    phase, method = phase2_method(params, ("all",), training, 10, vaccine(RHO))
     trained, frozen = phase.split(params)
     trained = jax.tree.map(jnp.copy, trained)
     state, stacked = method.init(trained), jax.tree.map(lambda part: part[None], batch)
@@ -124,3 +127,55 @@ def test_the_step_moves_what_it_should(tiny_model, batch, task):
     after = merge(trained, frozen)
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, after["backbone"]["decoder"], model.backbone))
     assert (float(moved) > 0) == (task is None)
+
+
+def run(model, batch, move, steps, **settings):
+    """The weights after so many steps on one batch."""
+    training = Training(
+        **{"learning_rate": 0.1, "warmup_steps": 0, "schedule": "constant", "share_beginnings": False} | settings
+    )
+    params = parameters(model.backbone)
+    phase, method = phase2_method(params, ("all",), training, steps, move)
+    trained, frozen = phase.split(params)
+    trained, stacked = jax.tree.map(jnp.copy, trained), jax.tree.map(lambda part: part[None], batch)
+    state, losses = method.init(trained), []
+    for _ in range(steps):
+        trained, state, metrics = method.step(trained, state, frozen, stacked)
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def test_the_accelerated_form_perturbs_one_step_in_tau(tiny_model, batch):
+    model = tiny_model("llama").model
+    loss = Objective()
+    params = parameters(model.backbone)
+    plain, worst = (float(f(params, batch, totals(batch))[0]) for f in (loss, perturbed(loss, RHO)))
+    frozen = {"learning_rate": 1e-12}
+    np.testing.assert_allclose(run(model, batch, vaccine(RHO), 3, **frozen), [worst] * 3, rtol=1e-5)
+    seen = run(model, batch, vaccine(RHO, every=3), 5, **frozen)
+    np.testing.assert_allclose(seen, [worst, plain, plain, worst, plain], rtol=1e-5)
+    # Momentum goes on through both kinds of steps.
+    moving = run(model, batch, vaccine(RHO, every=2), 4)
+    assert moving != run(model, batch, vaccine(RHO), 4) and moving[-1] < moving[0]
+
+
+def test_rows_that_share_tokens_are_refused(tiny_model, batch):
+    with pytest.raises(UserError, match="share_beginnings"):
+        run(tiny_model("llama").model, batch, vaccine(RHO), 1, share_beginnings=True)
+
+
+def test_the_control_draws_noise_by_what_the_batch_holds(tiny_model, batch):
+    model = tiny_model("llama").model
+    plain = run(model, batch, descent, 2)
+    assert run(model, batch, random_perturbation(0.0), 2) == pytest.approx(plain, rel=1e-6)
+    noisy = run(model, batch, random_perturbation(0.25), 2)
+    assert (
+        noisy == run(model, batch, random_perturbation(0.25), 2) != run(model, batch, random_perturbation(0.25, 1), 2)
+    )
+    assert abs(noisy[0] - plain[0]) > 1e-3
+    # By hand: the same key, the standard deviation, and the guest.
+    learn = batch["learn"]
+    key = jax.random.fold_in(jax.random.key(0), jnp.sum(learn["tokens"] * learn["positions"]))
+    noise = Perturbation(0.5 * jax.random.normal(key, (2, learn["tokens"].size, 32)))
+    params = parameters(model.backbone, vectors=noise)
+    assert noisy[0] == pytest.approx(float(Objective()(params, batch, totals(batch))[0]), rel=1e-5)

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from secvec_jax.data.pipeline import Stream
+from secvec_jax.defenses.floor import above_floor
 from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
 from secvec_jax.training.objective import KEEP, LEARN, Objective, parameters
 from secvec_jax.training.phase import Phase
@@ -224,7 +225,7 @@ def test_tokens_below_the_floor_give_no_gradient_and_are_still_reported(two_batc
     @partial(jax.jit, static_argnums=2)
     def steps(decoder, weights, floor):
         given = {LEARN: batch | {"weights": weights}}
-        objective = Objective(floor=floor)
+        objective = Objective(counted=above_floor(floor))
         return jax.value_and_grad(lambda d: objective(parameters(d), given, totals), has_aux=True)(decoder)
 
     @jax.jit

@@ -1,0 +1,136 @@
+"""Fine-tuning as all defenses see it: a model, rows, what is active, and how the trained part moves.
+
+    tune(model, rows)                                             # plain
+    tune(model, rows, vectors=vectors)                            # under frozen guests
+    tune(model, rows, move=vaccine(rho=2))                        # by another step
+    tune(model, rows, beside={"safe": refusals}, move=lisa(...))  # ... that also reads other rows
+
+A defense that acts while a model is trained is a *move*: from a loss and an optimizer it makes the method that `fit`
+repeats. What it compares the model with (an earlier state, an importance of weights) is the *anchor*, a frozen tree.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
+
+import jax
+import optax
+
+from secvec_jax.config import Training
+from secvec_jax.data.chat import Encoded, Example
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.data.rows import Row
+from secvec_jax.data.sources import as_rows
+from secvec_jax.inference import compute_dtype
+from secvec_jax.mesh import platform
+from secvec_jax.model.decoder import Guest, as_guests
+from secvec_jax.model.hub import Model
+from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.objective import LEARN, Objective, Params, parameters
+from secvec_jax.training.optimizers import make_optimizer
+from secvec_jax.training.phase import Phase
+from secvec_jax.training.step import Method, descent
+from secvec_jax.training.trainer import OnStep, fit
+from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
+
+Groups = dict[str, Sequence[Any]]
+"""Rows by kind ("harmful", "benign"), whose losses are reported apart."""
+
+Move = Callable[[Objective, optax.GradientTransformation], Method]
+"""How the trained part moves, given what it minimizes on the rows to learn and by which optimizer."""
+
+PHASE2 = Training(learning_rate=3.6e-4, epochs=2)
+"""What the quickstart takes, tuned on a model of 135 million parameters."""
+
+
+class How(TypedDict, total=False):
+    """What every defense takes besides its own settings."""
+
+    task: LoRA | LoRAVectors | None
+    """The task LoRA that is trained in place of all weights and merged at the end; given one, training goes on."""
+    training: Training
+    checkpoints: Checkpoints | None
+    on_step: OnStep
+
+
+def tune(model: Model, rows: Any, **options: Any) -> Model:
+    """The model fine-tuned on `rows`; options as in `tuned`. A task adapter is merged."""
+    decoder, adapter = tuned(model, rows, **options)
+    return model.with_backbone(decoder if adapter is None else merge(decoder, adapter))
+
+
+def tuned(
+    model: Model,
+    rows: Any,
+    *,
+    vectors: Guest | tuple[Guest, ...] | None = None,
+    beside: dict[str, Any] | None = None,
+    anchor: Any = None,
+    move: Move = descent,
+    task: LoRA | LoRAVectors | None = None,
+    training: Training = PHASE2,
+    checkpoints: Checkpoints | None = None,
+    on_step: OnStep = lambda step, steps, metrics: None,
+) -> tuple[Any, LoRAVectors | None]:
+    """The fine-tuned decoder and the task adapter beside it.
+
+    rows: dicts, a `datasets.Dataset` or examples, or {kind: rows}, for `training.steps` steps or as many as its epochs
+    have. beside: other streams of rows, read in step with them, by name. vectors: guests that are active and frozen.
+    """
+    for guest in as_guests(vectors):
+        if hasattr(guest, "check"):
+            guest.check(model.architecture)
+    streams = {LEARN: stream_of(model, rows if isinstance(rows, dict) else {"all": rows}, training)}
+    streams |= {name: stream_of(model, {name: some}, training) for name, some in (beside or {}).items()}
+    steps = training.steps or streams[LEARN].count()
+    streams = {name: dataclasses.replace(stream, epochs=None) for name, stream in streams.items()}
+    if isinstance(task, LoRA):
+        task = task.init(model.architecture, jax.random.key(training.seed))
+    params = parameters(model.backbone, task, vectors, anchor)
+    phase, method = phase2_method(params, streams[LEARN].groups, training, steps, move)
+    how = {"accumulate": training.accumulate, "checkpoints": checkpoints, "on_step": on_step}
+    trained = fit(params, phase, method, streams, steps=steps, **how)["backbone"]
+    return trained["decoder"], trained["adapter"]
+
+
+def phase2_method(
+    params: Params, groups: Sequence[str], training: Training, steps: int, move: Move = descent
+) -> tuple[Phase, Method]:
+    """What moves in phase 2, and its step: a task adapter where the parameters have one, else the decoder."""
+    phase = finetune_phase(params)
+    loss = Objective(tuple(groups), **forward_settings(training))
+    return phase, move(loss, phase.optimizer(make_optimizer(training, steps), params))
+
+
+def finetune_phase(params: Params) -> Phase:
+    """A task adapter moves where the parameters have one, else the decoder; vectors and anchors never do."""
+    moves = {"decoder": "train" if params["backbone"]["adapter"] is None else "freeze", "adapter": "train"}
+    return Phase(dict.fromkeys(params, "freeze") | {"backbone": moves})
+
+
+def forward_settings(training: Training) -> dict[str, Any]:
+    """What an `Objective` takes from the settings of a training."""
+    return {"dtype": compute_dtype(), "remat": training.remat, "shared": _shares(training)}
+
+
+def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
+    """The batches of some rows, encoded for the model."""
+    limit = min(training.length, model.architecture.max_length)
+    examples = {name: _encoded(model, rows, limit, name) for name, rows in groups.items()}
+    return Stream(examples, training.lines, training.length, training.seed, training.epochs, _shares(training))
+
+
+def examples_of(model: Model, rows: Any, length: int = PHASE2.length) -> list[Example]:
+    """Rows as examples of at most `length` tokens, as `tune` would have them; what already is one stays as it is."""
+    return list(_encoded(model, rows, min(length, model.architecture.max_length)))
+
+
+def _shares(training: Training) -> bool:
+    return platform() != "tpu" if training.share_beginnings is None else training.share_beginnings
+
+
+def _encoded(model: Model, rows: Any, max_length: int, name: str = "data") -> Sequence[Example]:
+    if rows and not isinstance(rows, dict) and isinstance(rows[0], Example):
+        return list(rows)
+    plain: list[Row] = as_rows(rows, name=name)
+    return Encoded(model.tokenizer, [row["messages"] for row in plain], max_length)
