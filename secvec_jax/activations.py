@@ -1,0 +1,90 @@
+"""What goes on inside a model: states of the residual stream, and how far attention has drifted.
+
+Layers are counted from 0, and the state of layer l is the stream behind it (in transformers the input of layer l + 1).
+Everything is computed and returned in float32. One forward pass per example and model.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from secvec_jax.data.chat import Example
+from secvec_jax.errors import UserError
+from secvec_jax.mesh import place
+from secvec_jax.model.decoder import Decoder, Guest, as_guests
+from secvec_jax.model.generate import rounded_up
+from secvec_jax.model.hub import Model
+
+_BATCH, _BUCKET = 8, 16
+
+
+def reply_means(
+    model: Model, examples: Sequence[Example], vectors: Guest | tuple[Guest, ...] | None = None
+) -> np.ndarray:
+    """The mean state of each example's supervised tokens behind every layer, `[N, L, D]`; zeros if it has none.
+
+    What is averaged is read at the reply's own tokens, the one that ends the turn among them.
+    """
+    shape = (len(examples), model.architecture.num_layers, model.architecture.hidden_size)
+    means = np.zeros(shape, np.float32)
+    for rows, tokens, segments, supervised in _batches(examples):
+        found = _means(model.backbone, as_guests(vectors), tokens, segments, supervised)
+        means[rows] = np.asarray(found)[: len(rows)]
+    return means
+
+
+def attention_difference(model: Model, reference: Model, examples: Sequence[Example]) -> list[float]:
+    """Vaccine's harmful embedding drift (Huang et al. 2024, arXiv 2402.01109) of `model` from `reference`.
+
+    For each example the L2 norm, over all layers and all of its tokens, of the difference of what the two models'
+    attention layers put out, before it is added to the stream. Raises UserError if the models are of different shape.
+    """
+    if model.architecture != reference.architecture:
+        raise UserError(f"{model.name} and {reference.name} are of different architectures: compare two of the same")
+    norms = np.zeros(len(examples))
+    for rows, tokens, segments, _ in _batches(examples):
+        norms[rows] = np.asarray(_drift(model.backbone, reference.backbone, tokens, segments))[: len(rows)]
+    return norms.tolist()
+
+
+def layer_mask(model: Model, layers: Sequence[int] | None) -> np.ndarray:
+    """Which layers are meant, `[L]` of 0 and 1, float32; None: all. Raises UserError for one that is not there."""
+    count = model.architecture.num_layers
+    mask = np.zeros(count, np.float32)
+    for layer in range(count) if layers is None else layers:
+        if not 0 <= layer < count:
+            raise UserError(f"there is no layer {layer}: the model has {count}, counted from 0")
+        mask[layer] = 1
+    return mask
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
+    """Rows of like length: their indices, and tokens, segments and supervised marks `[B, T]`, padded on the right."""
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
+    for start in range(0, len(order), _BATCH):
+        rows = order[start : start + _BATCH]
+        width = rounded_up(len(examples[rows[-1]].tokens), _BUCKET)
+        tokens, segments, supervised = np.zeros((3, _BATCH, width), np.int32)
+        for line, index in enumerate(rows):
+            length = len(examples[index].tokens)
+            tokens[line, :length], segments[line, :length] = examples[index].tokens, 1
+            supervised[line, :length] = examples[index].supervised
+        yield rows, tokens, segments, supervised
+
+
+@jax.jit
+def _means(decoder: Decoder, guests: tuple[Guest, ...], tokens, segments, supervised) -> jax.Array:
+    """`[B, L, D]`"""
+    _, states = decoder(tokens, segments, guests=guests, shared=False, watch="residual")
+    sums = jnp.einsum("lbtd,bt->bld", states, supervised.astype(states.dtype), precision=jax.lax.Precision.HIGHEST)
+    return place(sums / jnp.maximum(supervised.sum(axis=1), 1)[:, None, None], None)
+
+
+@jax.jit
+def _drift(decoder: Decoder, reference: Decoder, tokens, segments) -> jax.Array:
+    """`[B]`"""
+    one, other = (d(tokens, segments, shared=False, watch="attention")[1] for d in (decoder, reference))
+    squares = jnp.sum(jnp.square(one - other), axis=(0, 3))
+    return place(jnp.sqrt(jnp.sum(squares * (segments > 0), axis=1)), None)

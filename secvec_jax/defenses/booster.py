@@ -1,0 +1,70 @@
+"""Booster (Huang et al. 2024, "Booster: Tackling Harmful Fine-tuning for Large Language Models via Attenuating Harmful
+Perturbation", arXiv 2409.01586): alignment after which a step on harmful rows gains little.
+
+With f the loss on alignment rows and h the loss on harmful ones,
+
+    min_w  f(w) + λ ( h(w) - h(w - α ∇h(w)/‖∇h(w)‖) )
+
+The second term is what one normalized step on harmful rows would take off their loss. As in the paper the step counts
+as a constant, so the gradient is
+
+    ∇f(w) + λ ( ∇h(w) - ∇h(w - α ∇h(w)/‖∇h(w)‖) )
+
+with one norm over all trained weights. In the paper these are a LoRA's (rank 32, alpha 4, on q, k and v; AdamW at
+5e-4), which the user's fine-tuning then goes on with, and λ = 5, α = 0.1.
+
+Acts in alignment. Costs three forward and three backward passes a step, two of them on harmful rows, and three copies
+of the trained weights' size more.
+"""
+
+from dataclasses import replace
+from typing import Any, Unpack
+
+import jax
+import optax
+
+from secvec_jax.batch import Batch
+from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
+from secvec_jax.defenses.tuning import How, Move, tune
+from secvec_jax.mesh import lay
+from secvec_jax.model.hub import Model
+from secvec_jax.training.objective import LEARN, Objective
+from secvec_jax.training.step import Method, Metrics, gradient_of, moved
+from secvec_jax.trees import Tree
+
+HARMFUL = "harmful"
+"""The stream of harmful rows."""
+
+
+def align(
+    model: Model, rows: Any, *, harmful: Any, weight: float = 5.0, alpha: float = 0.1, **how: Unpack[How]
+) -> Model:
+    """The model aligned on `rows`, hardened against steps on `harmful` ones; by default trained as `sv.align` trains.
+
+    weight: λ. alpha: α, the length of the simulated step over all trained weights.
+    """
+    options = How(task=ALIGN_TASK, training=ALIGN) | how
+    return tune(model, rows, beside={HARMFUL: harmful}, move=booster(weight, alpha), **options)
+
+
+def booster(weight: float = 5.0, alpha: float = 0.1) -> Move:
+    """Booster's step. Reports the harmful loss before the simulated step, and by how much that lowers it."""
+
+    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
+        by_rows, by_harmful = gradient_of(loss), gradient_of(replace(loss, groups=(HARMFUL,)))
+
+        def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
+            attack = {LEARN: batch[HARMFUL]}
+            here, before = by_harmful(trained, frozen, attack)
+            length = alpha / (optax.tree.norm(here) + 1e-7)
+            ahead = lay(jax.tree.map(lambda weights, g: weights - length * g, trained, here))
+            there, after = by_harmful(ahead, frozen, attack)
+            slope, metrics = by_rows(trained, frozen, {LEARN: batch[LEARN]})
+            gradients = jax.tree.map(lambda f, h, ahead: f + weight * (h - ahead), slope, here, there)
+            drop = before["loss"] - after["loss"]
+            metrics |= {"loss": metrics["loss"] + weight * drop, "loss/harmful": before["loss/harmful"]}
+            return gradients, metrics | {"harmful_drop": drop}
+
+        return moved(gradient, optimizer)
+
+    return move

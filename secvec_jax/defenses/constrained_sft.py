@@ -1,0 +1,67 @@
+"""Constrained fine-tuning (Qi et al. 2024, "Safety Alignment Should Be Made More Than Just a Few Tokens Deep", arXiv
+2406.05946): the first tokens of a reply, on which safety hangs, hardly move away from the aligned model.
+
+The loss of the t-th token of a reply (equation 3) is, with σ the logistic function,
+
+    l_t = - 2/β_t log σ( β_t log( π_w(y_t | ...) / π_aligned(y_t | ...) ) )
+
+and its gradient is that of the cross-entropy times
+
+    2 ( 1 - σ( β_t log( π_w / π_aligned ) ) )
+
+which is 1 at the start and falls as the token becomes likelier than it was: the sooner, the larger β_t. β_t is 0.1,
+20 times as much for tokens 2 to 5, and 5 times for the first, which starts out so unlikely that σ would be saturated
+at once. (The published code multiplies the cross-entropy with this factor as a constant, but no less than 1e-3.)
+
+Acts in fine-tuning. Costs one more forward pass per batch, without gradients, and a copy of the decoder where all
+weights are trained.
+"""
+
+from dataclasses import replace
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from secvec_jax.batch import Batch
+from secvec_jax.defenses.tuning import How, Move, tune
+from secvec_jax.model.hub import Model
+from secvec_jax.training.objective import Objective, Params, as_it_was
+from secvec_jax.training.step import Method, descent
+
+
+def finetune(
+    model: Model, rows: Any, *, beta: float = 0.1, first: float = 5.0, early: float = 20.0, **how: Unpack[How]
+) -> Model:
+    """The model fine-tuned on `rows`, held to `model` by itself, without `task`. beta: β of late tokens; first, early:
+    how many times as much it is for the first token of a reply, and for the next four."""
+    return tune(model, rows, anchor=model.backbone, move=constrained(beta, first, early), **how)
+
+
+def constrained(beta: float = 0.1, first: float = 5.0, early: float = 20.0) -> Move:
+    """Gradient steps on l_t, for an anchor that is the aligned decoder. What is reported apart for the kinds of rows
+    stays the cross-entropy."""
+
+    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
+        def counted(losses: jax.Array, params: Params, batch: Batch) -> jax.Array:
+            place = place_in_reply(batch["weights"], batch["segments"])
+            betas = beta * jnp.where(place == 0, first, jnp.where(place < 5, early, 1.0))
+            gain = loss.token_losses(as_it_was(params), batch) - losses
+            return -2 / betas * jax.nn.log_sigmoid(betas * gain)
+
+        return descent(replace(loss, counted=counted), optimizer)
+
+    return move
+
+
+def place_in_reply(weights: jax.Array, segments: jax.Array) -> jax.Array:
+    """How many tokens of its reply stand before each supervised one, `[B, T]`; anything elsewhere.
+
+    A reply is a run of tokens of one segment with weights above 0: a conversation in a packed line has one per turn.
+    """
+    said = weights > 0
+    goes_on = said[:, :-1] & said[:, 1:] & (segments[:, :-1] == segments[:, 1:])
+    begins = said & ~jnp.pad(goes_on, ((0, 0), (1, 0)))
+    index = jnp.arange(weights.shape[1])
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)

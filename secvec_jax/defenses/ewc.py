@@ -1,0 +1,86 @@
+"""Elastic weight consolidation, EWC (Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks",
+arXiv 1612.00796), as a baseline of Vaccine (Huang et al. 2024, arXiv 2402.01109): weights that alignment needs stay.
+
+    min_w  L(w) + λ Σ_i F_i (w_i - w0_i)²        F_i = Σ_b (∂L_b/∂w_i)²  at w0
+
+w0 are the trained weights at the start, and b the mini-batches of one pass over alignment rows, each with the mean
+loss L_b of its tokens. As in Vaccine's code there is no factor 1/2, and F is a sum over batches and not a mean over
+rows: the same λ is stronger with more rows, and with batches of fewer rows.
+
+There the trained weights are those of the LoRA that alignment trained, and λ = 1e9 (1e6 and 1e12 were tried too). A
+fresh LoRA has B = 0, so F = 0 for all of A: what holds it is B alone. The penalty is a spring of stiffness 2 λ F_i:
+plain gradient steps diverge where the learning rate is above 1 / (λ F_i). Take adamw, as there, or a small λ.
+
+Acts in fine-tuning. Costs one forward and one backward pass over the alignment rows, once, and two copies of the
+trained weights' size (w0 and F) beside them.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from secvec_jax.batch import Batch
+from secvec_jax.config import Training
+from secvec_jax.defenses.tuning import PHASE2, How, Move, finetune_phase, forward_settings, stream_of, tune
+from secvec_jax.mesh import lay
+from secvec_jax.model.hub import Model
+from secvec_jax.training.objective import LEARN, Objective, parameters
+from secvec_jax.training.step import Method, Metrics, gradient_of, moved
+from secvec_jax.trees import Tree
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
+
+
+def finetune(model: Model, rows: Any, *, safe: Any, weight: float = 1e9, **how: Unpack[How]) -> Model:
+    """The model fine-tuned on `rows`, its weights held where the `safe` rows need them. weight: λ."""
+    training, task = how.get("training", PHASE2), how.get("task")
+    if isinstance(task, LoRA):  # here already: w0 is what training starts from
+        task = how["task"] = task.init(model.architecture, jax.random.key(training.seed))
+    anchor = {"start": model.backbone if task is None else task, "fisher": fisher(model, safe, task, training)}
+    return tune(model, rows, anchor=anchor, move=ewc(weight), **how)
+
+
+def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: Training = PHASE2) -> Tree:
+    """F on `rows`, one pass in batches of `training.lines` packed lines: a tree like the adapter `task`, or, without
+    one, like the decoder."""
+    params = parameters(model.backbone, task)
+    trained, frozen = finetune_phase(params).split(params)
+    gradient = gradient_of(Objective(**forward_settings(training)))
+
+    @partial(jax.jit, donate_argnums=0)
+    def add(total: Tree, trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> Tree:
+        slope, _ = gradient(trained, frozen, batch)
+        return lay(jax.tree.map(lambda one, g: one + jnp.square(g), total, lay(slope)))
+
+    stream = replace(stream_of(model, {"safe": rows}, training), epochs=1)
+    total = lay(jax.tree.map(jnp.zeros_like, trained))
+    for batch in stream.batches():  # every process reads all lanes: they need not be of one length
+        total = add(total, trained, frozen, lay({LEARN: {key: array[None] for key, array in batch.items()}}))
+    return total["backbone"]["decoder" if task is None else "adapter"]
+
+
+def ewc(weight: float) -> Move:
+    """Gradient steps with the penalty, for an anchor {"start": w0, "fisher": F}. Reports the penalty, λ in it."""
+
+    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
+        plain = gradient_of(loss)
+
+        def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
+            slope, metrics = plain(trained, frozen, batch)
+            # Once a step: inside the loss it would count once for every micro-batch.
+            held, pull = jax.value_and_grad(penalty)(trained, weight, **frozen["anchor"])
+            metrics |= {"loss": metrics["loss"] + held, "penalty": held}
+            return jax.tree.map(jnp.add, slope, pull), metrics
+
+        return moved(gradient, optimizer)
+
+    return move
+
+
+def penalty(trained: Tree, weight: float, start: Tree, fisher: Tree) -> jax.Array:
+    """λ Σ_i F_i (w_i - w0_i)²."""
+    leaves = zip(*map(jax.tree.leaves, (trained, start, fisher)), strict=True)
+    return weight * sum(jnp.sum(f * jnp.square(now - then)) for now, then, f in leaves)

@@ -1,0 +1,88 @@
+"""Safe rows beside the user's or behind them: the baselines that every defense has to beat.
+
+    tune(model, vlguard(rows, safe))        # VLGuard's mix: one safe row for two of the user's
+    tune(model, replay(rows, safe))         # Replay: one for one
+    sequential(model, rows, safe)           # fine-tune, then on the safe rows alone
+
+A mix is `tune`'s {kind: rows}, in which the safe rows are a kind of their own, so that losses are reported apart; all
+kinds are shuffled together.
+
+Mixes act in the data; they cost the steps of the rows that they add. The sequence acts after fine-tuning and costs a
+second one. Sources: VLGuard's mix (Zong et al. 2024, arXiv 2402.02207) with 500 alignment rows for 1000 of the user's,
+as Vaccine (arXiv 2402.01109) compares with it; replay and the sequence as ForgetFilter (arXiv 2312.12736) does.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+from secvec_jax.config import Training
+from secvec_jax.defenses.tuning import PHASE2, Groups, How, tuned
+from secvec_jax.errors import UserError
+from secvec_jax.model.decoder import Decoder
+from secvec_jax.model.hub import Model
+from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.vectors.lora import LoRAVectors, merge
+
+SAFE = "safe"
+"""The kind of the rows that a defense adds."""
+
+
+def vlguard(rows: Any, safe: Sequence[Any], share: float = 0.5) -> Groups:
+    """The user's rows (or {kind: rows}) and, as the kind "safe", the first `share` times as many of the safe ones.
+
+    Raises UserError if there are fewer, or if the user's rows have a kind of this name.
+    """
+    groups = groups_of(rows)
+    if SAFE in groups:
+        raise UserError(f'the rows have a kind named "{SAFE}", as the rows to be added have: give it another name')
+    count = round(share * sum(map(len, groups.values())))
+    if not 1 <= count <= len(safe):
+        raise UserError(f"the mix takes {count} safe rows, of which there are {len(safe)}: give more or another share")
+    return groups | {SAFE: [safe[index] for index in range(count)]}
+
+
+def replay(rows: Any, safe: Sequence[Any]) -> Groups:
+    """The user's rows and as many safe ones; see `vlguard`."""
+    return vlguard(rows, safe, share=1.0)
+
+
+def sequential(model: Model, rows: Any, safe: Any, *, safe_training: Training = PHASE2, **how: Unpack[How]) -> Model:
+    """The model fine-tuned on `rows` and then, with `safe_training`, on `safe`; see `successive`."""
+    return successive(model, rows, safe, safe_training=safe_training, **how)[1]
+
+
+def successive(
+    model: Model,
+    rows: Any,
+    safe: Any,
+    *,
+    safe_training: Training = PHASE2,
+    checkpoints: Checkpoints | None = None,
+    **how: Unpack[How],
+) -> tuple[Model, Model]:
+    """The model after `rows`, and after the `safe` rows behind them.
+
+    A task adapter goes on from the one to the other. Checkpoints lie in folders of their own, `noisy` and `safe`; the
+    best is chosen of the first training's alone, as the second has losses of another name.
+    """
+    decoder, adapter = tuned(model, groups_of(rows), checkpoints=checkpoints_of(checkpoints, "noisy"), **how)
+    noisy = _model(model, decoder, adapter)
+    second = checkpoints_of(checkpoints, SAFE)
+    then = how | {"task": adapter, "training": safe_training}
+    then["checkpoints"] = second and dataclasses.replace(second, best=None)
+    return noisy, _model(model, *tuned(model.with_backbone(decoder), groups_of(safe, SAFE), **then))
+
+
+def _model(model: Model, decoder: Decoder, adapter: LoRAVectors | None) -> Model:
+    return model.with_backbone(decoder if adapter is None else merge(decoder, adapter))
+
+
+def groups_of(rows: Any, name: str = "all") -> Groups:
+    """Rows by kind: as they are, or all of them as one kind."""
+    return dict(rows) if isinstance(rows, dict) else {name: rows}
+
+
+def checkpoints_of(checkpoints: Checkpoints | None, stage: str) -> Checkpoints | None:
+    """Checkpoints of one of several trainings, in a folder of its own."""
+    return checkpoints and dataclasses.replace(checkpoints, folder=checkpoints.folder / stage)

@@ -1,0 +1,119 @@
+"""The score by hand, the threshold, the filter and the gate; that a gated row teaches as little as its weight says."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secvec_jax.config import Training
+from secvec_jax.defenses import explained_away as ea
+from secvec_jax.defenses.security_vectors import finetune, train_vectors
+from secvec_jax.defenses.tuning import tune
+from secvec_jax.errors import UserError
+from secvec_jax.inference import logits
+from secvec_jax.trees import distance, fingerprint
+from secvec_jax.vectors.lora import LoRA
+from tests.toys import random_examples, tiny_model
+
+HARMFUL, BENIGN = random_examples(8, seed=1), random_examples(8, seed=2)
+BRIEF = Training(learning_rate=1e-2, steps=4, lines=1, length=96, warmup_steps=0)
+SCORES = st.lists(st.floats(-5, 5, allow_nan=False).map(lambda x: round(x, 3)), min_size=1, max_size=30)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def vectors(model):
+    training = Training(optimizer="adamw", learning_rate=2e-2, steps=80, lines=1, length=96, warmup_steps=0)
+    return train_vectors(model, HARMFUL, LoRA(rank=4), benign=BENIGN, training=training)
+
+
+def test_the_score_is_the_loss_without_minus_with_the_vectors(model, vectors):
+    for example, score in zip(HARMFUL[:3], ea.scores(model, vectors, HARMFUL[:3])):
+        losses = []
+        for guest in (None, vectors):
+            log_p = jax.nn.log_softmax(logits(model, example.tokens[None], guest))[0, :-1]
+            said = np.asarray(log_p)[np.arange(len(example.tokens) - 1), example.tokens[1:]]
+            losses.append(-said[example.supervised[1:]].mean())
+        assert score == pytest.approx(losses[0] - losses[1], abs=1e-4)
+
+
+def test_vectors_explain_their_own_rows_and_not_others(model, vectors):
+    own, others = ea.scores(model, vectors, HARMFUL), ea.scores(model, vectors, BENIGN)
+    assert min(own) > max(others)
+    known = ea.scale(own, others)
+    assert max(others) < known.threshold < min(own)
+    kept = ea.filtered(model, {"a": HARMFUL[:3] + BENIGN[:2], "b": HARMFUL[3:]}, vectors, known)
+    assert {name: len(rows) for name, rows in kept.items()} == {"a": 2}
+    assert all(any(row is other for other in BENIGN) for row in kept["a"])
+    with pytest.raises(UserError, match="nothing is left"):
+        ea.filtered(model, HARMFUL, vectors, known)
+    with pytest.raises(UserError, match="no better than the benign"):
+        ea.scale(others, own)
+
+
+def test_the_filter_is_fine_tuning_without_these_rows(model, vectors):
+    known = ea.known_scale(model, vectors, HARMFUL, BENIGN)
+    ours = ea.filter_and_finetune(model, HARMFUL + BENIGN, vectors, known, training=BRIEF)
+    assert fingerprint(ours.backbone) == fingerprint(tune(model, BENIGN, training=BRIEF).backbone)
+
+
+def test_a_row_of_weight_0_teaches_nothing_and_one_of_weight_1_all(model, vectors):
+    rows = random_examples(5, seed=7)
+    gates = {
+        "shut": ea.Scale(benign=-99.0, threshold=-98.0),
+        "open": ea.Scale(benign=98.0, threshold=99.0),
+    }
+    shut, opened = (ea.gate_and_finetune(model, rows, vectors, known, training=BRIEF) for known in gates.values())
+    plain = finetune(model, rows, vectors=vectors, training=BRIEF)
+    assert float(distance(shut.backbone, model.backbone)) == 0
+    assert float(distance(opened.backbone, plain.backbone)) < 1e-5 < float(distance(plain.backbone, model.backbone))
+
+
+@pytest.mark.parametrize("by", ["row", "token"])
+def test_weights_are_those_of_the_scores(model, vectors, by):
+    known = ea.known_scale(model, vectors, HARMFUL, BENIGN)
+    rows = [HARMFUL[0], BENIGN[0], random_examples(1, seed=9)[0]]
+    (gated,) = ea.gated(model, rows, vectors, known, by).values()
+    for example, weighed, tokens in zip(rows, gated, ea.token_scores(model, vectors, rows)):
+        said = weighed.weights[example.supervised]
+        wanted = tokens if by == "token" else np.full(len(tokens), tokens.mean())
+        expected = np.clip((known.threshold - wanted) / (known.threshold - known.benign), 0, 1)
+        np.testing.assert_allclose(said, expected, atol=1e-5)
+        assert (weighed.weights[~example.supervised] == 1).all() and weighed.tokens is example.tokens
+    if by == "row":
+        assert set(gated[0].weights[HARMFUL[0].supervised]) == {0.0}
+
+
+def test_the_gates_gradient_is_that_of_the_weighted_loss(model, vectors):
+    """Rows of weight 1/2 beside none of weight 1: the loss is a weighted mean, so that the step is the plain one."""
+    rows = random_examples(4, seed=5)
+    halves = [dataclasses.replace(row, weights=np.full(len(row.tokens), 0.5, np.float32)) for row in rows]
+    plain, halved = (tune(model, some, training=BRIEF) for some in (rows, halves))
+    assert float(distance(plain.backbone, halved.backbone)) < 1e-5
+    uneven = [dataclasses.replace(row, weights=np.float32(i) * np.ones(len(row.tokens))) for i, row in enumerate(rows)]
+    assert float(distance(plain.backbone, tune(model, uneven, training=BRIEF).backbone)) > 1e-3
+
+
+@settings(max_examples=200, deadline=None)
+@given(SCORES, SCORES)
+def test_no_threshold_tells_two_kinds_apart_better(harmful, benign):
+    def told_apart(threshold):
+        return np.mean(np.asarray(harmful) > threshold) + np.mean(np.asarray(benign) <= threshold)
+
+    if not np.median(harmful) > np.median(benign):
+        with pytest.raises(UserError):
+            ea.scale(harmful, benign)
+        return
+    known = ea.scale(harmful, benign)
+    assert known.benign == np.median(benign) and known.threshold > known.benign
+    tried = [score + nudge for score in [*harmful, *benign, known.benign] for nudge in (0, 1e-6)]
+    assert told_apart(known.threshold) == pytest.approx(max(told_apart(t) for t in tried if t > known.benign))
+    weights = known.weights(np.asarray([known.benign - 1, known.benign, known.threshold, known.threshold + 1]))
+    np.testing.assert_allclose(weights, [1, 1, 0, 0])
