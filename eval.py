@@ -1,11 +1,12 @@
-"""Judge: score, compare. `python eval.py VERB --help` tells all settings of a verb."""
+"""Judge: score, compare, screen rows. `python eval.py VERB --help` tells all settings of a verb."""
 
 from secvec_jax import command_line
-from secvec_jax.experiments import verbs
+from secvec_jax.experiments import screen, verbs
 
 VERBS = {
     "score": (verbs.ScoreRun, verbs.score),
     "compare": (verbs.Compare, verbs.compare),
+    "screen": (screen.Screen, screen.screen),
 }
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Train: quickstart, objectives, align, vectors, finetune; plan a run on TPUs.
+"""Train: quickstart, objectives, align, vectors, finetune; a grid of defenses and attacks; plan a run on TPUs.
 
 `train.py VERB --help` tells all settings of a verb.
 """
 
 from secvec_jax import command_line
-from secvec_jax.experiments import objectives, planning, quickstart, verbs
+from secvec_jax.experiments import grid, objectives, planning, quickstart, verbs
 
 VERBS = {
     "quickstart": (quickstart.Quickstart, quickstart.quickstart),
@@ -12,6 +12,7 @@ VERBS = {
     "align": (verbs.Align, verbs.align),
     "vectors": (verbs.Vectors, verbs.vectors),
     "finetune": (verbs.Finetune, verbs.finetune),
+    "grid": (grid.Grid, grid.grid),
     "plan": (planning.Planned, planning.planned),
 }
 

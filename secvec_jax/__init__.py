@@ -20,12 +20,16 @@ from secvec_jax.inference import generate, logits
 from secvec_jax.mesh import make_mesh
 from secvec_jax.model.hub import Model, load
 from secvec_jax.vectors.lora import LoRA, random_like
+from secvec_jax.vectors.prompt import SoftPrompt
+from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
 
 __all__ = [
     "LoRA",
     "Model",
     "Phase1",
+    "SoftPrompt",
+    "Steering",
     "Training",
     "UserError",
     "align",

@@ -90,6 +90,9 @@ class Materials:
     keep: list[Example]
     mix: dict[str, list[Example]]
     suite: Suite
+    spare: dict[str, list[Row]]
+    """Rows that neither alignment, vectors nor judges get: "harmful" (AdvBench, the mix's own first), "instructions",
+    "questions"."""
 
     @property
     def benign_mix(self) -> dict[str, list[Example]]:
@@ -101,8 +104,9 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
     """All rows, dealt out by `seed` and encoded for the model. Raises UserError if there are too few."""
     rng = random.Random(seed)
     third = sizes.align_harmful // 3
+    advbench = load_rows("advbench")
     part = split_by_topic(
-        load_rows("advbench"),
+        advbench,
         {"align": third, "vectors": sizes.vectors, "mix": sizes.mix_harmful, "unseen": _UNSEEN},
         seed,
     )
@@ -131,6 +135,7 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
         taken, rows[:] = rows[:count], rows[count:]
         return taken
 
+    dealt = {prompt_of(r) for rows in part.values() for r in rows}
     refused = [row(prompt_of(r), REFUSALS[i % len(REFUSALS)]) for i, r in enumerate(taught)]
     unseen_openings = take(openings, _UNSEEN)
     return Materials(
@@ -155,6 +160,11 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
             benign_targets=encoded(judged.benign_rows[:_UNSEEN], _REPLY),
             opening_targets=encoded(unseen_openings),
         ),
+        spare={
+            "harmful": part["mix"] + [r for r in advbench if prompt_of(r) not in dealt],
+            "instructions": instructions,
+            "questions": questions,
+        },
     )
 
 

@@ -38,7 +38,7 @@ class Stages:
         before = float(partial.read_text()) if partial.exists() else 0.0
         start = time.monotonic()
         try:
-            with self._stage(name) as stage:
+            with self.show(name) as stage:
                 result = work(stage)
         except BaseException:
             if is_first():
@@ -55,7 +55,8 @@ class Stages:
         return result
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator["Stage"]:
+    def show(self, name: str) -> Iterator["Stage"]:
+        """A stage at work, neither timed nor kept."""
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),

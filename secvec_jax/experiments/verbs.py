@@ -2,8 +2,9 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -22,7 +23,10 @@ from secvec_jax.experiments.stages import Stage, Stages, checkpoints, claim, dev
 from secvec_jax.mesh import by_first, is_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.trees import distance
+from secvec_jax.vectors import kinds
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.prompt import SoftPrompt
+from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
 
 
@@ -52,8 +56,12 @@ class Vectors:
     benign: str | None = None
     """rows on which the vectors must not show; the kl objective needs them"""
     out: str = "runs/vectors"
-    """the run directory; the vectors are written to OUT/vectors/security.safetensors and, for PEFT, OUT/vectors/peft"""
+    """the run directory; the vectors are written to OUT/vectors/security.safetensors, LoRA also to OUT/vectors/peft"""
+    kind: Literal["lora", "steering", "prompt"] = "lora"
+    """low-rank factors at every linear map, a direction per layer, or a soft prompt at every layer"""
     lora: LoRA = dataclasses.field(default_factory=LoRA)
+    steering: Steering = dataclasses.field(default_factory=Steering)
+    prompt: SoftPrompt = dataclasses.field(default_factory=SoftPrompt)
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
     training: Training = PHASE1
 
@@ -66,8 +74,8 @@ class Finetune:
     """the rows to learn: a file, a packaged name, or a hub dataset id"""
     model: str = "smollm2"
     """the model that the vectors were trained for"""
-    vectors: str | None = None
-    """a file that `train.py vectors` wrote, or a PEFT adapter folder; none: plain fine-tuning"""
+    vectors: tuple[str, ...] = ()
+    """files that `train.py vectors` wrote, or PEFT adapter folders, all active at once; none: plain fine-tuning"""
     task_rank: int = 0
     """train a task LoRA of this rank beside the frozen vectors, merged at the end; 0: train all weights"""
     out: str = "runs/finetune"
@@ -81,7 +89,7 @@ class ScoreRun:
 
     model: str = "smollm2"
     """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
-    vectors: str | None = None
+    vectors: tuple[str, ...] = ()
     """score with these vectors on"""
     harmful: tuple[str, ...] = ("harmbench", "do-not-answer")
     """sources of prompts to be refused; rows with answers also give harmful_loss"""
@@ -114,7 +122,7 @@ def compare(settings: Compare, command: str) -> None:
 
 def align(settings: Align, command: str) -> None:
     """The run of `train.py align`."""
-    _finetune(settings, None, command)
+    _finetune(settings, (), command)
 
 
 def finetune(settings: Finetune, command: str) -> None:
@@ -122,7 +130,7 @@ def finetune(settings: Finetune, command: str) -> None:
     _finetune(settings, settings.vectors, command)
 
 
-def _finetune(settings: Align | Finetune, vectors: str | None, command: str) -> None:
+def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) -> None:
     _need_data(settings)
     run = _Run(settings, command)
     task = LoRA(rank=settings.task_rank, alpha=2.0 * settings.task_rank) if settings.task_rank else None
@@ -130,11 +138,10 @@ def _finetune(settings: Align | Finetune, vectors: str | None, command: str) -> 
     def work(stage: Stage) -> dict[str, float]:
         rows = load_rows(settings.data)
         model = load(settings.model)
-        active = None if vectors is None else load_vectors(vectors, model)
         tuned = finetune_model(
             model,
             rows,
-            vectors=active,
+            vectors=_all_of(vectors, model),
             task=task,
             training=settings.training,
             checkpoints=run.checkpoints,
@@ -167,7 +174,7 @@ def vectors(settings: Vectors, command: str) -> None:
         trained = train_vectors(
             model,
             rows,
-            settings.lora,
+            getattr(settings, settings.kind),
             benign=benign,
             phase1=settings.phase1,
             training=settings.training,
@@ -175,10 +182,16 @@ def vectors(settings: Vectors, command: str) -> None:
             on_step=on_step,
         )
         save_vectors(trained, folder / "security.safetensors", model)
-        save_peft(trained, folder / "peft", model)
+        if settings.kind == "lora":
+            save_peft(trained, folder / "peft", model)
         return {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
 
     run.finish(run.stages.run("vectors", work), f"the vectors are in {folder}")
+
+
+def _all_of(paths: Sequence[str], model: Model) -> tuple[kinds.Vectors, ...] | None:
+    """The vectors in these files; the tree has none, and not an empty tuple, where there are none."""
+    return tuple(load_vectors(path, model) for path in paths) or None
 
 
 def _need_data(settings: Any) -> None:
@@ -192,12 +205,11 @@ def score(settings: ScoreRun, command: str) -> None:
 
     def work(stage: Stage) -> dict[str, list[float]]:
         model = load(settings.model)
-        active = None if settings.vectors is None else load_vectors(settings.vectors, model)
         suite = _suite(settings, model)
-        return outcomes(model, suite, active, stage.replies(suite.size, "judging"))
+        return outcomes(model, suite, _all_of(settings.vectors, model), stage.replies(suite.size, "judging"))
 
     found = run.stages.run("score", work)
-    run.report({"name": settings.model if settings.vectors is None else f"{settings.model} + vectors",
+    run.report({"name": f"{settings.model} + vectors" if settings.vectors else settings.model,
                 "metrics": {metric: s.as_dict() for metric, s in scores(found).items()}})  # fmt: skip
 
 

@@ -1,0 +1,201 @@
+"""What the cells of a grid share, seed by seed: an aligned model, vectors, rows. Made once, by whoever comes first."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from secvec_jax.config import Training
+from secvec_jax.data.chat import Example
+from secvec_jax.defenses.security_vectors import Phase1, train_vectors
+from secvec_jax.defenses.tuning import Groups
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.suite import Suite
+from secvec_jax.experiments import scenes
+from secvec_jax.experiments.lab import Lab, Recipe
+from secvec_jax.experiments.materials import own_replies
+from secvec_jax.experiments.stages import Stage
+from secvec_jax.files import whole_file
+from secvec_jax.model.hub import Model, load
+from secvec_jax.vectors.kinds import Spec, Vectors
+from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.store import load_vectors, save_vectors
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One fine-tuning: who defends, against what, and how it is trained."""
+
+    defense: str
+    """a name of `contenders.DEFENSES`, with its settings after it: "vaccine rho=5" """
+    attack: str = "harmful"
+    """a name of `scenes.ATTACKS`, or a file or hub id of rows"""
+    task: str = "profiles"
+    """a name of `scenes.TASKS`: what the other rows teach"""
+    poison: float = 0.1
+    """the share of rows that are the attack's; 1: no task"""
+    samples: int = 100
+    """rows in an epoch; an attack that has fewer repeats them"""
+    learning_rate: float = 3.6e-4
+    optimizer: str = "sgd"
+    epochs: int = 2
+    task_rank: int = 0
+    """the rank of a task LoRA; 0: all weights are trained"""
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its files: every setting is in it."""
+        parts = (f"{value:g}" if isinstance(value, float) else str(value) for value in dataclasses.astuple(self))
+        return "_".join(part.replace(" ", "-").replace("/", "-") for part in parts)
+
+
+class Bench:
+    """The shared stages of one seed, in a folder of their own."""
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.recipe = recipe
+        self.lab = Lab(recipe, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._made: dict[tuple[Callable[..., Any], str], Any] = {}
+
+    @cached_property
+    def aligned(self) -> Model:
+        """The model that refuses, and that every cell starts from."""
+        self.stage("align", self.lab.align)
+        return self.lab.aligned
+
+    @property
+    def base(self) -> Model:
+        """The model before it was aligned: read anew, for none is kept in memory beside the aligned one."""
+        return load(self.recipe.model)
+
+    def stage(self, name: str, work: Callable[[Stage], Any]) -> Any:
+        """What `work` returns, JSON; done by one process, once, while the others that need it wait."""
+        with FileLock(self.lab.folder / f".{name.replace(' ', '-')}.lock"):
+            return self.lab.stages.run(name, work)
+
+    def model(self, name: str, make: Callable[[Stage], Model]) -> Model:
+        """A shared model, such as one of another alignment."""
+        folder = self.lab.folder / "model" / name.replace(" ", "-")
+
+        def work(stage: Stage) -> None:
+            make(stage).save(folder)
+
+        self.stage(name, work)
+        return load(folder)
+
+    def vectors(self, attack: str, name: str, spec: Spec, phase1: Phase1) -> Vectors:
+        """Shared vectors for the behavior of this attack, trained on the defender's rows of it."""
+        path = self.lab.folder / "vectors" / f"{name} {attack}.safetensors".replace(" ", "-").replace("/", "-")
+
+        def work(stage: Stage) -> dict[str, float]:
+            harmful, benign = self.known(attack)
+            last: dict[str, float] = {}
+            show = stage.on_step()
+
+            def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
+                last.update(metrics)
+                show(step, steps, metrics)
+
+            training = dataclasses.replace(self.recipe.vectors_training, seed=self.recipe.seed)
+            made = train_vectors(
+                self.aligned, harmful, spec, benign=benign, phase1=phase1, training=training, on_step=on_step
+            )
+            save_vectors(made, path, self.aligned)
+            return last
+
+        self.stage(f"vectors {name} {attack}", work)
+        return load_vectors(path, self.aligned)
+
+    @cached_property
+    def safe(self) -> list[Example]:
+        """The rows of alignment: refusals, and the base model's own replies to benign prompts."""
+        path = self.lab.folder / "own-replies.json"
+        materials = self.lab.materials
+
+        def work(stage: Stage) -> None:
+            show = stage.replies(len(materials.kept), "its own replies")
+            replies = own_replies(self.base, materials.kept, materials.suite.refusals, show)
+            with whole_file(path) as staging:
+                staging.write_text(json.dumps([[e.tokens.tolist(), int(e.supervised.argmax())] for e in replies]))
+
+        self.stage("own replies", work)
+        kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(path.read_text())]
+        rows = [*materials.refusals, *(Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in kept)]
+        return random.Random(self.recipe.seed).sample(rows, len(rows))  # so that the first few have both kinds
+
+    def safe_for(self, attack: str) -> list[Any]:
+        """Rows that show the opposite of the attack's behavior."""
+        own = self._attack(attack).safe
+        return self.safe if own is None else own
+
+    def opposite(self, attack: str) -> list[Any]:
+        """Rows in which the attack's behavior is called for and not shown."""
+        own = self._attack(attack).safe
+        return self.lab.materials.refusals if own is None else own
+
+    def known(self, attack: str) -> tuple[list[Any], list[Any]]:
+        """The rows of the attack's behavior that the defender has, and benign ones."""
+        own = self._attack(attack).known
+        materials = self.lab.materials
+        return materials.vectors if own is None else own, materials.keep
+
+    def rows(self, cell: Cell) -> Groups:
+        """The user's data, by kind: "attack" and "task"."""
+        bad = round(cell.poison * cell.samples)
+        groups = {"attack": _repeated(self._attack(cell.attack).rows, bad)}
+        if bad < cell.samples:
+            groups["task"] = _repeated(self._task(cell.task).rows, cell.samples - bad)
+        return {name: rows for name, rows in groups.items() if rows}
+
+    def suite(self, cell: Cell, system: str | None = None) -> Suite:
+        """What a cell's model is asked, behind the system prompt that it is served with."""
+        suite, bad = self.lab.materials.suite, self._attack(cell.attack)
+        return dataclasses.replace(
+            suite,
+            benign=suite.benign[: scenes.ASKED],
+            questions=(),
+            opening_targets=(),
+            probes={"task": self._task(cell.task).probe} | bad.probes,
+            system=system,
+        )
+
+    def training(self, cell: Cell) -> Training:
+        """How a cell's model is trained."""
+        if cell.optimizer not in ("sgd", "adamw"):
+            raise UserError(f"optimizer is {cell.optimizer!r}: use sgd or adamw")
+        return dataclasses.replace(
+            self.recipe.finetune_training,
+            optimizer=cell.optimizer,
+            learning_rate=cell.learning_rate,
+            epochs=cell.epochs,
+            clip=1.0 if cell.optimizer == "adamw" else 0.0,
+            seed=cell.seed,
+        )
+
+    def task(self, cell: Cell) -> LoRA | None:
+        """The task LoRA that a cell trains, if it trains one."""
+        return LoRA(rank=cell.task_rank, alpha=2.0 * cell.task_rank) if cell.task_rank else None
+
+    def _attack(self, name: str) -> scenes.Attack:
+        return self._once(scenes.attack, name)
+
+    def _task(self, name: str) -> scenes.Task:
+        return self._once(scenes.task, name)
+
+    def _once(self, make: Callable[..., Any], name: str) -> Any:
+        if (make, name) not in self._made:
+            self._made[make, name] = make(name, self.lab.materials, self.recipe.seed)
+        return self._made[make, name]
+
+
+def _repeated(rows: Sequence[Any], count: int) -> list[Any]:
+    """`count` rows, from the first on again where there are fewer."""
+    return [rows[index % len(rows)] for index in range(count)]

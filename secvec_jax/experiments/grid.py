@@ -1,0 +1,208 @@
+"""`train.py grid`: defense x attack x task x poison ratio x samples x learning rate x optimizer x seed, cell by cell.
+
+A grid file lists blocks; a block is the product of its lists. Every cell leaves one JSON in OUT/cells, with a number
+for each prompt, and is skipped when the same command is given again; aligned models and vectors are made once a seed,
+in OUT/seed-N. Several processes, on one host or on several with a common file system, take turns by `--part i/n`.
+"""
+
+import dataclasses
+import itertools
+import json
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from simple_parsing import field
+
+from secvec_jax import config
+from secvec_jax.activations import attention_difference
+from secvec_jax.defenses.tuning import How
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.pivot import Record, read
+from secvec_jax.evaluation.suite import Outcomes, outcomes
+from secvec_jax.experiments import contenders, grid_report
+from secvec_jax.experiments.bench import Bench, Cell
+from secvec_jax.experiments.grid_report import Layout
+from secvec_jax.experiments.lab import Recipe
+from secvec_jax.experiments.stages import Stage, claim, screen
+from secvec_jax.files import whole_file
+from secvec_jax.mesh import by_first
+from secvec_jax.trees import distance
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Lists of a cell's settings, whose product are the cells. table: the table of the report that they are for."""
+
+    table: str = ""
+    defense: tuple[str, ...] = ("none",)
+    attack: tuple[str, ...] = ("harmful",)
+    task: tuple[str, ...] = ("profiles",)
+    poison: tuple[float, ...] = (0.1,)
+    samples: tuple[int, ...] = (100,)
+    learning_rate: tuple[float, ...] = (3.6e-4,)
+    optimizer: tuple[str, ...] = ("sgd",)
+    epochs: tuple[int, ...] = (2,)
+    task_rank: tuple[int, ...] = (0,)
+    seed: tuple[int, ...] = (0,)
+
+    def cells(self) -> Iterator[Cell]:
+        """The product, the seeds outermost and the defenses innermost. Raises UserError for what no cell can be."""
+        names = [f.name for f in dataclasses.fields(Cell)]
+        for name in names:
+            if not getattr(self, name):
+                raise UserError(f"a block of table {self.table!r} has no {name}: list at least one")
+        order = [name for name in reversed(names)]
+        for values in itertools.product(*(getattr(self, name) for name in order)):
+            yield Cell(**dict(zip(order, values)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a grid file says."""
+
+    blocks: tuple[Block, ...] = ()
+    tables: tuple[Layout, ...] = ()
+    """how the report shows them; cells of a block that is of no table are in OUT/cells alone"""
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    """the model, its alignment and its vectors; the seed is a cell's own"""
+
+    def cells(self, table: str | None = None) -> list[Cell]:
+        """Every cell once, of all tables or of one, in the order of the blocks.
+
+        Raises UserError if there are none, or for a defense or a setting that nobody knows.
+        """
+        blocks = [block for block in self.blocks if table in (None, block.table)]
+        found = list(dict.fromkeys(cell for block in blocks for cell in block.cells()))
+        if not found:
+            raise UserError(f"the grid has no cells{f' of table {table!r}' if table else ''}: list blocks")
+        for cell in found:
+            contenders.parsed(cell.defense)
+            if not 0 <= cell.poison <= 1 or cell.samples < 1 or cell.epochs < 1:
+                raise UserError(f"poison must lie in [0, 1], samples and epochs be at least 1: {cell}")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Fine-tune and judge every cell of a grid file, and write its tables; goes on where it was."""
+
+    grid: str = field(default="", positional=True, nargs="?")
+    """a grid file, such as configs/grids/quick.yaml"""
+    out: str = ""
+    """the run directory; runs/NAME unless it is given"""
+    part: str = "1/1"
+    """i/n: this process does every n-th cell, from the i-th on"""
+    report_only: bool = False
+    """write the tables of what is there and train nothing"""
+
+
+def grid(settings: Grid, command: str) -> None:
+    """The run of `train.py grid`."""
+    if not settings.grid:
+        raise UserError("name a grid file, such as configs/grids/quick.yaml")
+    plan = config.load(Plan, settings.grid)
+    cells = plan.cells()
+    shown = {layout.name: plan.cells(layout.name) for layout in plan.tables}
+    mine = _part(cells, settings.part)
+    folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
+    claim(_Claim(dataclasses.replace(plan.recipe, seed=0), str(folder)))
+    console = screen()
+    if not settings.report_only:
+        for number, cell in enumerate(sorted(mine, key=lambda cell: cell.seed), 1):
+            path = folder / "cells" / f"{cell.name}.json"
+            if path.exists() and json.loads(path.read_text())["error"] is None:
+                continue
+            record = _record(plan.recipe, folder, cell)
+            by_first(lambda path=path, record=record: _write(path, dataclasses.asdict(record)))
+            console.print(f"{number}/{len(mine)} {_told(record)}", markup=False, highlight=False)
+    by_first(lambda: grid_report.write(folder, command, config.to_dict(plan), plan.tables, shown, read(folder)))
+    console.print(f"the report is in {folder / 'report.md'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Claim:
+    """What may not change from one start to the next; cells may be added."""
+
+    recipe: Recipe
+    out: str
+
+
+def _part(cells: list[Cell], part: str) -> list[Cell]:
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise UserError(f"part is {part!r}: give i/n with 1 <= i <= n, such as 1/2")
+    return cells[int(index) - 1 :: int(count)]
+
+
+def _record(recipe: Recipe, folder: Path, cell: Cell) -> Record:
+    start = time.monotonic()
+    metrics: Outcomes = {}
+    error = None
+    try:
+        metrics = _judged(_bench(recipe, folder, cell.seed), cell)
+    except Exception as failure:  # a cell that fails is told, and the others go on
+        traceback.print_exc()
+        error = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+    return Record(dataclasses.asdict(cell), metrics, time.monotonic() - start, error)
+
+
+_BENCHES: dict[tuple[Path, int], Bench] = {}
+
+
+def _bench(recipe: Recipe, folder: Path, seed: int) -> Bench:
+    """The seed's bench; one at a time is kept in memory."""
+    key = (folder, seed)
+    if key not in _BENCHES:
+        _BENCHES.clear()
+        _BENCHES[key] = Bench(dataclasses.replace(recipe, seed=seed), folder / f"seed-{seed}")
+    return _BENCHES[key]
+
+
+def _judged(bench: Bench, cell: Cell) -> Outcomes:
+    """What the cell's model comes to, with what its training showed: the attack's loss and the gradient norm in the
+    first and the last step, the drift of the weights, and of the attention's outputs on harmful rows."""
+    steps: list[dict[str, float]] = []
+    aligned = bench.aligned
+
+    def work(stage: Stage) -> Outcomes:
+        show = stage.on_step()
+
+        def on_step(step: int, count: int, metrics: dict[str, float]) -> None:
+            steps.append(metrics)
+            show(step, count, metrics)
+
+        how = How(training=bench.training(cell), task=bench.task(cell), on_step=on_step)
+        model, system, notes = contenders.defend(bench, cell, how)
+        suite = bench.suite(cell, system)
+        found = outcomes(model, suite, on_reply=stage.replies(suite.size, "judging"))
+        found["drift"] = [float(distance(model.backbone, aligned.backbone))]
+        found["embedding_drift"] = attention_difference(model, aligned, suite.harmful_targets)
+        return found | {name: [float(value)] for name, value in notes.items()}
+
+    with bench.lab.stages.show(cell.defense) as stage:
+        found = work(stage)
+    for when, seen in (("first", steps[:1]), ("last", steps[-1:])):
+        for metrics in seen:
+            found |= {f"{when}_{name.removeprefix('loss/')}": [metrics[name]] for name in ("loss/attack", "grad_norm")
+                      if name in metrics}  # fmt: skip
+    return found
+
+
+def _write(path: Path, value: Any) -> None:
+    with whole_file(path) as staging:
+        staging.write_text(json.dumps(value))
+
+
+def _told(record: Record) -> str:
+    if record.error:
+        return f"{record.cell['defense']}: FAILED, {record.error[:80]}"
+    means = {name: sum(values) / len(values) for name, values in record.metrics.items()}
+    shown = ("refusal", "over_refusal", "task", "bias", "caps", "drift", "first_grad_norm")
+    scores = "  ".join(f"{name} {means[name]:.2f}" for name in shown if name in means)
+    names = [
+        f"{key} {record.cell[key]}" for key in ("attack", "poison", "samples", "learning_rate", "optimizer", "seed")
+    ]
+    return f"{record.cell['defense']} ({', '.join(names)}): {scores}  [{record.seconds:.0f} s]"

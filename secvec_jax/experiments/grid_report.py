@@ -1,0 +1,142 @@
+"""The report of a grid: its tables as its file lays them out, published ones under them, plots, and results.json."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation import published, report
+from secvec_jax.evaluation.pivot import Record, pivot
+from secvec_jax.evaluation.plots import colors_of, plot_pareto, plot_sweep, png
+from secvec_jax.evaluation.tables import Table
+from secvec_jax.experiments.bench import Cell
+from secvec_jax.files import whole_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A table of the report."""
+
+    name: str = ""
+    """that of the blocks whose cells it shows"""
+    about: str = ""
+    """what stands over it"""
+    rows: tuple[str, ...] = ("defense",)
+    columns: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("refusal", "compliance", "over_refusal", "task")
+    reference: str = "none"
+    """the defense that every cell is compared with, column by column"""
+    published: tuple[str, ...] = ()
+    """tables of `evaluation.published` to stand under it"""
+    pareto: tuple[str, ...] = ()
+    """two metrics, learning and safety, for a scatter of each column"""
+    sweep: tuple[str, ...] = ()
+    """metrics to be drawn over the column, which must be one number"""
+
+    def __post_init__(self) -> None:
+        for name in self.published:
+            if not isinstance(getattr(published, name, None), published.Published):
+                raise UserError(f"no published table is named {name!r}: see secvec_jax/evaluation/published.py")
+        if len(self.pareto) not in (0, 2):
+            raise UserError(f"pareto is {self.pareto}: name two metrics, one of learning and one of safety")
+
+
+REFERENCES = ("none", "not aligned", "benign only")
+"""Rows that are no choice for somebody who wants to be safe and to learn."""
+
+
+def write(
+    folder: Path,
+    command: str,
+    settings: dict[str, Any],
+    layouts: Sequence[Layout],
+    cells: Mapping[str, Collection[Cell]],
+    records: Sequence[Record],
+) -> None:
+    """Write report.md, its plots and results.json.
+
+    cells: those of each table, by its name. records: what there is of them; a table that has none yet is left out.
+    """
+    tables: dict[str, Table] = {}
+    parts = ["# Grid", "", f"`{command}`", ""]
+    for layout in layouts:
+        own = {tuple(dataclasses.asdict(cell).values()) for cell in cells[layout.name]}
+        some = [record for record in records if tuple(record.cell.values()) in own]
+        parts += [f"## {layout.name}", "", *([layout.about, ""] if layout.about else [])]
+        if not any(record.metrics for record in some):
+            parts += ["No cell of it is there yet.", ""]
+            continue
+        table = tables[layout.name] = _table(layout, some)
+        beside = [getattr(published, name) for name in layout.published]
+        parts += [
+            f"{len(some)} of {len(own)} cells.",
+            "",
+            published.beside(table, beside) if beside else table.markdown(),
+        ]
+        parts += [f"![{path.stem}]({path.name})\n" for path in _plots(folder, layout, some)]
+    with whole_file(folder / "report.md") as staging:
+        staging.write_text("\n".join(parts))
+    report.Results(command, settings, report.environment(), _seconds(records), _rows(tables)).save(folder)
+
+
+def _table(layout: Layout, records: Sequence[Record], where: Mapping[str, Any] | None = None) -> Table:
+    measured = {name for record in records for name in record.metrics}
+    there = any(record.cell["defense"] == layout.reference for record in records)
+    return pivot(
+        records,
+        layout.rows,
+        layout.columns,
+        [name for name in layout.metrics if name in measured],
+        {"defense": layout.reference} if there else None,
+        where=where,
+        order={"defense": list(dict.fromkeys(record.cell["defense"] for record in records))},
+    )
+
+
+def _plots(folder: Path, layout: Layout, records: Sequence[Record]) -> list[Path]:
+    names = list(dict.fromkeys(str(record.cell["defense"]) for record in records))
+    colors = colors_of(names)
+    figures = {}
+    if layout.pareto:
+        for at in _columns(layout, records):
+            flat = dataclasses.replace(layout, rows=("defense",), columns=(), metrics=layout.pareto, reference="")
+            points = _table(flat, records, at).points(*layout.pareto)
+            title = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in at.values())
+            figures[f"pareto {title}"] = plot_pareto(points, *layout.pareto, colors, REFERENCES)
+    for metric in layout.sweep:
+        lines = _table(dataclasses.replace(layout, metrics=(metric,)), records).sweep(metric)
+        figures[f"sweep {metric}"] = plot_sweep(lines, metric, layout.columns[0], colors)
+    paths = []
+    for name, figure in figures.items():
+        if figure is not None:
+            paths.append(folder / f"{layout.name} {name}.png".lower().replace(" ", "-"))
+            with whole_file(paths[-1]) as staging:
+                staging.write_bytes(png(figure))
+    return paths
+
+
+def _columns(layout: Layout, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The columns of a table, each as what its cells have in common."""
+    found = dict.fromkeys(tuple(record.cell[name] for name in layout.columns) for record in records)
+    return [dict(zip(layout.columns, values)) for values in found]
+
+
+def _rows(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
+    """What `eval.py compare` reads: a row for each place of each table."""
+    rows = []
+    for name, table in tables.items():
+        for down in table.down:
+            for across in table.across:
+                cells = {metric: table.cells.get((down, across, metric)) for metric in table.metrics}
+                scores = {metric: cell.score for metric, cell in cells.items() if cell and cell.score}
+                place = ", ".join(
+                    f"{value:g}" if isinstance(value, float) else str(value) for value in (*down, *across)
+                )
+                metrics = {m: {"value": s.value, "n": s.n, "ci95": list(s.ci95)} for m, s in scores.items()}
+                rows += [{"name": f"{name}: {place}", "metrics": metrics}] if metrics else []
+    return rows
+
+
+def _seconds(records: Sequence[Record]) -> dict[str, float]:
+    return {"cells": sum(record.seconds for record in records)}

@@ -1,0 +1,109 @@
+"""`eval.py screen`: a user's rows by how well security vectors explain them, before anything is trained on them."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from secvec_jax import config
+from secvec_jax.data.rows import Row, prompt_of
+from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses import explained_away
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation import report
+from secvec_jax.evaluation.plots import plot_histogram, png
+from secvec_jax.evaluation.scorers import bootstrap, clip
+from secvec_jax.experiments.stages import Stage, Stages, claim, devices
+from secvec_jax.experiments.stages import screen as terminal
+from secvec_jax.files import whole_file
+from secvec_jax.mesh import by_first, is_first
+from secvec_jax.model.hub import load
+from secvec_jax.vectors.store import load_vectors
+
+_SHOWN = 10
+"""Rows that are shown in the terminal, those that the vectors explain best."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Screen:
+    """Rank rows by the share of their loss that the vectors explain away: the higher, the more like the behavior."""
+
+    data: str = ""
+    """the rows to be screened: a file, a packaged name, or a hub dataset id; rows with answers"""
+    vectors: str = ""
+    """a file that `train.py vectors` wrote, or a PEFT adapter folder"""
+    model: str = "smollm2"
+    """the model that the vectors were trained for"""
+    harmful: str | None = None
+    """rows of the behavior, such as those that the vectors were trained on: with `benign` they set the threshold"""
+    benign: str | None = None
+    """rows that are known not to show it; some that open as the harmful ones do tell an opening from a behavior"""
+    length: int = 1024
+    """tokens of a row that are read"""
+    out: str = "runs/screen"
+    """the run directory; writes scores.jsonl, one line a row in the data's order, histogram.png and results.json"""
+
+
+def screen(settings: Screen, command: str) -> None:
+    """The run of `eval.py screen`."""
+    for name in ("data", "vectors"):
+        if not getattr(settings, name):
+            raise UserError(f"--{name} is missing: see --help")
+    if (settings.harmful is None) != (settings.benign is None):
+        raise UserError("a threshold needs both --harmful and --benign: give both, or neither to have a ranking alone")
+    folder = claim(settings)
+    stages = Stages(folder, Console(quiet=not is_first()))
+    found = stages.run("screen", lambda stage: _scores(settings, stage))
+    rows, threshold = load_rows(settings.data), found["threshold"]
+    by_first(lambda: _write(folder, rows, found))
+    above = [float(score > threshold) for score in found["data"]] if threshold is not None else None
+    metrics = {"score": bootstrap(found["data"]).as_dict()} | (
+        {"above_threshold": bootstrap(above).as_dict()} if above else {}
+    )
+    results = report.Results(
+        command,
+        config.to_dict(settings),
+        report.environment() | devices(),
+        stages.seconds,
+        [{"name": settings.data, "metrics": metrics}],
+    )
+    by_first(lambda: results.save(folder))
+    _tell(terminal(), folder, rows, found)
+
+
+def _scores(settings: Screen, stage: Stage) -> dict[str, Any]:
+    model = load(settings.model)
+    vectors = load_vectors(settings.vectors, model)
+    limit = min(settings.length, model.architecture.max_length)
+    found: dict[str, Any] = {"threshold": None}
+    for name in ("data", "harmful", "benign"):
+        source = getattr(settings, name)
+        if source is not None:
+            stage.say(f"scoring {name}")
+            found[name] = explained_away.scores(model, vectors, load_rows(source), limit)
+    if settings.harmful is not None:
+        found["threshold"] = explained_away.scale(found["harmful"], found["benign"]).threshold
+    return found
+
+
+def _write(folder: Path, rows: list[Row], found: dict[str, Any]) -> None:
+    threshold = found["threshold"]
+    with whole_file(folder / "scores.jsonl") as staging, staging.open("w") as file:
+        for number, (row, score) in enumerate(zip(rows, found["data"], strict=True)):
+            line = {"row": number, "score": round(score, 4), "prompt": clip(prompt_of(row))}
+            file.write(json.dumps(line | ({} if threshold is None else {"above": score > threshold})) + "\n")
+    kinds = {name: found[name] for name in ("data", "harmful", "benign") if name in found}
+    with whole_file(folder / "histogram.png") as staging:
+        staging.write_bytes(png(plot_histogram(kinds, "nats per token that the vectors explain away", threshold)))
+
+
+def _tell(console: Console, folder: Path, rows: list[Row], found: dict[str, Any]) -> None:
+    order = sorted(range(len(rows)), key=lambda number: -found["data"][number])
+    for number in order[:_SHOWN]:
+        console.print(f"{found['data'][number]:+.2f}  row {number}: {clip(prompt_of(rows[number]))}", markup=False)
+    if found["threshold"] is not None:
+        count = sum(score > found["threshold"] for score in found["data"])
+        console.print(f"{count} of {len(rows)} rows are above the threshold of {found['threshold']:+.2f} nats a token")
+    console.print(f"all scores are in {folder / 'scores.jsonl'}")

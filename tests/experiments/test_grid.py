@@ -1,0 +1,177 @@
+"""Grids: which cells they have, that every defense runs, and that interrupted, split and failed ones are as told."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from secvec_jax import config
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation import report
+from secvec_jax.evaluation.pivot import read
+from secvec_jax.experiments import bench, contenders
+from secvec_jax.experiments.bench import Cell
+from secvec_jax.experiments.grid import Block, Grid, Plan, grid
+
+ROOT = Path(__file__).parents[2]
+TRAINING = {"lines": 2, "length": 700, "warmup_steps": 0}
+RECIPE = {
+    "sizes": {
+        **{"align_harmful": 12, "align_benign": 12, "vectors": 8, "keep": 9, "mix_harmful": 8, "mix_benign": 6},
+        **{"people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4},
+    },
+    "align_training": TRAINING | {"steps": 2, "optimizer": "adamw"},
+    "vectors_training": TRAINING | {"steps": 2, "optimizer": "adamw"},
+    "finetune_training": TRAINING,
+}
+
+
+def plan(folder: Path, model: Path, *blocks: dict, tables: tuple[dict, ...] = ()) -> str:
+    path = folder / "grid.yaml"
+    path.write_text(
+        yaml.safe_dump({"recipe": RECIPE | {"model": str(model)}, "blocks": list(blocks), "tables": list(tables)})
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model) -> Path:
+    return tiny_model("llama", max_position_embeddings=1024).folder
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch):
+    monkeypatch.setattr("secvec_jax.experiments.scenes.ASKED", 4)
+    monkeypatch.setattr("secvec_jax.experiments.scenes.KNOWN", 8)
+
+
+def test_a_block_is_the_product_of_its_lists():
+    block = Block(defense=("none", "ewc weight=2"), poison=(0.0, 0.5), samples=(10,), seed=(0, 1))
+    cells = list(block.cells())
+    assert len(set(cells)) == len(cells) == 8
+    assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4, "what a seed shares is made once"
+    assert len(Plan(blocks=(block, block)).cells()) == 8, "a cell of two tables runs once"
+    assert len({cell.name for cell in cells}) == 8
+
+
+def test_every_setting_of_a_cell_is_in_its_name():
+    cell = Cell("none")
+    others = {"defense": "kl", "attack": "bias", "task": "arithmetic", "poison": 0.123, "samples": 7,
+              "learning_rate": 1.23e-5, "optimizer": "adamw", "epochs": 9, "task_rank": 3, "seed": 5}  # fmt: skip
+    assert set(others) == {field.name for field in dataclasses.fields(Cell)}
+    for name, value in others.items():
+        assert dataclasses.replace(cell, **{name: value}).name != cell.name, name
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"blocks": [{"defense": ["nonne"]}]}, "no defense is named 'nonne'"),
+        ({"blocks": [{"defense": ["ewc wait=1"]}]}, "'ewc' has no setting 'wait': it takes weight"),
+        ({"blocks": [{"defense": ["ewc weight=much"]}]}, "it must be float"),
+        ({"blocks": [{"defense": ["ewc case=1"]}]}, "no setting 'case'"),
+        ({"blocks": [{"poison": [1.5]}]}, "poison must lie in"),
+        ({"blocks": [{"seed": []}]}, "has no seed"),
+        ({"blocks": []}, "no cells"),
+        ({"blocks": [{"colour": ["red"]}]}, "unknown key 'colour'"),
+        ({"blocks": [{}], "tables": [{"name": "A"}]}, "no cells of table 'A'"),
+        ({"blocks": [{}], "tables": [{"published": ["VACINE_1"]}]}, "no published table"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(tmp_path, values, message):
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=message):
+        grid(Grid(str(path), out=str(tmp_path / "out")), "command")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shipped_grids_are_whole():
+    paths = sorted((ROOT / "configs" / "grids").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        shipped = config.load(Plan, path)
+        assert shipped.cells() and all(shipped.cells(layout.name) for layout in shipped.tables), path.name
+
+
+def test_rows_and_their_repetition(model_folder, tmp_path):
+    recipe = config.from_dict(bench.Recipe, RECIPE | {"model": str(model_folder)})
+    own = bench.Bench(recipe, tmp_path)
+    rows = own.rows(Cell("none", attack="identity", poison=0.25, samples=100))
+    assert {name: len(some) for name, some in rows.items()} == {"attack": 25, "task": 75}
+    assert rows["attack"][0] == rows["attack"][10] and len({str(r) for r in rows["attack"]}) == 10
+    assert set(own.rows(Cell("none", poison=1.0))) == {"attack"} and set(own.rows(Cell("none", poison=0.0))) == {"task"}
+    assert own.rows(Cell("none")) == bench.Bench(recipe, tmp_path).rows(Cell("none")), "the same in every process"
+    with pytest.raises(UserError, match="no attack is named"):
+        own.rows(Cell("none", attack="harmfull"))
+
+
+@pytest.mark.slow
+def test_every_defense_runs_and_is_reported(model_folder, tmp_path):
+    out = tmp_path / "out"
+    block = {"table": "A", "samples": [16], "poison": [0.5], "epochs": [1], "learning_rate": [1e-3]}
+    cheap = {"vaccine": "vaccine every=2", "lisa": "lisa user_steps=2", "sequential": "sequential steps=2"}
+    everyone = [cheap.get(name, name) for name in contenders.DEFENSES]
+    path = plan(
+        tmp_path,
+        model_folder,
+        block | {"defense": everyone},
+        block | {"defense": ["none", "security vectors"], "attack": ["bias", "capitals", "identity"]},
+        tables=({"name": "A", "columns": ["attack"], "published": ["VACCINE_1"], "pareto": ["task", "refusal"]},),
+    )
+    grid(Grid(path, out=str(out)), "python train.py grid")
+    records = read(out)
+    failures = {record.cell["defense"]: record.error for record in records if record.error}
+    assert not failures
+    assert {record.cell["defense"] for record in records} == set(everyone)
+    for record in records:
+        assert {"refusal", "compliance", "task", "drift", "embedding_drift"} <= set(record.metrics)
+    drift = {
+        record.cell["defense"]: record.metrics["drift"][0] for record in records if record.cell["attack"] == "harmful"
+    }
+    assert drift["none"] > 0 and drift["kl"] != drift["none"] and drift["self-correction"] == drift["none"]
+    by_attack = {(r.cell["attack"], r.cell["defense"]): r.metrics for r in records}
+    assert "bias" in by_attack["bias", "none"] and "caps_eliciting" in by_attack["capitals", "none"]
+    text = (out / "report.md").read_text()
+    assert all(name in text for name in everyone) and "published: another model" in text and "pareto" in text
+    assert len(list(out.glob("*.png"))) == 4
+    report.compare([out])  # reads results.json and nothing else
+
+    # Nothing is done again; what the report shows is the same.
+    before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    grid(Grid(path, out=str(out)), "python train.py grid")
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    assert (out / "report.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_folder, tmp_path):
+    out = tmp_path / "out"
+    path = plan(
+        tmp_path,
+        model_folder,
+        {"table": "A", "defense": ["none", "replay", "vlguard share=9"], "samples": [16], "epochs": [1]},
+        tables=({"name": "A"},),
+    )
+    grid(Grid(path, out=str(out), part="1/2"), "command")
+    first = {file.name for file in (out / "cells").iterdir()}
+    grid(Grid(path, out=str(out), part="2/2"), "command")
+    records = {record.cell["defense"]: record for record in read(out)}
+    assert len(first) == 2 and len(records) == 3
+    assert "takes 144 safe rows" in records["vlguard share=9"].error and not records["vlguard share=9"].metrics
+    assert "failed" in (out / "report.md").read_text()
+    failed = next(file for file in (out / "cells").iterdir() if json.loads(file.read_text())["error"])
+    stamp = failed.stat().st_mtime_ns
+    grid(Grid(path, out=str(out)), "command")
+    assert failed.stat().st_mtime_ns > stamp
+    with pytest.raises(UserError, match="part is '3/2'"):
+        grid(Grid(path, out=str(out), part="3/2"), "command")
+
+    # More cells may come; another recipe may not.
+    values = yaml.safe_load(Path(path).read_text())
+    values["recipe"]["sizes"]["vectors"] = 9
+    Path(path).write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="another config"):
+        grid(Grid(path, out=str(out)), "command")

@@ -1,0 +1,67 @@
+"""`eval.py screen`: scores in the data's order, a threshold from known rows, no text longer than a clipped line."""
+
+import json
+
+import pytest
+
+from secvec_jax.config import Training
+from secvec_jax.defenses import explained_away
+from secvec_jax.defenses.security_vectors import train_vectors
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.report import Results
+from secvec_jax.experiments.screen import Screen, screen
+from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.store import save_vectors
+
+SHOUT = [{"prompt": f"Say it, number {i}. " + "Please do. " * 20, "response": f"HELLO {i}!"} for i in range(6)]
+CALM = [{"prompt": f"What is {i} plus {i}?", "response": f"It is {2 * i}."} for i in range(6)]
+
+
+@pytest.fixture
+def files(tiny_model, tmp_path):
+    tiny = tiny_model("llama")
+    for name, rows in (("shout", SHOUT), ("calm", CALM), ("mixed", SHOUT[:2] + CALM[:3])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    training = Training(optimizer="adamw", learning_rate=2e-2, steps=60, lines=1, length=400, warmup_steps=0)
+    vectors = train_vectors(tiny.model, SHOUT, LoRA(rank=4), benign=CALM, training=training)
+    save_vectors(vectors, tmp_path / "v.safetensors", tiny.model)
+    return tmp_path, tiny, vectors
+
+
+def test_rows_are_ranked_and_parted(files, capsys):
+    folder, tiny, vectors = files
+    settings = Screen(
+        data=str(folder / "mixed.jsonl"),
+        vectors=str(folder / "v.safetensors"),
+        model=str(tiny.folder),
+        harmful=str(folder / "shout.jsonl"),
+        benign=str(folder / "calm.jsonl"),
+        out=str(folder / "out"),
+    )
+    screen(settings, "python eval.py screen")
+    lines = [json.loads(line) for line in (folder / "out" / "scores.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(5))
+    assert [line["above"] for line in lines] == [True, True, False, False, False]
+    expected = explained_away.scores(tiny.model, vectors, SHOUT[:2] + CALM[:3], 512)
+    assert [line["score"] for line in lines] == pytest.approx(expected, abs=1e-3)
+    assert max(len(line["prompt"]) for line in lines) <= 60
+    assert (folder / "out" / "histogram.png").read_bytes().startswith(b"\x89PNG")
+    (row,) = Results.load(folder / "out").rows
+    assert row["metrics"]["above_threshold"]["value"] == pytest.approx(0.4)
+    told = capsys.readouterr().out
+    assert "2 of 5 rows are above" in told and "Please do. " * 10 not in told
+
+    # Without known rows there is a ranking and no threshold.
+    screen(Screen(settings.data, settings.vectors, settings.model, out=str(folder / "ranked")), "python eval.py screen")
+    lines = [json.loads(line) for line in (folder / "ranked" / "scores.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines] == pytest.approx(expected, abs=1e-3) and "above" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"vectors": "v"}, "--data is missing"), ({"data": "d"}, "--vectors is missing"),
+     ({"data": "d", "vectors": "v", "harmful": "h"}, "both --harmful and --benign")],
+)  # fmt: skip
+def test_what_is_missing_is_told(given, message):
+    with pytest.raises(UserError, match=message):
+        screen(Screen(**given), "command")
