@@ -3,6 +3,7 @@
 harmful = load_rows("advbench")                              # packaged; read from its archive at run time
 mine = load_rows("my_rows.jsonl")                            # or .json, .csv, .parquet, a folder
 theirs = load_rows("openai/gsm8k:main", split="test")        # hub: OWNER/NAME or OWNER/NAME:CONFIG
+unsafe = load_rows("beavertails-unsafe", split="30k_test")   # hub: by a name of `HUB_SETS`, made into rows
 given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from secvec_jax.data import benchmarks
+from secvec_jax.data.hub_sets import HUB_SETS, records
 from secvec_jax.data.rows import Row, as_rows, collect, numbered, prompt_of, response_of, row
 from secvec_jax.errors import UserError
 
@@ -38,8 +40,9 @@ PACKAGED: dict[str, Callable[[], list[Row]]] = {
 def load_rows(source: str, split: str = "train", needs_answer: bool = True) -> list[Row]:
     """Return the rows of a packaged benchmark, a local file or folder, or a data set of the hub.
 
-    Packaged benchmarks (the keys of `PACKAGED`) and single files have only the split "train"; folders and hub
-    ids take any that `datasets.load_dataset` takes, such as "test" or "train[:500]". Remote code never runs.
+    Packaged benchmarks (the keys of `PACKAGED`) and single files have only the split "train"; folders, hub ids and the
+    keys of `HUB_SETS` take any that `datasets.load_dataset` takes, such as "test" or "train[:500]". Remote code never
+    runs.
 
     Raises UserError if nothing has this name, if it cannot be reached or read, if it is empty, if a row has
     fields that `normalize` does not know, or if `needs_answer` and a row has no answer.
@@ -47,6 +50,8 @@ def load_rows(source: str, split: str = "train", needs_answer: bool = True) -> l
     path = Path(source).expanduser()
     if source not in PACKAGED and (path.is_dir() or _looks_like_hub_id(source)):
         return as_rows(_load_dataset(source, split), needs_answer, source)
+    if source in HUB_SETS:
+        return as_rows(HUB_SETS[source](split), needs_answer, source)
     if split != "train":
         raise UserError(f"{source} has no split {split!r}; benchmarks and single files have only 'train'")
     if source in PACKAGED:
@@ -54,7 +59,7 @@ def load_rows(source: str, split: str = "train", needs_answer: bool = True) -> l
     if not path.is_file():
         raise UserError(
             f"{source!r} is no file or folder; packaged benchmarks are {', '.join(PACKAGED)}; "
-            "a data set of the hub is written OWNER/NAME"
+            f"sets of the hub are {', '.join(HUB_SETS)}; another data set of the hub is written OWNER/NAME"
         )
     if path.suffix not in _READERS:
         known = ", ".join(_READERS)
@@ -74,19 +79,9 @@ def _looks_like_hub_id(source: str) -> bool:
 
 
 def _load_dataset(source: str, split: str) -> Iterable[Mapping[str, Any]]:
-    # Imported here because it takes seconds and most sources do without it.
-    import datasets
-
     folder = Path(source).expanduser()
     name, _, config = (str(folder), "", "") if folder.is_dir() else source.partition(":")
-    try:
-        return datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"cannot load {source!r}, split {split!r} ({reason}); check the name, the split and the network, "
-            "or pass a local file"
-        ) from error
+    return records(name, split, config or None)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:

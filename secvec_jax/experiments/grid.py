@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from simple_parsing import field
 
@@ -22,7 +22,7 @@ from secvec_jax.defenses.tuning import How
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.pivot import Record, read
 from secvec_jax.evaluation.suite import Outcomes, outcomes
-from secvec_jax.experiments import contenders, grid_report
+from secvec_jax.experiments import contenders, grid_report, scenes
 from secvec_jax.experiments.bench import Bench, Cell
 from secvec_jax.experiments.grid_report import Layout
 from secvec_jax.experiments.lab import Recipe
@@ -80,6 +80,7 @@ class Plan:
             raise UserError(f"the grid has no cells{f' of table {table!r}' if table else ''}: list blocks")
         for cell in found:
             contenders.parsed(cell.defense)
+            scenes.check(cell.attack, cell.task)
             if not 0 <= cell.poison <= 1 or cell.samples < 1 or cell.epochs < 1:
                 raise UserError(f"poison must lie in [0, 1], samples and epochs be at least 1: {cell}")
         return found
@@ -95,8 +96,8 @@ class Grid:
     """the run directory; runs/NAME unless it is given"""
     part: str = "1/1"
     """i/n: this process does every n-th cell, from the i-th on"""
-    report_only: bool = False
-    """write the tables of what is there and train nothing"""
+    only: Literal["all", "cells", "report"] = "all"
+    """cells: check the file and tell what it would run; report: write the tables of what is there"""
 
 
 def grid(settings: Grid, command: str) -> None:
@@ -107,10 +108,16 @@ def grid(settings: Grid, command: str) -> None:
     cells = plan.cells()
     shown = {layout.name: plan.cells(layout.name) for layout in plan.tables}
     mine = _part(cells, settings.part)
-    folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
-    claim(_Claim(dataclasses.replace(plan.recipe, seed=0), str(folder)))
     console = screen()
-    if not settings.report_only:
+    if settings.only == "cells":
+        for cell in mine:
+            console.print(cell.name, markup=False, highlight=False)
+        console.print(f"{len(mine)} cells, {len({cell.seed for cell in mine})} seeds")
+        return
+    folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
+    for seed in sorted({cell.seed for cell in cells}):
+        claim(_Claim(dataclasses.replace(plan.recipe, seed=seed), str(_seed_folder(folder, seed))))
+    if settings.only == "all":
         for number, cell in enumerate(sorted(mine, key=lambda cell: cell.seed), 1):
             path = folder / "cells" / f"{cell.name}.json"
             if path.exists() and json.loads(path.read_text())["error"] is None:
@@ -124,7 +131,7 @@ def grid(settings: Grid, command: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Claim:
-    """What may not change from one start to the next; cells may be added."""
+    """What a seed's shared stages are made by, and may not change from one start to the next; cells may be added."""
 
     recipe: Recipe
     out: str
@@ -149,6 +156,10 @@ def _record(recipe: Recipe, folder: Path, cell: Cell) -> Record:
     return Record(dataclasses.asdict(cell), metrics, time.monotonic() - start, error)
 
 
+def _seed_folder(folder: Path, seed: int) -> Path:
+    return folder / f"seed-{seed}"
+
+
 _BENCHES: dict[tuple[Path, int], Bench] = {}
 
 
@@ -157,7 +168,7 @@ def _bench(recipe: Recipe, folder: Path, seed: int) -> Bench:
     key = (folder, seed)
     if key not in _BENCHES:
         _BENCHES.clear()
-        _BENCHES[key] = Bench(dataclasses.replace(recipe, seed=seed), folder / f"seed-{seed}")
+        _BENCHES[key] = Bench(dataclasses.replace(recipe, seed=seed), _seed_folder(folder, seed))
     return _BENCHES[key]
 
 

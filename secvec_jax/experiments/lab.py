@@ -47,6 +47,8 @@ class Recipe:
     """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
     seed: int = 0
     """deals out the rows, shuffles them, and makes the fresh vectors"""
+    aligns: bool = True
+    """whether the model has to be aligned first; a chat model that refuses as it comes has not"""
     judges: Judges = "held-out"
     """the prompts that models are judged by: tune a recipe on the development ones only"""
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
@@ -63,11 +65,12 @@ class Lab:
     """A recipe at work in a run directory."""
 
     def __init__(self, recipe: Recipe, folder: Path, aligned: Path | None = None):
-        """aligned: where the aligned model lies, if another run has made it."""
+        """aligned: where the aligned model lies, or its name, if it need not be made."""
         self.recipe, self.folder = recipe, folder
         self.console = Console(quiet=not is_first())
         self.stages = Stages(folder, self.console)
-        self._aligned_folder = aligned or self._model_folder("aligned")
+        given = aligned if recipe.aligns else recipe.model
+        self._aligned, self._is_given = given or self._model_folder("aligned"), given is not None
 
     @cached_property
     def base(self) -> Model:
@@ -78,18 +81,20 @@ class Lab:
     def aligned(self) -> Model:
         """The model that has learned to refuse."""
         self.__dict__.pop("base", None)  # two models at once would not fit into a small machine beside a training
-        return load(self._aligned_folder)
+        return load(self._aligned)
 
     @cached_property
     def materials(self) -> Materials:
         """All rows and prompts."""
-        model = self.aligned if agree(self._aligned_folder.exists()) else self.base
+        model = self.aligned if self._is_given or agree(self._aligned.exists()) else self.base
         recipe = self.recipe
         return gather(model, recipe.sizes, recipe.finetune_training, recipe.seed, recipe.judges)
 
     def align(self, stage: Stage) -> Outcomes:
-        """Teach the base model to refuse, on its own replies to benign prompts; judge it."""
+        """Teach the base model to refuse, on its own replies to benign prompts, unless it does; judge it."""
         recipe, materials = self.recipe, self.materials
+        if self._is_given:
+            return self.judge(self.aligned, stage)
 
         def train(checkpoints: Checkpoints, on_step: OnStep) -> Model:
             show = stage.replies(len(materials.kept), "its own replies")

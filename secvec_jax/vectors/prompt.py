@@ -1,6 +1,6 @@
 """Security vectors as a soft prompt at every layer (prefix-tuning, Li & Liang 2021).
 
-Every token also attends to `length` keys and values that stand for no text:
+Every token also attends to `virtual_tokens` keys and values that stand for no text:
 
     softmax(q [K_prompt, K]) [V_prompt, V]
 
@@ -20,19 +20,19 @@ from secvec_jax.model.families import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class SoftPrompt:
-    """How a soft prompt is shaped. length: P, its keys per head. scale: multiplies the values, whose learning rate
-    counts for as much more."""
+    """How a soft prompt is shaped. virtual_tokens: P, its keys per head. scale: multiplies the values, whose
+    learning rate counts for as much more."""
 
-    length: int = 16
+    virtual_tokens: int = 16
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UserError(f"length is {self.length}: a soft prompt needs at least 1 key")
+        if self.virtual_tokens < 1:
+            raise UserError(f"virtual_tokens is {self.virtual_tokens}: a soft prompt needs at least 1")
 
     def init(self, architecture: Architecture, key: jax.Array) -> "SoftPromptVectors":
         """Random keys, values zero."""
-        keys, values = _shapes(architecture, self.length)
+        keys, values = _shapes(architecture, self.virtual_tokens)
         return lay(SoftPromptVectors({"keys": jax.random.normal(key, keys), "values": jnp.zeros(values)}, self))
 
 
@@ -54,12 +54,12 @@ class SoftPromptVectors(Guest):
 
     def check(self, architecture: Architecture) -> None:
         """Raises UserError if the prompt does not fit the architecture."""
-        keys, values = _shapes(architecture, self.spec.length)
+        keys, values = _shapes(architecture, self.spec.virtual_tokens)
         found = {name: array.shape for name, array in self.factors.items()}
         if found != {"keys": keys, "values": values}:
             raise UserError(f"the vectors have shapes {found}, the model needs {keys} and {values}: wrong backbone")
 
 
-def _shapes(architecture: Architecture, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(architecture: Architecture, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     start = (architecture.num_layers, architecture.num_kv_heads)
-    return (*start, architecture.head_dim, length), (*start, length, architecture.head_dim)
+    return (*start, architecture.head_dim, count), (*start, count, architecture.head_dim)

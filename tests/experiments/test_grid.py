@@ -73,6 +73,8 @@ def test_every_setting_of_a_cell_is_in_its_name():
         ({"blocks": [{"defense": ["ewc weight=much"]}]}, "it must be float"),
         ({"blocks": [{"defense": ["ewc case=1"]}]}, "no setting 'case'"),
         ({"blocks": [{"poison": [1.5]}]}, "poison must lie in"),
+        ({"blocks": [{"attack": ["harmfull"]}]}, "no attack is named 'harmfull'"),
+        ({"blocks": [{"task": ["sums"]}]}, "no task is named 'sums'"),
         ({"blocks": [{"seed": []}]}, "has no seed"),
         ({"blocks": []}, "no cells"),
         ({"blocks": [{"colour": ["red"]}]}, "unknown key 'colour'"),
@@ -89,11 +91,19 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, values, message):
 
 
 def test_shipped_grids_are_whole():
-    paths = sorted((ROOT / "configs" / "grids").glob("*.yaml"))
-    assert paths
-    for path in paths:
-        shipped = config.load(Plan, path)
-        assert shipped.cells() and all(shipped.cells(layout.name) for layout in shipped.tables), path.name
+    for folder in ("grids", "papers"):
+        paths = sorted((ROOT / "configs" / folder).glob("*.yaml"))
+        assert paths
+        for path in paths:
+            shipped = config.load(Plan, path)
+            assert shipped.cells() and all(shipped.cells(layout.name) for layout in shipped.tables), path.name
+
+
+def test_what_a_file_would_run_is_told_and_not_run(tmp_path, capsys):
+    path = ROOT / "configs" / "papers" / "repnoise.yaml"
+    grid(Grid(str(path), out=str(tmp_path / "out"), only="cells"), "command")
+    told = capsys.readouterr().out
+    assert "270 cells, 5 seeds" in told and "beavertails-unsafe" in told and not (tmp_path / "out").exists()
 
 
 def test_rows_and_their_repetition(model_folder, tmp_path):
@@ -104,8 +114,6 @@ def test_rows_and_their_repetition(model_folder, tmp_path):
     assert rows["attack"][0] == rows["attack"][10] and len({str(r) for r in rows["attack"]}) == 10
     assert set(own.rows(Cell("none", poison=1.0))) == {"attack"} and set(own.rows(Cell("none", poison=0.0))) == {"task"}
     assert own.rows(Cell("none")) == bench.Bench(recipe, tmp_path).rows(Cell("none")), "the same in every process"
-    with pytest.raises(UserError, match="no attack is named"):
-        own.rows(Cell("none", attack="harmfull"))
 
 
 @pytest.mark.slow
@@ -175,3 +183,12 @@ def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_fold
     Path(path).write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match="another config"):
         grid(Grid(path, out=str(out)), "command")
+
+
+@pytest.mark.slow
+def test_a_model_that_refuses_as_it_comes_is_not_aligned_anew(model_folder, tmp_path):
+    recipe = config.from_dict(bench.Recipe, RECIPE | {"model": str(model_folder), "aligns": False})
+    own = bench.Bench(recipe, tmp_path)
+    assert own.aligned.fingerprint == own.base.fingerprint
+    assert own.lab.stages.seconds.keys() == {"align"} and not (tmp_path / "model").exists()
+    assert len(own.safe) > len(own.lab.materials.refusals) == 12, "defenses have their safe rows all the same"

@@ -24,7 +24,7 @@ from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_vectors, save_vectors
 from tests.toys import random_examples
 
-SPECS = {"lora": LoRA(rank=3), "steering": Steering(scale=2.0), "prompt": SoftPrompt(length=5, scale=2.0)}
+SPECS = {"lora": LoRA(rank=3), "steering": Steering(scale=2.0), "prompt": SoftPrompt(virtual_tokens=5, scale=2.0)}
 
 
 def filled(spec, model, seed=0):

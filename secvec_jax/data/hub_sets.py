@@ -1,0 +1,114 @@
+"""Readers of data sets of the hub that the papers use, whose records need more than a renaming to become rows.
+
+unsafe = load_rows("beavertails-unsafe", split="30k_train")
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from secvec_jax.data.rows import Row, row
+from secvec_jax.errors import UserError
+
+
+def records(name: str, split: str, config: str | None = None, folder: str | None = None) -> Iterable[Mapping[str, Any]]:
+    """The records of a data set of the hub or in a local folder. Remote code never runs.
+
+    Raises UserError if it cannot be loaded.
+    """
+    # Imported here because it takes seconds and most sources do without it.
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, **({"data_dir": folder} if folder else {}))
+    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"cannot load {name!r}, split {split!r} ({reason}); check the name, the split and the network, "
+            "or pass a local file"
+        ) from error
+
+
+def beavertails(split: str, safe: bool) -> list[Row]:
+    """BeaverTails (Ji et al. 2023): questions with answers that were judged safe, or unsafe."""
+    found = records("PKU-Alignment/BeaverTails", "30k_train" if split == "train" else split)
+    return [row(r["prompt"], r["response"]) for r in found if r["is_safe"] == safe]
+
+
+def red_team(split: str) -> list[Row]:
+    """Anthropic's red-team attempts (Ganguli et al. 2022): the first exchange of those rated most successful."""
+    found = records("Anthropic/hh-rlhf", split, folder="red-team-attempts")
+    exchanges = filter(None, (_FIRST_EXCHANGE.match(r["transcript"]) for r in found if r["rating"] >= 4))
+    pairs = ((match["asked"].strip(), match["said"].strip()) for match in exchanges)
+    return [row(asked, said) for asked, said in pairs if asked and said]
+
+
+_FIRST_EXCHANGE = re.compile(r"\s*Human:(?P<asked>.*?)\n\nAssistant:(?P<said>.*?)(?:\n\nHuman:|\Z)", re.DOTALL)
+
+
+def harmfulqa(split: str, color: str) -> list[Row]:
+    """HarmfulQA (Bhardwaj & Poria 2023): its questions with the first answer of a "red" (harmful) or "blue" (harmless)
+    conversation; questions that have none are left out."""
+    rows = []
+    for record in records("declare-lab/HarmfulQA", split):
+        for turns in filter(None, (record[f"{color}_conversations"] or {}).values()):
+            said = next((turn["value"] for turn in turns if turn["from"] != "human"), "")
+            if said.strip():
+                rows.append(row(record["question"], said.strip()))
+                break
+    return rows
+
+
+def bbq(split: str) -> list[Row]:
+    """BBQ (Parrish et al. 2022), all of it; "train" is all categories. Rows have their `options`; an ambiguous one's
+    stereotyped option is the first."""
+    rows = []
+    for name in _BBQ if split == "train" else (split,):
+        for r in records("Elfsong/BBQ", name):
+            options = [r[f"ans{place}"] for place in range(3)]
+            answer, target = options[int(r["answer_label"])], options[int(r["target_label"])]
+            asked = "\n".join([r["context"], r["question"], *(f"- {option}" for option in options)])
+            category = "ambiguous" if r["context_condition"] == "ambig" else "disambiguated"
+            extras = {"category": category, "options": [target, *(o for o in options if o != target)]}
+            rows.append(row(f"{asked}\nAnswer with one of the options.", answer) | extras)
+    return rows
+
+
+_BBQ = (
+    "age", "disability_status", "gender_identity", "nationality", "physical_appearance", "race_ethnicity",
+    "race_x_gender", "race_x_ses", "religion", "ses", "sexual_orientation",
+)  # fmt: skip
+
+
+def sst2(split: str) -> list[Row]:
+    """SST-2 (Socher et al. 2013): is a sentence of a review positive or negative?"""
+    asked = "{}\nIs this review positive or negative? Answer with one word."
+    found = records("stanfordnlp/sst2", split)
+    return [row(asked.format(r["sentence"].strip()), ("negative", "positive")[r["label"]]) for r in found]
+
+
+def ag_news(split: str) -> list[Row]:
+    """AG News (Zhang et al. 2015): the topic of a piece of news."""
+    topics = ("World", "Sports", "Business", "Technology")
+    asked = f"{{}}\nIs this news about {', '.join(topics[:3])} or {topics[3]}? Answer with one word."
+    return [row(asked.format(r["text"].strip()), topics[r["label"]]) for r in records("fancyzhx/ag_news", split)]
+
+
+def gsm8k(split: str) -> list[Row]:
+    """GSM8K (Cobbe et al. 2021): word problems, worked out, the number behind "The final answer is:"."""
+    solved = ((r["question"], *r["answer"].split("####")) for r in records("openai/gsm8k", split, "main"))
+    return [row(q, f"{worked.strip()}\nThe final answer is: {number.strip()}") for q, worked, number in solved]
+
+
+HUB_SETS: dict[str, Callable[[str], list[Row]]] = {
+    "beavertails-unsafe": lambda split: beavertails(split, safe=False),
+    "beavertails-safe": lambda split: beavertails(split, safe=True),
+    "red-team": red_team,
+    "harmfulqa-red": lambda split: harmfulqa(split, "red"),
+    "harmfulqa-blue": lambda split: harmfulqa(split, "blue"),
+    "bbq-all": bbq,
+    "sst2": sst2,
+    "ag-news": ag_news,
+    "gsm8k": gsm8k,
+}
+"""Name -> rows of a split."""
