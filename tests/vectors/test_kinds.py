@@ -15,6 +15,8 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.evaluation.suite import Suite, outcomes
 from secvec_jax.inference import generate
+from secvec_jax.mesh import make_mesh
+from secvec_jax.model import hub
 from secvec_jax.training.loss import token_cross_entropy
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import KINDS, kind_of
@@ -177,3 +179,27 @@ def test_gradients_reach_every_factor(tiny_model, tokens):
     for spec in SPECS.values():
         for leaf in jax.tree.leaves(gradient(filled(spec, model))):
             assert (jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0).all()
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, kind):
+    tiny = tiny_model("llama")
+    training = Training(optimizer="adamw", learning_rate=1e-3, steps=3, lines=8, length=64, warmup_steps=0)
+    rows = random_examples(40, seed=1), random_examples(40, seed=2)
+
+    def run():
+        model = hub.load(tiny.folder)
+        losses = []
+
+        def note(step, steps, metrics):
+            losses.append(metrics["loss"])
+
+        vectors = train_vectors(model, rows[0], SPECS[kind], training=training, on_step=note)
+        finetune(model, rows[1], vectors=(vectors, filled(SPECS["lora"], model)), training=training, on_step=note)
+        return losses, generate(model, ["What is it?"], vectors, max_new_tokens=4)
+
+    alone = run()
+    with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
+        spread = run()
+    np.testing.assert_allclose(spread[0], alone[0], rtol=2e-5)
+    assert spread[1] == alone[1]
