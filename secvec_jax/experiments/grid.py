@@ -106,7 +106,7 @@ def grid(settings: Grid, command: str) -> None:
         raise UserError("name a grid file, such as configs/grids/quick.yaml")
     plan = config.load(Plan, settings.grid)
     cells = plan.cells()
-    shown = {layout.name: plan.cells(layout.name) for layout in plan.tables}
+    shown = [plan.cells(layout.of or layout.name) for layout in plan.tables]
     mine = _part(cells, settings.part)
     console = screen()
     if settings.only == "cells":
@@ -115,9 +115,9 @@ def grid(settings: Grid, command: str) -> None:
         console.print(f"{len(mine)} cells, {len({cell.seed for cell in mine})} seeds")
         return
     folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
-    for seed in sorted({cell.seed for cell in cells}):
-        claim(_Claim(dataclasses.replace(plan.recipe, seed=seed), str(_seed_folder(folder, seed))))
     if settings.only == "all":
+        for seed in sorted({cell.seed for cell in cells}):
+            claim(_Claim(dataclasses.replace(plan.recipe, seed=seed), str(_seed_folder(folder, seed))))
         for number, cell in enumerate(sorted(mine, key=lambda cell: cell.seed), 1):
             path = folder / "cells" / f"{cell.name}.json"
             if path.exists() and json.loads(path.read_text())["error"] is None:

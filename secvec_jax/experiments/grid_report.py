@@ -19,7 +19,11 @@ class Layout:
     """A table of the report."""
 
     name: str = ""
-    """that of the blocks whose cells it shows"""
+    """its heading, and the table of the blocks whose cells it shows"""
+    of: str = ""
+    """that table, where it is another"""
+    defense: tuple[str, ...] = ()
+    """the defenses that it shows; none: all"""
     about: str = ""
     """what stands over it"""
     rows: tuple[str, ...] = ("defense",)
@@ -51,18 +55,19 @@ def write(
     command: str,
     settings: dict[str, Any],
     layouts: Sequence[Layout],
-    cells: Mapping[str, Collection[Cell]],
+    cells: Sequence[Collection[Cell]],
     records: Sequence[Record],
 ) -> None:
     """Write report.md, its plots and results.json.
 
-    cells: those of each table, by its name. records: what there is of them; a table that has none yet is left out.
+    cells: those of each layout. records: what there is of them; a table that has none yet is left out.
     """
     tables: dict[str, Table] = {}
     parts = ["# Grid", "", f"`{command}`", ""]
-    for layout in layouts:
-        own = {tuple(dataclasses.asdict(cell).values()) for cell in cells[layout.name]}
-        some = [record for record in records if tuple(record.cell.values()) in own]
+    for layout, shown in zip(layouts, cells, strict=True):
+        own = [dataclasses.astuple(cell) for cell in shown if not layout.defense or cell.defense in layout.defense]
+        there = {tuple(record.cell.values()): record for record in records}
+        some = [there[cell] for cell in own if cell in there]  # in the order of the file
         parts += [f"## {layout.name}", "", *([layout.about, ""] if layout.about else [])]
         if not any(record.metrics for record in some):
             parts += ["No cell of it is there yet.", ""]

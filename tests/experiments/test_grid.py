@@ -96,7 +96,9 @@ def test_shipped_grids_are_whole():
         assert paths
         for path in paths:
             shipped = config.load(Plan, path)
-            assert shipped.cells() and all(shipped.cells(layout.name) for layout in shipped.tables), path.name
+            assert shipped.cells() and all(shipped.cells(layout.of or layout.name) for layout in shipped.tables), (
+                path.name
+            )
 
 
 def test_what_a_file_would_run_is_told_and_not_run(tmp_path, capsys):
