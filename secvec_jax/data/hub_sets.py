@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from secvec_jax.data.rows import Row, row
+from secvec_jax.data.rows import Row, choice, row
 from secvec_jax.errors import UserError
 
 
@@ -67,10 +67,9 @@ def bbq(split: str) -> list[Row]:
         for r in records("Elfsong/BBQ", name):
             options = [r[f"ans{place}"] for place in range(3)]
             answer, target = options[int(r["answer_label"])], options[int(r["target_label"])]
-            asked = "\n".join([r["context"], r["question"], *(f"- {option}" for option in options)])
             category = "ambiguous" if r["context_condition"] == "ambig" else "disambiguated"
-            extras = {"category": category, "options": [target, *(o for o in options if o != target)]}
-            rows.append(row(f"{asked}\nAnswer with one of the options.", answer) | extras)
+            asked = choice(r["context"], r["question"], options, answer, category)
+            rows.append(asked | {"options": [target, *(o for o in options if o != target)]})
     return rows
 
 

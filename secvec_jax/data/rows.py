@@ -33,6 +33,12 @@ def row(prompt: str, response: str | None = None) -> Row:
     return {"messages": messages}
 
 
+def choice(passage: str, question: str, options: list[str], answer: str, category: str) -> Row:
+    """Return a row that asks for one of some options, which have no letter, lest it be the answer."""
+    lines = [passage, question, *(f"- {option}" for option in options), "Answer with one of the options."]
+    return {**row("\n".join(lines), answer), "category": category, "options": options}
+
+
 def prompt_of(row: Row) -> str:
     """Return the text of the last user turn."""
     return next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")

@@ -23,7 +23,7 @@ import optax
 from secvec_jax.batch import Batch
 from secvec_jax.defenses.tuning import How, Move, tune
 from secvec_jax.model.hub import Model
-from secvec_jax.training.loss import group_sums, token_cross_entropy, token_forward_kl
+from secvec_jax.training.loss import token_cross_entropy, token_forward_kl
 from secvec_jax.training.objective import LEARN, Objective, Params, as_it_was
 from secvec_jax.training.step import Loss, Method, descent
 
@@ -54,8 +54,7 @@ def held(loss: Objective, weight: float) -> Loss:
         # It is the model as it will be served that stays close: without the vectors that it is trained under.
         served = hidden if params["vectors"] is None else loss.hidden(params | {"vectors": None}, learn)
         kl = jnp.sum(weights * token_forward_kl(head, served, aligned_head, reference, weights))
-        sums, counts = group_sums(losses, weights, learn["groups"], len(loss.groups))
-        metrics = {f"loss/{name}": (sums[i], counts[i]) for i, name in enumerate(loss.groups)}
+        metrics = loss.by_group(losses, learn)
         return (jnp.sum(losses * weights) + weight * kl) / totals[LEARN], metrics | {"kl": (kl, jnp.sum(weights))}
 
     return both

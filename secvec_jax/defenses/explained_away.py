@@ -23,7 +23,7 @@ from typing import Any, Literal, Unpack
 import numpy as np
 
 from secvec_jax.data.chat import Example
-from secvec_jax.defenses.tuning import PHASE2, Groups, How, examples_of, tune
+from secvec_jax.defenses.tuning import PHASE2, Groups, How, examples_of, groups_of, tune
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import token_losses
 from secvec_jax.model.hub import Model
@@ -79,12 +79,17 @@ def scale(harmful: Sequence[float], benign: Sequence[float]) -> Scale:
 
 def filtered(model: Model, rows: Any, vectors: Vectors, known: Scale, length: int = PHASE2.length) -> Groups:
     """The rows, by kind, whose score is not above the threshold. Raises UserError if none is left."""
-    kept = {}
-    for name, group in _grouped(model, rows, length).items():
-        kept[name] = [e for e, s in zip(group, scores(model, vectors, group)) if s <= known.threshold]
-    if not any(kept.values()):
+    groups = _grouped(model, rows, length)
+    kept = below(groups, {name: scores(model, vectors, group) for name, group in groups.items()}, known)
+    if not kept:
         raise UserError("every row scores as the vectors' own rows do: nothing is left to fine-tune on")
-    return {name: group for name, group in kept.items() if group}
+    return kept
+
+
+def below(groups: Groups, found: dict[str, list[float]], known: Scale) -> Groups:
+    """The rows, by kind, whose score, found before, is not above the threshold; no kind of which none is left."""
+    kept = {name: [row for row, s in zip(rows, found[name]) if s <= known.threshold] for name, rows in groups.items()}
+    return {name: rows for name, rows in kept.items() if rows}
 
 
 def gated(
@@ -116,8 +121,7 @@ def known_scale(model: Model, vectors: Vectors, harmful: Any, benign: Any) -> Sc
 
 
 def _grouped(model: Model, rows: Any, length: int) -> Groups:
-    groups = rows if isinstance(rows, dict) else {"all": rows}
-    return {name: examples_of(model, group, length) for name, group in groups.items()}
+    return {name: examples_of(model, group, length) for name, group in groups_of(rows).items()}
 
 
 def _weighed(example: Example, scores: np.ndarray, known: Scale, by: By) -> Example:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
-from secvec_jax.defenses.tuning import PHASE2, How, Move, stream_of, tune
+from secvec_jax.defenses.tuning import PHASE2, How, Move, groups_of, stream_of, tune
 from secvec_jax.errors import UserError
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective
@@ -54,8 +54,7 @@ def finetune(
     if aligned_steps < 0 or user_steps < 1:
         raise UserError(f"Lisa takes aligned_steps >= 0 and user_steps >= 1, not {aligned_steps} and {user_steps}")
     training = how.get("training", PHASE2)
-    groups = rows if isinstance(rows, dict) else {"all": rows}
-    steps = training.steps or stream_of(model, groups, training).count()
+    steps = training.steps or stream_of(model, groups_of(rows), training).count()
     how["training"] = replace(training, steps=steps + aligned_steps * -(-steps // user_steps))
     return tune(model, rows, beside={SAFE: safe}, move=lisa(aligned_steps, user_steps, rho), **how)
 

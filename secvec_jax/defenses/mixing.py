@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 from secvec_jax.config import Training
-from secvec_jax.defenses.tuning import PHASE2, Groups, How, tuned
+from secvec_jax.defenses.tuning import PHASE2, Groups, How, groups_of, tuned
 from secvec_jax.errors import UserError
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.hub import Model
@@ -76,11 +76,6 @@ def successive(
 
 def _model(model: Model, decoder: Decoder, adapter: LoRAVectors | None) -> Model:
     return model.with_backbone(decoder if adapter is None else merge(decoder, adapter))
-
-
-def groups_of(rows: Any, name: str = "all") -> Groups:
-    """Rows by kind: as they are, or all of them as one kind."""
-    return dict(rows) if isinstance(rows, dict) else {name: rows}
 
 
 def checkpoints_of(checkpoints: Checkpoints | None, stage: str) -> Checkpoints | None:

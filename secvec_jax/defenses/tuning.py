@@ -80,7 +80,7 @@ def tuned(
     for guest in as_guests(vectors):
         if hasattr(guest, "check"):
             guest.check(model.architecture)
-    streams = {LEARN: stream_of(model, rows if isinstance(rows, dict) else {"all": rows}, training)}
+    streams = {LEARN: stream_of(model, groups_of(rows), training)}
     streams |= {name: stream_of(model, {name: some}, training) for name, some in (beside or {}).items()}
     steps = training.steps or streams[LEARN].count()
     streams = {name: dataclasses.replace(stream, epochs=None) for name, stream in streams.items()}
@@ -111,6 +111,11 @@ def finetune_phase(params: Params) -> Phase:
 def forward_settings(training: Training) -> dict[str, Any]:
     """What an `Objective` takes from the settings of a training."""
     return {"dtype": compute_dtype(), "remat": training.remat, "shared": _shares(training)}
+
+
+def groups_of(rows: Any, name: str = "all") -> Groups:
+    """Rows by kind: as they are, or all of them as one kind."""
+    return dict(rows) if isinstance(rows, dict) else {name: rows}
 
 
 def stream_of(model: Model, groups: Groups, training: Training) -> Stream:

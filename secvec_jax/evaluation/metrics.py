@@ -8,6 +8,16 @@ RATES = (
 )  # fmt: skip
 LOSSES = ("harmful_loss", "benign_loss", "opening_loss", "drift")
 
+BETTER = {
+    **dict.fromkeys(("refusal", "exact_match", "task", "auroc", "precision", "recall", "f1"), "higher"),
+    "harmful_loss": "higher",  # of harmful replies: what a safe model would not say has a high loss
+    **dict.fromkeys(
+        ("compliance", "over_refusal", "bias", "drift", "embedding_drift", "benign_loss", "opening_loss"), "lower"
+    ),
+    **dict.fromkeys(("caps", "caps_eliciting", "caps_negated", "caps_unrelated"), "lower"),
+}
+"""Of which metrics more is better, and of which less."""
+
 
 def in_order(rows: Sequence[dict]) -> list[str]:
     """The metrics that any row has: the known ones first, in their fixed order."""

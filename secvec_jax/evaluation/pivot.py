@@ -18,9 +18,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.metrics import RATES
+from secvec_jax.evaluation.metrics import BETTER, RATES
 from secvec_jax.evaluation.statistics import paired, seeded_bootstrap
-from secvec_jax.evaluation.tables import BETTER, Cell, Place, Table, Value, is_number, names, told
+from secvec_jax.evaluation.tables import Cell, Place, Table, Value, is_number, names, told
 
 # -------------------------------------------------------------------------------------------------- the records
 

@@ -15,14 +15,6 @@ from secvec_jax.evaluation.statistics import Difference, SeededScore
 Value = str | int | float | bool | None
 Place = tuple[Value, ...]  # values of the fields that make up a row, a column, or both
 
-BETTER = {
-    **dict.fromkeys(("refusal", "exact_match", "task", "auroc", "precision", "recall", "f1"), "higher"),
-    "harmful_loss": "higher",  # of harmful replies: what a safe model would not say has a high loss
-    **dict.fromkeys(
-        ("compliance", "over_refusal", "bias", "drift", "embedding_drift", "benign_loss", "opening_loss"), "lower"
-    ),
-    **dict.fromkeys(("caps", "caps_eliciting", "caps_negated", "caps_unrelated"), "lower"),
-}
 _ARROWS = {"higher": " ↑", "lower": " ↓"}
 
 
@@ -84,7 +76,7 @@ class Table:
         """
         if len(self.across) != 1:
             raise UserError(f"{len(self.across)} columns give a row more than one point: keep one with `where`")
-        pairs = {_label(row): [self._score(row, self.across[0], metric) for metric in (x, y)] for row in self.down}
+        pairs = {label(row): [self._score(row, self.across[0], metric) for metric in (x, y)] for row in self.down}
         return {name: (a, b) for name, (a, b) in pairs.items() if a and b}
 
     def sweep(self, metric: str) -> dict[str, list[tuple[float, SeededScore]]]:
@@ -95,7 +87,7 @@ class Table:
         """
         if len(self.columns) != 1 or not all(is_number(place[0]) for place in self.across):
             raise UserError("a sweep needs columns of one field that holds numbers, such as columns=['poison']")
-        lines = {_label(row): [(at[0], self._score(row, at, metric)) for at in self.across] for row in self.down}
+        lines = {label(row): [(at[0], self._score(row, at, metric)) for at in self.across] for row in self.down}
         return {name: [(at, score) for at, score in line if score] for name, line in lines.items()}
 
     def _score(self, row: Place, column: Place, metric: str) -> SeededScore | None:
@@ -116,7 +108,7 @@ class Table:
         failures = dict.fromkeys(self._cell(*place).failure for line in places for place in line)
         footnotes = {failure: f"({index})" for index, failure in enumerate(filter(None, failures), 1)}
         cells = [[self._cell_text(place, usual[place[2]], footnotes) for place in line] for line in places]
-        body = [[*map(_show, row), *line] for row, line in zip(self.down, cells, strict=True)]
+        body = [[*map(show, row), *line] for row, line in zip(self.down, cells, strict=True)]
         return header, body, [*self._notes(usual), *(f"{mark} {failure}" for failure, mark in footnotes.items())]
 
     def _usual(self, metric: str) -> tuple[int, int] | None:
@@ -192,16 +184,18 @@ def names(several: Iterable[str]) -> str:
 
 def told(values: Mapping[str, object]) -> str:
     """Return fields with their values: "defense plain, poison 0.1"."""
-    return ", ".join(f"{_words(name)} {_show(value)}" for name, value in values.items())
+    return ", ".join(f"{_words(name)} {show(value)}" for name, value in values.items())
 
 
-def _label(place: Place) -> str:
-    return ", ".join(map(_show, place))
+def label(place: Place) -> str:
+    """Return the values of a place, one after the other."""
+    return ", ".join(map(show, place))
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
+    """Return a value as tables and file names have it."""
     if isinstance(value, list | tuple | set):
-        return " or ".join(map(_show, value))
+        return " or ".join(map(show, value))
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -1,31 +1,30 @@
 """What the cells of a grid share, seed by seed: an aligned model, vectors, rows. Made once, by whoever comes first."""
 
 import dataclasses
-import json
 import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 from filelock import FileLock
 
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
-from secvec_jax.defenses.security_vectors import Phase1, train_vectors
+from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.defenses.tuning import Groups
-from secvec_jax.errors import UserError
 from secvec_jax.evaluation.suite import Suite
+from secvec_jax.evaluation.tables import show
 from secvec_jax.experiments import scenes
 from secvec_jax.experiments.lab import Lab, Recipe
-from secvec_jax.experiments.materials import own_replies
-from secvec_jax.experiments.stages import Stage
-from secvec_jax.files import whole_file
+from secvec_jax.experiments.stages import Stage, file_name
 from secvec_jax.model.hub import Model, load
+from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.trainer import OnStep
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA
-from secvec_jax.vectors.store import load_vectors, save_vectors
+
+Optimizer = Literal["sgd", "adamw"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Cell:
     samples: int = 100
     """rows in an epoch; an attack that has fewer repeats them"""
     learning_rate: float = 3.6e-4
-    optimizer: str = "sgd"
+    optimizer: Optimizer = "sgd"
     epochs: int = 2
     task_rank: int = 0
     """the rank of a task LoRA; 0: all weights are trained"""
@@ -52,8 +51,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its files: every setting is in it."""
-        parts = (f"{value:g}" if isinstance(value, float) else str(value) for value in dataclasses.astuple(self))
-        return "_".join(part.replace(" ", "-").replace("/", "-") for part in parts)
+        return file_name("_".join(map(show, dataclasses.astuple(self))))
 
 
 class Bench:
@@ -78,57 +76,30 @@ class Bench:
 
     def stage(self, name: str, work: Callable[[Stage], Any]) -> Any:
         """What `work` returns, JSON; done by one process, once, while the others that need it wait."""
-        with FileLock(self.lab.folder / f".{name.replace(' ', '-')}.lock"):
+        with self._alone(name):
             return self.lab.stages.run(name, work)
 
-    def model(self, name: str, make: Callable[[Stage], Model]) -> Model:
-        """A shared model, such as one of another alignment."""
-        folder = self.lab.folder / "model" / name.replace(" ", "-")
+    def model(self, name: str, train: Callable[[Checkpoints, OnStep], Model]) -> Model:
+        """A shared model, one of another alignment."""
 
         def work(stage: Stage) -> None:
-            make(stage).save(folder)
+            self.lab.made(name, train, self.recipe.align_training, stage)
 
         self.stage(name, work)
-        return load(folder)
+        return self.lab.model(name)
 
     def vectors(self, attack: str, name: str, spec: Spec, phase1: Phase1) -> Vectors:
         """Shared vectors for the behavior of this attack, trained on the defender's rows of it."""
-        path = self.lab.folder / "vectors" / f"{name} {attack}.safetensors".replace(" ", "-").replace("/", "-")
-
-        def work(stage: Stage) -> dict[str, float]:
-            harmful, benign = self.known(attack)
-            last: dict[str, float] = {}
-            show = stage.on_step()
-
-            def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
-                last.update(metrics)
-                show(step, steps, metrics)
-
-            training = dataclasses.replace(self.recipe.vectors_training, seed=self.recipe.seed)
-            made = train_vectors(
-                self.aligned, harmful, spec, benign=benign, phase1=phase1, training=training, on_step=on_step
-            )
-            save_vectors(made, path, self.aligned)
-            return last
-
-        self.stage(f"vectors {name} {attack}", work)
-        return load_vectors(path, self.aligned)
+        name = f"{name} {attack}"
+        harmful, benign = self.known(attack)
+        self.stage(f"vectors {name}", lambda stage: self.lab.make_vectors(name, harmful, benign, spec, phase1, stage))
+        return self.lab.vectors(name)
 
     @cached_property
     def safe(self) -> list[Example]:
         """The rows of alignment: refusals, and the base model's own replies to benign prompts."""
-        path = self.lab.folder / "own-replies.json"
-        materials = self.lab.materials
-
-        def work(stage: Stage) -> None:
-            show = stage.replies(len(materials.kept), "its own replies")
-            replies = own_replies(self.base, materials.kept, materials.suite.refusals, show)
-            with whole_file(path) as staging:
-                staging.write_text(json.dumps([[e.tokens.tolist(), int(e.supervised.argmax())] for e in replies]))
-
-        self.stage("own replies", work)
-        kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(path.read_text())]
-        rows = [*materials.refusals, *(Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in kept)]
+        with self._alone("own replies"), self.lab.stages.show("own replies") as stage:
+            rows = [*self.lab.materials.refusals, *self.lab.own_replies(stage)]
         return random.Random(self.recipe.seed).sample(rows, len(rows))  # so that the first few have both kinds
 
     def safe_for(self, attack: str) -> list[Any]:
@@ -169,8 +140,6 @@ class Bench:
 
     def training(self, cell: Cell) -> Training:
         """How a cell's model is trained."""
-        if cell.optimizer not in ("sgd", "adamw"):
-            raise UserError(f"optimizer is {cell.optimizer!r}: use sgd or adamw")
         return dataclasses.replace(
             self.recipe.finetune_training,
             optimizer=cell.optimizer,
@@ -183,6 +152,9 @@ class Bench:
     def task(self, cell: Cell) -> LoRA | None:
         """The task LoRA that a cell trains, if it trains one."""
         return LoRA(rank=cell.task_rank, alpha=2.0 * cell.task_rank) if cell.task_rank else None
+
+    def _alone(self, name: str) -> FileLock:
+        return FileLock(self.lab.folder / f".{file_name(name)}.lock")
 
     def _attack(self, name: str) -> scenes.Attack:
         return self._once(scenes.attack, name)

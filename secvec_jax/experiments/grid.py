@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from simple_parsing import field
 
@@ -23,11 +23,10 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.pivot import Record, read
 from secvec_jax.evaluation.suite import Outcomes, outcomes
 from secvec_jax.experiments import contenders, grid_report, scenes
-from secvec_jax.experiments.bench import Bench, Cell
+from secvec_jax.experiments.bench import Bench, Cell, Optimizer
 from secvec_jax.experiments.grid_report import Layout
 from secvec_jax.experiments.lab import Recipe
-from secvec_jax.experiments.stages import Stage, claim, screen
-from secvec_jax.files import whole_file
+from secvec_jax.experiments.stages import Stage, claim, screen, write
 from secvec_jax.mesh import by_first
 from secvec_jax.trees import distance
 
@@ -43,7 +42,7 @@ class Block:
     poison: tuple[float, ...] = (0.1,)
     samples: tuple[int, ...] = (100,)
     learning_rate: tuple[float, ...] = (3.6e-4,)
-    optimizer: tuple[str, ...] = ("sgd",)
+    optimizer: tuple[Optimizer, ...] = ("sgd",)
     epochs: tuple[int, ...] = (2,)
     task_rank: tuple[int, ...] = (0,)
     seed: tuple[int, ...] = (0,)
@@ -118,13 +117,17 @@ def grid(settings: Grid, command: str) -> None:
     if settings.only == "all":
         for seed in sorted({cell.seed for cell in cells}):
             claim(_Claim(dataclasses.replace(plan.recipe, seed=seed), str(_seed_folder(folder, seed))))
-        for number, cell in enumerate(sorted(mine, key=lambda cell: cell.seed), 1):
-            path = folder / "cells" / f"{cell.name}.json"
-            if path.exists() and json.loads(path.read_text())["error"] is None:
-                continue
-            record = _record(plan.recipe, folder, cell)
-            by_first(lambda path=path, record=record: _write(path, dataclasses.asdict(record)))
-            console.print(f"{number}/{len(mine)} {_told(record)}", markup=False, highlight=False)
+        number = 0
+        for seed, some in itertools.groupby(sorted(mine, key=_seed), _seed):
+            bench = Bench(dataclasses.replace(plan.recipe, seed=seed), _seed_folder(folder, seed))
+            for cell in some:
+                number += 1
+                path = folder / "cells" / f"{cell.name}.json"
+                if path.exists() and json.loads(path.read_text())["error"] is None:
+                    continue
+                record = _record(bench, cell)
+                by_first(lambda path=path, record=record: write(path, json.dumps(dataclasses.asdict(record))))
+                console.print(f"{number}/{len(mine)} {_told(record)}", markup=False, highlight=False)
     by_first(lambda: grid_report.write(folder, command, config.to_dict(plan), plan.tables, shown, read(folder)))
     console.print(f"the report is in {folder / 'report.md'}")
 
@@ -144,12 +147,12 @@ def _part(cells: list[Cell], part: str) -> list[Cell]:
     return cells[int(index) - 1 :: int(count)]
 
 
-def _record(recipe: Recipe, folder: Path, cell: Cell) -> Record:
+def _record(bench: Bench, cell: Cell) -> Record:
     start = time.monotonic()
     metrics: Outcomes = {}
     error = None
     try:
-        metrics = _judged(_bench(recipe, folder, cell.seed), cell)
+        metrics = _judged(bench, cell)
     except Exception as failure:  # a cell that fails is told, and the others go on
         traceback.print_exc()
         error = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
@@ -160,16 +163,8 @@ def _seed_folder(folder: Path, seed: int) -> Path:
     return folder / f"seed-{seed}"
 
 
-_BENCHES: dict[tuple[Path, int], Bench] = {}
-
-
-def _bench(recipe: Recipe, folder: Path, seed: int) -> Bench:
-    """The seed's bench; one at a time is kept in memory."""
-    key = (folder, seed)
-    if key not in _BENCHES:
-        _BENCHES.clear()
-        _BENCHES[key] = Bench(dataclasses.replace(recipe, seed=seed), _seed_folder(folder, seed))
-    return _BENCHES[key]
+def _seed(cell: Cell) -> int:
+    return cell.seed
 
 
 def _judged(bench: Bench, cell: Cell) -> Outcomes:
@@ -200,11 +195,6 @@ def _judged(bench: Bench, cell: Cell) -> Outcomes:
             found |= {f"{when}_{name.removeprefix('loss/')}": [metrics[name]] for name in ("loss/attack", "grad_norm")
                       if name in metrics}  # fmt: skip
     return found
-
-
-def _write(path: Path, value: Any) -> None:
-    with whole_file(path) as staging:
-        staging.write_text(json.dumps(value))
 
 
 def _told(record: Record) -> str:

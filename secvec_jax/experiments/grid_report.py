@@ -9,7 +9,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import published, report
 from secvec_jax.evaluation.pivot import Record, pivot
 from secvec_jax.evaluation.plots import colors_of, plot_pareto, plot_sweep, png
-from secvec_jax.evaluation.tables import Table
+from secvec_jax.evaluation.tables import Table, label, show
 from secvec_jax.experiments.bench import Cell
 from secvec_jax.files import whole_file
 
@@ -63,10 +63,10 @@ def write(
     cells: those of each layout. records: what there is of them; a table that has none yet is left out.
     """
     tables: dict[str, Table] = {}
+    there = {Cell(**record.cell): record for record in records}
     parts = ["# Grid", "", f"`{command}`", ""]
     for layout, shown in zip(layouts, cells, strict=True):
-        own = [dataclasses.astuple(cell) for cell in shown if not layout.defense or cell.defense in layout.defense]
-        there = {tuple(record.cell.values()): record for record in records}
+        own = [cell for cell in shown if not layout.defense or cell.defense in layout.defense]
         some = [there[cell] for cell in own if cell in there]  # in the order of the file
         parts += [f"## {layout.name}", "", *([layout.about, ""] if layout.about else [])]
         if not any(record.metrics for record in some):
@@ -82,7 +82,8 @@ def write(
         parts += [f"![{path.stem}]({path.name})\n" for path in _plots(folder, layout, some)]
     with whole_file(folder / "report.md") as staging:
         staging.write_text("\n".join(parts))
-    report.Results(command, settings, report.environment(), _seconds(records), _rows(tables)).save(folder)
+    seconds = {"cells": sum(record.seconds for record in records)}
+    report.Results(command, settings, report.environment(), seconds, _rows(tables)).save(folder)
 
 
 def _table(layout: Layout, records: Sequence[Record], where: Mapping[str, Any] | None = None) -> Table:
@@ -107,7 +108,7 @@ def _plots(folder: Path, layout: Layout, records: Sequence[Record]) -> list[Path
         for at in _columns(layout, records):
             flat = dataclasses.replace(layout, rows=("defense",), columns=(), metrics=layout.pareto, reference="")
             points = _table(flat, records, at).points(*layout.pareto)
-            title = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in at.values())
+            title = " ".join(map(show, at.values()))
             figures[f"pareto {title}"] = plot_pareto(points, *layout.pareto, colors, REFERENCES)
     for metric in layout.sweep:
         lines = _table(dataclasses.replace(layout, metrics=(metric,)), records).sweep(metric)
@@ -135,13 +136,6 @@ def _rows(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
             for across in table.across:
                 cells = {metric: table.cells.get((down, across, metric)) for metric in table.metrics}
                 scores = {metric: cell.score for metric, cell in cells.items() if cell and cell.score}
-                place = ", ".join(
-                    f"{value:g}" if isinstance(value, float) else str(value) for value in (*down, *across)
-                )
                 metrics = {m: {"value": s.value, "n": s.n, "ci95": list(s.ci95)} for m, s in scores.items()}
-                rows += [{"name": f"{name}: {place}", "metrics": metrics}] if metrics else []
+                rows += [{"name": f"{name}: {label((*down, *across))}", "metrics": metrics}] if metrics else []
     return rows
-
-
-def _seconds(records: Sequence[Record]) -> dict[str, float]:
-    return {"cells": sum(record.seconds for record in records)}

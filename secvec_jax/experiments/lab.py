@@ -4,12 +4,15 @@ Everything is made once and lies in the run directory: a run that was stopped fi
 """
 
 import dataclasses
+import json
 import resource
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from secvec_jax import config
@@ -29,13 +32,14 @@ from secvec_jax.evaluation import report
 from secvec_jax.evaluation.scorers import bootstrap
 from secvec_jax.evaluation.suite import Outcomes, outcomes
 from secvec_jax.experiments.materials import Judges, Materials, Sizes, gather, own_replies
-from secvec_jax.experiments.stages import Stage, Stages, checkpoints, devices, screen
+from secvec_jax.experiments.stages import Stage, Stages, checkpoints, devices, file_name, screen, write
 from secvec_jax.mesh import agree, by_first, is_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
 from secvec_jax.trees import distance
-from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.kinds import Spec, Vectors
+from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_vectors
 
 
@@ -97,31 +101,45 @@ class Lab:
             return self.judge(self.aligned, stage)
 
         def train(checkpoints: Checkpoints, on_step: OnStep) -> Model:
-            show = stage.replies(len(materials.kept), "its own replies")
-            kept = own_replies(self.base, materials.kept, materials.suite.refusals, show)
             return align(
                 self.base,
-                {"harmful": materials.refusals, "benign": kept},
+                {"harmful": materials.refusals, "benign": self.own_replies(stage)},
                 task=recipe.align_task,
                 training=self._seeded(recipe.align_training),
                 checkpoints=checkpoints,
                 on_step=on_step,
             )
 
-        return self.judge(self._made("aligned", train, recipe.align_training, stage), stage)
+        return self.judge(self.made("aligned", train, recipe.align_training, stage), stage)
 
-    def vectors(self, name: str) -> LoRAVectors:
-        """The vectors that `phase1` made under this name."""
+    def own_replies(self, stage: Stage) -> list[Example]:
+        """What the base model itself says to the benign prompts of alignment: asked once, and kept in a file."""
+        path, materials = self.folder / "own-replies.json", self.materials
+        if not agree(path.exists()):
+            show = stage.replies(len(materials.kept), "its own replies")
+            replies = own_replies(self.base, materials.kept, materials.suite.refusals, show)
+            said = [[e.tokens.tolist(), int(e.supervised.argmax())] for e in replies]
+            by_first(lambda: write(path, json.dumps(said)))
+        kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(path.read_text())]
+        return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in kept]
+
+    def vectors(self, name: str) -> Vectors:
+        """The vectors that were made under this name."""
         return load_vectors(self._vectors_file(name), self.aligned)
 
     def phase1(self, name: str, phase1: Phase1, stage: Stage) -> Outcomes:
         """Train vectors for the aligned model and judge it through them."""
+        self.make_vectors(name, self.materials.vectors, self.materials.keep, self.recipe.lora, phase1, stage)
+        return self.judge(self.aligned, stage, self.vectors(name))
+
+    def make_vectors(self, name: str, harmful: Any, benign: Any, spec: Spec, phase1: Phase1, stage: Stage) -> None:
+        """Train vectors for the aligned model and keep them under this name."""
         if not agree(self._vectors_file(name).exists()):
             vectors = train_vectors(
                 self.aligned,
-                self.materials.vectors,
-                self.recipe.lora,
-                benign=self.materials.keep,
+                harmful,
+                spec,
+                benign=benign,
                 phase1=phase1,
                 training=self._seeded(self.recipe.vectors_training),
                 checkpoints=self._checkpoints(f"vectors {name}", self.recipe.vectors_training),
@@ -129,13 +147,12 @@ class Lab:
             )
             save_vectors(vectors, self._vectors_file(name), self.aligned)
             self._forget_checkpoints(f"vectors {name}")
-        return self.judge(self.aligned, stage, self.vectors(name))
 
     def phase2(
         self,
         name: str,
         rows: dict[str, list[Example]],
-        vectors: LoRAVectors | None,
+        vectors: Vectors | None,
         stage: Stage,
         keep_model: bool = False,
     ) -> Outcomes:
@@ -151,14 +168,14 @@ class Lab:
                 on_step=on_step,
             )
 
-        model = self._made(name, train, self.recipe.finetune_training, stage)
+        model = self.made(name, train, self.recipe.finetune_training, stage)
         found = self.judge(model, stage)
         found["drift"] = [float(distance(model.backbone, self.aligned.backbone))]
         if not keep_model:
             by_first(lambda: shutil.rmtree(self._model_folder(name)))
         return found
 
-    def judge(self, model: Model, stage: Stage, vectors: LoRAVectors | None = None) -> Outcomes:
+    def judge(self, model: Model, stage: Stage, vectors: Vectors | None = None) -> Outcomes:
         """What the model comes to on the suite."""
         suite = self.materials.suite
         return outcomes(model, suite, vectors, stage.replies(suite.size, "judging"))
@@ -194,13 +211,15 @@ class Lab:
         console.print(f"{total:.0f} s in all, peak memory {peak:.2f} GiB; report: {self.folder / 'report.md'}")
         return results
 
-    def _made(
-        self, name: str, train: Callable[[Checkpoints, OnStep], Model], training: Training, stage: Stage
-    ) -> Model:
-        """The stage's model: trained and saved, or read by a run that was stopped while judging it."""
+    def model(self, name: str) -> Model:
+        """The model that was made under this name."""
+        return load(self._model_folder(name))
+
+    def made(self, name: str, train: Callable[[Checkpoints, OnStep], Model], training: Training, stage: Stage) -> Model:
+        """The model of this name: trained and saved, or read where it was made before."""
         folder = self._model_folder(name)
         if agree(folder.exists()):
-            return load(folder)
+            return self.model(name)
         model = train(self._checkpoints(name, training), stage.on_step())
         stage.say("saving")
         model.save(folder)
@@ -208,10 +227,10 @@ class Lab:
         return model
 
     def _vectors_file(self, name: str) -> Path:
-        return self.folder / "vectors" / f"{name}.safetensors"
+        return self.folder / "vectors" / f"{file_name(name)}.safetensors"
 
     def _model_folder(self, name: str) -> Path:
-        return self.folder / "model" / name.replace(" ", "-")
+        return self.folder / "model" / file_name(name)
 
     def _checkpoints(self, name: str, training: Training) -> Checkpoints:
         return checkpoints(self._checkpoint_folder(name), training)
@@ -220,7 +239,7 @@ class Lab:
         by_first(lambda: shutil.rmtree(self._checkpoint_folder(name), ignore_errors=True))
 
     def _checkpoint_folder(self, name: str) -> Path:
-        return self.folder / "checkpoints" / name.replace(" ", "-")
+        return self.folder / "checkpoints" / file_name(name)
 
     def _seeded(self, training: Training) -> Training:
         return dataclasses.replace(training, seed=self.recipe.seed)

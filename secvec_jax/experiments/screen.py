@@ -55,8 +55,9 @@ def screen(settings: Screen, command: str) -> None:
         raise UserError("a threshold needs both --harmful and --benign: give both, or neither to have a ranking alone")
     folder = claim(settings)
     stages = Stages(folder, Console(quiet=not is_first()))
-    found = stages.run("screen", lambda stage: _scores(settings, stage))
-    rows, threshold = load_rows(settings.data), found["threshold"]
+    rows = load_rows(settings.data)
+    found = stages.run("screen", lambda stage: _scores(settings, rows, stage))
+    threshold = found["threshold"]
     by_first(lambda: _write(folder, rows, found))
     above = [float(score > threshold) for score in found["data"]] if threshold is not None else None
     metrics = {"score": bootstrap(found["data"]).as_dict()} | (
@@ -73,16 +74,17 @@ def screen(settings: Screen, command: str) -> None:
     _tell(terminal(), folder, rows, found)
 
 
-def _scores(settings: Screen, stage: Stage) -> dict[str, Any]:
+def _scores(settings: Screen, rows: list[Row], stage: Stage) -> dict[str, Any]:
     model = load(settings.model)
     vectors = load_vectors(settings.vectors, model)
     limit = min(settings.length, model.architecture.max_length)
+    kinds = {"data": rows}
+    if settings.harmful is not None:
+        kinds |= {name: load_rows(getattr(settings, name)) for name in ("harmful", "benign")}
     found: dict[str, Any] = {"threshold": None}
-    for name in ("data", "harmful", "benign"):
-        source = getattr(settings, name)
-        if source is not None:
-            stage.say(f"scoring {name}")
-            found[name] = explained_away.scores(model, vectors, load_rows(source), limit)
+    for name, some in kinds.items():
+        stage.say(f"scoring {name}")
+        found[name] = explained_away.scores(model, vectors, some, limit)
     if settings.harmful is not None:
         found["threshold"] = explained_away.scale(found["harmful"], found["benign"]).threshold
     return found

@@ -28,7 +28,7 @@ class Stages:
 
     def run(self, name: str, work: Callable[["Stage"], Any]) -> Any:
         """What `work(stage)` returns, JSON, or what it returned when the stage was done before."""
-        path = self.folder / "stages" / f"{name.replace(' ', '-')}.json"
+        path = self.folder / "stages" / f"{file_name(name)}.json"
         if agree(path.exists()):
             record = json.loads(path.read_text())
             self.seconds[name] = record["seconds"]
@@ -42,12 +42,12 @@ class Stages:
                 result = work(stage)
         except BaseException:
             if is_first():
-                _write(partial, str(before + time.monotonic() - start))
+                write(partial, str(before + time.monotonic() - start))
             raise
         self.seconds[name] = before + time.monotonic() - start
 
         def note() -> None:
-            _write(path, json.dumps({"seconds": self.seconds[name], "result": result}))
+            write(path, json.dumps({"seconds": self.seconds[name], "result": result}))
             partial.unlink(missing_ok=True)
 
         by_first(note)
@@ -99,9 +99,15 @@ class Stage:
         self._progress.update(self._task, description=f"{self.name}: {what}")
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """The text as a file that is whole or absent."""
     with whole_file(path) as staging:
         staging.write_text(text)
+
+
+def file_name(name: str) -> str:
+    """A stage's, model's or cell's name as that of a file."""
+    return name.replace(" ", "-").replace("/", "-")
 
 
 def claim(settings: Any) -> Path:

@@ -62,8 +62,7 @@ class Objective:
         micro-batches of the step, so that micro-batch losses and gradients add up to the whole batch's."""
         learn = batch[LEARN]
         losses = self.token_losses(params, learn)
-        sums, counts = group_sums(losses, learn["weights"], learn["groups"], len(self.groups))
-        metrics = {f"loss/{name}": (sums[i], counts[i]) for i, name in enumerate(self.groups)}
+        metrics = self.by_group(losses, learn)
         counted = losses if self.counted is None else self.counted(losses, params, learn)
         loss = jnp.sum(counted * learn["weights"]) / totals[LEARN]
         if KEEP in batch:
@@ -77,6 +76,11 @@ class Objective:
             metrics["kl"] = (jnp.sum(divergence * keep["weights"]), jnp.sum(keep["weights"]))
             loss += self.kl_weight * metrics["kl"][0] / totals[KEEP]
         return loss, metrics
+
+    def by_group(self, losses: jax.Array, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """The (sum, count) of the losses `[B, T]` of each kind of rows."""
+        sums, counts = group_sums(losses, batch["weights"], batch["groups"], len(self.groups))
+        return {f"loss/{name}": (sums[i], counts[i]) for i, name in enumerate(self.groups)}
 
     def token_losses(self, params: Params, batch: Batch) -> jax.Array:
         """Cross-entropy at each supervised token, 0 elsewhere, `[B, T]`."""

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import published, statistics, tables
-from secvec_jax.evaluation.metrics import LOSSES, RATES
+from secvec_jax.evaluation.metrics import BETTER, LOSSES, RATES
 from secvec_jax.evaluation.pivot import Record, pivot, read
 
 
@@ -203,8 +203,8 @@ class TestMarks:
             mark("refusal", {"refusal": "more"})
 
     def test_every_known_metric_has_a_direction(self):
-        assert {*RATES, *LOSSES} <= set(tables.BETTER)
-        assert tables.BETTER["harmful_loss"] != tables.BETTER["benign_loss"]
+        assert {*RATES, *LOSSES} <= set(BETTER)
+        assert BETTER["harmful_loss"] != tables.BETTER["benign_loss"]
 
     def test_pairs_are_made_prompt_by_prompt(self):
         """The same two rates are told apart when prompts are matched, and not when the match is destroyed."""

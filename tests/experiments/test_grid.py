@@ -72,6 +72,12 @@ def test_every_setting_of_a_cell_is_in_its_name():
         ({"blocks": [{"defense": ["ewc wait=1"]}]}, "'ewc' has no setting 'wait': it takes weight"),
         ({"blocks": [{"defense": ["ewc weight=much"]}]}, "it must be float"),
         ({"blocks": [{"defense": ["ewc case=1"]}]}, "no setting 'case'"),
+        ({"blocks": [{"defense": ["explained-away gate by=rows"]}]}, "by is 'rows': use one of row, token"),
+        (
+            {"blocks": [{"defense": ["security vectors kind=lore"]}]},
+            "kind is 'lore': use one of lora, steering, prompt",
+        ),
+        ({"blocks": [{"optimizer": ["adam"]}]}, "use one of sgd, adamw"),
         ({"blocks": [{"poison": [1.5]}]}, "poison must lie in"),
         ({"blocks": [{"attack": ["harmfull"]}]}, "no attack is named 'harmfull'"),
         ({"blocks": [{"task": ["sums"]}]}, "no task is named 'sums'"),

@@ -1,0 +1,97 @@
+"""What a defense of a grid is given, and what it hands over."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from secvec_jax.defenses.tuning import Groups, How, tune
+from secvec_jax.evaluation.statistics import auroc, precision_recall_f1
+from secvec_jax.experiments.bench import Bench, Cell
+from secvec_jax.model.hub import Model
+from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.trainer import OnStep
+from secvec_jax.vectors.kinds import Spec, Vectors
+from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.prompt import SoftPrompt
+from secvec_jax.vectors.steering import Steering
+
+Kind = Literal["lora", "steering", "prompt"]
+ObjectiveName = Literal["kl", "cross_entropy", "min_min"]
+
+KINDS: dict[Kind, Spec] = {"lora": LoRA(), "steering": Steering(scale=8.0), "prompt": SoftPrompt(scale=8.0)}
+"""The shapes of each kind's vectors. The scales of 8 were not tuned: with them a learning rate that suits LoRA does."""
+
+
+class Defended(NamedTuple):
+    """What a defense hands over. notes: numbers of its own, such as how well a filter told rows apart."""
+
+    model: Model
+    system: str | None = None
+    notes: Mapping[str, float] = MappingProxyType({})
+
+
+class Case(NamedTuple):
+    """What a defense is given."""
+
+    bench: Bench
+    cell: Cell
+    rows: Groups
+    how: How
+
+    @property
+    def aligned(self) -> Model:
+        """The model to be fine-tuned."""
+        return self.bench.aligned
+
+    @property
+    def safe(self) -> list[Any]:
+        """Rows to be safe by."""
+        return self.bench.safe_for(self.cell.attack)
+
+    @property
+    def opposite(self) -> list[Any]:
+        """As many rows that do not show the behavior as are known to show it."""
+        return self.bench.opposite(self.cell.attack)[:100]
+
+    @property
+    def known(self) -> tuple[list[Any], list[Any]]:
+        """The defender's rows of the behavior, and benign ones."""
+        return self.bench.known(self.cell.attack)
+
+    def tuned(self, model: Model | None = None, rows: Groups | None = None, **options: Any) -> Model:
+        """The aligned model, or another, fine-tuned on the user's rows, or on others; options as in `tune`."""
+        return tune(
+            self.aligned if model is None else model, self.rows if rows is None else rows, **options, **self.how
+        )
+
+    def vectors(
+        self, kind: Kind = "lora", objective: ObjectiveName = "kl", rank: int = 8, attack: str | None = None
+    ) -> Vectors:
+        """Shared vectors for the behavior of the cell's attack, or of another."""
+        spec = dataclasses.replace(KINDS[kind], rank=rank, alpha=2.0 * rank) if kind == "lora" else KINDS[kind]
+        phase1 = dataclasses.replace(self.bench.recipe.phase1, objective=objective)
+        name = f"{kind} {rank} {objective}" if kind == "lora" else f"{kind} {objective}"
+        return self.bench.vectors(attack or self.cell.attack, name, spec, phase1)
+
+    def aligned_by(self, name: str, align: Callable[..., Model], **changes: Any) -> Model:
+        """The base model as `align(model, rows, **how)` aligns it, shared by its name. changes: to its training."""
+        recipe = self.bench.recipe
+        training = dataclasses.replace(recipe.align_training, seed=self.cell.seed, **changes)
+
+        def train(checkpoints: Checkpoints, on_step: OnStep) -> Model:
+            how = How(task=recipe.align_task, training=training, checkpoints=checkpoints, on_step=on_step)
+            return align(self.bench.base, self.bench.safe, **how)
+
+        return self.bench.model(name, train)
+
+
+def told_apart(scores: dict[str, list[float]], threshold: float) -> dict[str, float]:
+    """How well scores by kind, high for what is to be dropped, tell the attack's rows from the others."""
+    labels = [name == "attack" for name, some in scores.items() for _ in some]
+    flat = [score for some in scores.values() for score in some]
+    notes = {f"dropped_{name}": sum(s > threshold for s in some) / len(some) for name, some in scores.items()}
+    if len(set(labels)) == 2:
+        _, _, f1 = precision_recall_f1([score > threshold for score in flat], labels)
+        notes |= {"auroc": auroc(flat, labels), "f1": f1}
+    return notes
