@@ -204,7 +204,7 @@ class TestMarks:
 
     def test_every_known_metric_has_a_direction(self):
         assert {*RATES, *LOSSES} <= set(BETTER)
-        assert BETTER["harmful_loss"] != tables.BETTER["benign_loss"]
+        assert BETTER["harmful_loss"] != BETTER["benign_loss"]
 
     def test_pairs_are_made_prompt_by_prompt(self):
         """The same two rates are told apart when prompts are matched, and not when the match is destroyed."""
