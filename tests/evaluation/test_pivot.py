@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import published, statistics, tables
+from secvec_jax.evaluation import published, statistics
 from secvec_jax.evaluation.metrics import BETTER, LOSSES, RATES
 from secvec_jax.evaluation.pivot import Record, pivot, read
 
