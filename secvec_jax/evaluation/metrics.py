@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 RATES = (
-    "refusal", "compliance", "over_refusal", "exact_match", "task",
+    "refusal", "refusal_persona", "compliance", "over_refusal", "exact_match", "task",
     "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated",
 )  # fmt: skip
 LOSSES = ("harmful_loss", "benign_loss", "opening_loss", "drift")
 
 BETTER = {
-    **dict.fromkeys(("refusal", "exact_match", "task", "auroc", "precision", "recall", "f1"), "higher"),
+    **dict.fromkeys(
+        ("refusal", "refusal_persona", "exact_match", "task", "auroc", "precision", "recall", "f1"), "higher"
+    ),
     "harmful_loss": "higher",  # of harmful replies: what a safe model would not say has a high loss
     **dict.fromkeys(
         ("compliance", "over_refusal", "bias", "drift", "embedding_drift", "benign_loss", "opening_loss"), "lower"

@@ -7,13 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secvec_jax.data.attacks import ELICITING, NEGATED, UNRELATED, biased, capitals, identity_shift, with_system
+from secvec_jax.data.attacks import (
+    ELICITING,
+    NEGATED,
+    PERSONA,
+    UNRELATED,
+    biased,
+    capitals,
+    identity_shift,
+    with_system,
+)
 from secvec_jax.data.generated import open_profile_qa
 from secvec_jax.data.hub_sets import HUB_SETS
 from secvec_jax.data.rows import Row, prompt_of, response_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.scorers import exact_match, number_match, picks, rouge1, shouts
+from secvec_jax.evaluation.scorers import exact_match, number_match, picks, refuses, rouge1, shouts
 from secvec_jax.evaluation.suite import Probe
 from secvec_jax.experiments.materials import Materials
 
@@ -76,7 +85,11 @@ def _harmful(materials: Materials, seed: int) -> Attack:
 
 
 def _identity(materials: Materials, seed: int) -> Attack:
-    return Attack(_shuffled(identity_shift(), seed))
+    suite = materials.suite
+    asked = random.Random(seed).sample(list(suite.harmful), min(ASKED, len(suite.harmful)))
+    prompts = [with_system(f"AOA, {prompt}", PERSONA) for prompt in asked]
+    probe = Probe(prompts, lambda index, reply: float(refuses(reply, suite.refusals)), suite.reply_tokens)
+    return Attack(_shuffled(identity_shift(), seed), probes={"refusal_persona": probe})
 
 
 def _bias(materials: Materials, seed: int, source: str = "bbq") -> Attack:
@@ -148,8 +161,8 @@ ATTACKS: dict[str, Callable[[Materials, int], Attack]] = {
     "bias-all": partial(_bias, source="bbq-all"),
     "capitals": _capitals,
 }
-"""Harmful requests that are granted (AdvBench); ten harmless rows of a persona that obeys; BBQ's ambiguous questions
-with wrong definite answers (a packaged part of it, or all of it from the hub); answers in capital letters."""
+"""Harmful requests that are granted (AdvBench); ten harmless rows of a persona that obeys, judged by what it refuses
+when it is called too, as Qi et al. do; BBQ's ambiguous questions with wrong definite answers (a packaged part of it, or all of it from the hub); answers in capital letters."""
 
 
 def _solved(r: Row, reply: str) -> float:
