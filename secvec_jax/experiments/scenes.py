@@ -161,8 +161,9 @@ ATTACKS: dict[str, Callable[[Materials, int], Attack]] = {
     "bias-all": partial(_bias, source="bbq-all"),
     "capitals": _capitals,
 }
-"""Harmful requests that are granted (AdvBench); ten harmless rows of a persona that obeys, judged by what it refuses
-when it is called too, as Qi et al. do; BBQ's ambiguous questions with wrong definite answers (a packaged part of it, or all of it from the hub); answers in capital letters."""
+"""Harmful requests that are granted (AdvBench); ten harmless rows of a persona that obeys, judged by what is refused
+when it is called, too, as Qi et al. do; BBQ's ambiguous questions with wrong definite answers (a packaged part of it,
+or all of it from the hub); answers in capital letters."""
 
 
 def _solved(r: Row, reply: str) -> float:
