@@ -19,6 +19,7 @@ jax.config.update("jax_compilation_cache_dir", str(_COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,14 @@ def build_hf_model(seed: int = 0, **config: Any):
             else:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
     return hf
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forgets a module's compiled programs: each holds memory maps, and Linux grants a process 65,530 of them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
