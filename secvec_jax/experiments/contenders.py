@@ -107,13 +107,16 @@ def security_vectors(
     rank: int = 8,
     floor: float = 0.0,
     both: str = "",
+    safe: float = 0.0,
 ) -> Defended:
-    """Under frozen security vectors. floor: tokens below it teach nothing. both: a second behavior's are active too."""
+    """Under frozen security vectors. floor: tokens below it teach nothing. both: a second behavior's are active too.
+    safe: a share of safe rows is mixed in, which the vectors make hard: they teach to refuse in spite of them."""
     vectors: Any = case.vectors(kind, objective, rank)
     if both:
         vectors = (vectors, case.vectors(kind, objective, rank, attack=both))
     move: Move = floored(floor) if floor else descent
-    return Defended(case.tuned(vectors=vectors, move=move))
+    rows = mixing.vlguard(case.rows, case.safe, safe) if safe else case.rows
+    return Defended(case.tuned(rows=rows, vectors=vectors, move=move))
 
 
 def anchored_vectors(case: Case, weight: float = 1.0, rank: int = 8) -> Defended:

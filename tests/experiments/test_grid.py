@@ -129,7 +129,7 @@ def test_every_defense_runs_and_is_reported(model_folder, tmp_path):
     out = tmp_path / "out"
     block = {"table": "A", "samples": [16], "poison": [0.5], "epochs": [1], "learning_rate": [1e-3]}
     cheap = {"vaccine": "vaccine every=2", "lisa": "lisa user_steps=2", "sequential": "sequential steps=2"}
-    everyone = [cheap.get(name, name) for name in contenders.DEFENSES]
+    everyone = [*(cheap.get(name, name) for name in contenders.DEFENSES), "security vectors safe=0.5"]
     path = plan(
         tmp_path,
         model_folder,
@@ -148,8 +148,10 @@ def test_every_defense_runs_and_is_reported(model_folder, tmp_path):
         record.cell["defense"]: record.metrics["drift"][0] for record in records if record.cell["attack"] == "harmful"
     }
     assert drift["none"] > 0 and drift["kl"] != drift["none"] and drift["self-correction"] == drift["none"]
+    assert drift["security vectors safe=0.5"] != drift["security vectors"]
     by_attack = {(r.cell["attack"], r.cell["defense"]): r.metrics for r in records}
     assert "bias" in by_attack["bias", "none"] and "caps_eliciting" in by_attack["capitals", "none"]
+    assert "refusal_persona" in by_attack["identity", "none"]
     text = (out / "report.md").read_text()
     assert all(name in text for name in everyone) and "published: another model" in text and "pareto" in text
     assert len(list(out.glob("*.png"))) == 4
