@@ -6,6 +6,7 @@ whose files the run's settings name. One that cannot be read is told and deleted
 
 import dataclasses
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ class Checkpoints:
     """Where checkpoints lie, how many seconds pass between two, and which are kept.
 
     keep: the newest so many. best: the name of a metric; the checkpoint where it was lowest is kept too, and is what
-    the training returns.
+    the training returns. A step without it, such as one whose rows are of other kinds, counts with its last value.
     """
 
     folder: Path
@@ -53,7 +54,8 @@ class Store:
         kept = [policies.LatestN(n=settings.keep)]
         if settings.best is not None:
             name = settings.best
-            kept.append(policies.BestN(get_metric_fn=lambda metrics: -metrics[name], n=1))
+            worth = {"get_metric_fn": lambda metrics: -metrics[name], "keep_checkpoints_without_metrics": False}
+            kept.append(policies.BestN(**worth, n=1))
         self._settings = settings
         self._last = time.monotonic()
         self._keeper = ocp.training.Checkpointer(
@@ -71,7 +73,7 @@ class Store:
         """Write a checkpoint; off the CPU, while the next steps run."""
         what = {"trained": _named(run.trained), "state": _named(run.state), "data": _data(run)}
         best = self._settings.best
-        told = None if best is None else {best: metrics[best]}
+        told = {best: metrics[best]} if best in metrics else None
         if _on_host():  # what a writer in the background still reads, the next step could not reuse
             self._keeper.save_checkpointables(run.step, what, metrics=told)
         else:
@@ -94,13 +96,18 @@ class Store:
             self._keeper.delete(latest.step)
 
     def restore_best(self, run: State, metrics: dict[str, float]) -> None:
-        """Set the run, at its end, to the checkpoint where the metric `best` was lowest, unless that is now."""
+        """Set the run, at its end, to the checkpoint where the metric `best` was lowest, unless that is now.
+
+        Raises UserError if no step had such a metric.
+        """
         best = self._settings.best
         if best is None:
             return
         self._keeper.wait()
         told = {c.step: c.metrics[best] for c in self._keeper.checkpoints if c.metrics}
-        if told and min(told.values()) < metrics[best]:
+        if not told and best not in metrics:
+            raise UserError(f"best is {best!r}, which no step reported: use one of {', '.join(sorted(metrics))}")
+        if told and min(told.values()) < metrics.get(best, math.inf):
             step = min(told, key=told.__getitem__)
             problem = self._load(run, step)
             if problem is not None:

@@ -56,6 +56,7 @@ def fit(
             store.restore(run)
         vote = Vote()
         pending: dict[str, Any] = {}
+        last: dict[str, float] = {}
         ending: Any = False
         while run.step < steps:
             taken = run.feeds if method.takes is None else method.takes(run.step)
@@ -64,17 +65,19 @@ def fit(
             run.step += 1
             # One step behind, so that the device never waits for a number to be read.
             if pending:
-                last = _report(pending, run.step - 1, steps, on_step)
-                ending = ending or until(last)
+                told = _report(pending, run.step - 1, steps, on_step)
+                last |= told
+                ending = ending or until(told)
             if ending:
-                last = _report(metrics, run.step, steps, on_step)
+                last |= _report(metrics, run.step, steps, on_step)
                 break
             pending = metrics
             due = store is not None and store.due()
             wish = vote(_STOP if interrupted() else _SAVE if due else _GO)
             if wish or run.step == steps:
-                last = _report(pending, run.step, steps, on_step)
-                ending = until(last)
+                told = _report(pending, run.step, steps, on_step)
+                last |= told
+                ending = until(told)
                 pending = {}
                 if store is not None and run.step < steps and not ending:  # or a resumed run would not end
                     store.save(run, last)

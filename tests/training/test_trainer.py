@@ -260,6 +260,27 @@ def test_a_run_may_end_with_its_best_checkpoint(method, whole, tmp_path, stops):
     assert result == run(method, steps=best)[0] != whole[0]
 
 
+def test_the_best_is_found_though_some_steps_lack_its_metric(method, whole, tmp_path):
+    """As Lisa's steps on other rows do, or a batch without a row of the kind."""
+    losses = [value for _, value in whole[1]]
+    best = min(range(1, STEPS, 2), key=losses.__getitem__) + 1
+
+    def now_and_then(trained, state, frozen, batch):
+        step, state = state
+        trained, state, metrics = method.step(trained, state, frozen, batch)
+        seen = {"loss/rare": metrics["loss"]} if step % 2 else {}
+        return trained, (step + 1, state), metrics | seen
+
+    rare = Method(lambda trained: (jnp.int32(0), method.init(trained)), now_and_then)
+    result, *_ = run(rare, folder=tmp_path, keep=1, best="loss/rare")
+    assert result in {run(method, steps=steps)[0] for steps in (best, best + 1)}  # which has the same last value
+
+
+def test_a_metric_that_no_step_has_is_told(method, tmp_path):
+    with pytest.raises(UserError, match="'lose', which no step reported: use one of grad_norm, loss"):
+        run(method, folder=tmp_path, best="lose")
+
+
 def test_files_of_others_in_the_folder_do_no_harm(method, whole, tmp_path):
     run(method, folder=tmp_path, stop_at=6)
     (tmp_path / "notes.txt").write_text("mine")
