@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import jax
 from simple_parsing import field
 
 from secvec_jax import config
@@ -128,6 +129,7 @@ def grid(settings: Grid, command: str) -> None:
                 record = _record(bench, cell)
                 by_first(lambda path=path, record=record: write(path, json.dumps(dataclasses.asdict(record))))
                 console.print(f"{number}/{len(mine)} {_told(record)}", markup=False, highlight=False)
+                jax.clear_caches()  # each program holds memory maps, which a process has but so many of
     by_first(lambda: grid_report.write(folder, command, config.to_dict(plan), plan.tables, shown, read(folder)))
     console.print(f"the report is in {folder / 'report.md'}")
 
