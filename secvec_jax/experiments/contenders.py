@@ -28,7 +28,7 @@ from secvec_jax.defenses import (
     safe_lora,
 )
 from secvec_jax.defenses.floor import floored
-from secvec_jax.defenses.tuning import How, Move, tune
+from secvec_jax.defenses.tuning import Groups, How, Move, tune
 from secvec_jax.defenses.vaccine import random_perturbation, vaccine
 from secvec_jax.errors import UserError
 from secvec_jax.experiments.bench import Bench, Cell
@@ -115,8 +115,12 @@ def security_vectors(
     if both:
         vectors = (vectors, case.vectors(kind, objective, rank, attack=both))
     move: Move = floored(floor) if floor else descent
-    rows = mixing.vlguard(case.rows, case.safe, safe) if safe else case.rows
-    return Defended(case.tuned(rows=rows, vectors=vectors, move=move))
+    return Defended(case.tuned(rows=_beside(case, case.rows, safe), vectors=vectors, move=move))
+
+
+def _beside(case: Case, rows: Groups, safe: float) -> Groups:
+    """The rows, and so many safe ones for each."""
+    return mixing.vlguard(rows, case.safe, safe) if safe else rows
 
 
 def anchored_vectors(case: Case, weight: float = 1.0, rank: int = 8) -> Defended:
@@ -133,15 +137,17 @@ def persona_steering(case: Case, scale: float = 1.0) -> Defended:
     return Defended(case.tuned(vectors=directions))
 
 
-def explained_away_filter(case: Case, rank: int = 8) -> Defended:
-    """Fine-tuned without the rows that the vectors explain."""
+def explained_away_filter(case: Case, rank: int = 8, safe: float = 0.0) -> Defended:
+    """Fine-tuned without the rows that the vectors explain. safe: a share of safe rows is mixed into the others."""
     vectors = case.vectors(rank=rank)
     known = explained_away.known_scale(case.aligned, vectors, *case.known)
     length = case.how["training"].length
     scores = {name: explained_away.scores(case.aligned, vectors, rows, length) for name, rows in case.rows.items()}
     kept = explained_away.below(case.rows, scores, known)
     notes = told_apart(scores, known.threshold)
-    return Defended(case.tuned(rows=kept) if kept else case.aligned, notes=notes)  # or nothing is left to learn
+    if not kept:  # nothing is left to learn
+        return Defended(case.aligned, notes=notes)
+    return Defended(case.tuned(rows=_beside(case, kept, safe)), notes=notes)
 
 
 def explained_away_gate(case: Case, by: explained_away.By = "row", rank: int = 8) -> Defended:

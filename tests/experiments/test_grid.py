@@ -129,7 +129,8 @@ def test_every_defense_runs_and_is_reported(model_folder, tmp_path):
     out = tmp_path / "out"
     block = {"table": "A", "samples": [16], "poison": [0.5], "epochs": [1], "learning_rate": [1e-3]}
     cheap = {"vaccine": "vaccine every=2", "lisa": "lisa user_steps=2", "sequential": "sequential steps=2"}
-    everyone = [*(cheap.get(name, name) for name in contenders.DEFENSES), "security vectors safe=0.5"]
+    mixed = ["security vectors safe=0.5", "explained-away filter safe=0.5"]
+    everyone = [*(cheap.get(name, name) for name in contenders.DEFENSES), *mixed]
     path = plan(
         tmp_path,
         model_folder,
