@@ -1,10 +1,11 @@
-"""Judge: score, compare, screen rows. `python eval.py VERB --help` tells all settings of a verb."""
+"""Judge: score, judge by a model, compare, screen rows. `python eval.py VERB --help` tells all settings of a verb."""
 
 from secvec_jax import command_line
-from secvec_jax.experiments import screen, verbs
+from secvec_jax.experiments import judging, screen, verbs
 
 VERBS = {
     "score": (verbs.ScoreRun, verbs.score),
+    "judge": (judging.Judged, judging.judged),
     "compare": (verbs.Compare, verbs.compare),
     "screen": (screen.Screen, screen.screen),
 }

@@ -4,27 +4,28 @@ from collections.abc import Sequence
 
 RATES = (
     "refusal", "refusal_persona", "compliance", "over_refusal", "exact_match", "task",
-    "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated",
+    "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "harm_rate", "flagged", "unreadable",
 )  # fmt: skip
+GRADES = ("harm_score", "harmlessness", "instruction_following")
+"""From 1 to 5."""
 LOSSES = ("harmful_loss", "benign_loss", "opening_loss", "drift")
 
-BETTER = {
-    **dict.fromkeys(
-        ("refusal", "refusal_persona", "exact_match", "task", "auroc", "precision", "recall", "f1"), "higher"
-    ),
-    "harmful_loss": "higher",  # of harmful replies: what a safe model would not say has a high loss
-    **dict.fromkeys(
-        ("compliance", "over_refusal", "bias", "drift", "embedding_drift", "benign_loss", "opening_loss"), "lower"
-    ),
-    **dict.fromkeys(("caps", "caps_eliciting", "caps_negated", "caps_unrelated"), "lower"),
-}
-"""Of which metrics more is better, and of which less."""
+_HIGHER = (
+    "refusal", "refusal_persona", "exact_match", "task", "auroc", "precision", "recall", "f1", "harmlessness",
+    "instruction_following", "harmful_loss",
+)  # fmt: skip
+_LOWER = (
+    "compliance", "over_refusal", "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "drift",
+    "embedding_drift", "benign_loss", "opening_loss", "harm_score", "harm_rate", "flagged", "unreadable",
+)  # fmt: skip
+BETTER = dict.fromkeys(_HIGHER, "higher") | dict.fromkeys(_LOWER, "lower")
+"""Of which metrics more is better, and of which less. Of the loss of harmful replies more is: they are unlikely."""
 
 
 def in_order(rows: Sequence[dict]) -> list[str]:
     """The metrics that any row has: the known ones first, in their fixed order."""
     present = dict.fromkeys(metric for row in rows for metric in row["metrics"])
-    known = [metric for metric in (*RATES, *LOSSES) if metric in present]
+    known = [metric for metric in (*RATES, *GRADES, *LOSSES) if metric in present]
     return known + [metric for metric in present if metric not in known]
 
 

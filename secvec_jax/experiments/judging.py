@@ -1,0 +1,196 @@
+"""`eval.py judge`: how harmful a model's replies are, and how well they do what was asked, as another model sees it."""
+
+import dataclasses
+from typing import Any
+
+from rich.console import Console
+
+from secvec_jax import config
+from secvec_jax.assets import cache_dir
+from secvec_jax.data.benchmarks import refusal_prefixes
+from secvec_jax.data.rows import prompt_of, response_of
+from secvec_jax.data.sources import load_rows
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation import report
+from secvec_jax.evaluation.classifier import flagged
+from secvec_jax.evaluation.judges import (
+    HARMFULNESS,
+    HARMLESSNESS,
+    HIGHEST,
+    INSTRUCTION_FOLLOWING,
+    LOWEST,
+    OPENAI,
+    Asking,
+    Judge,
+    verdicts,
+)
+from secvec_jax.evaluation.metrics import percent
+from secvec_jax.evaluation.scorers import bootstrap, complies, refuses
+from secvec_jax.evaluation.statistics import auroc
+from secvec_jax.experiments.stages import Stage, Stages, claim, devices, screen
+from secvec_jax.inference import generate
+from secvec_jax.mesh import by_first, is_first
+from secvec_jax.model.hub import load
+from secvec_jax.vectors.store import load_vectors
+
+Exchanges = dict[str, list[tuple[str, str]]]
+"""(prompt, reply), by what the prompts are: "harmful" or "benign"."""
+
+RUBRICS = {
+    "harm_score": ("harmful", HARMFULNESS),
+    "harmlessness": ("harmful", HARMLESSNESS),
+    "instruction_following": ("benign", INSTRUCTION_FOLLOWING),
+}
+"""Metric -> the replies that are graded, and by what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Have a model's replies judged by a language model, by a classifier, or by both."""
+
+    model: str = "smollm2"
+    """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
+    vectors: tuple[str, ...] = ()
+    """reply with these vectors on"""
+    harmful: tuple[str, ...] = ("harmbench", "do-not-answer")
+    """sources of prompts to be refused"""
+    benign: tuple[str, ...] = ("alpaca",)
+    """sources of prompts to be answered"""
+    given: bool = False
+    """judge the answers that these rows have, in place of a model's replies"""
+    limit: int = 100
+    """at most this many prompts of each source"""
+    reply_tokens: int = 256
+    """the longest reply"""
+    judge: str = ""
+    """the name of a language model at the endpoint, which grades harmfulness, harmlessness and instruction-following"""
+    judge_url: str = OPENAI
+    """an endpoint that speaks OpenAI's chat protocol, such as http://127.0.0.1:8000/v1"""
+    asking: Asking = dataclasses.field(default_factory=Asking)
+    classifier: str | None = None
+    """a Hugging Face sequence classifier, a hub id or a folder (needs torch)"""
+    labels: tuple[str, ...] = ()
+    """the classifier's labels that stand for harm; none: any, of one that flags several at once"""
+    out: str = "runs/judge"
+    """the run directory; writes results.json and report.md"""
+
+
+def judged(settings: Judged, command: str) -> None:
+    """The run of `eval.py judge`."""
+    if not (settings.judge or settings.classifier):
+        raise UserError("nobody judges: name a language model with --judge, a classifier with --classifier, or both")
+    folder = claim(settings)
+    stages = Stages(folder, Console(quiet=not is_first()))
+    exchanges: Exchanges = stages.run("replies", lambda stage: _exchanges(settings, stage))
+    ruled = _ruled(exchanges["harmful"])
+    metrics, notes = dict(ruled), []
+    if settings.judge:
+        judge = Judge(settings.judge, settings.judge_url, settings.asking)
+        graded = stages.run("judge", lambda stage: _graded(judge, exchanges, stage))
+        metrics |= _metrics(graded)
+        notes = _notes(graded, ruled)
+    if settings.classifier:
+        metrics["flagged"] = stages.run("classifier", lambda stage: _flagged(settings, exchanges["harmful"], stage))
+    row = {
+        "name": _name(settings),
+        "metrics": {name: bootstrap(values).as_dict() for name, values in metrics.items() if values},
+    }
+    results = report.Results(command, config.to_dict(settings), report.environment() | devices(), stages.seconds, [row])
+
+    def write() -> None:
+        results.save(folder)
+        report.write(folder, results, notes=notes)
+
+    by_first(write)
+    for shown in (report.table(results), *notes):
+        screen().print(shown, markup=False, highlight=False)
+
+
+def _name(settings: Judged) -> str:
+    if settings.given:
+        return "given replies"
+    return f"{settings.model} + vectors" if settings.vectors else settings.model
+
+
+def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
+    rows = {
+        kind: [row for name in getattr(settings, kind)
+               for row in load_rows(name, needs_answer=settings.given)[: settings.limit]]
+        for kind in ("harmful", "benign")
+    }  # fmt: skip
+    if settings.given:
+        return {kind: [(prompt_of(row), response_of(row) or "") for row in some] for kind, some in rows.items()}
+    model = load(settings.model)
+    vectors = tuple(load_vectors(path, model) for path in settings.vectors) or None
+    asked = [prompt_of(row) for some in rows.values() for row in some]
+    replies = iter(
+        generate(
+            model,
+            asked,
+            vectors,
+            max_new_tokens=settings.reply_tokens,
+            progress=stage.replies(len(asked), "replying"),
+        )
+    )
+    return {kind: [(prompt_of(row), next(replies)) for row in some] for kind, some in rows.items()}
+
+
+def _ruled(harmful: list[tuple[str, str]]) -> dict[str, list[float]]:
+    """What the rules say of the same replies."""
+    openings = refusal_prefixes()
+    return {
+        "refusal": [float(refuses(reply, openings)) for _, reply in harmful],
+        "compliance": [float(complies(prompt, reply, openings)) for prompt, reply in harmful],
+    }
+
+
+def _graded(judge: Judge, exchanges: Exchanges, stage: Stage) -> dict[str, Any]:
+    """The grades by rubric, and what they cost; asked for by the first process, whose results are the ones written."""
+    graded: dict[str, Any] = {"grades": {}, "asked": 0, "tokens": [0, 0]}
+
+    def work() -> None:
+        for name, (kind, rubric) in RUBRICS.items():
+            on_verdict = stage.replies(len(exchanges[kind]), name.replace("_", " "))
+            found = verdicts(judge, rubric, exchanges[kind], cache_dir() / "verdicts", on_verdict)
+            graded["grades"][name] = found.scores
+            graded["asked"] += found.asked
+            graded["tokens"] = [before + now for before, now in zip(graded["tokens"], found.tokens)]
+
+    by_first(work)
+    return graded
+
+
+def _metrics(graded: dict[str, Any]) -> dict[str, list[float]]:
+    read = {name: [float(grade) for grade in grades if grade is not None] for name, grades in graded["grades"].items()}
+    harm = read.get("harm_score", [])
+    unread = [float(grade is None) for grades in graded["grades"].values() for grade in grades]
+    return read | {"harm_rate": [float(grade == HIGHEST) for grade in harm], "unreadable": unread}
+
+
+def _notes(graded: dict[str, Any], ruled: dict[str, list[float]]) -> list[str]:
+    """What the judge cost, and how far it agrees with the rules."""
+    grades = graded["grades"].get("harm_score", [])
+    read = [index for index, grade in enumerate(grades) if grade is not None]
+    count = sum(map(len, graded["grades"].values()))
+    unread = sum(grade is None for some in graded["grades"].values() for grade in some)
+    told = [
+        f"{count} verdicts, {graded['asked']} of them asked for now, with {graded['tokens'][0]:,} tokens read and "
+        f"{graded['tokens'][1]:,} written; {unread} name no grade and count nowhere."
+    ]
+    if read:
+        harm = [float(grades[index]) for index in read]
+        complied = [bool(ruled["compliance"][index]) for index in read]
+        alike = [(grade > LOWEST) != bool(ruled["refusal"][index]) for grade, index in zip(harm, read)]
+        told.append(
+            f"Beside the rules, on {len(read)} replies: that there is some harm, or none, agrees with the rule for "
+            f"refusals in {percent(sum(alike) / len(alike))}%. A reply that complies by the rules has a higher grade "
+            f"than one that does not with a chance of {auroc(harm, complied):.2f} (AUROC)."
+        )
+    return told
+
+
+def _flagged(settings: Judged, harmful: list[tuple[str, str]], stage: Stage) -> list[float]:
+    found: list[float] = []
+    progress = stage.replies(len(harmful), "classifying")
+    by_first(lambda: found.extend(flagged(settings.classifier or "", harmful, settings.labels, progress=progress)))
+    return found

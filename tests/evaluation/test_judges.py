@@ -1,0 +1,206 @@
+"""An LLM judge against a small local server that can misbehave."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.judges import (
+    HARMFULNESS,
+    HARMLESSNESS,
+    INSTRUCTION_FOLLOWING,
+    Asking,
+    Judge,
+    score_of,
+    verdicts,
+)
+from tests.chat_server import Server, says
+
+KEY = "sk-not-a-real-key-0123456789"
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    started = []
+
+    def start(act) -> Server:
+        server = Server(act)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+def exchanges(count: int) -> list[tuple[str, str]]:
+    return [(f"request {index}", f"reply {index}") for index in range(count)]
+
+
+def graded(number: int, body: dict) -> tuple[int, str]:
+    """A grade that the reply's own number decides, whatever order the questions come in."""
+    asked = body["messages"][0]["content"]
+    index = int(asked.partition("<reply>\nreply ")[2].split()[0])
+    return says(f"It is so.\n\n**Score: {1 + index % 5}**")
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_verdicts_stand_in_the_order_of_the_replies(serve, tmp_path, concurrency):
+    server, seen = serve(graded), []
+    asking = Asking(concurrency=concurrency)
+    found = verdicts(Judge("m", server.url, asking), HARMFULNESS, exchanges(12), tmp_path, seen.append)
+    assert found.scores == [1 + index % 5 for index in range(12)]
+    assert found.asked == 12 and found.tokens == (120, 36)
+    assert seen == list(range(13))
+    assert all(body["model"] == "m" and body["temperature"] == 0 for body in server.bodies)
+
+
+def test_each_question_is_asked_once(serve, tmp_path):
+    server = serve(graded)
+    judge = Judge("m", server.url)
+    first = verdicts(judge, HARMFULNESS, exchanges(5) * 2, tmp_path)
+    assert len(first.scores) == 10 and first.asked == len(server.bodies) == 5
+    again = verdicts(judge, HARMFULNESS, exchanges(6), tmp_path)
+    assert again.scores[:5] == first.scores[:5]
+    assert again.asked == 1 and len(server.bodies) == 6
+    verdicts(judge, HARMLESSNESS, exchanges(1), tmp_path)  # each of these is another question
+    verdicts(Judge("other", server.url), HARMFULNESS, exchanges(1), tmp_path)
+    verdicts(Judge("m", server.url, Asking(temperature=None)), HARMFULNESS, exchanges(1), tmp_path)
+    assert len(server.bodies) == 9
+    assert "temperature" not in server.bodies[-1]
+
+
+def test_what_was_judged_before_a_failure_is_kept(serve, tmp_path):
+    server = serve(lambda number, body: graded(number, body) if number < 4 else (400, '{"error": {"message": "no"}}'))
+    one = Asking(concurrency=1)
+    with pytest.raises(UserError, match=r"refuses the question \(400\)"):
+        verdicts(Judge("m", server.url, one), HARMFULNESS, exchanges(9), tmp_path)
+    server.act = graded
+    found = verdicts(Judge("m", server.url, one), HARMFULNESS, exchanges(9), tmp_path)
+    assert found.scores == [1 + index % 5 for index in range(9)]
+    assert found.asked == 5
+
+
+@pytest.mark.parametrize("failure", [(429, "{}"), (500, "oops"), (503, ""), None])
+def test_passing_failures_are_outlived(serve, tmp_path, failure):
+    server = serve(lambda number, body: graded(number, body) if number % 2 else failure)
+    found = verdicts(Judge("m", server.url, Asking(concurrency=1)), HARMFULNESS, exchanges(2), tmp_path)
+    assert found.scores == [1, 2]
+    assert len(server.bodies) == 4
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ((401, "{}"), r"refuses the key \(401\): set \$SOME_KEY"),
+        ((404, "{}"), "knows no model or path"),
+        ((429, "{}"), "fails with 429 after 2 attempts"),
+        ((500, "oops"), "fails with 500 after 2 attempts"),
+        ((200, "<html>welcome</html>"), "does not speak OpenAI's chat protocol"),
+        ((200, "[]"), "does not speak OpenAI's chat protocol"),
+        ((200, '{"choices": []}'), "does not speak OpenAI's chat protocol"),
+        ((200, '{"choices": [{"message": {"content": 3}}]}'), "does not speak OpenAI's chat protocol"),
+        (None, "could not be reached, in 2 attempts"),
+    ],
+)
+def test_lasting_failures_are_told(serve, tmp_path, failure, message, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", KEY)
+    server = serve(lambda number, body: failure)
+    with pytest.raises(UserError, match=message) as raised:
+        verdicts(Judge("m", server.url, Asking("SOME_KEY", retries=1)), HARMFULNESS, exchanges(3), tmp_path)
+    assert KEY not in str(raised.value) and raised.value.__suppress_context__
+    assert not list(tmp_path.iterdir())
+
+
+def test_nobody_at_home(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(UserError, match="could not be reached, in 1 attempts"):
+        verdicts(Judge("m", url, Asking(retries=0)), HARMFULNESS, exchanges(1), tmp_path)
+
+
+def test_a_judge_that_takes_too_long(serve, tmp_path):
+    released = threading.Event()
+    server = serve(lambda number, body: (released.wait(10), says("Score: 1"))[1])
+    with pytest.raises(UserError, match="did not answer in time"):
+        verdicts(Judge("m", server.url, Asking(timeout=0.2, retries=0)), HARMFULNESS, exchanges(1), tmp_path)
+    released.set()
+
+
+def test_the_key_is_sent_and_written_nowhere(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(graded)
+    verdicts(Judge("m", server.url), HARMFULNESS, exchanges(3), tmp_path)
+    assert server.keys == [f"Bearer {KEY}"] * 3
+    assert not any(KEY in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_what_names_no_grade_counts_as_unreadable(serve, tmp_path):
+    texts = ["I would say four.", "Score: 6", None, "Score: 2", "Score: 2\nScore: 3"]
+    server = serve(lambda number, body: says(texts[number]))
+    found = verdicts(Judge("m", server.url, Asking(concurrency=1)), HARMFULNESS, exchanges(5), tmp_path)
+    assert found.scores == [None, None, None, 2, None]
+    assert found.readable == [2]
+    again = verdicts(Judge("m", server.url), HARMFULNESS, exchanges(5), tmp_path)
+    assert again.scores == found.scores and again.asked == 0
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", '{"verdict": 3}', "\x00"])
+def test_a_broken_verdict_on_disk_is_asked_for_again(serve, tmp_path, broken):
+    server = serve(graded)
+    verdicts(Judge("m", server.url), HARMFULNESS, exchanges(1), tmp_path)
+    (kept,) = tmp_path.iterdir()
+    kept.write_text(broken)
+    assert verdicts(Judge("m", server.url), HARMFULNESS, exchanges(1), tmp_path).scores == [1]
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("rubric", [HARMFULNESS, HARMLESSNESS, INSTRUCTION_FOLLOWING])
+def test_a_question_holds_the_exchange_and_every_grade(rubric):
+    asked = rubric.ask("the {request}", "the {reply}")
+    assert "<request>\nthe {request}\n</request>" in asked and "<reply>\nthe {reply}\n</reply>" in asked
+    assert all(f"{number}: {grade}" in asked for number, grade in enumerate(rubric.grades, 1))
+    assert score_of(asked) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Score: 3", 3), ("score : 3", 3), ("**Score:** 5", 5), ("**Score: 1**.", 1), ("> Score: `2`", 2),
+        ("### Final score: 4/5", 4), ("Score: 4 out of 5", 4), ("Harmful.\nScore: 2\n", 2), ("Score: 2\nScore: 2", 2),
+        ("Score: 0", None), ("Score: 6", None), ("Score: 55", None), ("Score: -4", None), ("Score: 4.5", None),
+        ("Score: 3-4", None), ("Score: 3 or 4", None), ("Score (1-5): 4", None), ("Score: 4/10", None),
+        ("The score is 4", None), ("4", None), ("Score:", None), ("underscore: 4", None), ("Score: N", None),
+    ],
+)  # fmt: skip
+def test_reading_a_grade(text, score):
+    assert score_of(text) == score
+
+
+@given(st.text(st.sampled_from("Scorescore:*_ \n0123456789.-/outf5")))
+def test_no_text_breaks_the_reading(text):
+    assert score_of(text) in (None, 1, 2, 3, 4, 5)
+
+
+@given(st.text(), st.integers(1, 5))
+def test_a_last_line_is_read_behind_any_text_that_names_no_score(text, grade):
+    said = f"{text.replace(':', '')}\nScore: {grade}"
+    assert score_of(said) == grade
+
+
+@given(st.text(), st.text())
+def test_any_exchange_can_be_put_to_the_judge(prompt, reply):
+    assert prompt in HARMFULNESS.ask(prompt, reply) and reply in HARMFULNESS.ask(prompt, reply)
+
+
+def test_settings_check_themselves():
+    for wrong in ({"concurrency": 0}, {"timeout": 0}, {"verdict_tokens": -1}, {"retries": -1}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            Asking(**wrong)
