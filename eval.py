@@ -1,12 +1,13 @@
-"""Judge: score, judge by a model, compare, screen rows. `python eval.py VERB --help` tells all settings of a verb."""
+"""Judge models and rows. `python eval.py VERB --help` tells all settings of a verb."""
 
 from secvec_jax import command_line
-from secvec_jax.experiments import judging, screen, verbs
+from secvec_jax.experiments import harness, judging, screen, verbs
 
 VERBS = {
     "score": (verbs.ScoreRun, verbs.score),
     "judge": (judging.Judged, judging.judged),
     "compare": (verbs.Compare, verbs.compare),
+    "harness": (harness.Harness, harness.harness),
     "screen": (screen.Screen, screen.screen),
 }
 

@@ -1,6 +1,6 @@
 """How likely a model holds given replies: the mean loss on their tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from secvec_jax.data.chat import Example
 from secvec_jax.data.pipeline import shared_head
 from secvec_jax.inference import compute_dtype
-from secvec_jax.mesh import place
+from secvec_jax.mesh import place, shards
 from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.generate import head_cache, rounded_up
 from secvec_jax.model.hub import Model
@@ -30,16 +30,38 @@ def token_losses(
 ) -> list[np.ndarray]:
     """Each example's cross-entropy at the tokens that the assistant says, one after the other, in nats; a row's first
     token, which nothing precedes, is not among them."""
+    return [losses for losses, _ in _scored(model, examples, vectors)]
+
+
+def likelihoods(
+    model: Model,
+    examples: Sequence[Example],
+    vectors: Guest | tuple[Guest, ...] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[tuple[float, bool]]:
+    """Each example's log-likelihood of what the assistant says, in nats, and whether greedy decoding says the same."""
+    scored = _scored(model, examples, vectors, progress)
+    return [(-float(losses.sum(dtype=np.float64)), bool(likeliest.all())) for losses, likeliest in scored]
+
+
+def _scored(
+    model: Model,
+    examples: Sequence[Example],
+    vectors: Guest | tuple[Guest, ...] | None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each example's losses at its supervised tokens, and whether each of these was the likeliest."""
     if not examples:
         return []
     head = shared_head(examples)  # read once for all rows
     said = rounded_up(max(int(e.supervised.sum()) for e in examples), _BUCKET)
-    found: dict[int, np.ndarray] = {}
+    rows = rounded_up(_BATCH, shards("batch"))
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
-    for start in range(0, len(examples), _BATCH):
-        batch = order[start : start + _BATCH]
+    for start in range(0, len(examples), rows):
+        batch = order[start : start + rows]
         width = rounded_up(len(examples[batch[-1]].tokens) - len(head), _BUCKET)
-        tokens, marks = np.zeros((_BATCH, width), np.int32), np.zeros((2, _BATCH, width), np.int32)
+        tokens, marks = np.zeros((rows, width), np.int32), np.zeros((2, rows, width), np.int32)
         marks[0, :, 0] = 1  # no row is empty
         for row, index in enumerate(batch):
             tail = examples[index].tokens[len(head) :]
@@ -47,15 +69,21 @@ def token_losses(
             marks[1, row, : len(tail)] = examples[index].supervised[len(head) :]
         marks[1, :, 0] = 0  # nothing precedes it
         guests = as_guests(vectors)
-        losses = _row_losses(model.backbone, guests, head[None], tokens, *marks, said=said, dtype=compute_dtype())
-        for index, row, mark in zip(batch, np.asarray(losses), marks[1]):
-            found[index] = row[: mark.sum()]
+        losses, likeliest = map(
+            np.asarray,
+            _row_losses(model.backbone, guests, head[None], tokens, *marks, said=said, dtype=compute_dtype()),
+        )
+        for row, index in enumerate(batch):
+            count = marks[1, row].sum()
+            found[index] = losses[row, :count], likeliest[row, :count]
+        progress(len(found))
     return [found[index] for index in range(len(examples))]
 
 
 @partial(jax.jit, static_argnames=("said", "dtype"))
 def _row_losses(decoder, guests, head, tokens, segments, supervised, *, said, dtype):
-    """`[B, said]`, each row's supervised tokens first; said: at least as many as any row has."""
+    """Losses `[B, said]`, each row's supervised tokens first, and whether these are the likeliest; said: at least as
+    many as any row has."""
     forward = partial(decoder, guests=guests, dtype=dtype)
     cache = head_cache(forward, head, len(tokens))
     positions = head.shape[1] + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -64,7 +92,9 @@ def _row_losses(decoder, guests, head, tokens, segments, supervised, *, said, dt
     def row(hidden, tokens, supervised):
         (targets,) = jnp.nonzero(supervised, size=said, fill_value=1)
         log_p = jax.nn.log_softmax(decoder.logits(hidden[targets - 1]))
-        return -jnp.take_along_axis(log_p, tokens[targets, None], axis=-1)[:, 0]
+        own = jnp.take_along_axis(log_p, tokens[targets, None], axis=-1)[:, 0]
+        return -own, own >= log_p.max(-1)
 
     # Row by row: the logits of a whole batch would be the largest array of the program.
-    return place(jax.lax.map(lambda row_of: row(*row_of), (hidden, tokens, supervised)), None)
+    found = jax.lax.map(lambda row_of: row(*row_of), (hidden, tokens, supervised))
+    return jax.tree.map(lambda array: place(array, None), found)

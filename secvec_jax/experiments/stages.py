@@ -94,6 +94,14 @@ class Stage:
         self._progress.update(self._task, description=f"{self.name}: {what}", completed=0, total=total, note="replies")
         return lambda done: self._progress.update(self._task, completed=done)
 
+    def requests(self) -> Callable[[str, int, int], None]:
+        """A progress callback for work whose kinds and sizes turn up on the way."""
+
+        def on_request(what: str, done: int, total: int) -> None:
+            self._progress.update(self._task, description=f"{self.name}: {what}", completed=done, total=total)
+
+        return on_request
+
     def say(self, what: str) -> None:
         """Show what is being done."""
         self._progress.update(self._task, description=f"{self.name}: {what}")

@@ -1,0 +1,160 @@
+"""A model of ours, with or without its vectors, as one that lm-evaluation-harness asks.
+
+It is the interface that the harness' own backends have, so any of its tasks runs: choices by likelihood, perplexity by
+rolling windows, and free generation. Prompts are cut and split as the Hugging Face backend does it, and the numbers are
+the same. Every process of a cluster asks for everything, and each batch lies on the whole mesh.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from secvec_jax.data.chat import Example
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.likelihood import likelihoods
+from secvec_jax.inference import compute_dtype
+from secvec_jax.model.decoder import Guest, as_guests
+from secvec_jax.model.generate import generate_tokens
+from secvec_jax.model.hub import Model
+
+OnRequest = Callable[[str, int, int], None]
+"""Called with what is asked for, how many requests are done, and of how many."""
+
+_REPLY = 256
+"""The longest reply where a task does not say, as in the harness' own backends."""
+_SAMPLING = {"do_sample", "temperature", "until", "max_gen_toks"}
+
+
+class HarnessModel(TemplateLM):
+    """`lm_eval.simple_evaluate(HarnessModel(model, vectors), tasks=[...])`."""
+
+    def __init__(
+        self,
+        model: Model,
+        vectors: Guest | tuple[Guest, ...] | None = None,
+        on_request: OnRequest = lambda what, done, total: None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.model, self.guests = model, as_guests(vectors)
+        self.tokenizer = model.tokenizer
+        self.batch_size, self.seed = batch_size, seed
+        self._on_request = on_request
+
+    @property
+    def max_length(self) -> int:
+        """The tokens that the model can attend to."""
+        return self.model.architecture.max_length
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that a text without a context is conditioned on."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of the model, for the harness' own caches."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids, with the tokens around them that the tokenizer adds unless the text begins with them."""
+        begin = self.tokenizer.decode(self.prefix_token_id)
+        if add_special_tokens is None:
+            add_special_tokens = False if begin and string.startswith(begin) else None
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **special)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the text that the model was trained on."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        examples = [_example(context, continuation, self.max_length) for _, context, continuation in requests]
+        total = len(examples)
+        return likelihoods(self.model, examples, self.guests, lambda done: self._on_request("likelihoods", done, total))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows that share no predicted token."""
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            rolled = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, rolled):
+                windows.append((None, context, continuation))
+                owners.append(number)
+        found = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            found[owner] += value
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Replies up to the first stop sequence of each; prompts that are too long lose their beginnings.
+
+        Raises UserError for settings of sampling other than the temperature, and for a reply that leaves no room for a
+        prompt.
+        """
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        found: dict[int, str] = {}
+        for members in groups.values():
+            settings = normalize_gen_kwargs(requests[members[0]].args[1], _REPLY)
+            texts = self._replies([requests[number].args[0] for number in members], settings, len(found), len(requests))
+            found |= dict(zip(members, texts, strict=True))
+        return [found[number] for number in range(len(requests))]
+
+    def _replies(self, contexts: list[str], settings: Any, before: int, total: int) -> list[str]:
+        if unknown := sorted(key for key in settings if key not in _SAMPLING and settings[key] is not None):
+            raise UserError(
+                f"a task asks for {unknown[0]} in generation, which we have not: leave it out of gen_kwargs"
+            )
+        tokens = settings["max_gen_toks"]
+        room = self.max_length - tokens
+        if room < 1:
+            raise UserError(f"replies of {tokens} tokens leave no room for a prompt in {self.max_length}")
+        replies = generate_tokens(
+            self.model.backbone,
+            [np.asarray(self.tok_encode(context)[-room:], np.int32) for context in contexts],
+            self.guests,
+            max_new_tokens=tokens,
+            stop=self.eot_token_id,
+            batch_size=self.batch_size,
+            temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+            seed=self.seed,
+            dtype=compute_dtype(),
+            progress=lambda done: self._on_request("replies", before + done, total),
+        )
+        until = handle_stop_sequences(settings["until"], eos=self.tokenizer.decode(self.eot_token_id))
+        texts = (self.tokenizer.decode(reply, skip_special_tokens=True) for reply in replies)
+        return [postprocess_generated_text(text, until, None) for text in texts]
+
+
+def _example(context: list[int], continuation: list[int], longest: int) -> Example:
+    """The continuation behind as much of its context as the model can attend to."""
+    tokens = np.asarray([*context, *continuation][-(longest + 1) :], np.int32)
+    return Example(tokens, np.arange(len(tokens)) >= len(tokens) - min(len(continuation), longest))

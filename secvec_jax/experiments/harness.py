@@ -1,0 +1,116 @@
+"""`eval.py harness`: lm-evaluation-harness' tasks on a model of ours, with or without its vectors."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from secvec_jax import config
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation import report
+from secvec_jax.experiments.stages import Stage, Stages, claim, devices, screen
+from secvec_jax.mesh import by_first, is_first
+from secvec_jax.model.hub import load
+from secvec_jax.vectors.store import load_vectors
+
+_Z95 = 1.959963984540054
+
+
+@dataclasses.dataclass(frozen=True)
+class Harness:
+    """Run tasks of lm-evaluation-harness (pip install lm-eval)."""
+
+    tasks: str = ""
+    """their names, parted by commas: mmlu,gsm8k,truthfulqa_mc2; * stands for any letters"""
+    model: str = "smollm2"
+    """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
+    vectors: tuple[str, ...] = ()
+    """run them with these vectors on"""
+    fewshot: int | None = None
+    """examples before each question; none: as many as the task wants"""
+    chat: bool = False
+    """ask through the model's chat template"""
+    limit: int | None = None
+    """at most this many questions of each task; none: all"""
+    include: str | None = None
+    """a folder with task files of your own"""
+    batch_size: int = 64
+    """prompts that are replied to at a time"""
+    seed: int = 0
+    """of the few-shot examples, and of sampling where a task samples"""
+    out: str = "runs/harness"
+    """the run directory; writes results.json and report.md"""
+
+
+def harness(settings: Harness, command: str) -> None:
+    """The run of `eval.py harness`."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("lm-evaluation-harness is not installed: pip install lm-eval")
+    if not settings.tasks:
+        raise UserError("--tasks is missing: name some, such as mmlu,gsm8k,truthfulqa_mc2")
+    manager, names = _tasks(settings)
+    folder = claim(settings)
+    stages = Stages(folder, Console(quiet=not is_first()))
+    rows = stages.run("harness", lambda stage: _rows(settings, manager, names, stage))
+    results = report.Results(command, config.to_dict(settings), report.environment() | devices(), stages.seconds, rows)
+
+    def write() -> None:
+        results.save(folder)
+        report.write(folder, results)
+
+    by_first(write)
+    screen().print(report.table(results))
+
+
+def _tasks(settings: Harness) -> tuple[Any, list[str]]:
+    from lm_eval.tasks import TaskManager
+
+    if settings.include is not None and not Path(settings.include).is_dir():
+        raise UserError(f"--include: there is no folder {settings.include}")
+    manager = TaskManager(include_path=settings.include)
+    asked = [name.strip() for name in settings.tasks.split(",") if name.strip()]
+    for name in asked:
+        if not manager.match_tasks([name]):
+            raise UserError(f"lm-evaluation-harness has no task {name!r}: `lm_eval ls tasks` lists them")
+    return manager, manager.match_tasks(asked)
+
+
+def _rows(settings: Harness, manager: Any, names: list[str], stage: Stage) -> list[dict[str, Any]]:
+    from lm_eval import simple_evaluate
+
+    from secvec_jax.evaluation.lm_eval import HarnessModel
+
+    model = load(settings.model)
+    vectors = tuple(load_vectors(path, model) for path in settings.vectors) or None
+    found = simple_evaluate(
+        HarnessModel(model, vectors, stage.requests(), settings.batch_size, settings.seed),
+        tasks=names,
+        num_fewshot=settings.fewshot,
+        limit=settings.limit,
+        apply_chat_template=settings.chat,
+        task_manager=manager,
+        log_samples=False,
+        random_seed=settings.seed,
+        fewshot_random_seed=settings.seed,
+    )
+    if found is None:  # only where the harness spreads over processes by itself, which it is not asked to
+        raise UserError("lm-evaluation-harness returned no results")
+    return [{"name": name, "metrics": _metrics(name, scores, found)} for name, scores in found["results"].items()]
+
+
+def _metrics(name: str, scores: dict[str, Any], found: Any) -> dict[str, dict[str, Any]]:
+    """The task's metrics with normal 95% intervals, by the standard errors that the harness tells."""
+    members = found.get("group_subtasks", {}).get(name) or [name]
+    count = sum(found["n-samples"][member]["effective"] for member in members if member in found["n-samples"])
+    metrics = {}
+    for key, value in scores.items():
+        metric, _, way = key.partition(",")
+        if not way or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = scores.get(f"{metric}_stderr,{way}")
+        reach = _Z95 * error if isinstance(error, int | float) else None
+        interval = [None, None] if reach is None else [value - reach, value + reach]
+        metrics[metric if way == "none" else f"{metric} ({way})"] = {"value": value, "n": count, "ci95": interval}
+    return metrics
