@@ -24,16 +24,16 @@ from secvec_jax.model.families import SITES, Architecture
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """How low-rank vectors are shaped.
-
-    rank: columns of A. alpha: the update is scaled by alpha / rank, or by alpha / sqrt(rank) with rslora
-    (Kalajdzievski 2023). targets: shell patterns over the site names, "*" for all linear maps.
-    """
+    """How low-rank vectors are shaped."""
 
     rank: int = 8
+    """columns of A"""
     alpha: float = 16.0
+    """the update is scaled by alpha / rank"""
     rslora: bool = False
+    """scale by alpha / sqrt(rank) (Kalajdzievski 2023)"""
     targets: tuple[str, ...] = ("*",)
+    """shell patterns over q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; *: all of them"""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -20,11 +20,12 @@ from secvec_jax.model.families import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class SoftPrompt:
-    """How a soft prompt is shaped. virtual_tokens: P, its keys per head. scale: multiplies the values, whose
-    learning rate counts for as much more."""
+    """How a soft prompt is shaped."""
 
     virtual_tokens: int = 16
+    """P, the keys of each head"""
     scale: float = 1.0
+    """multiplies the values, whose learning rate counts for as much more"""
 
     def __post_init__(self) -> None:
         if self.virtual_tokens < 1:

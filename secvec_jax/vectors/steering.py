@@ -20,9 +20,10 @@ from secvec_jax.model.families import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """How directions act. scale: α, by which they are multiplied; a learning rate counts for as much more."""
+    """How directions act."""
 
     scale: float = 1.0
+    """α, by which directions are multiplied; a learning rate counts for as much more"""
 
     def init(self, architecture: Architecture, key: jax.Array) -> "SteeringVectors":
         """Directions of length zero: the logits are unchanged."""
