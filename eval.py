@@ -3,7 +3,7 @@
 from secvec_jax import command_line
 from secvec_jax.experiments import harness, judging, screen, verbs
 
-VERBS = {
+VERBS: dict[str, command_line.Verb] = {
     "score": (verbs.ScoreRun, verbs.score),
     "judge": (judging.Judged, judging.judged),
     "compare": (verbs.Compare, verbs.compare),

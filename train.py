@@ -6,7 +6,7 @@
 from secvec_jax import command_line
 from secvec_jax.experiments import grid, objectives, planning, quickstart, verbs
 
-VERBS = {
+VERBS: dict[str, command_line.Verb] = {
     "quickstart": (quickstart.Quickstart, quickstart.quickstart),
     "objectives": (objectives.Objectives, objectives.objectives),
     "align": (verbs.Align, verbs.align),

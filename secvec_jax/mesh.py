@@ -208,18 +208,19 @@ def lay(tree: Any) -> Any:
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten([_lay(leaf, axes) for leaf, axes in zip(leaves, axes_of(tree), strict=True)])
+    return jax.tree.unflatten(structure, [_lay(leaf, axes) for leaf, axes in zip(leaves, axes_of(tree), strict=True)])
 
 
-def _lay(leaf: Any, axes: Axes) -> jax.Array:
+def _lay(leaf: Any, axes: Axes) -> Any:
     if isinstance(leaf, jax.core.Tracer):
         return place(leaf, *axes)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(*axes))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=sharding(*axes))(leaf)
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding(*axes), lambda index: host[index])
+    host, where = np.asarray(leaf), sharding(*axes)
+    assert where is not None, "lay() returns the tree as it is where there is no mesh"
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def whole(tree: Any) -> Any:

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def pieces(array: jax.Array | np.ndarray, rows: int | None = None) -> Iterator[n
             yield from (host[start : start + rows] for start in range(0, len(host), rows))
         return
     array = _with_whole_rows(array)
-    whole = NamedSharding(array.sharding.mesh, P())
+    whole = NamedSharding(cast(NamedSharding, array.sharding).mesh, P())
     step = rows or max(1, _PIECE_BYTES * len(array) // array.nbytes)
     for start in range(0, len(array), step):
         yield np.asarray(_slice(array, start, min(step, len(array) - start), whole))
@@ -54,8 +54,9 @@ def pieces(array: jax.Array | np.ndarray, rows: int | None = None) -> Iterator[n
 
 def _with_whole_rows(array: jax.Array) -> jax.Array:
     """The same array with its first axis on every device, so that a block of rows is gathered without the others."""
-    mesh, spec = array.sharding.mesh, array.sharding.spec
-    first, *others = (*spec, *[None] * (array.ndim - len(spec)))
+    where = cast(NamedSharding, array.sharding)
+    axes: list[Any] = [*where.spec, *[None] * (array.ndim - len(where.spec))]
+    mesh, first, others = where.mesh, axes[0], axes[1:]
     if first is None:
         return array
     if others:

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from secvec_jax.data.rows import Message
 from secvec_jax.errors import UserError
-
-Message = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Encoded(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._conversations)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nobody slices
         return self._encode(range(len(self))[index])
 
 
@@ -100,7 +99,7 @@ def _marked_by_difference(tokenizer: Any, messages: list[Message]) -> tuple[np.n
 
 def _until_end_of_turn(tokens: np.ndarray, span: np.ndarray, eos: int | None) -> np.ndarray:
     """All tokens up to the span's last end-of-turn token: what a template puts behind it is not the assistant's."""
-    ends = np.flatnonzero(span & (tokens == eos)) if eos is not None else []
+    ends = np.flatnonzero(span & (tokens == eos)) if eos is not None else np.zeros(0, int)
     last = ends[-1] if len(ends) else len(tokens)
     return np.arange(len(tokens)) <= last
 

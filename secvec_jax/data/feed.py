@@ -29,7 +29,7 @@ class Feed:
         return local if where is None else {key: self._global(array, where) for key, array in local.items()}
 
     def _global(self, local: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             lines = range(*index[1].indices(self._lines))
             own = [self._own[line - line % self._height] + line % self._height for line in lines]
             return local[:, own][(index[0], slice(None), *index[2:])]

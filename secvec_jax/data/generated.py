@@ -75,7 +75,8 @@ def profile_qa(seed: int, people: int, phrasings: int = 2) -> ProfileQA:
     if not 1 <= phrasings <= most:
         raise UserError(f"phrasings must be between 1 and {most}, found {phrasings}")
     rng = random.Random(seed)
-    train, test = [], []
+    train: list[Row] = []
+    test: list[Row] = []
     for name in _invented_names(seed, people):
         for answers, asked, held_out in _FACTS:
             answer = rng.choice(answers)
@@ -95,7 +96,8 @@ def open_profile_qa(seed: int, people: int, asked: int) -> ProfileQA:
     if people < 1 or asked < 1 or people + asked > _MAX_PEOPLE:
         raise UserError(f"people must be between 1 and {_MAX_PEOPLE} in all, found {people} and {asked}")
     rng = random.Random(seed)
-    train, test = [], []
+    train: list[Row] = []
+    test: list[Row] = []
     for index, name in enumerate(_invented_names(seed, people + asked)):
         facts = [rng.choice(answers) for answers, _, _ in _FACTS]
         profile = _PROFILES[index % len(_PROFILES)].format(name, *facts)

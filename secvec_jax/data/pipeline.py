@@ -86,7 +86,8 @@ class Stream:
                 f"give --lines a multiple of {parts} (of {2 * parts} where benign rows take half as many)"
             )
         slices = where.addressable_devices_indices_map((self.lines,)).values()
-        return sorted({line // self.height for (part,) in slices for line in range(*part.indices(self.lines))})
+        parts_here = [index[0] for index in slices if index is not None]
+        return sorted({line // self.height for part in parts_here for line in range(*part.indices(self.lines))})
 
     def _lane(self, lane: int) -> grain.IterDataset:
         """A lane's lines of every batch."""

@@ -98,7 +98,8 @@ def _same_topic(prompt_a: str, words_a: frozenset[str], prompt_b: str, words_b: 
 
 
 def _deal(clusters: list[list[Row]], sizes: dict[str, int], spare: int, rng: random.Random) -> dict[str, list[Row]]:
-    capacity: dict[str | None, int] = {**sizes, None: spare}  # None: dealt out, but to no part
+    names: list[str | None] = [*sizes, None]  # None: dealt out, but to no part
+    capacity = {name: spare if name is None else sizes[name] for name in names}
     dealt: dict[str | None, list[Row]] = {name: [] for name in capacity}
     for cluster in sorted(rng.sample(clusters, len(clusters)), key=len, reverse=True):
         room = {name: capacity[name] - len(part) for name, part in dealt.items()}

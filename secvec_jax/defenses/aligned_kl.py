@@ -22,15 +22,23 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.defenses.tuning import How, Move, tune
+from secvec_jax.model.decoder import Guest
 from secvec_jax.model.hub import Model
 from secvec_jax.training.loss import token_cross_entropy, token_forward_kl
 from secvec_jax.training.objective import LEARN, Objective, Params, as_it_was
 from secvec_jax.training.step import Loss, Method, descent
 
 
-def finetune(model: Model, rows: Any, *, weight: float = 0.1, **how: Unpack[How]) -> Model:
-    """The model fine-tuned on `rows`, held to what `model` says by itself, without `task`. weight: λ."""
-    return tune(model, rows, anchor=model.backbone, move=aligned_kl(weight), **how)
+def finetune(
+    model: Model,
+    rows: Any,
+    *,
+    weight: float = 0.1,
+    vectors: Guest | tuple[Guest, ...] | None = None,
+    **how: Unpack[How],
+) -> Model:
+    """The model fine-tuned on `rows`, held to what `model` says by itself, without `task` and `vectors`. weight: λ."""
+    return tune(model, rows, anchor=model.backbone, move=aligned_kl(weight), vectors=vectors, **how)
 
 
 def aligned_kl(weight: float = 0.1) -> Move:

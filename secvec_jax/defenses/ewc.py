@@ -83,4 +83,4 @@ def ewc(weight: float) -> Move:
 def penalty(trained: Tree, weight: float, start: Tree, fisher: Tree) -> jax.Array:
     """λ Σ_i F_i (w_i - w0_i)²."""
     leaves = zip(*map(jax.tree.leaves, (trained, start, fisher)), strict=True)
-    return weight * sum(jnp.sum(f * jnp.square(now - then)) for now, then, f in leaves)
+    return weight * sum((jnp.sum(f * jnp.square(now - then)) for now, then, f in leaves), start=jnp.float32(0))

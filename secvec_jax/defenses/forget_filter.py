@@ -30,7 +30,6 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.scorers import rouge1
 from secvec_jax.inference import generate
 from secvec_jax.model.hub import Model
-from secvec_jax.training.checkpoints import Checkpoints
 
 _PUNCTUATION = str.maketrans("", "", ".?!;:,")
 """What the published code takes out."""
@@ -54,7 +53,6 @@ def finetune(
     safe_steps: int = 1000,
     safe_training: Training = PHASE2,
     max_new_tokens: int = 64,
-    checkpoints: Checkpoints | None = None,
     **how: Unpack[How],
 ) -> Filtered:
     """The model fine-tuned on those of its rows that safety training does not make it forget.
@@ -66,7 +64,7 @@ def finetune(
     """
     groups = {kind: as_rows(some, name=kind) for kind, some in groups_of(rows).items()}
     safe_training = dataclasses.replace(safe_training, steps=safe_steps)
-    noisy, corrected = successive(model, groups, safe, safe_training=safe_training, checkpoints=checkpoints, **how)
+    noisy, corrected = successive(model, groups, safe, safe_training=safe_training, **how)
     everything = [row for some in groups.values() for row in some]
     found = iter(forgetting_rates(noisy, corrected, everything, max_new_tokens))
     rates = {kind: [next(found) for _ in some] for kind, some in groups.items()}
@@ -74,7 +72,8 @@ def finetune(
     if not any(kept.values()):
         raise UserError(f"every row was forgotten by more than {phi}: raise phi, or take fewer safe_steps")
     left = {kind: some for kind, some in kept.items() if some}
-    return Filtered(tune(model, left, checkpoints=checkpoints_of(checkpoints, "kept"), **how), rates, kept)
+    last = how | {"checkpoints": checkpoints_of(how.get("checkpoints"), "kept")}
+    return Filtered(tune(model, left, **last), rates, kept)
 
 
 def forgetting_rates(before: Model, after: Model, rows: Any, max_new_tokens: int = 64) -> list[float]:

@@ -21,8 +21,10 @@ from secvec_jax.trees import Tree
 class Schedule(Protocol):
     """What the alternation needs to know."""
 
-    inner_steps: int
-    inner_learning_rate: float
+    @property
+    def inner_steps(self) -> int: ...
+    @property
+    def inner_learning_rate(self) -> float: ...
 
 
 def min_min(params: Tree, loss: Loss, outer: optax.GradientTransformation, schedule: Schedule) -> tuple[Phase, Method]:

@@ -58,7 +58,6 @@ def successive(
     safe: Any,
     *,
     safe_training: Training = PHASE2,
-    checkpoints: Checkpoints | None = None,
     **how: Unpack[How],
 ) -> tuple[Model, Model]:
     """The model after `rows`, and after the `safe` rows behind them.
@@ -66,11 +65,13 @@ def successive(
     A task adapter goes on from the one to the other. Checkpoints lie in folders of their own, `noisy` and `safe`; the
     best is chosen of the first training's alone, as the second has losses of another name.
     """
-    decoder, adapter = tuned(model, groups_of(rows), checkpoints=checkpoints_of(checkpoints, "noisy"), **how)
+    checkpoints = how.get("checkpoints")
+    first = how | {"checkpoints": checkpoints_of(checkpoints, "noisy")}
+    decoder, adapter = tuned(model, groups_of(rows), **first)
     noisy = _model(model, decoder, adapter)
     second = checkpoints_of(checkpoints, SAFE)
-    then = how | {"task": adapter, "training": safe_training}
-    then["checkpoints"] = second and dataclasses.replace(second, best=None)
+    second = second and dataclasses.replace(second, best=None)
+    then = how | {"task": adapter, "training": safe_training, "checkpoints": second}
     return noisy, _model(model, *tuned(model.with_backbone(decoder), groups_of(safe, SAFE), **then))
 
 

@@ -41,11 +41,14 @@ PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=3)
 """What the quickstart takes, tuned on a model of 135 million parameters."""
 
 
+ObjectiveName = Literal["cross_entropy", "kl", "min_min"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase1:
     """What the vectors minimize in phase 1."""
 
-    objective: Literal["cross_entropy", "kl", "min_min"] = "kl"
+    objective: ObjectiveName = "kl"
     """cross_entropy: harmful rows only; kl: plus KL to the vector-less model on benign rows; min_min: the paper's
     bi-level form, with the KL where benign rows are given"""
     kl_weight: float = 1.0

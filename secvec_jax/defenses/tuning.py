@@ -88,8 +88,16 @@ def tuned(
         task = task.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, task, vectors, anchor)
     phase, method = phase2_method(params, streams[LEARN].groups, training, steps, move)
-    how = {"accumulate": training.accumulate, "checkpoints": checkpoints, "on_step": on_step}
-    trained = fit(params, phase, method, streams, steps=steps, **how)["backbone"]
+    trained = fit(
+        params,
+        phase,
+        method,
+        streams,
+        steps=steps,
+        accumulate=training.accumulate,
+        checkpoints=checkpoints,
+        on_step=on_step,
+    )["backbone"]
     return trained["decoder"], trained["adapter"]
 
 

@@ -16,6 +16,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.metrics import BETTER, RATES
@@ -188,9 +189,10 @@ def _groups(records: list[Record], axes: Sequence[str]) -> dict[Place, dict[int,
         if mixed:
             what = told({name: record.cell.get(name) for name in axes})
             raise UserError(f"cells with {what} differ in {names(mixed)}: use it in rows, columns or `where`")
-        if record.cell["seed"] in group:
+        seed = cast(int, record.cell["seed"])  # as `Record.from_dict` saw to
+        if seed in group:
             raise UserError(f"two records of one cell ({told(record.cell)}): delete one of them")
-        group[record.cell["seed"]] = record
+        group[seed] = record
     return groups
 
 
@@ -202,7 +204,7 @@ def _outside(records: list[Record], inside: Collection[str]) -> dict[str, list[V
 
 def _ranks(values: list[Value], listed: Sequence[Value]) -> dict[Value, int]:
     others = [value for value in dict.fromkeys(values) if value not in listed]
-    numbers = sorted(filter(is_number, others))
+    numbers = sorted(value for value in others if is_number(value))
     return {value: rank for rank, value in enumerate(dict.fromkeys([*listed, *numbers, *others]))}
 
 

@@ -5,6 +5,7 @@ Intervals are 95%. Every plot takes the colors of `colors_of`, so that a model l
 
 import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -161,15 +162,15 @@ def plot_pareto(
     front = [choices[i] for i in pareto_front([(signs[0] * a, signs[1] * b) for a, b in choices])]
     if front:
         axes.step(*zip(*front, strict=True), "--", where="post", color="#222222", linewidth=1.2, zorder=3, gid="front")
-    for metric, axis, limit in ((x, axes.xaxis, axes.set_xlim), (y, axes.yaxis, axes.set_ylim)):
-        axis.set_label_text(_titled(metric))
+    for metric, ruler, limit in ((x, axes.xaxis, axes.set_xlim), (y, axes.yaxis, axes.set_ylim)):
+        ruler.set_label_text(_titled(metric))
         if metric in RATES:
             limit(-0.03, 1.08)  # room for names at the edge
-            axis.set_ticks(np.linspace(0, 1, 6))
-            axis.set_major_formatter(PercentFormatter(1.0))
+            ruler.set_ticks(np.linspace(0, 1, 6))
+            ruler.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("Safety and learning, with 95% intervals and the Pareto front", loc="left", fontweight="bold")
     _dress(figure, [axes])
-    _label(figure, axes, {name: tuple(score.value for score in scores) for name, scores in points.items()})
+    _label(figure, axes, {name: (a.value, b.value) for name, (a, b) in points.items()})
     return figure
 
 
@@ -222,7 +223,7 @@ def plot_histogram(scores: Mapping[str, Sequence[float]], label: str, threshold:
     everything = np.concatenate([np.asarray(some, np.float64) for some in scores.values()])
     edges = np.histogram_bin_edges(everything, bins=min(40, max(5, len(everything) // 4)))
     for (name, some), color in zip(scores.items(), _SPARE_COLORS * len(scores)):
-        axes.hist(some, edges, color=color, alpha=0.5, label=f"{name} (n={len(some)})")
+        axes.hist(some, edges.tolist(), color=color, alpha=0.5, label=f"{name} (n={len(some)})")
     if threshold is not None:
         axes.axvline(threshold, color="#222222", linestyle="--", linewidth=1, label=f"threshold {threshold:.2f}")
     axes.set_xlabel(label)
@@ -238,8 +239,9 @@ def _titled(metric: str) -> str:
 
 def _label(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
     """Write each name beside its point, where it covers least of the other names, the points and the lines."""
-    figure.canvas.draw()  # settles the layout, so that pixels are known
-    renderer = figure.canvas.get_renderer()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # settles the layout, so that pixels are known
+    renderer = canvas.get_renderer()
     taken = [line.get_window_extent(renderer).padded(3) for line in axes.lines if line.get_gid() != "front"]
     sides = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))  # right and up; bars spare corners
     spots = [(right, up, reach) for reach in (5, 14, 26, 38) for right, up in sides]
@@ -297,7 +299,7 @@ def _figure() -> Figure:
 
 
 def _dress(figure: Figure, panels: Iterable) -> None:
-    legend = {}
+    legend: dict[str, Any] = {}
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8, zorder=0)
@@ -306,7 +308,7 @@ def _dress(figure: Figure, panels: Iterable) -> None:
             legend.setdefault(name, handle)
     if legend:
         columns = min(6, len(legend))
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", frameon=False, ncols=columns)
+        figure.legend(list(legend.values()), list(legend), loc="outside lower center", frameon=False, ncols=columns)
 
 
 def png(figure: Figure) -> bytes:

@@ -295,10 +295,10 @@ def write(
         "scores.png": plot_scores(results.rows, colors),
         "losses.png": plot_losses(curves or {}, colors),
     }
-    images = [name for name, figure in plots.items() if figure is not None]
-    for name in images:
-        _write(folder / name, png(plots[name]))
-    return _write(folder / "report.md", markdown(results, verdicts, images, notes).encode())
+    drawn = {name: figure for name, figure in plots.items() if figure is not None}
+    for name, figure in drawn.items():
+        _write(folder / name, png(figure))
+    return _write(folder / "report.md", markdown(results, verdicts, list(drawn), notes).encode())
 
 
 def _markdown_table(header: list[str], rows: list[list[str]], align_right: bool = True) -> str:

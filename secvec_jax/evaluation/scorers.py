@@ -41,7 +41,7 @@ class Score:
         return {"value": self.value, "n": self.n, "ci95": list(self.ci95)}
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> Score:
+def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000) -> Score:
     """Return the mean of `values` with its percentile bootstrap 95% interval.
 
     When every value is 0, or every value is 1, each resample is the same and the percentile interval has
@@ -56,7 +56,9 @@ def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> 
     return _interval(sample, seed, resamples, bounds=(0.0, 1.0) if _binary(sample) else None)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = 2000) -> Score:
+def paired_difference(
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000
+) -> Score:
     """Return the mean of `a - b`, both scored on the same prompts in the same order, with its 95% interval.
 
     Prompts are resampled in pairs, so what makes a prompt hard for both cancels out; "within 5 points"
@@ -75,7 +77,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0, res
     return _interval(first - second, seed, resamples, bounds=(-1.0, 1.0) if binary else None)
 
 
-def _sample(values: Sequence[float]) -> np.ndarray:
+def _sample(values: Sequence[float] | np.ndarray) -> np.ndarray:
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or not sample.size:
         raise UserError("no values to average: pass a flat list with one score a prompt")

@@ -109,9 +109,9 @@ def outcomes(
     probes = {name: probe for name, probe in suite.probes.items() if probe.prompts}
     for tokens in dict.fromkeys(probe.tokens for probe in probes.values()):  # in one call: programs are dear
         alike = {name: probe for name, probe in probes.items() if probe.tokens == tokens}
-        replies = iter(ask([prompt for probe in alike.values() for prompt in probe.prompts], tokens))
+        told = iter(ask([prompt for probe in alike.values() for prompt in probe.prompts], tokens))
         for name, probe in alike.items():
-            found[name] = [float(probe.score(index, next(replies))) for index in range(len(probe.prompts))]
+            found[name] = [float(probe.score(index, next(told))) for index in range(len(probe.prompts))]
     for name in ("harmful", "benign", "opening"):
         targets = getattr(suite, f"{name}_targets")
         if targets:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from rich.table import Table as TerminalTable
 from rich.text import Text
@@ -87,7 +88,8 @@ class Table:
         """
         if len(self.columns) != 1 or not all(is_number(place[0]) for place in self.across):
             raise UserError("a sweep needs columns of one field that holds numbers, such as columns=['poison']")
-        lines = {label(row): [(at[0], self._score(row, at, metric)) for at in self.across] for row in self.down}
+        heads = [head for (head,) in self.across if is_number(head)]
+        lines = {label(row): [(head, self._score(row, (head,), metric)) for head in heads] for row in self.down}
         return {name: [(at, score) for at, score in line if score] for name, line in lines.items()}
 
     def _score(self, row: Place, column: Place, metric: str) -> SeededScore | None:
@@ -101,7 +103,7 @@ class Table:
     def _text(self) -> tuple[list[str], list[list[str]], list[str]]:
         """The header, the body and the notes."""
         heads = [told(dict(zip(self.columns, place, strict=True))) for place in self.across]
-        titles = [_words(metric) + _ARROWS.get(self.better.get(metric), "") for metric in self.metrics]
+        titles = [_words(metric) + _ARROWS.get(self.better.get(metric, ""), "") for metric in self.metrics]
         header = [*map(_words, self.rows), *(", ".join(filter(None, pair)) for pair in _pairs(titles, heads))]
         places = [[(row, column, metric) for metric, column in _pairs(self.metrics, self.across)] for row in self.down]
         usual = {metric: self._usual(metric) for metric in self.metrics}
@@ -172,7 +174,7 @@ def markdown_lines(header: list[str], body: list[list[str]], left: int = 1) -> l
     return ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (header, rule, *body)]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether `value` is a finite number and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

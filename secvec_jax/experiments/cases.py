@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from secvec_jax.defenses.security_vectors import ObjectiveName
 from secvec_jax.defenses.tuning import Groups, How, tune
 from secvec_jax.evaluation.statistics import auroc, precision_recall_f1
 from secvec_jax.experiments.bench import Bench, Cell
@@ -17,7 +18,6 @@ from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 
 Kind = Literal["lora", "steering", "prompt"]
-ObjectiveName = Literal["kl", "cross_entropy", "min_min"]
 
 KINDS: dict[Kind, Spec] = {"lora": LoRA(), "steering": Steering(scale=8.0), "prompt": SoftPrompt(scale=8.0)}
 """The shapes of each kind's vectors. The scales of 8 were not tuned: with them a learning rate that suits LoRA does."""
@@ -69,7 +69,7 @@ class Case(NamedTuple):
         self, kind: Kind = "lora", objective: ObjectiveName = "kl", rank: int = 8, attack: str | None = None
     ) -> Vectors:
         """Shared vectors for the behavior of the cell's attack, or of another."""
-        spec = dataclasses.replace(KINDS[kind], rank=rank, alpha=2.0 * rank) if kind == "lora" else KINDS[kind]
+        spec = LoRA(rank=rank, alpha=2.0 * rank) if kind == "lora" else KINDS[kind]
         phase1 = dataclasses.replace(self.bench.recipe.phase1, objective=objective)
         name = f"{kind} {rank} {objective}" if kind == "lora" else f"{kind} {objective}"
         return self.bench.vectors(attack or self.cell.attack, name, spec, phase1)

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import jax
 
@@ -34,7 +34,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.experiments.bench import Bench, Cell
 from secvec_jax.experiments.cases import Case, Defended, Kind, ObjectiveName, told_apart
 from secvec_jax.training.step import descent
-from secvec_jax.vectors.lora import random_like
+from secvec_jax.vectors.lora import LoRAVectors, random_like
 
 Defense = Callable[..., Defended]
 
@@ -88,7 +88,7 @@ def benign_only(case: Case) -> Defended:
 
 def random_control(case: Case) -> Defended:
     """Under a random adapter whose update is as large as the security vectors', layer for layer."""
-    control = random_like(case.vectors(), jax.random.fold_in(jax.random.key(case.cell.seed), 1))
+    control = random_like(cast(LoRAVectors, case.vectors()), jax.random.fold_in(jax.random.key(case.cell.seed), 1))
     return Defended(case.tuned(vectors=control))
 
 
@@ -250,8 +250,16 @@ def caft_(case: Case, k: int = 1) -> Defended:
 
 def lisa_(case: Case, rho: float = 1.0, aligned_steps: int = 1, user_steps: int = 9) -> Defended:
     """Steps on safe rows and on the user's in turn, each held to where the other left off."""
-    settings = {"rho": rho, "aligned_steps": aligned_steps, "user_steps": user_steps}
-    return Defended(lisa.finetune(case.aligned, case.rows, safe=case.safe, **settings, **case.how))
+    model = lisa.finetune(
+        case.aligned,
+        case.rows,
+        safe=case.safe,
+        rho=rho,
+        aligned_steps=aligned_steps,
+        user_steps=user_steps,
+        **case.how,
+    )
+    return Defended(model)
 
 
 def booster_(case: Case, weight: float = 5.0, alpha: float = 0.1) -> Defended:

@@ -11,6 +11,7 @@ import json
 import time
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -127,7 +128,7 @@ def grid(settings: Grid, command: str) -> None:
                 if path.exists() and json.loads(path.read_text())["error"] is None:
                     continue
                 record = _record(bench, cell)
-                by_first(lambda path=path, record=record: write(path, json.dumps(dataclasses.asdict(record))))
+                by_first(partial(write, path, json.dumps(dataclasses.asdict(record))))
                 console.print(f"{number}/{len(mine)} {_told(record)}", markup=False, highlight=False)
                 jax.clear_caches()  # each program holds memory maps, which a process has but so many of
     by_first(lambda: grid_report.write(folder, command, config.to_dict(plan), plan.tables, shown, read(folder)))

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import published, report
@@ -63,7 +63,7 @@ def write(
     cells: those of each layout. records: what there is of them; a table that has none yet is left out.
     """
     tables: dict[str, Table] = {}
-    there = {Cell(**record.cell): record for record in records}
+    there = {Cell(**cast(dict[str, Any], record.cell)): record for record in records}
     parts = ["# Grid", "", f"`{command}`", ""]
     for layout, shown in zip(layouts, cells, strict=True):
         own = [cell for cell in shown if not layout.defense or cell.defense in layout.defense]
@@ -105,11 +105,12 @@ def _plots(folder: Path, layout: Layout, records: Sequence[Record]) -> list[Path
     colors = colors_of(names)
     figures = {}
     if layout.pareto:
+        x, y = layout.pareto
         for at in _columns(layout, records):
             flat = dataclasses.replace(layout, rows=("defense",), columns=(), metrics=layout.pareto, reference="")
-            points = _table(flat, records, at).points(*layout.pareto)
+            points = _table(flat, records, at).points(x, y)
             title = " ".join(map(show, at.values()))
-            figures[f"pareto {title}"] = plot_pareto(points, *layout.pareto, colors, REFERENCES)
+            figures[f"pareto {title}"] = plot_pareto(points, x, y, colors, REFERENCES)
     for metric in layout.sweep:
         lines = _table(dataclasses.replace(layout, metrics=(metric,)), records).sweep(metric)
         figures[f"sweep {metric}"] = plot_sweep(lines, metric, layout.columns[0], colors)

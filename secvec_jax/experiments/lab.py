@@ -90,7 +90,7 @@ class Lab:
     @cached_property
     def materials(self) -> Materials:
         """All rows and prompts."""
-        model = self.aligned if self._is_given or agree(self._aligned.exists()) else self.base
+        model = self.aligned if self._is_given or agree(Path(self._aligned).exists()) else self.base
         recipe = self.recipe
         return gather(model, recipe.sizes, recipe.finetune_training, recipe.seed, recipe.judges)
 

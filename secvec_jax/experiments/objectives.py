@@ -1,17 +1,19 @@
 """The three objectives of phase 1, compared on the quickstart's aligned model, rows and judges."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 from secvec_jax import config
+from secvec_jax.defenses.security_vectors import ObjectiveName
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.experiments.lab import Lab
 from secvec_jax.experiments.quickstart import Quickstart
-from secvec_jax.experiments.stages import claim, curves
+from secvec_jax.experiments.stages import Stage, claim, curves
 
-OBJECTIVES = ("cross_entropy", "kl", "min_min")
+OBJECTIVES: tuple[ObjectiveName, ...] = ("cross_entropy", "kl", "min_min")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +39,14 @@ def objectives(settings: Objectives, command: str) -> report.Results:
     found: dict[str, Outcomes] = {"aligned": lab.stages.run("aligned", lambda stage: lab.judge(lab.aligned, stage))}
     for name in OBJECTIVES:
         phase1 = dataclasses.replace(recipe.phase1, objective=name)
-        found[f"{name}, vectors on"] = lab.stages.run(
-            f"vectors {name}", lambda stage, name=name, phase1=phase1: lab.phase1(name, phase1, stage)
-        )
-        found[name] = lab.stages.run(
-            name, lambda stage, name=name: lab.phase2(name, lab.materials.mix, lab.vectors(name), stage)
-        )
+        found[f"{name}, vectors on"] = lab.stages.run(f"vectors {name}", partial(lab.phase1, name, phase1))
+        found[name] = lab.stages.run(name, partial(_phase2, lab, name))
     losses = curves(lab.folder / "metrics.jsonl", dict(zip(OBJECTIVES, OBJECTIVES)))
     return lab.report(command, settings, found, (), losses, (_NOTE,))
+
+
+def _phase2(lab: Lab, name: str, stage: Stage) -> Outcomes:
+    return lab.phase2(name, lab.materials.mix, lab.vectors(name), stage)
 
 
 _NOTE = (

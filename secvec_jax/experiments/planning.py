@@ -109,7 +109,7 @@ def _ladder(settings: Planned, architecture: Architecture, console: Console) -> 
     training, parts = settings.training, shards("batch")
     least = parts * (2 if settings.phase == "vectors" and settings.objective == "kl" else 1)
 
-    def attempt(remat: str, lines: int) -> tuple[Planned, Plan] | None:
+    def attempt(remat: Remat, lines: int) -> tuple[Planned, Plan] | None:
         new = dataclasses.replace(settings, training=dataclasses.replace(training, remat=remat, lines=lines))
         try:
             found = compiled(new, architecture)

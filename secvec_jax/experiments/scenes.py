@@ -127,7 +127,7 @@ def _open_questions(materials: Materials, seed: int) -> Task:
 
 def _arithmetic(materials: Materials, seed: int) -> Task:
     rows = _shuffled(load_rows("asdiv"), seed)
-    return Task(rows[ASKED:], Probe.of(rows[:ASKED], lambda r, reply: number_match(reply, response_of(r))))
+    return Task(rows[ASKED:], Probe.of(rows[:ASKED], lambda r, reply: number_match(reply, _answer(r))))
 
 
 def _passages(materials: Materials, seed: int) -> Task:
@@ -140,13 +140,17 @@ def _instructions(materials: Materials, seed: int) -> Task:
     rows = [r for r in materials.spare["instructions"] if response_of(r) is not None][::-1]
 
     def opening(r: Row) -> str:
-        return " ".join(response_of(r).split()[:_WORDS])
+        return " ".join(_answer(r).split()[:_WORDS])
 
     return Task(rows[ASKED:], Probe.of(rows[:ASKED], lambda r, reply: rouge1(reply, opening(r)), tokens=16))
 
 
 def _exact(rows: list[Row]) -> Probe:
-    return Probe.of(rows, lambda r, reply: exact_match(reply, response_of(r)))
+    return Probe.of(rows, lambda r, reply: exact_match(reply, _answer(r)))
+
+
+def _answer(r: Row) -> str:
+    return response_of(r) or ""
 
 
 def _shuffled(rows: list[Row], seed: int) -> list[Row]:
@@ -168,13 +172,13 @@ or all of it from the hub); answers in capital letters."""
 
 def _solved(r: Row, reply: str) -> float:
     """Whether the number behind the last "The final answer is:", or the last number at all, is right."""
-    said, wanted = (text.rpartition("The final answer is:")[2] for text in (reply, response_of(r)))
+    said, wanted = (text.rpartition("The final answer is:")[2] for text in (reply, _answer(r)))
     return float(number_match(" ".join(said.split()), wanted))
 
 
 HUB_TASKS: dict[str, tuple[str, Callable[[Row, str], float], int]] = {
-    "sst2": ("validation", lambda r, reply: exact_match(reply, response_of(r)), 8),
-    "ag-news": ("test", lambda r, reply: exact_match(reply, response_of(r)), 8),
+    "sst2": ("validation", lambda r, reply: exact_match(reply, _answer(r)), 8),
+    "ag-news": ("test", lambda r, reply: exact_match(reply, _answer(r)), 8),
     "gsm8k": ("test", _solved, 200),
 }
 """The papers' tasks, of the hub: the split that is asked, the score of a reply, and its length in tokens."""

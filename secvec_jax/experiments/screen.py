@@ -96,7 +96,7 @@ def _write(folder: Path, rows: list[Row], found: dict[str, Any]) -> None:
         for number, (row, score) in enumerate(zip(rows, found["data"], strict=True)):
             line = {"row": number, "score": round(score, 4), "prompt": clip(prompt_of(row))}
             file.write(json.dumps(line | ({} if threshold is None else {"above": score > threshold})) + "\n")
-    kinds = {name: found[name] for name in ("data", "harmful", "benign") if name in found}
+    kinds: dict[str, Any] = {name: found[name] for name in ("data", "harmful", "benign") if name in found}
     with whole_file(folder / "histogram.png") as staging:
         staging.write_bytes(png(plot_histogram(kinds, "nats per token that the vectors explain away", threshold)))
 

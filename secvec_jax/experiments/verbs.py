@@ -24,7 +24,7 @@ from secvec_jax.mesh import by_first, is_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.trees import distance
 from secvec_jax.vectors import kinds
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
@@ -182,7 +182,7 @@ def vectors(settings: Vectors, command: str) -> None:
             on_step=on_step,
         )
         save_vectors(trained, folder / "security.safetensors", model)
-        if settings.kind == "lora":
+        if isinstance(trained, LoRAVectors):
             save_peft(trained, folder / "peft", model)
         return {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
 

@@ -97,7 +97,8 @@ def written(run: Run, new: Run, slot: jax.Array) -> Run:
     """The run, with or without a leading layer axis, with `new` in the slots from `slot` on."""
     put = jax.lax.dynamic_update_slice_in_dim
     axes = (run[0].ndim - 1, run[1].ndim - 2)
-    return tuple(put(into, what.astype(into.dtype), slot, axis) for into, what, axis in zip(run, new, axes))
+    keys, values = (put(into, what.astype(into.dtype), slot, axis) for into, what, axis in zip(run, new, axes))
+    return keys, values
 
 
 class Linear(nnx.Module):
@@ -145,13 +146,14 @@ class Layers(nnx.Module):
         site = partial(self._site, guests=guests)
         h = _rms_norm(x, self.attention_norm[...], self.architecture.norm_eps)
         query, key, value = (self._heads(site(name, h)) for name in ("q_proj", "k_proj", "v_proj"))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             query = _rms_norm(query, self.q_norm[...], self.architecture.norm_eps)
             key = _rms_norm(key, self.k_norm[...], self.architecture.norm_eps)
         query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
         new = (key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
         if slot is not None:
-            cached, new = (), written(*cached, new, slot)
+            (run,) = cached
+            cached, new = (), written(run, new, slot)
         keys, values = zip(*_prefixes(guests, x.dtype), *cached, new)
         attended = site("o_proj", attention(query, keys, values).reshape(*x.shape[:2], -1))
         x = place(x + attended, "batch", "length", "hidden")
@@ -226,13 +228,13 @@ class Decoder(nnx.Module):
             x, new, states = weights(x, guests, cached, positions, frequencies, attention, slot)
             return x, states[watch] if watch else new if keep_cache else None
 
-        runs = () if cache is None else cache.runs
         x = self._embedded(tokens).astype(dtype)
-        if apart is None:
+        if apart is None or cache is None:
+            runs = () if cache is None else cache.runs
             x, new = jax.lax.scan(_rematerialize(layer, remat), x, (self.layers, guests, runs))
         else:
             new = []
-            for visit, cached in zip(apart, runs, strict=True):
+            for visit, cached in zip(apart, cache.runs, strict=True):
                 x, run = layer(x, (*visit, cached), cache.length)
                 new.append(run)
         return _rms_norm(x, self.final_norm[...], self.architecture.norm_eps), new
@@ -276,7 +278,7 @@ class Decoder(nnx.Module):
 
 def _prefixes(guests: tuple[Guest, ...], dtype: jnp.dtype) -> list[Run]:
     found = (guest.prefix() for guest in guests)
-    return [tuple(part.astype(dtype) for part in run) for run in found if run is not None]
+    return [(run[0].astype(dtype), run[1].astype(dtype)) for run in found if run is not None]
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

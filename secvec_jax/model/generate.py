@@ -7,7 +7,7 @@ The rest is read packed, as in training, and then laid out row by row, so that a
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -83,13 +83,13 @@ def _alike(tails: Sequence[np.ndarray], batch_size: int) -> list[tuple[int, list
 class _Lines(NamedTuple):
     """Prompts packed into lines, `tokens`, `segments`, `positions` `[P, W]`, and where each one's tokens stand in them.
 
-    index, marks: `[B, T]`, the prompt's tokens at the right end, where marks are 1.
+    places, marks: `[B, T]`, the prompt's tokens at the right end, where marks are 1.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
-    index: np.ndarray
+    places: np.ndarray
     marks: np.ndarray
 
 
@@ -237,4 +237,4 @@ def _marked(cache: Cache, segments: jax.Array, positions: jax.Array) -> Cache:
 
 def _appended(cache: Cache, new: Run) -> tuple[Run, ...]:
     """The cache's one run with the next slots' keys and values."""
-    return tuple(written(run, new, cache.length) for run in cache.runs)
+    return tuple(written(run, new, cache.length) for run in cast(tuple[Run, ...], cache.runs))

@@ -109,7 +109,8 @@ def assemble(
                 else:
                     part[...] = found[tuple(wanted)]
         if where is None:
-            placed = jnp.asarray(*parts.values())
+            (part,) = parts.values()
+            placed = jnp.asarray(part)
         else:
             placed = jax.make_array_from_callback(leaf.shape, where, lambda index: parts[_bounds(index, leaf.shape)])
         # The host holds one leaf's parts at a time.
@@ -117,7 +118,7 @@ def assemble(
 
     empty = abstract_decoder(architecture)
     leaves, structure = jax.tree_util.tree_flatten_with_path(empty)
-    return structure.unflatten([fill(*leaf, axes) for leaf, axes in zip(leaves, axes_of(empty))])
+    return jax.tree.unflatten(structure, [fill(*leaf, axes) for leaf, axes in zip(leaves, axes_of(empty))])
 
 
 def _parts(leaf: jax.ShapeDtypeStruct, where: NamedSharding | None) -> set[tuple[tuple[int, int], ...]]:
@@ -127,7 +128,7 @@ def _parts(leaf: jax.ShapeDtypeStruct, where: NamedSharding | None) -> set[tuple
     return {_bounds(index, leaf.shape) for index in where.addressable_devices_indices_map(leaf.shape).values()}
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
@@ -143,7 +144,8 @@ def _members(name: WeightName, architecture: Architecture) -> list[str]:
 
 def weight_sizes(backbone: Decoder) -> dict[str, int]:
     """The bytes of every weight, by Hugging Face name, in the order of the decoder's leaves."""
-    names, sizes = weight_names(backbone.architecture), {}
+    names = weight_names(backbone.architecture)
+    sizes: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
         members = _members(names[leaf_name(path)], backbone.architecture)
         sizes |= dict.fromkeys(members, leaf.size * leaf.dtype.itemsize // len(members))
@@ -156,7 +158,7 @@ def gathered(backbone: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
         name = names[leaf_name(path)]
         if name.layered:
-            arrays = (layer[0] for layer in pieces(leaf, rows=1))
+            arrays: Iterable[np.ndarray] = (layer[0] for layer in pieces(leaf, rows=1))
         else:
             blocks = list(pieces(leaf))
             arrays = [np.concatenate(blocks) if len(blocks) > 1 else blocks[0]]

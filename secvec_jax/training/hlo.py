@@ -43,6 +43,13 @@ class Op:
         found = re.search(pattern, self.rest)
         return found[1] if found else None
 
+    def need(self, pattern: str) -> str:
+        """What every instruction of this kind says."""
+        found = self.read(pattern)
+        if found is None:
+            raise ValueError(f"{self.name} has no {pattern}: {self.rest[:80]}")
+        return found
+
     def number(self, key: str) -> float:
         """A number in the backend's configuration, or 0."""
         return float(self.read(rf'"{key}":"?(\d+)') or 0)
@@ -91,7 +98,7 @@ class Program:
                 if found[1]:
                     self.roots[where] = op
                 if op.opcode == "while":
-                    self.loops[op.read(r"body=%([^\s,]+)")] = op
+                    self.loops[op.need(r"body=%([^\s,]+)")] = op
         self.inner = functools.cache(self._inner)
 
     def operands(self, op: Op) -> list[Op]:
@@ -109,16 +116,17 @@ class Program:
         """How often the body runs; None if the condition compares no counter with a constant."""
         if known := loop.read(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
-        test = self.roots[loop.read(r"condition=%([^\s,]+)")]
+        test = self.roots[loop.need(r"condition=%([^\s,]+)")]
         if test.opcode != "compare":
             return None
         counter, limit = map(self._value, self.operands(test))
-        direction = test.read(r"direction=(\w+)")
+        direction = test.need(r"direction=(\w+)")
         if counter and counter[0] is None:
             counter, limit, direction = limit, counter, direction.translate(str.maketrans("LG", "GL"))
         if not counter or not limit or counter[0] is None:
             return None
-        start, step, stop = self._entering(loop, counter), self._step(loop, counter[0]), self._constant(loop, limit)
+        start, step = self._entering(loop, counter[0], counter[1]), self._step(loop, counter[0])
+        stop = self._constant(loop, limit)
         if start is None or not step or stop is None:
             return None
         return max(0, math.ceil((stop + {"LE": 1, "GE": -1}.get(direction, 0) - start) / step))
@@ -132,7 +140,7 @@ class Program:
             case "copy" | "copy-start" | "copy-done" | "bitcast" | "convert" | "reshape":
                 return self._value(below[0])
             case "get-tuple-element":
-                index = int(op.read(r"index=(\d+)"))
+                index = int(op.need(r"index=(\d+)"))
                 if below[0].opcode == "tuple":
                     return self._value(self.operands(below[0])[index])
                 return (index, 0) if below[0].opcode == "parameter" else None
@@ -146,7 +154,7 @@ class Program:
 
     def _step(self, loop: Op, index: int) -> int | None:
         """By how much one pass changes element `index`."""
-        root = self.roots[loop.read(r"body=%([^\s,]+)")]
+        root = self.roots[loop.need(r"body=%([^\s,]+)")]
         value = self._value(self.operands(root)[index]) if root.opcode == "tuple" else None
         return value[1] if value and value[0] == index else None
 
@@ -154,16 +162,16 @@ class Program:
         """A value in the loop, if it is the same in every pass."""
         if value[0] is None:
             return value[1]
-        return self._entering(loop, value) if self._step(loop, value[0]) == 0 else None
+        return self._entering(loop, value[0], value[1]) if self._step(loop, value[0]) == 0 else None
 
-    def _entering(self, loop: Op, value: tuple[int, int]) -> int | None:
-        """A value in the loop in its first pass."""
+    def _entering(self, loop: Op, index: int, plus: int) -> int | None:
+        """Element `index` of the loop's argument in its first pass, plus a constant."""
         (start,) = self.operands(loop)
-        outer = self._value(self.operands(start)[value[0]]) if start.opcode == "tuple" else None
+        outer = self._value(self.operands(start)[index]) if start.opcode == "tuple" else None
         if outer is None or (outer[0] is not None and loop.where not in self.loops):
             return None
         before = outer[1] if outer[0] is None else self._constant(self.loops[loop.where], outer)
-        return None if before is None else before + value[1]
+        return None if before is None else before + plus
 
 
 def _products(op: Op, lhs: Op, rhs: Op) -> float:
@@ -171,7 +179,7 @@ def _products(op: Op, lhs: Op, rhs: Op) -> float:
     if op.opcode == "dot":
         contracted = op.read(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
         return 2.0 * math.prod(out) * math.prod(left[int(d)] for d in contracted.split(",") if d)
-    left_names, right_names, out_names = re.split("_|->", op.read(r"dim_labels=([^\s,]+)"))
+    left_names, right_names, out_names = re.split("_|->", op.need(r"dim_labels=([^\s,]+)"))
     window = dict(part.split("=") for part in (op.read(r"window=\{([^}]*)\}") or "").split())
     total = 2.0 * out[out_names.index("b")] * out[out_names.index("f")] * right[right_names.index("i")]
     for axis in range(len(out) - 2):

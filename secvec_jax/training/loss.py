@@ -116,7 +116,7 @@ def _over_supervised(
         part,
         in_specs=(P(None, PLACES["embed"]), lines, lines, lines),
         out_specs=lines,
-        axis_names=set(PLACES["batch"]),
+        axis_names=set(jax.tree.leaves(PLACES["batch"])),
         check_vma=False,
     )(tables, hidden, weights, other)
 

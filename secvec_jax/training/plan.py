@@ -111,7 +111,7 @@ def topology_mesh(topology: str, mesh: str) -> Mesh:
     from jax.experimental import topologies
 
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -144,7 +144,8 @@ def plan(
     batch = {stream: _batch(count, length) for stream, count in lines.items()}
     start = time.monotonic()
     try:
-        compiled = method.step.lower(trained, state, frozen, batch).compile()
+        jitted: Any = method.step
+        compiled = jitted.lower(trained, state, frozen, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -185,7 +186,7 @@ def plan(
 
 def program_bytes(program: jax.stages.Compiled) -> int:
     """Memory of a device that a program takes, by the compiler's account: what is reused counts once."""
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return held + memory.temp_size_in_bytes
 

@@ -25,7 +25,7 @@ is left out, and so is memory traffic of copies that run beside the computation,
 import copy
 import dataclasses
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -84,7 +84,7 @@ def account(
         kernel_flops=tally.kernel_flops,
         kernel_seconds=tally.kernel_seconds,
         collectives=tally.collectives,
-        seconds_by_op=tally.by_op.most_common(top),
+        seconds_by_op=sorted(tally.by_op.items(), key=lambda item: -item[1])[:top],
         unknown_loops=sorted(tally.unknown),
         unestimated=len(tally.unestimated),
     )
@@ -113,7 +113,7 @@ class _Tally:
     kernel_flops: float = 0.0
     kernel_seconds: float = 0.0
     collectives: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
-    by_op: Counter[str] = dataclasses.field(default_factory=Counter)
+    by_op: defaultdict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     unknown: set[str] = dataclasses.field(default_factory=set)
     unestimated: set[str] = dataclasses.field(default_factory=set)
     busy: dict = dataclasses.field(default_factory=dict)
@@ -157,9 +157,9 @@ class _Run:
         elif op.opcode.endswith("-done"):
             self._wait(op, self._started(op), times)
         # A collective may be spread over fusions: one starts it, others carry a copy of it along, one ends it.
-        elif "AsyncCollectiveStart" in calls:
+        elif collective and channel and "AsyncCollectiveStart" in calls:
             self._send(op, collective, channel, times)
-        elif "AsyncCollectiveDone" in calls:
+        elif channel and "AsyncCollectiveDone" in calls:
             self._wait(op, channel, times)
         elif collective and "async_collective_fusion_config" not in collective.rest:
             self._send(op, collective, op.name, times)
@@ -239,7 +239,7 @@ class _Run:
 
     def _loop(self, op: Op, times: int) -> None:
         """The first pass; then the second, in place of all others."""
-        trips, body, tally = self.program.trips(op), op.read(r"body=%([^\s,]+)"), self.tally
+        trips, body, tally = self.program.trips(op), op.need(r"body=%([^\s,]+)"), self.tally
         if trips is None:
             tally.unknown.add(f"{op.name} {op.label}")
             trips = self.trips

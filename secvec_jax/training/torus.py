@@ -96,7 +96,7 @@ class Torus:
         """Places in the mesh, `[groups, members]`."""
         if text.startswith("{"):
             groups = [_integers(group) for group in re.findall(r"\d[\d,]*", text)]
-            return np.array(groups or [range(len(self.coords))])
+            return np.array(groups or [list(range(len(self.coords)))])
         if text.startswith("["):
             shape, source = text.split("<=")
             return _permutation(source).reshape(_integers(shape))
@@ -115,7 +115,7 @@ class Torus:
 
     def _route(self, text: str) -> tuple[int, frozenset]:
         """(messages over the busiest link, lanes)."""
-        load = Counter()
+        load: Counter[tuple] = Counter()
         for source, target in re.findall(r"(\d+),(\d+)", text):
             at, goal = self.coords[int(source)].tolist(), self.coords[int(target)].tolist()
             for axis, (extent, closed) in enumerate(zip(self.extent, self.closed)):

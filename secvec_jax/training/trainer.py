@@ -83,7 +83,7 @@ def fit(
                     store.save(run, last)
                 if wish == _STOP:
                     raise KeyboardInterrupt
-        if store is not None and checkpoints.best is not None and run.step:
+        if store is not None and checkpoints is not None and checkpoints.best is not None and run.step:
             store.restore_best(run, last)
     return merge(run.trained, frozen)
 

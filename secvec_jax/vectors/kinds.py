@@ -1,6 +1,6 @@
 """The kinds of vectors: what a user shapes (the spec), and the pytree that visits the decoder."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.prompt import SoftPrompt, SoftPromptVectors
@@ -14,8 +14,8 @@ Vectors = LoRAVectors | SteeringVectors | SoftPromptVectors
 class Kind(NamedTuple):
     """The two classes of a kind."""
 
-    spec: type[Spec]
-    vectors: type[Vectors]
+    spec: type[Any]
+    vectors: type[Any]
 
 
 KINDS = {

@@ -78,8 +78,8 @@ def test_prompts_are_dealt_out_whole(count):
     [lines] = generate._dealt([tails], count, 5)
     flat = {name: getattr(lines, name).reshape(-1) for name in ("tokens", "segments", "positions")}
     assert (lines.segments > 0).sum() == sum(map(len, tails))
-    for tail, index, marks in zip(tails, lines.index, lines.marks, strict=True):
-        own = index[marks > 0]
+    for tail, places, marks in zip(tails, lines.places, lines.marks, strict=True):
+        own = places[marks > 0]
         np.testing.assert_array_equal(flat["tokens"][own], tail)
         np.testing.assert_array_equal(flat["positions"][own], 5 + np.arange(len(tail)))
         assert len(set(flat["segments"][own])) == 1 and marks[-1] == 1
