@@ -21,6 +21,7 @@ from secvec_jax.defenses import (
     ewc,
     explained_away,
     forget_filter,
+    guarded,
     lisa,
     mixing,
     persona,
@@ -127,6 +128,14 @@ def anchored_vectors(case: Case, weight: float = 1.0, rank: int = 8) -> Defended
     """Under frozen security vectors, and held to the aligned model by a KL on the user's rows."""
     return Defended(
         aligned_kl.finetune(case.aligned, case.rows, weight=weight, vectors=case.vectors(rank=rank), **case.how)
+    )
+
+
+def guarded_vectors(case: Case, weight: float = 1.0, rank: int = 8) -> Defended:
+    """Under frozen security vectors, with safe rows in every step that are read without them."""
+    vectors = case.vectors(rank=rank)
+    return Defended(
+        guarded.finetune(case.aligned, case.rows, vectors=vectors, safe=case.safe, weight=weight, **case.how)
     )
 
 
@@ -290,6 +299,7 @@ DEFENSES: dict[str, Defense] = {
     "irrelevant control": irrelevant_control,
     "security vectors": security_vectors,
     "anchored vectors": anchored_vectors,
+    "guarded vectors": guarded_vectors,
     "persona steering": persona_steering,
     "explained-away filter": explained_away_filter,
     "explained-away gate": explained_away_gate,

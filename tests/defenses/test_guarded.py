@@ -1,0 +1,79 @@
+"""Safe rows beside the user's: these under the vectors, those without, in one loss."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from secvec_jax.config import Training
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.defenses.guarded import finetune, with_safe
+from secvec_jax.defenses.mixing import SAFE
+from secvec_jax.defenses.tuning import tune
+from secvec_jax.inference import logits
+from secvec_jax.training.objective import LEARN, Objective, parameters
+from secvec_jax.trees import fingerprint
+from secvec_jax.vectors.lora import LoRA
+from tests import toys
+from tests.toys import random_examples
+
+ROWS, SAFE_ROWS = random_examples(6, seed=1), random_examples(5, seed=2)
+TRAINING = Training(optimizer="adamw", learning_rate=3e-3, steps=8, lines=1, length=64, warmup_steps=0, remat="none",
+                    share_beginnings=False)  # fmt: skip
+MODEL = toys.tiny_model()
+
+
+def some_vectors(seed: int = 0):
+    vectors = LoRA(rank=2).init(MODEL.architecture, jax.random.key(seed))
+    return jax.tree.map(lambda leaf: leaf + 0.1, vectors)
+
+
+def batch_of(rows):
+    return next(iter(Stream({"all": rows}, 2, 128, share=False).batches()))
+
+
+def mean_loss(rows, vectors) -> float:
+    """Row by row from the logits of the plain forward pass, over all supervised tokens."""
+    total, count = 0.0, 0
+    for row in rows:
+        log_p = jax.nn.log_softmax(logits(MODEL, row.tokens[None], vectors)[0, :-1])
+        losses = -np.asarray(log_p)[np.arange(len(row.tokens) - 1), row.tokens[1:]]
+        total, count = total + losses[row.supervised[1:]].sum(), count + row.supervised[1:].sum()
+    return total / count
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 2.0])
+def test_the_loss_is_the_users_under_the_vectors_and_the_safe_rows_without(weight):
+    vectors = some_vectors()
+    params = parameters(MODEL.backbone, None, vectors)
+    batch = {LEARN: batch_of(ROWS), SAFE: batch_of(SAFE_ROWS)}
+    totals = {name: part["weights"].sum() for name, part in batch.items()}
+    value, metrics = jax.jit(with_safe(Objective(shared=False), weight))(params, batch, totals)
+    user, safe = mean_loss(ROWS, vectors), mean_loss(SAFE_ROWS, None)
+    chex.assert_trees_all_close(value, jnp.float32(user + weight * safe), rtol=1e-5)
+    chex.assert_trees_all_close(metrics["loss/all"][0] / metrics["loss/all"][1], jnp.float32(user), rtol=1e-5)
+    chex.assert_trees_all_close(metrics["loss/safe"][0] / metrics["loss/safe"][1], jnp.float32(safe), rtol=1e-5)
+    assert abs(mean_loss(SAFE_ROWS, vectors) - safe) > 1e-2, "the vectors matter to the safe rows"
+
+
+def test_without_weight_it_is_fine_tuning_under_the_vectors():
+    vectors = some_vectors()
+    guarded = finetune(MODEL, ROWS, vectors=vectors, safe=SAFE_ROWS, weight=0.0, training=TRAINING)
+    chex.assert_trees_all_close(
+        guarded.backbone, tune(MODEL, ROWS, vectors=vectors, training=TRAINING).backbone, atol=1e-5
+    )
+
+
+def test_the_safe_rows_are_learned_without_the_vectors_which_stay_as_they_are():
+    vectors, told = some_vectors(), []
+    before = fingerprint(vectors)
+    options = {"vectors": vectors, "training": TRAINING, "on_step": lambda step, steps, metrics: told.append(metrics)}
+    guarded = finetune(MODEL, ROWS, safe=SAFE_ROWS, **options)
+    assert fingerprint(vectors) == before
+    assert len(told) == 8
+    assert all(told[-1][f"loss/{name}"] < told[0][f"loss/{name}"] for name in ("all", "safe"))
+    alone = tune(MODEL, ROWS, **options)
+    batch, one = {LEARN: batch_of(SAFE_ROWS)}, {LEARN: jnp.float32(1)}
+    loss = Objective(shared=False)
+    assert loss(parameters(guarded.backbone), batch, one)[0] < loss(parameters(alone.backbone), batch, one)[0]
