@@ -66,6 +66,12 @@ def test_every_defense_has_a_page_of_its_own_words(site):
         assert first in " ".join(told.split()), name
 
 
+def test_no_defense_is_left_out():
+    listed = (ROOT / "docs" / "api" / "defenses.md").read_text()
+    modules = [path.stem for path in (ROOT / "secvec_jax" / "defenses").glob("*.py") if path.stem != "__init__"]
+    assert [name for name in modules if f"::: secvec_jax.defenses.{name}\n" not in listed] == []
+
+
 def test_the_defenses_of_a_grid_are_listed():
     listed = (ROOT / "docs" / "defenses.md").read_text()
     assert [name for name in contenders.DEFENSES if f"`{name}`" not in listed] == []
