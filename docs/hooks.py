@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +34,19 @@ def commands() -> str:
     return "\n\n".join(parts)
 
 
-def _table(settings: type, prefix: str = "") -> str:
-    lines = [] if prefix else ["| setting | default | |", "|---|---|---|"]
+def _table(settings: type) -> str:
+    return "\n".join(["| setting | default | |", "|---|---|---|", *_lines(settings(), "")])
+
+
+def _lines(settings: Any, group: str) -> Iterator[str]:
     for field in dataclasses.fields(settings):
-        kind = type(_default(field))
-        if dataclasses.is_dataclass(kind):
-            lines.append(_table(_default(field), f"{prefix}{field.name}."))
+        name, default = f"{group}{field.name}", getattr(settings, field.name)
+        if dataclasses.is_dataclass(default):
+            yield from _lines(default, f"{name}.")
             continue
-        shown = "" if _default(field) in ("", None, ()) else f"`{_plain(_default(field))}`"
-        owner = settings if isinstance(settings, type) else type(settings)
-        meaning = " ".join(get_attribute_docstring(owner, field.name).docstring_below.split())
-        value = shown if isinstance(settings, type) else f"`{_plain(getattr(settings, field.name))}`"
-        lines.append(f"| `{prefix}{field.name}` | {value} | {meaning} |".replace("| `` |", "| |"))
-    return "\n".join(line for line in lines if line)
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        plain = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        meaning = " ".join(get_attribute_docstring(type(settings), field.name).docstring_below.split())
+        yield f"| `{name}` | {f'`{plain}`' if plain and default is not None else ''} | {meaning} |"
 
 
 def _prose(settings: type) -> str:

@@ -72,6 +72,11 @@ def load_rows(source: str, split: str = "train", needs_answer: bool = True) -> l
         raise UserError(f"cannot read {source} ({error.strerror or error}); check the file") from error
 
 
+def load_prompts(sources: Iterable[str], limit: int, needs_answer: bool = False) -> list[Row]:
+    """Return at most `limit` rows of each source, with or without answers; as in `load_rows`."""
+    return [row for source in sources for row in load_rows(source, needs_answer=needs_answer)[:limit]]
+
+
 def _looks_like_hub_id(source: str) -> bool:
     path = Path(source)
     is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", source) is not None

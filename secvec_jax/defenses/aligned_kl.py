@@ -14,19 +14,19 @@ Acts in fine-tuning. Costs one more forward pass per batch, without gradients, t
 and a copy of the decoder where all weights are trained.
 """
 
+from functools import partial
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from secvec_jax.batch import Batch
-from secvec_jax.defenses.tuning import How, Move, tune
+from secvec_jax.defenses.tuning import How, Move, descent_on, tune
 from secvec_jax.model.decoder import Guest
 from secvec_jax.model.hub import Model
 from secvec_jax.training.loss import token_cross_entropy, token_forward_kl
 from secvec_jax.training.objective import LEARN, Objective, Params, as_it_was
-from secvec_jax.training.step import Loss, Method, descent
+from secvec_jax.training.step import Loss
 
 
 def finetune(
@@ -43,11 +43,7 @@ def finetune(
 
 def aligned_kl(weight: float = 0.1) -> Move:
     """Gradient steps on the sum of both terms, for an anchor that is the aligned decoder. Reports the `kl`."""
-
-    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
-        return descent(held(loss, weight), optimizer)
-
-    return move
+    return descent_on(partial(held, weight=weight))
 
 
 def held(loss: Objective, weight: float) -> Loss:

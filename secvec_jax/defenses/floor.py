@@ -9,21 +9,15 @@ Acts in fine-tuning, under active vectors. Costs nothing beside them. Source: ou
 from dataclasses import replace
 
 import jax
-import optax
 
 from secvec_jax.batch import Batch
-from secvec_jax.defenses.tuning import Move
-from secvec_jax.training.objective import Objective, Params, TokenLosses
-from secvec_jax.training.step import Method, descent
+from secvec_jax.defenses.tuning import Move, descent_on
+from secvec_jax.training.objective import Params, TokenLosses
 
 
 def floored(nats: float) -> Move:
     """Gradient steps on the tokens whose loss is above `nats`."""
-
-    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
-        return descent(replace(loss, counted=above_floor(nats)), optimizer)
-
-    return move
+    return descent_on(lambda loss: replace(loss, counted=above_floor(nats)))
 
 
 def above_floor(nats: float) -> TokenLosses:

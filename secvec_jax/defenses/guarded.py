@@ -11,19 +11,19 @@ Acts in fine-tuning. Costs a second forward and a second backward pass a step. S
 VLGuard's mix (Zong et al. 2024, arXiv 2402.02207).
 """
 
+from functools import partial
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.defenses.mixing import SAFE
-from secvec_jax.defenses.tuning import How, Move, tune
+from secvec_jax.defenses.tuning import How, Move, descent_on, tune
 from secvec_jax.model.decoder import Guest
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective, Params
-from secvec_jax.training.step import Loss, Method, descent
+from secvec_jax.training.step import Loss
 
 
 def finetune(
@@ -41,11 +41,7 @@ def finetune(
 
 def guarded(weight: float = 1.0) -> Move:
     """Gradient steps on the sum of both terms, with a stream of safe rows. Reports their loss as `loss/safe`."""
-
-    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
-        return descent(with_safe(loss, weight), optimizer)
-
-    return move
+    return descent_on(partial(with_safe, weight=weight))
 
 
 def with_safe(loss: Objective, weight: float) -> Loss:

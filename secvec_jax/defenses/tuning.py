@@ -29,7 +29,7 @@ from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.objective import LEARN, Objective, Params, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import Method, descent
+from secvec_jax.training.step import Loss, Method, descent
 from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 
@@ -51,6 +51,11 @@ class How(TypedDict, total=False):
     training: Training
     checkpoints: Checkpoints | None
     on_step: OnStep
+
+
+def descent_on(changed: Callable[[Objective], Loss]) -> Move:
+    """Gradient steps on what `changed` makes of the loss of the rows to learn."""
+    return lambda loss, optimizer: descent(changed(loss), optimizer)
 
 
 def tune(model: Model, rows: Any, **options: Any) -> Model:

@@ -157,24 +157,24 @@ def verdicts(
     all retries, and if it answers with something else than a chat completion. What was judged until then is kept.
     """
     questions = [rubric.ask(prompt, reply) for prompt, reply in exchanges]
-    files = {question: cache / _name(judge, question) for question in questions}
-    missing = [question for question, path in files.items() if _kept(path) is None]
+    kept = {question: _kept(cache / _name(judge, question)) for question in questions}
+    missing = [question for question, verdict in kept.items() if verdict is None]
     read = written = 0
     done = len(questions) - len(missing)
     progress(done)
     if missing:
         client = _client(judge)
         with ThreadPoolExecutor(judge.asking.concurrency) as pool:
-            waiting = [pool.submit(_answer, client, judge, question, files[question]) for question in missing]
+            waiting = {pool.submit(_answer, client, judge, question, cache): question for question in missing}
             try:
                 for future in as_completed(waiting):
-                    usage = future.result()
+                    kept[waiting[future]], usage = future.result()
                     read, written, done = read + usage[0], written + usage[1], done + 1
                     progress(done)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return Verdicts([score_of(_kept(files[question]) or "") for question in questions], len(missing), (read, written))
+    return Verdicts([score_of(kept[question] or "") for question in questions], len(missing), (read, written))
 
 
 # Marks of Markdown may stand around the number, and the scale behind it; words and signs may not.
@@ -221,8 +221,8 @@ def _client(judge: Judge) -> Any:
     return OpenAI(base_url=judge.url, api_key=key, max_retries=judge.asking.retries, timeout=judge.asking.timeout)
 
 
-def _answer(client: Any, judge: Judge, question: str, path: Path) -> tuple[int, int]:
-    """Ask, keep the verdict, and return the tokens (read, written) that it took."""
+def _answer(client: Any, judge: Judge, question: str, cache: Path) -> tuple[str, tuple[int, int]]:
+    """Ask, keep the verdict, and return it with the tokens (read, written) that it took."""
     import openai
 
     try:
@@ -245,9 +245,9 @@ def _answer(client: Any, judge: Judge, question: str, path: Path) -> tuple[int, 
             f"what answers at {judge.url} does not speak OpenAI's chat protocol: see that --judge-url is right "
             "(it often ends in /v1)"
         ) from None
-    with whole_file(path) as staging:
+    with whole_file(cache / _name(judge, question)) as staging:
         staging.write_text(json.dumps({"verdict": text, "tokens": tokens}))
-    return tokens
+    return text, tokens
 
 
 def _told(judge: Judge, error: Any) -> str:

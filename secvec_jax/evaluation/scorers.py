@@ -25,7 +25,7 @@ from secvec_jax.errors import UserError
 
 # --------------------------------------------------------------------------- numbers and their uncertainty
 
-_Z95 = 1.959963984540054  # the normal distribution's 97.5% point
+Z95 = 1.959963984540054  # the normal distribution's 97.5% point
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _interval(sample: np.ndarray, seed: int, resamples: int, bounds: tuple[float
         raise UserError(f"resamples is {resamples}: use at least 1 (2000 is usual)")
     n, mean = len(sample), float(sample.mean())
     if bounds is not None and np.ptp(sample) == 0:
-        reach = _Z95**2 / (n + _Z95**2)
+        reach = Z95**2 / (n + Z95**2)
         return Score(mean, n, (max(bounds[0], mean - reach), min(bounds[1], mean + reach)))
     rng = np.random.default_rng(seed)
     # One resample at a time: an index table for 10,000 prompts would take 160 MB.

@@ -5,17 +5,12 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from secvec_jax import config
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import report
-from secvec_jax.experiments.stages import Stage, Stages, claim, devices, screen
-from secvec_jax.mesh import by_first, is_first
+from secvec_jax.evaluation.scorers import Z95
+from secvec_jax.experiments.runs import Run
+from secvec_jax.experiments.stages import Stage
 from secvec_jax.model.hub import load
-from secvec_jax.vectors.store import load_vectors
-
-_Z95 = 1.959963984540054
+from secvec_jax.vectors.store import load_several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +46,8 @@ def harness(settings: Harness, command: str) -> None:
     if not settings.tasks:
         raise UserError("--tasks is missing: name some, such as mmlu,gsm8k,truthfulqa_mc2")
     manager, names = _tasks(settings)
-    folder = claim(settings)
-    stages = Stages(folder, Console(quiet=not is_first()))
-    rows = stages.run("harness", lambda stage: _rows(settings, manager, names, stage))
-    results = report.Results(command, config.to_dict(settings), report.environment() | devices(), stages.seconds, rows)
-
-    def write() -> None:
-        results.save(folder)
-        report.write(folder, results)
-
-    by_first(write)
-    screen().print(report.table(results))
+    run = Run(settings, command)
+    run.report(run.stages.run("harness", lambda stage: _rows(settings, manager, names, stage)))
 
 
 def _tasks(settings: Harness) -> tuple[Any, list[str]]:
@@ -83,7 +69,7 @@ def _rows(settings: Harness, manager: Any, names: list[str], stage: Stage) -> li
     from secvec_jax.evaluation.lm_eval import HarnessModel
 
     model = load(settings.model)
-    vectors = tuple(load_vectors(path, model) for path in settings.vectors) or None
+    vectors = load_several(settings.vectors, model)
     found = simple_evaluate(
         HarnessModel(model, vectors, stage.requests(), settings.batch_size, settings.seed),
         tasks=names,
@@ -110,7 +96,7 @@ def _metrics(name: str, scores: dict[str, Any], found: Any) -> dict[str, dict[st
         if not way or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = scores.get(f"{metric}_stderr,{way}")
-        reach = _Z95 * error if isinstance(error, int | float) else None
+        reach = Z95 * error if isinstance(error, int | float) else None
         interval = [None, None] if reach is None else [value - reach, value + reach]
         metrics[metric if way == "none" else f"{metric} ({way})"] = {"value": value, "n": count, "ci95": interval}
     return metrics

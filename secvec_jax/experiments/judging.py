@@ -3,15 +3,11 @@
 import dataclasses
 from typing import Any
 
-from rich.console import Console
-
-from secvec_jax import config
 from secvec_jax.assets import cache_dir
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.rows import prompt_of, response_of
-from secvec_jax.data.sources import load_rows
+from secvec_jax.data.sources import load_prompts
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import report
 from secvec_jax.evaluation.classifier import flagged
 from secvec_jax.evaluation.judges import (
     HARMFULNESS,
@@ -27,11 +23,12 @@ from secvec_jax.evaluation.judges import (
 from secvec_jax.evaluation.metrics import percent
 from secvec_jax.evaluation.scorers import bootstrap, complies, refuses
 from secvec_jax.evaluation.statistics import auroc
-from secvec_jax.experiments.stages import Stage, Stages, claim, devices, screen
+from secvec_jax.experiments.runs import Run, judged_name
+from secvec_jax.experiments.stages import Stage
 from secvec_jax.inference import generate
-from secvec_jax.mesh import by_first, is_first
+from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import load
-from secvec_jax.vectors.store import load_vectors
+from secvec_jax.vectors.store import load_several
 
 Exchanges = dict[str, list[tuple[str, str]]]
 """(prompt, reply), by what the prompts are: "harmful" or "benign"."""
@@ -79,49 +76,29 @@ def judged(settings: Judged, command: str) -> None:
     """The run of `eval.py judge`."""
     if not (settings.judge or settings.classifier):
         raise UserError("nobody judges: name a language model with --judge, a classifier with --classifier, or both")
-    folder = claim(settings)
-    stages = Stages(folder, Console(quiet=not is_first()))
-    exchanges: Exchanges = stages.run("replies", lambda stage: _exchanges(settings, stage))
+    run = Run(settings, command)
+    exchanges: Exchanges = run.stages.run("replies", lambda stage: _exchanges(settings, stage))
     ruled = _ruled(exchanges["harmful"])
     metrics, notes = dict(ruled), []
     if settings.judge:
         judge = Judge(settings.judge, settings.judge_url, settings.asking)
-        graded = stages.run("judge", lambda stage: _graded(judge, exchanges, stage))
+        graded = run.stages.run("judge", lambda stage: _graded(judge, exchanges, stage))
         metrics |= _metrics(graded)
         notes = _notes(graded, ruled)
     if settings.classifier:
-        metrics["flagged"] = stages.run("classifier", lambda stage: _flagged(settings, exchanges["harmful"], stage))
-    row = {
-        "name": _name(settings),
-        "metrics": {name: bootstrap(values).as_dict() for name, values in metrics.items() if values},
-    }
-    results = report.Results(command, config.to_dict(settings), report.environment() | devices(), stages.seconds, [row])
-
-    def write() -> None:
-        results.save(folder)
-        report.write(folder, results, notes=notes)
-
-    by_first(write)
-    for shown in (report.table(results), *notes):
-        screen().print(shown, markup=False, highlight=False)
-
-
-def _name(settings: Judged) -> str:
-    if settings.given:
-        return "given replies"
-    return f"{settings.model} + vectors" if settings.vectors else settings.model
+        metrics["flagged"] = run.stages.run("classifier", lambda stage: _flagged(settings, exchanges["harmful"], stage))
+    name = "given replies" if settings.given else judged_name(settings.model, settings.vectors)
+    scores = {metric: bootstrap(values).as_dict() for metric, values in metrics.items() if values}
+    run.report([{"name": name, "metrics": scores}], notes)
 
 
 def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
-    rows = {
-        kind: [row for name in getattr(settings, kind)
-               for row in load_rows(name, needs_answer=settings.given)[: settings.limit]]
-        for kind in ("harmful", "benign")
-    }  # fmt: skip
+    sources = {"harmful": settings.harmful, "benign": settings.benign}
+    rows = {kind: load_prompts(names, settings.limit, needs_answer=settings.given) for kind, names in sources.items()}
     if settings.given:
         return {kind: [(prompt_of(row), response_of(row) or "") for row in some] for kind, some in rows.items()}
     model = load(settings.model)
-    vectors = tuple(load_vectors(path, model) for path in settings.vectors) or None
+    vectors = load_several(settings.vectors, model)
     asked = [prompt_of(row) for some in rows.values() for row in some]
     replies = iter(
         generate(

@@ -6,28 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
-from secvec_jax import config
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import encode
 from secvec_jax.data.rows import prompt_of, response_of
-from secvec_jax.data.sources import load_rows
+from secvec_jax.data.sources import load_prompts, load_rows
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK, PHASE1, PHASE2, Phase1, train_vectors
 from secvec_jax.defenses.security_vectors import finetune as finetune_model
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
-from secvec_jax.experiments.stages import Stage, Stages, checkpoints, claim, devices, screen
-from secvec_jax.mesh import by_first, is_first
+from secvec_jax.experiments.runs import Run, judged_name
+from secvec_jax.experiments.stages import Stage, checkpoints, screen
+from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.trees import distance
-from secvec_jax.vectors import kinds
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
-from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
+from secvec_jax.vectors.store import load_several, save_peft, save_vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +129,7 @@ def finetune(settings: Finetune, command: str) -> None:
 
 def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) -> None:
     _need_data(settings)
-    run = _Run(settings, command)
+    run = _TrainingRun(settings, command)
     task = LoRA(rank=settings.task_rank, alpha=2.0 * settings.task_rank) if settings.task_rank else None
 
     def work(stage: Stage) -> dict[str, float]:
@@ -141,7 +138,7 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
         tuned = finetune_model(
             model,
             rows,
-            vectors=_all_of(vectors, model),
+            vectors=load_several(vectors, model),
             task=task,
             training=settings.training,
             checkpoints=run.checkpoints,
@@ -157,7 +154,7 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
 def vectors(settings: Vectors, command: str) -> None:
     """The run of `train.py vectors`."""
     _need_data(settings)
-    run = _Run(settings, command)
+    run = _TrainingRun(settings, command)
     folder = run.folder / "vectors"
 
     def work(stage: Stage) -> dict[str, float]:
@@ -189,11 +186,6 @@ def vectors(settings: Vectors, command: str) -> None:
     run.finish(run.stages.run("vectors", work), f"the vectors are in {folder}")
 
 
-def _all_of(paths: Sequence[str], model: Model) -> tuple[kinds.Vectors, ...] | None:
-    """The vectors in these files; the tree has none, and not an empty tuple, where there are none."""
-    return tuple(load_vectors(path, model) for path in paths) or None
-
-
 def _need_data(settings: Any) -> None:
     if not settings.data:
         raise UserError("--data is missing: give a file, a packaged name, or a hub dataset id")
@@ -201,27 +193,24 @@ def _need_data(settings: Any) -> None:
 
 def score(settings: ScoreRun, command: str) -> None:
     """The run of `eval.py score`."""
-    run = _Run(settings, command)
+    run = Run(settings, command)
 
     def work(stage: Stage) -> dict[str, list[float]]:
         model = load(settings.model)
         suite = _suite(settings, model)
-        return outcomes(model, suite, _all_of(settings.vectors, model), stage.replies(suite.size, "judging"))
+        return outcomes(model, suite, load_several(settings.vectors, model), stage.replies(suite.size, "judging"))
 
     found = run.stages.run("score", work)
-    run.report({"name": f"{settings.model} + vectors" if settings.vectors else settings.model,
-                "metrics": {metric: s.as_dict() for metric, s in scores(found).items()}})  # fmt: skip
+    metrics = {metric: score.as_dict() for metric, score in scores(found).items()}
+    run.report([{"name": judged_name(settings.model, settings.vectors), "metrics": metrics}])
 
 
 def _suite(settings: ScoreRun, model: Model) -> Suite:
-    def rows(sources: tuple[str, ...]) -> list[Any]:
-        return [r for name in sources for r in load_rows(name, needs_answer=False)[: settings.limit]]
-
     def targets(found: list[Any]) -> list[Any]:
         answered = [r for r in found if response_of(r) is not None]
         return [encode(model.tokenizer, r["messages"], model.architecture.max_length) for r in answered]
 
-    harmful, benign = rows(settings.harmful), rows(settings.benign)
+    harmful, benign = (load_prompts(names, settings.limit) for names in (settings.harmful, settings.benign))
     questions = [] if settings.questions is None else load_rows(settings.questions)[: settings.limit]
     return Suite(
         refusals=refusal_prefixes(),
@@ -234,31 +223,16 @@ def _suite(settings: ScoreRun, model: Model) -> Suite:
     )
 
 
-class _Run:
-    """A run directory of one stage."""
+class _TrainingRun(Run):
+    """A run directory of one training."""
 
-    def __init__(self, settings: Any, command: str):
-        self.settings, self.command = settings, command
-        self.folder = claim(settings)
-        self.console = Console(quiet=not is_first())
-        self.stages = Stages(self.folder, self.console)
-        self.checkpoints = checkpoints(self.folder / "checkpoints", getattr(settings, "training", ALIGN))
+    def __init__(self, settings: Align | Vectors | Finetune, command: str):
+        super().__init__(settings, command)
+        self.checkpoints = checkpoints(self.folder / "checkpoints", settings.training)
 
     def finish(self, values: dict[str, float], where: str) -> None:
-        """Write the results of a training run and say where its files are."""
+        """Write the results of the training and say where its files are."""
         by_first(lambda: shutil.rmtree(self.checkpoints.folder, ignore_errors=True))
         metrics = {name: {"value": value, "n": 1, "ci95": [value, value]} for name, value in values.items()}
-        self.report({"name": Path(self.settings.out).name, "metrics": metrics})
+        self.report([{"name": Path(self.settings.out).name, "metrics": metrics}])
         self.console.print(where)
-
-    def report(self, row: dict[str, Any]) -> None:
-        """Write results.json and report.md, and show the table."""
-        environment = report.environment() | devices()
-        results = report.Results(self.command, config.to_dict(self.settings), environment, self.stages.seconds, [row])
-
-        def write() -> None:
-            results.save(self.folder)
-            report.write(self.folder, results)
-
-        by_first(write)
-        screen().print(report.table(results))

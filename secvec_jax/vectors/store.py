@@ -7,6 +7,7 @@ Every file of ours names the backbone it was made for by fingerprint, and is ref
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
             save_file(arrays, staging, metadata=metadata)
 
     by_first(write)
+
+
+def load_several(paths: Sequence[str | Path], model: Model) -> tuple[Vectors, ...] | None:
+    """The vectors in these files, to be active at once; None, and not an empty tuple, where there are none."""
+    return tuple(load_vectors(path, model) for path in paths) or None
 
 
 def load_vectors(path: str | Path, model: Model) -> Vectors:

@@ -1,0 +1,41 @@
+"""A verb's run directory: its stages, and the results and report that it ends with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from secvec_jax import config
+from secvec_jax.evaluation import report
+from secvec_jax.experiments.stages import Stages, claim, devices, screen
+from secvec_jax.mesh import by_first, is_first
+
+
+class Run:
+    """The run of `settings`, which have an `out`; claimed, and begun or gone on with."""
+
+    def __init__(self, settings: Any, command: str):
+        self.settings, self.command = settings, command
+        self.folder = claim(settings)
+        self.console = Console(quiet=not is_first())
+        self.stages = Stages(self.folder, self.console)
+
+    def report(self, rows: list[dict[str, Any]], notes: Sequence[str] = ()) -> None:
+        """Write results.json and report.md, and show the table and the notes."""
+        environment = report.environment() | devices()
+        results = report.Results(self.command, config.to_dict(self.settings), environment, self.stages.seconds, rows)
+
+        def write() -> None:
+            results.save(self.folder)
+            report.write(self.folder, results, notes=notes)
+
+        by_first(write)
+        terminal = screen()
+        terminal.print(report.table(results))
+        for note in notes:
+            terminal.print(note, markup=False, highlight=False)
+
+
+def judged_name(model: str, vectors: Sequence[str]) -> str:
+    """What the results call a model that is judged with or without vectors."""
+    return f"{model} + vectors" if vectors else model
