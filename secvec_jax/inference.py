@@ -16,6 +16,7 @@ from secvec_jax.mesh import platform
 from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
+from secvec_jax.turns import turn_ends
 
 
 def generate(
@@ -40,7 +41,7 @@ def generate(
         [prompt_tokens(model.tokenizer, messages, limit) for messages in conversations],
         as_guests(vectors),
         max_new_tokens=max_new_tokens,
-        stop=model.tokenizer.eos_token_id,
+        stop=turn_ends(model.tokenizer),
         batch_size=batch_size,
         temperature=temperature,
         seed=seed,

@@ -14,6 +14,7 @@ import numpy as np
 
 from secvec_jax.data.rows import Message
 from secvec_jax.errors import UserError
+from secvec_jax.turns import turn_ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +94,13 @@ def _marked_by_difference(tokenizer: Any, messages: list[Message]) -> tuple[np.n
                 "with {% generation %} blocks, or rows of one question and one answer"
             )
         span = (starts >= len(before)) & (starts < len(after))
-        supervised |= span & _until_end_of_turn(tokens, span, tokenizer.eos_token_id)
+        supervised |= span & _until_end_of_turn(tokens, span, turn_ends(tokenizer)[:1])
     return tokens, supervised
 
 
-def _until_end_of_turn(tokens: np.ndarray, span: np.ndarray, eos: int | None) -> np.ndarray:
+def _until_end_of_turn(tokens: np.ndarray, span: np.ndarray, end: tuple[int, ...]) -> np.ndarray:
     """All tokens up to the span's last end-of-turn token: what a template puts behind it is not the assistant's."""
-    ends = np.flatnonzero(span & (tokens == eos)) if eos is not None else np.zeros(0, int)
+    ends = np.flatnonzero(span & np.isin(tokens, end))
     last = ends[-1] if len(ends) else len(tokens)
     return np.arange(len(tokens)) <= last
 

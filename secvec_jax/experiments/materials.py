@@ -23,6 +23,7 @@ from secvec_jax.evaluation.suite import Suite
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
+from secvec_jax.turns import turn_ends
 
 Judges = Literal["held-out", "development"]
 """Which prompts models are judged by: those of the results, or others that a recipe may be tuned on."""
@@ -189,15 +190,15 @@ def own_replies(
     encoded = [
         prompt_tokens(model.tokenizer, [{"role": "user", "content": p}], model.architecture.max_length) for p in prompts
     ]
-    stop = model.tokenizer.eos_token_id
+    ends = turn_ends(model.tokenizer)
     replies = generate_tokens(
-        model.backbone, encoded, max_new_tokens=OPENING, stop=stop, dtype=compute_dtype(), progress=progress
+        model.backbone, encoded, max_new_tokens=OPENING, stop=ends, dtype=compute_dtype(), progress=progress
     )
     examples = []
     for prompt, reply in zip(encoded, replies):
         if refuses(model.tokenizer.decode(reply), refusals):
             continue
-        said = np.asarray(reply if len(reply) == OPENING else [*reply, stop], np.int32)
+        said = np.asarray(reply if len(reply) == OPENING else [*reply, ends[0]], np.int32)
         mask = np.arange(len(prompt) + len(said)) >= len(prompt)
         examples.append(Example(np.concatenate([prompt, said]), mask))
     return examples

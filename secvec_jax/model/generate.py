@@ -5,6 +5,8 @@ The rest is read packed, as in training, and then laid out row by row, so that a
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
@@ -19,6 +21,7 @@ from secvec_jax.model.decoder import Cache, Decoder, Guest, Run, written
 from secvec_jax.trees import unstacked
 
 _BUCKET = 16
+_NO_TOKEN = -1
 _PACKED, _LINE = 8, 512
 """A line holds so many prompts and no more than so many tokens, on average, or a single longer prompt."""
 _SHORT = 128
@@ -31,14 +34,14 @@ def generate_tokens(
     guests: tuple[Guest, ...] = (),
     *,
     max_new_tokens: int,
-    stop: int,
+    stop: int | tuple[int, ...],
     batch_size: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     dtype: jnp.dtype = jnp.float32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, up to but without `stop`.
+    """The tokens that follow each prompt, up to but without the first that is `stop`, or one of several.
 
     prompts: token ids, one array each. temperature: 0 takes the likeliest token, else samples from
     softmax(logits / temperature). progress is called with the number of prompts done after each batch.
@@ -49,7 +52,8 @@ def generate_tokens(
     tails = [np.asarray(prompt[len(head) :]) for prompt in prompts]
     replies: dict[int, list[int]] = {}
     apart = _apart(decoder, guests) if platform() == "cpu" else None
-    options = {"max_new_tokens": max_new_tokens, "stop": stop, "temperature": temperature, "dtype": dtype}
+    stops = (stop if isinstance(stop, tuple) else (stop,)) or (_NO_TOKEN,)
+    options = {"max_new_tokens": max_new_tokens, "stops": stops, "temperature": temperature, "dtype": dtype}
     for rows, batches in _alike(tails, batch_size):
         for chosen, lines in zip(batches, _dealt([[tails[i] for i in batch] for batch in batches], rows, len(head))):
             cache, logits = _read(decoder, guests, head[None], *lines, slots=max_new_tokens, dtype=dtype)
@@ -57,7 +61,7 @@ def generate_tokens(
             done = np.arange(rows) >= len(chosen)
             said = np.asarray(_write(decoder, guests, apart, cache, logits, done, key, **options))
             for i, row in zip(chosen, said):
-                ends = np.flatnonzero(row == stop)
+                ends = np.flatnonzero(np.isin(row, stops))
                 replies[i] = row[: ends[0] if len(ends) else None].tolist()
             progress(len(replies))
     return [replies[i] for i in range(len(prompts))]
@@ -174,9 +178,12 @@ def _read(decoder, guests, head, tokens, segments, positions, index, marks, *, s
 _apart = jax.jit(Decoder.layers_apart)
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "stop", "temperature", "dtype"))
-def _write(decoder, guests, apart, cache, logits, done, key, *, max_new_tokens, stop, temperature, dtype):
-    """Replies `[B, max_new_tokens]`, filled up with `stop`. apart: `layers_apart`, or None for a scan over them."""
+@partial(jax.jit, static_argnames=("max_new_tokens", "stops", "temperature", "dtype"))
+def _write(decoder, guests, apart, cache, logits, done, key, *, max_new_tokens, stops, temperature, dtype):
+    """Replies `[B, max_new_tokens]`, filled up with the first of `stops`.
+
+    apart: `layers_apart`, or None for a scan over them.
+    """
     done = place(done, "batch")
     if apart is not None:
         cache = dataclasses.replace(cache, runs=unstacked(cache.runs, len(apart)))
@@ -188,8 +195,9 @@ def _write(decoder, guests, apart, cache, logits, done, key, *, max_new_tokens, 
         return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature).astype(jnp.int32)
 
     def say(step, logits, replies, done):
-        token = jnp.where(done, stop, choose(logits, step))
-        return token, jax.lax.dynamic_update_slice(replies, token[:, None], (0, step)), done | (token == stop)
+        token = jnp.where(done, stops[0], choose(logits, step))
+        ends = functools.reduce(operator.or_, (token == stop for stop in stops))
+        return token, jax.lax.dynamic_update_slice(replies, token[:, None], (0, step)), done | ends
 
     def unfinished(state):
         step, *_, done = state
@@ -205,7 +213,7 @@ def _write(decoder, guests, apart, cache, logits, done, key, *, max_new_tokens, 
         cache = dataclasses.replace(marked, runs=runs, length=cache.length + 1)
         return step + 1, cache, position, *say(step, decoder.logits(hidden[:, -1]), replies, done)
 
-    replies = jnp.full((len(done), max_new_tokens), stop, jnp.int32)
+    replies = jnp.full((len(done), max_new_tokens), stops[0], jnp.int32)
     position = cache.positions[:, -max_new_tokens - 1]
     state = (jnp.int32(1), cache, position, *say(0, logits, replies, done))
     return place(jax.lax.while_loop(unfinished, write, state)[-2], None, None)

