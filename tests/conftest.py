@@ -31,6 +31,8 @@ from tests.toys import VOCABULARY, build_tokenizer
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 
+_TIED = {"tie_word_embeddings": True}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama-mha": {"model_type": "llama", "num_key_value_heads": 4},
@@ -50,8 +52,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "max_window_layers": 0,
     },
+    "qwen2-mixed": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3-biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4, **_TIED},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        **_TIED,
+    },
+    "opt": {"model_type": "opt", "ffn_dim": 64, **_TIED},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0},
+    "phi3-window": {"model_type": "phi3", "sliding_window": 5, "pad_token_id": 0},
 }
 """Tiny configurations: what each changes in `_BASE`."""
 

@@ -9,13 +9,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 import eval as judging
 import train
 from secvec_jax.data import sources
 from secvec_jax.data.sources import load_rows
 from secvec_jax.experiments import contenders
+from secvec_jax.model import families, hub
+from secvec_jax.model.families import FAMILIES
+from tests.conftest import build_hf_model
+from tests.toys import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,6 +97,21 @@ def test_a_source_can_be_added(monkeypatch):
     exec(example("source"), {})
     rows = load_rows("squares")
     assert len(rows) == 98 and rows[0]["messages"][1]["content"] == "4"
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_family_can_be_added(monkeypatch, tmp_path, tokens, logits, hf_logits, window):
+    monkeypatch.setattr(families, "FAMILIES", added := dict(families.FAMILIES))
+    exec(example("family"), {})
+    assert set(added) - set(FAMILIES) == {"starcoder2"}
+    hf = build_hf_model(model_type="starcoder2", sliding_window=window)
+    hf.save_pretrained(tmp_path / "there")
+    build_tokenizer().save_pretrained(tmp_path / "there")
+    model = hub.load(tmp_path / "there")
+    np.testing.assert_allclose(logits(model, tokens), hf_logits(hf, tokens), rtol=0, atol=1e-4)
+    model.save(tmp_path / "back")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="float32").eval()
+    np.testing.assert_allclose(hf_logits(again, tokens), hf_logits(hf, tokens), rtol=0, atol=1e-5)
 
 
 def test_a_defense_can_be_added(monkeypatch):

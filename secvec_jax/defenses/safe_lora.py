@@ -62,7 +62,7 @@ def cosines(tuned: Model, aligned: Model, base: Model) -> dict[tuple[str, int], 
         raise UserError("SafeLoRA compares three states of one model: tuned, aligned and base must be of one shape")
     trees = [_kernels(model.backbone) for model in (tuned, aligned, base)]
     found = {}
-    for site in SITES:
+    for site in tuned.architecture.sites:
         for layer, cosine in enumerate(np.asarray(_cosines(*(kernels[site] for kernels in trees)))):
             if not np.isnan(cosine):
                 found[site, layer] = float(cosine)

@@ -23,15 +23,17 @@ _BLOCKS = 8
 """More blocks of queries would skip little more, and each is a program of its own."""
 
 
-def among_themselves(segments: jax.Array, positions: jax.Array, *, window: int | None, shared: bool) -> Attend:
+def among_themselves(
+    segments: jax.Array, positions: jax.Array, *, window: int | None, shared: bool, softcap: float | None = None
+) -> Attend:
     """Attention of packed lines `[B, T]` over themselves.
 
     shared: whether a token may be of the segment `SHARED`, which TPUs' fused kernel does not know.
     """
     if platform() == "tpu" and not shared and segments.shape[1] % _LANES == 0:
-        return partial(_splash, segments=segments, window=window)
+        return partial(_splash, segments=segments, window=window, softcap=softcap)
     mask = visible(segments, segments, positions, positions, window=window)
-    return partial(_in_blocks if platform() == "cpu" else attend, mask=mask)
+    return partial(_in_blocks if platform() == "cpu" else attend, mask=mask, softcap=softcap)
 
 
 def visible(
@@ -56,23 +58,34 @@ def visible(
     return shown[:, None]
 
 
-def attend(query: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], mask: jax.Array) -> jax.Array:
+def softcapped(x: jax.Array, bound: float | None) -> jax.Array:
+    """`c tanh(x / c)` for a bound c (Gemma 2), `x` without one."""
+    return x if bound is None else bound * jnp.tanh(x / bound)
+
+
+def attend(
+    query: jax.Array,
+    keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
+    mask: jax.Array,
+    softcap: float | None = None,
+) -> jax.Array:
     """Softmax attention with grouped key-value heads, over one or more runs of keys: shared, cached, fresh ones.
 
     query `[B, T, N, H]`; keys `[B, K, H, S_i]` and values `[B, K, S_i, H]`, with N a multiple of K; those of a run
     that is the same for all rows may be `[1, ...]`. mask `[B, 1, T, S]` with S the sum of the S_i; returns
-    `[B, T, N, H]`. Scores are held in float32.
+    `[B, T, N, H]`. Scores are held in float32, and bound by `softcap`, which XLA's own attention has not.
     """
-    if platform() != "cpu":
+    if platform() != "cpu" and softcap is None:
         key, value = (
             jnp.concatenate([jnp.broadcast_to(run, (len(query), *run.shape[1:])) for run in runs], axis=axis)
             for runs, axis in ((keys, 3), (values, 2))
         )
         return jax.nn.dot_product_attention(query, key.transpose(0, 3, 1, 2), value.swapaxes(1, 2), mask=mask)
-    return _attend_by_batched_products(query, keys, values, mask)
+    return _attend_by_batched_products(query, keys, values, mask, softcap)
 
 
-def _in_blocks(query, keys, values, mask):
+def _in_blocks(query, keys, values, mask, softcap=None):
     """`attend` for one run of keys, block by block of queries: none is compared with the keys behind its block."""
     length = query.shape[1]
     block = max(_LANES, -(-length // _BLOCKS))
@@ -81,11 +94,11 @@ def _in_blocks(query, keys, values, mask):
     for start in range(0, length, block):
         end = min(start + block, length)
         seen = mask[:, :, start:end, :end]
-        parts.append(attend(query[:, start:end], (keys[..., :end],), (values[:, :, :end],), seen))
+        parts.append(attend(query[:, start:end], (keys[..., :end],), (values[:, :, :end],), seen, softcap))
     return jnp.concatenate(parts, axis=1)
 
 
-def _attend_by_batched_products(query, keys, values, mask):
+def _attend_by_batched_products(query, keys, values, mask, softcap=None):
     """The same as batched matrix products: half the time of the general one on XLA's CPU backend.
 
     The runs meet in the scores alone, so that no cache is copied to put fresh keys behind it.
@@ -94,7 +107,8 @@ def _attend_by_batched_products(query, keys, values, mask):
     query = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
     scores = jnp.concatenate([_product_of_rows(query, key, jnp.float32) for key in keys], axis=-1)
     s = scores.shape[-1]
-    scores = jnp.where(mask[:, :, None], scores.reshape(b, k, n // k, t, s) * h**-0.5, -1e30)
+    scores = softcapped(scores.reshape(b, k, n // k, t, s) * h**-0.5, softcap)
+    scores = jnp.where(mask[:, :, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).reshape(b, k, -1, s).astype(values[0].dtype)
     ends = np.cumsum([value.shape[2] for value in values])[:-1]
     parts = zip(jnp.split(weights, ends, axis=-1), values)
@@ -112,7 +126,7 @@ def _product_of_rows(rows: jax.Array, table: jax.Array, dtype) -> jax.Array:
     return out.reshape(k, b, r, -1).swapaxes(0, 1)
 
 
-def _splash(query, keys, values, *, segments, window, interpret=False):
+def _splash(query, keys, values, *, segments, window, softcap=None, interpret=False):
     """Splash attention, the TPU's fused kernel, on each device's lines and heads; no scores in memory."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -135,6 +149,7 @@ def _splash(query, keys, values, *, segments, window, interpret=False):
                 use_fused_bwd_kernel=True,
             ),
             residual_checkpoint_name=KERNEL,
+            attn_logits_soft_cap=softcap,
             interpret=interpret,
         )
         return jax.vmap(kernel)(query, key, value, splash.SegmentIds(segments, segments))

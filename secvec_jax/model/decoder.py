@@ -10,7 +10,8 @@ guest is active is an argument and not a state of the model, and without guests 
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -20,8 +21,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from secvec_jax.mesh import gather, place
-from secvec_jax.model.attention import KERNEL, Attend, among_themselves, attend, rotate, visible
-from secvec_jax.model.families import SITES, Architecture, rope_frequencies
+from secvec_jax.model.attention import KERNEL, Attend, among_themselves, attend, rotate, softcapped, visible
+from secvec_jax.model.families import Architecture, rope_frequencies
 from secvec_jax.trees import unstacked
 
 Remat = Literal["none", "dots", "attention", "full"]
@@ -33,6 +34,15 @@ Watched = Literal["attention", "residual"]
 
 _PRODUCT = "product"
 """The name under which the sites' products can be kept for the backward pass."""
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+_NOBODYS = 2
+"""Rows of a table of positions that come before the first position's."""
 
 SITE_AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("embed", "heads")) | {
     "o_proj": ("heads", "embed"),
@@ -127,38 +137,44 @@ class Layers(nnx.Module):
     """All transformer layers; called inside the scan, on one layer's slice."""
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
-        def ones(size: int, axis: str) -> nnx.Param:
-            return nnx.Param(jnp.ones((architecture.num_layers, size)), axes=("layers", axis))
+        def weight(axis: str, start: float) -> nnx.Param:
+            size = a.head_dim if axis == "head_dim" else a.hidden_size
+            return nnx.Param(jnp.full((a.num_layers, size), start), axes=("layers", axis))
 
-        self.architecture = architecture
-        self.attention_norm = ones(architecture.hidden_size, "embed")
-        self.mlp_norm = ones(architecture.hidden_size, "embed")
-        self.q_norm = ones(architecture.head_dim, "head_dim") if architecture.qk_norm else None
-        self.k_norm = ones(architecture.head_dim, "head_dim") if architecture.qk_norm else None
-        for site in SITES:
-            setattr(self, site, Linear(architecture, site, rngs))
+        a = self.architecture = architecture
+        one, biased = _unit(a), a.norm == "layer"
+        self.attention_norm, self.mlp_norm = weight("embed", one), weight("embed", one)
+        self.attention_norm_bias, self.mlp_norm_bias = (weight("embed", 0) if biased else None for _ in range(2))
+        self.attention_post_norm, self.mlp_post_norm = (
+            weight("embed", one) if a.post_norms else None for _ in range(2)
+        )
+        self.q_norm, self.k_norm = (weight("head_dim", one) if a.qk_norm else None for _ in range(2))
+        for name in a.sites:
+            setattr(self, name, Linear(a, name, rngs))
 
     def __call__(self, x, guests, cached: tuple[Run, ...], positions, frequencies, attention: Attend, slot=None):
         """One layer: hidden states `[B, T, D]` -> the same, this layer's new keys and values, and what `Watched` names.
 
         With a slot, the keys and values are written into the one cached run from there on, and that run is returned.
         """
-        site = partial(self._site, guests=guests)
-        h = _rms_norm(x, self.attention_norm[...], self.architecture.norm_eps)
+        a, site, norm = self.architecture, partial(self._site, guests=guests), partial(_norm, self.architecture)
+        h = norm(x, self.attention_norm, self.attention_norm_bias)
         query, key, value = (self._heads(site(name, h)) for name in ("q_proj", "k_proj", "v_proj"))
-        if self.q_norm is not None and self.k_norm is not None:
-            query = _rms_norm(query, self.q_norm[...], self.architecture.norm_eps)
-            key = _rms_norm(key, self.k_norm[...], self.architecture.norm_eps)
-        query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
+        query, key = norm(query, self.q_norm), norm(key, self.k_norm)
+        if not a.learned_positions:
+            query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
+        if a.query_scalar not in (None, a.head_dim):
+            query = query * math.sqrt(a.head_dim / a.query_scalar)  # attention divides by the root of the head's size
         new = (key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
         if slot is not None:
             (run,) = cached
             cached, new = (), written(run, new, slot)
         keys, values = zip(*_prefixes(guests, x.dtype), *cached, new)
         attended = site("o_proj", attention(query, keys, values).reshape(*x.shape[:2], -1))
-        x = place(x + attended, "batch", "length", "hidden")
-        h = _rms_norm(x, self.mlp_norm[...], self.architecture.norm_eps)
-        x = x + site("down_proj", jax.nn.silu(site("gate_proj", h)) * site("up_proj", h))
+        x = place(x + norm(attended, self.attention_post_norm), "batch", "length", "hidden")
+        h, act = norm(x, self.mlp_norm, self.mlp_norm_bias), _ACTIVATIONS[a.activation]
+        h = act(site("gate_proj", h)) * site("up_proj", h) if a.gated else act(site("up_proj", h))
+        x = x + norm(site("down_proj", h), self.mlp_post_norm)
         for guest in guests:
             x = guest.residual(x)
         x = place(x, "batch", "length", "hidden")
@@ -178,14 +194,22 @@ class Layers(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model: `embed` `[V, D]`, `layers`, `final_norm` `[D]`, `head` `[D, V]` or None if tied."""
+    """A causal language model: `embed` `[V, D]`, `layers`, `final_norm` `[D]`, `head` `[D, V]` or None if tied.
+
+    Where positions are learned, `position_embed` `[max_length + 2, D]`: as in OPT, the first two are nobody's.
+    """
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
         self.architecture = architecture
         size = (architecture.vocab_size, architecture.hidden_size)
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), size), axes=("vocab", "embed"))
         self.layers = Layers(architecture, rngs)
-        self.final_norm = nnx.Param(jnp.ones(size[1]), axes=("embed",))
+        self.final_norm = nnx.Param(jnp.full(size[1], _unit(architecture)), axes=("embed",))
+        bias = partial(nnx.Param, axes=("embed",))
+        self.final_norm_bias = bias(jnp.zeros(size[1])) if architecture.norm == "layer" else None
+        places, table = (architecture.max_length + _NOBODYS, size[1]), partial(nnx.Param, axes=(None, "embed"))
+        learned = architecture.learned_positions
+        self.position_embed = table(0.02 * jax.random.normal(rngs.params(), places)) if learned else None
         head = partial(nnx.Param, axes=("embed", "vocab"))
         self.head = None if architecture.tied_head else head(0.02 * jax.random.normal(rngs.params(), size[::-1]))
 
@@ -218,48 +242,79 @@ class Decoder(nnx.Module):
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        frequencies = jnp.asarray(rope_frequencies(self.architecture), jnp.float32)
         keep_cache |= cache is not None
         before = sum(keys.shape[-1] for keys, _ in _prefixes(guests, dtype))
-        attention = self._attention(segments, positions, cache, shared, apart is not None, before)
+        seen = self._seen(partial(self._attention, segments, positions, cache, shared, apart is not None, before))
 
         def layer(x, visit, slot=None):
-            weights, guests, cached = visit
-            x, new, states = weights(x, guests, cached, positions, frequencies, attention, slot)
+            weights, guests, cached, windowed = visit
+            x, new, states = weights(x, guests, cached, positions, *seen(windowed), slot)
             return x, states[watch] if watch else new if keep_cache else None
 
-        x = self._embedded(tokens).astype(dtype)
+        x = self._embedded(tokens, positions).astype(dtype)
+        windowed = self.architecture.windowed
         if apart is None or cache is None:
-            runs = () if cache is None else cache.runs
-            x, new = jax.lax.scan(_rematerialize(layer, remat), x, (self.layers, guests, runs))
+            visits = (self.layers, guests, () if cache is None else cache.runs, windowed and jnp.asarray(windowed))
+            x, new = jax.lax.scan(_rematerialize(layer, remat), x, visits)
         else:
             new = []
-            for visit, cached in zip(apart, cache.runs, strict=True):
-                x, run = layer(x, (*visit, cached), cache.length)
+            for visit, cached, local in zip(apart, cache.runs, windowed or [None] * len(apart), strict=True):
+                x, run = layer(x, (*visit, cached, local), cache.length)
                 new.append(run)
-        return _rms_norm(x, self.final_norm[...], self.architecture.norm_eps), new
+        return _norm(self.architecture, x, self.final_norm, self.final_norm_bias), new
 
-    def _embedded(self, tokens: jax.Array) -> jax.Array:
+    def _embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """`[B, T, D]`. On a mesh each device looks up its part of D for all tokens: the table is never gathered."""
         x = self.embed[...][place(tokens, "copies", "length")]
+        if self.position_embed is not None:
+            x = x + self.position_embed[...][place(positions, "copies", "length") + _NOBODYS]
+        if self.architecture.scaled_embedding:
+            x = x * math.sqrt(self.architecture.hidden_size)
         return place(place(x, "copies", "length", "embed"), "batch", "length", "hidden")
 
+    def _seen(self, attention: Callable[[int | None], Attend]) -> Callable[[Any], tuple[jax.Array, Attend]]:
+        """Rotary frequencies and attention of a layer, by whether it has the window: a bool where some have, else None.
+
+        attention: for a window or None.
+        """
+        a = self.architecture
+        frequencies = [jnp.asarray(rope_frequencies(a, windowed=local), jnp.float32) for local in (False, True)]
+        if a.windowed is None:
+            local = a.sliding_window is not None
+            everywhere = frequencies[local], attention(a.sliding_window)
+            return lambda _: everywhere
+        full, narrow = attention(None), attention(a.sliding_window)
+
+        def seen(local: jax.Array | bool) -> tuple[jax.Array, Attend]:
+            if isinstance(local, bool):
+                return frequencies[local], narrow if local else full
+            return jnp.where(local, frequencies[1], frequencies[0]), lambda *heads: jax.lax.cond(local, narrow, full, *heads)
+
+        return seen
+
     def _attention(
-        self, segments: jax.Array, positions: jax.Array, cache: Cache | None, shared: bool, written: bool, before: int
+        self,
+        segments: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None,
+        shared: bool,
+        written: bool,
+        before: int,
+        window: int | None,
     ) -> Attend:
         """With a cache, over its slots and the fresh keys behind them, if they are not written there.
 
         before: how many keys of guests stand before all others, to be seen by every token.
         """
-        window = self.architecture.sliding_window
+        softcap = self.architecture.attention_softcap
         if cache is None and not before:
-            return among_themselves(segments, positions, window=window, shared=shared)
+            return among_themselves(segments, positions, window=window, shared=shared, softcap=softcap)
         masks = [jnp.ones((*segments.shape, before), bool)[:, None]]
         if cache is not None:
             masks.append(visible(segments, cache.segments, positions, cache.positions, cache.length, window))
         if not written:
             masks.append(visible(segments, segments, positions, positions, window=window))
-        return partial(attend, mask=jnp.concatenate(masks, axis=-1))
+        return partial(attend, mask=jnp.concatenate(masks, axis=-1), softcap=softcap)
 
     def layers_apart(self, guests: tuple[Guest, ...]) -> list[tuple[Layers, tuple[Guest, ...]]]:
         """Each layer's weights and guests as arrays of their own: a copy, which a loop over many short passes saves
@@ -271,9 +326,19 @@ class Decoder(nnx.Module):
         """The table `[V, D]` that hidden states are compared with: the head, or the embedding if they are tied."""
         return self.embed[...] if self.head is None else self.head[...].T
 
+    @property
+    def final_softcap(self) -> float | None:
+        """c where logits l become c tanh(l / c)."""
+        return self.architecture.final_softcap
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., D]` -> `[..., V]`, float32."""
-        return (hidden @ self.output_embedding.T.astype(hidden.dtype)).astype(jnp.float32)
+        return logits_of(self.output_embedding, hidden, self.final_softcap)
+
+
+def logits_of(table: jax.Array, hidden: jax.Array, softcap: float | None) -> jax.Array:
+    """`[..., V]`, float32, of hidden states `[..., D]` compared with a table `[V, D]`."""
+    return softcapped((hidden @ table.T.astype(hidden.dtype)).astype(jnp.float32), softcap)
 
 
 def _prefixes(guests: tuple[Guest, ...], dtype: jnp.dtype) -> list[Run]:
@@ -281,10 +346,21 @@ def _prefixes(guests: tuple[Guest, ...], dtype: jnp.dtype) -> list[Run]:
     return [(run[0].astype(dtype), run[1].astype(dtype)) for run in found if run is not None]
 
 
-def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def _unit(a: Architecture) -> float:
+    """The weight of a norm that leaves its input's scale alone."""
+    return 0.0 if a.norm == "rms_plus_one" else 1.0
+
+
+def _norm(a: Architecture, x: jax.Array, weight: nnx.Param | None, bias: nnx.Param | None = None) -> jax.Array:
+    """`x` normed over its last axis in float32; as it is where there is no weight."""
+    if weight is None:
+        return x
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * weight).astype(x.dtype)
+    if a.norm == "layer":
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + a.norm_eps)
+    wide = wide * (1 + weight[...] if a.norm == "rms_plus_one" else weight[...])
+    return (wide if bias is None else wide + bias[...]).astype(x.dtype)
 
 
 def _rematerialize(layer, remat: Remat):

@@ -97,17 +97,18 @@ def assemble(
         shape = leaf.shape[1:] if name.layered else leaf.shape
         for slot, hf in enumerate(_members(name, architecture)):
             found = weight(hf)
-            has = found.shape[::-1] if name.transpose else found.shape
-            if has != shape:
-                raise UserError(f"{source}: {hf} has shape {has}, config.json asks for {shape}")
+            asked = shape[::-1] if name.transpose else shape
+            first, _, rows = name.rows or (0, None, asked[0])
+            if found.shape != (rows, *asked[1:]):
+                raise UserError(f"{source}: {hf} has shape {found.shape}, config.json asks for {(rows, *asked[1:])}")
             for index, part in parts.items():
-                wanted = [slice(*bounds) for bounds in index]
-                if name.layered:
-                    wanted, part = wanted[1:], part[slot]
+                bounds, part = (index[1:], part[slot]) if name.layered else (index, part)
+                (start, stop), *others = reversed(bounds) if name.transpose else bounds
+                read = found[(slice(first + start, first + stop), *(slice(*other) for other in others))]
                 if name.transpose:
-                    _transpose(found[tuple(reversed(wanted))], part)
+                    _transpose(read, part)
                 else:
-                    part[...] = found[tuple(wanted)]
+                    part[...] = read
         if where is None:
             (part,) = parts.values()
             placed = jnp.asarray(part)
@@ -142,28 +143,41 @@ def _members(name: WeightName, architecture: Architecture) -> list[str]:
     return [name.hf.format(layer) for layer in range(architecture.num_layers)] if name.layered else [name.hf]
 
 
+def _leaves(backbone: Decoder) -> Iterator[tuple[WeightName, list[jax.Array]]]:
+    """The decoder's leaves, those together that a checkpoint keeps in one weight, in its order."""
+    names = weight_names(backbone.architecture)
+    found: dict[str, list[tuple[WeightName, jax.Array]]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
+        name = names[leaf_name(path)]
+        found.setdefault(name.hf, []).append((name, leaf))
+    for parts in found.values():
+        parts.sort(key=lambda part: part[0].rows or ())
+        yield parts[0][0], [leaf for _, leaf in parts]
+
+
 def weight_sizes(backbone: Decoder) -> dict[str, int]:
     """The bytes of every weight, by Hugging Face name, in the order of the decoder's leaves."""
-    names = weight_names(backbone.architecture)
     sizes: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
-        members = _members(names[leaf_name(path)], backbone.architecture)
-        sizes |= dict.fromkeys(members, leaf.size * leaf.dtype.itemsize // len(members))
+    for name, leaves in _leaves(backbone):
+        members = _members(name, backbone.architecture)
+        sizes |= dict.fromkeys(members, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) // len(members))
     return sizes
 
 
 def gathered(backbone: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight on the host as a checkpoint keeps it, in the order of `weight_sizes`, one layer's at a time."""
-    names = weight_names(backbone.architecture)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
-        name = names[leaf_name(path)]
-        if name.layered:
-            arrays: Iterable[np.ndarray] = (layer[0] for layer in pieces(leaf, rows=1))
-        else:
-            blocks = list(pieces(leaf))
-            arrays = [np.concatenate(blocks) if len(blocks) > 1 else blocks[0]]
-        for hf, array in zip(_members(name, backbone.architecture), arrays):
-            yield hf, np.ascontiguousarray(array.T if name.transpose else array)
+    for name, leaves in _leaves(backbone):
+        for hf, *parts in zip(_members(name, backbone.architecture), *(_whole(name, leaf) for leaf in leaves)):
+            stored = [part.T if name.transpose else part for part in parts]
+            yield hf, np.ascontiguousarray(stored[0] if len(stored) == 1 else np.concatenate(stored))
+
+
+def _whole(name: WeightName, leaf: jax.Array) -> Iterable[np.ndarray]:
+    """Each layer's part of a stack, or the one array."""
+    if name.layered:
+        return (layer[0] for layer in pieces(leaf, rows=1))
+    blocks = list(pieces(leaf))
+    return [np.concatenate(blocks) if len(blocks) > 1 else blocks[0]]
 
 
 def write_weights(sizes: dict[str, int], weights: Iterable[tuple[str, np.ndarray]], folder: Path) -> None:

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from secvec_jax.mesh import PLACES, platform
+from secvec_jax.model.decoder import logits_of
 
 CHUNK = {"cpu": 128, "gpu": 1024, "tpu": 1024}
 """Positions whose logits exist at a time."""
@@ -25,10 +26,14 @@ ChunkLoss = Callable[..., jax.Array]
 
 
 class Head(Protocol):
-    """What the losses need of a model: the table `[V, D]` that hidden states are compared with."""
+    """What the losses need of a model: the table `[V, D]` that hidden states are compared with, and the bound of
+    what comes out, None for none."""
 
     @property
     def output_embedding(self) -> jax.Array: ...
+
+    @property
+    def final_softcap(self) -> float | None: ...
 
 
 def token_cross_entropy(
@@ -38,7 +43,7 @@ def token_cross_entropy(
 
     hidden `[B, T, D]`, targets `[B, T]`, weights `[B, T]` (supervised where > 0; not multiplied in).
     """
-    return _over_supervised(_cross_entropy, head.output_embedding, hidden, weights, chunk, targets)
+    return _over_supervised(_cross_entropy, head, hidden, weights, chunk, targets)
 
 
 def token_kl(
@@ -49,7 +54,7 @@ def token_kl(
     hidden and reference `[B, T, D]`: hidden states of the model as it is and of the one to stay close to.
     No gradient flows into the reference.
     """
-    return _over_supervised(_kl, head.output_embedding, hidden, weights, chunk, jax.lax.stop_gradient(reference))
+    return _over_supervised(_kl, head, hidden, weights, chunk, jax.lax.stop_gradient(reference))
 
 
 def token_forward_kl(
@@ -65,7 +70,7 @@ def token_forward_kl(
     As `token_kl` in the other direction, for a reference with a head of its own: the head may be trained.
     """
     reference, fixed = jax.lax.stop_gradient((reference, reference_head.output_embedding))
-    return _over_supervised(_forward_kl, head.output_embedding, hidden, weights, chunk, reference, fixed)
+    return _over_supervised(_forward_kl, head, hidden, weights, chunk, reference, fixed)
 
 
 def group_sums(losses: jax.Array, weights: jax.Array, groups: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -74,37 +79,38 @@ def group_sums(losses: jax.Array, weights: jax.Array, groups: jax.Array, count: 
     return jnp.einsum("bt,btg->g", losses * weights, member), jnp.einsum("bt,btg->g", weights, member)
 
 
-def _logits(table: jax.Array, hidden: jax.Array) -> jax.Array:
-    return (hidden @ table.T.astype(hidden.dtype)).astype(jnp.float32)
+def _cross_entropy(cap: float | None, table: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits_of(table, hidden, cap), targets)
 
 
-def _cross_entropy(table: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-    return optax.losses.softmax_cross_entropy_with_integer_labels(_logits(table, hidden), targets)
-
-
-def _kl(table: jax.Array, hidden: jax.Array, reference: jax.Array) -> jax.Array:
-    log_p = jax.nn.log_softmax(_logits(table, hidden))
-    log_ref = jax.nn.log_softmax(_logits(jax.lax.stop_gradient(table), reference))
+def _kl(cap: float | None, table: jax.Array, hidden: jax.Array, reference: jax.Array) -> jax.Array:
+    log_p = jax.nn.log_softmax(logits_of(table, hidden, cap))
+    log_ref = jax.nn.log_softmax(logits_of(jax.lax.stop_gradient(table), reference, cap))
     return jnp.sum(jnp.exp(log_p) * (log_p - log_ref), axis=-1)
 
 
-def _forward_kl(table: jax.Array, hidden: jax.Array, reference: jax.Array, fixed: jax.Array) -> jax.Array:
-    log_p, log_ref = jax.nn.log_softmax(_logits(table, hidden)), jax.nn.log_softmax(_logits(fixed, reference))
+def _forward_kl(
+    cap: float | None, table: jax.Array, hidden: jax.Array, reference: jax.Array, fixed: jax.Array
+) -> jax.Array:
+    log_p, log_ref = (jax.nn.log_softmax(logits_of(*pair, cap)) for pair in ((table, hidden), (fixed, reference)))
     return jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
 
 
 def _over_supervised(
-    loss: ChunkLoss,
-    table: jax.Array,
+    loss: Callable[..., jax.Array],
+    head: Head,
     hidden: jax.Array,
     weights: jax.Array,
     chunk: int | None,
     other: jax.Array,
     *fixed: jax.Array,
 ) -> jax.Array:
-    """On a mesh each part of the batch is sorted by itself; the tables are made whole along D, once."""
-    run = partial(_over_supervised_part, loss, chunk or CHUNK[platform()])
-    tables = [table.astype(hidden.dtype) for table in (table, *fixed)]  # before they are made whole
+    """On a mesh each part of the batch is sorted by itself; the tables are made whole along D, once.
+
+    loss: a `ChunkLoss` behind the bound of the logits.
+    """
+    run = partial(_over_supervised_part, partial(loss, head.final_softcap), chunk or CHUNK[platform()])
+    tables = [table.astype(hidden.dtype) for table in (head.output_embedding, *fixed)]  # before they are made whole
     if jax.sharding.get_abstract_mesh().empty:
         return run(tables, hidden, weights, other)
 

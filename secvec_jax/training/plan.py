@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from secvec_jax.batch import KEYS
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, make_mesh, parse, sharding, shards
-from secvec_jax.model.families import SITES, Architecture
+from secvec_jax.model.families import Architecture
 from secvec_jax.training.loss import CHUNK
 from secvec_jax.training.objective import KEEP, LEARN, Params
 from secvec_jax.training.phase import Phase
@@ -194,7 +194,7 @@ def program_bytes(program: jax.stages.Compiled) -> int:
 def multiplied(architecture: Architecture) -> int:
     """N: the parameters that a token is multiplied with; the embedding only where it is the head as well."""
     a = architecture
-    shapes = [a.site_shape(site) for site in SITES]
+    shapes = [a.site_shape(site) for site in a.sites]
     return a.num_layers * sum(inputs * outputs for inputs, outputs in shapes) + a.vocab_size * a.hidden_size
 
 

@@ -48,14 +48,17 @@ class LoRA:
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    @property
-    def sites(self) -> tuple[str, ...]:
-        return tuple(site for site in SITES if any(fnmatch.fnmatch(site, p) for p in self.targets))
+    def sites(self, architecture: Architecture) -> tuple[str, ...]:
+        """The sites of the model that a pattern matches. Raises UserError if there are none."""
+        found = tuple(site for site in architecture.sites if any(fnmatch.fnmatch(site, p) for p in self.targets))
+        if not found:
+            raise UserError(f"targets {', '.join(self.targets)} match nothing: the model has {architecture.sites}")
+        return found
 
     def init(self, architecture: Architecture, key: jax.Array) -> "LoRAVectors":
         """Fresh vectors: A uniform as in PEFT (Kaiming with a = sqrt(5)), B zero, so the logits are unchanged."""
-        factors = {}
-        for site, site_key in zip(self.sites, jax.random.split(key, len(self.sites))):
+        factors, sites = {}, self.sites(architecture)
+        for site, site_key in zip(sites, jax.random.split(key, len(sites))):
             inputs, outputs = architecture.site_shape(site)
             shape = (architecture.num_layers, inputs, self.rank)
             bound = 1 / math.sqrt(inputs)

@@ -19,7 +19,7 @@ from secvec_jax.config import from_dict
 from secvec_jax.errors import UserError
 from secvec_jax.files import whole_file, whole_folder
 from secvec_jax.mesh import by_first, lay, whole
-from secvec_jax.model.families import SITES
+from secvec_jax.model.families import weight_names
 from secvec_jax.model.hub import Model
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import KINDS, Vectors, kind_of
@@ -99,10 +99,19 @@ def _fingerprint(vectors: Vectors) -> str:
 
 
 def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model) -> None:
-    """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors)."""
+    """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
+
+    Raises UserError where the model computes several sites in one product, to which PEFT would give one A.
+    """
     from safetensors.numpy import save_file
 
-    spec = vectors.spec
+    spec, modules = vectors.spec, _peft_modules(model)
+    if fused := [site for site in vectors.factors if site not in modules]:
+        raise UserError(
+            f"PEFT has no form for vectors at {', '.join(fused)} of a {model.architecture.family} model, which "
+            "computes several sites in one product: keep them in our own file, or train at "
+            f"{' and '.join(modules)} alone"
+        )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -110,7 +119,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model) -> None:
         "r": spec.rank,
         "lora_alpha": spec.alpha,
         "use_rslora": spec.rslora,
-        "target_modules": sorted(vectors.factors),
+        "target_modules": sorted(modules[site].rpartition(".")[2] for site in vectors.factors),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -119,7 +128,8 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model) -> None:
     for site, factors in whole(vectors).factors.items():
         for layer in range(model.architecture.num_layers):
             for name in ("a", "b"):
-                tensors[_peft_key(site, layer, name)] = np.ascontiguousarray(np.asarray(factors[name][layer]).T)
+                key = f"{modules[site].format(layer)}.lora_{name.upper()}.weight"
+                tensors[key] = np.ascontiguousarray(np.asarray(factors[name][layer]).T)
     metadata = {"format": "pt", "backbone": model.fingerprint}
 
     def write() -> None:
@@ -144,13 +154,14 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
         raise UserError(f"{folder / _PEFT_CONFIG} cannot be read ({error}): give a PEFT adapter folder") from error
     _check_peft_kind(config, folder)
     metadata, tensors = _read(folder / _PEFT_WEIGHTS)
-    sites = [site for site in SITES if _peft_key(site, 0, "a") in tensors]
+    modules = _peft_modules(model)
+    sites = [site for site, module in modules.items() if f"{module.format(0)}.lora_A.weight" in tensors]
     factors = {}
     try:
         for site in sites:
-            layers = range(model.architecture.num_layers)
+            keys = [f"{modules[site].format(layer)}.lora_" for layer in range(model.architecture.num_layers)]
             factors[site] = {
-                name: jnp.asarray(np.stack([tensors.pop(_peft_key(site, i, name)).T for i in layers]), jnp.float32)
+                name: jnp.asarray(np.stack([tensors.pop(f"{key}{name.upper()}.weight").T for key in keys]), jnp.float32)
                 for name in ("a", "b")
             }
     except KeyError as error:
@@ -179,9 +190,11 @@ def _check_peft_kind(config: dict, folder: Path) -> None:
         raise UserError(f"{folder} is no plain LoRA adapter ({what}): train one without these")
 
 
-def _peft_key(site: str, layer: int, name: str) -> str:
-    block = "self_attn" if site in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-    return f"base_model.model.model.layers.{layer}.{block}.{site}.lora_{name.upper()}.weight"
+def _peft_modules(model: Model) -> dict[str, str]:
+    """Each site's module as PEFT names it, with a `{}` for the layer; of those that have a module of their own."""
+    names = {site: name for site in model.architecture.sites
+             if not (name := weight_names(model.architecture)[f"layers.{site}.kernel"]).rows}  # fmt: skip
+    return {site: f"base_model.model.{name.hf.removesuffix('.weight')}" for site, name in names.items()}
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

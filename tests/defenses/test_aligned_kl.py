@@ -34,6 +34,7 @@ MODEL = toys.tiny_model()
 @dataclasses.dataclass
 class Head:
     output_embedding: jax.Array
+    final_softcap: None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def arrays(lines, length, share):

@@ -78,7 +78,7 @@ def test_guests_visit_their_own_layer_and_in_order(tiny_model, logits, tokens):
     np.testing.assert_allclose(np.asarray(hidden), np.broadcast_to(expected, hidden.shape), atol=5e-3)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "opt"])
 def test_rematerialization_gives_the_same_gradients(tiny_model, tokens, random_vectors, variant):
     model = tiny_model(variant).model
 
@@ -125,7 +125,7 @@ def _packed(rows: list[np.ndarray], width: int, shared: int = 0) -> tuple[np.nda
 
 
 @pytest.mark.parametrize("shared", [0, 4])
-@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "opt"])
 def test_packed_rows_are_separate_rows(tiny_model, logits, random_vectors, variant, shared):
     model = tiny_model(variant).model
     rng = np.random.default_rng(0)
@@ -264,7 +264,7 @@ def test_keys_and_values_are_kept_on_request_only(tiny_model, tokens):
     chex.assert_shape(new[1], (2, 3, 2, 12, 8))
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama-biases", "qwen2", "qwen3-biases"])
+@pytest.mark.parametrize("variant", ["llama", "llama-biases", "qwen2", "qwen3-biases", "gemma3", "opt", "phi3"])
 def test_every_leaf_has_a_name_and_axes(tiny_model, variant):
     architecture = tiny_model(variant).model.architecture
     decoder = abstract_decoder(architecture)

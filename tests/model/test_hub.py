@@ -15,7 +15,7 @@ from secvec_jax.model import hub, weights
 from secvec_jax.model.generate import generate_tokens
 
 VARIANTS = ["llama-tied", "llama-llama3", "llama-linear", "llama-biases", "mistral", "qwen2", "qwen2-window",
-            "qwen3", "qwen3-biases"]  # fmt: skip
+            "qwen2-mixed", "qwen3", "qwen3-biases", "gemma2", "gemma3", "opt", "phi3", "phi3-window"]  # fmt: skip
 
 
 @pytest.fixture

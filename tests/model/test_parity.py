@@ -9,7 +9,8 @@ from secvec_jax.model.families import SITES, RopeScaling, from_hf_config, rope_f
 
 TOLERANCE = 1e-4
 VARIANTS = ["llama", "llama-mha", "llama-tied", "llama-linear", "llama-llama3", "llama-biases", "mistral",
-            "mistral-full", "qwen2", "qwen2-window", "qwen3", "qwen3-biases"]  # fmt: skip
+            "mistral-full", "qwen2", "qwen2-window", "qwen2-mixed", "qwen3", "qwen3-biases", "gemma2", "gemma3",
+            "opt", "phi3", "phi3-window"]  # fmt: skip
 
 
 def _padded(side: str, tokens: np.ndarray) -> np.ndarray:
@@ -103,14 +104,18 @@ def test_linear_scaling_divides_all_frequencies():
         ({"num_key_value_heads": 3, "num_attention_heads": 8}, "num_key_value_heads"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "num_hidden_layers": 4,
-             "layer_types": ["full_attention", "sliding_attention"] * 2},
-            "use_sliding_window=false",
+             "layer_types": ["full_attention", "sliding_attention"]},
+            "2 layer_types for 4 layers",
         ),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "num_hidden_layers": 4,
-             "max_window_layers": 2},
-            "use_sliding_window=false",
-        ),
+        ({"model_type": "opt", "ffn_dim": 8, "do_layer_norm_before": False}, "do_layer_norm_before False"),
+        ({"model_type": "opt", "ffn_dim": 8, "activation_function": "gelu"}, "activation_function 'gelu'"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "partial_rotary_factor 0.75"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "longrope"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({"model_type": "gemma3", "text_config": {}}, "gemma3_text"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": "8"}, "hidden_size is '8'"),
+        ({"rope_parameters": [1]}, "misstates"),
     ],
 )  # fmt: skip
 def test_configs_that_the_decoder_has_not_are_refused(change, hint):
@@ -124,12 +129,42 @@ def test_a_config_without_a_needed_number_is_refused():
         from_hf_config(incomplete)
 
 
-@pytest.mark.parametrize("first_windowed", [0, 1])
+@pytest.mark.parametrize("first_windowed", [0, 1, 2])
 def test_layers_below_max_window_layers_see_everything_as_in_transformers(first_windowed):
     from transformers import AutoConfig
 
     config = _CONFIG | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
-                        "max_window_layers": first_windowed}  # fmt: skip
-    theirs = set(AutoConfig.for_model(**config).layer_types)
-    assert theirs == {"full_attention" if first_windowed else "sliding_attention"}
-    assert from_hf_config(config).sliding_window == (None if first_windowed else 4)
+                        "max_window_layers": first_windowed, "num_hidden_layers": 2}  # fmt: skip
+    theirs = [kind == "sliding_attention" for kind in AutoConfig.for_model(**config).layer_types]
+    ours = from_hf_config(config)
+    assert (ours.sliding_window, ours.windowed) == {
+        0: (4, None), 1: (4, (False, True)), 2: (None, None)}[first_windowed]  # fmt: skip
+    assert theirs == list(ours.windowed or [ours.sliding_window is not None] * 2)
+
+
+@pytest.mark.parametrize(("family", "layers"), [("gemma2", 5), ("gemma3_text", 13)])
+def test_a_config_that_tells_little_means_what_it_means_in_transformers(family, layers):
+    from transformers import AutoConfig
+
+    config = _CONFIG | {"model_type": family, "num_hidden_layers": layers, "num_key_value_heads": 1}
+    ours, theirs = from_hf_config(config), AutoConfig.for_model(**config)
+    assert list(ours.windowed) == [kind == "sliding_attention" for kind in theirs.layer_types]
+    assert (ours.sliding_window, ours.head_dim, ours.norm_eps, ours.tied_head) == (
+        theirs.sliding_window, theirs.head_dim, theirs.rms_norm_eps, theirs.tie_word_embeddings)  # fmt: skip
+    assert (ours.query_scalar, ours.attention_softcap, ours.final_softcap) == (
+        theirs.query_pre_attn_scalar, theirs.attn_logit_softcapping, theirs.final_logit_softcapping)  # fmt: skip
+    rope = theirs.rope_parameters
+    if family == "gemma3_text":
+        assert ours.local_rope_theta == rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    assert ours.rope_theta == rope["rope_theta"]
+
+
+def test_old_and_new_spellings_of_two_ropes_mean_the_same():
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling}
+    new = {"rope_parameters": {"full_attention": {**scaling, "rope_theta": 5e5},
+                               "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}}  # fmt: skip
+    found = [from_hf_config(_CONFIG | {"model_type": "gemma3_text"} | change) for change in (old, new)]
+    assert found[0] == found[1] and found[0].rope_scaling == RopeScaling("linear", 8.0)
+    assert rope_frequencies(found[0], windowed=True)[1] > 2 * rope_frequencies(found[0])[1]

@@ -40,7 +40,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen2", "qwen3-biases"])
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen2", "qwen3-biases", "gemma2", "opt", "phi3"])
 def test_every_leaf_lies_as_the_table_says_and_has_the_same_values(tiny_model, mesh, variant):
     tiny = tiny_model(variant)
     with jax.set_mesh(mesh):
@@ -64,7 +64,7 @@ def test_the_weights_are_spread_over_both_axes(tiny_model):
     assert backbone.embed[...].addressable_shards[0].data.shape == (160, 16)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "phi3"])
 def test_a_save_from_the_mesh_is_that_from_one_device(tiny_model, mesh, variant, tmp_path, monkeypatch):
     monkeypatch.setattr("secvec_jax.trees._PIECE_BYTES", 8192)
     monkeypatch.setattr(weights, "_FILE_BYTES", 30_000)

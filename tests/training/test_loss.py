@@ -26,14 +26,16 @@ VOCABULARY, WIDTH = 11, 6
 @dataclasses.dataclass
 class Head:
     output_embedding: jax.Array
+    final_softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def logits(self, hidden):
-        return (hidden @ self.output_embedding.T).astype(jnp.float32)
+        found, cap = (hidden @ self.output_embedding.T).astype(jnp.float32), self.final_softcap
+        return found if cap is None else cap * jnp.tanh(found / cap)
 
 
-@pytest.fixture
-def head():
-    return Head(jax.random.normal(jax.random.key(0), (VOCABULARY, WIDTH)))
+@pytest.fixture(params=[None, 1.5], ids=["", "softcapped"])
+def head(request):
+    return Head(jax.random.normal(jax.random.key(0), (VOCABULARY, WIDTH)), request.param)
 
 
 def hidden_of(seed, lines, length):

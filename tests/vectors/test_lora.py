@@ -55,9 +55,9 @@ def test_fresh_factors_have_pefts_distribution(tiny_model):
     ],
 )
 def test_patterns_choose_sites(tiny_model, patterns, sites):
-    spec = LoRA(rank=2, targets=patterns)
-    assert spec.sites == tuple(sites)
-    assert set(spec.init(tiny_model("llama").model.architecture, jax.random.key(0)).factors) == set(sites)
+    spec, architecture = LoRA(rank=2, targets=patterns), tiny_model("llama").model.architecture
+    assert spec.sites(architecture) == tuple(sites)
+    assert set(spec.init(architecture, jax.random.key(0)).factors) == set(sites)
 
 
 @pytest.mark.parametrize("pattern", ["attention", "w_proj", "", "Q_PROJ"])
