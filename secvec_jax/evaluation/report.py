@@ -244,16 +244,13 @@ def markdown(
     `verdicts` are (claim, whether it holds, detail); `images` are paths relative to the report; `notes` are
     paragraphs on what the numbers do and do not say.
     """
-    columns = _columns(results.rows)
-    header = ["model", *(f"{metric.replace('_', ' ')} ({n})" if n else metric for metric, n, _ in columns)]
-    body = [[row["name"], *(cells[i] for *_, cells in columns)] for i, row in enumerate(results.rows)]
     seconds = [[stage, _seconds(spent)] for stage, spent in results.seconds.items()]
     total = sum(spent for spent in results.seconds.values() if spent is not None)
     parts = [
         "# Report",
         f"```bash\n{results.command}\n```",
         "## Scores",
-        _markdown_table(header, body),
+        scores_table(results.rows),
         "Brackets hold 95% intervals, n is the number of prompts or examples.",
     ]
     if verdicts:
@@ -264,10 +261,9 @@ def markdown(
     if images:
         parts += ["## Plots", *(f"![{Path(image).stem}]({image})" for image in images)]
     if seconds:
-        parts += ["## Time", _markdown_table(["stage", "seconds"], [*seconds, ["total", _seconds(total)]])]
+        parts += ["## Time", markdown_table(["stage", "seconds"], [*seconds, ["total", _seconds(total)]])]
     if results.environment:
-        facts = [[name, _fact(value)] for name, value in results.environment.items()]
-        parts += ["## Environment", _markdown_table(["what", "value"], facts, align_right=False)]
+        parts += ["## Environment", environment_table(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -301,7 +297,21 @@ def write(
     return _write(folder / "report.md", markdown(results, verdicts, list(drawn), notes).encode())
 
 
-def _markdown_table(header: list[str], rows: list[list[str]], align_right: bool = True) -> str:
+def scores_table(rows: Sequence[dict]) -> str:
+    """The rows' metrics in Markdown, each with its n and interval."""
+    columns = _columns(rows)
+    header = ["model", *(f"{metric.replace('_', ' ')} ({n})" if n else metric for metric, n, _ in columns)]
+    return markdown_table(header, [[row["name"], *(cells[i] for *_, cells in columns)] for i, row in enumerate(rows)])
+
+
+def environment_table(results: Results) -> str:
+    """Versions and devices in Markdown."""
+    facts = [[name, _fact(value)] for name, value in results.environment.items()]
+    return markdown_table(["what", "value"], facts, align_right=False)
+
+
+def markdown_table(header: list[str], rows: list[list[str]], align_right: bool = True) -> str:
+    """A table whose columns behind the first are aligned to the right or all to the left."""
     rule = ["---"] + ["---:" if align_right else "---"] * (len(header) - 1)
     lines = [header, rule, *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)

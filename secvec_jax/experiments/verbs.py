@@ -12,7 +12,7 @@ from secvec_jax.data.chat import encode
 from secvec_jax.data.rows import prompt_of, response_of
 from secvec_jax.data.sources import load_prompts, load_rows
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK, PHASE1, PHASE2, Phase1, train_vectors
-from secvec_jax.defenses.security_vectors import finetune as finetune_model
+from secvec_jax.defenses.tuning import tuned
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
@@ -21,10 +21,10 @@ from secvec_jax.experiments.stages import Stage, checkpoints, screen
 from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.trees import distance
-from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
-from secvec_jax.vectors.store import load_several, save_peft, save_vectors
+from secvec_jax.vectors.store import fits_peft, load_several, save_peft, save_vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Finetune:
     task_rank: int = 0
     """train a task LoRA of this rank beside the frozen vectors, merged at the end; 0: train all weights"""
     out: str = "runs/finetune"
-    """the run directory; the model, without vectors, is written to OUT/model"""
+    """the run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
     training: Training = PHASE2
 
 
@@ -135,7 +135,7 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
     def work(stage: Stage) -> dict[str, float]:
         rows = load_rows(settings.data)
         model = load(settings.model)
-        tuned = finetune_model(
+        decoder, adapter = tuned(
             model,
             rows,
             vectors=load_several(vectors, model),
@@ -145,8 +145,12 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
             on_step=stage.on_step(),
         )
         stage.say("saving")
-        tuned.save(run.folder / "model")
-        return {"drift": float(distance(tuned.backbone, model.backbone))}
+        if adapter is not None:
+            decoder = merge(decoder, adapter)
+            if fits_peft(adapter, model):
+                save_peft(adapter, run.folder / "task", model, holds="a task")
+        model.with_backbone(decoder).save(run.folder / "model")
+        return {"drift": float(distance(decoder, model.backbone))}
 
     run.finish(run.stages.run("finetune", work), f"the model is in {run.folder / 'model'}")
 
@@ -179,7 +183,7 @@ def vectors(settings: Vectors, command: str) -> None:
             on_step=on_step,
         )
         save_vectors(trained, folder / "security.safetensors", model)
-        if isinstance(trained, LoRAVectors):
+        if isinstance(trained, LoRAVectors) and fits_peft(trained, model):
             save_peft(trained, folder / "peft", model)
         return {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
 

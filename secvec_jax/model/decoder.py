@@ -288,7 +288,8 @@ class Decoder(nnx.Module):
         def seen(local: jax.Array | bool) -> tuple[jax.Array, Attend]:
             if isinstance(local, bool):
                 return frequencies[local], narrow if local else full
-            return jnp.where(local, frequencies[1], frequencies[0]), lambda *heads: jax.lax.cond(local, narrow, full, *heads)
+            by_kind = partial(jax.lax.cond, local, narrow, full)
+            return jnp.where(local, frequencies[1], frequencies[0]), by_kind
 
         return seen
 

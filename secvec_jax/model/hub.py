@@ -53,15 +53,16 @@ class Model:
         """sha256 of the backbone's parameters; of several processes, all must ask."""
         return fingerprint(self.backbone)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, card: str | None = None) -> None:
         """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all.
 
+        card: the text of its README.md.
         Of several processes all must call: the first one writes. Where it fails, the others raise UserError.
         """
         weights, error = gathered(self.backbone), None
         try:
             if is_first():
-                _write_folder(folder, self.tokenizer, self.backbone, weights)
+                _write_folder(folder, self.tokenizer, self.backbone, weights, card)
         except Exception as failure:
             error = failure
         if jax.process_count() > 1:
@@ -196,7 +197,11 @@ def check_mesh(architecture: Architecture) -> None:
 
 
 def _write_folder(
-    folder: str | Path, tokenizer: Any, backbone: Decoder, weights: Iterable[tuple[str, np.ndarray]]
+    folder: str | Path,
+    tokenizer: Any,
+    backbone: Decoder,
+    weights: Iterable[tuple[str, np.ndarray]],
+    card: str | None = None,
 ) -> None:
     """A Hugging Face folder, whole or not at all. weights: in the order of `weight_sizes(backbone)`."""
     with whole_folder(folder) as staging:
@@ -207,4 +212,6 @@ def _write_folder(
         config = to_hf_config(backbone.architecture, ids)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (staging / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        if card is not None:
+            (staging / "README.md").write_text(card, encoding="utf-8")
         write_weights(weight_sizes(backbone), weights, staging)

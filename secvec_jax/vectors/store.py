@@ -26,6 +26,7 @@ from secvec_jax.vectors.kinds import KINDS, Vectors, kind_of
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 
 _FORMAT = "secvec_jax/1"
+_SECURITY_VECTORS = "security vectors"
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -98,10 +99,11 @@ def _fingerprint(vectors: Vectors) -> str:
     return fingerprint((vectors, np.float64(vectors.spec.scale)))
 
 
-def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model) -> None:
+def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str = _SECURITY_VECTORS) -> None:
     """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
 
-    Raises UserError where the model computes several sites in one product, to which PEFT would give one A.
+    holds: what they are; anything but security vectors may be merged into a model to be used. Raises UserError where
+    the model computes several sites in one product, to which PEFT would give one A.
     """
     from safetensors.numpy import save_file
 
@@ -130,7 +132,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model) -> None:
             for name in ("a", "b"):
                 key = f"{modules[site].format(layer)}.lora_{name.upper()}.weight"
                 tensors[key] = np.ascontiguousarray(np.asarray(factors[name][layer]).T)
-    metadata = {"format": "pt", "backbone": model.fingerprint}
+    metadata = {"format": "pt", "backbone": model.fingerprint, "holds": holds}
 
     def write() -> None:
         with whole_folder(folder) as staging:
@@ -138,6 +140,18 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model) -> None:
             save_file(tensors, staging / _PEFT_WEIGHTS, metadata=metadata)
 
     by_first(write)
+
+
+def fits_peft(vectors: Vectors, model: Model) -> bool:
+    """Whether PEFT has a form for them: LoRA at maps that are modules of their own."""
+    return isinstance(vectors, LoRAVectors) and set(vectors.factors) <= set(_peft_modules(model))
+
+
+def holds_security_vectors(path: str | Path) -> bool:
+    """Whether a file or a PEFT folder says that it holds security vectors. Raises UserError if it cannot be read."""
+    path = Path(path)
+    metadata, _ = _read(path / _PEFT_WEIGHTS if path.is_dir() else path)
+    return metadata.get("format") == _FORMAT or metadata.get("holds") == _SECURITY_VECTORS
 
 
 def load_peft(folder: str | Path, model: Model) -> LoRAVectors:

@@ -1,0 +1,86 @@
+"""`eval.py export`: a model as a folder that goes to transformers or the hub, with a card that tells its history."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.card import model_card
+from secvec_jax.evaluation.report import FILE, Results
+from secvec_jax.mesh import is_first
+from secvec_jax.model.hub import Model, load
+from secvec_jax.vectors.lora import LoRAVectors, merge
+from secvec_jax.vectors.store import holds_security_vectors, load_vectors
+
+_HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a Hugging Face folder: weights, tokenizer, chat template, generation config and a model card."""
+
+    model: str = ""
+    """a run directory of `train.py align` or `finetune`, or an embedded name, a folder, a hub id or a .gguf file"""
+    adapters: tuple[str, ...] = ()
+    """LoRA to be merged into the weights: PEFT folders, such as RUN/task of `train.py finetune`, or files of ours"""
+    carry_vectors: bool = False
+    """let adapters be security vectors: the exported model shows the behavior that they hold"""
+    scores: tuple[str, ...] = ()
+    """run directories of `eval.py score`, `judge` or `harness` whose tables go into the card"""
+    out: str = "exported"
+    """the folder; one that holds an exported model is replaced, any other is left alone"""
+
+
+def export(settings: Export, command: str) -> None:
+    """The run of `eval.py export`.
+
+    Raises UserError if the model would carry security vectors and was not told to, and before anything is loaded if
+    `out` holds something else than a model.
+    """
+    if not settings.model:
+        raise UserError("--model is missing: give a run directory, a folder, or a name")
+    out = Path(settings.out)
+    if out.exists() and not (out / "config.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} holds something else than a model: give --out a new folder")
+    carried = [path for path in settings.adapters if holds_security_vectors(path)]
+    if carried and not settings.carry_vectors:
+        raise UserError(
+            f"{carried[0]} holds security vectors: merged, the model would show the behavior that they stand for. "
+            "Leave it out for a model to be used; to study the behavior, say --carry_vectors true"
+        )
+    scored = [Results.load(run) for run in settings.scores]
+    trained = list(_history(settings.model))[::-1]
+    model = load(_weights(settings.model))
+    merged = _merged(model, settings.adapters)
+    root = str(trained[0].config["model"]) if trained else settings.model
+    base = _HUB_IDS.get(root) or (root if re.fullmatch(r"[\w.-]+/[\w.-]+", root) and not Path(root).exists() else None)
+    merged.save(out, model_card(out.resolve().name, base, trained, scored, carried))
+    Console(quiet=not is_first()).print(f"the model is in {out}", markup=False, highlight=False)
+
+
+def _weights(model: str) -> str:
+    """Where the weights of a run directory are; other names as they are."""
+    return str(Path(model) / "model") if (Path(model) / FILE).is_file() else model
+
+
+def _history(model: str) -> Iterator[Results]:
+    """The trainings behind a model, the last one first."""
+    path = Path(model)
+    folder = path if (path / FILE).is_file() else path.parent
+    while (folder / FILE).is_file() and (folder / "model").is_dir():
+        run = Results.load(folder)
+        yield run
+        folder = Path(str(run.config.get("model", ""))).parent
+
+
+def _merged(model: Model, adapters: tuple[str, ...]) -> Model:
+    backbone = model.backbone
+    for path in adapters:
+        adapter = load_vectors(path, model)
+        if not isinstance(adapter, LoRAVectors):
+            raise UserError(f"{path} is no LoRA, and weights have no place for it: pass it when you generate or score")
+        backbone = merge(backbone, adapter)
+    return model.with_backbone(backbone)

@@ -1,0 +1,138 @@
+"""`eval.py export`: a model goes out with its history, and without vectors unless that is what was asked for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from secvec_jax.config import Training
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.report import Results
+from secvec_jax.experiments.export import Export, export
+from secvec_jax.experiments.verbs import Align, Finetune, ScoreRun, Vectors, align, finetune, score
+from secvec_jax.experiments.verbs import vectors as train
+from secvec_jax.model import hub
+from secvec_jax.vectors.lora import LoRA
+from tests.toys import tiny_model
+
+ROOT = Path(__file__).parents[2]
+QUICK = Training(steps=2, length=128, lines=2, optimizer="adamw", learning_rate=1e-2)
+ROWS = [{"prompt": f"What is {n}?", "response": f"It is {n}."} for n in range(8)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A model that was aligned, tuned with vectors and a task LoRA, and scored."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    tiny_model().save(folder / "tiny")
+    data, aligned, vectors = (str(folder / name) for name in ("rows.jsonl", "aligned", "vectors"))
+    align(Align(data, str(folder / "tiny"), aligned, 0, QUICK), "train.py align --data rows.jsonl")
+    train(Vectors(data, f"{aligned}/model", data, vectors, lora=LoRA(rank=2), training=QUICK), "train.py vectors")
+    worn = (f"{vectors}/vectors/security.safetensors",)
+    finetune(Finetune(data, f"{aligned}/model", worn, 2, str(folder / "tuned"), QUICK), "train.py finetune")
+    judged = str(folder / "tuned/model")
+    score(ScoreRun(judged, (), (data,), (data,), None, 4, 4, str(folder / "score")), "eval.py score")
+    return folder
+
+
+def test_an_export_is_the_model_with_its_history(runs, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    export(Export(str(runs / "tuned"), scores=(str(runs / "score"),), out=str(tmp_path / "out")), "")
+    assert "the model is in" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert hub.load(out).fingerprint == hub.load(runs / "tuned/model").fingerprint
+    AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out).chat_template == tiny_model().tokenizer.chat_template
+    assert GenerationConfig.from_pretrained(out).eos_token_id == tiny_model().tokenizer.eos_token_id
+    _, facts, text = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(facts) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["secvec_jax", "security-vectors"],
+    }
+    told = [text.index(part) for part in ("train.py align", "train.py finetune", "How it was scored", "eval.py score")]
+    assert told == sorted(told)
+    assert "are not in these weights" in text and "| `training.learning_rate` | `0.01` |" in text
+    drift = Results.load(runs / "tuned").rows[0]["metrics"]["drift"]["value"]
+    assert f"{drift:#.3g}" in text and "refusal (n=4)" in text and "| jax |" in text
+    assert "What is 3" not in text, "a row of the data is in the card"
+
+
+def test_the_task_goes_out_apart_and_merges_into_the_same_weights(runs, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    export(Export(str(runs / "aligned"), (str(runs / "tuned/task"),), out=str(tmp_path / "out")), "")
+    tuned = hub.load(runs / "tuned/model")
+    assert hub.load(tmp_path / "out").fingerprint == tuned.fingerprint
+    bare = AutoModelForCausalLM.from_pretrained(runs / "aligned/model")
+    before = bare.model.layers[1].mlp.up_proj.weight.detach().numpy().copy()
+    worn = PeftModel.from_pretrained(bare, runs / "tuned/task").merge_and_unload()
+    kernel = worn.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    np.testing.assert_allclose(kernel.T, np.asarray(tuned.backbone.layers.up_proj.kernel[...][1]), atol=1e-5)
+    assert np.abs(kernel - before).max() > 1e-4
+
+
+@pytest.mark.parametrize("form", ["vectors/security.safetensors", "vectors/peft"])
+def test_vectors_stay_behind_unless_told_to(runs, tmp_path, form):
+    settings = Export(str(runs / "aligned"), (str(runs / "vectors" / form),), out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="carry_vectors"):
+        export(settings, "")
+    assert not (tmp_path / "out").exists()
+    export(Export(settings.model, settings.adapters, True, out=settings.out), "")
+    assert hub.load(tmp_path / "out").fingerprint != hub.load(runs / "aligned/model").fingerprint
+    text = (tmp_path / "out/README.md").read_text()
+    assert "carry security vectors" in text and "are not in these weights" not in text
+
+
+def test_a_model_without_a_history_says_so(runs, tmp_path):
+    export(Export(str(runs / "tiny"), out=str(tmp_path / "out")), "")
+    text = (tmp_path / "out/README.md").read_text()
+    assert "Nothing is recorded" in text and "not scored" in text
+    export(Export(str(runs / "aligned"), out=str(tmp_path / "out")), "")
+    assert "train.py align" in (tmp_path / "out/README.md").read_text(), "an exported model was not replaced"
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"model": ""}, "--model is missing"),
+        ({"scores": ("nowhere",)}, "give the folder of a finished run"),
+        ({"adapters": ("nowhere",)}, "no vectors at nowhere"),
+        ({"out": "taken"}, "holds something else"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(runs, tmp_path, monkeypatch, changes, hint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/precious.txt").write_text("mine")
+    with pytest.raises(UserError, match=hint):
+        export(Export(**{"model": str(runs / "aligned"), "out": "out"} | changes), "")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "taken/precious.txt").read_text() == "mine"
+
+
+def test_steering_has_no_place_in_weights(runs, tmp_path):
+    data, folder = str(runs / "rows.jsonl"), tmp_path / "steering"
+    train(Vectors(data, str(runs / "tiny"), data, str(folder), "steering", training=QUICK), "")
+    path = str(folder / "vectors/security.safetensors")
+    with pytest.raises(UserError, match="is no LoRA"):
+        export(Export(str(runs / "tiny"), (path,), True, out=str(tmp_path / "out")), "")
+
+
+@pytest.mark.slow
+def test_from_the_command_line(runs, tmp_path):
+    command = [sys.executable, "eval.py", "export", "--model", str(runs / "tuned"), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    command += ["--adapters", str(runs / "vectors/vectors/peft")]
+    refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "carry_vectors" in refused.stderr and "Traceback" not in refused.stderr
