@@ -114,6 +114,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
             return None
         return _typed(next(option for option in options if option is not type(None)), value, where)
     if origin in (tuple, list):
+        if isinstance(value, str) and options[0] is str:
+            value = [value]
         if not isinstance(value, list | tuple):
             raise UserError(f"{where} is {value!r}: give a list")
         return origin(_typed(options[0], item, where) for item in value)

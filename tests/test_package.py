@@ -17,7 +17,9 @@ def requirements(file: str) -> list[str]:
 
 def test_the_tests_install_what_the_extras_name():
     extras = PROJECT["optional-dependencies"]
-    assert sorted(requirements("tests/requirements.txt")) == sorted(extras["test"] + extras["harness"] + extras["docs"])
+    assert sorted(requirements("tests/requirements.txt")) == sorted(
+        extras["test"] + extras["harness"] + extras["wandb"] + extras["docs"]
+    )
 
 
 def test_every_requirement_is_installed():

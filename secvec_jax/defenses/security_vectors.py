@@ -27,6 +27,7 @@ from secvec_jax.defenses.tuning import PHASE2, How, forward_settings, stream_of,
 from secvec_jax.errors import UserError
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.meter import metered
 from secvec_jax.training.objective import KEEP, LEARN, Objective, Params, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
@@ -111,6 +112,7 @@ def train_vectors(
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, vectors=vectors)
     phase, method = phase1_method(params, phase1, training, steps)
+    method = metered(method, model.architecture, full=False)
     trained = fit(
         params,
         phase,

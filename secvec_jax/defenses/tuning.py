@@ -26,6 +26,7 @@ from secvec_jax.mesh import platform
 from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.meter import metered
 from secvec_jax.training.objective import LEARN, Objective, Params, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
@@ -93,6 +94,7 @@ def tuned(
         task = task.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, task, vectors, anchor)
     phase, method = phase2_method(params, streams[LEARN].groups, training, steps, move)
+    method = metered(method, model.architecture, full=task is None)
     trained = fit(
         params,
         phase,

@@ -1,21 +1,31 @@
 """Stages of a run: each done once, timed, shown as a progress bar, and skipped when the run is started again."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from secvec_jax import config
 from secvec_jax.config import Training
+from secvec_jax.experiments.trackers import Tracker
 from secvec_jax.files import whole_file
 from secvec_jax.mesh import agree, by_first, is_first
 from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.meter import Pace
 
 
 class Stages:
@@ -54,7 +64,7 @@ class Stages:
         self.console.print(f"{name}: {self.seconds[name]:.0f} s")
         return result
 
-    @contextmanager
+    @contextlib.contextmanager
     def show(self, name: str) -> Iterator["Stage"]:
         """A stage at work, neither timed nor kept."""
         columns = (
@@ -63,29 +73,41 @@ class Stages:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            yield Stage(name, self.folder / "metrics.jsonl", progress)
+        tracker = Tracker(self.folder, name)
+        with contextlib.closing(tracker), Progress(*columns, console=self.console, transient=True) as progress:
+            yield Stage(name, tracker, progress)
+
+
+_LINE_EVERY = 30.0
+"""Seconds between two lines on how far a stage is, where there is no terminal for a bar."""
 
 
 class Stage:
     """One stage at work: its bar, and the log of its steps."""
 
-    def __init__(self, name: str, log: Path, progress: Progress):
-        self.name, self._log, self._progress = name, log, progress
+    def __init__(self, name: str, tracker: Tracker, progress: Progress):
+        self.name, self._tracker, self._progress = name, tracker, progress
         self._task = progress.add_task(name, total=None, note="")
 
     def on_step(self) -> Callable[[int, int, dict[str, float]], None]:
-        """A callback for `fit` that moves the bar and writes a line of metrics.jsonl."""
+        """A callback for `fit` that moves the bar, or prints a line now and then where there is no terminal, and logs
+        the step (see `Tracker`)."""
+        pace, told = Pace(), time.monotonic()
 
         def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
-            note = "  ".join(f"{key.removeprefix('loss/')} {metrics[key]:.3f}" for key in sorted(metrics)
-                             if key.startswith("loss/") or key == "kl")  # fmt: skip
+            nonlocal told
+            going = pace.of(metrics)
+            note = _note(metrics, going)
             self._progress.update(self._task, completed=step, total=total, note=note)
+            console = self._progress.console
+            if not console.is_terminal and (step == total or time.monotonic() - told > _LINE_EVERY):
+                told = time.monotonic()
+                console.print(f"{self.name}: {step}/{total}  {note}", markup=False, highlight=False)
             if is_first():
-                with self._log.open("a") as file:
-                    file.write(json.dumps({"stage": self.name, "step": step} | metrics) + "\n")
+                self._tracker.log(step, metrics, going)
 
         return on_step
 
@@ -105,6 +127,16 @@ class Stage:
     def say(self, what: str) -> None:
         """Show what is being done."""
         self._progress.update(self._task, description=f"{self.name}: {what}")
+
+
+def _note(metrics: dict[str, float], pace: dict[str, float]) -> str:
+    parts = [f"{key.removeprefix('loss/')} {metrics[key]:.3f}" for key in sorted(metrics)
+             if key.startswith("loss/") or key == "kl"]  # fmt: skip
+    if "tokens_per_second" in pace:
+        parts.append(f"{pace['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in pace:
+        parts.append(f"{100 * pace['mfu']:.1f}% MFU")
+    return "  ".join(parts)
 
 
 def write(path: Path, text: str) -> None:

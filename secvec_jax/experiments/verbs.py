@@ -9,7 +9,7 @@ from typing import Any, Literal
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import encode
-from secvec_jax.data.rows import prompt_of, response_of
+from secvec_jax.data.rows import Row, prompt_of, response_of
 from secvec_jax.data.sources import load_prompts, load_rows
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK, PHASE1, PHASE2, Phase1, train_vectors
 from secvec_jax.defenses.tuning import tuned
@@ -31,8 +31,8 @@ from secvec_jax.vectors.store import fits_peft, load_several, save_peft, save_ve
 class Align:
     """Teach a model to refuse (or anything else): fine-tune it without vectors."""
 
-    data: str = ""
-    """a local JSONL, JSON, CSV or Parquet file, a packaged name, or a hub dataset id; rows with answers"""
+    data: tuple[str, ...] = ()
+    """local JSONL, JSON, CSV or Parquet files, packaged names, or hub dataset ids; rows with answers, losses apart"""
     model: str = "smollm2"
     """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
     out: str = "runs/align"
@@ -67,8 +67,8 @@ class Vectors:
 class Finetune:
     """Phase 2: fine-tune on your own data, the security vectors active and frozen."""
 
-    data: str = ""
-    """the rows to learn: a file, a packaged name, or a hub dataset id"""
+    data: tuple[str, ...] = ()
+    """the rows to learn: files, packaged names, or hub dataset ids, shuffled together and their losses told apart"""
     model: str = "smollm2"
     """the model that the vectors were trained for"""
     vectors: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
     task = LoRA(rank=settings.task_rank, alpha=2.0 * settings.task_rank) if settings.task_rank else None
 
     def work(stage: Stage) -> dict[str, float]:
-        rows = load_rows(settings.data)
+        rows = _by_source(settings.data)
         model = load(settings.model)
         decoder, adapter = tuned(
             model,
@@ -188,6 +188,17 @@ def vectors(settings: Vectors, command: str) -> None:
         return {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
 
     run.finish(run.stages.run("vectors", work), f"the vectors are in {folder}")
+
+
+def _by_source(sources: Sequence[str]) -> dict[str, list[Row]]:
+    """The rows of each source under its name, so that their losses are told apart; of a single one under "all"."""
+    if len(sources) == 1:
+        return {"all": load_rows(sources[0])}
+    if len(set(sources)) < len(sources):
+        raise UserError(f"--data names {max(sources, key=list(sources).count)} twice: name each source once")
+    short = [Path(source).stem if Path(source).is_file() else source for source in sources]
+    names = short if len(set(short)) == len(short) else sources
+    return {name: load_rows(source) for name, source in zip(names, sources)}
 
 
 def _need_data(settings: Any) -> None:

@@ -1,0 +1,95 @@
+"""What a step comes to and how fast it went: tokens, model FLOPs, tokens per second, MFU, memory.
+
+Tokens and FLOPs are counted on the devices, beside the step, and read when its losses are, one step behind: nothing
+waits for them. They are the same whenever and wherever a run goes on; time and memory are not, and stay out of metrics.
+"""
+
+import resource
+import time
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from secvec_jax.batch import Batch
+from secvec_jax.mesh import lay
+from secvec_jax.model.families import Architecture
+from secvec_jax.training.objective import KEEP
+from secvec_jax.training.plan import multiplied
+from secvec_jax.training.step import Method, Metrics
+from secvec_jax.training.torus import CHIPS
+from secvec_jax.trees import Tree
+
+PEAKS = {kind: chip.peak for kind, chip in CHIPS.items()} | {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+}
+"""Published dense bf16 FLOPs per second, by JAX's name of the device."""
+
+
+def metered(method: Method, architecture: Architecture, full: bool) -> Method:
+    """The method, whose steps also tell their `tokens` and model `flops` (see `counted`)."""
+
+    def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
+        counts = counted(batch, architecture, full)
+        trained, state, metrics = method.step(trained, state, frozen, batch)
+        return trained, state, metrics | counts
+
+    return method._replace(step=step)
+
+
+@partial(jax.jit, static_argnames=("architecture", "full"))
+def counted(batch: dict[str, Batch], architecture: Architecture, full: bool) -> Metrics:
+    """`tokens` of all streams, padding left out, and the `flops` of one plain step on them.
+
+    6N+3a per token where the backbone's weights are trained (full), 4N+3a where they are frozen; 2N+a more for each
+    token to keep. N: the parameters that a token is multiplied with. a: 4 d L for each token that it may see within its
+    own row, d = heads x head_dim. What remat computes again is not counted, nor are vectors, adapters, or the further
+    passes of a defense.
+    """
+    a, n = architecture, multiplied(architecture)
+    tokens = flops = jnp.float32(0)
+    for stream, part in batch.items():
+        real = part["segments"] != 0
+        count = real.sum(dtype=jnp.float32)
+        attention = 4.0 * a.num_heads * a.head_dim * a.num_layers * jnp.sum((part["positions"] + 1.0) * real)
+        tokens += count
+        flops += (6.0 if full else 4.0) * n * count + 3 * attention
+        if stream == KEEP:
+            flops += 2.0 * n * count + attention
+    return lay({"tokens": tokens, "flops": flops})
+
+
+class Pace:
+    """Asked once a step, it tells the step's seconds, tokens per second, MFU, and the most memory taken so far."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        kinds = {device.device_kind for device in jax.devices()}
+        self._peak = PEAKS.get(kinds.pop(), 0.0) * jax.device_count() if len(kinds) == 1 else 0.0
+
+    def of(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """`memory_gib` (of the fullest device, or of the process on a CPU); from the second step on also `seconds`,
+        `tokens_per_second` and, where the devices' peak is known, `mfu`. The first step's time is its compilation's."""
+        now = time.monotonic()
+        before, self._last = self._last, now
+        found = {"memory_gib": _memory() / 2**30}
+        if before is None:
+            return found
+        seconds = max(now - before, 1e-9)
+        found["seconds"] = seconds
+        if "tokens" in metrics:
+            found["tokens_per_second"] = metrics["tokens"] / seconds
+        if "flops" in metrics and self._peak:
+            found["mfu"] = metrics["flops"] / seconds / self._peak
+        return found
+
+
+def _memory() -> float:
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [float(of_device.get("peak_bytes_in_use", 0)) for of_device in stats if of_device]
+    return max(peaks) if peaks else 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

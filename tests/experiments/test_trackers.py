@@ -1,0 +1,107 @@
+"""A step's numbers reach metrics.jsonl, TensorBoard, Weights & Biases and a pipe."""
+
+import io
+import json
+import struct
+import sys
+
+import pytest
+from rich.console import Console
+
+from secvec_jax.config import Training
+from secvec_jax.errors import UserError
+from secvec_jax.experiments import stages
+from secvec_jax.experiments.stages import Stages
+from secvec_jax.experiments.verbs import Finetune, finetune
+from tests.toys import tiny_model
+
+
+def events(folder) -> dict[str, dict[int, float]]:
+    """The scalars in a folder's event files, by name and step."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, dict[int, float]] = {}
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        data, place = file.read_bytes(), 0
+        while place < len(data):
+            (size,) = struct.unpack_from("<Q", data, place)
+            event = Event.FromString(data[place + 12 : place + 12 + size])
+            place += size + 16
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
+
+
+def run(folder, steps: int = 3) -> str:
+    out = io.StringIO()
+    tools = Stages(folder, Console(file=out, width=150))
+
+    def work(stage):
+        show = stage.on_step()
+        for step in range(1, steps + 1):
+            show(step, steps, {"loss": 1.0 / step, "loss/all": 1.0 / step, "grad_norm": 2.0, "tokens": 50.0})
+
+    tools.run("fine tune", work)
+    return out.getvalue()
+
+
+def test_metrics_and_tensorboard_tell_the_same(tmp_path):
+    run(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and {line["stage"] for line in lines} == {"fine tune"}
+    board = events(tmp_path / "tensorboard" / "fine-tune")
+    assert board["loss"] == pytest.approx({1: 1.0, 2: 0.5, 3: 1 / 3})
+    assert set(board["tokens_per_second"]) == set(board["seconds"]) == {2, 3}
+    for line in lines[1:]:
+        assert board["tokens_per_second"][line["step"]] == pytest.approx(line["tokens_per_second"])
+        assert line["tokens_per_second"] == pytest.approx(50 / line["seconds"])
+
+
+def test_a_pipe_gets_plain_lines(tmp_path, monkeypatch):
+    told = run(tmp_path / "seldom")
+    assert "fine tune: 3/3  all 0.333  " in told and "tokens/s" in told
+    assert "1/3" not in told and "\x1b" not in told
+    monkeypatch.setattr(stages, "_LINE_EVERY", -1.0)
+    told = run(tmp_path / "often")
+    assert [f"{step}/3" in told for step in (1, 2, 3)] == [True] * 3
+
+
+def test_without_steps_there_are_no_files(tmp_path):
+    Stages(tmp_path, Console(file=io.StringIO())).run("score", lambda stage: None)
+    assert not (tmp_path / "tensorboard").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "secvec-test")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    run(tmp_path)
+    (kept,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    data = kept.read_bytes()
+    assert b"tokens_per_second" in data and b"secvec-test" in data and b"fine tune" in data
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or b"k" * 40 not in file.read_bytes(), file
+
+
+def test_a_project_without_the_package_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run(tmp_path)
+
+
+def test_several_sources_have_their_losses_apart(tmp_path):
+    tiny_model().save(tmp_path / "tiny")
+    for name in ("one", "other"):
+        rows = [{"prompt": f"{name} {n}?", "response": f"{name} {n}."} for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources = tuple(str(tmp_path / f"{name}.jsonl") for name in ("one", "other"))
+    training = Training(steps=2, length=128, lines=2)
+    finetune(Finetune(sources, str(tmp_path / "tiny"), out=str(tmp_path / "out"), training=training), "")
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert {"loss/one", "loss/other", "tokens", "flops", "grad_norm"} <= set().union(*lines)
+    twice = Finetune((sources[0],) * 2, str(tmp_path / "tiny"), out=str(tmp_path / "twice"), training=training)
+    with pytest.raises(UserError, match="twice"):
+        finetune(twice, "")
