@@ -111,6 +111,8 @@ def _parse_json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         reason = f"{error.msg}, character {error.pos + 1}"
         raise UserError(f"{where} is not valid JSON ({reason}); correct or remove it") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deep for a row; correct or remove it") from error
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:

@@ -23,6 +23,7 @@ from secvec_jax.model.families import Architecture, WeightName, weight_names
 from secvec_jax.trees import pieces
 
 _FILE_BYTES = 2**30
+_FLOATS = ("F32", "BF16", "F16", "F64")
 _REDUNDANT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
@@ -66,11 +67,16 @@ def open_safetensors(folder: Path) -> dict[str, _Stored]:
         path = folder / file
         try:
             with safe_open(path, framework="numpy") as opened:
-                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+                slices = {name: opened.get_slice(name) for name in opened.keys()}
+                shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
+                kinds = {name: found.get_dtype() for name, found in slices.items()}
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing: the model's weights must be safetensors") from error
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is truncated or corrupt ({error}): fetch it again") from error
+        for name, kind in kinds.items():
+            if kind not in _FLOATS and not name.endswith(_REDUNDANT):
+                raise UserError(f"{path}: {name} is of type {kind}: give a model with weights of {', '.join(_FLOATS)}")
         weights |= {name: _Stored(path, name, shape) for name, shape in shapes.items()}
     return weights
 

@@ -164,6 +164,8 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
         config = json.loads((folder / _PEFT_CONFIG).read_text())
         if not isinstance(config, dict) or not {"r", "lora_alpha"} <= set(config):
             raise ValueError("r or lora_alpha is missing")
+        if type(config["r"]) is not int or type(config["lora_alpha"]) not in (int, float):
+            raise ValueError("r must be a whole number, lora_alpha a number")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / _PEFT_CONFIG} cannot be read ({error}): give a PEFT adapter folder") from error
     _check_peft_kind(config, folder)
@@ -216,7 +218,12 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
     try:
         with safe_open(path, framework="flax") as file:
-            return file.metadata() or {}, {key: np.asarray(file.get_tensor(key)) for key in file.keys()}
+            tensors = {key: np.asarray(file.get_tensor(key)) for key in file.keys()}
+            if odd := [key for key, array in tensors.items() if not jnp.issubdtype(array.dtype, jnp.floating)]:
+                raise UserError(
+                    f"{path}: {odd[0]} is of type {tensors[odd[0]].dtype}, no float: train the vectors anew"
+                )
+            return file.metadata() or {}, tensors
     except FileNotFoundError as error:
         raise UserError(f"no vectors at {path}: check --vectors") from error
     except (SafetensorError, OSError) as error:
