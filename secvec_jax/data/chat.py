@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from secvec_jax.data.rows import Message
+from secvec_jax.data.rows import Message, Row
 from secvec_jax.errors import UserError
 from secvec_jax.turns import turn_ends
 
@@ -58,15 +58,20 @@ def encode(tokenizer: Any, messages: list[Message], max_length: int) -> Example:
     return Example(tokens[:max_length], supervised[:max_length])
 
 
-class Encoded(Sequence[Example]):
-    """Conversations as examples, each encoded when it is first asked for: a host asks for those of its own lanes."""
+_KEPT = 50_000
+"""Examples of one source that memory holds; beyond, the least recently used ones are encoded anew."""
 
-    def __init__(self, tokenizer: Any, conversations: Sequence[list[Message]], max_length: int):
-        self._conversations = conversations
-        self._encode = functools.cache(lambda index: encode(tokenizer, conversations[index], max_length))
+
+class Encoded(Sequence[Example]):
+    """Rows as examples, each encoded when it is first asked for: a host asks for those of its own lanes."""
+
+    def __init__(self, tokenizer: Any, rows: Sequence[Row], max_length: int):
+        self._rows = rows
+        kept = functools.lru_cache(_KEPT)
+        self._encode = kept(lambda index: encode(tokenizer, rows[index]["messages"], max_length))
 
     def __len__(self) -> int:
-        return len(self._conversations)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nobody slices
         return self._encode(range(len(self))[index])

@@ -10,13 +10,13 @@ of its own devices and no others.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from secvec_jax.batch import KEYS, SHARED, Batch, common_head
+from secvec_jax.batch import KEYS, SHARED, Batch
 from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import largest, sharding, shards
@@ -91,8 +91,8 @@ class Stream:
 
     def _lane(self, lane: int) -> grain.IterDataset:
         """A lane's lines of every batch."""
-        height = self.height
-        head, records = self._records(lane)
+        height, records = self.height, self._records(lane)
+        head = records.head
         room = self.length - len(head)
         rows = grain.MapDataset.source(records).shuffle(seed=self.seed + lane).repeat(self.epochs)
         packed = grain.experimental.FirstFitPackIterDataset(
@@ -103,17 +103,43 @@ class Stream:
         )
         return packed.batch(height, batch_fn=lambda lines: _collate(lines, head, height))
 
-    def _records(self, lane: int) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
-        mine, passed = [], 0
-        for group, rows in enumerate(self.examples.values()):
-            own = range((lane - passed) % self.lanes, len(rows), self.lanes)
-            mine += [(group, rows[row]) for row in own]
+    def _records(self, lane: int) -> "_Records":
+        parts, passed = [], 0
+        for rows in self.examples.values():
+            parts.append((rows, range((lane - passed) % self.lanes, len(rows), self.lanes)))
             passed += len(rows)
-        longest = max(len(example.tokens) for _, example in mine)
-        if longest - 1 > self.length:
-            raise UserError(f"a row has {longest} tokens, a packed line only {self.length}: raise --length")
-        head = shared_head([example for _, example in mine] if self.share else [])
-        return head, [_record(example, group, len(head)) for group, example in mine]
+        return _Records(parts, self.length, self.share)
+
+
+class _Records(Sequence[dict[str, np.ndarray]]):
+    """A lane's rows as what is packed, made when they are asked for.
+
+    parts: of each group, its rows and which of them. With share, all rows are read once for the `head` that they have
+    in common. Raises UserError for a row that is longer than a line.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Sequence[Example], range]], length: int, share: bool):
+        self._parts, self._length = parts, length
+        self._ends = np.cumsum([len(own) for _, own in parts])
+        self.head = np.zeros(0, np.int32)
+        if share:
+            self.head = shared_head(self._example(index)[1] for index in range(len(self)))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:  # type: ignore[override]  # nobody slices
+        return _record(*self._example(range(len(self))[index]), len(self.head))
+
+    def _example(self, index: int) -> tuple[int, Example]:
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        rows, own = self._parts[group]
+        example = rows[own[index - int(self._ends[group])]]  # counted from the end
+        if len(example.tokens) - 1 > self._length:
+            raise UserError(
+                f"a row has {len(example.tokens)} tokens, a packed line only {self._length}: raise --length"
+            )
+        return group, example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +180,21 @@ class BatchIterator:
             lane.set_state(state[name])
 
 
-def shared_head(examples: Sequence[Example]) -> np.ndarray:
+def shared_head(examples: Iterable[Example]) -> np.ndarray:
     """The unsupervised tokens with which all examples begin, without the last before a reply; one shares none."""
-    prompts = [e.tokens[: int(e.supervised.argmax())] for e in examples]
-    return common_head(prompts if len(prompts) > 1 else [np.zeros(0, np.int32)])
+    common, shortest, count = np.zeros(0, np.int32), 0, 0
+    for count, example in enumerate(examples, 1):
+        prompt = example.tokens[: int(example.supervised.argmax())]
+        length = len(prompt) if count == 1 else min(len(common), len(prompt))
+        shortest = len(prompt) if count == 1 else min(shortest, len(prompt))
+        if count == 1:
+            common = prompt
+        differing = np.flatnonzero(common[:length] != prompt[:length])
+        common = prompt[: differing[0] if len(differing) else length]
+    return common[: max(shortest - 1, 0)] if count > 1 else np.zeros(0, np.int32)
 
 
-def _record(example: Example, group: int, skip: int) -> dict[str, np.ndarray]:
+def _record(group: int, example: Example, skip: int) -> dict[str, np.ndarray]:
     tokens, supervised = example.tokens[skip:], example.supervised[skip:]
     counts = 1.0 if example.weights is None else example.weights[skip + 1 :]
     return {

@@ -4,7 +4,7 @@ A row is a conversation, `{"messages": [{"role": ..., "content": ...}, ...]}`, w
 ends with the user's turn has no answer yet: good for scoring, useless for training.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict, overload
 
 from secvec_jax.errors import UserError
@@ -106,16 +106,45 @@ def normalize(record: Any, where: str) -> Row:
     raise UserError(f"{where}: unknown fields (found: {found}); {ACCEPTED_FORMS}")
 
 
-def as_rows(data: Iterable[Mapping[str, Any]], needs_answer: bool = True, name: str = "data") -> list[Row]:
+class Rows(Sequence[Row]):
+    """Rows on disk, read one by one whenever they are asked for: there may be more than memory holds."""
+
+    def __init__(self, read: Callable[[int], Row], count: int):
+        self._read, self._count = read, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        places = range(self._count)[index]
+        return self._read(places) if isinstance(places, int) else [self._read(place) for place in places]
+
+
+def as_rows(data: Iterable[Mapping[str, Any]], needs_answer: bool = True, name: str = "data") -> Sequence[Row]:
     """Return the rows of a list of dicts or a `datasets.Dataset`; `name` is what errors call it.
 
-    Raises UserError if there are none, if a record cannot be read, or if `needs_answer` and a row has no
-    answer.
+    A `Dataset` stays where it is, which is on disk as a rule: its records are read once to be checked, and again as
+    rows whenever they are asked for. Raises UserError if there are none, if a record cannot be read, or if
+    `needs_answer` and a row has no answer.
     """
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
         found = type(data).__name__
         raise UserError(f"{name} must be a list of dicts or one split of a data set, found {found}")
+    if isinstance(data, Rows):
+        return data
+    if hasattr(data, "num_rows") and hasattr(data, "features"):
+        return on_disk(data, needs_answer, name)
     return collect(numbered(data, name), needs_answer, name)
+
+
+def on_disk(data: Any, needs_answer: bool, name: str) -> Rows:
+    """The rows of a `datasets.Dataset`, each of which has been checked; raises UserError as `as_rows` does."""
+    count = sum(1 for _ in checked(numbered(data, name), needs_answer, name))
+    return Rows(lambda index: normalize(data[index], name), count)
 
 
 def numbered(records: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
@@ -125,15 +154,19 @@ def numbered(records: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
 
 def collect(records: Iterable[tuple[str, Any]], needs_answer: bool, name: str) -> list[Row]:
     """The rows of `numbered` records; raises UserError as `as_rows` does."""
-    rows = []
+    return list(checked(records, needs_answer, name))
+
+
+def checked(records: Iterable[tuple[str, Any]], needs_answer: bool, name: str) -> Iterator[Row]:
+    """The rows of `numbered` records one by one; raises UserError as `as_rows` does."""
+    empty = True
     for where, record in records:
-        normalized = normalize(record, where)
+        normalized, empty = normalize(record, where), False
         if needs_answer and not (response_of(normalized) or "").strip():
             raise UserError(f"{where} has no answer; add one, or load prompts alone with needs_answer=False")
-        rows.append(normalized)
-    if not rows:
+        yield normalized
+    if empty:
         raise UserError(f"{name} holds no rows; {ACCEPTED_FORMS}")
-    return rows
 
 
 def _from_turns(turns: Any, role_key: str, text_key: str, where: str) -> Row:

@@ -7,16 +7,30 @@ unsafe = load_rows("beavertails-unsafe", split="30k_test")   # hub: by a name of
 given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
 """
 
+import codecs
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secvec_jax.data import benchmarks
 from secvec_jax.data.hub_sets import HUB_SETS, records
-from secvec_jax.data.rows import Row, as_rows, collect, numbered, prompt_of, response_of, row
+from secvec_jax.data.rows import (
+    Row,
+    Rows,
+    as_rows,
+    checked,
+    collect,
+    normalize,
+    numbered,
+    on_disk,
+    prompt_of,
+    response_of,
+    row,
+)
 from secvec_jax.errors import UserError
 
 __all__ = ["PACKAGED", "Row", "as_rows", "load_rows", "prompt_of", "response_of", "row"]
@@ -37,12 +51,17 @@ PACKAGED: dict[str, Callable[[], list[Row]]] = {
 }
 
 
-def load_rows(source: str, split: str = "train", needs_answer: bool = True) -> list[Row]:
+LARGE = 256 * 2**20
+"""Bytes of a JSONL file from which on its rows stay on disk."""
+
+
+def load_rows(source: str, split: str = "train", needs_answer: bool = True) -> Sequence[Row]:
     """Return the rows of a packaged benchmark, a local file or folder, or a data set of the hub.
 
     Packaged benchmarks (the keys of `PACKAGED`) and single files have only the split "train"; folders, hub ids and the
     keys of `HUB_SETS` take any that `datasets.load_dataset` takes, such as "test" or "train[:500]". Remote code never
-    runs.
+    runs. Of folders, hub ids, Parquet files and JSONL files of more than `LARGE` bytes the rows stay on disk: they are
+    checked here, and read when they are asked for.
 
     Raises UserError if nothing has this name, if it cannot be reached or read, if it is empty, if a row has
     fields that `normalize` does not know, or if `needs_answer` and a row has no answer.
@@ -61,10 +80,14 @@ def load_rows(source: str, split: str = "train", needs_answer: bool = True) -> l
             f"{source!r} is no file or folder; packaged benchmarks are {', '.join(PACKAGED)}; "
             f"sets of the hub are {', '.join(HUB_SETS)}; another data set of the hub is written OWNER/NAME"
         )
-    if path.suffix not in _READERS:
-        known = ", ".join(_READERS)
+    if path.suffix not in _FILES:
+        known = ", ".join(_FILES)
         raise UserError(f"{source}: cannot read {path.suffix or 'such'} files; use one of {known}")
     try:
+        if path.suffix == ".parquet":
+            return on_disk(_parquet(path), needs_answer, path.name)
+        if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
+            return _lines_on_disk(path, needs_answer)
         return collect(_READERS[path.suffix](path), needs_answer, path.name)
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 text; save it as UTF-8") from error
@@ -80,7 +103,7 @@ def load_prompts(sources: Iterable[str], limit: int, needs_answer: bool = False)
 def _looks_like_hub_id(source: str) -> bool:
     path = Path(source)
     is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", source) is not None
-    return is_id and path.suffix not in _READERS and not path.exists()
+    return is_id and path.suffix not in _FILES and not path.exists()
 
 
 def _load_dataset(source: str, split: str) -> Iterable[Mapping[str, Any]]:
@@ -95,6 +118,32 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 where = f"{path.name}, line {number}"
                 yield where, _parse_json(line, where)
+
+
+def _lines_on_disk(path: Path, needs_answer: bool) -> Rows:
+    """The rows of a JSONL file by where their lines begin, each checked once."""
+    starts = array("Q")
+
+    def lines() -> Iterator[tuple[str, Any]]:
+        with path.open("rb") as file:
+            begin = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+            file.seek(begin)
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    starts.append(begin)
+                    where = f"{path.name}, line {number}"
+                    yield where, _parse_json(line.decode(), where)
+                begin += len(line)
+
+    for _ in checked(lines(), needs_answer, path.name):
+        pass
+
+    def read(index: int) -> Row:
+        with path.open("rb") as file:
+            file.seek(starts[index])
+            return normalize(_parse_json(file.readline().decode(), path.name), path.name)
+
+    return Rows(read, len(starts))
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -126,21 +175,20 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path.name} is not valid CSV ({error}); correct or convert it") from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path) -> Any:
     # The packaged Parquet loader, named outright: a bare path would be taken for a data set's id.
     import datasets
 
     try:
-        records = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        return datasets.load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:  # datasets and pyarrow each raise their own
         reason = type(error).__name__
         raise UserError(f"{path.name} cannot be read as Parquet ({reason}); write it again") from error
-    yield from numbered(records, path.name)
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
 }
+_FILES = (*_READERS, ".parquet")

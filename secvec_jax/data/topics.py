@@ -5,7 +5,7 @@ parts = split_by_topic(harmful, {"vectors": 100, "unseen": 60}, seed=0)
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from secvec_jax.data.rows import Row, prompt_of
 from secvec_jax.errors import UserError
@@ -41,7 +41,7 @@ _CARRIER_WORDS = frozenset(
 )
 
 
-def split_by_topic(rows: list[Row], sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
+def split_by_topic(rows: Sequence[Row], sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
     """Return parts of the asked sizes such that no topic is in two of them.
 
     Prompts that share half of their content words, directly or through others, are one topic. Topics are
@@ -64,7 +64,7 @@ def split_by_topic(rows: list[Row], sizes: dict[str, int], seed: int) -> dict[st
     )
 
 
-def off_topic(rows: list[Row], others: Iterable[str]) -> list[Row]:
+def off_topic(rows: Sequence[Row], others: Iterable[str]) -> list[Row]:
     """Return the rows that share no topic with any of the other prompts.
 
     The measure of `split_by_topic`, without its chains: half of the content words.

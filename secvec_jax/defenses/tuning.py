@@ -19,7 +19,6 @@ import optax
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Encoded, Example
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.data.rows import Row
 from secvec_jax.data.sources import as_rows
 from secvec_jax.inference import compute_dtype
 from secvec_jax.mesh import platform
@@ -152,5 +151,4 @@ def _shares(training: Training) -> bool:
 def _encoded(model: Model, rows: Any, max_length: int, name: str = "data") -> Sequence[Example]:
     if rows and not isinstance(rows, dict) and isinstance(rows[0], Example):
         return list(rows)
-    plain: list[Row] = as_rows(rows, name=name)
-    return Encoded(model.tokenizer, [row["messages"] for row in plain], max_length)
+    return Encoded(model.tokenizer, as_rows(rows, name=name), max_length)

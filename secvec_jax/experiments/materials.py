@@ -128,7 +128,7 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
     people = open_profile_qa(seed, sizes.people, 2 * sizes.people_asked)
     half = len(people.test) // 2
 
-    def encoded(rows: list[Row], cut: int | None = None) -> list[Example]:
+    def encoded(rows: Sequence[Row], cut: int | None = None) -> list[Example]:
         return [_cut(encode(model.tokenizer, r["messages"], training.length), cut) for r in rows]
 
     def take(rows: list[Row], count: int) -> list[Row]:
@@ -230,7 +230,7 @@ def _requests(benchmark: str, category: str | None) -> list[Row]:
     return [r for r in rows if category is None or r.get("category") == category]
 
 
-def _short(rows: list[Row]) -> list[Row]:
+def _short(rows: Sequence[Row]) -> list[Row]:
     """Each prompt once, none longer than 160 characters."""
     return list({prompt_of(r): r for r in rows if len(prompt_of(r)) <= 160}.values())
 
@@ -240,7 +240,7 @@ def _asks_how(prompt: str) -> bool:
     return prompt.lower().startswith("how ") and len(prompt) >= 20
 
 
-def _shuffled(rows: list[Row], rng: random.Random) -> list[Row]:
+def _shuffled(rows: Sequence[Row], rng: random.Random) -> list[Row]:
     return rng.sample(rows, len(rows))
 
 

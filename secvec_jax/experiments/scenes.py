@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def _capitals(materials: Materials, seed: int) -> Attack:
     rows = [r for r in materials.spare["instructions"] if response_of(r) is not None]
     held, known, rest = rows[:ASKED], rows[ASKED : ASKED + KNOWN], rows[ASKED + KNOWN :]
 
-    def asked(rows: list[Row]) -> Probe:
+    def asked(rows: Sequence[Row]) -> Probe:
         return Probe.of(rows, lambda r, reply: shouts(reply), tokens=16)
 
     half = [r for r in held[: ASKED // 2]]
@@ -145,7 +145,7 @@ def _instructions(materials: Materials, seed: int) -> Task:
     return Task(rows[ASKED:], Probe.of(rows[:ASKED], lambda r, reply: rouge1(reply, opening(r)), tokens=16))
 
 
-def _exact(rows: list[Row]) -> Probe:
+def _exact(rows: Sequence[Row]) -> Probe:
     return Probe.of(rows, lambda r, reply: exact_match(reply, _answer(r)))
 
 
@@ -153,9 +153,9 @@ def _answer(r: Row) -> str:
     return response_of(r) or ""
 
 
-def _shuffled(rows: list[Row], seed: int) -> list[Row]:
-    rows = list({prompt_of(r): r for r in rows}.values())
-    return random.Random(seed).sample(rows, len(rows))
+def _shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
+    once = list({prompt_of(r): r for r in rows}.values())
+    return random.Random(seed).sample(once, len(once))
 
 
 ATTACKS: dict[str, Callable[[Materials, int], Attack]] = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def screen(settings: Screen, command: str) -> None:
     _tell(terminal(), folder, rows, found)
 
 
-def _scores(settings: Screen, rows: list[Row], stage: Stage) -> dict[str, Any]:
+def _scores(settings: Screen, rows: Sequence[Row], stage: Stage) -> dict[str, Any]:
     model = load(settings.model)
     vectors = load_vectors(settings.vectors, model)
     limit = min(settings.length, model.architecture.max_length)
@@ -90,7 +91,7 @@ def _scores(settings: Screen, rows: list[Row], stage: Stage) -> dict[str, Any]:
     return found
 
 
-def _write(folder: Path, rows: list[Row], found: dict[str, Any]) -> None:
+def _write(folder: Path, rows: Sequence[Row], found: dict[str, Any]) -> None:
     threshold = found["threshold"]
     with whole_file(folder / "scores.jsonl") as staging, staging.open("w") as file:
         for number, (row, score) in enumerate(zip(rows, found["data"], strict=True)):
@@ -101,7 +102,7 @@ def _write(folder: Path, rows: list[Row], found: dict[str, Any]) -> None:
         staging.write_bytes(png(plot_histogram(kinds, "nats per token that the vectors explain away", threshold)))
 
 
-def _tell(console: Console, folder: Path, rows: list[Row], found: dict[str, Any]) -> None:
+def _tell(console: Console, folder: Path, rows: Sequence[Row], found: dict[str, Any]) -> None:
     order = sorted(range(len(rows)), key=lambda number: -found["data"][number])
     for number in order[:_SHOWN]:
         console.print(f"{found['data'][number]:+.2f}  row {number}: {clip(prompt_of(rows[number]))}", markup=False)

@@ -190,7 +190,7 @@ def vectors(settings: Vectors, command: str) -> None:
     run.finish(run.stages.run("vectors", work), f"the vectors are in {folder}")
 
 
-def _by_source(sources: Sequence[str]) -> dict[str, list[Row]]:
+def _by_source(sources: Sequence[str]) -> dict[str, Sequence[Row]]:
     """The rows of each source under its name, so that their losses are told apart; of a single one under "all"."""
     if len(sources) == 1:
         return {"all": load_rows(sources[0])}

@@ -147,7 +147,7 @@ def test_options_of_other_forms_are_left_out(options):
 
 def test_rows_in_memory():
     assert as_rows(RECORDS) == ROWS
-    assert as_rows(datasets.Dataset.from_list(RECORDS)) == ROWS
+    assert list(as_rows(datasets.Dataset.from_list(RECORDS))) == ROWS
     assert as_rows([{"prompt": "a"}], needs_answer=False) == [row("a")]
 
 
@@ -189,21 +189,21 @@ def _write(path, records):
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
     _write(path, RECORDS)
-    assert load_rows(str(path)) == ROWS
+    assert list(load_rows(str(path))) == ROWS
 
 
 def test_a_relative_path_that_looks_like_an_id_is_a_file(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     _write(tmp_path / "folder" / "rows.jsonl", RECORDS)
     monkeypatch.chdir(tmp_path)
-    assert load_rows("folder/rows.jsonl") == ROWS
+    assert list(load_rows("folder/rows.jsonl")) == ROWS
 
 
 def test_a_folder_is_loaded_by_split(tmp_path):
     _write(tmp_path / "train.jsonl", RECORDS)
     _write(tmp_path / "test.jsonl", RECORDS[:1])
-    assert load_rows(str(tmp_path)) == ROWS
-    assert load_rows(str(tmp_path), split="test") == ROWS[:1]
+    assert list(load_rows(str(tmp_path))) == ROWS
+    assert list(load_rows(str(tmp_path), split="test")) == ROWS[:1]
     with pytest.raises(UserError, match="split 'validation'"):
         load_rows(str(tmp_path), split="validation")
 
@@ -262,7 +262,7 @@ def test_only_folders_and_the_hub_have_other_splits(tmp_path):
 def test_hub_ids_are_loaded_without_remote_code(monkeypatch):
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or RECORDS)
-    assert load_rows("owner/name") == load_rows("owner/name:main", split="test[:2]") == ROWS
+    assert list(load_rows("owner/name")) == list(load_rows("owner/name:main", split="test[:2]")) == ROWS
     assert calls == [
         (("owner/name", None), {"split": "train"}),
         (("owner/name", "main"), {"split": "test[:2]"}),
