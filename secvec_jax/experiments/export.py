@@ -49,7 +49,7 @@ def export(settings: Export, command: str) -> None:
     if carried and not settings.carry_vectors:
         raise UserError(
             f"{carried[0]} holds security vectors: merged, the model would show the behavior that they stand for. "
-            "Leave it out for a model to be used; to study the behavior, say --carry_vectors true"
+            "Leave it out for a model to be used; to study the behavior, say --carry-vectors true"
         )
     scored = [Results.load(run) for run in settings.scores]
     trained = list(_history(settings.model))[::-1]

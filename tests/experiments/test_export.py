@@ -83,7 +83,7 @@ def test_the_task_goes_out_apart_and_merges_into_the_same_weights(runs, tmp_path
 @pytest.mark.parametrize("form", ["vectors/security.safetensors", "vectors/peft"])
 def test_vectors_stay_behind_unless_told_to(runs, tmp_path, form):
     settings = Export(str(runs / "aligned"), (str(runs / "vectors" / form),), out=str(tmp_path / "out"))
-    with pytest.raises(UserError, match="carry_vectors"):
+    with pytest.raises(UserError, match="carry-vectors"):
         export(settings, "")
     assert not (tmp_path / "out").exists()
     export(Export(settings.model, settings.adapters, True, out=settings.out), "")
@@ -135,4 +135,4 @@ def test_from_the_command_line(runs, tmp_path):
     assert done.returncode == 0, done.stderr
     command += ["--adapters", str(runs / "vectors/vectors/peft")]
     refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert refused.returncode == 2 and "carry_vectors" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "carry-vectors" in refused.stderr and "Traceback" not in refused.stderr
