@@ -24,18 +24,24 @@ class Schedule(Protocol):
     @property
     def inner_steps(self) -> int: ...
     @property
+    def inner_optimizer(self) -> str: ...
+    @property
     def inner_learning_rate(self) -> float: ...
+
+
+_INNER = {"sgd": optax.sgd, "adamw": optax.adam}
+"""Without momentum and weight decay, as `Training`'s adamw by default."""
 
 
 def min_min(params: Tree, loss: Loss, outer: optax.GradientTransformation, schedule: Schedule) -> tuple[Phase, Method]:
     """The phase that trains the copy and the vectors, and the method that moves one of them a step.
 
-    outer: the optimizer of the vectors; the copy moves by SGD. Of every `inner_steps + 1` steps the last is the
+    outer: the optimizer of the vectors; the copy moves by the schedule's own. Of every `inner_steps + 1` steps the last is the
     vectors'. Each step differentiates only what it moves.
     """
     copy_moves = Phase({"backbone": "train", "vectors": "freeze"})
     vectors_move = Phase({"backbone": "freeze", "vectors": "train"})
-    inner = copy_moves.optimizer(optax.sgd(schedule.inner_learning_rate), params)
+    inner = copy_moves.optimizer(_INNER[schedule.inner_optimizer](schedule.inner_learning_rate), params)
     methods = {
         "copy": (copy_moves, descent(loss, inner)),
         "vectors": (vectors_move, descent(loss, vectors_move.optimizer(outer, params))),

@@ -58,8 +58,10 @@ class Phase1:
     """phase 1 ends early when the harmful loss falls below this, in nats"""
     inner_steps: int = 4
     """min_min: steps of the throw-away backbone between two steps of the vectors"""
+    inner_optimizer: Literal["sgd", "adamw"] = "sgd"
+    """min_min: of the throw-away backbone; the one that the fine-tuning will take, where it is known"""
     inner_learning_rate: float = 1e-3
-    """min_min: SGD learning rate of the throw-away backbone"""
+    """min_min: constant learning rate of the throw-away backbone"""
 
     def __post_init__(self) -> None:
         if self.kl_weight < 0 or self.inner_steps < 1 or not self.inner_learning_rate > 0:

@@ -66,12 +66,24 @@ class Case(NamedTuple):
         )
 
     def vectors(
-        self, kind: Kind = "lora", objective: ObjectiveName = "kl", rank: int = 8, attack: str | None = None
+        self,
+        kind: Kind = "lora",
+        objective: ObjectiveName = "kl",
+        rank: int = 8,
+        attack: str | None = None,
+        inner: bool = False,
     ) -> Vectors:
-        """Shared vectors for the behavior of the cell's attack, or of another."""
+        """Shared vectors for the behavior of the cell's attack, or of another.
+
+        inner: min-min's throw-away backbone moves as the cell's fine-tuning does, by its optimizer and learning rate.
+        """
         spec = LoRA(rank=rank, alpha=2.0 * rank) if kind == "lora" else KINDS[kind]
         phase1 = dataclasses.replace(self.bench.recipe.phase1, objective=objective)
         name = f"{kind} {rank} {objective}" if kind == "lora" else f"{kind} {objective}"
+        if inner:
+            optimizer, rate = self.cell.optimizer, self.cell.learning_rate
+            phase1 = dataclasses.replace(phase1, inner_optimizer=optimizer, inner_learning_rate=rate)
+            name = f"{name} {optimizer} {rate:g}"
         return self.bench.vectors(attack or self.cell.attack, name, spec, phase1)
 
     def aligned_by(self, name: str, align: Callable[..., Model], **changes: Any) -> Model:

@@ -62,8 +62,8 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f"{name!r}: {key} is {value!r}: use one of {', '.join(get_args(takes[key].annotation))}")
         kind = type(takes[key].default)
         try:
-            settings[key] = kind(value)
-        except ValueError as error:
+            settings[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
+        except (ValueError, KeyError) as error:
             raise UserError(f"{name!r}: {key} is {value!r}, it must be {kind.__name__}") from error
     return name, settings
 
@@ -109,10 +109,12 @@ def security_vectors(
     floor: float = 0.0,
     both: str = "",
     safe: float = 0.0,
+    inner: bool = False,
 ) -> Defended:
     """Under frozen security vectors. floor: tokens below it teach nothing. both: a second behavior's are active too.
-    safe: a share of safe rows is mixed in, which the vectors make hard: they teach to refuse in spite of them."""
-    vectors: Any = case.vectors(kind, objective, rank)
+    safe: a share of safe rows is mixed in, which the vectors make hard: they teach to refuse in spite of them. inner:
+    min-min's throw-away backbone moves by the attack's own optimizer and learning rate."""
+    vectors: Any = case.vectors(kind, objective, rank, inner=inner)
     if both:
         vectors = (vectors, case.vectors(kind, objective, rank, attack=both))
     move: Move = floored(floor) if floor else descent

@@ -155,8 +155,9 @@ def test_the_kl_keeps_benign_rows_as_they_are(model):
     assert harmful[1] < 0.7 * harmful[0]
 
 
-def test_min_min_alternates_and_lowers_the_harmful_loss(model):
-    phase1 = Phase1("min_min", inner_steps=2, inner_learning_rate=1e-3)
+@pytest.mark.parametrize(("inner", "rate"), [("sgd", 1e-3), ("adamw", 1e-5)])
+def test_min_min_alternates_and_lowers_the_harmful_loss(model, inner, rate):
+    phase1 = Phase1("min_min", inner_steps=2, inner_optimizer=inner, inner_learning_rate=rate)
     losses, on_step = recorder()
     trained = train_vectors(model, HARMFUL, SPEC, phase1=phase1, training=QUICK, on_step=on_step)
     assert len(losses) == 3 * QUICK.steps
