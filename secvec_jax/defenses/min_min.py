@@ -36,8 +36,8 @@ _INNER = {"sgd": optax.sgd, "adamw": optax.adam}
 def min_min(params: Tree, loss: Loss, outer: optax.GradientTransformation, schedule: Schedule) -> tuple[Phase, Method]:
     """The phase that trains the copy and the vectors, and the method that moves one of them a step.
 
-    outer: the optimizer of the vectors; the copy moves by the schedule's own. Of every `inner_steps + 1` steps the last is the
-    vectors'. Each step differentiates only what it moves.
+    outer: the optimizer of the vectors; the copy moves by the schedule's own. Of every `inner_steps + 1` steps the last
+    is the vectors'. Each step differentiates only what it moves.
     """
     copy_moves = Phase({"backbone": "train", "vectors": "freeze"})
     vectors_move = Phase({"backbone": "freeze", "vectors": "train"})
