@@ -139,7 +139,7 @@ class Layers(nnx.Module):
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
         def weight(axis: str, start: float) -> nnx.Param:
             size = a.head_dim if axis == "head_dim" else a.hidden_size
-            return nnx.Param(jnp.full((a.num_layers, size), start), axes=("layers", axis))
+            return nnx.Param(jnp.full((a.num_layers, size), start, jnp.float32), axes=("layers", axis))
 
         a = self.architecture = architecture
         one, biased = _unit(a), a.norm == "layer"
@@ -204,7 +204,7 @@ class Decoder(nnx.Module):
         size = (architecture.vocab_size, architecture.hidden_size)
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), size), axes=("vocab", "embed"))
         self.layers = Layers(architecture, rngs)
-        self.final_norm = nnx.Param(jnp.full(size[1], _unit(architecture)), axes=("embed",))
+        self.final_norm = nnx.Param(jnp.full(size[1], _unit(architecture), jnp.float32), axes=("embed",))
         bias = partial(nnx.Param, axes=("embed",))
         self.final_norm_bias = bias(jnp.zeros(size[1])) if architecture.norm == "layer" else None
         places, table = (architecture.max_length + _NOBODYS, size[1]), partial(nnx.Param, axes=(None, "embed"))

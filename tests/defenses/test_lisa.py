@@ -93,7 +93,8 @@ def test_the_states_take_turns_in_one_program_and_the_user_has_as_many_steps_as_
     for stream, tokens in seen:
         assert all(t == 0 or (t > 200) == (stream == "safe") for t in tokens)
     named = {"safe": "loss/safe", "learn": "loss/all"}
-    assert [set(metrics) for _, metrics in told] == [{"loss", "grad_norm", named[stream]} for stream, _ in seen]
+    always = {"loss", "grad_norm", "tokens", "flops"}
+    assert [set(metrics) for _, metrics in told] == [always | {named[stream]} for stream, _ in seen]
     # What `finetune` makes of 7 steps on the user's rows is the same.
     again = []
     finetune(model, USER, safe=SAFE, **STATES, training=TRAINING, on_step=lambda *all: again.append(all[1:]))
