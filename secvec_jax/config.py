@@ -3,6 +3,7 @@
 The comment under a field is its help text on the command line.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -151,8 +152,9 @@ def save(settings: Any, path: str | Path) -> None:
 def claim_run(settings: Any, folder: str | Path) -> Path:
     """The run directory, made for these settings or made before for the same ones.
 
-    A run of other settings that failed before its first step gives way. Raises UserError if the directory holds
-    one that came further, naming the first setting that differs.
+    A run of other settings that failed before its first step gives way. A setting that its config does not name, for
+    it came with a later version, has its default there. Raises UserError if the directory holds a run of other
+    settings that came further, naming the first setting that differs.
     """
     folder = Path(folder)
     path = folder / "config.yaml"
@@ -162,6 +164,9 @@ def claim_run(settings: Any, folder: str | Path) -> Path:
             theirs = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError):
             theirs = None
+        if isinstance(theirs, dict):
+            with contextlib.suppress(UserError):
+                theirs = to_dict(from_dict(type(settings), theirs))
         if theirs != mine:
             differing = _first_difference(mine, theirs if isinstance(theirs, dict) else {})
             raise UserError(f"{folder} holds a run of another config ({differing}): give another --out, or delete it")

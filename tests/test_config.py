@@ -216,6 +216,16 @@ def test_a_folder_of_another_config_is_refused_and_left_alone(tmp_path, other, d
     assert (tmp_path / "config.yaml").read_bytes() == before
 
 
+def test_settings_newer_than_a_run_have_their_defaults_there(tmp_path):
+    claim_run(Recipe(), tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    config = tmp_path / "config.yaml"
+    config.write_text("training:\n  epochs: 1\nseeds: [0, 1]\n")
+    assert claim_run(Recipe(), tmp_path) == tmp_path
+    with pytest.raises(UserError, match="folder is None there, 'x' here"):
+        claim_run(Recipe(folder="x"), tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"a: [", b"", b"3", b"name: other", b"\xff\xfe"])
 def test_a_folder_with_a_broken_config_is_refused(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content)
