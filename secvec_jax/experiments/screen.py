@@ -8,18 +8,17 @@ from typing import Any
 
 from rich.console import Console
 
-from secvec_jax import config
 from secvec_jax.data.rows import Row, prompt_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import explained_away
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import report
 from secvec_jax.evaluation.plots import plot_histogram, png
 from secvec_jax.evaluation.scorers import bootstrap, clip
-from secvec_jax.experiments.stages import Stage, Stages, claim, devices
+from secvec_jax.experiments.runs import Run
+from secvec_jax.experiments.stages import Stage
 from secvec_jax.experiments.stages import screen as terminal
 from secvec_jax.files import whole_file
-from secvec_jax.mesh import by_first, is_first
+from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import load
 from secvec_jax.vectors.store import load_vectors
 
@@ -44,7 +43,7 @@ class Screen:
     length: int = 1024
     """tokens of a row that are read"""
     out: str = "runs/screen"
-    """the run directory; writes scores.jsonl, one line a row in the data's order, histogram.png and results.json"""
+    """the run directory; writes scores.jsonl, one line a row in the data's order, histogram.png and a report"""
 
 
 def screen(settings: Screen, command: str) -> None:
@@ -54,25 +53,20 @@ def screen(settings: Screen, command: str) -> None:
             raise UserError(f"--{name} is missing: see --help")
     if (settings.harmful is None) != (settings.benign is None):
         raise UserError("a threshold needs both --harmful and --benign: give both, or neither to have a ranking alone")
-    folder = claim(settings)
-    stages = Stages(folder, Console(quiet=not is_first()))
+    run = Run(settings, command)
     rows = load_rows(settings.data)
-    found = stages.run("screen", lambda stage: _scores(settings, rows, stage))
+    found = run.stages.run("screen", lambda stage: _scores(settings, rows, stage))
+    by_first(lambda: _write(run.folder, rows, found))
     threshold = found["threshold"]
-    by_first(lambda: _write(folder, rows, found))
-    above = [float(score > threshold) for score in found["data"]] if threshold is not None else None
-    metrics = {"score": bootstrap(found["data"]).as_dict()} | (
-        {"above_threshold": bootstrap(above).as_dict()} if above else {}
-    )
-    results = report.Results(
-        command,
-        config.to_dict(settings),
-        report.environment() | devices(),
-        stages.seconds,
-        [{"name": settings.data, "metrics": metrics}],
-    )
-    by_first(lambda: results.save(folder))
-    _tell(terminal(), folder, rows, found)
+    metrics = {"score": found["data"]}
+    notes = [f"All scores are in {run.folder / 'scores.jsonl'}, and drawn in histogram.png."]
+    if threshold is not None:
+        metrics["above_threshold"] = [float(score > threshold) for score in found["data"]]
+        count = round(sum(metrics["above_threshold"]))
+        notes.insert(0, f"{count} of {len(rows)} rows are above the threshold of {threshold:+.2f} nats a token.")
+    _tell(terminal(), rows, found["data"])
+    scores = {name: bootstrap(values).as_dict() for name, values in metrics.items()}
+    run.report([{"name": settings.data, "metrics": scores}], notes)
 
 
 def _scores(settings: Screen, rows: Sequence[Row], stage: Stage) -> dict[str, Any]:
@@ -102,11 +96,7 @@ def _write(folder: Path, rows: Sequence[Row], found: dict[str, Any]) -> None:
         staging.write_bytes(png(plot_histogram(kinds, "nats per token that the vectors explain away", threshold)))
 
 
-def _tell(console: Console, folder: Path, rows: Sequence[Row], found: dict[str, Any]) -> None:
-    order = sorted(range(len(rows)), key=lambda number: -found["data"][number])
+def _tell(console: Console, rows: Sequence[Row], scores: Sequence[float]) -> None:
+    order = sorted(range(len(rows)), key=lambda number: -scores[number])
     for number in order[:_SHOWN]:
-        console.print(f"{found['data'][number]:+.2f}  row {number}: {clip(prompt_of(rows[number]))}", markup=False)
-    if found["threshold"] is not None:
-        count = sum(score > found["threshold"] for score in found["data"])
-        console.print(f"{count} of {len(rows)} rows are above the threshold of {found['threshold']:+.2f} nats a token")
-    console.print(f"all scores are in {folder / 'scores.jsonl'}")
+        console.print(f"{scores[number]:+.2f}  row {number}: {clip(prompt_of(rows[number]))}", markup=False)
