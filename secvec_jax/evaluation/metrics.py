@@ -6,13 +6,15 @@ RATES = (
     "refusal", "refusal_persona", "compliance", "over_refusal", "exact_match", "task",
     "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "harm_rate", "flagged", "unreadable",
 )  # fmt: skip
+FILTERS = ("auroc", "precision", "recall", "f1")
+"""Of a filter of rows, from 0 to 1."""
 GRADES = ("harm_score", "harmlessness", "instruction_following")
 """From 1 to 5."""
 LOSSES = ("harmful_loss", "benign_loss", "opening_loss", "drift")
 
 _HIGHER = (
-    "refusal", "refusal_persona", "exact_match", "task", "auroc", "precision", "recall", "f1", "harmlessness",
-    "instruction_following", "harmful_loss",
+    "refusal", "refusal_persona", "exact_match", "task", *FILTERS, "harmlessness", "instruction_following",
+    "harmful_loss",
 )  # fmt: skip
 _LOWER = (
     "compliance", "over_refusal", "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "drift",

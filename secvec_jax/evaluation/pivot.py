@@ -14,12 +14,12 @@ nothing but seeds is ever averaged.
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import cast
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.metrics import BETTER, RATES
+from secvec_jax.evaluation.metrics import BETTER, FILTERS, RATES
 from secvec_jax.evaluation.statistics import paired, seeded_bootstrap
 from secvec_jax.evaluation.tables import Cell, Place, Table, Value, is_number, names, told
 
@@ -213,6 +213,9 @@ def _cell(group: dict[int, Record], other: dict[int, Record] | None, metric: str
     if not ours:
         return Cell(None, failure=failure)
     score = seeded_bootstrap(list(ours.values()))
+    if metric in (*RATES, *FILTERS):
+        low, high = score.ci95
+        score = replace(score, ci95=(max(low, 0.0), min(high, 1.0)))
     common = [seed for seed in ours if seed in theirs]
     if other is group or not common:
         return Cell(score, failure=failure)

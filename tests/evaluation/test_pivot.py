@@ -1,5 +1,6 @@
 """Records are read strictly, grouped over seeds, compared in pairs, and shown with what is missing or failed."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -257,6 +258,12 @@ class TestView:
         assert "refusal, compliance: n=120, 3 seeds; drift: n=3, 3 seeds." in notes(table)[0]
         assert "n=120" not in table.markdown().partition("- Means")[0]
         assert any("Student" in note for note in notes(table))
+
+    def test_what_lies_between_0_and_1_has_an_interval_there(self, records):
+        values = dict(enumerate((0.73, 0.8, 1.0)))
+        found = [dataclasses.replace(r, metrics={"auroc": [values[r.cell["seed"]]]}) for r in records]
+        shown = cells(pivot(found, ["defense"], ["poison"], ["auroc"]))["plain"][0]
+        assert shown.startswith("0.843 [0.") and ", 1.00]" in shown
 
     def test_cells_with_other_seeds_say_so_and_single_ones_have_a_dagger(self, records):
         kept = [r for r in records if r.cell["defense"] == "plain" or r.cell["seed"] == 0]
