@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -78,7 +79,9 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     run(tmp_path)
     (kept,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    data = kept.read_bytes()
+    until = time.monotonic() + 60
+    while b"tokens_per_second" not in (data := kept.read_bytes()) and time.monotonic() < until:
+        time.sleep(0.2)  # a process of wandb's own writes the file
     assert b"tokens_per_second" in data and b"secvec-test" in data and b"fine tune" in data
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or b"k" * 40 not in file.read_bytes(), file
