@@ -24,7 +24,7 @@ from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
-from secvec_jax.vectors.store import fits_peft, load_several, save_peft, save_vectors
+from secvec_jax.vectors.store import load_several, save_peft, save_vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +147,7 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
         stage.say("saving")
         if adapter is not None:
             decoder = merge(decoder, adapter)
-            if fits_peft(adapter, model):
-                save_peft(adapter, run.folder / "task", model, holds="a task")
+            save_peft(adapter, run.folder / "task", model, holds="a task")
         model.with_backbone(decoder).save(run.folder / "model")
         return {"drift": float(distance(decoder, model.backbone))}
 
@@ -183,7 +182,7 @@ def vectors(settings: Vectors, command: str) -> None:
             on_step=on_step,
         )
         save_vectors(trained, folder / "security.safetensors", model)
-        if isinstance(trained, LoRAVectors) and fits_peft(trained, model):
+        if isinstance(trained, LoRAVectors):
             save_peft(trained, folder / "peft", model)
         return {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
 

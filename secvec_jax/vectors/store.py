@@ -7,7 +7,8 @@ Every file of ours names the backbone it was made for by fingerprint, and is ref
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +103,12 @@ def _fingerprint(vectors: Vectors) -> str:
 def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str = _SECURITY_VECTORS) -> None:
     """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
 
-    holds: what they are; anything but security vectors may be merged into a model to be used. Raises UserError where
-    the model computes several sites in one product, to which PEFT would give one A.
+    holds: what they are; anything but security vectors may be merged into a model to be used. Where the model computes
+    several sites in one product, A has their columns side by side, and B is block-diagonal.
     """
     from safetensors.numpy import save_file
 
-    spec, modules = vectors.spec, _peft_modules(model)
-    if fused := [site for site in vectors.factors if site not in modules]:
-        raise UserError(
-            f"PEFT has no form for vectors at {', '.join(fused)} of a {model.architecture.family} model, which "
-            "computes several sites in one product: keep them in our own file, or train at "
-            f"{' and '.join(modules)} alone"
-        )
+    spec, modules = vectors.spec, _peft_modules(model, vectors.factors)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -121,18 +116,22 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
         "r": spec.rank,
         "lora_alpha": spec.alpha,
         "use_rslora": spec.rslora,
-        "target_modules": sorted(modules[site].rpartition(".")[2] for site in vectors.factors),
+        **_patterns(spec, modules),
+        "target_modules": sorted(module.rpartition(".")[2] for module in modules),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
-    tensors = {}
-    for site, factors in whole(vectors).factors.items():
-        for layer in range(model.architecture.num_layers):
-            for name in ("a", "b"):
-                key = f"{modules[site].format(layer)}.lora_{name.upper()}.weight"
-                tensors[key] = np.ascontiguousarray(np.asarray(factors[name][layer]).T)
-    metadata = {"format": "pt", "backbone": model.fingerprint, "holds": holds}
+    tensors, arrays = {}, jax.tree.map(np.asarray, whole(vectors).factors)
+    for module, sites in modules.items():
+        a = np.concatenate([arrays[site]["a"] for site in sites], axis=-1)
+        b = np.zeros((*a.shape[::2], sites[next(iter(sites))][2]), a.dtype)
+        for i, (site, (first, end, _)) in enumerate(sites.items()):
+            b[:, i * spec.rank : (i + 1) * spec.rank, first:end] = arrays[site]["b"]
+        for name, array in (("A", a), ("B", b)):
+            for layer, part in enumerate(array):
+                tensors[f"{module.format(layer)}.lora_{name}.weight"] = np.ascontiguousarray(part.T)
+    metadata = {"format": "pt", "backbone": model.fingerprint, "holds": holds, "sites": ",".join(vectors.factors)}
 
     def write() -> None:
         with whole_folder(folder) as staging:
@@ -140,11 +139,6 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
             save_file(tensors, staging / _PEFT_WEIGHTS, metadata=metadata)
 
     by_first(write)
-
-
-def fits_peft(vectors: Vectors, model: Model) -> bool:
-    """Whether PEFT has a form for them: LoRA at maps that are modules of their own."""
-    return isinstance(vectors, LoRAVectors) and set(vectors.factors) <= set(_peft_modules(model))
 
 
 def holds_security_vectors(path: str | Path) -> bool:
@@ -168,24 +162,31 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
             raise ValueError("r must be a whole number, lora_alpha a number")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / _PEFT_CONFIG} cannot be read ({error}): give a PEFT adapter folder") from error
-    _check_peft_kind(config, folder)
     metadata, tensors = _read(folder / _PEFT_WEIGHTS)
-    modules = _peft_modules(model)
-    sites = [site for site, module in modules.items() if f"{module.format(0)}.lora_A.weight" in tensors]
+    own = metadata["sites"].split(",") if "sites" in metadata else model.architecture.sites
+    modules = {
+        module: sites
+        for module, sites in _peft_modules(model, own).items()
+        if f"{module.format(0)}.lora_A.weight" in tensors
+    }
+    spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
+    _check_peft_kind(config, _patterns(spec, modules) if "sites" in metadata else {}, folder)
     factors = {}
     try:
-        for site in sites:
-            keys = [f"{modules[site].format(layer)}.lora_" for layer in range(model.architecture.num_layers)]
-            factors[site] = {
-                name: jnp.asarray(np.stack([tensors.pop(f"{key}{name.upper()}.weight").T for key in keys]), jnp.float32)
-                for name in ("a", "b")
-            }
+        for module, sites in modules.items():
+            a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", model) for name in "AB")
+            blocks = len(sites) if "sites" in metadata else 1
+            for i, (site, (first, end, outputs)) in enumerate(sites.items()):
+                rank = slice(i * spec.rank, (i + 1) * spec.rank) if blocks > 1 else slice(None)
+                rows = slice(first, end if end < outputs else None)  # what is too wide stays so, and is told
+                factors[site] = {"a": a[..., rank], "b": b[:, rank, rows]}
     except KeyError as error:
         raise UserError(f"{folder} lacks {error}: the adapter was made for another model") from error
-    if tensors or not sites:
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{folder} has weights of no shape that LoRA has: fetch it again") from error
+    if tensors or not factors:
         raise UserError(f"{folder} has weights with no place in the model ({next(iter(tensors), 'none at all')})")
-    spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")), tuple(sites))
-    vectors = LoRAVectors(factors, spec)
+    vectors = LoRAVectors(factors, dataclasses.replace(spec, targets=tuple(factors)))
     vectors.check(model.architecture)
     if "backbone" in metadata:
         _check_backbone(metadata, model, folder)
@@ -197,8 +198,9 @@ _PEFT_UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "rank_pattern", "al
                      "layer_replication")  # fmt: skip
 
 
-def _check_peft_kind(config: dict, folder: Path) -> None:
-    unsupported = [key for key in _PEFT_UNSUPPORTED if config.get(key)]
+def _check_peft_kind(config: dict, ours: dict[str, Any], folder: Path) -> None:
+    """ours: entries that are of our own making, and understood at this value."""
+    unsupported = [key for key in _PEFT_UNSUPPORTED if config.get(key) and config[key] != ours.get(key)]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
         unsupported.append("init_lora_weights")  # pissa, olora, ... take their start out of the backbone
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
@@ -206,11 +208,32 @@ def _check_peft_kind(config: dict, folder: Path) -> None:
         raise UserError(f"{folder} is no plain LoRA adapter ({what}): train one without these")
 
 
-def _peft_modules(model: Model) -> dict[str, str]:
-    """Each site's module as PEFT names it, with a `{}` for the layer; of those that have a module of their own."""
-    names = {site: name for site in model.architecture.sites
-             if not (name := weight_names(model.architecture)[f"layers.{site}.kernel"]).rows}  # fmt: skip
-    return {site: f"base_model.model.{name.hf.removesuffix('.weight')}" for site, name in names.items()}
+def _peft_modules(model: Model, sites: Collection[str]) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Modules as PEFT names them, with a `{}` for the layer -> those of the sites that they compute -> their outputs.
+
+    Outputs are (first, behind the last, of how many).
+    """
+    names = weight_names(model.architecture)
+    modules: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for site in model.architecture.sites:
+        if site in sites:
+            name, width = names[f"layers.{site}.kernel"], model.architecture.site_shape(site)[1]
+            module = f"base_model.model.{name.hf.removesuffix('.weight')}"
+            modules.setdefault(module, {})[site] = name.rows or (0, width, width)
+    return modules
+
+
+def _patterns(spec: LoRA, modules: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """PEFT's ranks and alphas of modules that hold several sites, so that each of them has the others' scale."""
+    many = {module.rpartition(".")[2]: len(sites) for module, sites in modules.items() if len(sites) > 1}
+    alphas = {name: spec.alpha * (math.sqrt(count) if spec.rslora else count) for name, count in many.items()}
+    return {"rank_pattern": {name: spec.rank * count for name, count in many.items()}, "alpha_pattern": alphas}
+
+
+def _stacked(tensors: dict[str, np.ndarray], key: str, model: Model) -> jax.Array:
+    """A weight of all layers, taken out of `tensors`: `[L, in, out]`, float32."""
+    layers = [tensors.pop(key.format(layer)).T for layer in range(model.architecture.num_layers)]
+    return jnp.asarray(np.stack(layers), jnp.float32)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

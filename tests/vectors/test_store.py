@@ -221,11 +221,13 @@ def _peft_adapter(hf, folder: Path, dtype=None, **config):
     ],
     ids=["subset", "rslora", "mlp", "regex"],
 )
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "opt"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "opt", "phi3"])
 def test_adapters_of_peft_are_read(tiny_model, logits, hf_logits, tokens, tmp_path, variant, config):
     tiny = tiny_model(variant)
     if variant == "opt" and "gate_proj" in config["target_modules"]:
         config = config | {"target_modules": ["fc1", "fc2", "out_proj"]}
+    if variant == "phi3" and config["target_modules"] != "all-linear":
+        config = config | {"target_modules": ["qkv_proj" if "q" in str(config["target_modules"]) else "gate_up_proj"]}
     worn = _peft_adapter(tiny.hf, tmp_path / "peft", **config)
     vectors = load_vectors(tmp_path / "peft", tiny.model)
     ours = logits(tiny.model, tokens, guests=(vectors,))
@@ -234,30 +236,48 @@ def test_adapters_of_peft_are_read(tiny_model, logits, hf_logits, tokens, tmp_pa
     assert vectors.spec.rank == config["r"] and isinstance(vectors.spec, LoRA)
 
 
-@pytest.mark.parametrize("variant", ["gemma3", "opt"])
-def test_vectors_of_every_family_go_to_peft(tiny_model, random_vectors, logits, hf_logits, tokens, tmp_path, variant):
+@pytest.mark.parametrize(
+    ("variant", "spec"),
+    [
+        ("gemma3", {}),
+        ("opt", {}),
+        ("phi3", {}),
+        ("phi3", {"rslora": True, "targets": ("[qv]_proj", "up_proj", "o_proj")}),
+    ],
+)
+def test_vectors_of_every_family_go_to_peft(
+    tiny_model, random_vectors, logits, hf_logits, tokens, tmp_path, variant, spec
+):
     from peft import PeftModel
 
     tiny = tiny_model(variant)
-    vectors = random_vectors(tiny.model, rank=3)
+    vectors = random_vectors(tiny.model, rank=3, **spec)
     save_peft(vectors, tmp_path / "peft", tiny.model)
     worn = PeftModel.from_pretrained(copy.deepcopy(tiny.hf), tmp_path / "peft").eval()
     ours = logits(tiny.model, tokens, guests=(vectors,))
     np.testing.assert_allclose(ours, hf_logits(worn, tokens), rtol=0, atol=1e-4)
     assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
+    again = load_peft(tmp_path / "peft", tiny.model)
+    chex.assert_trees_all_equal(again.factors, vectors.factors)
+    assert again.spec.scale == vectors.spec.scale
 
 
-def test_vectors_at_fused_maps_stay_in_our_own_file(tiny_model, random_vectors, logits, tokens, tmp_path):
+def test_a_changed_scale_of_fused_maps_is_told(tiny_model, random_vectors, tmp_path):
     model = tiny_model("phi3").model
-    vectors = random_vectors(model, rank=2)
-    with pytest.raises(UserError, match=r"q_proj.*phi3.*o_proj and down_proj alone"):
-        save_peft(vectors, tmp_path / "peft", model)
-    assert not (tmp_path / "peft").exists()
-    save_vectors(vectors, tmp_path / "v.safetensors", model)
-    again = load_vectors(tmp_path / "v.safetensors", model)
-    np.testing.assert_array_equal(logits(model, tokens, guests=(again,)), logits(model, tokens, guests=(vectors,)))
-    save_peft(random_vectors(model, rank=2, targets=("o_proj", "down_proj")), tmp_path / "peft", model)
-    assert set(load_peft(tmp_path / "peft", model).factors) == {"o_proj", "down_proj"}
+    save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
+    path = tmp_path / "peft/adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["rank_pattern"] == {"qkv_proj": 6, "gate_up_proj": 4}
+    path.write_text(json.dumps(config | {"alpha_pattern": {"qkv_proj": 1.0}}))
+    with pytest.raises(UserError, match="alpha_pattern"):
+        load_peft(tmp_path / "peft", model)
+
+
+def test_an_adapter_too_wide_for_its_map_is_refused(tiny_model, tmp_path):
+    _peft_adapter(tiny_model("phi3").hf, tmp_path / "peft", r=2, target_modules=["qkv_proj"])
+    other = tiny_model("phi3", num_key_value_heads=1).model
+    with pytest.raises(UserError, match="wrong backbone"):
+        load_peft(tmp_path / "peft", other)
 
 
 def test_a_pattern_that_the_family_has_no_site_for_is_refused(tiny_model):
