@@ -11,8 +11,9 @@ import numpy as np
 from gpu_rows import MOST, Row, config, packed, segment_starts, timed
 
 from secvec_jax.inference import compute_dtype
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.attention import among_themselves, visible
-from secvec_jax.model.families import Architecture, from_hf_config
+from secvec_jax.model.families import from_hf_config
 
 Marks = dict[str, jax.Array]
 """`segments`, `positions` `[B, T]`; `starts`, `lengths` of the segments, `[B, segments]`; `mask`: what each token sees,

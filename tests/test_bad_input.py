@@ -21,7 +21,8 @@ from secvec_jax.evaluation.report import Results
 from secvec_jax.experiments.grid import Plan
 from secvec_jax.experiments.verbs import Finetune, Vectors
 from secvec_jax.model import weights
-from secvec_jax.model.families import FAMILIES, Architecture, from_hf_config, to_hf_config, weight_names
+from secvec_jax.model.architecture import Architecture
+from secvec_jax.model.families import FAMILIES, from_hf_config, to_hf_config, weight_names
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
 from tests.conftest import VARIANTS

@@ -22,8 +22,8 @@ from secvec_jax import mesh
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import AXES, PLACES, Cluster, axes_of, lay, make_mesh, parse, spec
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder
-from secvec_jax.model.families import Architecture
 from secvec_jax.training.objective import parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase

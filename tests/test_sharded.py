@@ -21,7 +21,7 @@ from secvec_jax.defenses.min_min import min_min
 from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.inference import generate
 from secvec_jax.mesh import axes_of, lay, make_mesh, parse, sharding
-from secvec_jax.model.families import Architecture
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.training.optimizers import make_optimizer

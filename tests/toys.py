@@ -7,8 +7,8 @@ import numpy as np
 from flax import nnx
 
 from secvec_jax.data.chat import Example
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
-from secvec_jax.model.families import Architecture
 from secvec_jax.model.hub import Model
 
 VOCABULARY = 320

@@ -29,8 +29,8 @@ from secvec_jax.activations import layer_mask, reply_means
 from secvec_jax.defenses.tuning import examples_of
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Guest
-from secvec_jax.model.families import Architecture
 from secvec_jax.model.hub import Model
 
 

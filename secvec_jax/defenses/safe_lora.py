@@ -21,8 +21,8 @@ import numpy as np
 
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, place
+from secvec_jax.model.architecture import SITES
 from secvec_jax.model.decoder import Decoder, leaf_name
-from secvec_jax.model.families import SITES
 from secvec_jax.model.hub import Model
 
 Where = list[tuple[str, int]]

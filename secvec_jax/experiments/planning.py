@@ -12,8 +12,8 @@ from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_method
 from secvec_jax.defenses.tuning import PHASE2, phase2_method
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import shards
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Remat, abstract_decoder
-from secvec_jax.model.families import Architecture
 from secvec_jax.model.hub import check_mesh, load_architecture
 from secvec_jax.training.objective import KEEP, LEARN, parameters
 from secvec_jax.training.plan import Plan, TooLarge, plan, topology_mesh

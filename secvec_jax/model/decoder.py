@@ -21,8 +21,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from secvec_jax.mesh import gather, place
+from secvec_jax.model.architecture import Architecture, rope_frequencies
 from secvec_jax.model.attention import KERNEL, Attend, among_themselves, attend, rotate, softcapped, visible
-from secvec_jax.model.families import Architecture, rope_frequencies
 from secvec_jax.trees import unstacked
 
 Remat = Literal["none", "dots", "attention", "full"]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from secvec_jax.errors import UserError
-from secvec_jax.model.families import Architecture, RopeScaling, from_hf_config, rope_frequencies, weight_names
+from secvec_jax.model.architecture import Architecture, RopeScaling, rope_frequencies
+from secvec_jax.model.families import from_hf_config, weight_names
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

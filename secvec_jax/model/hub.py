@@ -21,8 +21,9 @@ from secvec_jax import assets
 from secvec_jax.errors import UserError
 from secvec_jax.files import whole_folder
 from secvec_jax.mesh import PLACES, agree, is_first, shards
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder
-from secvec_jax.model.families import Architecture, from_hf_config, to_hf_config
+from secvec_jax.model.families import from_hf_config, to_hf_config
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.weights import assemble, gathered, open_safetensors, read_json, weight_sizes, write_weights
 from secvec_jax.trees import fingerprint

@@ -18,8 +18,9 @@ from jax.sharding import NamedSharding
 
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import Axes, axes_of, sharding
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder, leaf_name
-from secvec_jax.model.families import Architecture, WeightName, weight_names
+from secvec_jax.model.families import WeightName, weight_names
 from secvec_jax.trees import pieces
 
 _FILE_BYTES = 2**30

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
 from secvec_jax.mesh import lay
-from secvec_jax.model.families import Architecture
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.training.objective import KEEP
 from secvec_jax.training.plan import multiplied
 from secvec_jax.training.step import Method, Metrics

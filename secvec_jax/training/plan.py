@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from secvec_jax.batch import KEYS
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, make_mesh, parse, sharding, shards
-from secvec_jax.model.families import Architecture
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.training.loss import CHUNK
 from secvec_jax.training.objective import KEEP, LEARN, Params
 from secvec_jax.training.phase import Phase

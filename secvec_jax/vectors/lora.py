@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, place
+from secvec_jax.model.architecture import SITES, Architecture
 from secvec_jax.model.decoder import SITE_AXES, Decoder, Guest, leaf_name
-from secvec_jax.model.families import SITES, Architecture
 
 
 @dataclasses.dataclass(frozen=True)

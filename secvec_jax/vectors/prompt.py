@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Guest, Run
-from secvec_jax.model.families import Architecture
 
 
 @dataclasses.dataclass(frozen=True)

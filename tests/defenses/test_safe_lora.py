@@ -9,8 +9,8 @@ import torch
 
 from secvec_jax.defenses.safe_lora import cosines, project
 from secvec_jax.errors import UserError
+from secvec_jax.model.architecture import SITES
 from secvec_jax.model.decoder import leaf_name
-from secvec_jax.model.families import SITES
 from secvec_jax.trees import fingerprint
 from tests.toys import ARCHITECTURE, random_decoder, tiny_model
 

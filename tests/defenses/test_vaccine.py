@@ -11,7 +11,7 @@ from secvec_jax.config import Training
 from secvec_jax.defenses.tuning import phase2_method
 from secvec_jax.defenses.vaccine import Perturbation, perturbed, random_perturbation, vaccine
 from secvec_jax.errors import UserError
-from secvec_jax.model.families import SITES
+from secvec_jax.model.architecture import SITES
 from secvec_jax.training.objective import Objective, parameters
 from secvec_jax.training.phase import merge
 from secvec_jax.training.step import descent

@@ -13,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from secvec_jax.batch import SHARED
 from secvec_jax.model import attention
+from secvec_jax.model.architecture import SITES
 from secvec_jax.model.attention import _attend_by_batched_products, rotate, visible
 from secvec_jax.model.decoder import Guest, abstract_decoder, leaf_name
-from secvec_jax.model.families import SITES, weight_names
+from secvec_jax.model.families import weight_names
 from secvec_jax.vectors.lora import LoRA
 
 

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 
 from secvec_jax.errors import UserError
 from secvec_jax.model import hub
-from secvec_jax.model.families import SITES, RopeScaling
+from secvec_jax.model.architecture import SITES, RopeScaling
 from secvec_jax.model.generate import generate_tokens
 
 _NAMES = dict(zip(SITES, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))) | {

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from secvec_jax.errors import UserError
-from secvec_jax.model.families import SITES, RopeScaling, from_hf_config, rope_frequencies, to_hf_config
+from secvec_jax.model.architecture import SITES, RopeScaling, rope_frequencies
+from secvec_jax.model.families import from_hf_config, to_hf_config
 
 TOLERANCE = 1e-4
 VARIANTS = ["llama", "llama-mha", "llama-tied", "llama-linear", "llama-llama3", "llama-biases", "mistral",

@@ -14,8 +14,8 @@ import optax
 import pytest
 from flax import nnx
 
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
-from secvec_jax.model.families import Architecture
 from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import descent

@@ -12,8 +12,8 @@ import pytest
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, make_mesh
 from secvec_jax.model import hub
+from secvec_jax.model.architecture import SITES
 from secvec_jax.model.decoder import Guest
-from secvec_jax.model.families import SITES
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, _merged, merge, random_like
 
 

@@ -1,0 +1,126 @@
+"""The numbers and switches that fix a decoder's forward pass, of whatever family it is."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from secvec_jax.errors import UserError
+
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear maps of a layer, by their usual names; guests are asked at each of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long contexts.
+
+    kind: "linear" (Chen et al. 2023) divides all frequencies by `factor`; "llama3" (Llama 3.1) divides only
+    those whose wavelength exceeds `original_context / low_freq_factor` and blends in between.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Every number and switch that fixes a decoder's forward pass."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    max_length: int = 2048
+    tied_head: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    windowed: tuple[bool, ...] | None = None
+    """which layers have the sliding window; None: all"""
+    local_rope_theta: float | None = None
+    """of the layers with the window, without scaling; None: as in the others"""
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    """rms_plus_one: the weight is a difference from 1; layer: with mean and bias (Ba et al. 2016)"""
+    post_norms: bool = False
+    """attention and MLP are normed once more before they are added"""
+    activation: Literal["silu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True
+    """down(act(gate(x)) * up(x)), else down(act(up(x)))"""
+    scaled_embedding: bool = False
+    """embeddings are multiplied by the root of the hidden size"""
+    learned_positions: bool = False
+    """a table of positions is added to the embeddings, and nothing is rotated"""
+    query_scalar: float | None = None
+    """attention scores are divided by its root; None: the head's size"""
+    attention_softcap: float | None = None
+    """scores s become c tanh(s / c)"""
+    final_softcap: float | None = None
+    """logits as well"""
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads evenly: "
+                "check num_key_value_heads in config.json"
+            )
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Those of the `SITES` that the layers have."""
+        return tuple(site for site in SITES if self.gated or site != "gate_proj")
+
+    def site_shape(self, site: str) -> tuple[int, int]:
+        """(inputs, outputs) of one of the `SITES`."""
+        query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden_size, query),
+            "k_proj": (self.hidden_size, kv),
+            "v_proj": (self.hidden_size, kv),
+            "o_proj": (query, self.hidden_size),
+            "gate_proj": (self.hidden_size, self.intermediate_size),
+            "up_proj": (self.hidden_size, self.intermediate_size),
+            "down_proj": (self.intermediate_size, self.hidden_size),
+        }[site]
+
+    def has_bias(self, site: str) -> bool:
+        if site in ("q_proj", "k_proj", "v_proj"):
+            return self.qkv_bias
+        return self.output_bias if site == "o_proj" else self.mlp_bias
+
+
+def rope_frequencies(architecture: Architecture, *, windowed: bool = False) -> list[float]:
+    """The rotation per position of each of the `head_dim / 2` pairs, in radians, scaling applied.
+
+    windowed: those of the layers with the sliding window, which may have a base of their own.
+    """
+    dim, scaling, theta = architecture.head_dim, architecture.rope_scaling, architecture.rope_theta
+    if windowed and architecture.local_rope_theta is not None:
+        theta, scaling = architecture.local_rope_theta, None
+    frequencies = [theta ** (-2 * i / dim) for i in range(dim // 2)]
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return [f / scaling.factor for f in frequencies]
+    return [_llama3_frequency(f, scaling) for f in frequencies]
+
+
+def _llama3_frequency(frequency: float, scaling: RopeScaling) -> float:
+    turns = scaling.original_context * frequency / (2 * math.pi)
+    if turns < scaling.low_freq_factor:
+        return frequency / scaling.factor
+    if turns > scaling.high_freq_factor:
+        return frequency
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return (1 - blend) * frequency / scaling.factor + blend * frequency
