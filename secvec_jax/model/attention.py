@@ -135,8 +135,7 @@ def _splash(query, keys, values, *, segments, window, softcap=None, interpret=Fa
         mask = splash.CausalMask((length, length))
         if window is not None:
             mask = splash.LocalMask((length, length), (window - 1, 0), 0)
-        block = next(size for size in (512, 256, _LANES) if length % size == 0)
-        wide = next(size for size in (2048, 1024, 512, 256, _LANES) if length % size == 0)
+        block, wide = _splash_blocks(length, query.shape[-1])
         kernel = splash.make_splash_mha_single_device(
             mask=splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(
@@ -160,6 +159,13 @@ def _splash(query, keys, values, *, segments, window, softcap=None, interpret=Fa
         run = jax.shard_map(run, in_specs=(heads, heads, heads, lines), out_specs=heads, check_vma=False)
     query = query.swapaxes(1, 2) * query.shape[-1] ** -0.5
     return run(query.astype(keys[0].dtype), keys[0].swapaxes(2, 3), values[0], segments).swapaxes(1, 2)
+
+
+def _splash_blocks(length: int, head_dim: int) -> tuple[int, int]:
+    """Splash's blocks, and those of keys in its backward kernel, which keeps them and their gradients in VMEM."""
+    widest = 2048 * _LANES // max(head_dim, _LANES)
+    sizes = [size for size in (2048, 1024, 512, 256, _LANES) if length % size == 0]
+    return next(size for size in sizes if size <= 512), next(size for size in sizes if size <= widest)
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
