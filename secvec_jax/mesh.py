@@ -126,6 +126,12 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def device_kind() -> str:
+    """The model of the devices that programs are made for: "cpu", "NVIDIA H200", "TPU v5 lite"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+
+
 def spec(*axes: str | None) -> P:
     """Where an array with these logical axes lies on the ambient mesh."""
     # In XLA's own spelling, without axes of one device: a program whose outputs are its next inputs compiles once.

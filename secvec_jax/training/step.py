@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
-from secvec_jax.mesh import lay, platform
+from secvec_jax.mesh import device_kind, lay
 from secvec_jax.training.phase import merge
 from secvec_jax.trees import Tree
 
@@ -34,8 +34,9 @@ class Method(NamedTuple):
 
 
 _OPTIONS = {
-    # Gathers of weights and sums of gradients run beside the products instead of before and after them.
-    "tpu": {
+    # Gathers of weights and sums of gradients run beside the products instead of before and after them. For other
+    # TPUs the compiler refuses this (libtpu 0.0.50) and says that results may be wrong.
+    "TPU v5 lite": {
         "xla_tpu_enable_async_collective_fusion": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
@@ -59,7 +60,7 @@ def moved(gradient: Gradient, optimizer: optax.GradientTransformation) -> Method
     metrics: sums and counts by name, `loss`, `grad_norm`.
     """
 
-    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_OPTIONS.get(platform()))
+    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_OPTIONS.get(device_kind()))
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         gradients, metrics = gradient(trained, frozen, batch)
         gradients = lay(gradients)
