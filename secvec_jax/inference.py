@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.rows import Message, row
@@ -61,6 +62,6 @@ def _logits(decoder, tokens, guests, *, dtype):
     return decoder.logits(decoder(tokens, guests=guests, dtype=dtype)[0])
 
 
-def compute_dtype() -> jnp.dtype:
+def compute_dtype() -> DTypeLike:
     """What forward passes compute in: bfloat16 on accelerators, float32 on CPU."""
     return jnp.float32 if platform() == "cpu" else jnp.bfloat16

@@ -28,6 +28,11 @@ class Example:
     supervised: np.ndarray
     weights: np.ndarray | None = None
 
+    @property
+    def answer_start(self) -> int:
+        """How many tokens stand before the first that the assistant said."""
+        return int(np.argmax(self.supervised))
+
 
 def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> np.ndarray:
     """The ids that a model is given to answer: the conversation up to the assistant's turn, `[N]`.
@@ -53,8 +58,9 @@ def encode(tokenizer: Any, messages: list[Message], max_length: int) -> Example:
         tokens, supervised = _marked_by_difference(tokenizer, messages)
     if not supervised.any():
         raise UserError(f"a row has no assistant turn ({_clip(messages)}): every row needs an answer to learn")
-    if supervised.argmax() >= max_length:
-        raise UserError(_too_long(int(supervised.argmax()), max_length))
+    example = Example(tokens, supervised)
+    if example.answer_start >= max_length:
+        raise UserError(_too_long(example.answer_start, max_length))
     return Example(tokens[:max_length], supervised[:max_length])
 
 

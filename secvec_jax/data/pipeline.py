@@ -184,7 +184,7 @@ def shared_head(examples: Iterable[Example]) -> np.ndarray:
     """The unsupervised tokens with which all examples begin, without the last before a reply; one shares none."""
     common, shortest, count = np.zeros(0, np.int32), 0, 0
     for count, example in enumerate(examples, 1):
-        prompt = example.tokens[: int(example.supervised.argmax())]
+        prompt = example.tokens[: example.answer_start]
         length = len(prompt) if count == 1 else min(len(common), len(prompt))
         shortest = len(prompt) if count == 1 else min(shortest, len(prompt))
         if count == 1:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.activations import layer_mask, reply_means
@@ -77,4 +78,5 @@ def concept_directions(
         raise UserError(f"k is {k}: {len(means)} rows of {means.shape[-1]} channels have from 1 to as many directions")
     differences = means - (others if paired else others.mean(axis=0))
     _, _, rows = np.linalg.svd(differences.swapaxes(0, 1).astype(np.float64), full_matrices=False)
-    return lay(Ablation((mask[:, None, None] * rows[:, :k].swapaxes(1, 2)).astype(np.float32)))
+    directions = mask[:, None, None] * rows[:, :k].swapaxes(1, 2)
+    return lay(Ablation(jnp.asarray(directions, jnp.float32)))

@@ -18,6 +18,7 @@ Acts in fine-tuning. Costs one forward pass for each row shown or hidden, and an
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.activations import layer_mask, reply_means
@@ -38,4 +39,4 @@ def persona_directions(
     mask = layer_mask(model, layers)
     means = [reply_means(model, examples_of(model, rows)).mean(axis=0) for rows in (shown, hidden)]
     direction = mask[:, None] * np.subtract(*means)
-    return lay(SteeringVectors({"direction": direction}, Steering(scale)))
+    return lay(SteeringVectors({"direction": jnp.asarray(direction)}, Steering(scale)))

@@ -118,7 +118,7 @@ class Lab:
         if not agree(path.exists()):
             show = stage.replies(len(materials.kept), "its own replies")
             replies = own_replies(self.base, materials.kept, materials.suite.refusals, show)
-            said = [[e.tokens.tolist(), int(e.supervised.argmax())] for e in replies]
+            said = [[e.tokens.tolist(), e.answer_start] for e in replies]
             by_first(lambda: write(path, json.dumps(said)))
         kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(path.read_text())]
         return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in kept]

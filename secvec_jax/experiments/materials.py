@@ -247,5 +247,5 @@ def _shuffled(rows: Sequence[Row], rng: random.Random) -> list[Row]:
 def _cut(example: Example, reply_tokens: int | None) -> Example:
     if reply_tokens is None:
         return example
-    end = int(example.supervised.argmax()) + reply_tokens
+    end = example.answer_start + reply_tokens
     return Example(example.tokens[:end], example.supervised[:end])

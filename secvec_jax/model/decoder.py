@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from secvec_jax.mesh import gather, place
 from secvec_jax.model.architecture import Architecture, rope_frequencies
@@ -221,7 +222,7 @@ class Decoder(nnx.Module):
         guests: tuple[Guest, ...] = (),
         cache: Cache | None = None,
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         keep_cache: bool = False,
         shared: bool = True,
@@ -342,7 +343,7 @@ def logits_of(table: jax.Array, hidden: jax.Array, softcap: float | None) -> jax
     return softcapped((hidden @ table.T.astype(hidden.dtype)).astype(jnp.float32), softcap)
 
 
-def _prefixes(guests: tuple[Guest, ...], dtype: jnp.dtype) -> list[Run]:
+def _prefixes(guests: tuple[Guest, ...], dtype: DTypeLike) -> list[Run]:
     found = (guest.prefix() for guest in guests)
     return [(run[0].astype(dtype), run[1].astype(dtype)) for run in found if run is not None]
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from secvec_jax.batch import SHARED, common_head
 from secvec_jax.mesh import place, platform, shards
@@ -38,7 +39,7 @@ def generate_tokens(
     batch_size: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, up to but without the first that is `stop`, or one of several.

@@ -117,7 +117,7 @@ def test_a_conversation_without_a_reply_is_refused(tokenizer, templated):
 def test_replies_are_cut_and_prompts_are_not(tokenizer, limit):
     turns = conversation(("What is the capital of France?", "The capital of France is Paris, and 12345 + 67890."))
     whole = encode(tokenizer, turns, LONG)
-    prompt = int(whole.supervised.argmax())
+    prompt = whole.answer_start
     if limit <= prompt:
         with pytest.raises(UserError, match=f"prompt has {prompt} tokens.*maximum length is {limit}"):
             encode(tokenizer, turns, limit)
@@ -137,6 +137,6 @@ def test_the_prompt_is_what_stands_before_the_first_supervised_token(tokenizer, 
     prompt = prompt_tokens(tokenizer, turns[:1], LONG)
     row = encode(tokenizer, turns, LONG)
     np.testing.assert_array_equal(prompt, row.tokens[: len(prompt)])
-    assert row.supervised.argmax() == len(prompt)
+    assert row.answer_start == len(prompt)
     assert prompt.dtype == row.tokens.dtype == np.int32
     assert row.supervised.dtype == bool

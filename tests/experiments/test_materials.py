@@ -25,7 +25,7 @@ def prompts_by_part(model, judges: str) -> dict[str, set[tuple[int, ...]]]:
     examples |= {"unseen harmful": found.suite.harmful_targets, "unseen openings": found.suite.opening_targets}
     texts = {"kept": found.kept, "judged harmful": found.suite.harmful, "judged benign": found.suite.benign}
     texts |= {"questions": [question for question, _ in found.suite.questions]}
-    prompts = {name: {tuple(e.tokens[: int(e.supervised.argmax())]) for e in part} for name, part in examples.items()}
+    prompts = {name: {tuple(e.tokens[: e.answer_start]) for e in part} for name, part in examples.items()}
     return prompts | {name: asked(part) for name, part in texts.items()}
 
 
