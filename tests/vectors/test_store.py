@@ -243,6 +243,7 @@ def test_adapters_of_peft_are_read(tiny_model, logits, hf_logits, tokens, tmp_pa
         ("opt", {}),
         ("phi3", {}),
         ("phi3", {"rslora": True, "targets": ("[qv]_proj", "up_proj", "o_proj")}),
+        ("phi3", {"targets": ("o_proj", "down_proj")}),
     ],
 )
 def test_vectors_of_every_family_go_to_peft(
@@ -257,9 +258,11 @@ def test_vectors_of_every_family_go_to_peft(
     ours = logits(tiny.model, tokens, guests=(vectors,))
     np.testing.assert_allclose(ours, hf_logits(worn, tokens), rtol=0, atol=1e-4)
     assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
-    again = load_peft(tmp_path / "peft", tiny.model)
-    chex.assert_trees_all_equal(again.factors, vectors.factors)
-    assert again.spec.scale == vectors.spec.scale
+    save_vectors(vectors, tmp_path / "v.safetensors", tiny.model)
+    for again in (load_peft(tmp_path / "peft", tiny.model), load_vectors(tmp_path / "v.safetensors", tiny.model)):
+        chex.assert_trees_all_equal(again.factors, vectors.factors)
+        assert again.spec.scale == vectors.spec.scale
+        np.testing.assert_array_equal(logits(tiny.model, tokens, guests=(again,)), ours)
 
 
 def test_a_changed_scale_of_fused_maps_is_told(tiny_model, random_vectors, tmp_path):
