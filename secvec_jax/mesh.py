@@ -121,15 +121,19 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Any = N
 
 
 def platform() -> str:
-    """What programs are made for: "cpu", "gpu" or "tpu". The ambient mesh may be of devices that are not here."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    """What programs are made for: "cpu", "gpu" or "tpu"."""
+    return _device().platform
 
 
 def device_kind() -> str:
     """The model of the devices that programs are made for: "cpu", "NVIDIA H200", "TPU v5 lite"."""
+    return _device().device_kind
+
+
+def _device() -> Any:
+    """One of the devices that programs are made for; those of the ambient mesh may not be here."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+    return jax.devices()[0] if mesh.empty else mesh.abstract_device
 
 
 def spec(*axes: str | None) -> P:

@@ -47,10 +47,10 @@ SHOWN = {check.__name__: check for check in (the_idea_in_ten_minutes, your_model
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    notebook = nbformat.read(path, as_version=4)
+    notebook, shows = nbformat.read(path, as_version=4), SHOWN[path.stem]
     kept = printed(notebook)
     NotebookClient(notebook, timeout=1500, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    SHOWN[path.stem](notebook, kept, tmp_path)
+    shows(notebook, kept, tmp_path)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -125,7 +125,8 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
     tensors, arrays = {}, jax.tree.map(np.asarray, whole(vectors).factors)
     for module, sites in modules.items():
         a = np.concatenate([arrays[site]["a"] for site in sites], axis=-1)
-        b = np.zeros((*a.shape[::2], sites[next(iter(sites))][2]), a.dtype)
+        _, _, outputs = next(iter(sites.values()))
+        b = np.zeros((*a.shape[::2], outputs), a.dtype)
         for i, (site, (first, end, _)) in enumerate(sites.items()):
             b[:, i * spec.rank : (i + 1) * spec.rank, first:end] = arrays[site]["b"]
         for name, array in (("A", a), ("B", b)):
@@ -163,21 +164,21 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / _PEFT_CONFIG} cannot be read ({error}): give a PEFT adapter folder") from error
     metadata, tensors = _read(folder / _PEFT_WEIGHTS)
-    own = metadata["sites"].split(",") if "sites" in metadata else model.architecture.sites
+    ours = "sites" in metadata  # several sites of a module have ranks of their own; else they share A
+    held = metadata["sites"].split(",") if ours else model.architecture.sites
     modules = {
         module: sites
-        for module, sites in _peft_modules(model, own).items()
+        for module, sites in _peft_modules(model, held).items()
         if f"{module.format(0)}.lora_A.weight" in tensors
     }
     spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
-    _check_peft_kind(config, _patterns(spec, modules) if "sites" in metadata else {}, folder)
+    _check_peft_kind(config, _patterns(spec, modules) if ours else {}, folder)
     factors = {}
     try:
         for module, sites in modules.items():
             a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", model) for name in "AB")
-            blocks = len(sites) if "sites" in metadata else 1
             for i, (site, (first, end, outputs)) in enumerate(sites.items()):
-                rank = slice(i * spec.rank, (i + 1) * spec.rank) if blocks > 1 else slice(None)
+                rank = slice(i * spec.rank, (i + 1) * spec.rank) if ours and len(sites) > 1 else slice(None)
                 rows = slice(first, end if end < outputs else None)  # what is too wide stays so, and is told
                 factors[site] = {"a": a[..., rank], "b": b[:, rank, rows]}
     except KeyError as error:
