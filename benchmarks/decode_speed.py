@@ -1,6 +1,6 @@
 """Decoding 64 held-out prompts x 48 new tokens, greedily: ours against `generate` of transformers.
 
-    python benchmarks/decode_speed.py --json OUT [--rounds 5]
+    python benchmarks/decode_speed.py --json OUT [--rounds 5] [--toy]
 
 Both sides start from the prompts' token ids and end with the replies' ids, in one batch, with the same model in
 float32; nothing stops a reply early. Of the caches of transformers the faster one counts. The share of equal tokens
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import rival
 from sides import Side, alternate, machine, ratio
+from toy import SIZES, toy_model
 
 import secvec_jax as sv
 from secvec_jax.data.chat import prompt_tokens
@@ -50,12 +51,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--toy", action="store_true", help="a model of two small layers: does it run?")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        recipe, model = Recipe(), sv.load("smollm2")
+        recipe = Recipe()
+        model, sizes = (toy_model(), SIZES) if arguments.toy else (sv.load("smollm2"), recipe.sizes)
         folder = f"{scratch}/model"
         model.save(folder)
-        suite = gather(model, recipe.sizes, recipe.finetune_training, recipe.seed).suite
+        suite = gather(model, sizes, recipe.finetune_training, recipe.seed).suite
         limit = model.architecture.max_length - NEW_TOKENS
         prompts = [
             prompt_tokens(model.tokenizer, [{"role": "user", "content": prompt}], limit)
@@ -88,7 +91,7 @@ def main() -> None:
         staging.write_text(json.dumps(results, indent=1))
     for name, times in found.items():
         said = times.as_dict(1)
-        rate = PROMPTS / said["seconds"]
+        rate = len(prompts) / said["seconds"]
         print(f"{name:26} {said['seconds']:7.3f} s  {rate:6.2f} prompts/s  {said['peak_gib']:5.2f} GiB")
     print(f"ratio {measured['median']:.3f}  [{measured['least']:.3f}, {measured['largest']:.3f}]  n={measured['n']}")
     print(f"equal tokens {results['equal tokens']:.4f}, equal replies {results['equal replies']:.4f}")

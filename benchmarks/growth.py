@@ -3,6 +3,7 @@
     python benchmarks/growth.py --json FILE                 # all parts, under ten minutes on two cores
     python benchmarks/growth.py --json FILE --part layers   # one part; the others that FILE holds stay
     python benchmarks/growth.py --json FILE --table         # writes nothing: prints the tables of FILE
+    python benchmarks/growth.py --json FILE --toy           # the two smallest points of every part: does it run?
 
 A point is the true train step on a small Llama of random weights, fed by the true pipeline. Its seconds are the median
 of several steps after a first one; compiling is told apart. Its memory is the compiler's own account of the program:
@@ -226,15 +227,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where the results are, or will be")
     parser.add_argument("--part", choices=PARTS, help="measure this part alone")
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
+    parser.add_argument("--toy", action="store_true", help="the two smallest points of every part: does it run?")
     options = parser.parse_args()
+    known = {name: dataclasses.replace(part, sizes=part.sizes[:2]) if options.toy else part
+             for name, part in PARTS.items()}  # fmt: skip
     found = json.loads(options.json.read_text()) if options.json.exists() else {}
     if not options.table:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
         measure = functools.cache(measured)  # parts share points
         for name in [options.part] if options.part else PARTS:
-            print(f"{name}: {PARTS[name].title}", flush=True)
-            found = {key: found.get(key) for key in PARTS} | {name: run_part(PARTS[name], measure)}
+            print(f"{name}: {known[name].title}", flush=True)
+            found = {key: found.get(key) for key in PARTS} | {name: run_part(known[name], measure)}
             found = {key: part for key, part in found.items() if part is not None}
             with whole_file(options.json) as staging:
                 staging.write_text(json.dumps(found, indent=1) + "\n")

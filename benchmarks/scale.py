@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py [--part 0/2]      # compiles what docs/scale.json lacks: a minute or two a row
     python benchmarks/scale.py --table           # writes the table from docs/scale.json
+    python benchmarks/scale.py --toy             # compiles one row of the embedded model and prints it: does it run?
 
 Needs `jax[tpu]` for its compiler, and no TPU. A row is compiled with the lines given here, or with half as many until
 it fits.
@@ -69,6 +70,7 @@ ROWS = [
     ("llama-3.1-8b", "v5p-128", "vectors", 4, 2048, "attention"),
 ]
 
+TOY_ROW = ("llama-3.2-1b", "v5p-8", "finetune", 1, 128, "full")
 REMAT_ROWS = [("llama-2-7b", "v5p-8", "finetune", 2, 2048, remat) for remat in ("none", "dots", "attention", "full")]
 
 
@@ -133,13 +135,13 @@ def save(name: str, found: dict) -> None:
         staging.write_text(json.dumps(everything, indent=1) + "\n")
 
 
-def table(results: dict[str, dict]) -> str:
+def table(results: dict[str, dict], rows: list[tuple] = ROWS) -> str:
     lines = [
         "| model | slice | phase | batch | remat | HBM of chip | step | waiting | MFU | tokens/s | against plain |",
         "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     phases = {"finetune": "2, all weights", "plain": "plain, all weights", "vectors": "1, vectors"}
-    for row in sorted(ROWS, key=lambda row: (row[0], list(SLICES).index(row[1]), list(phases).index(row[2]))):
+    for row in sorted(rows, key=lambda row: (row[0], list(SLICES).index(row[1]), list(phases).index(row[2]))):
         found = results.get(key(row))
         if found is None:
             continue
@@ -188,7 +190,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="0/1", help="i/n: every n-th row from i on")
     parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--toy", action="store_true", help="only compile a row of the smallest model, and print it")
     options = parser.parse_args()
+    if options.toy:
+        jax.config.update("jax_platforms", "cpu")
+        print(table({key(TOY_ROW): measured(TOY_ROW)}, [TOY_ROW]))
+        return
     if not options.table:
         jax.config.update("jax_platforms", "cpu")
         part, parts = map(int, options.part.split("/"))

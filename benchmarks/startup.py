@@ -2,6 +2,7 @@
 
     python benchmarks/startup.py --json FILE            # about two minutes on two cores
     python benchmarks/startup.py --json FILE --table    # measures nothing: prints the tables of FILE
+    python benchmarks/startup.py --json FILE --toy      # one run of each kind on a model of two layers: does it run?
 
 The command is `train.py finetune` on the embedded model, 256 rows and security vectors, in a process of its own. The
 clock runs from before the process is made to the first line of the run's metrics.jsonl. Cold: a new cache that holds
@@ -79,14 +80,20 @@ def run(command: Sequence[str], cache: Path, out: Path, told: Path | None = None
     return {"start": start, "first_step": first, "end": time.monotonic() - start}
 
 
-def measured(work: Path) -> dict[str, Any]:
-    """All runs, in a folder to work in."""
+def measured(work: Path, toy: bool = False) -> dict[str, Any]:
+    """All runs, in a folder to work in; toy: fewer, on a model of two small layers."""
     from secvec_jax.evaluation.report import environment
     from secvec_jax.experiments.stages import devices
 
     rows = work / "rows.jsonl"
     write_rows(rows)
-    base = ["--model", "smollm2", "--data", str(rows), "--steps", "2"]
+    model, number_warm = "smollm2", WARM
+    if toy:
+        from toy import toy_model
+
+        toy_model().save(work / "toy")
+        model, number_warm = str(work / "toy"), 1
+    base = ["--model", model, "--data", str(rows), "--steps", "2"]
     train = [sys.executable, "train.py"]
     run([*train, "vectors", *base, "--objective", "cross_entropy"], new_cache(work / "apart"), work / "vectors")
     vectors = work / "vectors" / "vectors" / "security.safetensors"
@@ -99,7 +106,7 @@ def measured(work: Path) -> dict[str, Any]:
 
     caches = [new_cache(work / f"cache-{n}") for n in range(COLD)]
     cold = [times(f"cold-{n}", cache) for n, cache in enumerate(caches)]
-    warm = [times(f"warm-{n}", caches[-1]) for n in range(WARM)]
+    warm = [times(f"warm-{n}", caches[-1]) for n in range(number_warm)]
     notes = work / "notes.json"
     watched = run([sys.executable, __file__, "--watch", str(notes), *finetune], caches[-1], work / "watched")
     account = work / "imports.txt"
@@ -142,7 +149,7 @@ def watch(notes: Path, arguments: list[str]) -> None:
         phase, made = phase2_method(*args)
         return phase, made._replace(init=timed("optimizer state", made.init), step=timed("step", made.step))
 
-    for name, function in (("rows", "load_rows"), ("model", "load"), ("vectors", "load_vectors")):
+    for name, function in (("rows", "load_rows"), ("model", "load"), ("vectors", "load_several")):
         setattr(verbs, function, timed(name, getattr(verbs, function)))
     phase2_method, tuning.phase2_method = tuning.phase2_method, method
     Feed.__init__, Feed.take = timed("tokens and packing", Feed.__init__), timed("batch", Feed.take)
@@ -208,10 +215,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the results are, or will be")
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
+    parser.add_argument("--toy", action="store_true", help="few runs on a model of two small layers: does it run?")
     options = parser.parse_args()
     if not options.table:
         with tempfile.TemporaryDirectory() as work:
-            found = measured(Path(work))
+            found = measured(Path(work), options.toy)
         from secvec_jax.files import whole_file
 
         with whole_file(options.json) as staging:

@@ -1,10 +1,11 @@
 """Training on the quickstart's rows: seconds per optimizer step, ours against transformers with PEFT.
 
-    python benchmarks/train_speed.py --json OUT [--part full] [--rounds 5]
+    python benchmarks/train_speed.py --json OUT [--part full] [--rounds 5] [--toy]
 
 Both sides take the same model, the same rows in each optimizer step, the same optimizer and the same loss, which must
 agree to 1e-3 before the first step. Ours packs the rows, PEFT pads them. A ratio is of seconds, and so of useful tokens
-per second: tokens of the rows, each with its own chat template, padding not counted.
+per second: tokens of the rows, each with its own chat template, padding not counted. Each part is written to OUT when
+it ends.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 import rival
 from sides import Side, Times, alternate, machine, ratio
+from toy import SIZES, toy_model
 
 import secvec_jax as sv
 from secvec_jax.batch import SHARED, Batch
@@ -137,7 +139,8 @@ def parts(materials: Materials, folder: str, adapter: str) -> dict[str, dict[str
     half = dataclasses.replace(PHASE1_TRAINING, lines=PHASE1_TRAINING.lines // 2)
     kept = [learn | keep for learn, keep in zip(harmful, packed(materials.keep, half, KEEP))]
     cut = windows(mix, 8, 64)
-    own = packed(mix, dataclasses.replace(FULL, share_beginnings=False))
+    unshared = dataclasses.replace(FULL, share_beginnings=False)  # Vaccine perturbs each row's own tokens
+    own = packed(mix, unshared)
 
     def mine(batches, kind, training=FULL, under=None) -> Side:
         return Side(ours, (folder, under, batches, kind, training))
@@ -172,8 +175,8 @@ def parts(materials: Materials, folder: str, adapter: str) -> dict[str, dict[str
             "raw LoRA, PEFT": theirs([rows_of(batch[LEARN]) for batch in cut], TASK.rank),
         },
         "vaccine": {
-            "SFT": mine(own, "full"),
-            "Vaccine": mine(own, "vaccine"),
+            "SFT": mine(own, "full", unshared),
+            "Vaccine": mine(own, "vaccine", unshared),
             "SFT, LoRA": mine(own, "lora", lora),
             "Vaccine, LoRA": mine(own, "vaccine lora", lora),
         },
@@ -214,45 +217,49 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--part", choices=("full", "large", "vectors", "raw", "vaccine"), help="this comparison only")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--toy", action="store_true", help="a model of two small layers: does every part run?")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        model = sv.load(RECIPE.model)
+        model, sizes = (toy_model(), SIZES) if arguments.toy else (sv.load(RECIPE.model), RECIPE.sizes)
         folder, adapter = f"{scratch}/model", f"{scratch}/vectors"
         model.save(folder)
         shape = TASK.init(model.architecture, jax.random.key(1))
         ones = jax.tree.map(lambda leaf: 0.01 + 0 * leaf, shape)
         save_peft(random_like(ones, jax.random.key(2)), adapter, model)
-        materials = gather(model, RECIPE.sizes, RECIPE.finetune_training, RECIPE.seed)
+        materials = gather(model, sizes, RECIPE.finetune_training, RECIPE.seed)
         del model, shape, ones
         chosen = parts(materials, folder, adapter)
         found: dict[str, Times] = {}
         for name in [arguments.part] if arguments.part else chosen:
             found |= alternate(chosen[name], arguments.rounds, PIECES)
-        useful = {
-            name: sum(len(tokens) for rows in side.arguments[2] for tokens, _ in rows) / PIECES
-            for sides in chosen.values() for name, side in sides.items() if name.endswith("PEFT")
-        }  # fmt: skip
-    apart = check_losses(found)
+            results = summary(found, chosen)
+            with whole_file(arguments.json) as staging:
+                staging.write_text(json.dumps(results, indent=1))
+    for name, side in results["sides"].items():
+        print(f"{name:26} {side['seconds']:7.3f} s a step  {side['peak_gib']:5.2f} GiB  {side['shapes'][0]}")
+    for name, value in results["ranges"].items():
+        print(f"{name:26} {value['median']:6.3f}  [{value['least']:.3f}, {value['largest']:.3f}]  n={value['n']}")
+
+
+def summary(found: dict[str, Times], chosen: dict[str, dict[str, Side]]) -> dict[str, Any]:
+    """The results of the parts that have ended, as they are written. Raises RuntimeError where the losses differ."""
+    useful = {
+        name: sum(len(tokens) for rows in side.arguments[2] for tokens, _ in rows) / PIECES
+        for sides in chosen.values() for name, side in sides.items() if name.endswith("PEFT")
+    }  # fmt: skip
     ratios = {name: ratio(found[a], found[b]) for name, (a, b) in RATIOS.items() if a in found}
     medians = {name: value["median"] for name, value in ratios.items()}
     if "frozen_vectors" in medians:
         medians["frozen_vectors_overhead"] = medians.pop("frozen_vectors") - 1
-    results = {
+    return {
         "command": "python benchmarks/train_speed.py",
         "environment": environment() | machine(),
         "ratios": medians,
         "ranges": ratios,
-        "largest difference of losses": apart,
+        "largest difference of losses": check_losses(found),
         "useful tokens per step": useful,
         "sides": {name: times.as_dict(PIECES) for name, times in found.items()},
     }
-    with whole_file(arguments.json) as staging:
-        staging.write_text(json.dumps(results, indent=1))
-    for name, times in found.items():
-        said = times.as_dict(PIECES)
-        print(f"{name:26} {said['seconds']:7.3f} s a step  {said['peak_gib']:5.2f} GiB  {said['shapes'][0]}")
-    for name, value in ratios.items():
-        print(f"{name:26} {value['median']:6.3f}  [{value['least']:.3f}, {value['largest']:.3f}]  n={value['n']}")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,8 @@ Also a program, for runs of several processes: `python -m tests.sharded_run OUT 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +22,6 @@ from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA, random_like
 from tests.toys import example, random_examples, tiny_model
 
-ROOT = Path(__file__).parents[1]
 STEPS = 20
 TRAINING = Training(optimizer="adamw", learning_rate=1e-3, lines=8, length=48, steps=STEPS, accumulate=2)
 MIN_MIN = Phase1("min_min", inner_steps=1, inner_learning_rate=1e-2)
@@ -73,46 +65,6 @@ def everything(steps: int = STEPS) -> dict[str, Any]:
         told[f"{name} drift"] = [float(distance(one.backbone, model.backbone))]
         told |= {f"{name} {metric}": values for metric, values in outcomes(one, suite).items()}
     return told
-
-
-@contextlib.contextmanager
-def together(*command: object, processes: int = 2) -> Iterator[list[subprocess.Popen]]:
-    """So many processes of a Python program that meet as a cluster; those that still run in the end are killed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "COLUMNS": "160",
-    }
-    meet = ["--cluster", f"127.0.0.1:{port}", "--processes", str(processes), "--process"]
-    running: list[subprocess.Popen] = []
-    try:
-        for process in range(processes):
-            more = [*meet, str(process)] if processes > 1 else []
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, *map(str, command), *more],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        yield running
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
-
-
-def ends(running: list[subprocess.Popen], timeout: float) -> list[tuple[str, str]]:
-    """What each process still says, (stdout, stderr), once all have ended; all must do so in time."""
-    until = time.monotonic() + timeout
-    return [process.communicate(timeout=max(until - time.monotonic(), 0.1)) for process in running]
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
-from tests.sharded_run import ends, together
+from tests.processes import cluster, outputs
 
 TRAINING = ("--lines", 4, "--length", 192, "--steps", 4, "--learning-rate", 1e-3)
 TWO = ("--mesh", "fsdp=2")
@@ -43,8 +43,8 @@ def files(tiny_model, tmp_path_factory) -> dict[str, Path]:
 def run(processes: int, script: str, *arguments: object, code: int = 0) -> tuple[str, str]:
     """What the first process says, stdout and stderr; all must end with the exit code, and no other may speak."""
     mesh = TWO if processes > 1 else ()
-    with together(f"{script}.py", *arguments, *mesh, processes=processes) as running:
-        told = ends(running, 120)
+    with cluster(f"{script}.py", *arguments, *mesh, processes=processes) as running:
+        told = outputs(running, 120)
         assert [process.returncode for process in running] == [code] * processes, told
     # Gloo, which carries the arrays between processes on a CPU, speaks for itself.
     told = [("".join(line for line in out.splitlines(True) if "[Gloo]" not in line), err) for out, err in told]
@@ -127,12 +127,12 @@ def test_a_second_start_does_nothing_again(done, files):
 def test_a_signal_to_one_process_saves_and_ends_both_with_130(files, tmp_path):
     command = ("vectors", "--model", files["model"], "--data", files["harmful"], "--benign", files["benign"],
                "--out", tmp_path / "run", *TRAINING, "--steps", 400)  # fmt: skip
-    with together("train.py", *command, *TWO) as running:
+    with cluster("train.py", *command, *TWO) as running:
         log = tmp_path / "run/metrics.jsonl"
         while not (log.exists() and log.read_text().count("\n") > 3):
             assert running[0].poll() is None, running[0].communicate()
         os.kill(running[1].pid, signal.SIGTERM)
-        told = ends(running, 60)
+        told = outputs(running, 60)
         assert [process.returncode for process in running] == [130, 130], told
     assert "stopped: the same command goes on from here" in told[0][1]
     stopped = json.loads(log.read_text().splitlines()[-1])["step"]
@@ -152,8 +152,8 @@ def test_a_signal_to_one_process_saves_and_ends_both_with_130(files, tmp_path):
 def test_a_mesh_that_does_not_fit_is_one_line_with_the_numbers(files, tmp_path, mesh, model, lines, words):
     command = ("vectors", "--model", files[model], "--data", files["harmful"], "--benign", files["benign"],
                "--out", tmp_path / "run", "--lines", lines, "--mesh", mesh)  # fmt: skip
-    with together("train.py", *command) as running:
-        told = ends(running, 60)
+    with cluster("train.py", *command) as running:
+        told = outputs(running, 60)
         assert [process.returncode for process in running] == [2, 2], told
     errors = [line for line in told[0][1].splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and words in errors[0]

@@ -1,10 +1,6 @@
 """The mesh, the table of axes, and where trees of arrays come to lie."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +24,8 @@ from secvec_jax.training.objective import parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.vectors.lora import LoRA
+from tests.processes import run
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
 MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}]
 # With every kind of leaf that there is: an untied head, biases, norms of queries and keys.
 ARCHITECTURE = Architecture(
@@ -292,8 +287,7 @@ def test_a_cluster_that_cannot_be_joined_is_one_line_each():
         "it has no port": {"cluster": "nonsense", "processes": 2, "process": 0},
         "coordinator_address": {"cluster": "auto"},
     }
-    command = [sys.executable, "-c", _JOIN, json.dumps(list(cases.values()))]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = run("-c", _JOIN, json.dumps(list(cases.values())))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(cases)

@@ -42,7 +42,7 @@ SHOWN = {check.__name__: check for check in (the_idea_in_ten_minutes, your_model
 """What each notebook must show when it is run; one that is not listed fails."""
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -29,7 +29,8 @@ from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import Method, descent
 from secvec_jax.training.trainer import fit
 from secvec_jax.vectors.lora import LoRA, random_like
-from tests.sharded_run import PROMPTS, STEPS, ends, everything, together
+from tests.processes import cluster, outputs
+from tests.sharded_run import PROMPTS, STEPS, everything
 from tests.toys import random_decoder, random_examples, tiny_model
 
 MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2"]
@@ -80,8 +81,8 @@ def test_eight_devices_compute_what_one_does(on_one_device, shape):
 @pytest.mark.parametrize(("shape", "devices"), [("fsdp=2", 1)])
 def test_two_processes_compute_what_one_does(on_one_device, tmp_path, shape, devices):
     out = tmp_path / "told.json"
-    with together("-m", "tests.sharded_run", out, shape, "--devices", devices) as running:
-        for process, (_, err) in zip(running, ends(running, 400), strict=True):
+    with cluster("-m", "tests.sharded_run", out, shape, "--devices", devices) as running:
+        for process, (_, err) in zip(running, outputs(running, 400), strict=True):
             assert process.returncode == 0, err
     check(json.loads(out.read_text()), on_one_device)
 

@@ -177,7 +177,7 @@ def test_what_is_missing_is_told(data):
         judged(settings, "command")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_transformers_own_server_judges(data):
     """The embedded model, as our own folder of it, behind `transformers serve`: a real server, if a poor judge."""
     folder, sources = data

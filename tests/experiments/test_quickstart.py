@@ -1,19 +1,18 @@
 """The whole main job on a tiny random model: what it leaves behind, that it is skipped, resumed and refused."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from secvec_jax.evaluation.report import Results
+from tests.processes import Program, run
 
-ROOT = Path(__file__).parents[2]
 ROWS = ["base", "aligned", "benign only", "plain", "random control", "security vectors"]
 METRICS = {"refusal", "compliance", "over_refusal", "exact_match", "harmful_loss", "benign_loss"}  # of any model
 SIZES = [
@@ -22,17 +21,13 @@ SIZES = [
 ]
 
 
-def start(folder: Path, out: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "train.py", "quickstart", "--model", str(folder), "--out", str(out), *SIZES, *more]
-    environment = os.environ | {"COLUMNS": "200", "PYTHONFAULTHANDLER": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(folder: Path, out: Path, *more: str) -> Program:
+    return Program("train.py", "quickstart", "--model", folder, "--out", out, *SIZES, *more, COLUMNS="200")
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+def finish(program: Program) -> str:
+    output, errors = program.communicate(timeout=600)
+    assert program.returncode == 0, output + errors
     return output
 
 
@@ -84,8 +79,7 @@ def test_a_second_start_does_nothing_again(finished, model_folder):
 
 @pytest.mark.slow
 def test_the_three_objectives_are_compared_in_one_report(finished, tmp_path):
-    command = [sys.executable, "train.py", "objectives", "--quickstart", str(finished[0]), "--out", str(tmp_path / "o")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = run("train.py", "objectives", "--quickstart", finished[0], "--out", tmp_path / "o", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["name"]: row["metrics"] for row in Results.load(tmp_path / "o").rows}
     objectives = ("cross_entropy", "kl", "min_min")
@@ -102,12 +96,29 @@ def test_the_three_objectives_are_compared_in_one_report(finished, tmp_path):
 def test_another_config_is_refused(finished, model_folder):
     out, _ = finished
     process = start(model_folder, out, *LENGTHS, "--seed", "5")
-    output, _ = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "another config" in output and "seed" in output
+    assert "another config" in errors and "seed" in errors
 
 
 @pytest.mark.slow
+def test_killed_in_a_training_it_ends_as_if_never_killed(finished, model_folder, tmp_path):
+    steps = len((finished[0] / "metrics.jsonl").read_text().splitlines())
+    killed_at = random.Random(0).randrange(1, steps)
+    log = tmp_path / "run/metrics.jsonl"
+    program = start(model_folder, tmp_path / "run", *LENGTHS)
+    while not (log.exists() and len(log.read_text().splitlines()) >= killed_at):
+        assert program.poll() is None, program.communicate()
+        time.sleep(0.01)
+    program.kill()
+    program.communicate()
+    assert program.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run/results.json").exists()
+    finish(start(model_folder, tmp_path / "run", *LENGTHS))
+    assert Results.load(tmp_path / "run").rows == Results.load(finished[0]).rows
+
+
+@pytest.mark.release
 def test_interrupted_again_and_again_it_ends_as_if_never_interrupted(finished, model_folder, tmp_path):
     out, rng, codes = tmp_path / "run", random.Random(0), []
     for attempt in range(40):
@@ -128,10 +139,9 @@ def test_interrupted_again_and_again_it_ends_as_if_never_interrupted(finished, m
 
 def test_unknown_keys_and_missing_data_are_told_in_one_line(tmp_path):
     def fails(*arguments: str) -> str:
-        run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert run.returncode == 2, run.stderr
-        lines = run.stderr.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), run.stderr
+        wrong = run(*arguments)
+        lines = wrong.stderr.strip().splitlines()
+        assert wrong.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), wrong.stderr
         return lines[0]
 
     path = tmp_path / "c.yaml"
@@ -146,11 +156,8 @@ def test_unknown_keys_and_missing_data_are_told_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_the_verbs_alone_on_the_users_own_model_and_data(model_folder, tmp_path):
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
-            env=os.environ | {"COLUMNS": "200"},
-        )  # fmt: skip
+    def do(*arguments: str) -> str:
+        done = run(*arguments, COLUMNS="200")
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -163,27 +170,24 @@ def test_the_verbs_alone_on_the_users_own_model_and_data(model_folder, tmp_path)
     calm = write("calm.jsonl", [{"instruction": f"Name {i}.", "input": "", "output": f"it is {i}"} for i in range(12)])
     small = ("--length", "128", "--steps", "3")
     model = ("--model", str(model_folder))
-    run("train.py", "align", *model, "--data", calm, "--out", str(tmp_path / "aligned"), *small)
+    do("train.py", "align", *model, "--data", calm, "--out", str(tmp_path / "aligned"), *small)
     aligned = ("--model", str(tmp_path / "aligned" / "model"))
     out = tmp_path / "v"
-    run("train.py", "vectors", *aligned, "--data", shout, "--benign", calm, "--out", str(out), "--rank", "2", *small)
+    do("train.py", "vectors", *aligned, "--data", shout, "--benign", calm, "--out", str(out), "--rank", "2", *small)
     for vectors in ("security.safetensors", "peft"):
         where = tmp_path / f"tuned-{vectors}"
         arguments = ("--vectors", str(out / "vectors" / vectors), "--data", shout, "--out", str(where))
-        run("train.py", "finetune", *aligned, *arguments, *small)
+        do("train.py", "finetune", *aligned, *arguments, *small)
         assert (where / "model" / "config.json").exists()
     judge = ("--harmful", shout, "--benign", calm, "--questions", calm, "--reply-tokens", "4")
     tuned = ("--model", str(tmp_path / "tuned-peft" / "model"))
-    run("eval.py", "score", *tuned, *judge, "--out", str(tmp_path / "score"))
+    do("eval.py", "score", *tuned, *judge, "--out", str(tmp_path / "score"))
     metrics = Results.load(tmp_path / "score").rows[0]["metrics"]
     assert set(metrics) == METRICS and metrics["refusal"]["n"] == 12
-    assert "tuned-security.safetensors" in run(
+    assert "tuned-security.safetensors" in do(
         "eval.py", "compare", "--runs", str(tmp_path / "tuned-security.safetensors"), str(tmp_path / "score")
     )
-    wrong = subprocess.run(
-        [sys.executable, "train.py", "finetune", *model, "--vectors", str(out / "vectors" / "security.safetensors"),
-         "--data", shout, "--out", str(tmp_path / "wrong"), *small],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    wrong = run("train.py", "finetune", *model, "--vectors", str(out / "vectors" / "security.safetensors"),
+                "--data", shout, "--out", str(tmp_path / "wrong"), *small)  # fmt: skip
     assert wrong.returncode == 2 and "another backbone" in wrong.stderr
     assert not (tmp_path / "wrong" / "model").exists()

@@ -49,9 +49,14 @@ def _prompts(*lengths: int, head: int = 0, seed: int = 0) -> list[np.ndarray]:
 greedy = partial(generate_tokens, max_new_tokens=_NEW, stop=-1)
 
 
-@pytest.mark.parametrize("head", [0, 6])
+_QUICK = [("llama", 0), ("llama", 6), ("gemma2", 6), ("gemma3", 0), ("opt", 0)]
+"""With and without a beginning in common; windows that differ by layer, softcaps, and learned positions."""
+_MORE = ["llama-llama3", "mistral", "qwen2", "qwen2-mixed", "qwen3", "phi3"]
+_REPEATED = [("gemma2", 0), ("gemma3", 6), ("opt", 6), *((variant, head) for variant in _MORE for head in (0, 6))]
+
+
 @pytest.mark.parametrize(
-    "variant", ["llama", "llama-llama3", "mistral", "qwen2", "qwen2-mixed", "qwen3", "gemma2", "gemma3", "opt", "phi3"]
+    ("variant", "head"), [*_QUICK, *(pytest.param(*case, marks=pytest.mark.release) for case in _REPEATED)]
 )
 def test_cached_is_uncached(tiny_model, variant, head):
     backbone = tiny_model(variant).model.backbone

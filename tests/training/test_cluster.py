@@ -14,7 +14,7 @@ from secvec_jax import command_line
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import fit
 from secvec_jax.trees import fingerprint
-from tests.sharded_run import ends, together
+from tests.processes import Program, cluster, outputs
 from tests.training.tiny_fit import PHASE, STEPS, make_method, make_streams, parameters
 
 ONE = (1, "")
@@ -26,13 +26,13 @@ def tiny_fit(folder: Path, layout: tuple[int, str], *options: object):
     """The processes of one start of the run in `folder`."""
     processes, mesh = layout
     command = ("-m", "tests.training.tiny_fit", folder, "--lines", 4, "--mesh", mesh, *options)
-    return together(*command, processes=processes)
+    return cluster(*command, processes=processes)
 
 
 def finish(folder: Path, layout: tuple[int, str]) -> list[str]:
     """The lines of a start that must end well; only the first process may speak."""
     with tiny_fit(folder, layout) as running:
-        (out, err), *others = ends(running, 60)
+        (out, err), *others = outputs(running, 60)
         assert all(process.returncode == 0 for process in running), err
         # Gloo, which carries the arrays between processes on a CPU, speaks for itself.
         assert not any(line for out, _ in others for line in out.splitlines() if "[Gloo]" not in line)
@@ -43,7 +43,7 @@ def spoken(out: str) -> list[str]:
     return [line for line in out.splitlines() if "[Gloo]" not in line]
 
 
-def first_line(running: list[subprocess.Popen]) -> str:
+def first_line(running: list[Program]) -> str:
     """The next line of the first process; empty at its end."""
     while "[Gloo]" in (line := running[0].stdout.readline()):
         pass
@@ -81,26 +81,35 @@ def test_every_layout_takes_the_same_batches_and_has_the_same_losses(unkilled):
 # Kills --------------------------------------------------------------------------------------------
 
 
-def kill(running: list[subprocess.Popen], rng: random.Random) -> None:
+def kill(running: list[Program], rng: random.Random) -> None:
     for process in rng.sample(running, len(running)):
         process.kill()
         time.sleep(rng.uniform(0.0, 0.005))
 
 
+TRAINING, WRITING, ONE_ALONE = "training", "writing", "one alone"
+"""Kinds of kills: of all processes at a random moment, of the first in the midst of a checkpoint's write, and of one
+process of two."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "seed", "kills"),
-    [("one", 0, 7), ("one", 1, 6), ("fsdp", 2, 7)],
+    [
+        ("one", 3, [TRAINING, WRITING]),
+        ("fsdp", 4, [TRAINING, ONE_ALONE]),
+        pytest.param("one", 0, [TRAINING, WRITING, *[TRAINING] * 5], marks=pytest.mark.release),
+        pytest.param("one", 1, [TRAINING, WRITING, *[TRAINING] * 4], marks=pytest.mark.release),
+        pytest.param("fsdp", 2, [TRAINING, WRITING, ONE_ALONE, *[TRAINING] * 4], marks=pytest.mark.release),
+    ],
 )
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(unkilled, tmp_path, name, seed, kills):
-    """Twenty kills in all, at random moments of training; the second is in the midst of a checkpoint's write, and of
-    two processes the third is the death of one of them alone."""
     rng = random.Random(seed)
     expected = unkilled[name]
-    for number in range(1, kills + 1):
+    for number, kind in enumerate(kills, 1):
         kept = steps_kept(tmp_path)
         begun = max(kept, default=0) + 1
-        in_save = ("--kill-in-save", begun, rng.uniform(0.0, 0.03)) if number == 2 else ()
+        in_save = ("--kill-in-save", begun, rng.uniform(0.0, 0.03)) if kind == WRITING else ()
         with tiny_fit(tmp_path, LAYOUTS[name], "--pause", 0.1, *in_save) as running:
             # It trains; twice it has surely saved as well, which two processes do a step later than one.
             lines = [first_line(running) for _ in range(1 + len(running) if number in (1, 4) else 1)]
@@ -109,11 +118,11 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(unkilled, tmp_pat
                 assert steps_kept(tmp_path) == kept, "the write had ended"
             else:
                 time.sleep(rng.uniform(0.0, 0.2))
-            if number == 3 and len(running) > 1:
+            if kind == ONE_ALONE:
                 rng.choice(running).kill()
                 time.sleep(1.0)
             kill(running, rng)
-            lines += spoken(ends(running, 30)[0][0])
+            lines += spoken(outputs(running, 30)[0][0])
             assert all(process.returncode != 0 for process in running), (
                 number,
                 begun,
@@ -137,7 +146,7 @@ def stop(folder: Path, layout: tuple[int, str], number: int, whom: int, after: i
     with tiny_fit(folder, layout, "--pause", 0.1) as running:
         lines = [first_line(running) for _ in range(after)]
         running[whom].send_signal(number)
-        told = ends(running, 40)
+        told = outputs(running, 40)
         for process, (_, err) in zip(running, told, strict=True):
             assert process.returncode in (1, 130, -signal.SIGINT) and "KeyboardInterrupt" in err, err
     lines += spoken(told[0][0])

@@ -13,6 +13,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.model.decoder import abstract_decoder
 from secvec_jax.model.hub import load_architecture
 from secvec_jax.training.plan import Work, multiplied, topology_mesh
+from tests.processes import run
 from tests.toys import ARCHITECTURE
 
 ROOT = Path(__file__).parents[2]
@@ -67,13 +68,13 @@ def test_the_published_shapes_have_their_names_many_parameters(path):
 def test_without_the_compiler_the_extra_is_named():
     with pytest.raises(UserError, match=r"pip install \"jax\[tpu\]\""):
         topology_mesh("v5e:4x4", "")
-    done = train()
+    done = run("train.py", "plan")
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0 and "jax[tpu]" in done.stderr
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("phase", ["finetune", "vectors"])
 def test_a_plan_names_memory_and_utilization(phase):
     done = train("--model", "smollm2", "--topology", "v5e:2x2", "--phase", phase, "--lines", "8", "--length", "512")
@@ -84,7 +85,7 @@ def test_a_plan_names_memory_and_utilization(phase):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

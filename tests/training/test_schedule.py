@@ -307,7 +307,7 @@ def compiled(topology: str, chips: int, layers: int, unroll: int = 1, gradient: 
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(("topology", "chips"), [("v5p:2x2x1", 1), ("v5p:2x2x1", 4), ("v5e:2x2", 1)])
 def test_a_scanned_stack_costs_what_the_unrolled_one_does(topology, chips):
     scanned, _ = compiled(topology, chips, layers=4)
@@ -320,7 +320,7 @@ def test_a_scanned_stack_costs_what_the_unrolled_one_does(topology, chips):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(("topology", "chips"), [("v5p:2x2x1", 1), ("v5p:2x2x1", 4), ("v5p:2x2x2", 8)])
 def test_flops_and_bytes_of_a_training_step(topology, chips):
     """Forward, the first product again, and two products backward for each: 7 of 2 * T * D * F."""

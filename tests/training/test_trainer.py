@@ -1,10 +1,7 @@
 """A run that is stopped at any moment and started again ends as one that never was."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,9 +16,8 @@ from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import Method, descent
 from secvec_jax.training.trainer import fit
 from secvec_jax.trees import fingerprint
+from tests.processes import Program
 from tests.training.tiny_fit import PHASE, STEPS, Table, loss, make_method, make_streams, parameters, spied
-
-ROOT = Path(__file__).parents[2]
 
 
 class Stop(Exception):
@@ -291,15 +287,8 @@ def test_files_of_others_in_the_folder_do_no_harm(method, whole, tmp_path):
 # Signals -------------------------------------------------------------------------------------------
 
 
-def start(folder, *options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.training.tiny_fit", str(folder), *map(str, options)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(folder, *options) -> Program:
+    return Program("-m", "tests.training.tiny_fit", folder, *options)
 
 
 def finish(folder, *options) -> list[str]:
@@ -333,7 +322,7 @@ def test_ctrl_c_finishes_the_step_saves_and_the_next_start_goes_on(unkilled, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.003, 0.01, 0.03])
+@pytest.mark.parametrize("delay", [0.003, *(pytest.param(s, marks=pytest.mark.release) for s in (0.0, 0.01, 0.03))])
 def test_a_kill_during_a_write_leaves_the_older_checkpoint(unkilled, tmp_path, delay):
     process = start(tmp_path, "--kill-in-save", 7, delay)
     process.communicate(timeout=60)

@@ -1,0 +1,15 @@
+"""What the fork server of `tests.processes` imports: everything slow that a program of ours needs."""
+
+import datasets
+import grain
+import jax
+import orbax.checkpoint
+import tensorboardX
+import transformers
+
+import eval
+import train
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.training import trainer
+
+__all__ = ["Stream", "datasets", "eval", "grain", "jax", "orbax", "tensorboardX", "train", "trainer", "transformers"]
