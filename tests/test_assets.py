@@ -1,11 +1,15 @@
 """Assets: downloaded once, verified, never half-written, and readable without installing."""
 
+import functools
 import hashlib
 import io
+import os
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +18,17 @@ from secvec_jax.assets import Asset
 from secvec_jax.errors import UserError
 
 
+@functools.cache
 def _wheel() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("tiny/data.txt", "größe\n")
+        archive.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        archive.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
     return buffer.getvalue()
 
 
+@functools.cache
 def _sdist() -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
@@ -38,12 +46,19 @@ class FakePip:
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
+        self.options: dict[str, Any] = {}
+        self.pinned = ""
         self.content: dict[str, bytes] = {}
         self.error = ""
 
-    def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess:
+    def __call__(self, command: list[str], **options: Any) -> subprocess.CompletedProcess:
         self.commands.append(command)
-        folder = Path(command[command.index("--dest") + 1])
+        self.options = options | {"files": list(Path(options["cwd"]).iterdir())}
+        if "--dest" in command:
+            folder = Path(command[command.index("--dest") + 1])
+            self.pinned = Path(command[command.index("--requirement") + 1]).read_text()
+        else:
+            folder = Path(command[-1]).parent
         for filename, content in self.content.items():
             (folder / filename).write_bytes(content)
         return subprocess.CompletedProcess(command, int(bool(self.error)), stdout="", stderr=self.error)
@@ -93,8 +108,67 @@ def test_an_archive_is_downloaded_once(wheel, pip, cache):
     path = assets.fetch("tiny")
     assert path == assets.fetch("tiny") == cache / "packages" / wheel.filename
     assert len(pip.commands) == 1
-    assert "--only-binary=:all:" in pip.commands[0] and "tiny==1.0" in pip.commands[0]
     assert list((cache / "packages").iterdir()) == [path]
+
+
+def test_pip_checks_the_hash_and_builds_nothing(wheel, pip):
+    assets.fetch("tiny")
+    assert {"--only-binary=:all:", "--no-deps", "--require-hashes", "--no-input"} <= set(pip.commands[0])
+    assert pip.pinned == f"tiny==1.0 --hash=sha256:{wheel.sha256}\n"
+
+
+@pytest.mark.parametrize("sdist", [False, True])
+def test_pip_runs_isolated_in_an_empty_folder_and_asks_nothing(pip, monkeypatch, sdist):
+    filename = "tiny-1.0.tar.gz" if sdist else "tiny-1.0-py3-none-any.whl"
+    pip.content = {filename: _sdist()}
+    _register(monkeypatch, _sdist(), filename, sdist)
+    assets.fetch("tiny")
+    assert pip.commands[0][:2] == [sys.executable, "-I"]
+    assert pip.options["files"] == [] and pip.options["stdin"] == subprocess.DEVNULL
+    assert ("pip" in pip.commands[0]) != sdist  # `pip download` would build a source distribution
+
+
+def _trap(marker: Path) -> bytes:
+    """A source distribution whose build backend leaves a mark."""
+    files = {
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "trap"\nbackend-path = ["."]\n',
+        "trap.py": f"open({str(marker)!r}, 'w').close()\n",
+        "PKG-INFO": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
+    }
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"tiny-1.0/{name}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("filename", ["tiny-1.0.tar.gz", "tiny-1.0-py3-none-any.whl"])
+def test_a_download_by_pip_itself_runs_nothing(cache, monkeypatch, tmp_path, filename, right):
+    """From a folder of files, which stands for an index: neither its archives nor a pip.py of the user's is run."""
+    marker, index = tmp_path / "marker", tmp_path / "index"
+    index.mkdir()
+    (index / "tiny-1.0.tar.gz").write_bytes(_trap(marker))
+    (index / "tiny-1.0-py3-none-any.whl").write_bytes(_wheel())
+    (tmp_path / "pip.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    content = (index / filename).read_bytes()
+    _register(monkeypatch, content if right else b"other", filename, sdist=filename.endswith(".gz"))
+    if right:
+        assert assets.fetch("tiny").read_bytes() == content
+    else:
+        with pytest.raises(UserError, match="its sha256 is not the pinned"):
+            assets.fetch("tiny")
+        assert _files(cache) == []
+    assert not marker.exists()
 
 
 def test_an_archive_is_hashed_once(wheel, monkeypatch):
@@ -113,8 +187,6 @@ def test_sdist_members_can_be_read(pip, monkeypatch):
     pip.content = {"tiny-1.0.tar.gz": _sdist()}
     _register(monkeypatch, _sdist(), "tiny-1.0.tar.gz", sdist=True)
     assert assets.read_text("tiny", "tiny-1.0/data.txt") == "hello"
-    command = pip.commands[0]
-    assert command[command.index("--no-binary") + 1] == "tiny"
     for missing in ("tiny-1.0/nothing", "tiny-1.0/folder"):
         with pytest.raises(UserError, match="holds no file"):
             assets.read_bytes("tiny", missing)
@@ -166,8 +238,8 @@ def test_no_network_tells_what_to_run_where(wheel, pip, cache):
     message = str(caught.value)
     assert "\n" not in message
     assert "ERROR: no route" in message
-    assert f"python -m pip download --no-deps --only-binary=:all: --dest {cache}/packages tiny==1.0" in message
-    assert wheel.filename in message
+    assert "`python -I -m pip download --no-deps --only-binary=:all: tiny==1.0`" in message
+    assert f"put {wheel.filename} into {cache}/packages" in message
     assert _files(cache) == []
 
 
