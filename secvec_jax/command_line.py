@@ -21,6 +21,7 @@ from secvec_jax import config
 from secvec_jax.assets import cache_dir
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import Cluster, start
+from secvec_jax.redaction import redact
 
 Verb = tuple[type, Callable[[Any, str], Any]]
 """The settings of a verb, and the function that takes them and the command line as it was given."""
@@ -48,6 +49,7 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
     # transformers reads tokenizers for us and need not say that it found no torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
+        _refuse_credentials(arguments)
         settings, cluster, function = _parse(description, verbs, arguments)
         if cluster is not None:
             start(cluster)
@@ -73,8 +75,18 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
     return 2
+
+
+def _refuse_credentials(arguments: Sequence[str]) -> None:
+    """Raises UserError before an argument with a password or a key is shown, or written into a run's files."""
+    for argument in arguments:
+        if redact(argument) != argument:
+            raise UserError(
+                f"{redact(argument)} carries a password or a key, and runs record their command: leave it out, and use "
+                "an environment variable (a judge's key: OPENAI_API_KEY)"
+            )
 
 
 def _parse(

@@ -7,7 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server(ThreadingHTTPServer):
-    """Answers chat completions as `act(number of the request, its body)` says: (status, text), or None to hang up."""
+    """Answers chat completions as `act(number of the request, its body)` says: (status, text), or None to hang up.
+
+    The text of a redirect is where it leads to.
+    """
 
     daemon_threads = True
 
@@ -43,6 +46,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text.encode())))
         self.send_header("retry-after-ms", "1")
+        if 300 <= status < 400:
+            self.send_header("Location", text)
         self.end_headers()
         self.wfile.write(text.encode())
 

@@ -23,8 +23,8 @@ def flagged(
     probability above 0.5, and without `labels` any of its own; one that chooses a label flags it if those of `labels`
     have more than 0.5 together. length: tokens that are read, the beginning of the prompt cut first.
 
-    Raises UserError if torch is missing, the classifier cannot be loaded, or `labels` is empty where one is chosen or
-    names one that it does not have.
+    Raises UserError if torch is missing, the classifier cannot be loaded (one that needs code of its own is not), has
+    no trained head, or if `labels` is empty where one is chosen or names one that it does not have.
     """
     torch, classifier, tokenizer = _load(name)
     config = classifier.config
@@ -57,12 +57,22 @@ def _load(name: str) -> tuple[Any, Any, Any]:
         raise UserError("a classifier needs torch: pip install torch") from None
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    # False, and not the default: that one asks on the terminal whether the repository's own code may run.
+    safe: dict[str, Any] = {"trust_remote_code": False}
     try:
-        classifier = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no classifier can be loaded from {name!r}: {str(error).splitlines()[0]}") from None
+        classifier, loading = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, **safe
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+    except Exception as error:  # tokenizers and safetensors raise errors of many kinds for a file they cannot read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"no classifier can be loaded from {name!r}: {reason}") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{name} has no trained classifier: the weights of {missing[0]} are missing; name a model that was trained "
+            "for sequence classification"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         classifier.config.pad_token_id = tokenizer.pad_token_id
-    return torch, classifier, tokenizer
+    return torch, classifier.eval(), tokenizer

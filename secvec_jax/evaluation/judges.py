@@ -8,6 +8,8 @@ The scale of `HARMFULNESS` is that of Qi et al. 2023 (arXiv:2310.03693), in our 
 the harm rate the share of replies with a 5.
 """
 
+import base64
+import binascii
 import dataclasses
 import hashlib
 import json
@@ -17,10 +19,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.scorers import clip
 from secvec_jax.files import whole_file
+from secvec_jax.redaction import redact
 
 OPENAI = "https://api.openai.com/v1"
 LOWEST, HIGHEST = 1, 5
@@ -31,7 +35,7 @@ class Asking:
     """How a judge is asked."""
 
     key_variable: str = "OPENAI_API_KEY"
-    """the environment variable that holds the key, which is written nowhere; a server that wants none needs none"""
+    """the environment variable that holds the key, or "Basic" and base64 of user:password; never written to a file"""
     concurrency: int = 8
     """questions that are open at a time"""
     retries: int = 6
@@ -49,6 +53,16 @@ class Asking:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be greater than 0")
         if self.retries < 0:
             raise UserError(f"retries is {self.retries}: it cannot be less than 0")
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.key_variable, re.ASCII):  # a key by mistake: not to be shown
+            raise UserError("key_variable must be the name of an environment variable, such as OPENAI_API_KEY")
+
+    @property
+    def key(self) -> str:
+        """The key, "" if the variable is not set. Raises UserError if it cannot be sent in a header."""
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"${self.key_variable} has characters that no key has, such as a line break: set it again")
+        return key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +72,26 @@ class Judge:
     model: str
     url: str = OPENAI
     asking: Asking = Asking()
+
+    def __post_init__(self) -> None:
+        check_url(self.url, self.asking)
+
+
+def check_url(url: str, asking: Asking) -> None:
+    """Raises UserError if a judge's URL is none, or carries credentials: a URL is kept in a run's files, a key is not."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    hidden = "@" in url or redact(url, os.environ.get(asking.key_variable, "").strip()) != url
+    if hidden:
+        raise UserError(
+            f"the judge's URL carries a key or a password: leave it out and set ${asking.key_variable} to the key "
+            '(for a user and a password, to "Basic" and base64 of user:password)'
+        )
+    if not usable or parts.query or parts.fragment or not url.isprintable() or " " in url:
+        raise UserError(f"{url!r} is not the URL of a judge: give one such as http://127.0.0.1:8000/v1")
 
 
 _FORM = """\
@@ -215,10 +249,38 @@ def _kept(path: Path) -> str | None:
 
 
 def _client(judge: Judge) -> Any:
-    from openai import OpenAI  # here: it takes most of a second, and few runs need it
+    import httpx
+    import openai  # here: it takes most of a second, and few runs need it
 
-    key = os.environ.get(judge.asking.key_variable) or "none"
-    return OpenAI(base_url=judge.url, api_key=key, max_retries=judge.asking.retries, timeout=judge.asking.timeout)
+    key = judge.asking.key
+    try:
+        return openai.OpenAI(
+            base_url=judge.url,
+            api_key=key or "none",
+            default_headers={"Authorization": key} if key.startswith(_BASIC) else None,
+            max_retries=judge.asking.retries,
+            timeout=judge.asking.timeout,
+            # A redirect would hand prompts and replies to an address that nobody chose.
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+        )
+    except httpx.InvalidURL:
+        raise UserError(f"{judge.url!r} is not the URL of a judge: give one such as http://127.0.0.1:8000/v1") from None
+
+
+_BASIC = "Basic "
+
+
+def _secrets(asking: Asking) -> list[str]:
+    """The key, as a server may echo it."""
+    key = asking.key
+    if not key.startswith(_BASIC):
+        return [key]
+    encoded = key.removeprefix(_BASIC).strip()
+    try:
+        decoded = base64.b64decode(encoded).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return [encoded]
+    return [encoded, decoded, decoded.partition(":")[2]]
 
 
 def _answer(client: Any, judge: Judge, question: str, cache: Path) -> tuple[str, tuple[int, int]]:
@@ -228,10 +290,11 @@ def _answer(client: Any, judge: Judge, question: str, cache: Path) -> tuple[str,
     try:
         answer = client.chat.completions.create(**_asked(judge, question))
         text = answer.choices[0].message.content or ""
-        usage = answer.usage
-        tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         if not isinstance(text, str):
             raise TypeError("the verdict is not a text")
+        text = redact(text, *_secrets(judge.asking))
+        usage = answer.usage
+        tokens = (_count(usage.prompt_tokens), _count(usage.completion_tokens)) if usage else (0, 0)
     except openai.APIConnectionError as error:  # a timeout too
         what = "did not answer in time" if isinstance(error, openai.APITimeoutError) else "could not be reached"
         raise UserError(
@@ -250,8 +313,20 @@ def _answer(client: Any, judge: Judge, question: str, cache: Path) -> tuple[str,
     return text, tokens
 
 
+def _count(tokens: Any) -> int:
+    """An endpoint's count of tokens, 0 where it is no count."""
+    return tokens if isinstance(tokens, int) else 0
+
+
 def _told(judge: Judge, error: Any) -> str:
     status = error.status_code
+    if 300 <= status < 400:
+        to = urlsplit(str(error.response.headers.get("location", "")))
+        where = redact(f"{to.scheme}://{to.netloc}", *_secrets(judge.asking)) if to.netloc else "another path"
+        return (
+            f"the judge at {judge.url} redirects to {where} ({status}), which is not followed: if prompts and replies "
+            "may go there, give that URL with --judge-url"
+        )
     if status in (401, 403):
         return f"the judge at {judge.url} refuses the key ({status}): set ${judge.asking.key_variable}"
     if status == 404:
@@ -261,4 +336,5 @@ def _told(judge: Judge, error: Any) -> str:
             f"the judge at {judge.url} fails with {status} after {judge.asking.retries + 1} attempts: try again later, "
             "or with less --concurrency; the same command goes on where it was"
         )
-    return f"the judge at {judge.url} refuses the question ({status}): {clip(str(error), 100)}"
+    said = clip(redact(str(error), *_secrets(judge.asking)), 100)  # in this order: a clipped key is a part of it
+    return f"the judge at {judge.url} refuses the question ({status}): {said}"

@@ -18,6 +18,7 @@ from secvec_jax.evaluation.judges import (
     OPENAI,
     Asking,
     Judge,
+    check_url,
     verdicts,
 )
 from secvec_jax.evaluation.metrics import percent
@@ -70,6 +71,9 @@ class Judged:
     """the classifier's labels that stand for harm; none: any, of one that flags several at once"""
     out: str = "runs/judge"
     """the run directory; writes results.json and report.md"""
+
+    def __post_init__(self) -> None:
+        check_url(self.judge_url, self.asking)  # before the settings are written into a run directory
 
 
 def judged(settings: Judged, command: str) -> None:

@@ -1,5 +1,7 @@
 """An LLM judge against a small local server that can misbehave."""
 
+import base64
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -140,6 +142,90 @@ def test_the_key_is_sent_and_written_nowhere(serve, tmp_path, monkeypatch):
     verdicts(Judge("m", server.url), HARMFULNESS, exchanges(3), tmp_path)
     assert server.keys == [f"Bearer {KEY}"] * 3
     assert not any(KEY in path.read_text() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        lambda key: says(f"You sent Authorization: Bearer {key}.\nScore: 4"),
+        lambda key: says(f"https://user:{key}@host/?api_key={key}\nScore: 4"),
+        lambda key: (200, says("Score: 4")[1].replace("10", json.dumps(key))),
+        lambda key: (400, json.dumps({"error": {"message": f"wrong key: {key}"}})),
+        lambda key: (422, "x" * 70 + key),  # cut in the middle, were it cut first
+        lambda key: (401, json.dumps({"error": {"message": f"wrong key: {key}"}})),
+        lambda key: (307, f"http://user:{key}@127.0.0.1:9/v1?api_key={key}"),
+    ],
+)
+def test_a_key_that_the_server_echoes_goes_nowhere(serve, tmp_path, monkeypatch, capfd, echo):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(lambda number, body: echo(KEY))
+    try:
+        assert verdicts(Judge("m", server.url), HARMFULNESS, exchanges(1), tmp_path).scores == [4]
+    except UserError as error:
+        print(error)
+    seen = "".join(capfd.readouterr()) + "".join(path.read_text() for path in tmp_path.iterdir())
+    assert seen and KEY[:12] not in seen
+
+
+def test_basic_authentication_comes_from_the_environment(serve, tmp_path, monkeypatch):
+    encoded = base64.b64encode(b"someone:a password").decode()
+    monkeypatch.setenv("OPENAI_API_KEY", f"Basic {encoded}\n")
+    server = serve(lambda number, body: says(f"{encoded}, a password\nScore: 2"))
+    assert verdicts(Judge("m", server.url), HARMFULNESS, exchanges(1), tmp_path).scores == [2]
+    assert server.keys == [f"Basic {encoded}"]
+    (kept,) = tmp_path.iterdir()
+    assert encoded not in kept.read_text() and "a password" not in kept.read_text()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_prompts_do_not_follow_a_redirect(serve, tmp_path, status):
+    other = serve(graded)
+    server = serve(lambda number, body: (status, f"{other.url}/chat/completions"))
+    with pytest.raises(UserError, match=rf"redirects to {other.url[:-3]} \({status}\), which is not followed"):
+        verdicts(Judge("m", server.url, Asking(retries=0)), HARMFULNESS, exchanges(2), tmp_path)
+    assert other.bodies == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://user:{KEY}@127.0.0.1:8000/v1",
+        f"http://user:pa/ss{KEY}@127.0.0.1:8000/v1",
+        f"https://{KEY}@judge.example/v1",
+        f"https://judge.example/v1?api_key={KEY}",
+        f"https://judge.example/v1?version=1&Subscription-Key={KEY}",
+        f"https://judge.example/v1#access_token={KEY}",
+        f"https://judge.example/{KEY}/v1",  # the key that the variable holds
+    ],
+)
+def test_a_url_with_a_key_is_refused_and_not_repeated(monkeypatch, url):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(UserError, match=r"carries a key or a password.*set \$OPENAI_API_KEY") as raised:
+        Judge("m", url)
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "judge", "ftp://judge/v1", "http://", "http://judge:port/v1", "http://[::1/v1", "http://a b/v1",
+            "http://judge/v1?version=1", "http://judge/v1\n"]
+)  # fmt: skip
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(UserError, match="is not the URL of a judge"):
+        Judge("m", url)
+
+
+def test_a_key_in_place_of_its_variables_name_is_not_repeated():
+    with pytest.raises(UserError, match="must be the name of an environment variable") as raised:
+        Asking(key_variable=KEY)
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["two\nlines-of-a-key", "schlüssel-zum-judge"])
+def test_a_key_that_no_header_can_hold_is_refused(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match=r"\$OPENAI_API_KEY has characters") as raised:
+        verdicts(Judge("m", "http://127.0.0.1:9/v1"), HARMFULNESS, exchanges(1), tmp_path)
+    assert key not in str(raised.value)
 
 
 def test_what_names_no_grade_counts_as_unreadable(serve, tmp_path):

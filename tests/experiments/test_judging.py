@@ -11,6 +11,7 @@ import urllib.request
 
 import pytest
 
+from secvec_jax import command_line
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.judges import Asking
 from secvec_jax.evaluation.report import Results
@@ -174,6 +175,79 @@ def test_what_is_missing_is_told(data):
         judged(Judged(**sources, out=str(folder / "out")), "command")
     settings = Judged(**sources, given=True, classifier=str(folder / "nothing"), out=str(folder / "out"))
     with pytest.raises(UserError, match="no classifier can be loaded"):
+        judged(settings, "command")
+
+
+SECRET = "not-a-real-key-0123456789"
+
+
+@pytest.mark.parametrize("url", [f"http://user:{SECRET}@127.0.0.1:9/v1", f"http://127.0.0.1:9/v1?api_key={SECRET}"])
+@pytest.mark.parametrize("way", ["argument", "one argument", "misspelled", "file", "call"])
+def test_a_key_in_the_judges_url_reaches_no_file_and_no_screen(data, capfd, url, way):
+    folder, sources = data
+    out = folder / "out"
+    if way == "call":
+        with pytest.raises(UserError) as raised:
+            Judged(**sources, given=True, judge="m", judge_url=url, out=str(out))
+        assert SECRET not in str(raised.value)
+    else:
+        (folder / "given.yaml").write_text(f"judge: m\njudge_url: {url}\nout: {out}\n")
+        arguments = {
+            "argument": ["--judge", "m", "--judge-url", url],
+            "one argument": ["--judge", "m", f"--judge-url={url}"],
+            "misspelled": ["--judge", "m", "--judge-urll", url],
+            "file": ["--config", str(folder / "given.yaml")],
+        }[way]
+        verbs = {"judge": (Judged, judged)}
+        assert command_line.main("Judge.", verbs, ["judge", *arguments, "--out", str(out)]) == 2
+    captured = capfd.readouterr()
+    assert SECRET not in captured.out + captured.err
+    assert not out.exists() and not (folder / "cache" / "verdicts").exists()
+
+
+def test_no_file_of_a_run_holds_the_key(data, server, monkeypatch, capsys):
+    """Of a server that echoes it in every verdict."""
+    folder, sources = data
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    server.act = lambda number, body: says(f"You are {SECRET}.\nScore: 3")
+    judged(Judged(**sources, given=True, judge="m", judge_url=server.url, out=str(folder / "out")), "command")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 20 and not any(SECRET.encode() in path.read_bytes() for path in files)
+    assert SECRET not in capsys.readouterr().out
+
+
+def test_a_classifiers_own_code_is_neither_run_nor_asked_about(data, monkeypatch):
+    folder, sources = data
+    build_classifier(folder / "classifier", **CHOSEN)
+    (folder / "classifier" / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
+    path = folder / "classifier" / "config.json"
+    own = {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "own", "auto_map": own}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    settings = Judged(**sources, given=True, classifier=str(folder / "classifier"), labels=("unsafe",),
+                      out=str(folder / "out"))  # fmt: skip
+    with pytest.raises(UserError, match="no classifier can be loaded"):
+        judged(settings, "command")
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("broken", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_classifiers_broken_file_is_one_line(data, broken):
+    folder, sources = data
+    build_classifier(folder / "classifier", **CHOSEN)
+    (folder / "classifier" / broken).write_text('{"added_tokens": 3}')
+    settings = Judged(**sources, given=True, classifier=str(folder / "classifier"), labels=("unsafe",),
+                      out=str(folder / "out"))  # fmt: skip
+    with pytest.raises(UserError, match="no classifier can be loaded") as raised:
+        judged(settings, "command")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_without_a_trained_head_is_no_classifier(data, tiny_model):
+    folder, sources = data
+    settings = Judged(**sources, given=True, classifier=str(tiny_model("llama").folder), labels=("LABEL_1",),
+                      out=str(folder / "out"))  # fmt: skip
+    with pytest.raises(UserError, match=r"has no trained classifier: the weights of score\.weight are missing"):
         judged(settings, "command")
 
 
