@@ -38,7 +38,7 @@ from secvec_jax.files import whole_file
 from secvec_jax.training.objective import KEEP, LEARN, parameters
 from secvec_jax.training.step import descent
 from secvec_jax.vectors.lora import LoRA, random_like
-from secvec_jax.vectors.store import load_peft, save_peft
+from secvec_jax.vectors.peft import load_peft, save_peft
 
 PIECES = 3
 """Optimizer steps in a turn, each on a batch of its own."""

@@ -20,9 +20,10 @@ from secvec_jax.inference import generate, logits
 from secvec_jax.mesh import make_mesh
 from secvec_jax.model.hub import Model, load
 from secvec_jax.vectors.lora import LoRA, random_like
+from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
-from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
+from secvec_jax.vectors.store import load_vectors, save_vectors
 
 __all__ = [
     "LoRA",

@@ -24,7 +24,8 @@ from secvec_jax.model import weights
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.families import FAMILIES, from_hf_config, to_hf_config, weight_names
 from secvec_jax.vectors.lora import LoRA
-from secvec_jax.vectors.store import load_vectors, save_peft, save_vectors
+from secvec_jax.vectors.peft import save_peft
+from secvec_jax.vectors.store import load_vectors, save_vectors
 from tests.conftest import VARIANTS
 from tests.toys import ARCHITECTURE, tiny_model
 

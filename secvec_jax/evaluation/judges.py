@@ -78,7 +78,7 @@ class Judge:
 
 
 def check_url(url: str, asking: Asking) -> None:
-    """Raises UserError if a judge's URL is none, or carries credentials: a URL is kept in a run's files, a key is not."""
+    """Raises UserError if a judge's URL is none, or carries credentials: a run's files keep the URL, and no key."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

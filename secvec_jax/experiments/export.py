@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +25,7 @@ class Export:
     model: str = ""
     """a run directory of `train.py align` or `finetune`, or an embedded name, a folder, a hub id or a .gguf file"""
     adapters: tuple[str, ...] = ()
-    """LoRA to be merged into the weights: PEFT folders, such as RUN/task of `train.py finetune`, or files of ours"""
+    """LoRA to be merged into the weights: PEFT folders, run directories with a task LoRA, or files of ours"""
     carry_vectors: bool = False
     """let adapters be security vectors: the exported model shows the behavior that they hold"""
     scores: tuple[str, ...] = ()
@@ -45,7 +45,8 @@ def export(settings: Export, command: str) -> None:
     out = Path(settings.out)
     if out.exists() and not (out / "config.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} holds something else than a model: give --out a new folder")
-    carried = [path for path in settings.adapters if holds_security_vectors(path)]
+    adapters = [_adapter(path) for path in settings.adapters]
+    carried = [path for path in adapters if holds_security_vectors(path)]
     if carried and not settings.carry_vectors:
         raise UserError(
             f"{carried[0]} holds security vectors: merged, the model would show the behavior that they stand for. "
@@ -53,30 +54,38 @@ def export(settings: Export, command: str) -> None:
         )
     scored = [Results.load(run) for run in settings.scores]
     trained = list(_history(settings.model))[::-1]
-    model = load(_weights(settings.model))
-    merged = _merged(model, settings.adapters)
+    model = load(settings.model)
+    merged = _merged(model, adapters)
     root = str(trained[0].config["model"]) if trained else settings.model
     base = _HUB_IDS.get(root) or (root if re.fullmatch(r"[\w.-]+/[\w.-]+", root) and not Path(root).exists() else None)
     merged.save(out, model_card(out.resolve().name, base, trained, scored, carried))
     Console(quiet=not is_first()).print(f"the model is in {out}", markup=False, highlight=False)
 
 
-def _weights(model: str) -> str:
-    """Where the weights of a run directory are; other names as they are."""
-    return str(Path(model) / "model") if (Path(model) / FILE).is_file() else model
+def _adapter(path: str) -> str:
+    """Of a run directory with a task LoRA, that LoRA."""
+    task = Path(path).expanduser() / "task"
+    return str(task if (task / "adapter_config.json").is_file() else path)
 
 
 def _history(model: str) -> Iterator[Results]:
     """The trainings behind a model, the last one first."""
-    path = Path(model)
-    folder = path if (path / FILE).is_file() else path.parent
-    while (folder / FILE).is_file() and (folder / "model").is_dir():
+    known: set[Path] = set()
+    while (folder := _run_of(model)) is not None and folder not in known:
+        known.add(folder)
         run = Results.load(folder)
         yield run
-        folder = Path(str(run.config.get("model", ""))).parent
+        model = str(run.config.get("model", ""))
 
 
-def _merged(model: Model, adapters: tuple[str, ...]) -> Model:
+def _run_of(model: str) -> Path | None:
+    """The run directory that a model is from, whether its path is that of the run or of the model in it."""
+    path = Path(model).expanduser()
+    runs = (folder for folder in (path, path.parent) if (folder / FILE).is_file() and (folder / "model").is_dir())
+    return next(runs, None)
+
+
+def _merged(model: Model, adapters: Sequence[str]) -> Model:
     backbone = model.backbone
     for path in adapters:
         adapter = load_vectors(path, model)

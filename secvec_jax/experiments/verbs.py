@@ -22,9 +22,10 @@ from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
+from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
-from secvec_jax.vectors.store import load_several, save_peft, save_vectors
+from secvec_jax.vectors.store import load_several, save_vectors
 
 
 @dataclasses.dataclass(frozen=True)

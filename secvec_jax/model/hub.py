@@ -26,6 +26,7 @@ from secvec_jax.model.decoder import Decoder, abstract_decoder
 from secvec_jax.model.families import from_hf_config, to_hf_config
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.weights import assemble, gathered, open_safetensors, read_json, weight_sizes, write_weights
+from secvec_jax.run_folders import find_model
 from secvec_jax.trees import fingerprint
 from secvec_jax.turns import turn_ends
 
@@ -79,14 +80,15 @@ class Model:
 def load(source: str | Path) -> Model:
     """The model that `source` names, in float32, laid out on the ambient mesh.
 
-    source: an embedded name ("smollm2"), a local Hugging Face folder, a local .gguf file or a hub id.
+    source: an embedded name ("smollm2"), a local Hugging Face folder, the run directory of a training, a local .gguf
+    file or a hub id.
     Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, or if the
     mesh does not divide it.
     """
     source = str(source)
     if source in EMBEDDED:
         return dataclasses.replace(_load_folder(_converted(source)), name=source)
-    path = Path(source).expanduser()
+    path = find_model(source)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"no file {path}: check --model")
@@ -102,7 +104,7 @@ def load_architecture(source: str | Path) -> Architecture:
     Raises UserError as `load` does.
     """
     source = str(source)
-    path = Path(source).expanduser()
+    path = find_model(source)
     if source in EMBEDDED:
         return GGUF(assets.extract(*EMBEDDED[source])).read()[0]
     if path.suffix == ".gguf":

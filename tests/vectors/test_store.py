@@ -13,7 +13,8 @@ import safetensors.numpy
 
 from secvec_jax.errors import UserError
 from secvec_jax.vectors.lora import LoRA
-from secvec_jax.vectors.store import load_peft, load_vectors, save_peft, save_vectors
+from secvec_jax.vectors.peft import load_peft, save_peft
+from secvec_jax.vectors.store import load_vectors, save_vectors
 
 _SPECS = [
     {"rank": 8, "alpha": 16.0},
@@ -146,7 +147,7 @@ def test_files_that_hold_no_vectors_are_refused(model, tmp_path):
         with pytest.raises(UserError, match="no file of security vectors"):
             load_vectors(path, model)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read.*PEFT adapter folder"):
+    with pytest.raises(UserError, match=r"empty has no vectors: give a run directory .* or a PEFT adapter folder"):
         load_vectors(tmp_path / "empty", model)
 
 
@@ -308,11 +309,14 @@ def test_half_precision_adapters_are_widened(tiny_model, logits, hf_logits, toke
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
         ({"bias": "lora_only"}, "bias lora_only"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (
+            {"modules_to_save": ["lm_head", "embed_tokens"]},
+            r'modules_to_save \["lm_head", "embed_tokens"\].*merge_and_un',
+        ),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"lora_bias": True}, "lora_bias|lora_B.bias"),
-        ({"layers_to_transform": [0]}, "layers|lacks"),
-        ({"layers_to_transform": [1]}, "layers|no place"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "has weights for lm_head, and .*merge_and_unload"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, r"has weights for model\.embed_tokens, and"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
         # These two initialize by taking a part out of the backbone, which a file of A and B does not tell.
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
@@ -324,10 +328,10 @@ def test_half_precision_adapters_are_widened(tiny_model, logits, hf_logits, toke
         "alpha_pattern",
         "bias",
         "modules_to_save",
+        "token indices",
         "lora_bias",
-        "layer 0",
-        "layer 1",
         "lm_head",
+        "embeddings",
         "alora",
         "pissa",
         "olora",
@@ -340,12 +344,159 @@ def test_other_kinds_of_adapters_are_refused(tiny_model, tmp_path, config, hint)
         load_vectors(tmp_path / "peft", tiny.model)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["down_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+        {"target_modules": r".*\.1\..*_proj"},
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "1.mlp.up_proj"]},
+        {"target_modules": ["self_attn.q_proj", "v_proj"], "exclude_modules": ["0.self_attn.v_proj"]},
+    ],
+    ids=["a list", "a number", "a pattern", "full names", "but for"],
+)
+def test_adapters_of_some_layers_are_read(tiny_model, logits, hf_logits, tokens, tmp_path, config):
+    tiny = tiny_model("llama")
+    worn = _peft_adapter(tiny.hf, tmp_path / "peft", r=4, lora_alpha=8, **config)
+    vectors = load_vectors(tmp_path / "peft", tiny.model)
+    ours = logits(tiny.model, tokens, guests=(vectors,))
+    np.testing.assert_allclose(ours, hf_logits(worn, tokens), rtol=0, atol=1e-4)
+    assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
+    zero = {site: [not a.any() and not b.any() for a, b in zip(f["a"], f["b"])] for site, f in vectors.factors.items()}
+    assert any(map(any, zero.values())) and not any(map(all, zero.values()))
+    save_peft(vectors, tmp_path / "ours", tiny.model)
+    chex.assert_trees_all_equal(load_vectors(tmp_path / "ours", tiny.model).factors, vectors.factors)
+
+
+@pytest.mark.parametrize("lost", ["layers.1", "layers.1.self_attn.q_proj", "layers.0.mlp.down_proj.lora_A", "q_proj"])
+@pytest.mark.parametrize("layers", [None, [0, 1]])
+def test_weights_that_the_configuration_asks_for_must_be_there(tiny_model, tmp_path, lost, layers):
+    tiny, folder = tiny_model("llama"), tmp_path / "peft"
+    _peft_adapter(tiny.hf, folder, r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=layers)
+    path = folder / "adapter_model.safetensors"
+    kept = {name: array for name, array in safetensors.numpy.load_file(path).items() if lost not in name}
+    safetensors.numpy.save_file(kept, path)
+    with pytest.raises(UserError, match=r"peft lacks .*proj.*: the adapter is damaged, or was made for another model"):
+        load_vectors(folder, tiny.model)
+
+
+@pytest.mark.parametrize("chosen", [0, [0], [7]])
+def test_weights_that_the_configuration_leaves_out_are_refused(tiny_model, tmp_path, chosen):
+    tiny, path = tiny_model("llama"), tmp_path / "peft/adapter_config.json"
+    _peft_adapter(tiny.hf, tmp_path / "peft", r=2, target_modules=["q_proj"])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_to_transform": chosen}))
+    with pytest.raises(UserError, match=r"peft has .*q_proj, which layers_to_transform leaves out"):
+        load_vectors(tmp_path / "peft", tiny.model)
+
+
+def test_a_new_entry_that_may_change_the_adapter_is_refused_by_name(tiny_model, random_vectors, tmp_path):
+    model, path = tiny_model("llama").model, tmp_path / "peft/adapter_config.json"
+    save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"use_next_years_lora": False, "peft_version": "9"}))
+    load_peft(tmp_path / "peft", model)
+    path.write_text(json.dumps(config | {"use_next_years_lora": True}))
+    with pytest.raises(UserError, match=r"no plain LoRA adapter \(use_next_years_lora\)"):
+        load_peft(tmp_path / "peft", model)
+
+
+@pytest.mark.parametrize("named", ["adapter_model.bin", "adapter_model.safetensors"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_not_opened_and_the_conversion_is_told(tiny_model, tmp_path, capsys, named, zipped):
+    import torch
+    from safetensors.torch import load_file
+
+    tiny, folder = tiny_model("llama"), tmp_path / "peft"
+    _peft_adapter(tiny.hf, folder, r=2, target_modules=["q_proj"])
+    expected = load_vectors(folder, tiny.model)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / named, _use_new_zipfile_serialization=zipped)
+    for path in (folder, folder / named):
+        with pytest.raises(UserError, match="is a pickle of PyTorch, which can run any code") as raised:
+            load_vectors(path, tiny.model)
+    exec(str(raised.value).partition('python -c "')[2].removesuffix('"'))  # what the message says
+    chex.assert_trees_all_equal(load_vectors(folder, tiny.model), expected)
+
+
+def _stored(kind: str, shape: list[int], content: bytes, **more) -> bytes:
+    """A safetensors file of one tensor, whatever its header says."""
+    header = json.dumps({"a": {"dtype": kind, "shape": shape, "data_offsets": [0, len(content)]}, **more}).encode()
+    return len(header).to_bytes(8, "little") + header + content
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"", "truncated or corrupt"),
+        (b"\xff" * 64, "truncated or corrupt"),
+        (_stored("F32", [3], bytes(8)), "truncated or corrupt"),
+        (_stored("F32", [2], bytes(8), b=3), "truncated or corrupt"),
+        (_stored("F31", [2], bytes(8)), "truncated or corrupt"),
+        (_stored("F8_E4M3", [8], bytes(8)), "a is of type F8_E4M3"),
+        (_stored("F8_E5M2", [8], bytes(8)), "a is of type F8_E5M2"),
+        (_stored("F6_E2M3", [4], bytes(3)), "a is of type F6_E2M3"),
+        (_stored("F4", [16], bytes(8)), "a is of type F4"),
+        (_stored("I64", [1], bytes(8)), "a is of type I64"),
+        (_stored("BOOL", [8], bytes(8)), "a is of type BOOL"),
+        (_stored("C64", [1], bytes(8)), "a is of type C64"),
+        (_stored("F32", [1], np.float32("nan").tobytes()), "a has NaN or infinite numbers"),
+        (_stored("F16", [1], np.float16("inf").tobytes()), "a has NaN or infinite numbers"),
+        (_stored("F64", [1], np.float64(1e300).tobytes()), "a has NaN or infinite numbers"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "pointer of Git LFS.*git lfs pull"),
+    ],
+)
+def test_whatever_a_file_of_weights_holds_is_told_in_one_line(model, random_vectors, tmp_path, content, hint):
+    save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
+    path = tmp_path / "peft/adapter_model.safetensors"
+    path.write_bytes(content)
+    for given in (path, tmp_path / "peft"):
+        with pytest.raises(UserError, match=hint) as raised:
+            load_vectors(given, model)
+        assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_folder_in_place_of_the_weights_is_told(model, random_vectors, tmp_path):
+    save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
+    (tmp_path / "peft/adapter_model.safetensors").unlink()
+    (tmp_path / "peft/adapter_model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is truncated or corrupt"):
+        load_vectors(tmp_path / "peft", model)
+
+
+@pytest.mark.parametrize(
+    ("entry", "hint"),
+    [
+        ({"r": 0}, "r must be a whole number of at least 1"),
+        ({"r": True}, "r must be a whole number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a number"),
+        ({"lora_alpha": "16"}, "lora_alpha must be a number"),
+        ({"lora_alpha": 10**400}, "cannot be read"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false"),
+        ({"layers_to_transform": "0"}, "layers_to_transform must be"),
+        ({"layers_to_transform": [True]}, "layers_to_transform must be"),
+        ({"target_modules": 3}, "target_modules must be"),
+        ({"exclude_modules": {"a": 1}}, "exclude_modules must be"),
+        ({"bias": None}, "bias None"),
+        ({"peft_type": "IA3"}, "peft_type IA3"),
+        ({"target_parameters": ["w"]}, "target_parameters"),
+    ],
+)
+def test_wrong_entries_of_a_configuration_are_told(model, random_vectors, tmp_path, entry, hint):
+    save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
+    path = tmp_path / "peft/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    with pytest.raises(UserError, match=hint) as raised:
+        load_vectors(tmp_path / "peft", model)
+    assert "\n" not in str(raised.value)
+
+
 def test_adapters_of_another_model_are_refused(tiny_model, tmp_path):
     _peft_adapter(tiny_model("llama").hf, tmp_path / "peft", r=2, target_modules=["q_proj", "v_proj"])
     for other in ("llama-mha", "qwen3"):
         with pytest.raises(UserError, match="wrong backbone"):
             load_vectors(tmp_path / "peft", tiny_model(other).model)
-    with pytest.raises(UserError, match=r"layers\.2.*made for another model"):
+    with pytest.raises(UserError, match=r"lacks .*layers\.2.*made for another model"):
         load_vectors(tmp_path / "peft", tiny_model("llama", num_hidden_layers=3).model)
     with pytest.raises(UserError, match=r"layers\.1"):
         load_vectors(tmp_path / "peft", tiny_model("llama", num_hidden_layers=1).model)

@@ -1,0 +1,140 @@
+"""Vectors as PEFT LoRA adapters, both ways: adapter_config.json and adapter_model.safetensors in a folder."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from secvec_jax.errors import UserError
+from secvec_jax.files import whole_folder
+from secvec_jax.mesh import by_first, lay, whole
+from secvec_jax.model.families import weight_names
+from secvec_jax.model.hub import Model
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.peft_config import check_kind, check_layers, no_place, read_config
+from secvec_jax.vectors.tensor_file import check_backbone, pickled, read_tensors
+
+SECURITY_VECTORS = "security vectors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PICKLE = "adapter_model.bin"  # PEFT's own form before 0.6
+
+
+def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str = SECURITY_VECTORS) -> None:
+    """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
+
+    holds: what they are; anything but security vectors may be merged into a model to be used. Where the model computes
+    several sites in one product, A has their columns side by side, and B is block-diagonal.
+    """
+    from safetensors.numpy import save_file
+
+    spec, modules = vectors.spec, _peft_modules(model, vectors.factors)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "use_rslora": spec.rslora,
+        **_patterns(spec, modules),
+        "target_modules": sorted(module.rpartition(".")[2] for module in modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    tensors, arrays = {}, jax.tree.map(np.asarray, whole(vectors).factors)
+    for module, sites in modules.items():
+        a = np.concatenate([arrays[site]["a"] for site in sites], axis=-1)
+        _, _, outputs = next(iter(sites.values()))
+        b = np.zeros((*a.shape[::2], outputs), a.dtype)
+        for i, (site, (first, end, _)) in enumerate(sites.items()):
+            b[:, i * spec.rank : (i + 1) * spec.rank, first:end] = arrays[site]["b"]
+        for name, array in (("A", a), ("B", b)):
+            for layer, part in enumerate(array):
+                tensors[f"{module.format(layer)}.lora_{name}.weight"] = np.ascontiguousarray(part.T)
+    metadata = {"format": "pt", "backbone": model.fingerprint, "holds": holds, "sites": ",".join(vectors.factors)}
+
+    def write() -> None:
+        with whole_folder(folder) as staging:
+            (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            save_file(tensors, staging / WEIGHTS, metadata=metadata)
+
+    by_first(write)
+
+
+def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
+    """A PEFT LoRA adapter as vectors; one of ours is checked for its backbone, others for their shapes only.
+
+    Layers that it leaves out (`layers_to_transform`) get factors of zero, which change nothing.
+    Raises UserError if it is missing or corrupt, of another kind than plain LoRA, or does not fit the model.
+    """
+    folder = Path(folder)
+    config = read_config(folder / CONFIG)
+    if not (folder / WEIGHTS).exists() and (folder / _PICKLE).exists():
+        raise UserError(pickled(folder / _PICKLE))
+    metadata, tensors = read_tensors(folder / WEIGHTS)
+    ours = "sites" in metadata  # several sites of a module have ranks of their own; else they share A
+    modules = _peft_modules(model, metadata["sites"].split(",") if ours else model.architecture.sites)
+    layers = {module: _layers(tensors, module, model.architecture.num_layers) for module in modules}
+    modules = {module: sites for module, sites in modules.items() if layers[module]}
+    spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
+    check_kind(config, _patterns(spec, modules) if ours else {}, folder)
+    check_layers(config, layers, model.architecture.num_layers, folder)
+    factors = {}
+    try:
+        for module, sites in modules.items():
+            a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", layers[module], model) for name in "AB")
+            for i, (site, (first, end, outputs)) in enumerate(sites.items()):
+                rank = slice(i * spec.rank, (i + 1) * spec.rank) if ours and len(sites) > 1 else slice(None)
+                rows = slice(first, end if end < outputs else None)  # the check below names what is too wide
+                factors[site] = {"a": a[..., rank], "b": b[:, rank, rows]}
+    except KeyError as error:
+        raise UserError(f"{folder} lacks {error}: the adapter is damaged, or was made for another model") from error
+    except (ValueError, IndexError, TypeError) as error:
+        raise UserError(f"{folder} has weights of no shape that LoRA has: fetch it again") from error
+    if tensors or not factors:
+        raise UserError(no_place(folder, list(tensors)))
+    vectors = LoRAVectors(factors, dataclasses.replace(spec, targets=tuple(factors)))
+    vectors.check(model.architecture)
+    if "backbone" in metadata:
+        check_backbone(metadata, model, folder)
+    return lay(vectors)
+
+
+def _layers(tensors: Collection[str], module: str, count: int) -> set[int]:
+    """The layers in which the module has weights."""
+    return {i for i in range(count) if any(f"{module.format(i)}.lora_{name}.weight" in tensors for name in "AB")}
+
+
+def _peft_modules(model: Model, sites: Collection[str]) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Modules as PEFT names them, with a `{}` for the layer -> those of the sites that they compute -> their outputs.
+
+    Outputs are (first, behind the last, of how many).
+    """
+    names = weight_names(model.architecture)
+    modules: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for site in model.architecture.sites:
+        if site in sites:
+            name, width = names[f"layers.{site}.kernel"], model.architecture.site_shape(site)[1]
+            module = f"base_model.model.{name.hf.removesuffix('.weight')}"
+            modules.setdefault(module, {})[site] = name.rows or (0, width, width)
+    return modules
+
+
+def _patterns(spec: LoRA, modules: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """PEFT's ranks and alphas of modules that hold several sites, so that each of them has the others' scale."""
+    many = {module.rpartition(".")[2]: len(sites) for module, sites in modules.items() if len(sites) > 1}
+    alphas = {name: spec.alpha * (math.sqrt(count) if spec.rslora else count) for name, count in many.items()}
+    return {"rank_pattern": {name: spec.rank * count for name, count in many.items()}, "alpha_pattern": alphas}
+
+
+def _stacked(tensors: dict[str, np.ndarray], key: str, layers: set[int], model: Model) -> jax.Array:
+    """A weight of these layers, taken out of `tensors`, and zero in the others: `[L, in, out]`, float32."""
+    given = {layer: tensors.pop(key.format(layer)).T for layer in sorted(layers)}
+    zero = np.zeros_like(next(iter(given.values())))
+    every = [given.get(layer, zero) for layer in range(model.architecture.num_layers)]
+    return jnp.asarray(np.stack(every), jnp.float32)

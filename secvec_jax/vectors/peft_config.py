@@ -1,0 +1,128 @@
+"""What a PEFT adapter's configuration says, and why an adapter that is not plain LoRA is refused."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from secvec_jax.errors import UserError
+
+_READ = frozenset({
+    "peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern",
+})  # fmt: skip
+_NO_EFFECT = frozenset({
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "qalora_group_size", "ensure_weight_tying", "merge_weights", "unsloth_fixed",
+})  # fmt: skip
+"""Entries that change nothing of what a trained adapter computes, whose start was the usual one."""
+
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Of `init_lora_weights`, those that leave the backbone as it is; PiSSA, OLoRA and others subtract their start."""
+
+_OR_MERGE = "or merge it into its model with PEFT's merge_and_unload and give the merged model"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a LoRA adapter.
+
+    Raises UserError if it cannot be read, or an entry that is used has a value of another type.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not {"r", "lora_alpha"} <= set(config):
+            raise ValueError("r or lora_alpha is missing")
+        if type(config["r"]) is not int or config["r"] < 1:
+            raise ValueError("r must be a whole number of at least 1")
+        if type(config["lora_alpha"]) not in (int, float) or not math.isfinite(config["lora_alpha"]):
+            raise ValueError("lora_alpha must be a number")
+        if config.get("use_rslora") not in (None, True, False):
+            raise ValueError("use_rslora must be true or false")
+        chosen = config.get("layers_to_transform")
+        if not (chosen is None or type(chosen) is int or _is_list_of(int, chosen)):
+            raise ValueError("layers_to_transform must be a number or a list of numbers")
+        for entry in ("target_modules", "exclude_modules"):
+            if not (config.get(entry) is None or isinstance(config[entry], str) or _is_list_of(str, config[entry])):
+                raise ValueError(f"{entry} must be a text or a list of texts")
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give a PEFT adapter folder") from error
+    return config
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def check_kind(config: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+    """Raises UserError, naming the entry, if one that is not understood could change what the adapter computes.
+
+    ours: entries that the files we write have, with the value at which they are understood.
+    """
+    known = _READ | _NO_EFFECT
+    unsupported = {key: value for key, value in config.items() if value and key not in known and value != ours.get(key)}
+    if (start := config.get("init_lora_weights", True)) not in _STARTS:
+        unsupported["init_lora_weights"] = start
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
+        what = ", ".join(key if value is True else f"{key} {json.dumps(value)}" for key, value in unsupported.items())
+        what = what or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError(f"{folder} is no plain LoRA adapter ({_short(what)}): train one without these, {_OR_MERGE}")
+
+
+def check_layers(config: dict[str, Any], layers: dict[str, set[int]], count: int, folder: Path) -> None:
+    """Raises UserError if the modules with weights are not those that the configuration names, by PEFT's own rules.
+
+    layers: module, with a `{}` for the layer -> the layers of the model's `count` in which it has weights. Where
+    regular expressions choose the modules, nothing is checked.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    if isinstance(targets, str) or isinstance(excluded, str):
+        return
+    chosen = config.get("layers_to_transform")
+    every = chosen is None or chosen == []
+
+    def wanted(module: str, layer: int) -> bool:
+        name = module.format(layer).removeprefix("base_model.model.")
+        if targets is None:
+            targeted = bool(layers[module])
+        elif name in targets:
+            return not _ends_in(name, excluded)
+        else:
+            targeted = _ends_in(name, targets)
+        return targeted and not _ends_in(name, excluded) and (every or layer in _listed(chosen))
+
+    for module, present in layers.items():
+        for layer in range(count):
+            if wanted(module, layer) != (layer in present):
+                name, entry = module.format(layer), "target_modules" if every else "layers_to_transform"
+                what = f"has {name}, which {entry} leaves out" if layer in present else f"lacks {name}"
+                raise UserError(f"{folder} {what}: the adapter is damaged, or was made for another model")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _ends_in(name: str, suffixes: list[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def no_place(folder: Path, names: list[str]) -> str:
+    """What to say of the weights of these names, which are for no linear map of the model's layers."""
+    if not names:
+        return f"{folder} has no weights for a linear map of the model: the adapter was made for another model"
+    outside = [name.removeprefix("base_model.model.") for name in names if not re.search(r"\.\d+\.", name)]
+    if not outside:
+        return f"{folder} has weights with no place in the model ({names[0]}): the adapter was made for another model"
+    modules = sorted(
+        {re.split(r"\.(?:lora_|base_layer|weight|bias|original_module|modules_to_save)", name)[0] for name in outside}
+    )
+    return (
+        f"{folder} has weights for {_short(', '.join(modules))}, and vectors are for the linear maps inside the layers "
+        f"only: train an adapter of those, {_OR_MERGE}"
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,74 @@
+"""Reading a safetensors file of factors: whatever is wrong with it is one line that says what to do."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from secvec_jax.errors import UserError
+from secvec_jax.model.hub import Model
+
+_FLOATS = ("F32", "BF16", "F16", "F64")
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How files of torch.save begin: a zip archive since PyTorch 1.6, before that the pickle itself."""
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata and the arrays of a file.
+
+    Raises UserError if it is missing, no safetensors file, damaged, or has numbers that are not finite floats.
+    """
+    from safetensors import safe_open
+
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        with safe_open(path, framework="flax") as file:
+            metadata = file.metadata() or {}
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
+            odd = next((key for key, kind in kinds.items() if kind not in _FLOATS), None)
+            if odd is None:
+                tensors = {key: np.asarray(file.get_tensor(key)) for key in kinds}
+    except FileNotFoundError as error:
+        raise UserError(f"no vectors at {path}: check --vectors") from error
+    except Exception as error:  # safetensors raises errors of many kinds
+        raise UserError(_unreadable(path, error)) from error
+    if odd is not None:
+        raise UserError(f"{path}: {odd} is of type {kinds[odd]}: factors must be of {', '.join(_FLOATS)}")
+    if wrong := next((key for key, array in tensors.items() if not bool(jnp.isfinite(array).all())), None):
+        raise UserError(f"{path}: {wrong} has NaN or infinite numbers: its training went wrong, train it again")
+    return metadata, tensors
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    start = b""
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                start = file.read(64)
+        except OSError:
+            pass
+    if start.startswith(_PICKLES):
+        return pickled(path)
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path} is only a pointer of Git LFS: run `git lfs pull` in its folder"
+    return f"{path} is truncated or corrupt ({' '.join(str(error).split())}): fetch it again, or train the vectors anew"
+
+
+def pickled(path: Path) -> str:
+    """Why a file of torch.save is not read, and how to convert it."""
+    target = path.with_suffix(".safetensors")
+    return (
+        f"{path} is a pickle of PyTorch, which can run any code when it is opened, so it is not read: convert it with "
+        'python -c "import torch; from safetensors.torch import save_file; '
+        f"save_file(torch.load(open({str(path)!r}, 'rb'), map_location='cpu', weights_only=True), {str(target)!r})\""
+    )
+
+
+def check_backbone(metadata: dict[str, str], model: Model, path: Path) -> None:
+    """Raises UserError if a file says that it was made for another backbone than the model's."""
+    if metadata["backbone"] != model.fingerprint:
+        made_for = metadata.get("backbone_name", "another model")
+        raise UserError(
+            f"{path} was made for another backbone ({made_for}, {metadata['backbone'][:12]}), not for {model.name} "
+            f"({model.fingerprint[:12]}): train vectors on this model, or name the model they were made for"
+        )
