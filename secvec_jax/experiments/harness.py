@@ -20,7 +20,7 @@ class Harness:
     tasks: str = ""
     """their names, parted by commas: mmlu,gsm8k,truthfulqa_mc2; * stands for any letters"""
     model: str = "smollm2"
-    """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
+    """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
     vectors: tuple[str, ...] = ()
     """run them with these vectors on"""
     fewshot: int | None = None

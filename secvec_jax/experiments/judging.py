@@ -47,7 +47,7 @@ class Judged:
     """Have a model's replies judged by a language model, by a classifier, or by both."""
 
     model: str = "smollm2"
-    """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
+    """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
     vectors: tuple[str, ...] = ()
     """reply with these vectors on"""
     harmful: tuple[str, ...] = ("harmbench", "do-not-answer")

@@ -33,7 +33,7 @@ class Screen:
     data: str = ""
     """the rows to be screened: a file, a packaged name, or a hub dataset id; rows with answers"""
     vectors: str = ""
-    """a file that `train.py vectors` wrote, or a PEFT adapter folder"""
+    """a run directory of `train.py vectors`, its file of vectors, or a PEFT adapter folder"""
     model: str = "smollm2"
     """the model that the vectors were trained for"""
     harmful: str | None = None

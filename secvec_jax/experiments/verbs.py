@@ -35,7 +35,7 @@ class Align:
     data: tuple[str, ...] = ()
     """local JSONL, JSON, CSV or Parquet files, packaged names, or hub dataset ids; rows with answers, losses apart"""
     model: str = "smollm2"
-    """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
+    """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
     out: str = "runs/align"
     """the run directory; the model is written to OUT/model"""
     task_rank: int = ALIGN_TASK.rank
@@ -73,7 +73,7 @@ class Finetune:
     model: str = "smollm2"
     """the model that the vectors were trained for"""
     vectors: tuple[str, ...] = ()
-    """files that `train.py vectors` wrote, or PEFT adapter folders, all active at once; none: plain fine-tuning"""
+    """run directories of `train.py vectors`, or PEFT adapter folders, all active at once; none: plain fine-tuning"""
     task_rank: int = 0
     """train a task LoRA of this rank beside the frozen vectors, merged at the end; 0: train all weights"""
     out: str = "runs/finetune"
@@ -86,7 +86,7 @@ class ScoreRun:
     """Score a model: refusals and compliance, over-refusal, exact match, losses; vectors off unless named."""
 
     model: str = "smollm2"
-    """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
+    """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
     vectors: tuple[str, ...] = ()
     """score with these vectors on"""
     harmful: tuple[str, ...] = ("harmbench", "do-not-answer")

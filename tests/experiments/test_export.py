@@ -69,7 +69,7 @@ def test_the_task_goes_out_apart_and_merges_into_the_same_weights(runs, tmp_path
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    export(Export(str(runs / "aligned"), (str(runs / "tuned/task"),), out=str(tmp_path / "out")), "")
+    export(Export(str(runs / "aligned"), (str(runs / "tuned"),), out=str(tmp_path / "out")), "")
     tuned = hub.load(runs / "tuned/model")
     assert hub.load(tmp_path / "out").fingerprint == tuned.fingerprint
     bare = AutoModelForCausalLM.from_pretrained(runs / "aligned/model")

@@ -355,17 +355,34 @@ def test_other_kinds_of_adapters_are_refused(tiny_model, tmp_path, config, hint)
     ],
     ids=["a list", "a number", "a pattern", "full names", "but for"],
 )
-def test_adapters_of_some_layers_are_read(tiny_model, logits, hf_logits, tokens, tmp_path, config):
+def test_adapters_of_some_layers_are_read(tiny_model, tmp_path, config):
+    """Each layer's update is the one that PEFT computes, and zero in the layers without."""
     tiny = tiny_model("llama")
     worn = _peft_adapter(tiny.hf, tmp_path / "peft", r=4, lora_alpha=8, **config)
     vectors = load_vectors(tmp_path / "peft", tiny.model)
-    ours = logits(tiny.model, tokens, guests=(vectors,))
-    np.testing.assert_allclose(ours, hf_logits(worn, tokens), rtol=0, atol=1e-4)
-    assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
-    zero = {site: [not a.any() and not b.any() for a, b in zip(f["a"], f["b"])] for site, f in vectors.factors.items()}
-    assert any(map(any, zero.values())) and not any(map(all, zero.values()))
+    adapted = {name: module for name, module in worn.named_modules() if hasattr(module, "lora_A")}
+    assert adapted and set(vectors.factors) == {name.rpartition(".")[2] for name in adapted}
+    zeros = 0
+    for site, factors in vectors.factors.items():
+        for layer, (a, b) in enumerate(zip(*(np.asarray(factors[name]) for name in "ab"))):
+            update, found = (
+                vectors.spec.scale * (a @ b).T,
+                [m for n, m in adapted.items() if f".{layer}." in n and site in n],
+            )
+            expected = found[0].get_delta_weight("default").detach().numpy() if found else np.zeros_like(update)
+            np.testing.assert_allclose(update, expected, rtol=0, atol=1e-5)
+            zeros += not found
+    assert zeros
     save_peft(vectors, tmp_path / "ours", tiny.model)
     chex.assert_trees_all_equal(load_vectors(tmp_path / "ours", tiny.model).factors, vectors.factors)
+
+
+def test_an_adapter_of_one_layer_computes_what_peft_does(tiny_model, logits, hf_logits, tokens, tmp_path):
+    tiny = tiny_model("llama")
+    worn = _peft_adapter(tiny.hf, tmp_path / "peft", r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1])
+    ours = logits(tiny.model, tokens, guests=(load_vectors(tmp_path / "peft", tiny.model),))
+    np.testing.assert_allclose(ours, hf_logits(worn, tokens), rtol=0, atol=1e-4)
+    assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
 
 
 @pytest.mark.parametrize("lost", ["layers.1", "layers.1.self_attn.q_proj", "layers.0.mlp.down_proj.lora_A", "q_proj"])
