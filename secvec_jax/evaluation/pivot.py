@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import cast
 
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.columns import with_companions
 from secvec_jax.evaluation.metrics import BETTER, FILTERS, RATES
 from secvec_jax.evaluation.statistics import paired, seeded_bootstrap
 from secvec_jax.evaluation.tables import Cell, Place, Table, Value, is_number, names, told
@@ -109,7 +110,8 @@ def pivot(
     the place that each cell is compared with, prompt by prompt: the cell's own place with these fields put in, so
     `{"defense": "plain"}` compares every column within itself; a bare string is a value of the first of `rows`.
     `order` lists the values of fields in the order to show them; values that it does not list follow, numbers
-    ascending and text as it comes. `better` says of a metric whether "higher" or "lower" is better, and `rates`
+    ascending and text as it comes. Beside "refusal" stand compliance and the loss of unseen harmful replies, asked for
+    or not, where they were measured: see `columns`. `better` says of a metric whether "higher" or "lower" is better, and `rates`
     which metrics are shown in percent. A cell without a field that others have counts as having None there.
 
     Raises:
@@ -120,6 +122,7 @@ def pivot(
     if not kept:
         raise UserError(f"no record with {told(where or {}) or 'anything in it'}: mend `where`, or run those cells")
     _check(kept, rows, columns, metrics, better)
+    metrics = with_companions(metrics, {name for record in kept for name in record.metrics})
     axes = (*rows, *columns)
     groups = _groups(kept, axes)
     fixed = {rows[0]: reference} if isinstance(reference, str) else dict(reference or {})
@@ -149,6 +152,46 @@ def pivot(
         differing=tuple(name for name, values in outside.items() if len(values) > 1),
         better=better,
         rates=rates,
+    )
+
+
+def differences(
+    records: Sequence[Record], pairs: Sequence[tuple[Value, Value]], rows: Sequence[str], metrics: Sequence[str]
+) -> Table | None:
+    """Return the table of the differences between defenses, prompt by prompt; None if no pair has cells in common.
+
+    pairs: (first, second), of which "first minus second" is shown, a line for each combination of the fields `rows`
+    that both were run with. The other options of `pivot` have their defaults.
+    """
+    down: list[Place] = []
+    cells: dict[tuple[Place, Place, str], Cell] = {}
+    table = None
+    for first, second in pairs:
+        kept = [record for record in records if record.cell.get("defense") in (first, second)]
+        if {record.cell["defense"] for record in kept} != {first, second}:
+            continue
+        measured = [metric for metric in metrics if any(metric in record.metrics for record in kept)]
+        if not measured:
+            continue
+        table = pivot(kept, ("defense", *rows), (), measured, {"defense": second})
+        for place in table.down:
+            compared = {metric: table.cells[place, (), metric] for metric in table.metrics}
+            if place[0] == first and any(cell.difference for cell in compared.values()):
+                down.append((f"{first} minus {second}", *place[1:]))
+                for metric, cell in compared.items():
+                    cells[down[-1], (), metric] = replace(cell, score=cell.difference)
+    if table is None or not down:
+        return None
+    shown = with_companions(metrics, {metric for *_, metric in cells})
+    return replace(
+        table,
+        rows=("difference", *rows),
+        metrics=tuple(metric for metric in shown if any(metric == name for *_, name in cells)),
+        down=tuple(down),
+        cells=cells,
+        reference="the second defense",
+        shared={},
+        differing=(),
     )
 
 

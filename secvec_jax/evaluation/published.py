@@ -5,10 +5,10 @@ leads, and by what order; they are not comparable number by number, and every re
 numbers read in a third party's account and never confirmed in the paper itself.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secvec_jax.evaluation.tables import Table, markdown_lines
+from secvec_jax.evaluation.columns import MAX_COLUMNS, split
+from secvec_jax.evaluation.tables import markdown_lines
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,24 @@ class Published:
 
     def markdown(self) -> str:
         """Return the table in GitHub Markdown, under a line that tells what sets it apart from ours."""
-        body = [
-            [name, *("-" if n is None else f"{n:.{digits}f}" for n, digits in zip(numbers, self.digits, strict=True))]
+        body = {
+            name: ["-" if n is None else f"{n:.{digits}f}" for n, digits in zip(numbers, self.digits, strict=True)]
             for name, numbers in self.rows.items()
-        ]
+        }
+        lines = []
+        for _, places in split([self.name], range(len(self.columns)), MAX_COLUMNS - 1):
+            header = [self.label, *(self.columns[place] for place in places)]
+            lines += [*markdown_lines(header, [[name, *(text[p] for p in places)] for name, text in body.items()]), ""]
         origin = "secondary source, unverified: a third-party reading of " if self.secondary else ""
         notes = [f"Source: {origin}{self.source}.", f"Setting: {self.setting}.", f"Units: {self.units}."]
         return "\n".join(
             [
                 f"**{self.name}**, published: another model ({self.model}), other data",
                 "",
-                *markdown_lines([self.label, *self.columns], body),
-                "",
+                *lines,
                 *(f"- {note}" for note in (*notes, self.note) if note),
             ]
         )
-
-
-def beside(ours: Table, published: Sequence[Published]) -> str:
-    """Return our table in GitHub Markdown with the published ones under it."""
-    return "\n\n".join([ours.markdown().rstrip(), *(table.markdown() for table in published)]) + "\n"
 
 
 # -------------------------------------------------------------------------------------------------- the tables

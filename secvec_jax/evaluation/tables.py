@@ -4,12 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
+from rich.console import Group
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.columns import room_beside, split
 from secvec_jax.evaluation.metrics import percent
 from secvec_jax.evaluation.statistics import Difference, SeededScore
 
@@ -27,6 +29,11 @@ class Cell:
     difference: Difference | None = None  # from the reference, over the seeds that both have
     failure: str = ""  # which seeds failed, and why
     better: str | None = None  # "higher", "lower", or neither
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is anything to show: a score, or why there is none."""
+        return self.score is not None or bool(self.failure)
 
     @property
     def mark(self) -> str:
@@ -53,21 +60,26 @@ class Table:
     rates: Collection[str]  # metrics shown in percent
 
     def markdown(self) -> str:
-        """Return GitHub Markdown: the table, and under it what its numbers and marks mean."""
-        header, body, notes = self._text()
-        lines = markdown_lines(header, body, left=len(self.rows))
-        return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+        """Return GitHub Markdown: the table, in parts where it is wide, and under it what its numbers and marks mean."""
+        lines = []
+        for part in self._parts():
+            lines += [f"**{part.caption}**", ""] if part.caption else []
+            lines += [*markdown_lines(part.header, part.body, part.left), ""]
+        return "\n".join([*lines, *(f"- {note}" for note in self._notes())]) + "\n"
 
-    def terminal(self) -> TerminalTable:
+    def terminal(self) -> Group:
         """Return the same for rich's console."""
-        header, body, notes = self._text()
-        view = TerminalTable(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0), highlight=False)
-        view.caption, view.caption_justify = Text("\n".join(notes)), "left"
-        for index, title in enumerate(header):
-            view.add_column(Text(title), justify="left" if index < len(self.rows) else "right", overflow="fold")
-        for line in body:
-            view.add_row(*map(Text, line))  # Text, because "[91, 100]" is no markup
-        return view
+        views = []
+        for part in self._parts():
+            view = TerminalTable(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0), highlight=False)
+            if part.caption:
+                view.title, view.title_justify = Text(part.caption), "left"
+            for index, title in enumerate(part.header):
+                view.add_column(Text(title), justify="left" if index < part.left else "right", overflow="fold")
+            for line in part.body:
+                view.add_row(*map(Text, line))  # Text, because "[91, 100]" is no markup
+            views.append(view)
+        return Group(*views, Text("\n".join(self._notes())))
 
     def points(self, x: str, y: str) -> dict[str, tuple[SeededScore, SeededScore]]:
         """Return row -> its scores of two metrics, for `plot_pareto`; rows that lack one are left out.
@@ -100,18 +112,40 @@ class Table:
     def _cell(self, row: Place, column: Place, metric: str) -> Cell:
         return self.cells.get((row, column, metric), Cell(None))
 
-    def _text(self) -> tuple[list[str], list[list[str]], list[str]]:
-        """The header, the body and the notes."""
-        heads = [told(dict(zip(self.columns, place, strict=True))) for place in self.across]
-        titles = [_words(metric) + _ARROWS.get(self.better.get(metric, ""), "") for metric in self.metrics]
-        header = [*map(_words, self.rows), *(", ".join(filter(None, pair)) for pair in _pairs(titles, heads))]
-        places = [[(row, column, metric) for metric, column in _pairs(self.metrics, self.across)] for row in self.down]
-        usual = {metric: self._usual(metric) for metric in self.metrics}
-        failures = dict.fromkeys(self._cell(*place).failure for line in places for place in line)
-        footnotes = {failure: f"({index})" for index, failure in enumerate(filter(None, failures), 1)}
-        cells = [[self._cell_text(place, usual[place[2]], footnotes) for place in line] for line in places]
-        body = [[*map(show, row), *line] for row, line in zip(self.down, cells, strict=True)]
-        return header, body, [*self._notes(usual), *(f"{mark} {failure}" for failure, mark in footnotes.items())]
+    def _parts(self) -> list["_Part"]:
+        """The table, or what it is split into: rows, columns and metrics without a number are left out of a part."""
+        room = room_beside(len(self.rows), self.metrics)
+        left = len(self.rows) if room else 1  # too many to stand beside the metrics: one column names them all
+        several = split(self.metrics, self.across, room or room_beside(1, self.metrics))
+        parts = [self._part(metrics, places, left, len(several) > 1) for metrics, places in several]
+        return [part for part in parts if part.body]
+
+    def _part(self, metrics: list[str], places: list[Place], left: int, is_one_of_several: bool) -> "_Part":
+        shown = [(column, metric) for metric in metrics for column in places]
+        down = list(self.down)
+        if is_one_of_several:
+            down = [row for row in down if any(self._cell(row, *place).is_there for place in shown)]
+            shown = [place for place in shown if any(self._cell(row, *place).is_there for row in down)]
+        caption = (
+            told(dict(zip(self.columns, places[0], strict=True))) if is_one_of_several and len(places) == 1 else ""
+        )
+        header = [*map(_words, self.rows)] if left == len(self.rows) else [", ".join(map(_words, self.rows))]
+        for column, metric in shown:
+            head = "" if caption else told(dict(zip(self.columns, column, strict=True)))
+            title = _words(metric) + _ARROWS.get(self.better.get(metric, ""), "")
+            header.append(", ".join(filter(None, (title, head))))
+        usual, footnotes = {metric: self._usual(metric) for metric in metrics}, self._footnotes()
+        body = []
+        for row in down:
+            cells = [self._cell_text((row, *place), usual[place[1]], footnotes) for place in shown]
+            body.append([*(map(show, row) if left == len(self.rows) else [label(row)]), *cells])
+        return _Part(caption, header, body, left)
+
+    def _footnotes(self) -> dict[str, str]:
+        """Why cells failed -> the mark that refers to it."""
+        order = ((row, column, metric) for row in self.down for metric in self.metrics for column in self.across)
+        failures = dict.fromkeys(filter(None, (self._cell(*place).failure for place in order)))
+        return {failure: f"({index})" for index, failure in enumerate(failures, 1)}
 
     def _usual(self, metric: str) -> tuple[int, int] | None:
         """The most common (n, seeds) of a metric's cells."""
@@ -123,10 +157,13 @@ class Table:
         footnote = footnotes.get(cell.failure, "")
         if score is None:
             return f"failed {footnote}" if footnote else "-"
-        show, unit = (percent, "%") if place[2] in self.rates else (_digits, "")
-        parts = [show(score.value) + unit]
+        is_rate, is_difference = place[2] in self.rates, isinstance(score, Difference)
+        show = (_points if is_rate else _signed) if is_difference else (percent if is_rate else _digits)
+        parts = [show(score.value) + ("%" if is_rate and not is_difference else "")]
         if score.n > 1:
             parts.append("[{}, {}]".format(*map(show, score.ci95)))
+        if isinstance(score, Difference) and score.by_seed and score.n > score.seeds:
+            parts.append("t [{}, {}]".format(*map(show, score.by_seed)))
         if (score.n, score.seeds) != usual:
             parts.append(f"n={score.n}" + (f" of {score.seeds} seeds" if score.seeds > 1 else ""))
         dagger = "†" if score.seeds == 1 and self._most_seeds() > 1 else ""
@@ -135,7 +172,8 @@ class Table:
     def _most_seeds(self) -> int:
         return max((cell.score.seeds for cell in self.cells.values() if cell.score), default=0)
 
-    def _notes(self, usual: Mapping[str, tuple[int, int] | None]) -> Iterable[str]:
+    def _notes(self) -> Iterable[str]:
+        usual = {metric: self._usual(metric) for metric in self.metrics}
         scores = [(metric, cell.score) for (*_, metric), cell in self.cells.items() if cell.score]
         by_size: dict[tuple[int, int], list[str]] = {}
         for metric, size in usual.items():
@@ -162,10 +200,22 @@ class Table:
         lone = dict.fromkeys(_words(metric) for metric, score in scores if score.n == score.seeds > 1)
         if lone:
             yield f"One number a seed: {', '.join(lone)}; intervals by Student's t."
+        if any(isinstance(score, Difference) for _, score in scores):
+            yield "Differences of rates are in percentage points. t: Student's interval of the seeds' own differences."
         if self.shared:
             yield f"The same in all cells: {told(self.shared)}."
         if self.differing:
             yield f"Not the same in all cells, though not shown: {', '.join(map(_words, self.differing))}."
+        yield from (f"{mark} {failure}" for failure, mark in self._footnotes().items())
+
+
+class _Part(NamedTuple):
+    """A table as it is shown. left: how many of its columns name the rows."""
+
+    caption: str
+    header: list[str]
+    body: list[list[str]]
+    left: int
 
 
 def markdown_lines(header: list[str], body: list[list[str]], left: int = 1) -> list[str]:
@@ -209,8 +259,12 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _pairs(outer: Iterable, inner: Iterable) -> list[tuple]:
-    return [(a, b) for a in outer for b in inner]
+def _points(rate: float) -> str:
+    return f"{100 * rate:+.1f}"
+
+
+def _signed(value: float) -> str:
+    return ("" if value < 0 else "+") + _digits(value)
 
 
 def _digits(value: float) -> str:

@@ -1,15 +1,17 @@
 """The report of a grid: its tables as its file lays them out, published ones under them, plots, and results.json."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import published, report
-from secvec_jax.evaluation.pivot import Record, pivot
+from secvec_jax.evaluation.pivot import Record, differences, pivot
 from secvec_jax.evaluation.plots import colors_of, plot_pareto, plot_sweep, png
 from secvec_jax.evaluation.tables import Table, label, show
+from secvec_jax.experiments import contenders
 from secvec_jax.experiments.bench import Cell
 from secvec_jax.files import whole_file
 
@@ -24,6 +26,9 @@ class Layout:
     """that table, where it is another"""
     defense: tuple[str, ...] = ()
     """the defenses that it shows; none: all"""
+    attack: tuple[str, ...] = ()
+    poison: tuple[float, ...] = ()
+    """likewise the attacks and the poison ratios"""
     about: str = ""
     """what stands over it"""
     rows: tuple[str, ...] = ("defense",)
@@ -31,6 +36,8 @@ class Layout:
     metrics: tuple[str, ...] = ("refusal", "compliance", "over_refusal", "task")
     reference: str = "none"
     """the defense that every cell is compared with, column by column"""
+    differences: tuple[str, ...] = ()
+    """pairs of defenses, "FIRST minus SECOND", for a table of how far they differ, with intervals"""
     published: tuple[str, ...] = ()
     """tables of `evaluation.published` to stand under it"""
     pareto: tuple[str, ...] = ()
@@ -44,6 +51,15 @@ class Layout:
                 raise UserError(f"no published table is named {name!r}: see secvec_jax/evaluation/published.py")
         if len(self.pareto) not in (0, 2):
             raise UserError(f"pareto is {self.pareto}: name two metrics, one of learning and one of safety")
+        for pair in self.differences:
+            first, _, second = pair.partition(" minus ")
+            if not (first and second):
+                raise UserError(f"a difference is {pair!r}: write FIRST minus SECOND, two defenses")
+
+    def shows(self, cell: Cell) -> bool:
+        """Whether a cell is one of the table's."""
+        chosen = {"defense": self.defense, "attack": self.attack, "poison": self.poison}
+        return all(getattr(cell, name) in wanted for name, wanted in chosen.items() if wanted)
 
 
 REFERENCES = ("none", "not aligned", "benign only")
@@ -66,7 +82,7 @@ def write(
     there = {Cell(**cast(dict[str, Any], record.cell)): record for record in records}
     parts = ["# Grid", "", f"`{command}`", ""]
     for layout, shown in zip(layouts, cells, strict=True):
-        own = [cell for cell in shown if not layout.defense or cell.defense in layout.defense]
+        own = [cell for cell in shown if layout.shows(cell)]
         some = [there[cell] for cell in own if cell in there]  # in the order of the file
         parts += [f"## {layout.name}", "", *([layout.about, ""] if layout.about else [])]
         if not any(record.metrics for record in some):
@@ -77,11 +93,13 @@ def write(
         parts += [
             f"{len(some)} of {len(own)} cells.",
             "",
-            published.beside(table, beside) if beside else table.markdown(),
+            table.markdown(),
+            *_differences(layout, some),
+            *(one.markdown() for one in beside),
         ]
         parts += [f"![{path.stem}]({path.name})\n" for path in _plots(folder, layout, some)]
     with whole_file(folder / "report.md") as staging:
-        staging.write_text("\n".join(parts))
+        staging.write_text("\n".join([*parts, *_coverage(records)]))
     seconds = {"cells": sum(record.seconds for record in records)}
     report.Results(command, settings, report.environment(), seconds, _rows(tables)).save(folder)
 
@@ -98,6 +116,27 @@ def _table(layout: Layout, records: Sequence[Record], where: Mapping[str, Any] |
         where=where,
         order={"defense": list(dict.fromkeys(record.cell["defense"] for record in records))},
     )
+
+
+def _differences(layout: Layout, records: Sequence[Record]) -> list[str]:
+    """The table of the differences that the layout names, if there are cells for one; fields that vary name its rows."""
+    fields = [name for name in (*layout.rows, *layout.columns) if name != "defense"]
+    varying = [name for name in fields if len({record.cell.get(name) for record in records}) > 1]
+    pairs = [tuple(pair.split(" minus ", 1)) for pair in layout.differences]
+    table = differences(records, [(first, second) for first, second in pairs], varying, layout.metrics)
+    return [f"**{layout.name}, differences**\n", table.markdown()] if table else []
+
+
+def _coverage(records: Sequence[Record]) -> list[str]:
+    """How many cells each defense has: what has not been measured is said, too."""
+    finished = [str(record.cell["defense"]) for record in records if not record.error]
+    counts = Counter(" ".join(word for word in name.split() if "=" not in word) for name in finished)
+    by_count: dict[int, list[str]] = {}
+    for name in dict.fromkeys([*contenders.DEFENSES, *counts]):
+        by_count.setdefault(counts[name], []).append(name)
+    lines = [f"- {count}: {', '.join(by_count[count])}" for count in sorted(by_count)]
+    return ["## Cells of each defense", "", f"{len(finished)} finished cells, by how many a defense has:", "",
+            *lines, ""]  # fmt: skip
 
 
 def _plots(folder: Path, layout: Layout, records: Sequence[Record]) -> list[Path]:

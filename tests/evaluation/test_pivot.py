@@ -133,7 +133,7 @@ class TestGrouping:
         assert score == statistics.seeded_bootstrap([rate(10), rate(11), rate(12)])
         assert (score.n, score.seeds) == (120, 3)
         assert table.cells[("plain",), (0.1,), "drift"].score.n == 3
-        assert len(table.cells) == 3 * 2 * 2
+        assert len(table.cells) == 3 * 2 * 3, "compliance as well, which stands beside refusal"
 
     def test_cells_that_differ_in_more_than_the_seed_are_not_averaged(self, records):
         other = record("plain", 0.1, 7, {"refusal": rate(10)}, learning_rate=1e-3)
@@ -245,7 +245,7 @@ class TestView:
     def test_rates_are_percent_and_losses_three_digits(self, records):
         table = pivot(records, ["defense"], [], ["refusal", "drift"], where={"poison": 0.0})
         assert cells(table)["plain"][0].startswith("98% [9")
-        assert cells(table)["plain"][1].startswith("0.497 [0.")
+        assert cells(table)["plain"][2].startswith("0.497 [0.")
         assert pivot(records, ["defense"], ["poison"], ["refusal"], rates=()).markdown().count("%") == 1
 
     def test_heads_tell_metric_direction_and_column(self, records):
@@ -282,7 +282,8 @@ class TestView:
         kept = [r for r in records if (r.cell["defense"], r.cell["poison"]) != ("vectors", 0.1)]
         failed = [record("vectors", 0.1, seed, error="out of\nmemory") for seed in range(3)]
         table = pivot([*kept, *failed], ["defense"], ["poison"], ["refusal", "drift"], "plain")
-        assert [text.partition(" ")[0] for text in cells(table)["vectors"]] == ["98%", "failed", "0.0967", "failed"]
+        words = [text.partition(" ")[0] for text in cells(table)["vectors"]]
+        assert words == ["98%", "failed", "3%", "failed", "0.0967", "failed"]
         assert cells(table)["vectors"][1] == "failed (1)"
         assert "(1) seeds 0, 1, 2 failed: out of memory" in notes(table)
 
@@ -300,7 +301,7 @@ class TestView:
     def test_missing_cells_and_metrics_are_a_dash(self, records):
         extra = record("caft", 0.1, 0, {"drift": [0.2]})
         shown = cells(pivot([*records, extra], ["defense"], ["poison"], ["refusal", "drift"]))
-        assert shown["caft"] == ["-", "-", "-", "0.200 n=1 †"]
+        assert shown["caft"] == ["-", "-", "-", "-", "-", "0.200 n=1 †"]
 
     def test_what_is_outside_the_table_is_told(self, records):
         table = pivot(records, ["defense"], [], ["refusal"], where={"poison": 0.1})
