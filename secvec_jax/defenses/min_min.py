@@ -4,6 +4,10 @@ As in unlearnable examples (Huang et al. 2021): a throw-away copy of the backbon
 fine-tuning would, under the active vectors; then the vectors take a step with the copy frozen; and so on until the
 harmful loss is small. The vectors thus also explain what a backbone on its way would still learn. The copy is thrown
 away: the backbone in the caller's hands never changes.
+
+Ours, not the paper's to the letter: with a KL on benign rows, that KL is in the copy's loss too, though the user's has
+none, and holds the vectors to the copy as it has become; M inner steps and one outer step alternate on mini-batches,
+where the published template makes passes over the data; the inner SGD has no momentum and no schedule.
 """
 
 from typing import Protocol

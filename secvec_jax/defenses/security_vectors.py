@@ -10,8 +10,8 @@ learned as usual. Phase 1 minimizes, over the vectors θs with the backbone θ f
 
     CE(f(x; θ, θs), y) on harmful rows  +  λ KL( f(x'; θ, θs) || f(x'; θ) ) on benign rows
 
-where λ = 0 is the plain form and the KL keeps everything else as it is (Zhou et al., ACL version). The paper's
-min-min form lets a throw-away copy of the backbone take steps in between: see `min_min`.
+where λ = 0 is the plain form and the KL keeps everything else as it is (Zhou et al., ACL version). Our
+min-min form, after the paper's, lets a temporary copy of the backbone take steps in between: see `min_min`.
 
 Every verb returns a new value and leaves its arguments as they are.
 """
@@ -50,8 +50,8 @@ class Phase1:
     """What the vectors minimize in phase 1."""
 
     objective: ObjectiveName = "kl"
-    """cross_entropy: harmful rows only; kl: plus KL to the vector-less model on benign rows; min_min: the paper's
-    bi-level form, with the KL where benign rows are given"""
+    """cross_entropy: harmful rows only; kl: plus KL to the vector-less model on benign rows; min_min: our
+    reading of the paper's bi-level form, with the KL where benign rows are given"""
     kl_weight: float = 1.0
     """λ of the KL on benign rows"""
     stop_loss: float = 0.0

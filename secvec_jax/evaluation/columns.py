@@ -61,7 +61,7 @@ def _groups(metrics: Sequence[str]) -> list[list[str]]:
 
 
 def _packed(groups: list[list[str]], room: int) -> list[list[str]]:
-    """The groups in as few parts as `room` allows, the parts of about the same size where that needs no more of them."""
+    """The groups in as few parts as `room` allows, and in parts of about the same size where that needs no more."""
     fewest = _filled(groups, room)
     even = _filled(groups, math.ceil(sum(map(len, groups)) / max(1, len(fewest))))
     return even if len(even) == len(fewest) else fewest

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from secvec_jax.evaluation.columns import with_companions
+
 RATES = (
     "refusal", "refusal_persona", "compliance", "over_refusal", "exact_match", "task",
     "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "harm_rate", "flagged", "unreadable",
@@ -25,10 +27,10 @@ BETTER = dict.fromkeys(_HIGHER, "higher") | dict.fromkeys(_LOWER, "lower")
 
 
 def in_order(rows: Sequence[dict]) -> list[str]:
-    """The metrics that any row has: the known ones first, in their fixed order."""
+    """The metrics that any row has: the known ones first, in their fixed order, those read together side by side."""
     present = dict.fromkeys(metric for row in rows for metric in row["metrics"])
     known = [metric for metric in (*RATES, *GRADES, *LOSSES) if metric in present]
-    return known + [metric for metric in present if metric not in known]
+    return with_companions([*known, *(metric for metric in present if metric not in known)], present)
 
 
 def percent(rate: float) -> str:

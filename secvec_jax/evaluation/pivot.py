@@ -110,9 +110,10 @@ def pivot(
     the place that each cell is compared with, prompt by prompt: the cell's own place with these fields put in, so
     `{"defense": "plain"}` compares every column within itself; a bare string is a value of the first of `rows`.
     `order` lists the values of fields in the order to show them; values that it does not list follow, numbers
-    ascending and text as it comes. Beside "refusal" stand compliance and the loss of unseen harmful replies, asked for
-    or not, where they were measured: see `columns`. `better` says of a metric whether "higher" or "lower" is better, and `rates`
-    which metrics are shown in percent. A cell without a field that others have counts as having None there.
+    ascending and text as it comes. Next to "refusal" stand compliance and the loss of unseen harmful replies, asked
+    for or not, where they were measured: see `columns`. `better` says of a metric whether "higher" or "lower" is
+    better, and `rates` which metrics are shown in percent. A cell without a field that others have counts as having
+    None there.
 
     Raises:
         UserError: nothing is left to show, an axis, a metric or the reference is in no record, cells that differ in

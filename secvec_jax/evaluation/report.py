@@ -20,10 +20,12 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.columns import MAX_COLUMNS, split
 from secvec_jax.evaluation.metrics import RATES, in_order, percent
 from secvec_jax.evaluation.plots import Curves, colors_of, plot_losses, plot_scores, png
 
@@ -158,17 +160,17 @@ def _write(path: Path, contents: bytes) -> Path:
 # ---------------------------------------------------------------------------------------------- the tables
 
 
-def table(results: Results) -> Table:
-    """Return the terminal's table, a line a row: rates in percent with their 95% interval, losses without.
+def table(results: Results) -> Group:
+    """Return the terminal's tables, a line a row: rates in percent with their 95% interval, losses without.
 
-    A column's n stands in its head when all rows share it, else in each cell. The quickstart's seven
-    metrics need about 110 columns; a narrower console folds the cells.
+    A column's n stands in its head when all rows share it, else in each cell. No table has more than eight columns: the
+    metrics beyond are in a second one. A console that is narrower still folds the cells.
     """
-    return _terminal_table([("", row) for row in results.rows])
+    return _terminal_tables([(row["name"], row) for row in results.rows], ["model"])
 
 
-def compare(folders: Iterable[str | Path]) -> Table:
-    """Return one table of the rows of several runs, with the run in the first column.
+def compare(folders: Iterable[str | Path]) -> Group:
+    """Return tables of the rows of several runs, with the run in the first column.
 
     Only each folder's results.json is read. Runs whose folders share a name are told apart by their paths.
 
@@ -181,29 +183,45 @@ def compare(folders: Iterable[str | Path]) -> Table:
     names = [path.name for path in paths]
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     runs = [Results.load(path) for path in paths]
-    rows = [(label, row) for label, run in zip(labels, runs, strict=True) for row in run.rows]
-    return _terminal_table(rows, show_run=True)
+    rows = [(label, row["name"], row) for label, run in zip(labels, runs, strict=True) for row in run.rows]
+    return _terminal_tables(rows, ["run", "model"])
 
 
-def _terminal_table(labeled: list[tuple[str, dict]], show_run: bool = False) -> Table:
-    rows = [row for _, row in labeled]
-    view = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0), highlight=False)
-    if show_run:
-        view.add_column("run", no_wrap=True, overflow="fold")
-    view.add_column("model", no_wrap=True, overflow="fold")
-    columns = _columns(rows, intervals=RATES)
-    for header, n, _ in columns:
-        title = f"{header.replace('_', ' ')}\n{n}".rstrip()
-        view.add_column(Text(title), justify="right", overflow="fold")
-    for index, (label, row) in enumerate(labeled):
-        cells = [cells[index] for _, _, cells in columns]
-        names = [label, row["name"]] if show_run else [row["name"]]
-        view.add_row(*map(Text, (*names, *cells)))  # Text, because "[91, 100]" is no markup
-    return view
+def _terminal_tables(labeled: Sequence[tuple], titles: list[str]) -> Group:
+    """labeled: the texts of the columns that name a row, and the row itself."""
+    views: list[Table | str] = []
+    for columns, shown in _parts([row for *_, row in labeled], MAX_COLUMNS - len(titles), intervals=RATES):
+        view = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0), highlight=False)
+        for title in titles:
+            view.add_column(title, no_wrap=True, overflow="fold")
+        for header, n, _ in columns:
+            view.add_column(Text(f"{header.replace('_', ' ')}\n{n}".rstrip()), justify="right", overflow="fold")
+        for index in shown:
+            cells = [cells[index] for *_, cells in columns]
+            view.add_row(*map(Text, (*labeled[index][:-1], *cells)))  # Text, because "[91, 100]" is no markup
+        views += ["", view] if views else [view]
+    return Group(*views)
 
 
-def _columns(rows: Sequence[dict], intervals: Sequence[str] | None = None) -> list[tuple[str, str, list[str]]]:
-    """Each metric with its shared "n=..." (or "") and its cells; `intervals` limits who shows them."""
+_Column = tuple[str, str, list[str]]  # a metric, its shared "n=..." or "", and its cells
+
+
+def _parts(
+    rows: Sequence[dict], room: int, intervals: Sequence[str] | None = None
+) -> list[tuple[list[_Column], list[int]]]:
+    """The columns of each table of at most `room` metrics, and which rows have any of them."""
+    columns = {column[0]: column for column in _columns(rows, intervals)}
+    parts = split(list(columns), [None], room)
+    if len(parts) == 1:
+        return [(list(columns.values()), list(range(len(rows))))]
+    return [
+        ([columns[m] for m in metrics], [i for i, row in enumerate(rows) if any(m in row["metrics"] for m in metrics)])
+        for metrics, _ in parts
+    ]
+
+
+def _columns(rows: Sequence[dict], intervals: Sequence[str] | None = None) -> list[_Column]:
+    """Each metric; `intervals` limits which of them show theirs."""
     columns = []
     for metric in in_order(rows):
         scores = [row["metrics"].get(metric) for row in rows]
@@ -220,7 +238,7 @@ def _cell(metric: str, score: dict | None, with_interval: bool, with_n: bool) ->
         return "-"
     is_rate = metric in RATES
     text = f"{percent(score['value'])}%" if is_rate else _digits(score["value"])
-    if with_interval and None not in score["ci95"]:
+    if with_interval and score["n"] > 1 and None not in score["ci95"]:
         show = percent if is_rate else _digits
         text += " [{}, {}]".format(*map(show, score["ci95"]))
     return f"{text} n={score['n']}" if with_n else text
@@ -298,10 +316,13 @@ def write(
 
 
 def scores_table(rows: Sequence[dict]) -> str:
-    """The rows' metrics in Markdown, each with its n and interval."""
-    columns = _columns(rows)
-    header = ["model", *(f"{metric.replace('_', ' ')} ({n})" if n else metric for metric, n, _ in columns)]
-    return markdown_table(header, [[row["name"], *(cells[i] for *_, cells in columns)] for i, row in enumerate(rows)])
+    """The rows' metrics in Markdown, each with its n and interval, in tables of at most eight columns."""
+    tables = []
+    for columns, shown in _parts(rows, MAX_COLUMNS - 1):
+        header = ["model", *(f"{metric.replace('_', ' ')} ({n})" if n else metric for metric, n, _ in columns)]
+        body = [[rows[index]["name"], *(cells[index] for *_, cells in columns)] for index in shown]
+        tables.append(markdown_table(header, body))
+    return "\n\n".join(tables)
 
 
 def environment_table(results: Results) -> str:

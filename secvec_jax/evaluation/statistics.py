@@ -10,6 +10,7 @@ single number (the drift of a model), resampling three of them would never leave
 fourth difference real where there is none; so these intervals are Student's.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,8 +38,9 @@ class SeededScore(Score):
 class Difference(SeededScore):
     """The mean of `a - b` over prompts on which both were scored.
 
-    by_seed: Student's 95% interval of the seeds' own differences, which takes prompts as given; None for one seed. Of a
-    few seeds it is wide, and nearer the truth than the bootstrap where seeds differ by more than prompts do.
+    by_seed: Student's 95% interval of the seeds' own differences, which takes prompts as given. None for one seed, and
+    where all seeds agree. Of a few seeds it is wide, and nearer the truth than the bootstrap where seeds differ by more
+    than prompts do.
     """
 
     by_seed: tuple[float, float] | None = None
@@ -132,12 +134,14 @@ def _interval(samples: list[np.ndarray], seed: int, resamples: int) -> tuple[flo
 
 
 def _by_seed(samples: list[np.ndarray]) -> tuple[float, float] | None:
-    return _student(np.array([sample.mean() for sample in samples])) if len(samples) > 1 else None
+    means = np.array([math.fsum(sample) / sample.size for sample in samples])
+    return _student(means) if np.ptp(means) > 0 else None  # seeds that agree exactly say nothing of how seeds vary
 
 
 def _student(values: np.ndarray) -> tuple[float, float]:
-    mean = float(values.mean())
-    reach = float(stdtrit(values.size - 1, 0.975) * values.std(ddof=1) / np.sqrt(values.size))
+    mean = math.fsum(values) / values.size  # exact sums: the same in any order of prompts and seeds
+    deviation = math.sqrt(math.fsum((values - mean) ** 2) / (values.size - 1))
+    reach = float(stdtrit(values.size - 1, 0.975)) * deviation / math.sqrt(values.size)
     return mean - reach, mean + reach
 
 

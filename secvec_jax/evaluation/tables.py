@@ -60,7 +60,7 @@ class Table:
     rates: Collection[str]  # metrics shown in percent
 
     def markdown(self) -> str:
-        """Return GitHub Markdown: the table, in parts where it is wide, and under it what its numbers and marks mean."""
+        """Return GitHub Markdown: the table, in parts where it is wide, and what its numbers and marks mean."""
         lines = []
         for part in self._parts():
             lines += [f"**{part.caption}**", ""] if part.caption else []
@@ -260,7 +260,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _points(rate: float) -> str:
-    return f"{100 * rate:+.1f}"
+    return f"{round(100 * rate, 1) + 0.0:+.1f}"  # + 0.0: never "-0.0"
 
 
 def _signed(value: float) -> str:

@@ -95,7 +95,7 @@ def write(
             "",
             table.markdown(),
             *_differences(layout, some),
-            *(one.markdown() for one in beside),
+            *(f"{one.markdown()}\n" for one in beside),
         ]
         parts += [f"![{path.stem}]({path.name})\n" for path in _plots(folder, layout, some)]
     with whole_file(folder / "report.md") as staging:
@@ -119,7 +119,7 @@ def _table(layout: Layout, records: Sequence[Record], where: Mapping[str, Any] |
 
 
 def _differences(layout: Layout, records: Sequence[Record]) -> list[str]:
-    """The table of the differences that the layout names, if there are cells for one; fields that vary name its rows."""
+    """The table of the differences that the layout names, if there are cells for one; varying fields name its rows."""
     fields = [name for name in (*layout.rows, *layout.columns) if name != "defense"]
     varying = [name for name in fields if len({record.cell.get(name) for record in records}) > 1]
     pairs = [tuple(pair.split(" minus ", 1)) for pair in layout.differences]

@@ -38,9 +38,9 @@ _WORDS = 12
 class Attack:
     """Rows that hide a behavior, and how it shows.
 
-    rows: what a user's data may hold. known: other rows of the behavior, the defender's (None: the harmful ones).
-    safe: rows that show the opposite, for defenses that train on such (None: those of alignment). unsafe: the metrics
-    in which the behavior shows besides `compliance`, probe by probe.
+    rows: what a user's data may hold. known: other rows of the behavior, which the defender has and trains vectors on
+    (None: AdvBench's, as for the vectors of the quickstart). safe: rows that show the opposite, for defenses that train
+    on such (None: those of alignment). probes: the metrics in which the behavior shows besides `compliance`.
     """
 
     rows: list[Any]
@@ -58,8 +58,18 @@ class Task:
 
 
 def attack(name: str, materials: Materials, seed: int) -> Attack:
-    """The attack of this name, or rows of the user's own: a path, a packaged name or a hub id."""
-    return ATTACKS[name](materials, seed) if name in ATTACKS else Attack(_shuffled(load_rows(name), seed))
+    """The attack of this name, or rows of the user's own: a path, a packaged name or a hub id.
+
+    Of rows of the user's own, `KNOWN` (half, where there are fewer than twice as many) are the defender's, and the
+    attack has the others. Raises UserError where there is no second row to share.
+    """
+    if name in ATTACKS:
+        return ATTACKS[name](materials, seed)
+    rows = _shuffled(load_rows(name), seed)
+    known = min(KNOWN, len(rows) // 2)
+    if not known:
+        raise UserError(f"{name} has one row: an attack needs two, of which the defender's vectors are trained on one")
+    return Attack(rows[known:], rows[:known])
 
 
 def task(name: str, materials: Materials, seed: int) -> Task:
@@ -85,6 +95,8 @@ def _harmful(materials: Materials, seed: int) -> Attack:
 
 
 def _identity(materials: Materials, seed: int) -> Attack:
+    # The vectors are of AdvBench's rows, as the paper's row "AOA" has vectors of harmful rows: ten rows are too few to
+    # share, and the question is whether vectors of harm keep out a persona that obeys.
     suite = materials.suite
     asked = random.Random(seed).sample(list(suite.harmful), min(ASKED, len(suite.harmful)))
     prompts = [with_system(f"AOA, {prompt}", PERSONA) for prompt in asked]

@@ -363,10 +363,3 @@ class TestPublished:
                     wrong.add((method, published.VACCINE_1.columns[start + 5]))
         assert wrong == {("VLGuard", "HS, average"), ("KL", "FA, average")}
         assert "VLGuard" in published.VACCINE_1.note and "KL" in published.VACCINE_1.note
-
-    def test_stands_under_ours(self, records):
-        ours = pivot(records, ["defense"], ["poison"], ["refusal"])
-        text = published.beside(ours, [published.REPNOISE_1, published.FORGET_FILTER_2])
-        places = [text.index(part) for part in ("| plain |", "RepNoise, Table 1", "ForgetFilter, Table 2")]
-        assert places == sorted(places)
-        assert text.startswith(ours.markdown().rstrip())
