@@ -3,15 +3,18 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from secvec_jax import config
+from secvec_jax.data.rows import prompt_of
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.pivot import read
-from secvec_jax.experiments import bench, contenders
+from secvec_jax.evaluation.suite import Suite
+from secvec_jax.experiments import bench, contenders, scenes
 from secvec_jax.experiments.bench import Cell
 from secvec_jax.experiments.grid import Block, Grid, Plan, grid
 
@@ -122,6 +125,35 @@ def test_rows_and_their_repetition(model_folder, tmp_path):
     assert rows["attack"][0] == rows["attack"][10] and len({str(r) for r in rows["attack"]}) == 10
     assert set(own.rows(Cell("none", poison=1.0))) == {"attack"} and set(own.rows(Cell("none", poison=0.0))) == {"task"}
     assert own.rows(Cell("none")) == bench.Bench(recipe, tmp_path).rows(Cell("none")), "the same in every process"
+
+
+@pytest.mark.parametrize(("rows", "known"), [(40, 8), (16, 8), (9, 4), (2, 1)])
+def test_vectors_against_rows_of_ones_own_are_trained_on_others_of_them(tmp_path, rows, known):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"Say {n}.", "response": str(n)}) for n in range(rows)))
+    found = scenes.attack(str(path), None, seed=3)
+    parts = [{prompt_of(r) for r in some} for some in (found.known, found.rows)]
+    assert [len(part) for part in parts] == [known, rows - known] and not set.intersection(*parts)
+    assert found.known == scenes.attack(str(path), None, seed=3).known
+    assert rows < 9 or found.known != scenes.attack(str(path), None, seed=4).known
+
+
+def test_one_row_cannot_be_shared_between_the_attack_and_the_vectors(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Say 1.", "response": "1"}))
+    with pytest.raises(UserError, match="has one row"):
+        scenes.attack(str(path), None, seed=0)
+
+
+def test_vectors_against_identity_rows_are_of_the_harmful_rows():
+    materials = SimpleNamespace(
+        vectors=["harmful row"], keep=["benign row"], suite=Suite(refusals=(), harmful=["A harmful prompt"] * 5)
+    )
+    assert scenes.attack("identity", materials, seed=0).known is None
+    own = SimpleNamespace(
+        _attack=lambda name: scenes.attack(name, materials, 0), lab=SimpleNamespace(materials=materials)
+    )
+    assert bench.Bench.known(own, "identity") == (["harmful row"], ["benign row"])
 
 
 @pytest.mark.slow

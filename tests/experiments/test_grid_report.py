@@ -1,0 +1,98 @@
+"""The report of a grid: what is shown together, which differences, and how much has been measured at all."""
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from secvec_jax import config
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.columns import MAX_COLUMNS
+from secvec_jax.evaluation.pivot import Record
+from secvec_jax.evaluation.statistics import Difference, SeededScore
+from secvec_jax.experiments import grid_report
+from secvec_jax.experiments.bench import Cell
+from secvec_jax.experiments.grid import Plan
+from secvec_jax.experiments.grid_report import Layout
+
+ROOT = Path(__file__).parents[2]
+RATES = ("refusal", "compliance", "over_refusal", "task", "bias", "refusal_persona")
+
+
+def record(cell: Cell) -> Record:
+    """Made-up outcomes."""
+    draw = random.Random(cell.name)
+    metrics: dict[str, Any] = {name: [float(draw.random() < 0.5) for _ in range(4)] for name in RATES}
+    metrics |= {"harmful_loss": [draw.random() for _ in range(3)], "embedding_drift": [draw.random()]}
+    lone = ("drift", "f1", "auroc", "dropped_attack", "dropped_task", "first_attack", "first_grad_norm")
+    return Record(cell.__dict__, metrics | {name: [draw.random()] for name in lone}, 1.0)
+
+
+def report(folder: Path, layout: Layout, cells: list[Cell], records: list[Record] | None = None) -> str:
+    records = [record(cell) for cell in cells] if records is None else records
+    grid_report.write(folder, "command", {}, [layout], [cells], records)
+    return (folder / "report.md").read_text()
+
+
+def heads(text: str) -> list[str]:
+    return re.findall(r"(?m)^(\|.*\|)\n\| ---", text)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda path: path.stem)
+def test_every_table_of_a_shipped_grid_can_be_read(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("secvec_jax.evaluation.pivot.seeded_bootstrap", _score)  # resampling thousands of cells is slow
+    monkeypatch.setattr("secvec_jax.evaluation.pivot.paired", _difference)
+    monkeypatch.setattr(grid_report, "_plots", lambda *_: [])
+    plan = config.load(Plan, path)
+    shown = [[cell for cell in plan.cells(one.of or one.name) if cell.seed < 2] for one in plan.tables]
+    records = [record(cell) for cell in {cell for some in shown for cell in some}]
+    grid_report.write(tmp_path, "command", {}, plan.tables, shown, records)
+    text = (tmp_path / "report.md").read_text()
+    assert all(f"## {layout.name}\n" in text for layout in plan.tables) and "No cell" not in text
+    for head in heads(text):
+        assert head.count(" | ") < MAX_COLUMNS
+        assert bool(re.search(r"\| refusal ↑", head)) == bool(re.search(r"\| harmful loss ↑", head)), head
+        assert not re.search(r"\| refusal ↑", head) or "| compliance ↓" in head
+    for layout in plan.tables:
+        assert not layout.differences or f"**{layout.name}, differences**" in text
+
+
+def _score(samples) -> SeededScore:
+    flat = [value for sample in samples for value in sample]
+    return SeededScore(sum(flat) / len(flat), len(flat), (0.0, 1.0), len(samples))
+
+
+def _difference(a, b) -> Difference:
+    return Difference(0.5, sum(map(len, a)), (0.0, 1.0), len(b))
+
+
+def test_differences_come_between_our_table_and_the_published_ones(tmp_path):
+    cells = [Cell(name, poison=p, seed=s) for name in ("none", "kl") for p in (0.1, 0.2) for s in (0, 1)]
+    layout = Layout("B", columns=("poison",), differences=("kl minus none", "kl minus ewc"), published=("REPNOISE_1",))
+    text = report(tmp_path, layout, cells)
+    places = [text.index(part) for part in ("**poison 0.1**", "**B, differences**", "**RepNoise, Table 1**")]
+    assert places == sorted(places)
+    assert text.count("| kl minus none | 0.1 |") == 1 and "minus ewc" not in text
+
+
+def test_a_table_shows_the_cells_that_it_names(tmp_path):
+    cells = [Cell(name, poison=p, attack=a) for name in ("none", "kl") for p in (0.1, 0.2) for a in ("harmful", "bias")]
+    text = report(tmp_path, Layout("A", attack=("bias",), poison=(0.2,), metrics=("bias",)), cells)
+    assert "2 of 2 cells." in text and "attack bias, task profiles, poison 0.2" in text
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    cells = [Cell("none"), Cell("vaccine rho=2"), Cell("vaccine rho=8")]
+    failed = Record(Cell("kl").__dict__, {}, 1.0, "out of memory")
+    text = report(tmp_path, Layout("A"), cells, [*map(record, cells), failed])
+    counts = dict(re.findall(r"(?m)^- (\d+): (.*)$", text.partition("## Cells of each defense")[2]))
+    assert "3 finished cells" in text
+    assert counts["1"] == "none" and counts["2"] == "vaccine" and ", kl," in counts["0"] and "booster" in counts["0"]
+
+
+@pytest.mark.parametrize("pair", ["kl", "kl minus ", " minus none", "kl - none"])
+def test_a_difference_names_two_defenses(pair):
+    with pytest.raises(UserError, match="FIRST minus SECOND"):
+        Layout("A", differences=(pair,))
