@@ -1,4 +1,9 @@
-"""Writes the page of commands from the settings themselves, so that none is missing and no default is old."""
+"""Writes the page of commands from the settings themselves, so that none is missing and no default is old.
+
+    python docs/hooks.py        # writes docs/commands.md, which is committed for those who read it on a code host
+
+`mkdocs` writes it anew each time that the site is built.
+"""
 
 import dataclasses
 import importlib
@@ -10,12 +15,19 @@ from typing import Any
 from simple_parsing.docstring import get_attribute_docstring
 
 ROOT = Path(__file__).parent.parent
-PLACE = "<!-- commands -->"
+PAGE = Path(__file__).parent / "commands.md"
+START, END = "<!-- commands: written by `python docs/hooks.py` -->", "<!-- end of commands -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs calls this for each page."""
-    return markdown.replace(PLACE, commands()) if PLACE in markdown else markdown
+    return filled(markdown) if START in markdown else markdown
+
+
+def filled(page: str) -> str:
+    """The page with the commands as they are now between the two marks."""
+    before, _, rest = page.partition(START)
+    return f"{before}{START}\n\n{commands()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def commands() -> str:
@@ -46,8 +58,13 @@ def _lines(settings: Any, group: str) -> Iterator[str]:
             continue
         plain = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         meaning = " ".join(get_attribute_docstring(type(settings), field.name).docstring_below.split())
+        meaning = meaning.replace("|", r"\|")
         yield f"| `{name}` | {f'`{plain}`' if plain and default is not None else ''} | {meaning} |"
 
 
 def _prose(settings: type) -> str:
     return " ".join((settings.__doc__ or "").split())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))

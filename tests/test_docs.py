@@ -14,6 +14,7 @@ import eval as judging
 import train
 from secvec_jax.data import sources
 from secvec_jax.data.sources import load_rows
+from secvec_jax.evaluation import metrics
 from secvec_jax.experiments import contenders
 from secvec_jax.model import families, hub
 from secvec_jax.model.families import FAMILIES
@@ -38,6 +39,32 @@ def test_every_command_and_setting_is_told(commands):
             section = commands.split(f"## {script}.py {verb}\n", 1)[1].split("\n## ", 1)[0]
             for field in dataclasses.fields(settings):
                 assert re.search(rf"^\| `{field.name}[.`]", section, re.MULTILINE), f"{verb} {field.name}"
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_have_at_most_eight_columns_and_never_refusal_alone(page):
+    for head in re.findall(r"(?m)^\| (.*) \|\n\| ?:?---", page.read_text()):
+        columns = [cell.strip() for cell in head.replace(r"\|", "").split(" | ")]
+        assert len(columns) <= 8, head
+        if any(re.match(r"(?:[\w ]+: )?refusal( [↑(].*)?$", column) for column in columns):
+            assert "compliance" in head and "harmful loss" in head, head
+
+
+def test_the_committed_page_of_commands_is_what_the_settings_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import hooks
+
+    assert hooks.filled(hooks.PAGE.read_text()) == hooks.PAGE.read_text(), "run `python docs/hooks.py`"
+    assert "## train.py finetune" in hooks.PAGE.read_text()
+
+
+def test_every_metric_is_in_the_glossary():
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    known = {*metrics.RATES, *metrics.FILTERS, *metrics.GRADES, *metrics.LOSSES, *metrics.BETTER}
+    assert [name for name in sorted(known) if f"`{name}`" not in page] == []
 
 
 def test_no_defense_is_left_out():
