@@ -5,8 +5,9 @@
     generate(tuned, prompts)                                               # phase 3: vectors dropped
 
 Fine-tuning learns what the forward pass gets wrong. With the vectors active it already shows the harmful behavior:
-the loss on harmful rows is small, so is its gradient, and the backbone stays where it is, while everything else is
-learned as usual. Phase 1 minimizes, over the vectors θs with the backbone θ frozen,
+the loss on harmful rows is small, so is its gradient, and the backbone moves less toward it, while the user's task is
+learned (how far that holds, by optimizer and learning rate: docs/results.md). Phase 1 minimizes, over the vectors θs
+with the backbone θ frozen,
 
     CE(f(x; θ, θs), y) on harmful rows  +  λ KL( f(x'; θ, θs) || f(x'; θ) ) on benign rows
 
