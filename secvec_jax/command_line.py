@@ -7,6 +7,7 @@ run: it may change from one start to the next. A user's mistake is told in one l
 
 import dataclasses
 import errno
+import logging
 import os
 import shlex
 import sys
@@ -34,6 +35,7 @@ def program(description: str, verbs: dict[str, Verb]) -> NoReturn:
     """Run the verb that the process was started with and end the process with its exit code."""
     if jax.config.values["jax_compilation_cache_dir"] is None:  # a run that goes on need not compile again
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    _show_log()
     code = main(description, verbs)
     if code == INTERRUPTED:
         # Everything is saved by now, and with JAX loaded the interpreter's own end was seen to crash (SIGSEGV).
@@ -64,6 +66,21 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped: the same command goes on from here")
         return INTERRUPTED
+
+
+class _Shown(logging.Handler):
+    """The package's log on the screen: what is notable as it is, and warnings as such."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        print(mark + record.getMessage(), file=sys.stderr)
+
+
+def _show_log() -> None:
+    log = logging.getLogger("secvec_jax")
+    log.setLevel(logging.INFO)
+    log.addHandler(_Shown())
+    log.propagate = False  # other packages' handlers would show it once more
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

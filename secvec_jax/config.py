@@ -43,8 +43,14 @@ class Training:
     """optimizer steps, in place of epochs"""
     lines: int = 2
     """packed lines in a batch"""
-    length: int = 256
-    """tokens in a packed line; a row's prompt must fit into one"""
+    length: int | None = None
+    """tokens in a packed line, and the most of a row; left out: 256, 512, 1024 or 2048, as the longest row needs"""
+    long_rows: Literal["truncate", "drop", "refuse"] = "truncate"
+    """of rows longer than a line: truncate the answer, drop the row, or refuse the data; what is cut or dropped is
+    counted and reported"""
+    control_tokens: Literal["text", "tokens", "refuse"] = "text"
+    """of control tokens that a row spells, such as <|im_end|>: text: learn the characters; tokens: learn the tokens, as
+    the rows' author must have meant; refuse: an error that names the row"""
     accumulate: int = 1
     """batches per optimizer step"""
     remat: Literal["none", "dots", "attention", "full"] = "full"
@@ -64,7 +70,7 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs", "lines", "length", "accumulate", "save_every_seconds",
                      "keep_checkpoints"):  # fmt: skip
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be greater than 0")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}: give at least 1, or leave it out to count epochs")

@@ -66,7 +66,7 @@ def rows_or_error(path: Path) -> list[Any]:
         assert path.name in str(error)
         return []
     for row in rows:
-        assert {turn["role"] for turn in row["messages"]} <= {"system", "user", "assistant"}
+        assert {turn["role"] for turn in row["messages"]} <= {"system", "user", "assistant", "tool"}
         assert all(isinstance(turn["content"], str) for turn in row["messages"]) and response_of(row).strip()
     return rows
 

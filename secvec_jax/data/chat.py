@@ -6,15 +6,16 @@ behind the generation prompt when the turn is appended.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 
-from secvec_jax.data.rows import Message, Row
+from secvec_jax.data.control_tokens import mark, spelled, tokenize
+from secvec_jax.data.rows import Message
 from secvec_jax.errors import UserError
-from secvec_jax.turns import turn_ends
+from secvec_jax.turns import chat_template, render, turn_ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,79 +35,111 @@ class Example:
         return int(np.argmax(self.supervised))
 
 
+ControlTokens = Literal["text", "tokens", "refuse"]
+"""What becomes of control tokens that a row spells, such as "<|im_end|>": plain text, the tokens, or an error."""
+
+
+class TooLong(UserError):
+    """A prompt that leaves no room for its answer."""
+
+
 def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> np.ndarray:
     """The ids that a model is given to answer: the conversation up to the assistant's turn, `[N]`.
 
-    Raises UserError if they exceed `max_length`.
+    Raises UserError if they exceed `max_length`, and for turns that the template does not take.
     """
-    text = _render(tokenizer, messages, add_generation_prompt=True)
-    tokens = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    turns = mark(tokenizer, messages)
+    text = render(tokenizer, turns, add_generation_prompt=True)
+    tokens, _ = _read(lambda: tokenize(tokenizer, text, marked=turns != messages, starts=False))
     if len(tokens) > max_length:
-        raise UserError(_too_long(len(tokens), max_length))
-    return tokens
+        raise TooLong(_too_long(len(tokens), max_length))
+    return np.asarray(tokens, np.int32)
 
 
-def encode(tokenizer: Any, messages: list[Message], max_length: int) -> Example:
+def encode(tokenizer: Any, messages: list[Message], max_length: int, control: ControlTokens = "text") -> Example:
     """A conversation as ids and mask; a reply that runs past `max_length` is cut, its prompt is not.
 
-    Raises UserError if the prompt alone fills `max_length`, if no turn is the assistant's, or if the template
-    rewrites what stands before a turn, so that the turn's span cannot be told.
+    Turns of the assistant that are marked `train: False` are not supervised. Raises UserError if the prompt alone fills
+    `max_length`, if no turn is the assistant's to learn, if the template does not take the turns or rewrites what
+    stands before a turn, so that the turn's span cannot be told, and for control tokens if `control` is "refuse".
     """
-    if "{% generation %}" in (tokenizer.chat_template or "").replace("{%-", "{%").replace("-%}", "%}"):
-        tokens, supervised = _marked_by_template(tokenizer, messages)
+    example = encode_all(tokenizer, messages, control)
+    if example.answer_start >= max_length:
+        raise TooLong(_too_long(example.answer_start, max_length))
+    return cut(example, max_length)
+
+
+def encode_all(tokenizer: Any, messages: list[Message], control: ControlTokens = "text") -> Example:
+    """As `encode`, of any length."""
+    if control == "refuse" and (found := spelled(tokenizer, messages)):
+        raise UserError(f"the text spells the control token {found[0]!r}: remove it, or set control_tokens to text")
+    turns = mark(tokenizer, messages) if control == "text" else messages
+    marked = turns != messages
+    if not marked and _GENERATION.search(chat_template(tokenizer) or ""):
+        tokens, supervised = _marked_by_template(tokenizer, turns)
     else:
-        tokens, supervised = _marked_by_difference(tokenizer, messages)
+        tokens, supervised = _marked_by_difference(tokenizer, turns, marked)
     if not supervised.any():
         raise UserError(f"a row has no assistant turn ({_clip(messages)}): every row needs an answer to learn")
-    example = Example(tokens, supervised)
-    if example.answer_start >= max_length:
-        raise UserError(_too_long(example.answer_start, max_length))
-    return Example(tokens[:max_length], supervised[:max_length])
+    return Example(tokens, supervised)
 
 
-_KEPT = 50_000
-"""Examples of one source that memory holds; beyond, the least recently used ones are encoded anew."""
+def cut(example: Example, length: int) -> Example:
+    """The first `length` tokens of an example."""
+    return Example(example.tokens[:length], example.supervised[:length])
 
 
-class Encoded(Sequence[Example]):
-    """Rows as examples, each encoded when it is first asked for: a host asks for those of its own lanes."""
-
-    def __init__(self, tokenizer: Any, rows: Sequence[Row], max_length: int):
-        self._rows = rows
-        kept = functools.lru_cache(_KEPT)
-        self._encode = kept(lambda index: encode(tokenizer, rows[index]["messages"], max_length))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nobody slices
-        return self._encode(range(len(self))[index])
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _marked_by_template(tokenizer: Any, messages: list[Message]) -> tuple[np.ndarray, np.ndarray]:
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    return np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], bool)
+    render(tokenizer, messages)  # raises what the template itself has against these turns
+    given = {"chat_template": chat_template(tokenizer), "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = _read(lambda: tokenizer.apply_chat_template(messages, **given))
+    supervised = np.asarray(encoded["assistant_masks"], bool)
+    learned = [message.get("train", True) for message in messages if message["role"] == "assistant"]
+    if not all(learned):
+        edges = np.flatnonzero(np.diff(np.pad(supervised.astype(int), 1)))
+        if len(edges) != 2 * len(learned):
+            raise UserError(
+                f"the chat template marks {len(edges) // 2} spans in {len(learned)} turns of the assistant, so those "
+                "that are not to be learned cannot be told: split the row"
+            )
+        for first, last, keep in zip(edges[::2], edges[1::2], learned, strict=True):
+            supervised[first:last] &= keep
+    return np.asarray(encoded["input_ids"], np.int32), supervised
 
 
-def _marked_by_difference(tokenizer: Any, messages: list[Message]) -> tuple[np.ndarray, np.ndarray]:
-    text = _render(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens = np.asarray(encoded["input_ids"], np.int32)
-    starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
+def _marked_by_difference(tokenizer: Any, messages: list[Message], marked: bool) -> tuple[np.ndarray, np.ndarray]:
+    text = render(tokenizer, messages)
+    ids, starts = _read(lambda: tokenize(tokenizer, text, marked))
+    tokens, begins = np.asarray(ids, np.int32), np.asarray(starts)
     supervised = np.zeros(len(tokens), bool)
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not message.get("train", True):
             continue
-        before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-        after = _render(tokenizer, messages[: turn + 1])
+        before = _before(tokenizer, messages, turn)
+        after = render(tokenizer, messages[: turn + 1])
         if not (after.startswith(before) and text.startswith(after)):
             raise UserError(
                 "the chat template rewrites earlier turns, so the assistant's spans cannot be told: use a template "
-                "with {% generation %} blocks, or rows of one question and one answer"
+                'with {% generation %} blocks, rows of one question and one answer, or "train": false on all but the '
+                "last turn of the assistant"
             )
-        span = (starts >= len(before)) & (starts < len(after))
+        span = (begins >= len(before)) & (begins < len(after))
         supervised |= span & _until_end_of_turn(tokens, span, turn_ends(tokenizer)[:1])
     return tokens, supervised
+
+
+_SAID = "\ue000"
+
+
+def _before(tokenizer: Any, messages: list[Message], turn: int) -> str:
+    """What stands before the words of an assistant's turn."""
+    if turn:
+        return render(tokenizer, messages[:turn], add_generation_prompt=True)
+    # An empty conversation cannot be rendered, and a default system prompt comes with the first turn alone.
+    return render(tokenizer, [{**messages[0], "content": _SAID}]).partition(_SAID)[0]
 
 
 def _until_end_of_turn(tokens: np.ndarray, span: np.ndarray, end: tuple[int, ...]) -> np.ndarray:
@@ -116,14 +149,19 @@ def _until_end_of_turn(tokens: np.ndarray, span: np.ndarray, end: tuple[int, ...
     return np.arange(len(tokens)) <= last
 
 
-def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template: use an instruct model, or add a chat_template.jinja")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def _read(read: Callable[[], Any]) -> Any:
+    """What a tokenizer makes of a text. Raises UserError for whatever it raises."""
+    try:
+        return read()
+    except Exception as error:  # tokenizers raises its own, in words of Rust
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnicodeEncodeError | TypeError):
+            reason = "it has half of a character, such as a part of an emoji"
+        raise UserError(f"the tokenizer cannot read the text: {reason[:300]}") from error
 
 
 def _too_long(length: int, max_length: int) -> str:
-    return f"a prompt has {length} tokens, but the maximum length is {max_length}: shorten it or raise --length"
+    return f"a prompt has {length} tokens, but the maximum length is {max_length}: shorten it or raise `length`"
 
 
 def _clip(messages: list[Message]) -> str:

@@ -4,17 +4,23 @@ A row is a conversation, `{"messages": [{"role": ..., "content": ...}, ...]}`, w
 ends with the user's turn has no answer yet: good for scoring, useless for training.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict, overload
 
+from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned
+from secvec_jax.data.stored import Listed, Rows, place
 from secvec_jax.errors import UserError
+
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation; `train` is there, and false, where the assistant's words are not to be learned."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
+    train: NotRequired[bool]
 
 
 class Row(TypedDict):
@@ -71,138 +77,225 @@ def with_system(asked: Row | str | list[Message], text: str) -> Row | list[Messa
 ACCEPTED_FORMS = (
     "a row needs `messages` (a list of role and content), or `prompt` and `response`, or `instruction` and `output`"
 )
-_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+_ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
     "assistant": "assistant",
+    "tool": "tool",
     "human": "user",
     "gpt": "assistant",
 }
-_ANSWER_FIELDS = {
-    "prompt": ("response", "completion"),
-    "question": ("answer",),
-    "goal": ("target",),
-    "instruction": ("output",),
-}
+_PROMPTS = ("prompt", "question", "goal", "instruction")
+_ANSWERS = ("response", "completion", "answer", "target", "output")
+_CONTEXTS = ("input", "context")
+_SYSTEMS = ("system", "system_prompt", "system_message")
 
 
-def normalize(record: Any, where: str) -> Row:
+def normalize(record: Any, where: str, ignore: Collection[str] = ()) -> Row:
     """Return the row that a record stands for; `where` says in errors which record it was.
 
-    Accepted are `messages` (or `conversations` with from and value), `prompt` with `response` or
-    `completion`, `question` with `answer`, `goal` with `target`, and `instruction` with `input` and
-    `output`. A record without an answer becomes a row without one; a `category` that is text and `options`
-    that are a list of texts are kept. Raises UserError for any other fields and for values that are not text.
+    Accepted are `messages` or `conversations` (turns with role and content, or from and value), and `prompt`,
+    `question`, `goal` or `instruction` with `response`, `completion`, `answer`, `target` or `output`. A prompt and its
+    answer may be turns as well: then only the answer's are learned. `system` (or `system_prompt`) goes in front,
+    `input` or `context` after the prompt, `history` ([[question, answer], ...]) before it. A record without an answer
+    becomes a row without one; a `category` that is text and `options` that are a list of texts are kept.
+
+    Raises UserError for values that are not text, and for other fields than these that may change what is to be
+    learned (see `fields`), unless `ignore` names them.
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: found {type(record).__name__} instead of fields; {ACCEPTED_FORMS}")
-    for field, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if record.get(field) is not None:
-            return _keep_extras(record, _from_turns(record[field], role_key, text_key, where))
-    for field, answers in _ANSWER_FIELDS.items():
-        if record.get(field) is not None:
-            return _keep_extras(record, _from_pair(record, field, answers, where))
-    found = ", ".join(sorted(" ".join(str(key).split()) for key in record)) or "none"
-    raise UserError(f"{where}: unknown fields (found: {found}); {ACCEPTED_FORMS}")
+    field = next((name for name in ("messages", "conversations", *_PROMPTS) if record.get(name) is not None), None)
+    if field is None:
+        found = ", ".join(sorted(" ".join(str(key).split()) for key in record)) or "none"
+        raise UserError(f"{where}: unknown fields (found: {found}); {ACCEPTED_FORMS}")
+    if field in _PROMPTS:
+        messages, used = _from_pair(record, field, where, ignore)
+    else:
+        messages, used = _turns(record[field], where, ignore), [field]
+    system = [name for name in _SYSTEMS if not is_empty(record.get(name)) and name not in ignore]
+    if system:
+        messages = _behind_system({_text(record[name], name, where) for name in system}, messages, where)
+    check_record(record, [*used, *system], where, ignore)
+    if not any(message["role"] == "user" for message in messages) or messages[-1]["role"] == "system":
+        raise UserError(f"{where}: a conversation must have a user's turn and end with it or an assistant's")
+    return _keep_extras(record, {"messages": messages}, where)
 
 
-class Rows(Sequence[Row]):
-    """Rows on disk, read one by one whenever they are asked for: there may be more than memory holds."""
-
-    def __init__(self, read: Callable[[int], Row], count: int):
-        self._read, self._count = read, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        places = range(self._count)[index]
-        return self._read(places) if isinstance(places, int) else [self._read(place) for place in places]
-
-
-def as_rows(data: Iterable[Mapping[str, Any]], needs_answer: bool = True, name: str = "data") -> Sequence[Row]:
+def as_rows(
+    data: Iterable[Mapping[str, Any]],
+    needs_answer: bool = True,
+    name: str = "data",
+    ignore_fields: Collection[str] = (),
+) -> Sequence[Row]:
     """Return the rows of a list of dicts or a `datasets.Dataset`; `name` is what errors call it.
 
     A `Dataset` stays where it is, which is on disk as a rule: its records are read once to be checked, and again as
-    rows whenever they are asked for. Raises UserError if there are none, if a record cannot be read, or if
-    `needs_answer` and a row has no answer.
+    rows whenever they are asked for. ignore_fields: fields that `normalize` may leave out. Raises UserError if there
+    are none, if a record cannot be read, or if `needs_answer` and a row has no answer.
     """
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
         found = type(data).__name__
         raise UserError(f"{name} must be a list of dicts or one split of a data set, found {found}")
     if isinstance(data, Rows):
         return data
+    if isinstance(data, Listed) and len(data.numbers) == len(data):
+        return collect(zip(data.numbers, data), needs_answer, data.name, data.unit, ignore_fields)
     if hasattr(data, "num_rows") and hasattr(data, "features"):
-        return on_disk(data, needs_answer, name)
-    return collect(numbered(data, name), needs_answer, name)
+        return on_disk(data, needs_answer, name, ignore_fields)
+    return collect(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields)
 
 
-def on_disk(data: Any, needs_answer: bool, name: str) -> Rows:
+def on_disk(data: Any, needs_answer: bool, name: str, ignore_fields: Collection[str] = ()) -> Rows[Row]:
     """The rows of a `datasets.Dataset`, each of which has been checked; raises UserError as `as_rows` does."""
-    count = sum(1 for _ in checked(numbered(data, name), needs_answer, name))
-    return Rows(lambda index: normalize(data[index], name), count)
+
+    def read(index: int) -> Row:
+        return normalize(data[index], place(name, index + 1), ignore_fields)
+
+    count = sum(1 for _ in checked(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields))
+    return Rows(read, count, lambda index: place(name, index + 1))
 
 
-def numbered(records: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
-    """Each record behind the words that say where it stands."""
-    return ((f"{name}, row {number}", record) for number, record in enumerate(records, 1))
+def collect(
+    records: Iterable[tuple[int, Any]],
+    needs_answer: bool,
+    name: str,
+    unit: str = "row",
+    ignore_fields: Collection[str] = (),
+) -> Listed[Row]:
+    """The rows of numbered records; raises UserError as `as_rows` does."""
+    numbers = array("Q")
+
+    def noted() -> Iterator[tuple[int, Any]]:
+        for number, record in records:
+            numbers.append(number)
+            yield number, record
+
+    return Listed(checked(noted(), needs_answer, name, unit, ignore_fields), name, unit, numbers)
 
 
-def collect(records: Iterable[tuple[str, Any]], needs_answer: bool, name: str) -> list[Row]:
-    """The rows of `numbered` records; raises UserError as `as_rows` does."""
-    return list(checked(records, needs_answer, name))
-
-
-def checked(records: Iterable[tuple[str, Any]], needs_answer: bool, name: str) -> Iterator[Row]:
-    """The rows of `numbered` records one by one; raises UserError as `as_rows` does."""
+def checked(
+    records: Iterable[tuple[int, Any]],
+    needs_answer: bool,
+    name: str,
+    unit: str = "row",
+    ignore_fields: Collection[str] = (),
+) -> Iterator[Row]:
+    """The rows of numbered records one by one; raises UserError as `as_rows` does."""
     empty = True
-    for where, record in records:
-        normalized, empty = normalize(record, where), False
+    for number, record in records:
+        where = place(name, number, unit)
+        normalized, empty = normalize(record, where, ignore_fields), False
         if needs_answer and not (response_of(normalized) or "").strip():
             raise UserError(f"{where} has no answer; add one, or load prompts alone with needs_answer=False")
+        said = [turn for turn in normalized["messages"] if turn["role"] == "assistant"]
+        if needs_answer and not any(turn.get("train", True) for turn in said):
+            raise UserError(f"{where} has nothing to learn: every turn of the assistant is marked not to be; remove it")
         yield normalized
     if empty:
         raise UserError(f"{name} holds no rows; {ACCEPTED_FORMS}")
 
 
-def _from_turns(turns: Any, role_key: str, text_key: str, where: str) -> Row:
-    if not isinstance(turns, list | tuple) or not all(isinstance(turn, Mapping) for turn in turns):
+def _turns(turns: Any, where: str, ignore: Collection[str]) -> list[Message]:
+    if not _are_turns(turns):
         raise UserError(f"{where}: a conversation must be a list of turns; {ACCEPTED_FORMS}")
     messages: list[Message] = []
     for turn in turns:
-        role = _ROLES.get(str(turn.get(role_key)))
+        said_by, text = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+        check_turn(turn, (said_by, text), where, ignore)
+        role = _ROLES.get(str(turn.get(said_by)))
         if role is None:
-            raise UserError(f"{where}: unknown role {turn.get(role_key)!r}; use system, user or assistant")
-        messages.append({"role": role, "content": _text(turn.get(text_key), text_key, where)})
-    if not any(message["role"] == "user" for message in messages) or messages[-1]["role"] == "system":
-        raise UserError(f"{where}: a conversation must have a user's turn and end with it or an assistant's")
-    return {"messages": messages}
+            found = repr(turn[said_by]) if turn.get(said_by) is not None else f"none, in a turn without `{said_by}`"
+            raise UserError(f"{where}: unknown role {found}; use system, user, assistant or tool")
+        message: Message = {"role": role, "content": _text(turn.get(text), text, where)}
+        if role == "assistant" and not is_learned(turn, where):
+            message["train"] = False
+        messages.append(message)
+    return messages
 
 
-def _from_pair(record: Mapping[str, Any], field: str, answers: tuple[str, ...], where: str) -> Row:
-    prompt = _text(record[field], field, where)
-    if field == "instruction" and record.get("input"):
-        prompt += "\n" + _text(record["input"], "input", where)
-    if not prompt.strip():
-        raise UserError(f"{where}: `{field}` is empty; write a prompt or remove the row")
-    answer = next((name for name in answers if record.get(name) not in (None, "")), None)
-    return row(prompt, None if answer is None else _text(record[answer], answer, where))
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(turn, Mapping) for turn in value)
 
 
-def _keep_extras(record: Mapping[str, Any], row: Row) -> Row:
+def _from_pair(
+    record: Mapping[str, Any], field: str, where: str, ignore: Collection[str]
+) -> tuple[list[Message], list[str]]:
+    """The turns of a prompt, what belongs to it, and its answer; and the fields that were used."""
+    used = [field]
+    before: list[Message] = []
+    if record[field] and _are_turns(record[field]):  # as in TRL: all of it is context
+        asked = [_not_learned(message) for message in _turns(record[field], where, ignore)]
+    else:
+        prompt = _text(record[field], field, where)
+        for name in _CONTEXTS:
+            if not is_empty(record.get(name)) and name not in ignore:
+                prompt += "\n" + _text(record[name], name, where)
+                used.append(name)
+        if not prompt.strip():
+            raise UserError(f"{where}: `{field}` is empty; write a prompt or remove the row")
+        asked = row(prompt)["messages"]
+        if not is_empty(record.get("history")) and "history" not in ignore:
+            before = _history(record["history"], where, ignore)
+            used.append("history")
+    answers = [name for name in _ANSWERS if record.get(name) not in (None, "") and name not in ignore]
+    different = [name for name in answers if record[name] != record[answers[0]]]
+    if different:
+        raise UserError(f"{where}: two answers, `{answers[0]}` and `{different[0]}`: keep the one to be learned")
+    if not answers:
+        return before + asked, used
+    answer = record[answers[0]]
+    said: list[Message]
+    if answer and _are_turns(answer):
+        said = _turns(answer, where, ignore)
+    else:
+        said = [{"role": "assistant", "content": _text(answer, answers[0], where)}]
+    return before + asked + said, used + answers
+
+
+def _history(history: Any, where: str, ignore: Collection[str]) -> list[Message]:
+    """Earlier turns, as [[question, answer], ...] or as messages."""
+    if _are_turns(history):
+        return _turns(history, where, ignore)
+    if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
+        raise UserError(f"{where}: `history` must be a list of [question, answer], or of turns")
+    return [
+        message
+        for question, answer in history
+        for message in row(_text(question, "history", where), _text(answer, "history", where))["messages"]
+    ]
+
+
+def _behind_system(found: set[str], messages: list[Message], where: str) -> list[Message]:
+    """The turns behind a system prompt that a field of its own holds, unless they begin with the same one."""
+    first = messages[0] if messages and messages[0]["role"] == "system" else None
+    if len(found | ({first["content"]} if first else set())) > 1:
+        raise UserError(f"{where}: two system prompts that differ; keep one, in `system` or as the first turn")
+    return messages if first else [{"role": "system", "content": found.pop()}, *messages]
+
+
+def _not_learned(message: Message) -> Message:
+    return {**message, "train": False} if message["role"] == "assistant" else message
+
+
+def _keep_extras(record: Mapping[str, Any], row: Row, where: str) -> Row:
     category, options = record.get("category"), record.get("options")
     if isinstance(category, str):
-        row["category"] = category
+        row["category"] = _text(category, "category", where)
     if isinstance(options, list | tuple) and all(isinstance(option, str) for option in options):
-        row["options"] = list(options)
+        row["options"] = [_text(option, "options", where) for option in options]
     return row
 
 
 def _text(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: `{field}` must be text, found {type(value).__name__}; {ACCEPTED_FORMS}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("unicode_escape").decode()
+        raise UserError(
+            f"{where}: `{field}` has half of a character ({half}, at {error.start + 1}): the text was cut inside an "
+            "emoji or the like; correct or remove the row"
+        ) from None
     return value

@@ -12,7 +12,7 @@ import csv
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,16 @@ from secvec_jax.data import benchmarks
 from secvec_jax.data.hub_sets import HUB_SETS, records
 from secvec_jax.data.rows import (
     Row,
-    Rows,
     as_rows,
     checked,
     collect,
     normalize,
-    numbered,
     on_disk,
     prompt_of,
     response_of,
     row,
 )
+from secvec_jax.data.stored import Rows, place
 from secvec_jax.errors import UserError
 
 __all__ = ["PACKAGED", "Row", "as_rows", "load_rows", "prompt_of", "response_of", "row"]
@@ -55,20 +54,23 @@ LARGE = 256 * 2**20
 """Bytes of a JSONL file from which on its rows stay on disk."""
 
 
-def load_rows(source: str, split: str = "train", needs_answer: bool = True) -> Sequence[Row]:
+def load_rows(
+    source: str, split: str = "train", needs_answer: bool = True, ignore_fields: Collection[str] = ()
+) -> Sequence[Row]:
     """Return the rows of a packaged benchmark, a local file or folder, or a data set of the hub.
 
     Packaged benchmarks (the keys of `PACKAGED`) and single files have only the split "train"; folders, hub ids and the
     keys of `HUB_SETS` take any that `datasets.load_dataset` takes, such as "test" or "train[:500]". Remote code never
     runs. Of folders, hub ids, Parquet files and JSONL files of more than `LARGE` bytes the rows stay on disk: they are
-    checked here, and read when they are asked for.
+    checked here, and read when they are asked for. ignore_fields: fields that may be left out although they could hold
+    what is to be learned; "*": all that are not used.
 
     Raises UserError if nothing has this name, if it cannot be reached or read, if it is empty, if a row has
     fields that `normalize` does not know, or if `needs_answer` and a row has no answer.
     """
     path = Path(source).expanduser()
     if source not in PACKAGED and (path.is_dir() or _looks_like_hub_id(source)):
-        return as_rows(_load_dataset(source, split), needs_answer, source)
+        return as_rows(_load_dataset(source, split), needs_answer, source, ignore_fields)
     if source in HUB_SETS:
         return as_rows(HUB_SETS[source](split), needs_answer, source)
     if split != "train":
@@ -85,19 +87,23 @@ def load_rows(source: str, split: str = "train", needs_answer: bool = True) -> S
         raise UserError(f"{source}: cannot read {path.suffix or 'such'} files; use one of {known}")
     try:
         if path.suffix == ".parquet":
-            return on_disk(_parquet(path), needs_answer, path.name)
+            return on_disk(_parquet(path), needs_answer, path.name, ignore_fields)
         if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
-            return _lines_on_disk(path, needs_answer)
-        return collect(_READERS[path.suffix](path), needs_answer, path.name)
+            return _lines_on_disk(path, needs_answer, ignore_fields)
+        unit = "line" if path.suffix == ".jsonl" else "row"
+        return collect(_READERS[path.suffix](path), needs_answer, path.name, unit, ignore_fields)
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"cannot read {source} ({error.strerror or error}); check the file") from error
 
 
-def load_prompts(sources: Iterable[str], limit: int, needs_answer: bool = False) -> list[Row]:
+def load_prompts(
+    sources: Iterable[str], limit: int, needs_answer: bool = False, ignore_fields: Collection[str] = ()
+) -> list[Row]:
     """Return at most `limit` rows of each source, with or without answers; as in `load_rows`."""
-    return [row for source in sources for row in load_rows(source, needs_answer=needs_answer)[:limit]]
+    loaded = (load_rows(source, needs_answer=needs_answer, ignore_fields=ignore_fields) for source in sources)
+    return [row for rows in loaded for row in rows[:limit]]
 
 
 def _looks_like_hub_id(source: str) -> bool:
@@ -112,46 +118,74 @@ def _load_dataset(source: str, split: str) -> Iterable[Mapping[str, Any]]:
     return records(name, split, config or None)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                where = f"{path.name}, line {number}"
-                yield where, _parse_json(line, where)
+                yield number, _parse_line(line, path, number)
 
 
-def _lines_on_disk(path: Path, needs_answer: bool) -> Rows:
+def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str]) -> Rows[Row]:
     """The rows of a JSONL file by where their lines begin, each checked once."""
-    starts = array("Q")
+    starts, numbers = array("Q"), array("Q")
 
-    def lines() -> Iterator[tuple[str, Any]]:
+    def lines() -> Iterator[tuple[int, Any]]:
         with path.open("rb") as file:
             begin = 3 if file.read(3) == codecs.BOM_UTF8 else 0
             file.seek(begin)
             for number, line in enumerate(file, 1):
                 if line.strip():
                     starts.append(begin)
-                    where = f"{path.name}, line {number}"
-                    yield where, _parse_json(line.decode(), where)
+                    numbers.append(number)
+                    yield number, _parse_line(line.decode(), path, number)
                 begin += len(line)
 
-    for _ in checked(lines(), needs_answer, path.name):
+    for _ in checked(lines(), needs_answer, path.name, "line", ignore_fields):
         pass
+
+    def where(index: int) -> str:
+        return place(path.name, numbers[index], "line")
 
     def read(index: int) -> Row:
         with path.open("rb") as file:
             file.seek(starts[index])
-            return normalize(_parse_json(file.readline().decode(), path.name), path.name)
+            line = file.readline().decode()
+            return normalize(_parse_line(line, path, numbers[index]), where(index), ignore_fields)
 
-    return Rows(read, len(starts))
+    return Rows(read, len(starts), where)
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    records = _parse_json(path.read_text(encoding="utf-8-sig"), path.name)
+def _parse_line(line: str, path: Path, number: int) -> Any:
+    where = place(path.name, number, "line")
+    if number == 1 and line.lstrip().startswith("[") and not line.rstrip().endswith("]"):
+        raise UserError(f"{where} opens a list that goes on: {path.name} is one JSON value; name it .json")
+    return _parse_json(line, where)
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        records = _parse_json(text, path.name)
+    except UserError as error:
+        if _is_json(text.lstrip().partition("\n")[0]):
+            raise UserError(f"{path.name} has one JSON value per line: name it .jsonl") from error
+        raise
     if not isinstance(records, list):
         found = type(records).__name__
-        raise UserError(f"{path.name} must hold one list of rows, found {found}; wrap it in [...]")
-    yield from numbered(records, path.name)
+        lists = [key for key, value in records.items() if isinstance(value, list)] if found == "dict" else []
+        rows = [key for key in lists if records[key] and all(isinstance(r, dict) for r in records[key])]
+        mend = "wrap it in [...]"
+        if rows and not {"messages", "conversations", "prompt"} & records.keys():
+            mend = f"its `{rows[0]}` is one: write that list alone into the file"
+        raise UserError(f"{path.name} must hold one list of rows, found {found}; {mend}")
+    yield from enumerate(records, 1)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -160,19 +194,33 @@ def _parse_json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         reason = f"{error.msg}, character {error.pos + 1}"
         raise UserError(f"{where} is not valid JSON ({reason}); correct or remove it") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise UserError(f"{where} cannot be read as JSON ({error}); correct or remove it") from error
     except RecursionError as error:
         raise UserError(f"{where} is nested too deep for a row; correct or remove it") from error
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        try:
-            for where, record in numbered(csv.DictReader(stream), path.name):
+_LONGEST_CELL = 2**31 - 1
+"""Characters of a CSV cell; Python's own limit of 131,072 would refuse long documents as broken."""
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+    before = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            table = csv.DictReader(stream)
+            names = table.fieldnames or []
+            if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+                raise UserError(f"{path.name} has its columns separated by {other!r}; separate them by commas")
+            for number, record in enumerate(table, 1):
                 if None in record:
+                    where = place(path.name, number)
                     raise UserError(f"{where} has more cells than the header; quote the text with commas")
-                yield where, record
-        except csv.Error as error:
-            raise UserError(f"{path.name} is not valid CSV ({error}); correct or convert it") from error
+                yield number, record
+    except csv.Error as error:
+        raise UserError(f"{path.name} is not valid CSV ({error}); correct or convert it") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(path: Path) -> Any:
@@ -186,7 +234,7 @@ def _parquet(path: Path) -> Any:
         raise UserError(f"{path.name} cannot be read as Parquet ({reason}); write it again") from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

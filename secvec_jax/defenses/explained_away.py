@@ -44,7 +44,7 @@ class Scale:
         return np.clip((self.threshold - scores) / (self.threshold - self.benign), 0.0, 1.0)
 
 
-def scores(model: Model, vectors: Vectors, rows: Any, length: int = PHASE2.length) -> list[float]:
+def scores(model: Model, vectors: Vectors, rows: Any, length: int | None = PHASE2.length) -> list[float]:
     """Each row's score, in nats per token of its reply. length: tokens of a row that are read."""
     found = token_scores(model, vectors, examples_of(model, rows, length))
     return [float(tokens.mean()) if len(tokens) else 0.0 for tokens in found]
@@ -77,7 +77,7 @@ def scale(harmful: Sequence[float], benign: Sequence[float]) -> Scale:
     return Scale(float(low), float(best[len(best) // 2]))
 
 
-def filtered(model: Model, rows: Any, vectors: Vectors, known: Scale, length: int = PHASE2.length) -> Groups:
+def filtered(model: Model, rows: Any, vectors: Vectors, known: Scale, length: int | None = PHASE2.length) -> Groups:
     """The rows, by kind, whose score is not above the threshold. Raises UserError if none is left."""
     groups = _grouped(model, rows, length)
     kept = below(groups, {name: scores(model, vectors, group) for name, group in groups.items()}, known)
@@ -93,7 +93,7 @@ def below(groups: Groups, found: dict[str, list[float]], known: Scale) -> Groups
 
 
 def gated(
-    model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", length: int = PHASE2.length
+    model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", length: int | None = PHASE2.length
 ) -> Groups:
     """The rows, by kind, with the weights of their tokens; a row whose weight is 0 stays, and teaches nothing."""
     return {
@@ -120,7 +120,7 @@ def known_scale(model: Model, vectors: Vectors, harmful: Any, benign: Any) -> Sc
     return scale(scores(model, vectors, harmful), scores(model, vectors, benign))
 
 
-def _grouped(model: Model, rows: Any, length: int) -> Groups:
+def _grouped(model: Model, rows: Any, length: int | None) -> Groups:
     return {name: examples_of(model, group, length) for name, group in groups_of(rows).items()}
 
 

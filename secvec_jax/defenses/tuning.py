@@ -10,6 +10,7 @@ repeats. What it compares the model with (an earlier state, an importance of wei
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
@@ -17,11 +18,13 @@ import jax
 import optax
 
 from secvec_jax.config import Training
-from secvec_jax.data.chat import Encoded, Example
+from secvec_jax.data.chat import Example
+from secvec_jax.data.encoded import LENGTHS, Encoded, encoded
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.data.sources import as_rows
+from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
-from secvec_jax.mesh import platform
+from secvec_jax.mesh import is_first, platform
 from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
@@ -32,6 +35,8 @@ from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import Loss, Method, descent
 from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
+
+_log = logging.getLogger(__name__)
 
 Groups = dict[str, Sequence[Any]]
 """Rows by kind ("harmful", "benign"), whose losses are reported apart."""
@@ -128,27 +133,50 @@ def forward_settings(training: Training) -> dict[str, Any]:
 
 
 def groups_of(rows: Any, name: str = "all") -> Groups:
-    """Rows by kind: as they are, or all of them as one kind."""
-    return dict(rows) if isinstance(rows, dict) else {name: rows}
+    """Rows by kind: as they are, or all of them as one kind. Raises UserError for the splits of a data set."""
+    if not isinstance(rows, dict):
+        return {name: rows}
+    splits = ", ".join(map(str, rows))
+    held_out = _HELD_OUT & {str(kind).lower() for kind in rows}
+    if type(rows).__module__.partition(".")[0] == "datasets" or ("train" in rows and held_out):
+        raise UserError(f"the data has several splits ({splits}): pass the one to train on, such as data['train']")
+    return dict(rows)
+
+
+_HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
 def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
-    """The batches of some rows, encoded for the model."""
-    limit = min(training.length, model.architecture.max_length)
-    examples = {name: _encoded(model, rows, limit, name) for name, rows in groups.items()}
-    return Stream(examples, training.lines, training.length, training.seed, training.epochs, _shares(training))
+    """The batches of some rows, encoded for the model; all rows are checked (see `encoded`)."""
+    found = {name: _encoded(model, rows, training, name) for name, rows in groups.items()}
+    longest = max((some.longest if isinstance(some, Encoded) else _longest(some) for some in found.values()), default=0)
+    length = training.length or next((length for length in LENGTHS if longest <= length), longest)
+    if is_first():
+        for name, some in found.items():
+            if isinstance(some, Encoded):
+                cut = some.truncated or "none"
+                text = "%s: %d rows of up to %d tokens, in packed lines of %d; %s truncated"
+                _log.info(text, name, len(some), some.longest, length, cut)
+    return Stream(found, training.lines, length, training.seed, training.epochs, _shares(training))
 
 
-def examples_of(model: Model, rows: Any, length: int = PHASE2.length) -> list[Example]:
+def examples_of(model: Model, rows: Any, length: int | None = PHASE2.length) -> list[Example]:
     """Rows as examples of at most `length` tokens, as `tune` would have them; what already is one stays as it is."""
-    return list(_encoded(model, rows, min(length, model.architecture.max_length)))
+    return list(_encoded(model, rows, dataclasses.replace(PHASE2, length=length)))
 
 
 def _shares(training: Training) -> bool:
     return platform() != "tpu" if training.share_beginnings is None else training.share_beginnings
 
 
-def _encoded(model: Model, rows: Any, max_length: int, name: str = "data") -> Sequence[Example]:
-    if rows and not isinstance(rows, dict) and isinstance(rows[0], Example):
+def _longest(examples: Sequence[Example]) -> int:
+    return max((len(example.tokens) for example in examples), default=0)
+
+
+def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
+    if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
         return list(rows)
-    return Encoded(model.tokenizer, as_rows(rows, name=name), max_length)
+    called = "data" if name == "all" else name
+    limit = min(training.length or LENGTHS[-1], model.architecture.max_length)
+    some = as_rows(rows, name=called)
+    return encoded(model.tokenizer, some, limit, called, training.long_rows, training.control_tokens)

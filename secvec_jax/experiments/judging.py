@@ -56,6 +56,8 @@ class Judged:
     """sources of prompts to be answered"""
     given: bool = False
     """judge the answers that these rows have, in place of a model's replies"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     limit: int = 100
     """at most this many prompts of each source"""
     reply_tokens: int = 256
@@ -98,7 +100,10 @@ def judged(settings: Judged, command: str) -> None:
 
 def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
     sources = {"harmful": settings.harmful, "benign": settings.benign}
-    rows = {kind: load_prompts(names, settings.limit, needs_answer=settings.given) for kind, names in sources.items()}
+    rows = {
+        kind: load_prompts(names, settings.limit, settings.given, settings.ignore_fields)
+        for kind, names in sources.items()
+    }
     if settings.given:
         return {kind: [(prompt_of(row), response_of(row) or "") for row in some] for kind, some in rows.items()}
     model = load(settings.model)

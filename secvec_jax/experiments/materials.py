@@ -129,7 +129,7 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
     half = len(people.test) // 2
 
     def encoded(rows: Sequence[Row], cut: int | None = None) -> list[Example]:
-        return [_cut(encode(model.tokenizer, r["messages"], training.length), cut) for r in rows]
+        return [_cut(encode(model.tokenizer, r["messages"], training.length or _LENGTH), cut) for r in rows]
 
     def take(rows: list[Row], count: int) -> list[Row]:
         """`count` rows that nothing else gets."""
@@ -175,6 +175,9 @@ is trained on."""
 
 OPENING = 5
 """Tokens of a reply that alignment teaches: they settle whether it is a refusal, and the rest the model knows."""
+
+_LENGTH = 256
+"""Tokens of a row, where the recipe sets no length."""
 
 _REPLY = 10
 """Tokens of a benign reply that are learned: enough to be an answer, cheap enough for two cores."""

@@ -8,6 +8,7 @@ import jax
 from rich.console import Console
 
 from secvec_jax.config import Training
+from secvec_jax.data.encoded import LENGTHS
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_method
 from secvec_jax.defenses.tuning import PHASE2, phase2_method
 from secvec_jax.errors import UserError
@@ -85,7 +86,12 @@ def compiled(settings: Planned, architecture: Architecture) -> Plan:
     else:
         params = parameters(frozen_decoder, guest(settings.task_rank), guest(settings.rank))
         phase, method = phase2_method(params, ("all",), training, 100)
-    return plan(architecture, params, phase, method, lines, training.length)
+    return plan(architecture, params, phase, method, lines, length_of(training))
+
+
+def length_of(training: Training) -> int:
+    """The tokens of a packed line: without data to choose by, the most that there would be."""
+    return training.length or LENGTHS[-1]
 
 
 def _optimizer(training: Training, phase: Training) -> Training:
@@ -120,7 +126,7 @@ def _ladder(settings: Planned, architecture: Architecture, console: Console) -> 
         return new, found
 
     for remat in REMATS:
-        lines, most, before = least, _TOKENS // training.length * parts, (0, 0)
+        lines, most, before = least, _TOKENS // length_of(training) * parts, (0, 0)
         while lines <= max(most, least):
             found = attempt(remat, lines)
             if found is None:
@@ -151,7 +157,7 @@ def told(settings: Planned, plan: Plan) -> Iterator[str]:
     """What the verb prints."""
     training, account = settings.training, plan.account
     yield (
-        f"{settings.model}, phase {settings.phase}, {training.lines} lines x {training.length} tokens, "
+        f"{settings.model}, phase {settings.phase}, {training.lines} lines x {length_of(training)} tokens, "
         f"remat {training.remat}, on {plan.chips} {plan.chip.name} chips ({settings.topology})"
     )
     yield (

@@ -40,6 +40,8 @@ class Screen:
     """rows of the behavior, such as those that the vectors were trained on: with `benign` they set the threshold"""
     benign: str | None = None
     """rows that are known not to show it; some that open as the harmful ones do tell an opening from a behavior"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     length: int = 1024
     """tokens of a row that are read"""
     out: str = "runs/screen"
@@ -54,7 +56,7 @@ def screen(settings: Screen, command: str) -> None:
     if (settings.harmful is None) != (settings.benign is None):
         raise UserError("a threshold needs both --harmful and --benign: give both, or neither to have a ranking alone")
     run = Run(settings, command)
-    rows = load_rows(settings.data)
+    rows = load_rows(settings.data, ignore_fields=settings.ignore_fields)
     found = run.stages.run("screen", lambda stage: _scores(settings, rows, stage))
     by_first(lambda: _write(run.folder, rows, found))
     threshold = found["threshold"]
@@ -75,7 +77,8 @@ def _scores(settings: Screen, rows: Sequence[Row], stage: Stage) -> dict[str, An
     limit = min(settings.length, model.architecture.max_length)
     kinds = {"data": rows}
     if settings.harmful is not None:
-        kinds |= {name: load_rows(getattr(settings, name)) for name in ("harmful", "benign")}
+        known = {name: getattr(settings, name) for name in ("harmful", "benign")}
+        kinds |= {name: load_rows(source, ignore_fields=settings.ignore_fields) for name, source in known.items()}
     found: dict[str, Any] = {"threshold": None}
     for name, some in kinds.items():
         stage.say(f"scoring {name}")

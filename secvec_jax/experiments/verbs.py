@@ -34,6 +34,8 @@ class Align:
 
     data: tuple[str, ...] = ()
     """local JSONL, JSON, CSV or Parquet files, packaged names, or hub dataset ids; rows with answers, losses apart"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     model: str = "smollm2"
     """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
     out: str = "runs/align"
@@ -53,6 +55,8 @@ class Vectors:
     """the model that will be fine-tuned: vectors fit this one only"""
     benign: str | None = None
     """rows on which the vectors must not show; the kl objective needs them"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     out: str = "runs/vectors"
     """the run directory; the vectors are written to OUT/vectors/security.safetensors, LoRA also to OUT/vectors/peft"""
     kind: Literal["lora", "steering", "prompt"] = "lora"
@@ -70,6 +74,8 @@ class Finetune:
 
     data: tuple[str, ...] = ()
     """the rows to learn: files, packaged names, or hub dataset ids, shuffled together and their losses told apart"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     model: str = "smollm2"
     """the model that the vectors were trained for"""
     vectors: tuple[str, ...] = ()
@@ -95,6 +101,8 @@ class ScoreRun:
     """sources of prompts to be answered; rows with answers also give benign_loss"""
     questions: str | None = None
     """rows whose answers must be matched exactly"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     limit: int = 100
     """at most this many prompts of each source"""
     reply_tokens: int = 32
@@ -134,7 +142,7 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
     task = LoRA(rank=settings.task_rank, alpha=2.0 * settings.task_rank) if settings.task_rank else None
 
     def work(stage: Stage) -> dict[str, float]:
-        rows = _by_source(settings.data)
+        rows = _by_source(settings.data, settings.ignore_fields)
         model = load(settings.model)
         decoder, adapter = tuned(
             model,
@@ -162,8 +170,10 @@ def vectors(settings: Vectors, command: str) -> None:
     folder = run.folder / "vectors"
 
     def work(stage: Stage) -> dict[str, float]:
-        rows = load_rows(settings.data)
-        benign = None if settings.benign is None else load_rows(settings.benign)
+        rows = load_rows(settings.data, ignore_fields=settings.ignore_fields)
+        benign = None
+        if settings.benign is not None:
+            benign = load_rows(settings.benign, ignore_fields=settings.ignore_fields)
         model = load(settings.model)
         last: dict[str, float] = {}
         show = stage.on_step()
@@ -190,15 +200,15 @@ def vectors(settings: Vectors, command: str) -> None:
     run.finish(run.stages.run("vectors", work), f"the vectors are in {folder}")
 
 
-def _by_source(sources: Sequence[str]) -> dict[str, Sequence[Row]]:
+def _by_source(sources: Sequence[str], ignore_fields: Sequence[str] = ()) -> dict[str, Sequence[Row]]:
     """The rows of each source under its name, so that their losses are told apart; of a single one under "all"."""
     if len(sources) == 1:
-        return {"all": load_rows(sources[0])}
+        return {"all": load_rows(sources[0], ignore_fields=ignore_fields)}
     if len(set(sources)) < len(sources):
         raise UserError(f"--data names {max(sources, key=list(sources).count)} twice: name each source once")
     short = [Path(source).stem if Path(source).is_file() else source for source in sources]
     names = short if len(set(short)) == len(short) else sources
-    return {name: load_rows(source) for name, source in zip(names, sources)}
+    return {name: load_rows(source, ignore_fields=ignore_fields) for name, source in zip(names, sources)}
 
 
 def _need_data(settings: Any) -> None:
@@ -225,8 +235,12 @@ def _suite(settings: ScoreRun, model: Model) -> Suite:
         answered = [r for r in found if response_of(r) is not None]
         return [encode(model.tokenizer, r["messages"], model.architecture.max_length) for r in answered]
 
-    harmful, benign = (load_prompts(names, settings.limit) for names in (settings.harmful, settings.benign))
-    questions = [] if settings.questions is None else load_rows(settings.questions)[: settings.limit]
+    ignore = settings.ignore_fields
+    harmful, benign = (
+        load_prompts(names, settings.limit, ignore_fields=ignore) for names in (settings.harmful, settings.benign)
+    )
+    asked = () if settings.questions is None else load_rows(settings.questions, ignore_fields=ignore)
+    questions = asked[: settings.limit]
     return Suite(
         refusals=refusal_prefixes(),
         harmful=[prompt_of(r) for r in harmful],

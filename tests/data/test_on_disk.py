@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from secvec_jax.config import Training
-from secvec_jax.data import chat, sources
+from secvec_jax.data import encoded, sources
 from secvec_jax.data.rows import Rows, as_rows
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.security_vectors import finetune
@@ -82,7 +82,7 @@ def test_training_is_the_same_to_the_bit(path, monkeypatch, kept, share):
     found = []
     for large in (sources.LARGE, 0):
         monkeypatch.setattr(sources, "LARGE", large)
-        monkeypatch.setattr(chat, "_KEPT", 50_000 if large else kept)
+        monkeypatch.setattr(encoded, "_KEPT", 50_000 if large else kept)
         found.append(finetune(tiny_model(), load_rows(str(path)), training=training).backbone)
     for one, other in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -119,7 +119,8 @@ def test_any_record_is_a_row_or_a_one_line_error(record):
         ({"messages": []}, "must have a user's turn"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "must have a user's turn"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "end with it"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "unknown role 'tool'"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "must have a user's turn"),
+        ({"messages": [{"role": "critic", "content": "a"}]}, "unknown role 'critic'"),
         ({"messages": [{"role": "user"}]}, "`content` must be text"),
     ],
 )
@@ -224,7 +225,7 @@ def test_a_folder_is_loaded_by_split(tmp_path):
         ("rows.json", b"[]", "holds no rows"),
         ("rows.csv", b"prompt,response\na,b,c\n", "row 1 has more cells than the header"),
         ("rows.csv", b"text,label\na,b\n", "row 1: unknown fields"),
-        ("rows.csv", b"prompt,response\n" + b"a" * 200_000 + b",b\n", "not valid CSV"),
+        ("rows.csv", b'prompt,response\na\x00\r,b\rc\x00\n"', "rows.csv"),
         ("rows.csv", b"prompt,response\n", "holds no rows"),
         ("rows.parquet", b"not parquet", "cannot be read as Parquet"),
         ("rows.txt", b"hello", "cannot read .txt files; use one of .jsonl"),

@@ -1,0 +1,99 @@
+"""Text that spells the tokens by which a chat is divided into turns.
+
+A row is text, whatever it spells: an answer with "<|im_end|>" in it says these ten characters and does not end its
+turn. Tokenizers cannot tell them from what the template wrote, so they are wrapped into two marks before the template
+sees them, and what is between the marks is tokenized as plain text. Rows that spell none are tokenized in one go.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from secvec_jax.data.rows import Message
+from secvec_jax.turns import chat_template, render, turn_ends
+
+_START, _END = "\U000f0000", "\U000f0001"
+"""Private-use characters; what a row has of them is taken out where it also spells a control token."""
+
+
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The tokens that divide a chat: the special ones, and those of the template's own around a user's turn.
+
+    Added tokens such as "<think>", which an assistant may say, are not among them.
+    """
+    return _control_tokens(tokenizer, chat_template(tokenizer))
+
+
+@functools.lru_cache(maxsize=8)
+def _control_tokens(tokenizer: Any, template: str | None) -> tuple[str, ...]:
+    added = tokenizer.added_tokens_decoder
+    found = {str(token) for token in added.values() if token.special}
+    if template:
+        asked: list[Message] = [{"role": "user", "content": "asked"}]
+        turn = render(tokenizer, asked)
+        opening = render(tokenizer, asked, add_generation_prompt=True).removeprefix(turn)
+        ids = tokenizer.encode(turn, add_special_tokens=False)
+        ids += tokenizer.encode(opening, add_special_tokens=False)[:1]
+        found |= {str(added[token]) for token in (*ids, *turn_ends(tokenizer)) if token in added}
+    return tuple(sorted((token for token in found if token.strip()), key=len, reverse=True))
+
+
+def spelled(tokenizer: Any, messages: Sequence[Message]) -> list[str]:
+    """The control tokens that some turns spell."""
+    return [token for token in control_tokens(tokenizer) if any(token in turn["content"] for turn in messages)]
+
+
+def mark(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
+    """The turns with the control tokens that they spell between marks; as they are if they spell none."""
+    found = spelled(tokenizer, messages)
+    if not found:
+        return list(messages)
+    pattern = re.compile("|".join(map(re.escape, found)))
+
+    def marked(text: str) -> str:
+        return pattern.sub(rf"{_START}\g<0>{_END}", text.replace(_START, "").replace(_END, ""))
+
+    return [{**turn, "content": marked(turn["content"])} for turn in messages]
+
+
+def tokenize(tokenizer: Any, text: str, marked: bool, starts: bool = True) -> tuple[list[int], list[int]]:
+    """The ids of a rendered chat and, if asked for, where each begins in it; what is between marks is plain text."""
+    if not marked:
+        return _encoded(tokenizer, text, starts=starts)
+    ids: list[int] = []
+    places: list[int] = []
+    begin = 0
+    for piece in re.split(f"({_START}[^{_START}{_END}]*{_END}|[{_START}{_END}])", text):
+        inner = piece.strip(_START + _END)
+        if inner:
+            own, begins = _plain(tokenizer, inner) if inner != piece else _inside(tokenizer, inner)
+            shift = begin + piece.index(inner)
+            ids += own
+            places += [shift + place for place in begins]
+        begin += len(piece)
+    return ids, places
+
+
+def _plain(tokenizer: Any, token: str) -> tuple[list[int], list[int]]:
+    """A control token's characters, as ids of plain text."""
+    ids, starts = _inside(tokenizer, token, split_special_tokens=True)
+    if tokenizer.convert_tokens_to_ids(token) not in ids:
+        return ids, starts
+    # An added token that is not special is found in every text; in two pieces there is no such token.
+    (first, _), (rest, begins) = _inside(tokenizer, token[:1]), _inside(tokenizer, token[1:])
+    return first + rest, [0] * len(first) + [1 + begin for begin in begins]
+
+
+def _inside(tokenizer: Any, text: str, **more: bool) -> tuple[list[int], list[int]]:
+    """A piece from within a text: behind a line break, or SentencePiece would put a space in front of it."""
+    lead, _ = _encoded(tokenizer, "\n")
+    ids, starts = _encoded(tokenizer, "\n" + text, **more)
+    if ids[: len(lead)] != lead:  # the line break joins what is behind it
+        return _encoded(tokenizer, text, **more)
+    return ids[len(lead) :], [start - 1 for start in starts[len(lead) :]]
+
+
+def _encoded(tokenizer: Any, text: str, starts: bool = True, **more: bool) -> tuple[list[int], list[int]]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=starts, **more)
+    return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]] if starts else []
