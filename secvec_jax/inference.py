@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from secvec_jax.data.chat import prompt_tokens
+from secvec_jax.data.chat import prompts_tokens
 from secvec_jax.data.rows import Message, row
 from secvec_jax.mesh import platform
 from secvec_jax.model.decoder import Guest, as_guests
@@ -39,7 +39,7 @@ def generate(
     conversations = [row(p)["messages"] if isinstance(p, str) else p for p in prompts]
     replies = generate_tokens(
         model.backbone,
-        [prompt_tokens(model.tokenizer, messages, limit) for messages in conversations],
+        prompts_tokens(model.tokenizer, conversations, limit),
         as_guests(vectors),
         max_new_tokens=max_new_tokens,
         stop=turn_ends(model.tokenizer),

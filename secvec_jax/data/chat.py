@@ -7,7 +7,7 @@ behind the generation prompt when the turn is appended.
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -54,6 +54,17 @@ def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> n
     if len(tokens) > max_length:
         raise TooLong(_too_long(len(tokens), max_length))
     return np.asarray(tokens, np.int32)
+
+
+def prompts_tokens(tokenizer: Any, conversations: Sequence[list[Message]], max_length: int) -> list[np.ndarray]:
+    """As `prompt_tokens`, of several conversations; errors say which one it was."""
+    found = []
+    for number, messages in enumerate(conversations, 1):
+        try:
+            found.append(prompt_tokens(tokenizer, messages, max_length))
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}") from error
+    return found
 
 
 def encode(tokenizer: Any, messages: list[Message], max_length: int, control: ControlTokens = "text") -> Example:

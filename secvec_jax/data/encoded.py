@@ -104,12 +104,12 @@ def encoded(
         _warn(left_out, len(rows), f"are longer than {max_length} tokens and dropped", where)
         if not kept:
             raise UserError(f"every row of {name} is longer than {max_length} tokens: raise `length`")
-        shortened = []
+        shortened, found.longest = [], found.longest_uncut
     elif shortened:
         _warn(shortened, len(rows), f"have answers cut at {max_length} tokens: raise `length`, or set long_rows", where)
     if found.spelled:
-        what = {"text": "which is learned as plain text", "tokens": "which is learned as those tokens"}
-        _warn(sorted(found.spelled), len(rows), f"spell control tokens, {what[control_tokens]} (control_tokens)", where)
+        what = "plain text" if control_tokens == "text" else "the tokens"
+        _warn(sorted(found.spelled), len(rows), f"spell control tokens, which are learned as {what}", where)
     return Encoded(lambda index: encode(index)[0], kept, found.longest, len(shortened))
 
 
@@ -118,6 +118,9 @@ class _Found:
     """What a look at some rows has found, by their index."""
 
     longest: int = 0
+    """tokens, as far as they are not cut"""
+    longest_uncut: int = 0
+    """tokens of the longest that is not cut at all"""
     cut: list[int] = dataclasses.field(default_factory=list)
     spelled: list[int] = dataclasses.field(default_factory=list)
     prompts: list[tuple[int, str]] = dataclasses.field(default_factory=list)
@@ -140,11 +143,14 @@ def _look_at_all(encode: Callable[[int], tuple[Example, bool]], spells: Callable
         mine.longest = max(mine.longest, len(example.tokens))
         if shortened:
             mine.cut.append(index)
+        else:
+            mine.longest_uncut = max(mine.longest_uncut, len(example.tokens))
         if spells(index):
             mine.spelled.append(index)
     parts = [_Found(**part) for part in collect(dataclasses.asdict(mine))]
     return _Found(
         max(part.longest for part in parts),
+        max(part.longest_uncut for part in parts),
         [index for part in parts for index in part.cut],
         [index for part in parts for index in part.spelled],
         [(index, message) for part in parts for index, message in part.prompts],

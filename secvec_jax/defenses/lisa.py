@@ -54,7 +54,10 @@ def finetune(
     if aligned_steps < 0 or user_steps < 1:
         raise UserError(f"Lisa takes aligned_steps >= 0 and user_steps >= 1, not {aligned_steps} and {user_steps}")
     training = how.get("training", PHASE2)
-    steps = training.steps or stream_of(model, groups_of(rows), training).count()
+    steps = training.steps
+    if steps is None:
+        stream = stream_of(model, groups_of(rows), training)
+        steps, rows = stream.count(), stream.examples
     how["training"] = replace(training, steps=steps + aligned_steps * -(-steps // user_steps))
     return tune(model, rows, beside={SAFE: safe}, move=lisa(aligned_steps, user_steps, rho), **how)
 

@@ -153,10 +153,9 @@ def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     length = training.length or next((length for length in LENGTHS if longest <= length), longest)
     if is_first():
         for name, some in found.items():
-            if isinstance(some, Encoded):
-                cut = some.truncated or "none"
-                text = "%s: %d rows of up to %d tokens, in packed lines of %d; %s truncated"
-                _log.info(text, name, len(some), some.longest, length, cut)
+            if isinstance(some, Encoded) and some is not groups[name]:
+                text = "%s: %d rows of up to %d tokens, packed into sequences of %d; %s truncated"
+                _log.info(text, _called(name), len(some), some.longest, length, some.truncated or "none")
     return Stream(found, training.lines, length, training.seed, training.epochs, _shares(training))
 
 
@@ -169,14 +168,19 @@ def _shares(training: Training) -> bool:
     return platform() != "tpu" if training.share_beginnings is None else training.share_beginnings
 
 
+def _called(name: str) -> str:
+    """What messages call the rows of a group."""
+    return "data" if name == "all" else name
+
+
 def _longest(examples: Sequence[Example]) -> int:
     return max((len(example.tokens) for example in examples), default=0)
 
 
 def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
     if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
-        return list(rows)
-    called = "data" if name == "all" else name
+        return rows if isinstance(rows, Encoded) else list(rows)
+    called = _called(name)
     limit = min(training.length or LENGTHS[-1], model.architecture.max_length)
     some = as_rows(rows, name=called)
     return encoded(model.tokenizer, some, limit, called, training.long_rows, training.control_tokens)
