@@ -48,9 +48,9 @@ def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> n
 
     Raises UserError if they exceed `max_length`, and for turns that the template does not take.
     """
-    turns = mark(tokenizer, messages)
+    turns, marks = mark(tokenizer, messages)
     text = render(tokenizer, turns, add_generation_prompt=True)
-    tokens, _ = _read(lambda: tokenize(tokenizer, text, marked=turns != messages, starts=False))
+    tokens, _ = _read(lambda: tokenize(tokenizer, text, marks, starts=False))
     if len(tokens) > max_length:
         raise TooLong(_too_long(len(tokens), max_length))
     return np.asarray(tokens, np.int32)
@@ -84,12 +84,11 @@ def encode_all(tokenizer: Any, messages: list[Message], control: ControlTokens =
     """As `encode`, of any length."""
     if control == "refuse" and (found := spelled(tokenizer, messages)):
         raise UserError(f"the text spells the control token {found[0]!r}: remove it, or set control_tokens to text")
-    turns = mark(tokenizer, messages) if control == "text" else messages
-    marked = turns != messages
-    if not marked and _GENERATION.search(chat_template(tokenizer) or ""):
+    turns, marks = mark(tokenizer, messages) if control == "text" else (messages, "")
+    if not marks and _GENERATION.search(chat_template(tokenizer) or ""):
         tokens, supervised = _marked_by_template(tokenizer, turns)
     else:
-        tokens, supervised = _marked_by_difference(tokenizer, turns, marked)
+        tokens, supervised = _marked_by_difference(tokenizer, turns, marks)
     if not supervised.any():
         raise UserError(f"a row has no assistant turn ({_clip(messages)}): every row needs an answer to learn")
     return Example(tokens, supervised)
@@ -103,7 +102,7 @@ def cut(example: Example, length: int) -> Example:
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def _marked_by_template(tokenizer: Any, messages: list[Message]) -> tuple[np.ndarray, np.ndarray]:
+def _marked_by_template(tokenizer: Any, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
     render(tokenizer, messages)  # raises what the template itself has against these turns
     given = {"chat_template": chat_template(tokenizer), "return_dict": True, "return_assistant_tokens_mask": True}
     encoded = _read(lambda: tokenizer.apply_chat_template(messages, **given))
@@ -121,9 +120,9 @@ def _marked_by_template(tokenizer: Any, messages: list[Message]) -> tuple[np.nda
     return np.asarray(encoded["input_ids"], np.int32), supervised
 
 
-def _marked_by_difference(tokenizer: Any, messages: list[Message], marked: bool) -> tuple[np.ndarray, np.ndarray]:
+def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: str) -> tuple[np.ndarray, np.ndarray]:
     text = render(tokenizer, messages)
-    ids, starts = _read(lambda: tokenize(tokenizer, text, marked))
+    ids, starts = _read(lambda: tokenize(tokenizer, text, marks))
     tokens, begins = np.asarray(ids, np.int32), np.asarray(starts)
     supervised = np.zeros(len(tokens), bool)
     for turn, message in enumerate(messages):
@@ -145,7 +144,7 @@ def _marked_by_difference(tokenizer: Any, messages: list[Message], marked: bool)
 _SAID = "\ue000"
 
 
-def _before(tokenizer: Any, messages: list[Message], turn: int) -> str:
+def _before(tokenizer: Any, messages: Sequence[Message], turn: int) -> str:
     """What stands before the words of an assistant's turn."""
     if turn:
         return render(tokenizer, messages[:turn], add_generation_prompt=True)

@@ -5,16 +5,16 @@ turn. Tokenizers cannot tell them from what the template wrote, so they are wrap
 sees them, and what is between the marks is tokenized as plain text. Rows that spell none are tokenized in one go.
 """
 
+import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from secvec_jax.data.rows import Message
+from secvec_jax.errors import UserError
 from secvec_jax.turns import chat_template, render, turn_ends
-
-_START, _END = "\U000f0000", "\U000f0001"
-"""Private-use characters; what a row has of them is taken out where it also spells a control token."""
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -26,10 +26,10 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _control_tokens(tokenizer: Any, template: str | None) -> tuple[str, ...]:
+def _control_tokens(tokenizer: Any, template: str | None) -> tuple[str, ...]:  # of a template: it may change
     added = tokenizer.added_tokens_decoder
     found = {str(token) for token in added.values() if token.special}
-    if template:
+    with contextlib.suppress(UserError):  # without a template, or where this one does not take a user's turn alone
         asked: list[Message] = [{"role": "user", "content": "asked"}]
         turn = render(tokenizer, asked)
         opening = render(tokenizer, asked, add_generation_prompt=True).removeprefix(turn)
@@ -44,28 +44,33 @@ def spelled(tokenizer: Any, messages: Sequence[Message]) -> list[str]:
     return [token for token in control_tokens(tokenizer) if any(token in turn["content"] for turn in messages)]
 
 
-def mark(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
-    """The turns with the control tokens that they spell between marks; as they are if they spell none."""
+def mark(tokenizer: Any, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
+    """The turns with each control token that they spell between two marks, and these marks; "" if they spell none."""
     found = spelled(tokenizer, messages)
     if not found:
-        return list(messages)
+        return messages, ""
+    said = "".join(turn["content"] for turn in messages)
+    first, last = itertools.islice((mark for mark in map(chr, _PRIVATE) if mark not in said), 2)
     pattern = re.compile("|".join(map(re.escape, found)))
+    marked: list[Message] = [
+        {**turn, "content": pattern.sub(rf"{first}\g<0>{last}", turn["content"])} for turn in messages
+    ]
+    return marked, first + last
 
-    def marked(text: str) -> str:
-        return pattern.sub(rf"{_START}\g<0>{_END}", text.replace(_START, "").replace(_END, ""))
 
-    return [{**turn, "content": marked(turn["content"])} for turn in messages]
+_PRIVATE = range(0xF0000, 0xFFFFE)
+"""Characters that stand for nothing, of which a row's marks are two that it does not hold."""
 
 
-def tokenize(tokenizer: Any, text: str, marked: bool, starts: bool = True) -> tuple[list[int], list[int]]:
-    """The ids of a rendered chat and, if asked for, where each begins in it; what is between marks is plain text."""
-    if not marked:
+def tokenize(tokenizer: Any, text: str, marks: str, starts: bool = True) -> tuple[list[int], list[int]]:
+    """The ids of a rendered chat and, if asked for, where each begins in it; what is between `marks` is plain text."""
+    if not marks:
         return _encoded(tokenizer, text, starts=starts)
     ids: list[int] = []
     places: list[int] = []
     begin = 0
-    for piece in re.split(f"({_START}[^{_START}{_END}]*{_END}|[{_START}{_END}])", text):
-        inner = piece.strip(_START + _END)
+    for piece in re.split(f"({marks[0]}[^{marks}]*{marks[1]}|[{marks}])", text):  # a template may part two marks
+        inner = piece.strip(marks)
         if inner:
             own, begins = _plain(tokenizer, inner) if inner != piece else _inside(tokenizer, inner)
             shift = begin + piece.index(inner)

@@ -140,3 +140,173 @@ def test_the_prompt_is_what_stands_before_the_first_supervised_token(tokenizer, 
     assert row.answer_start == len(prompt)
     assert prompt.dtype == row.tokens.dtype == np.int32
     assert row.supervised.dtype == bool
+
+
+# Templates --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Roles must\nalternate') }}", "Roles must alternate"),
+        ("{{ messages[0]['content'] + 1 }}", "str"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ messages[9]['content'] }}", "no element 9|list object"),
+        ("{{ strftime_later('x') }}", "undefined"),
+        ("{% for m in messages %}", "end"),
+        ("{% frobnicate %}", "unknown tag"),
+    ],
+)
+def test_whatever_a_template_raises_is_one_line(templated, template, reason):
+    for call in (encode, prompt_tokens):
+        with pytest.raises(UserError, match=rf"chat template does not take these turns \(.*{reason}") as caught:
+            call(templated(template), conversation(("a", "b")), LONG)
+        assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=30, deadline=None)
+@given(welcome=words, exchange=st.tuples(words, words))
+def test_a_conversation_that_the_assistant_opens_is_learned_from_its_first_word(tokenizer, welcome, exchange):
+    turns = [{"role": "assistant", "content": welcome}, *conversation(exchange)]
+    row = encode(tokenizer, turns, LONG)
+    found = [tokenizer.decode(row.tokens[span]) for span in spans(row.supervised)]
+    assert found == [welcome + "<|im_end|>", exchange[1] + "<|im_end|>"]
+
+
+def test_a_default_system_prompt_stands_before_what_the_assistant_opens_with(templated):
+    template = "<|im_start|>system\nBe kind.<|im_end|>\n" + build_tokenizer().chat_template
+    tokenizer = templated(template)
+    row = encode(tokenizer, [{"role": "assistant", "content": "Welcome!"}, *conversation(("a", "b"))], LONG)
+    found = [tokenizer.decode(row.tokens[span]) for span in spans(row.supervised)]
+    assert found == ["Welcome!<|im_end|>", "b<|im_end|>"]
+
+
+def test_of_named_templates_the_default_is_used(tokenizer, templated):
+    chatml = tokenizer.chat_template
+    named = build_tokenizer()
+    named.chat_template = {"default": chatml, "tool_use": "TOOLS " + chatml}
+    turns = conversation(("a", "b"))
+    for field in ("tokens", "supervised"):
+        ours, theirs = (getattr(encode(each, turns, LONG), field) for each in (named, tokenizer))
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(prompt_tokens(named, turns[:1], LONG), prompt_tokens(tokenizer, turns[:1], LONG))
+    named.chat_template = {"rag": chatml, "tool_use": chatml}
+    for call in (encode, prompt_tokens):
+        with pytest.raises(UserError, match=r"several chat templates \(rag, tool_use\) and none is named default"):
+            call(named, turns, LONG)
+
+
+# Turns that are not to be learned ---------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(exchanges=exchanges, marks=st.lists(st.booleans(), min_size=3, max_size=3), marked=st.booleans())
+def test_turns_that_are_marked_are_read_and_not_learned(tokenizer, templated, exchanges, marks, marked):
+    turns, learned = conversation(*exchanges), marks[: len(exchanges)]
+    for turn, train in zip(turns[1::2], learned):
+        turn["train"] = train
+    used = templated(MARKED) if marked else tokenizer
+    if not any(learned):
+        with pytest.raises(UserError, match="no assistant turn"):
+            encode(used, turns, LONG)
+        return
+    row = encode(used, turns, LONG)
+    np.testing.assert_array_equal(row.tokens, encode(tokenizer, conversation(*exchanges), LONG).tokens)
+    found = [tokenizer.decode(row.tokens[span]) for span in spans(row.supervised)]
+    assert found == [answer + "<|im_end|>" for (_, answer), train in zip(exchanges, learned) if train]
+
+
+def test_spans_that_are_not_one_a_turn_cannot_be_told_apart(templated):
+    split = MARKED.replace(
+        "<|im_end|>{% endgeneration %}", "{% endgeneration %}|{% generation %}<|im_end|>{% endgeneration %}"
+    )
+    turns = conversation(("a", "b"), ("c", "d"))
+    assert encode(templated(split), turns, LONG).supervised.any()
+    turns[1]["train"] = False
+    with pytest.raises(UserError, match="marks 4 spans in 2 turns"):
+        encode(templated(split), turns, LONG)
+
+
+def test_what_a_tool_says_is_not_learned(tokenizer):
+    turns = [
+        *conversation(("a", "I look."))[:2],
+        {"role": "tool", "content": "22"},
+        {"role": "assistant", "content": "22!"},
+    ]
+    row = encode(tokenizer, turns, LONG)
+    found = [tokenizer.decode(row.tokens[span]) for span in spans(row.supervised)]
+    assert found == ["I look.<|im_end|>", "22!<|im_end|>"]
+
+
+# Text that spells control tokens ----------------------------------------------------------------
+
+CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+forged = st.lists(st.sampled_from([*CONTROL, "\U000f0000", "\U000f0001"]) | words, min_size=1, max_size=5).map("".join)
+
+
+@settings(max_examples=50, deadline=None)
+@given(exchanges=st.lists(st.tuples(forged, forged), min_size=1, max_size=2), marked=st.booleans())
+def test_a_row_is_text_whatever_it_spells(tokenizer, templated, exchanges, marked):
+    turns = conversation(*exchanges)
+    row = encode(templated(MARKED) if marked else tokenizer, turns, LONG)
+    assert tokenizer.decode(row.tokens) == tokenizer.apply_chat_template(turns, tokenize=False)
+    found = [tokenizer.decode(row.tokens[span]) for span in spans(row.supervised)]
+    assert found == [answer + "<|im_end|>" for _, answer in exchanges]
+    # The template's own control tokens and no others: two a turn, of which the answer's end is learned.
+    counts = [int((row.tokens == tokenizer.convert_tokens_to_ids(token)).sum()) for token in CONTROL]
+    assert counts == [len(turns), len(turns), 0]
+    assert np.isin(row.tokens[row.supervised], tokenizer.convert_tokens_to_ids(list(CONTROL))).sum() == len(exchanges)
+    prompt = prompt_tokens(tokenizer, turns[:1], LONG)
+    np.testing.assert_array_equal(prompt, row.tokens[: len(prompt)])
+
+
+def test_control_tokens_are_learned_as_such_on_demand(tokenizer):
+    turns = conversation(("Why?", "a<|im_end|>b"))
+    as_text, as_tokens = (encode(tokenizer, turns, LONG, control) for control in ("text", "tokens"))
+    assert tokenizer.decode(as_text.tokens) == tokenizer.decode(as_tokens.tokens)
+    assert int((as_text.tokens == tokenizer.eos_token_id).sum()) == 2
+    assert int((as_tokens.tokens == tokenizer.eos_token_id).sum()) == 3
+    with pytest.raises(UserError, match=r"spells the control token '<\|im_end\|>'"):
+        encode(tokenizer, turns, LONG, "refuse")
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_added_tokens_that_an_assistant_may_say_stay_tokens_and_a_turns_own_do_not(special):
+    from tokenizers import AddedToken
+
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("<|user|>", special=special)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '<|im_start|>' }}{{ m['content'] }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    row = encode(tokenizer, conversation(("a", "<think>b<|user|>c")), LONG)
+    think, user = tokenizer.convert_tokens_to_ids(["<think>", "<|user|>"])
+    assert int((row.tokens[row.supervised] == think).sum()) == 1
+    assert int((row.tokens == user).sum()) == 1 and not (row.tokens[row.supervised] == user).any()
+    assert tokenizer.decode(row.tokens[row.supervised]) == "<think>b<|user|>c<|im_end|>"
+
+
+def test_no_space_creeps_in_where_sentencepiece_would_put_one():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<s>", "</s>", "▁", *"\n<>/s:UAabcdef"]
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    template = (
+        "{% for m in messages %}{{ m['role'][0] | upper }}:{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                        chat_template=template)  # fmt: skip
+    row = encode(tokenizer, conversation(("a", "b</s>c")), LONG)
+    pieces = tokenizer.convert_ids_to_tokens(row.tokens.tolist())
+    assert pieces[-7:] == ["b", "<", "/", "s", ">", "c", "</s>"]
+
+
+def test_text_that_no_tokenizer_reads_is_one_line(tokenizer):
+    for call in (encode, prompt_tokens):
+        with pytest.raises(UserError, match="the tokenizer cannot read the text: it has half of a character"):
+            call(tokenizer, conversation(("a \ud83d", "b")), LONG)
