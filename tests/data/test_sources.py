@@ -193,6 +193,23 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     assert list(load_rows(str(path))) == ROWS
 
 
+def test_a_long_cell_of_a_table_is_read(tmp_path):
+    before = csv.field_size_limit()
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,response\n" + "a" * 200_000 + ",b\n")
+    assert list(load_rows(str(path))) == [row("a" * 200_000, "b")]
+    assert csv.field_size_limit() == before
+
+
+def test_fields_are_ignored_by_name(tmp_path):
+    record = RECORDS[0] | {"persona": "a pirate", "mood": "so good"}
+    for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.parquet"):
+        _write(tmp_path / name, [record])
+        assert list(load_rows(str(tmp_path / name), ignore_fields=["persona", "mood"])) == ROWS[:1]
+        with pytest.raises(UserError, match=f"{name}, (line|row) 1: unknown fields `mood` are not read"):
+            load_rows(str(tmp_path / name), ignore_fields=["persona"])
+
+
 def test_a_relative_path_that_looks_like_an_id_is_a_file(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     _write(tmp_path / "folder" / "rows.jsonl", RECORDS)
@@ -225,7 +242,14 @@ def test_a_folder_is_loaded_by_split(tmp_path):
         ("rows.json", b"[]", "holds no rows"),
         ("rows.csv", b"prompt,response\na,b,c\n", "row 1 has more cells than the header"),
         ("rows.csv", b"text,label\na,b\n", "row 1: unknown fields"),
-        ("rows.csv", b'prompt,response\na\x00\r,b\rc\x00\n"', "rows.csv"),
+        ("rows.csv", b"prompt;response\na;b\n", "columns separated by ';'"),
+        ("rows.json", b'{"data": [{"prompt": "a", "response": "b"}]}', "found dict; its `data` is one"),
+        ("rows.json", b'{"prompt": "a", "response": "b"}', "found dict; wrap it in"),
+        ("rows.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "one JSON value per line: name it .jsonl"),
+        ("rows.jsonl", b'[\n{"prompt": "a"}\n]\n', "line 1 opens a list that goes on: rows.jsonl is one JSON value"),
+        ("rows.jsonl", b'{"prompt": ' + b"1" * 5_000 + b"}", "line 1 cannot be read as JSON"),
+        ("rows.jsonl", b'\n{"prompt": "c", "response": "cut \\ud83d"}', r"line 2: `response` has half of a char.*at 5"),
+        ("rows.jsonl", b'{"prompt": "a", "response": "b", "persona": "a pirate"}', "line 1: unknown fields `persona`"),
         ("rows.csv", b"prompt,response\n", "holds no rows"),
         ("rows.parquet", b"not parquet", "cannot be read as Parquet"),
         ("rows.txt", b"hello", "cannot read .txt files; use one of .jsonl"),
