@@ -3,58 +3,198 @@
 Vectors are off unless they are passed: phase 3 of the method is leaving the argument out.
 """
 
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-from secvec_jax.data.chat import prompts_tokens
-from secvec_jax.data.rows import Message, row
+from secvec_jax.arguments import instance, integer, number, path, shown
+from secvec_jax.data.chat import prompt_tokens
+from secvec_jax.data.rows import Message, Row, as_rows, normalize, response_of
+from secvec_jax.errors import UserError
 from secvec_jax.mesh import platform
-from secvec_jax.model.decoder import Guest, as_guests
+from secvec_jax.model.architecture import Architecture
+from secvec_jax.model.decoder import Guest
 from secvec_jax.model.generate import generate_tokens
-from secvec_jax.model.hub import Model
+from secvec_jax.model.hub import Model, load
+from secvec_jax.progress import reply_progress
 from secvec_jax.turns import turn_ends
+from secvec_jax.vectors.store import load_vectors
+
+Given = Guest | str | os.PathLike[str] | list[Any] | tuple[Any, ...] | None
+"""Vectors as a caller passes them: one or several, values or files; None for none."""
 
 
 def generate(
     model: Model,
-    prompts: Sequence[str | list[Message]],
-    vectors: Guest | tuple[Guest, ...] | None = None,
+    prompts: Iterable[str | list[Message] | Row],
+    vectors: Given = None,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The model's reply to each prompt (a text, or a conversation as messages), greedy unless temperature > 0.
+    """The model's reply to each prompt, greedy unless temperature > 0.
 
-    Raises UserError for a prompt that leaves no room for the reply.
+    prompts: texts, conversations as lists of messages, or rows (dicts, a DataFrame, a `datasets.Dataset`), which are
+    answered anew: a row's final answer is left out. max_new_tokens: the longest reply, in tokens. progress is called
+    with the number of replies done after each batch; None: a line on the screen in a notebook or a terminal.
+    Raises UserError for a prompt that cannot be read, is longer than the model takes beside the reply, or holds token
+    ids that the model does not have, and for settings out of range.
     """
-    limit = model.architecture.max_length - max_new_tokens
-    conversations = [row(p)["messages"] if isinstance(p, str) else p for p in prompts]
-    replies = generate_tokens(
-        model.backbone,
-        prompts_tokens(model.tokenizer, conversations, limit),
-        as_guests(vectors),
-        max_new_tokens=max_new_tokens,
-        stop=turn_ends(model.tokenizer),
-        batch_size=batch_size,
-        temperature=temperature,
-        seed=seed,
-        dtype=compute_dtype(),
-        progress=progress,
-    )
+    model = as_model(model)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+    if max_new_tokens >= model.architecture.max_length:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}: the model takes {model.architecture.max_length} tokens in all, "
+            "prompt and reply; lower it"
+        )
+    temperature = number("temperature", temperature, 0.0)
+    if 0 < temperature < _COLDEST:
+        raise UserError(f"temperature is {temperature:g}: use 0 for the likeliest token, or at least {_COLDEST:g}")
+    seed, batch_size = integer("seed", seed, 0, 2**32 - 1), integer("batch_size", batch_size, 1)
+    guests = as_vectors(vectors, model)
+    encoded = [_prompt_ids(model, *prompt, max_new_tokens) for prompt in as_conversations(prompts)]
+    with reply_progress(len(encoded), progress) as on_replies:
+        replies = generate_tokens(
+            model.backbone,
+            encoded,
+            guests,
+            max_new_tokens=max_new_tokens,
+            stop=turn_ends(model.tokenizer),
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed,
+            dtype=compute_dtype(),
+            progress=on_replies,
+        )
     return [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in replies]
 
 
-def logits(model: Model, tokens: Any, vectors: Guest | tuple[Guest, ...] | None = None) -> jax.Array:
-    """The plain forward pass: token ids `[B, T]` -> next-token logits `[B, T, V]`, float32."""
-    return _logits(model.backbone, jnp.asarray(tokens), as_guests(vectors), dtype=compute_dtype())
+def logits(model: Model, tokens: Any, vectors: Given = None) -> jax.Array:
+    """The plain forward pass: token ids `[B, T]` -> next-token logits `[B, T, V]`, float32.
+
+    Raises UserError if the tokens are not integers of that shape or are no ids of the model.
+    """
+    model = as_model(model)
+    ids = _token_ids(tokens, model.architecture)
+    return _logits(model.backbone, ids, as_vectors(vectors, model), dtype=compute_dtype())
+
+
+_COLDEST = 1e-4
+"""Below, logits divided by the temperature leave float32's range or its precision."""
+
+
+def as_model(model: Any) -> Model:
+    """A loaded model as it is; a name, folder or hub id as `sv.load` reads it. Raises UserError for anything else."""
+    if isinstance(model, str | os.PathLike):
+        return load(path("model", model, "a name or a folder") if not isinstance(model, str) else model)
+    return instance("model", model, Model, "pass what sv.load returned, or a name or folder that sv.load takes")
+
+
+def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Guest, ...]:
+    """Vectors as a tuple: one or several, each a value or a file, all of them fitting the model; none for None.
+
+    Raises UserError for anything else, and as `load_vectors` does.
+    """
+    if vectors is None:
+        return ()
+    if isinstance(vectors, list | tuple):
+        return tuple(guest for item in vectors if item is not None for guest in as_vectors(item, model, name))
+    if isinstance(vectors, str | os.PathLike):
+        vectors = load_vectors(path(name, vectors, "the path of a vectors file"), model)
+    fix = "pass what sv.train_vectors or sv.load_vectors returned, the path of a vectors file, or None"
+    guest = instance(name, vectors, Guest, fix)
+    if hasattr(guest, "check"):
+        guest.check(model.architecture)
+    return (guest,)
+
+
+def as_conversations(prompts: Any) -> list[tuple[str, list[Message]]]:
+    """Each prompt's place for error messages ("prompt 3"), and its messages up to the assistant's turn.
+
+    Raises UserError if `prompts` is not a collection of texts, conversations and rows.
+    """
+    if isinstance(prompts, str | bytes):
+        raise UserError(f"prompts is {shown(prompts)}, a single text: pass a list, [text]")
+    if isinstance(prompts, Mapping) and not hasattr(prompts, "num_rows"):
+        raise UserError(f"prompts is {shown(prompts)}: pass a list of prompts; a single row goes into a list, [row]")
+    if isinstance(prompts, Mapping) or hasattr(prompts, "columns") or hasattr(prompts, "num_rows"):
+        prompts = as_rows(prompts, needs_answer=False, name="prompts")
+    if isinstance(prompts, set | frozenset) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts is {shown(prompts)}: pass a list of texts, conversations or rows")
+    return [(f"prompt {number}", _conversation(prompt, f"prompt {number}")) for number, prompt in enumerate(prompts, 1)]
+
+
+def _conversation(prompt: Any, where: str) -> list[Message]:
+    if isinstance(prompt, str):
+        return normalize({"messages": [{"role": "user", "content": str(prompt)}]}, where)["messages"]
+    if isinstance(prompt, Mapping):
+        if "role" in prompt and "messages" not in prompt:
+            raise UserError(f"{where} is a single message: a conversation is a list of messages, in a list of prompts")
+        row = normalize(prompt, where)
+        return row["messages"] if response_of(row) is None else row["messages"][:-1]
+    if isinstance(prompt, list | tuple):
+        row = normalize({"messages": prompt}, where)
+        if response_of(row) is not None:
+            raise UserError(f"{where} ends with the assistant's turn: leave that turn out to have it answered anew")
+        return row["messages"]
+    raise UserError(f"{where} is {shown(prompt)}: pass a text, a list of messages, or a row")
+
+
+def _prompt_ids(model: Model, where: str, messages: list[Message], max_new_tokens: int) -> np.ndarray:
+    a = model.architecture
+    try:
+        tokens = prompt_tokens(model.tokenizer, messages, sys.maxsize)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    room = a.max_length - max_new_tokens
+    if len(tokens) > room:
+        raise UserError(
+            f"{where} has {len(tokens)} tokens: the model takes {a.max_length} in all, which with max_new_tokens="
+            f"{max_new_tokens} leaves {room} for a prompt; shorten the prompt or lower max_new_tokens"
+        )
+    if not len(tokens):
+        raise UserError(f"{where} has no tokens: the chat template leaves it empty")
+    _check_ids(tokens, a, where)
+    return tokens
+
+
+def _token_ids(tokens: Any, architecture: Architecture) -> jax.Array:
+    if isinstance(tokens, jax.core.Tracer):
+        return jnp.asarray(tokens)
+    fix = "pass token ids [B, T], such as model.tokenizer([text])['input_ids']"
+    if isinstance(tokens, str | bytes | Mapping):
+        raise UserError(f"tokens is {shown(tokens)}: {fix}")
+    spread = isinstance(tokens, jax.Array) and not tokens.is_fully_addressable
+    try:
+        ids = tokens if spread else np.asarray(tokens)
+    except (TypeError, ValueError) as error:  # rows of different lengths
+        raise UserError(f"tokens cannot be made one array [B, T]: {fix}, all rows of one length") from error
+    if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"tokens has shape {ids.shape} and type {ids.dtype}: {fix}")
+    if architecture.learned_positions and ids.shape[1] > architecture.max_length:
+        raise UserError(f"tokens has {ids.shape[1]} positions, the model {architecture.max_length}: shorten the rows")
+    if not spread:
+        _check_ids(ids, architecture, "tokens")
+    return jnp.asarray(ids, jnp.int32)
+
+
+def _check_ids(ids: np.ndarray, architecture: Architecture, where: str) -> None:
+    """Raises UserError for an id that the embedding does not have, which JAX would clamp without a word."""
+    size = architecture.vocab_size
+    if ids.min() < 0 or ids.max() >= size:
+        wrong = int(ids.min() if ids.min() < 0 else ids.max())
+        raise UserError(f"{where}: token id {wrong} is outside the model's vocabulary of {size}: the tokenizer has "
+                        "tokens that the model lacks, or belongs to another model")  # fmt: skip
 
 
 @partial(jax.jit, static_argnames="dtype")

@@ -5,7 +5,7 @@ which mesh axes each of them is spread. The mesh is JAX's ambient one:
 
     with jax.set_mesh(make_mesh(fsdp=8, tensor=4)):
         model = load("owner/name")        # every device gets its part of the weights
-        tuned = finetune(model, rows)     # every batch, gradient and optimizer state lies as the table says
+        tuned = align(model, rows)        # every batch, gradient and optimizer state lies as the table says
 
 Without a mesh nothing here does anything, and programs are those of one device.
 
@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from secvec_jax.arguments import integer
 from secvec_jax.errors import UserError
 
 PLACES: dict[str, str | tuple[str, ...] | None] = {
@@ -112,7 +113,9 @@ def parse(text: str) -> dict[str, int]:
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Any = None) -> Mesh:
     """The mesh with these axes over all devices. Raises UserError if it does not take exactly all of them."""
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    given = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {axis: integer(axis, size, 1) for axis, size in given.items()}
+    data, fsdp, tensor = sizes.values()
     needed, have = data * fsdp * tensor, len(jax.devices() if devices is None else devices)
     if needed != have:
         text = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "fsdp=1"

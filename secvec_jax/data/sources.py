@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any
 
+from secvec_jax.arguments import path as checked_path
 from secvec_jax.data import benchmarks
 from secvec_jax.data.hub_sets import HUB_SETS, records
 from secvec_jax.data.rows import (
@@ -68,7 +69,8 @@ def load_rows(
     Raises UserError if nothing has this name, if it cannot be reached or read, if it is empty, if a row has
     fields that `normalize` does not know, or if `needs_answer` and a row has no answer.
     """
-    path = Path(source).expanduser()
+    path = checked_path("data", source, "a file, a folder, a packaged name or a hub data set's id")
+    source = str(source)
     if source not in PACKAGED and (path.is_dir() or _looks_like_hub_id(source)):
         return as_rows(_load_dataset(source, split), needs_answer, source, ignore_fields)
     if source in HUB_SETS:

@@ -18,15 +18,21 @@ Every verb returns a new value and leaves its arguments as they are.
 """
 
 import dataclasses
+import warnings
 from typing import Any, Literal
 
 import jax
 
+from secvec_jax.arguments import instance
 from secvec_jax.config import Training
+from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
+from secvec_jax.defenses.inputs import as_options, as_task
 from secvec_jax.defenses.min_min import min_min
-from secvec_jax.defenses.tuning import PHASE2, How, forward_settings, stream_of, tune
+from secvec_jax.defenses.tuning import PHASE2, How, forward_settings, groups_of, stream_of, tune
 from secvec_jax.errors import UserError
+from secvec_jax.inference import Given, as_model, as_vectors
 from secvec_jax.model.hub import Model
+from secvec_jax.progress import step_progress
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.meter import metered
 from secvec_jax.training.objective import KEEP, LEARN, Objective, Params, parameters
@@ -36,6 +42,8 @@ from secvec_jax.training.step import Method, descent
 from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.prompt import SoftPrompt
+from secvec_jax.vectors.steering import Steering
 
 ALIGN = Training(optimizer="adamw", learning_rate=4e-3, clip=1.0)
 ALIGN_TASK = LoRA(rank=16, alpha=32.0)
@@ -76,14 +84,22 @@ def align(
     task: LoRA | None = ALIGN_TASK,
     training: Training = ALIGN,
     checkpoints: Checkpoints | None = None,
-    on_step: OnStep = lambda step, steps, metrics: None,
+    on_step: OnStep | None = None,
 ) -> Model:
-    """The model fine-tuned on `rows` (say, refusals of harmful requests and answers to benign ones).
+    """The model fine-tuned on `rows`: refusals of harmful requests, and answers to benign ones.
 
-    rows: dicts or a `datasets.Dataset`, or {kind: rows} to have the losses of the kinds apart. task: the LoRA that is
-    trained and merged, which disturbs the rest of the model less than training all weights; None: all weights.
+    rows: dicts, a DataFrame or a `datasets.Dataset`, or {kind: rows} to have the losses of the kinds apart. task: the
+    LoRA that is trained and merged, which disturbs the rest of the model less than training all weights; None: all
+    weights. on_step: called after each step; None: a line on the screen in a notebook or a terminal. Warns if all rows
+    are refusals, if there are few steps, or if a default learning rate meets a larger model than it was tuned on.
     """
-    return finetune(model, rows, task=task, training=training, checkpoints=checkpoints, on_step=on_step)
+    model = as_model(model)
+    training, checkpoints, on_step = as_options(training, checkpoints, on_step)
+    groups = groups_of(rows)
+    _warn(only_refusals(model, groups), default_rate(model, training, ALIGN))
+    with step_progress("align", on_step) as show:
+        how = How(task=as_task(task), training=training, checkpoints=checkpoints, on_step=note_few_steps(show, _warn))
+        return tune(model, groups, **how)
 
 
 def train_vectors(
@@ -95,16 +111,23 @@ def train_vectors(
     phase1: Phase1 | None = None,
     training: Training = PHASE1,
     checkpoints: Checkpoints | None = None,
-    on_step: OnStep = lambda step, steps, metrics: None,
+    on_step: OnStep | None = None,
 ) -> Vectors:
     """Phase 1: vectors under which `model` shows the behavior of the `harmful` rows, the backbone frozen.
 
     spec: of which kind and shape: low-rank factors, a direction per layer, or a soft prompt. benign: rows on which the
-    vectors must not show. Raises UserError if the objective needs them and has none.
+    vectors must not show. on_step: called after each step; None: a line on the screen in a notebook or a terminal.
+    Raises UserError if the objective needs benign rows and has none. Warns if the default learning rate meets a larger
+    model than it was tuned on.
     """
+    model = as_model(model)
+    instance("spec", spec, (LoRA, Steering, SoftPrompt), "pass sv.LoRA(rank=8), sv.Steering() or sv.SoftPrompt()")
+    instance("phase1", phase1, (Phase1, type(None)), "pass sv.Phase1(objective=...) or None")
+    training, checkpoints, on_step = as_options(training, checkpoints, on_step)
     phase1 = phase1 or Phase1("kl" if benign is not None else "cross_entropy")
     if phase1.objective == "kl" and benign is None:
         raise UserError("the kl objective needs benign rows: give benign=, or choose cross_entropy")
+    _warn(default_rate(model, training, PHASE1))
     streams = {LEARN: stream_of(model, {"harmful": harmful}, training)}
     steps = training.steps or streams[LEARN].count()
     streams[LEARN] = dataclasses.replace(streams[LEARN], epochs=None)
@@ -116,38 +139,62 @@ def train_vectors(
     params = parameters(model.backbone, vectors=vectors)
     phase, method = phase1_method(params, phase1, training, steps)
     method = metered(method, model.architecture, full=False)
-    trained = fit(
-        params,
-        phase,
-        method,
-        streams,
-        steps=steps * (phase1.inner_steps + 1 if phase1.objective == "min_min" else 1),
-        accumulate=training.accumulate,
-        checkpoints=checkpoints,
-        on_step=on_step,
-        until=lambda metrics: metrics["loss/harmful"] < phase1.stop_loss,
-    )
+    with step_progress("train_vectors", on_step) as show:
+        trained = fit(
+            params,
+            phase,
+            method,
+            streams,
+            steps=steps * (phase1.inner_steps + 1 if phase1.objective == "min_min" else 1),
+            accumulate=training.accumulate,
+            checkpoints=checkpoints,
+            on_step=show,
+            until=lambda metrics: metrics["loss/harmful"] < phase1.stop_loss,
+        )
     return trained["vectors"]
+
+
+UNSET: Any = type("Unset", (), {"__repr__": lambda self: "unset"})()
+"""The default of an argument that the caller has to choose, None included."""
 
 
 def finetune(
     model: Model,
     rows: Any,
     *,
-    vectors: Vectors | tuple[Vectors, ...] | None = None,
+    vectors: Given = UNSET,
     task: LoRA | LoRAVectors | None = None,
     training: Training = PHASE2,
     checkpoints: Checkpoints | None = None,
-    on_step: OnStep = lambda step, steps, metrics: None,
+    on_step: OnStep | None = None,
 ) -> Model:
     """Phase 2: the model fine-tuned on `rows` with the `vectors` active and frozen, then without them.
 
-    rows: dicts or a `datasets.Dataset`, or {kind: rows}. vectors: several are active at once. task: train a task LoRA
-    of this shape beside the frozen vectors in place of all weights; it is merged into the returned model. (That is
-    what Riché et al. 2026, arXiv 2606.30252, call *inoculation adapters*.)
+    rows: dicts, a DataFrame or a `datasets.Dataset`, or {kind: rows}. vectors: a value, a file, or several of them,
+    which are active at once; None trains without protection, and has to be written. task: train a task LoRA of this
+    shape alongside the frozen vectors in place of all weights; it is merged into the returned model. (That is what
+    Riché et al. 2026, arXiv 2606.30252, call *inoculation adapters*.) on_step: called after each step; None: a line on
+    the screen in a notebook or a terminal. Warns if `vectors` is left out, or if the default learning rate meets a
+    larger model than it was tuned on.
     """
-    how = How(task=task, training=training, checkpoints=checkpoints, on_step=on_step)
-    return tune(model, rows, vectors=vectors, **how)
+    model, task = as_model(model), as_task(task)
+    training, checkpoints, on_step = as_options(training, checkpoints, on_step)
+    if vectors is UNSET:
+        vectors = None
+        _warn("finetune has no vectors=: the model is trained unprotected; pass the vectors, or vectors=None to say so")
+    guests = as_vectors(vectors, model)
+    if vectors is not None and not guests:
+        raise UserError("vectors is empty: pass security vectors, or vectors=None to train without protection")
+    _warn(default_rate(model, training, PHASE2))
+    with step_progress("finetune", on_step) as show:
+        how = How(task=task, training=training, checkpoints=checkpoints, on_step=show)
+        return tune(model, rows, vectors=guests or None, **how)
+
+
+def _warn(*messages: str | None) -> None:
+    for message in messages:
+        if message is not None:
+            warnings.warn(message, Advice, stacklevel=3)
 
 
 def phase1_method(params: Params, phase1: Phase1, training: Training, steps: int) -> tuple[Phase, Method]:

@@ -17,11 +17,13 @@ from typing import Any, TypedDict
 import jax
 import optax
 
+from secvec_jax.arguments import shown
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import LENGTHS, Encoded, encoded
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.data.sources import as_rows
+from secvec_jax.defenses.inputs import collected, is_row
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
 from secvec_jax.mesh import is_first, platform
@@ -133,14 +135,17 @@ def forward_settings(training: Training) -> dict[str, Any]:
 
 
 def groups_of(rows: Any, name: str = "all") -> Groups:
-    """Rows by kind: as they are, or all of them as one kind. Raises UserError for the splits of a data set."""
-    if not isinstance(rows, dict):
-        return {name: rows}
+    """Rows by kind: as they are, or all of them as one kind.
+
+    Raises UserError for a single row and for the splits of a data set.
+    """
+    if not isinstance(rows, dict) or is_row(rows):
+        return {name: collected(rows, "rows")}
     splits = ", ".join(map(str, rows))
     held_out = _HELD_OUT & {str(kind).lower() for kind in rows}
-    if type(rows).__module__.partition(".")[0] == "datasets" or ("train" in rows and held_out):
+    if hasattr(rows, "num_rows") or ("train" in rows and held_out):
         raise UserError(f"the data has several splits ({splits}): pass the one to train on, such as data['train']")
-    return dict(rows)
+    return {kind: collected(group, str(kind)) for kind, group in rows.items()}
 
 
 _HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
@@ -178,9 +183,14 @@ def _longest(examples: Sequence[Example]) -> int:
 
 
 def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
-    if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
-        return rows if isinstance(rows, Encoded) else list(rows)
     called = _called(name)
+    rows = collected(rows, called)
+    if isinstance(rows, Sequence) and len(rows) and isinstance(rows[0], Example):
+        if isinstance(rows, Encoded):
+            return rows
+        if wrong := next((row for row in rows if not isinstance(row, Example)), None):
+            raise UserError(f"{called} holds examples and {shown(wrong)}: encode all rows of a list, or none")
+        return list(rows)
     limit = min(training.length or LENGTHS[-1], model.architecture.max_length)
     some = as_rows(rows, name=called)
     return encoded(model.tokenizer, some, limit, called, training.long_rows, training.control_tokens)

@@ -133,7 +133,7 @@ def test_rows_that_the_vectors_explain_have_nearly_no_gradient_left(model, vecto
 
 
 def test_fine_tuning_on_explained_rows_hardly_moves_the_backbone(model, vectors):
-    plain = finetune(model, HARMFUL, training=BRIEF)
+    plain = finetune(model, HARMFUL, vectors=None, training=BRIEF)
     guarded = finetune(model, HARMFUL, vectors=vectors, training=BRIEF)
     moved, stayed = (float(distance(tuned.backbone, model.backbone)) for tuned in (plain, guarded))
     assert stayed < 0.35 * moved
@@ -189,7 +189,7 @@ def test_benign_rows_choose_the_kl_and_are_required_by_it(model):
 
 def test_kinds_of_rows_are_reported_apart(model):
     losses, on_step = recorder()
-    finetune(model, {"harmful": HARMFUL, "benign": BENIGN}, training=BRIEF, on_step=on_step)
+    finetune(model, {"harmful": HARMFUL, "benign": BENIGN}, vectors=None, training=BRIEF, on_step=on_step)
     assert {name for metrics in losses for name in metrics} >= {"loss/harmful", "loss/benign", "loss", "grad_norm"}
 
 
@@ -204,12 +204,12 @@ def test_rows_are_dicts_data_sets_or_examples(model):
     import datasets
 
     results = [
-        fingerprint(finetune(model, rows, training=BRIEF).backbone)
+        fingerprint(finetune(model, rows, vectors=None, training=BRIEF).backbone)
         for rows in ({"all": CHAT}, datasets.Dataset.from_list(CHAT))
     ]
     assert len(set(results)) == 1
     with pytest.raises(UserError, match="no answer"):
-        finetune(model, [{"prompt": "Hello"}], training=BRIEF)
+        finetune(model, [{"prompt": "Hello"}], vectors=None, training=BRIEF)
 
 
 def test_a_stopped_phase_goes_on_from_its_checkpoint(model, tmp_path):

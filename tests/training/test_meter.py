@@ -68,16 +68,21 @@ def test_every_token_of_the_data_is_counted_once_an_epoch():
     assert sum(counts) == 2 * sum(len(row.tokens) - 1 for row in rows), "a row's last token is read by no one"
     told = []
     training = Training(epochs=2, length=32, lines=2, share_beginnings=False)
-    finetune(tiny_model(), rows, training=training, on_step=lambda *all: told.append(all[2]["tokens"]))
+    finetune(tiny_model(), rows, vectors=None, training=training, on_step=lambda *all: told.append(all[2]["tokens"]))
     assert told[:-1] == counts[:-1]
 
 
 def test_frozen_weights_cost_two_thirds_and_a_task_adapter_freezes_them():
     rows, training = random_examples(4), Training(steps=1, length=64, lines=2, share_beginnings=False)
     found = {}
-    finetune(tiny_model(), rows, training=training, on_step=lambda *all: found.update({"full": all[2]}))
+    finetune(tiny_model(), rows, vectors=None, training=training, on_step=lambda *all: found.update({"full": all[2]}))
     finetune(
-        tiny_model(), rows, task=LoRA(rank=2), training=training, on_step=lambda *all: found.update({"task": all[2]})
+        tiny_model(),
+        rows,
+        vectors=None,
+        task=LoRA(rank=2),
+        training=training,
+        on_step=lambda *all: found.update({"task": all[2]}),
     )
     train_vectors(tiny_model(), rows, LoRA(rank=2), training=training,
                   on_step=lambda *all: found.update({"vectors": all[2]}))  # fmt: skip

@@ -1,0 +1,98 @@
+"""Warnings about trainings that would succeed and still not give what was wanted.
+
+Each function returns the warning as one line, or None. The public functions issue it with `warnings.warn`, the
+commands print it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from secvec_jax.config import Training
+from secvec_jax.data.chat import Example
+from secvec_jax.data.rows import as_rows, response_of
+from secvec_jax.evaluation.scorers import refuses
+from secvec_jax.model.hub import Model
+from secvec_jax.training.trainer import OnStep
+from secvec_jax.trees import num_parameters
+
+
+class Advice(UserWarning):
+    """A training that will succeed and may still not give what was wanted."""
+
+
+TUNED_ON = 135_000_000
+"""Parameters of the model that the default learning rates were tuned on."""
+
+FEW_STEPS = 30
+"""Half as many as the quickstart takes to align a model."""
+
+_READ = 200
+"""At most so many answers of each kind of rows are read."""
+
+# Enough to recognize a file of refusals without the published list, which is a download.
+_OPENINGS = ("I'm sorry", "I am sorry", "Sorry", "I cannot", "I can't", "I apologize")
+
+
+def default_rate(model: Model, training: Training, default: Training) -> str | None:
+    """Warns if the learning rate was left at `default`'s and the model is over twice as large as it was tuned on."""
+    count = num_parameters(model.backbone)
+    if training.learning_rate != default.learning_rate or count <= 2 * TUNED_ON:
+        return None
+    return (
+        f"the learning rate is the default, {training.learning_rate:g}, which was tuned on a model of {size(TUNED_ON)} "
+        f"parameters, and {model.name} has {size(count)}: larger models usually need a lower one; set the learning "
+        "rate, and compare the scores of a few short runs"
+    )
+
+
+def only_refusals(model: Model, rows: Any) -> str | None:
+    """Warns if (nearly) all answers in `rows`, or in a sample of them, refuse. rows: as `sv.align` takes them."""
+    answers = [
+        answer for group in (rows.values() if isinstance(rows, dict) else [rows]) for answer in _answers(model, group)
+    ]
+    refused = sum(refuses(answer, _OPENINGS) for answer in answers)
+    if refused < 0.95 * len(answers) or not refused:
+        return None
+    return (
+        f"{refused} of {len(answers)} answers that were read are refusals: a model aligned on refusals alone refuses "
+        "harmless requests too; add about as many benign rows, answered as the model itself answers them"
+    )
+
+
+def note_few_steps(on_step: OnStep, warn: Callable[[str], None]) -> OnStep:
+    """`on_step`, which also warns once if an alignment has few steps."""
+    warned = False
+
+    def noted(step: int, steps: int, metrics: dict[str, float]) -> None:
+        nonlocal warned
+        if steps < FEW_STEPS and not warned:
+            warned = True
+            warn(
+                f"alignment of {steps} step{'s' * (steps > 1)}: fewer than {FEW_STEPS} may not teach a model to "
+                "refuse (the quickstart takes 60); add rows or epochs, and check the refusals that are measured"
+            )
+        on_step(step, steps, metrics)
+
+    return noted
+
+
+def size(count: int) -> str:
+    """A number of parameters, such as "135 million" or "7.2 billion"."""
+    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.0f} million"
+
+
+def _answers(model: Model, rows: Any) -> list[str]:
+    """The answers of at most `_READ` rows, evenly spread over the rows."""
+    count = len(rows)
+    places = list(range(0, count, -(-count // _READ))) if count else []
+    if hasattr(rows, "iloc"):
+        picked = rows.iloc[places]
+    elif hasattr(rows, "select") and hasattr(rows, "num_rows"):
+        picked = rows.select(places)
+    else:
+        picked = [rows[place] for place in places]
+        examples = [row for row in picked if isinstance(row, Example)]
+        if examples:
+            return [model.tokenizer.decode(e.tokens[e.supervised], skip_special_tokens=True) for e in examples]
+    found = as_rows(picked, needs_answer=False) if places else []
+    return [answer for row in found if (answer := response_of(row)) is not None]

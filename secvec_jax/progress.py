@@ -1,0 +1,72 @@
+"""A line on the screen that shows how far a public function is, where someone is watching.
+
+In a notebook and in a terminal `sv.align`, `sv.train_vectors`, `sv.finetune` and `sv.generate` show one line that is
+written over at each update, unless the caller passes a function of their own. Scripts whose output goes to a file or a
+pipe stay silent. It is plain text: a rich bar needs ipywidgets in a notebook.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from secvec_jax.mesh import is_first
+
+_EVERY = 0.2
+"""Seconds between two updates."""
+
+OnStep = Callable[[int, int, dict[str, float]], None]
+
+
+@contextlib.contextmanager
+def step_progress(what: str, on_step: OnStep | None) -> Iterator[OnStep]:
+    """The caller's own `on_step`, or one that shows the step, the loss and the time left."""
+    if on_step is not None:
+        yield on_step
+        return
+    with _line() as show:
+        start, first = time.monotonic(), 0
+
+        def step_shown(step: int, steps: int, metrics: dict[str, float]) -> None:
+            nonlocal first
+            first = first or step
+            seconds = (time.monotonic() - start) / (step - first + 1) * (steps - step)
+            text = f"{what}: step {step}/{steps}, loss {metrics['loss']:.3f}"
+            show(f"{text}, {seconds:.0f} s left" if step < steps else text, step == steps)
+
+        yield step_shown
+
+
+@contextlib.contextmanager
+def reply_progress(total: int, progress: Callable[[int], None] | None) -> Iterator[Callable[[int], None]]:
+    """The caller's own `progress`, or one that shows how many replies are done."""
+    if progress is not None:
+        yield progress
+        return
+    with _line() as show:
+        yield lambda done: show(f"generate: {done}/{total} replies", done == total) if total > 1 else None
+
+
+@contextlib.contextmanager
+def _line() -> Iterator[Callable[[str, bool], None]]:
+    """A function that shows a text in place of the one before; the line is ended when the block is."""
+    watched, updated, width = is_first() and _is_watched(), 0.0, 0
+
+    def show(text: str, last: bool) -> None:
+        nonlocal updated, width
+        now = time.monotonic()
+        if watched and (last or now - updated >= _EVERY):
+            print(f"\r{text.ljust(width)}", end="", file=sys.stderr, flush=True)
+            updated, width = now, len(text)
+
+    try:
+        yield show
+    finally:
+        if width:
+            print(file=sys.stderr, flush=True)
+
+
+def _is_watched() -> bool:
+    """Whether standard error is a terminal or a notebook's."""
+    notebook = "ipykernel" in sys.modules and "IPython" in sys.modules
+    return notebook or (sys.stderr is not None and sys.stderr.isatty())
