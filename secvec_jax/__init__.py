@@ -25,6 +25,8 @@ from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_vectors, save_vectors
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LoRA",
     "Model",
@@ -46,3 +48,7 @@ __all__ = [
     "save_vectors",
     "train_vectors",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__name__", "__version__"])

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from secvec_jax.errors import UserError
+
 
 @contextlib.contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
@@ -49,3 +51,20 @@ def whole_file(target: str | os.PathLike) -> Iterator[Path]:
         os.replace(staging, target)
     finally:
         Path(staging).unlink(missing_ok=True)
+
+
+def check_replaceable(target: Path, mark: str | None = None) -> None:
+    """Raises UserError if writing to `target` would replace something of another kind.
+
+    mark: a file that folders of the kind to be written have; None: `target` is to be a file.
+    """
+    if mark is None:
+        if target.is_dir():
+            raise UserError(f"{target} is a folder: name a file to write")
+        return
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file: name a folder to write into")
+    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{target} is the current folder or one above it: name a folder inside it")
+    if target.is_dir() and not (target / mark).exists() and any(target.iterdir()):
+        raise UserError(f"{target} holds other files, which would be replaced: name a new or an empty folder")

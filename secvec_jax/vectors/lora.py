@@ -16,10 +16,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from secvec_jax.arguments import instance
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, place
 from secvec_jax.model.architecture import SITES, Architecture
 from secvec_jax.model.decoder import SITE_AXES, Decoder, Guest, leaf_name
+from secvec_jax.trees import num_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,9 @@ class LoRAVectors(Guest):
 
     factors: dict[str, dict[str, jax.Array]]
     spec: LoRA = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return f"LoRAVectors({self.spec!r}, {', '.join(self.factors)}: {num_parameters(self):,} parameters)"
 
     def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """`y`, which `kernel` has had its effect on; here the factors get their gradients."""
@@ -140,8 +145,11 @@ _attached.defvjp(_attach, _detach, symbolic_zeros=True)
 def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:
     """The norm-matched random control: Gaussian factors, each layer's update as large as the vectors' own.
 
-    Per site and layer, B is scaled so that the Frobenius norm of the update A B is that of `vectors`.
+    Per site and layer, B is scaled so that the Frobenius norm of the update A B is that of `vectors`. key: such as
+    `jax.random.key(0)`. Raises UserError for other arguments.
     """
+    instance("vectors", vectors, LoRAVectors, "pass low-rank vectors, as sv.train_vectors(..., sv.LoRA()) returns")
+    instance("key", key, jax.Array, "pass a key, such as jax.random.key(0)")
     keys = iter(jax.random.split(key, 2 * len(vectors.factors)))
     factors = {}
     for site, own in vectors.factors.items():

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from secvec_jax.arguments import path
 from secvec_jax.errors import UserError
-from secvec_jax.files import whole_folder
+from secvec_jax.files import check_replaceable, whole_folder
 from secvec_jax.mesh import by_first, lay, whole
 from secvec_jax.model.families import weight_names
 from secvec_jax.model.hub import Model
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.peft_config import check_kind, check_layers, no_place, read_config
-from secvec_jax.vectors.tensor_file import check_backbone, pickled, read_tensors
+from secvec_jax.vectors.tensor_file import check_backbone, check_saved, pickled, read_tensors
 
 SECURITY_VECTORS = "security vectors"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -32,6 +33,8 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
     """
     from safetensors.numpy import save_file
 
+    check_saved(vectors, model, (LoRAVectors,))
+    check_replaceable(path("folder", folder, "a folder to write the adapter into"), CONFIG)
     spec, modules = vectors.spec, _peft_modules(model, vectors.factors)
     config = {
         "peft_type": "LORA",

@@ -16,6 +16,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Guest, Run
+from secvec_jax.trees import num_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,9 @@ class SoftPromptVectors(Guest):
 
     factors: dict[str, jax.Array]
     spec: SoftPrompt = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return f"SoftPromptVectors({self.spec!r}, {num_parameters(self):,} parameters)"
 
     def prefix(self) -> Run:
         """The keys and values, the same for all rows."""

@@ -16,6 +16,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Guest
+from secvec_jax.trees import num_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,9 @@ class SteeringVectors(Guest):
 
     factors: dict[str, jax.Array]
     spec: Steering = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return f"SteeringVectors({self.spec!r}, {num_parameters(self):,} parameters)"
 
     def residual(self, x: jax.Array) -> jax.Array:
         """`x + scale * v`, at every token."""

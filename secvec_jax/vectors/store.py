@@ -15,16 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from secvec_jax.arguments import instance
+from secvec_jax.arguments import path as checked_path
 from secvec_jax.config import from_dict
 from secvec_jax.errors import UserError
-from secvec_jax.files import whole_file
+from secvec_jax.files import check_replaceable, whole_file
 from secvec_jax.mesh import by_first, lay, whole
 from secvec_jax.model.hub import Model
 from secvec_jax.run_folders import find_vectors
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import KINDS, Vectors, kind_of
 from secvec_jax.vectors.peft import SECURITY_VECTORS, WEIGHTS, load_peft
-from secvec_jax.vectors.tensor_file import check_backbone, read_tensors
+from secvec_jax.vectors.tensor_file import check_backbone, check_saved, read_tensors
 
 _FORMAT = "secvec_jax/1"
 
@@ -33,6 +35,8 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
     """Write one safetensors file with the vectors, their shape, and the fingerprint of the model's backbone."""
     from safetensors.numpy import save_file
 
+    check_saved(vectors, model, tuple(kind.vectors for kind in KINDS.values()))
+    check_replaceable(checked_path("path", path, "a file to write the vectors to"))
     arrays = {name: np.asarray(array) for name, array in _flat(whole(vectors).factors).items()}
     metadata = {
         "format": _FORMAT,
@@ -61,7 +65,8 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
     path: one of our files of any kind, a run directory of `train.py vectors`, or a PEFT adapter folder.
     Raises UserError if the file is missing, corrupt, altered, or made for another backbone or shape.
     """
-    path = find_vectors(path)
+    instance("model", model, Model, "pass the model that the vectors were made for, as sv.load returned it")
+    path = find_vectors(checked_path("path", path, "a file of security vectors, a run directory or a PEFT folder"))
     if path.is_dir():
         return load_peft(path, model)
     metadata, arrays = read_tensors(path)

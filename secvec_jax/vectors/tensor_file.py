@@ -1,10 +1,12 @@
 """Reading a safetensors file of factors: whatever is wrong with it is one line that says what to do."""
 
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from secvec_jax.arguments import instance
 from secvec_jax.errors import UserError
 from secvec_jax.model.hub import Model
 
@@ -72,3 +74,10 @@ def check_backbone(metadata: dict[str, str], model: Model, path: Path) -> None:
             f"{path} was made for another backbone ({made_for}, {metadata['backbone'][:12]}), not for {model.name} "
             f"({model.fingerprint[:12]}): train vectors on this model, or name the model they were made for"
         )
+
+
+def check_saved(vectors: Any, model: Any, kinds: tuple[type, ...]) -> None:
+    """Raises UserError if what is to be written is not vectors of these kinds and their model."""
+    names = " or ".join(kind.__name__ for kind in kinds)
+    instance("vectors", vectors, kinds, f"pass {names}, as sv.train_vectors returns them")
+    instance("model", model, Model, "pass the model that the vectors were made for, as sv.load returned it")
