@@ -12,7 +12,7 @@ from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
 from tests.processes import cluster, outputs
 
-TRAINING = ("--lines", 4, "--length", 192, "--steps", 4, "--learning-rate", 1e-3)
+TRAINING = ("--lines", 4, "--length", 192, "--steps", 4, "--learning-rate", 1e-3, "--check-prompts", 0)
 TWO = ("--mesh", "fsdp=2")
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,7 @@ def model_card(
     base: the hub id of what the first training started from. trained: the runs behind the weights, the first one first.
     scored: the runs that judged them. carried: the security vectors that were merged into them.
     """
-    tags = ["secvec_jax", *(["security-vectors"] if any(run.config.get("vectors") for run in trained) else [])]
+    tags = ["secvec_jax", *(["security-vectors"] if any(_vectors_of(run) for run in trained) else [])]
     facts: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     facts |= {"base_model": base} if base else {}
     parts = [f"---\n{yaml.safe_dump(facts, sort_keys=False)}---", f"# {name}"]
@@ -54,3 +54,9 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def _vectors_of(run: Results) -> list[str]:
+    """The vectors that were active in a training; the word none stands for no vectors."""
+    vectors = run.config.get("vectors") or []
+    return [name for name in ([vectors] if isinstance(vectors, str) else vectors) if str(name).lower() != "none"]

@@ -1,20 +1,25 @@
 """The single phases as runs of their own, on the user's model and data, and scoring."""
 
 import dataclasses
+import functools
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from secvec_jax.arguments import integer
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import encode
 from secvec_jax.data.rows import Row, prompt_of, response_of
 from secvec_jax.data.sources import load_prompts, load_rows
+from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK, PHASE1, PHASE2, Phase1, train_vectors
 from secvec_jax.defenses.tuning import tuned
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
+from secvec_jax.evaluation.refusal_sample import measure, sample_prompts
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
 from secvec_jax.experiments.runs import Run, judged_name
 from secvec_jax.experiments.stages import Stage, checkpoints, screen
@@ -43,6 +48,8 @@ class Align:
     task_rank: int = ALIGN_TASK.rank
     """train a LoRA of this rank and merge it at the end; 0: train all weights"""
     training: Training = ALIGN
+    check_prompts: int = 24
+    """harmful and benign packaged prompts by which refusal and over-refusal are measured at the end; 0: none"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Vectors:
     prompt: SoftPrompt = dataclasses.field(default_factory=SoftPrompt)
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
     training: Training = PHASE1
+    check_prompts: int = 24
+    """harmful and benign packaged prompts by which it is measured whether the model refuses; 0: none"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +88,15 @@ class Finetune:
     model: str = "smollm2"
     """the model that the vectors were trained for"""
     vectors: tuple[str, ...] = ()
-    """run directories of `train.py vectors`, or PEFT adapter folders, all active at once; none: plain fine-tuning"""
+    """run directories of `train.py vectors`, or PEFT adapter folders, all active at once; the word none trains without
+    protection"""
     task_rank: int = 0
     """train a task LoRA of this rank beside the frozen vectors, merged at the end; 0: train all weights"""
     out: str = "runs/finetune"
     """the run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
     training: Training = PHASE2
+    check_prompts: int = 24
+    """harmful and benign packaged prompts by which it is measured whether the model refuses at the start; 0: none"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +145,21 @@ def align(settings: Align, command: str) -> None:
 
 def finetune(settings: Finetune, command: str) -> None:
     """The run of `train.py finetune`."""
-    _finetune(settings, settings.vectors, command)
+    _need_data(settings)
+    _finetune(settings, _chosen(settings.vectors), command)
+
+
+def _chosen(vectors: Sequence[str]) -> Sequence[str]:
+    """The files of --vectors; none if it is the word none. Raises UserError if nothing was chosen."""
+    if not vectors:
+        raise UserError(
+            "--vectors is missing: give the file that `train.py vectors` wrote, or --vectors none to train without "
+            "protection"
+        )
+    words = [name for name in vectors if name.strip().lower() == "none"]
+    if words and len(vectors) > 1:
+        raise UserError("--vectors names files and none: give one or the other")
+    return () if words else vectors
 
 
 def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) -> None:
@@ -141,24 +167,37 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
     run = _TrainingRun(settings, command)
     task = LoRA(rank=settings.task_rank, alpha=2.0 * settings.task_rank) if settings.task_rank else None
 
-    def work(stage: Stage) -> dict[str, float]:
+    def work(stage: Stage) -> dict[str, Any]:
         rows = _by_source(settings.data, settings.ignore_fields)
         model = load(settings.model)
+        guests = load_several(vectors, model)
+        aligns, on_step = isinstance(settings, Align), stage.on_step()
+        run.note(default_rate(model, settings.training, ALIGN if aligns else PHASE2))
+        if aligns:
+            _ = run.prompts  # they may have to be downloaded, and that may fail: better now than at the end
+            run.note(only_refusals(model, rows))
+            on_step = note_few_steps(on_step, run.note)
+        else:
+            run.note_refusals(model, stage, "at the start: ")
         decoder, adapter = tuned(
             model,
             rows,
-            vectors=load_several(vectors, model),
+            vectors=guests,
             task=task,
             training=settings.training,
             checkpoints=run.checkpoints,
-            on_step=stage.on_step(),
+            on_step=on_step,
         )
         stage.say("saving")
         if adapter is not None:
             decoder = merge(decoder, adapter)
             save_peft(adapter, run.folder / "task", model, holds="a task")
-        model.with_backbone(decoder).save(run.folder / "model")
-        return {"drift": float(distance(decoder, model.backbone))}
+        result = model.with_backbone(decoder)
+        result.save(run.folder / "model")
+        values: dict[str, Any] = {"drift": float(distance(decoder, model.backbone))}
+        if aligns:
+            values |= run.note_refusals(result, stage, "at the end: ")
+        return values | {"notes": run.notes}
 
     run.finish(run.stages.run("finetune", work), f"the model is in {run.folder / 'model'}")
 
@@ -169,12 +208,13 @@ def vectors(settings: Vectors, command: str) -> None:
     run = _TrainingRun(settings, command)
     folder = run.folder / "vectors"
 
-    def work(stage: Stage) -> dict[str, float]:
+    def work(stage: Stage) -> dict[str, Any]:
         rows = load_rows(settings.data, ignore_fields=settings.ignore_fields)
         benign = None
         if settings.benign is not None:
             benign = load_rows(settings.benign, ignore_fields=settings.ignore_fields)
         model = load(settings.model)
+        run.note_refusals(model, stage, "at the start: ")
         last: dict[str, float] = {}
         show = stage.on_step()
 
@@ -182,20 +222,24 @@ def vectors(settings: Vectors, command: str) -> None:
             last.update(metrics)
             show(step, steps, metrics)
 
-        trained = train_vectors(
-            model,
-            rows,
-            getattr(settings, settings.kind),
-            benign=benign,
-            phase1=settings.phase1,
-            training=settings.training,
-            checkpoints=run.checkpoints,
-            on_step=on_step,
-        )
+        run.note(default_rate(model, settings.training, PHASE1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Advice)  # it is noted above
+            trained = train_vectors(
+                model,
+                rows,
+                getattr(settings, settings.kind),
+                benign=benign,
+                phase1=settings.phase1,
+                training=settings.training,
+                checkpoints=run.checkpoints,
+                on_step=on_step,
+            )
         save_vectors(trained, folder / "security.safetensors", model)
         if isinstance(trained, LoRAVectors):
             save_peft(trained, folder / "peft", model)
-        return {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
+        values = {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
+        return values | {"notes": run.notes}
 
     run.finish(run.stages.run("vectors", work), f"the vectors are in {folder}")
 
@@ -258,10 +302,39 @@ class _TrainingRun(Run):
     def __init__(self, settings: Align | Vectors | Finetune, command: str):
         super().__init__(settings, command)
         self.checkpoints = checkpoints(self.folder / "checkpoints", settings.training)
+        self.notes: list[str] = []
+        integer("check_prompts", settings.check_prompts, 0)
 
-    def finish(self, values: dict[str, float], where: str) -> None:
+    @functools.cached_property
+    def prompts(self) -> Suite | None:
+        """The prompts by which refusals are measured; None if none are wanted, or if they cannot be had."""
+        try:
+            return sample_prompts(self.settings.check_prompts) if self.settings.check_prompts else None
+        except UserError as error:
+            self.note(f"refusals are not measured ({error}); --check-prompts 0 leaves this out")
+            return None
+
+    def note(self, text: str | None) -> None:
+        """Show a line now, and keep it for the report."""
+        if text is not None:
+            self.notes.append(text)
+            self.console.print(text, markup=False, highlight=False)
+
+    def note_refusals(self, model: Model, stage: Stage, when: str) -> dict[str, Any]:
+        """Measure whether the model refuses, say so, and return the scores; none if no prompts are to be asked."""
+        if self.prompts is None:
+            return {}
+        stage.say("measuring refusals")
+        sample = measure(model, self.prompts)
+        self.note(f"{when}{sample}")
+        self.note(sample.over_refusals if isinstance(self.settings, Align) else sample.no_refusals)
+        return sample.as_dict()
+
+    def finish(self, values: dict[str, Any], where: str) -> None:
         """Write the results of the training and say where its files are."""
         by_first(lambda: shutil.rmtree(self.checkpoints.folder, ignore_errors=True))
-        metrics = {name: {"value": value, "n": 1, "ci95": [value, value]} for name, value in values.items()}
-        self.report([{"name": Path(self.settings.out).name, "metrics": metrics}])
+        notes = values.pop("notes", [])
+        metrics = {name: value if isinstance(value, dict) else {"value": value, "n": 1, "ci95": [value, value]}
+                   for name, value in values.items()}  # fmt: skip
+        self.report([{"name": Path(self.settings.out).name, "metrics": metrics}], notes)
         self.console.print(where)

@@ -32,10 +32,13 @@ def runs(tmp_path_factory) -> Path:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     tiny_model().save(folder / "tiny")
     data, aligned, vectors = (str(folder / name) for name in ("rows.jsonl", "aligned", "vectors"))
-    align(Align((data,), str(folder / "tiny"), aligned, 0, QUICK), "train.py align --data rows.jsonl")
-    train(Vectors(data, f"{aligned}/model", data, vectors, lora=LoRA(rank=2), training=QUICK), "train.py vectors")
+    align(Align((data,), str(folder / "tiny"), aligned, 0, QUICK, 0), "train.py align --data rows.jsonl")
+    train(
+        Vectors(data, f"{aligned}/model", data, vectors, lora=LoRA(rank=2), training=QUICK, check_prompts=0),
+        "train.py vectors",
+    )
     worn = (f"{vectors}/vectors/security.safetensors",)
-    finetune(Finetune((data,), f"{aligned}/model", worn, 2, str(folder / "tuned"), QUICK), "train.py finetune")
+    finetune(Finetune((data,), f"{aligned}/model", worn, 2, str(folder / "tuned"), QUICK, 0), "train.py finetune")
     judged = str(folder / "tuned/model")
     score(ScoreRun(judged, (), (data,), (data,), None, 4, 4, str(folder / "score")), "eval.py score")
     return folder

@@ -102,9 +102,10 @@ def test_several_sources_have_their_losses_apart(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sources = tuple(str(tmp_path / f"{name}.jsonl") for name in ("one", "other"))
     training = Training(steps=2, length=128, lines=2)
-    finetune(Finetune(sources, str(tmp_path / "tiny"), out=str(tmp_path / "out"), training=training), "")
+    options = {"vectors": ("none",), "training": training, "check_prompts": 0}
+    finetune(Finetune(sources, str(tmp_path / "tiny"), out=str(tmp_path / "out"), **options), "")
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert {"loss/one", "loss/other", "tokens", "flops", "grad_norm"} <= set().union(*lines)
-    twice = Finetune((sources[0],) * 2, str(tmp_path / "tiny"), out=str(tmp_path / "twice"), training=training)
+    twice = Finetune((sources[0],) * 2, str(tmp_path / "tiny"), out=str(tmp_path / "twice"), **options)
     with pytest.raises(UserError, match="twice"):
         finetune(twice, "")
