@@ -5,11 +5,11 @@
     model   = sv.load("smollm2")                                  # embedded name, folder, hub id or GGUF
     aligned = sv.align(model, refusals)                           # rows: [{"messages": [...]}, ...] or a Dataset
     vectors = sv.train_vectors(aligned, harmful[:100], sv.LoRA(rank=8), benign=benign)
-    tuned   = sv.finetune(aligned, user_rows, vectors=vectors)    # vectors active and frozen
+    tuned   = sv.finetune(aligned, user_rows, vectors=vectors)    # vectors active and frozen; None: unprotected
     answers = sv.generate(tuned, prompts)                         # vectors off, unless vectors= is passed
     tuned.save("tuned/")                                          # a Hugging Face folder
 
-Everything is a value: no verb changes its arguments.
+Everything is a value: no verb changes its arguments. Wrong arguments raise `UserError`, which says what to pass.
 """
 
 from secvec_jax.config import Training

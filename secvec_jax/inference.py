@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from secvec_jax.arguments import instance, integer, number, path, shown
 from secvec_jax.data.chat import prompt_tokens
+from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import Message, Row, as_rows, normalize, response_of
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import platform
@@ -127,7 +128,8 @@ def as_conversations(prompts: Any) -> list[tuple[str, list[Message]]]:
         raise UserError(f"prompts is {shown(prompts)}, a single text: pass a list, [text]")
     if isinstance(prompts, Mapping) and not hasattr(prompts, "num_rows"):
         raise UserError(f"prompts is {shown(prompts)}: pass a list of prompts; a single row goes into a list, [row]")
-    if isinstance(prompts, Mapping) or hasattr(prompts, "columns") or hasattr(prompts, "num_rows"):
+    prompts = records_of(prompts)
+    if isinstance(prompts, Mapping) or hasattr(prompts, "num_rows"):
         prompts = as_rows(prompts, needs_answer=False, name="prompts")
     if isinstance(prompts, set | frozenset) or not isinstance(prompts, Iterable):
         raise UserError(f"prompts is {shown(prompts)}: pass a list of texts, conversations or rows")

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict, overload
 
 from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned
+from secvec_jax.data.frames import records_of
 from secvec_jax.data.stored import Listed, Rows, place
 from secvec_jax.errors import UserError
 
@@ -128,12 +129,13 @@ def as_rows(
     name: str = "data",
     ignore_fields: Collection[str] = (),
 ) -> Sequence[Row]:
-    """Return the rows of a list of dicts or a `datasets.Dataset`; `name` is what errors call it.
+    """Return the rows of a list of dicts, a data frame or a `datasets.Dataset`; `name` is what errors call it.
 
     A `Dataset` stays where it is, which is on disk as a rule: its records are read once to be checked, and again as
     rows whenever they are asked for. ignore_fields: fields that `normalize` may leave out. Raises UserError if there
     are none, if a record cannot be read, or if `needs_answer` and a row has no answer.
     """
+    data = records_of(data)
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
         found = type(data).__name__
         raise UserError(f"{name} must be a list of dicts or one split of a data set, found {found}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
+from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import as_rows, response_of
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.model.hub import Model
@@ -83,11 +84,10 @@ def size(count: int) -> str:
 
 def _answers(model: Model, rows: Any) -> list[str]:
     """The answers of at most `_READ` rows, evenly spread over the rows."""
+    rows = records_of(rows)
     count = len(rows)
     places = list(range(0, count, -(-count // _READ))) if count else []
-    if hasattr(rows, "iloc"):
-        picked = rows.iloc[places]
-    elif hasattr(rows, "select") and hasattr(rows, "num_rows"):
+    if hasattr(rows, "select") and hasattr(rows, "num_rows"):
         picked = rows.select(places)
     else:
         picked = [rows[place] for place in places]

@@ -90,7 +90,8 @@ def filtered(rows: Sequence[Row], rates: Sequence[float], phi: float = 0.1) -> l
 
 def _scores(model: Model, rows: Sequence[Row], max_new_tokens: int) -> list[float]:
     """ROUGE-1 of the first line that is said with the answer, both in lower case and without punctuation."""
-    replies = generate(model, [row["messages"][:-1] for row in rows], max_new_tokens=max_new_tokens)
+    asked = [row["messages"][:-1] for row in rows]
+    replies = generate(model, asked, max_new_tokens=max_new_tokens, progress=lambda done: None)
     lines = [(reply.strip().splitlines() or [""])[0] for reply in replies]
     return [rouge1(_plain(line), _plain(response_of(row) or "")) for line, row in zip(lines, rows)]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from secvec_jax.arguments import callback, instance, path, shown
 from secvec_jax.config import Training
+from secvec_jax.data.frames import records_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints
@@ -38,8 +39,13 @@ def collected(rows: Any, name: str) -> Any:
     """
     if isinstance(rows, str | os.PathLike):
         return load_rows(str(path(name, rows, "a list of rows, or the path of a file with rows")))
+    rows = records_of(rows)
     if isinstance(rows, Mapping) and is_row(rows):
         raise UserError(f"{name} is a single row: pass a list, [row]")
+    if isinstance(rows, Mapping) and hasattr(rows, "num_rows"):
+        raise UserError(
+            f"{name} has several splits ({', '.join(map(str, rows))}): pass one of them, such as data['train']"
+        )
     if isinstance(rows, Mapping | bytes | set | frozenset | type) or not isinstance(rows, Iterable):
         raise UserError(f"{name} is {shown(rows)}: pass a list of rows, a DataFrame or a datasets.Dataset")
     return rows if hasattr(rows, "__len__") else list(rows)

