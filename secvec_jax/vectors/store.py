@@ -65,8 +65,9 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
     path: one of our files of any kind, a run directory of `train.py vectors`, or a PEFT adapter folder.
     Raises UserError if the file is missing, corrupt, altered, or made for another backbone or shape.
     """
+    checked_path("path", path, "a file of security vectors, a run directory or a PEFT folder")
     instance("model", model, Model, "pass the model that the vectors were made for, as sv.load returned it")
-    path = find_vectors(checked_path("path", path, "a file of security vectors, a run directory or a PEFT folder"))
+    path = find_vectors(path)
     if path.is_dir():
         return load_peft(path, model)
     metadata, arrays = read_tensors(path)
