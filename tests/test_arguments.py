@@ -199,7 +199,7 @@ def call(verb: str, **changes: Any) -> None:
     ({"rows": []}, "no rows"),
     ({"rows": ["Hello"]}, "row 1: found str"),
     ({"rows": [*random_examples(1), ROWS[0]]}, "examples and a dict"),
-    ({"rows": datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))}, "several splits .train.: pass one"),
+    ({"rows": datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))}, "several splits .train.: pass"),
     ({"training": {"steps": 1}}, "training is a dict: pass sv.Training"),
     ({"training": sv.Training}, "training is the class Training"),
     ({"checkpoints": 5}, "checkpoints is 5: pass a folder"),

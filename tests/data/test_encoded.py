@@ -212,14 +212,14 @@ def test_the_splits_of_a_data_set_are_not_kinds_of_rows():
     splits = datasets.DatasetDict(train=part, test=part)
     for given_ in (splits, datasets.DatasetDict(train=part), dict(splits), {"train": SHORT, "Validation": SHORT}):
         with pytest.raises(UserError, match=r"several splits \(train.*data\['train'\]"):
-            finetune(tiny_model(), given_)
+            finetune(tiny_model(), given_, vectors=None)
     for name in ("harmful", "benign"):
-        with pytest.raises(UserError, match="found DatasetDict"):
+        with pytest.raises(UserError, match=r"several splits \(train, test\)"):
             train_vectors(tiny_model(), **({"harmful": SHORT, "benign": SHORT} | {name: splits}))
     assert groups_of({"harmful": SHORT, "benign": SHORT}).keys() == {"harmful", "benign"}
 
 
 def test_a_prompt_that_cannot_be_read_is_numbered():
-    for prompt, reason in ((LONG * 3, "has .* tokens"), ("cut \ud83d", "half of a character")):
-        with pytest.raises(UserError, match=f"^prompt 2: .*{reason}"):
+    for prompt, reason in ((LONG * 3, "tokens"), ("cut \ud83d", "half of a character")):
+        with pytest.raises(UserError, match=f"^prompt 2.*{reason}"):
             generate(tiny_model(), ["Hi", prompt])
