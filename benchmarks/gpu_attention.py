@@ -13,7 +13,7 @@ from gpu_rows import MOST, Row, config, packed, segment_starts, timed
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.attention import among_themselves, visible
-from secvec_jax.model.families import from_hf_config
+from secvec_jax.model.hf_config import from_hf_config
 
 Marks = dict[str, jax.Array]
 """`segments`, `positions` `[B, T]`; `starts`, `lengths` of the segments, `[B, segments]`; `mask`: what each token sees,

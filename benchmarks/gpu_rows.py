@@ -28,7 +28,7 @@ from secvec_jax.defenses.tuning import phase2_method
 from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
-from secvec_jax.model.families import from_hf_config
+from secvec_jax.model.hf_config import from_hf_config
 from secvec_jax.training.objective import KEEP, LEARN, Params, parameters
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.plan import Work, program_bytes

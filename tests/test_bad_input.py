@@ -22,7 +22,8 @@ from secvec_jax.experiments.grid import Plan
 from secvec_jax.experiments.verbs import Finetune, Vectors
 from secvec_jax.model import weights
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.families import FAMILIES, from_hf_config, to_hf_config, weight_names
+from secvec_jax.model.families import FAMILIES, weight_names
+from secvec_jax.model.hf_config import from_hf_config, to_hf_config
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.store import load_vectors, save_vectors

@@ -5,11 +5,10 @@ this file sees only it, never a family's name. A family is a row of the table `F
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from secvec_jax.errors import UserError
-from secvec_jax.model.architecture import Architecture, RopeScaling
+from secvec_jax.model.architecture import Architecture
 
 _KEYS = {
     "vocab_size": "vocab_size",
@@ -23,7 +22,6 @@ _KEYS = {
     "max_length": "max_position_embeddings",
     "tied_head": "tie_word_embeddings",
 }
-_SIZES = tuple(_KEYS)[:7]
 _BIASES = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 _CAPS = {
     "query_scalar": "query_pre_attn_scalar",
@@ -57,11 +55,11 @@ class Family:
     """How a family differs from the plainest one, Llama without biases.
 
     hf_class: its class in transformers. keys: `Architecture` field -> entry of config.json, None where it has none;
-    modules: the decoder's part -> module in transformers; both beside or in place of Llama's. switches: what its
-    architecture always has.
-    needs: entries of config.json that the decoder knows at one value only. defaults: entries where it has none.
-    windowed: whether a layer has the sliding window where `layer_types` does not tell; None: no layer ever has it.
-    fused: module -> the sites whose outputs it computes in one product, in this order.
+    modules: the decoder's part -> module in transformers; both in addition to or in place of Llama's. switches: what
+    its architecture always has.
+    needs: entries of config.json that the decoder implements at one value only. ignored: entries that its class in
+    transformers does not read. windows: whether the sliding window applies to the layers that `layer_types` names, to
+    all layers, or to none. fused: module -> the sites whose outputs it computes in one product, in this order.
     """
 
     hf_class: str
@@ -69,8 +67,8 @@ class Family:
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     needs: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"hidden_act": "silu"})
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    windowed: Callable[[dict[str, Any], int], bool] | None = None
+    ignored: tuple[str, ...] = ()
+    windows: Literal["by layer", "all layers", "none"] = "none"
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -79,31 +77,22 @@ class Family:
         return {field: key for field, key in {**_KEYS, **self.keys}.items() if key is not None}
 
 
-_QWEN_DEFAULTS = {"use_sliding_window": False, "max_window_layers": 28}
 _GEMMA = {"norm": "rms_plus_one", "post_norms": True, "activation": "gelu_tanh", "scaled_embedding": True}
 _GEMMA_NEEDS = {"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False}
-_GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
-
-
-def _from_max_window_layers(config: dict[str, Any], layer: int) -> bool:
-    return layer >= config["max_window_layers"]
-
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", keys={**_BIASES, "mlp_bias": "mlp_bias"}),
-    "mistral": Family("MistralForCausalLM", windowed=lambda config, layer: True),
+    "mistral": Family("MistralForCausalLM", windows="all layers"),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         switches={"qkv_bias": True},
-        defaults=_QWEN_DEFAULTS,
-        windowed=_from_max_window_layers,
+        windows="by layer",
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         keys=_BIASES,
         switches={"qk_norm": True},
-        defaults=_QWEN_DEFAULTS,
-        windowed=_from_max_window_layers,
+        windows="by layer",
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -111,8 +100,8 @@ FAMILIES = {
         modules=_SANDWICH,
         switches=_GEMMA,
         needs=_GEMMA_NEEDS,
-        defaults={**_GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        windowed=lambda config, layer: layer % 2 == 0,
+        ignored=("hidden_act",),
+        windows="by layer",
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -120,8 +109,8 @@ FAMILIES = {
         modules=_SANDWICH,
         switches={**_GEMMA, "qk_norm": True},
         needs=_GEMMA_NEEDS,
-        defaults={**_GEMMA_DEFAULTS, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
-        windowed=lambda config, layer: (layer + 1) % config["sliding_window_pattern"] != 0,
+        ignored=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern"),
+        windows="by layer",
     ),
     "opt": Family(
         "OPTForCausalLM",
@@ -148,12 +137,10 @@ FAMILIES = {
             "layer_norm_elementwise_affine": True,
             "_remove_final_layer_norm": False,
         },
-        defaults={"enable_bias": True, "tie_word_embeddings": True},
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        needs={"hidden_act": "silu", "partial_rotary_factor": 1.0},
-        windowed=lambda config, layer: True,
+        windows="all layers",
         fused={
             _LAYER + "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
             _LAYER + "mlp.gate_up_proj": ("gate_proj", "up_proj"),
@@ -161,126 +148,6 @@ FAMILIES = {
     ),
 }
 """By the `model_type` of config.json."""
-
-
-def from_hf_config(config: dict[str, Any]) -> Architecture:
-    """The architecture that a Hugging Face config.json describes, old and new (transformers 5) spellings.
-
-    Raises UserError for a family, rope scaling or activation that the decoder does not have, and for missing or
-    malformed entries.
-    """
-    try:
-        return _from_hf_config(config)
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"config.json lacks or misstates {error}: fetch the model again") from error
-
-
-def _from_hf_config(config: dict[str, Any]) -> Architecture:
-    name = config.get("model_type") or "unknown"
-    if name not in FAMILIES:
-        raise UserError(f"model family {name!r} is not supported: use one of {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
-    config = {**family.defaults, **_flat(config)}
-    for key, value in family.needs.items():
-        if config.get(key) not in (None, value):
-            raise UserError(f"{key} {config[key]!r} is not supported: the decoder's {name} has {value!r}")
-    found = {field: config[key] for field, key in family.entries.items() if config.get(key) is not None}
-    theta, scaling = _rope(config)
-    for field in _SIZES:
-        if not isinstance(size := found.get(field, 1), int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"{family.entries[field]} is {size!r} in config.json: it is a whole number, 1 or more")
-    heads = found["num_heads"]
-    window, windowed = _windows(config, family)
-    return Architecture(
-        **{
-            "family": name,
-            "num_kv_heads": heads,
-            "head_dim": found["hidden_size"] // heads,
-            "norm_eps": 1e-6,
-            "rope_theta": theta,
-            "rope_scaling": scaling,
-            "sliding_window": window,
-            "windowed": windowed,
-            **found,
-            **family.switches,
-        }
-    )
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings by kind of layer (transformers 5) as those of the full layers and the others' base."""
-    by_kind = config.get("rope_parameters") or {}
-    if "full_attention" not in by_kind:
-        return config
-    local = by_kind.get("sliding_attention") or {}
-    if local.get("rope_type", "default") != "default":
-        raise UserError(f"rope scaling {local['rope_type']!r} of layers with a window is not supported")
-    thetas = {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
-    return {**config, "rope_parameters": by_kind["full_attention"], **thetas}
-
-
-def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return float(theta), None
-    if kind == "linear":
-        return float(theta), RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return float(theta), RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise UserError(f"rope scaling {kind!r} is not supported: use a model with default, linear or llama3 scaling")
-
-
-def _windows(config: dict[str, Any], family: Family) -> tuple[int | None, tuple[bool, ...] | None]:
-    """The sliding window, and which layers have it where not all do."""
-    window = config.get("sliding_window")
-    if family.windowed is None or window is None or not config.get("use_sliding_window", True):
-        return None, None
-    kinds = config.get("layer_types")
-    if kinds is None:
-        windowed = tuple(family.windowed(config, layer) for layer in range(config["num_hidden_layers"]))
-    else:
-        windowed = tuple(kind == "sliding_attention" for kind in kinds)
-    if len(windowed) != config["num_hidden_layers"]:
-        raise UserError(f"config.json has {len(windowed)} layer_types for {config['num_hidden_layers']} layers")
-    return (window if any(windowed) else None), (None if len(set(windowed)) < 2 else windowed)
-
-
-def to_hf_config(architecture: Architecture, extra: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of an exported model; `extra` adds what the forward pass does not need (token ids)."""
-    a, family = architecture, FAMILIES[architecture.family]
-    config: dict[str, Any] = {
-        "architectures": [family.hf_class],
-        "model_type": a.family,
-        **{key: getattr(a, field) for field, key in family.entries.items()},
-        **family.needs,
-        "dtype": "float32",
-    }
-    if not a.learned_positions:
-        config["rope_theta"] = a.rope_theta
-    if family.windowed is not None:
-        windowed = a.windowed or (a.sliding_window is not None,) * a.num_layers
-        kinds = ["sliding_attention" if local else "full_attention" for local in windowed]
-        config |= {"sliding_window": a.sliding_window, "use_sliding_window": any(windowed), "layer_types": kinds}
-    if a.rope_scaling is not None:
-        scaling = a.rope_scaling
-        config["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            config["rope_scaling"] |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_context,
-            }
-    return config | extra
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture, RopeScaling, rope_frequencies
-from secvec_jax.model.families import from_hf_config, weight_names
+from secvec_jax.model.families import weight_names
+from secvec_jax.model.hf_config import from_hf_config
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

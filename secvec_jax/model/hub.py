@@ -25,8 +25,8 @@ from secvec_jax.files import check_replaceable, whole_folder
 from secvec_jax.mesh import PLACES, agree, is_first, shards
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder
-from secvec_jax.model.families import from_hf_config, to_hf_config
 from secvec_jax.model.gguf import GGUF
+from secvec_jax.model.hf_config import from_hf_config, to_hf_config
 from secvec_jax.model.weights import assemble, gathered, open_safetensors, read_json, weight_sizes, write_weights
 from secvec_jax.run_folders import find_model
 from secvec_jax.trees import fingerprint, num_parameters

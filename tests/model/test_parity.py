@@ -6,7 +6,7 @@ import pytest
 
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import SITES, RopeScaling, rope_frequencies
-from secvec_jax.model.families import from_hf_config, to_hf_config
+from secvec_jax.model.hf_config import from_hf_config, to_hf_config
 
 TOLERANCE = 1e-4
 VARIANTS = ["llama", "llama-mha", "llama-tied", "llama-linear", "llama-llama3", "llama-biases", "mistral",
@@ -135,7 +135,8 @@ def test_layers_below_max_window_layers_see_everything_as_in_transformers(first_
     from transformers import AutoConfig
 
     config = _CONFIG | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
-                        "max_window_layers": first_windowed, "num_hidden_layers": 2}  # fmt: skip
+                        "max_window_layers": first_windowed, "num_hidden_layers": 2,
+                        "num_key_value_heads": 2}  # fmt: skip
     theirs = [kind == "sliding_attention" for kind in AutoConfig.for_model(**config).layer_types]
     ours = from_hf_config(config)
     assert (ours.sliding_window, ours.windowed) == {

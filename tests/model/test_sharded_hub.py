@@ -18,7 +18,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.mesh import axes_of, make_mesh, parse, spec
 from secvec_jax.model import hub, weights
 from secvec_jax.model.architecture import SITES, Architecture
-from secvec_jax.model.families import to_hf_config
+from secvec_jax.model.hf_config import to_hf_config
 from secvec_jax.trees import distance, fingerprint, num_parameters, pieces
 from tests.processes import Program, free_port, outputs
 
