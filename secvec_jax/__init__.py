@@ -19,6 +19,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.inference import generate, logits
 from secvec_jax.mesh import make_mesh
 from secvec_jax.model.hub import Model, load
+from secvec_jax.model.sampling import Sampling
 from secvec_jax.vectors.lora import LoRA, random_like
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.prompt import SoftPrompt
@@ -31,6 +32,7 @@ __all__ = [
     "LoRA",
     "Model",
     "Phase1",
+    "Sampling",
     "SoftPrompt",
     "Steering",
     "Training",

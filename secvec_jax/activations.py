@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import place
@@ -30,7 +31,7 @@ def reply_means(
     """
     shape = (len(examples), model.architecture.num_layers, model.architecture.hidden_size)
     means = np.zeros(shape, np.float32)
-    for rows, tokens, segments, supervised in _batches(examples):
+    for rows, tokens, segments, supervised in _batches(examples, model):
         found = _means(model.backbone, as_guests(vectors), tokens, segments, supervised)
         means[rows] = np.asarray(found)[: len(rows)]
     return means
@@ -45,7 +46,7 @@ def attention_difference(model: Model, reference: Model, examples: Sequence[Exam
     if model.architecture != reference.architecture:
         raise UserError(f"{model.name} and {reference.name} are of different architectures: compare two of the same")
     norms = np.zeros(len(examples))
-    for rows, tokens, segments, _ in _batches(examples):
+    for rows, tokens, segments, _ in _batches(examples, model):
         norms[rows] = np.asarray(_drift(model.backbone, reference.backbone, tokens, segments))[: len(rows)]
     return norms.tolist()
 
@@ -61,8 +62,12 @@ def layer_mask(model: Model, layers: Sequence[int] | None) -> np.ndarray:
     return mask
 
 
-def _batches(examples: Sequence[Example]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
+def _batches(
+    examples: Sequence[Example], model: Model
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
     """Rows of like length: their indices, and tokens, segments and supervised marks `[B, T]`, padded on the right."""
+    for number, example in enumerate(examples, 1):
+        check_token_ids(example.tokens, model.architecture.vocab_size, f"row {number}")
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]

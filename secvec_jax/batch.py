@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from secvec_jax.errors import UserError
+
 Batch = dict[str, Any]
 """`tokens`, `targets`, `segments`, `positions`, `groups` int32 and `weights` float32, all `[B, T]`.
 
@@ -18,6 +20,20 @@ KEYS = ("tokens", "targets", "weights", "groups", "segments", "positions")
 
 SHARED = -1
 """The segment of tokens that all rows of a line see: the beginning that they have in common."""
+
+
+def check_token_ids(tokens: Any, vocab_size: int, where: str) -> None:
+    """Raises UserError if token ids, `where` they are from, are outside an embedding table of `vocab_size` rows.
+
+    JAX would clamp them to the last row in silence.
+    """
+    tokens = np.asarray(tokens)
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if outside.size:
+        raise UserError(
+            f"{where} has token id {int(outside.flat[0])}, which is outside the model's embedding table of "
+            f"{vocab_size} rows: use the tokenizer that belongs to the model, or resize its embeddings"
+        )
 
 
 def common_head(prompts: Sequence[np.ndarray]) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from secvec_jax.arguments import instance, integer, number, path, shown
+from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import Message, Row, as_rows, normalize, response_of
@@ -24,8 +25,8 @@ from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Guest
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model, load
+from secvec_jax.model.sampling import Sampling
 from secvec_jax.progress import reply_progress
-from secvec_jax.turns import turn_ends
 from secvec_jax.vectors.store import load_vectors
 
 Given = Guest | str | os.PathLike[str] | list[Any] | tuple[Any, ...] | None
@@ -38,18 +39,24 @@ def generate(
     vectors: Given = None,
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float | None = None,
+    sampling: Sampling | None = None,
     seed: int = 0,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The model's reply to each prompt, greedy unless temperature > 0.
+    """The model's reply to each prompt.
+
+    Replies end at the token that ends a turn in the chat template and at every `eos_token_id` of the model's
+    generation_config.json. Decoding follows that file (`do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
+    `repetition_penalty`) and is greedy where it does not sample; its lengths are not read. temperature: in place of
+    the file's; 0 decodes greedily. sampling: all settings, in place of the file.
 
     prompts: texts, conversations as lists of messages, or rows (dicts, a DataFrame, a `datasets.Dataset`), which are
     answered anew: a row's final answer is left out. max_new_tokens: the longest reply, in tokens. progress is called
     with the number of replies done after each batch; None: a line on the screen in a notebook or a terminal.
     Raises UserError for a prompt that cannot be read, is longer than the model takes beside the reply, or holds token
-    ids that the model does not have, and for settings out of range.
+    ids that the model does not have, and for settings out of range or of the file that this library does not have.
     """
     model = as_model(model)
     max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
@@ -58,9 +65,14 @@ def generate(
             f"max_new_tokens is {max_new_tokens}: the model takes {model.architecture.max_length} tokens in all, "
             "prompt and reply; lower it"
         )
-    temperature = number("temperature", temperature, 0.0)
-    if 0 < temperature < _COLDEST:
-        raise UserError(f"temperature is {temperature:g}: use 0 for the likeliest token, or at least {_COLDEST:g}")
+    if temperature is not None:
+        temperature = number("temperature", temperature, 0.0)
+        if 0 < temperature < _COLDEST:
+            raise UserError(f"temperature is {temperature:g}: use 0 for the likeliest token, or at least {_COLDEST:g}")
+    if sampling is None:
+        sampling = Sampling.of(model.metadata.generation or {}, temperature)
+    elif temperature is not None:
+        raise UserError("temperature and sampling are both given: put the temperature into sampling")
     seed, batch_size = integer("seed", seed, 0, 2**32 - 1), integer("batch_size", batch_size, 1)
     guests = as_vectors(vectors, model)
     encoded = [_prompt_ids(model, *prompt, max_new_tokens) for prompt in as_conversations(prompts)]
@@ -70,9 +82,9 @@ def generate(
             encoded,
             guests,
             max_new_tokens=max_new_tokens,
-            stop=turn_ends(model.tokenizer),
+            stop=model.stop_tokens,
             batch_size=batch_size,
-            temperature=temperature,
+            sampling=sampling,
             seed=seed,
             dtype=compute_dtype(),
             progress=on_replies,
@@ -166,7 +178,7 @@ def _prompt_ids(model: Model, where: str, messages: list[Message], max_new_token
         )
     if not len(tokens):
         raise UserError(f"{where} has no tokens: the chat template leaves it empty")
-    _check_ids(tokens, a, where)
+    check_token_ids(tokens, a.vocab_size, where)
     return tokens
 
 
@@ -186,17 +198,8 @@ def _token_ids(tokens: Any, architecture: Architecture) -> jax.Array:
     if architecture.learned_positions and ids.shape[1] > architecture.max_length:
         raise UserError(f"tokens has {ids.shape[1]} positions, the model {architecture.max_length}: shorten the rows")
     if not spread:
-        _check_ids(ids, architecture, "tokens")
+        check_token_ids(ids, architecture.vocab_size, "tokens")
     return jnp.asarray(ids, jnp.int32)
-
-
-def _check_ids(ids: np.ndarray, architecture: Architecture, where: str) -> None:
-    """Raises UserError for an id that the embedding does not have, which JAX would clamp without a word."""
-    size = architecture.vocab_size
-    if ids.min() < 0 or ids.max() >= size:
-        wrong = int(ids.min() if ids.min() < 0 else ids.max())
-        raise UserError(f"{where}: token id {wrong} is outside the model's vocabulary of {size}: the tokenizer has "
-                        "tokens that the model lacks, or belongs to another model")  # fmt: skip
 
 
 @partial(jax.jit, static_argnames="dtype")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 
+from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import ControlTokens, Example, TooLong, cut, encode_all
 from secvec_jax.data.control_tokens import spelled
 from secvec_jax.data.rows import Row
@@ -60,12 +61,13 @@ def encoded(
     name: str = "data",
     long_rows: LongRows = "truncate",
     control_tokens: ControlTokens = "text",
+    vocab_size: int | None = None,
 ) -> Encoded:
-    """The rows as examples of at most `max_length` tokens.
+    """The rows as examples of at most `max_length` tokens, with ids below `vocab_size` if that is given.
 
     Logs how many answers are cut or rows left out, and how many rows spell control tokens, with the first of them;
     `name` is what rows are called that do not know where they are stored. Raises UserError, naming the row, for one
-    that cannot be encoded, for a prompt that leaves no room for an answer, and with "refuse" for an answer that would
+    that cannot be encoded or has a token that the model has no embedding for, for a prompt that leaves no room for an answer, and with "refuse" for an answer that would
     be cut.
     """
 
@@ -73,6 +75,8 @@ def encoded(
     def encode(index: int) -> tuple[Example, bool]:
         """The example, and whether some of its answer is cut."""
         whole = encode_all(tokenizer, rows[index]["messages"], control_tokens)
+        if vocab_size is not None:
+            check_token_ids(whole.tokens, vocab_size, "the row")
         if whole.answer_start >= max_length:
             raise TooLong(f"a prompt has {whole.answer_start} tokens")
         return cut(whole, max_length), bool(whole.supervised[max_length:].any())

@@ -30,6 +30,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.scorers import rouge1
 from secvec_jax.inference import generate
 from secvec_jax.model.hub import Model
+from secvec_jax.model.sampling import GREEDY
 
 _PUNCTUATION = str.maketrans("", "", ".?!;:,")
 """What the published code takes out."""
@@ -91,7 +92,7 @@ def filtered(rows: Sequence[Row], rates: Sequence[float], phi: float = 0.1) -> l
 def _scores(model: Model, rows: Sequence[Row], max_new_tokens: int) -> list[float]:
     """ROUGE-1 of the first line that is said with the answer, both in lower case and without punctuation."""
     asked = [row["messages"][:-1] for row in rows]
-    replies = generate(model, asked, max_new_tokens=max_new_tokens, progress=lambda done: None)
+    replies = generate(model, asked, max_new_tokens=max_new_tokens, sampling=GREEDY, progress=lambda done: None)
     lines = [(reply.strip().splitlines() or [""])[0] for reply in replies]
     return [rouge1(_plain(line), _plain(response_of(row) or "")) for line, row in zip(lines, rows)]
 

@@ -18,6 +18,7 @@ import jax
 import optax
 
 from secvec_jax.arguments import shown
+from secvec_jax.batch import check_token_ids
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import LENGTHS, Encoded, encoded
@@ -190,7 +191,16 @@ def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> 
             return rows
         if wrong := next((row for row in rows if not isinstance(row, Example)), None):
             raise UserError(f"{called} holds examples and {shown(wrong)}: encode all rows of a list, or none")
+        for number, example in enumerate(rows, 1):
+            check_token_ids(example.tokens, model.architecture.vocab_size, f"{called}, row {number}")
         return list(rows)
     limit = min(training.length or LENGTHS[-1], model.architecture.max_length)
-    some = as_rows(rows, name=called)
-    return encoded(model.tokenizer, some, limit, called, training.long_rows, training.control_tokens)
+    return encoded(
+        model.tokenizer,
+        as_rows(rows, name=called),
+        limit,
+        called,
+        training.long_rows,
+        training.control_tokens,
+        vocab_size=model.architecture.vocab_size,
+    )

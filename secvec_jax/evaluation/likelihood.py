@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import Example
 from secvec_jax.data.pipeline import shared_head
 from secvec_jax.inference import compute_dtype
@@ -53,6 +54,8 @@ def _scored(
     """Each example's losses at its supervised tokens, and whether each of these was the likeliest."""
     if not examples:
         return []
+    for number, example in enumerate(examples, 1):
+        check_token_ids(example.tokens, model.architecture.vocab_size, f"row {number}")
     head = shared_head(examples)  # read once for all rows
     said = rounded_up(max(int(e.supervised.sum()) for e in examples), _BUCKET)
     rows = rounded_up(_BATCH, shards("batch"))

@@ -21,7 +21,7 @@ from secvec_jax.inference import compute_dtype
 from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
-from secvec_jax.turns import turn_ends
+from secvec_jax.model.sampling import Sampling
 
 OnRequest = Callable[[str, int, int], None]
 """Called with what is asked for, how many requests are done, and of how many."""
@@ -143,9 +143,9 @@ class HarnessModel(TemplateLM):
             [np.asarray(self.tok_encode(context)[-room:], np.int32) for context in contexts],
             self.guests,
             max_new_tokens=tokens,
-            stop=turn_ends(self.tokenizer),
+            stop=self.model.stop_tokens,
             batch_size=self.batch_size,
-            temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+            sampling=Sampling(settings["temperature"] if settings["do_sample"] else 0.0),
             seed=self.seed,
             dtype=compute_dtype(),
             progress=lambda done: self._on_request("replies", before + done, total),

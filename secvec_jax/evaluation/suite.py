@@ -10,6 +10,7 @@ from secvec_jax.evaluation.scorers import Score, bootstrap, complies, exact_matc
 from secvec_jax.inference import generate
 from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.hub import Model
+from secvec_jax.model.sampling import GREEDY
 from secvec_jax.vectors.lora import LoRAVectors, merge
 
 Outcomes = dict[str, list[float]]
@@ -90,6 +91,7 @@ def outcomes(
             prompts if suite.system is None else [with_system(prompt, suite.system) for prompt in prompts],
             guests,
             max_new_tokens=tokens,
+            sampling=GREEDY,
             batch_size=suite.batch_size,
             progress=lambda count: on_reply(before + count),
         )

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -32,6 +33,8 @@ class Export:
     """run directories of `eval.py score`, `judge` or `harness` whose tables go into the card"""
     out: str = "exported"
     """the folder; one that holds an exported model is replaced, any other is left alone"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """what the weights are rounded to; none: the dtype of the base model"""
 
 
 def export(settings: Export, command: str) -> None:
@@ -58,8 +61,9 @@ def export(settings: Export, command: str) -> None:
     merged = _merged(model, adapters)
     root = str(trained[0].config["model"]) if trained else settings.model
     base = _HUB_IDS.get(root) or (root if re.fullmatch(r"[\w.-]+/[\w.-]+", root) and not Path(root).exists() else None)
-    merged.save(out, model_card(out.resolve().name, base, trained, scored, carried))
-    Console(quiet=not is_first()).print(f"the model is in {out}", markup=False, highlight=False)
+    dtype = settings.dtype or model.metadata.dtype
+    merged.save(out, model_card(out.resolve().name, base, trained, scored, carried), dtype=dtype)
+    Console(quiet=not is_first()).print(f"the model is in {out}, in {dtype}", markup=False, highlight=False)
 
 
 def _adapter(path: str) -> str:

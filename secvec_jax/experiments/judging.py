@@ -29,6 +29,7 @@ from secvec_jax.experiments.stages import Stage
 from secvec_jax.inference import generate
 from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import load
+from secvec_jax.model.sampling import GREEDY
 from secvec_jax.vectors.store import load_several
 
 Exchanges = dict[str, list[tuple[str, str]]]
@@ -115,6 +116,7 @@ def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
             asked,
             vectors,
             max_new_tokens=settings.reply_tokens,
+            sampling=GREEDY,
             progress=stage.replies(len(asked), "replying"),
         )
     )

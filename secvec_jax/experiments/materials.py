@@ -23,7 +23,6 @@ from secvec_jax.evaluation.suite import Suite
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
-from secvec_jax.turns import turn_ends
 
 Judges = Literal["held-out", "development"]
 """Which prompts models are judged by: those of the results, or others that a recipe may be tuned on."""
@@ -193,7 +192,7 @@ def own_replies(
     encoded = [
         prompt_tokens(model.tokenizer, [{"role": "user", "content": p}], model.architecture.max_length) for p in prompts
     ]
-    ends = turn_ends(model.tokenizer)
+    ends = model.stop_tokens
     replies = generate_tokens(
         model.backbone, encoded, max_new_tokens=OPENING, stop=ends, dtype=compute_dtype(), progress=progress
     )

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from secvec_jax.batch import SHARED, common_head
+from secvec_jax.batch import SHARED, check_token_ids, common_head
 from secvec_jax.mesh import place, platform, shards
 from secvec_jax.model.decoder import Cache, Decoder, Guest, Run, written
+from secvec_jax.model.sampling import GREEDY, Sampling, choose
 from secvec_jax.trees import unstacked
 
 _BUCKET = 16
@@ -37,30 +38,38 @@ def generate_tokens(
     max_new_tokens: int,
     stop: int | tuple[int, ...],
     batch_size: int = 64,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     dtype: DTypeLike = jnp.float32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, up to but without the first that is `stop`, or one of several.
 
-    prompts: token ids, one array each. temperature: 0 takes the likeliest token, else samples from
-    softmax(logits / temperature). progress is called with the number of prompts done after each batch.
+    prompts: token ids, one array each. progress is called with the number of prompts done after each batch.
+    Raises UserError for a token id that the decoder has no embedding for.
     """
     if not prompts:
         return []
+    vocab_size = decoder.architecture.vocab_size
+    for number, prompt in enumerate(prompts, 1):
+        check_token_ids(prompt, vocab_size, f"prompt {number}")
     head = common_head(prompts)
     tails = [np.asarray(prompt[len(head) :]) for prompt in prompts]
     replies: dict[int, list[int]] = {}
     apart = _apart(decoder, guests) if platform() == "cpu" else None
     stops = (stop if isinstance(stop, tuple) else (stop,)) or (_NO_TOKEN,)
-    options = {"max_new_tokens": max_new_tokens, "stops": stops, "temperature": temperature, "dtype": dtype}
+    options = {"max_new_tokens": max_new_tokens, "stops": stops, "sampling": sampling, "dtype": dtype}
     for rows, batches in _alike(tails, batch_size):
         for chosen, lines in zip(batches, _dealt([[tails[i] for i in batch] for batch in batches], rows, len(head))):
             cache, logits = _read(decoder, guests, head[None], *lines, slots=max_new_tokens, dtype=dtype)
             key = jax.random.fold_in(jax.random.key(seed), len(replies))
             done = np.arange(rows) >= len(chosen)
-            said = np.asarray(_write(decoder, guests, apart, cache, logits, done, key, **options))
+            seen = None
+            if sampling.repetition_penalty != 1:
+                seen = np.zeros((rows, vocab_size), bool)
+                for row, i in enumerate(chosen):
+                    seen[row, prompts[i]] = True
+            said = np.asarray(_write(decoder, guests, apart, cache, logits, done, seen, key, **options))
             for i, row in zip(chosen, said):
                 ends = np.flatnonzero(np.isin(row, stops))
                 replies[i] = row[: ends[0] if len(ends) else None].tolist()
@@ -179,51 +188,43 @@ def _read(decoder, guests, head, tokens, segments, positions, index, marks, *, s
 _apart = jax.jit(Decoder.layers_apart)
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "stops", "temperature", "dtype"))
-def _write(decoder, guests, apart, cache, logits, done, key, *, max_new_tokens, stops, temperature, dtype):
+@partial(jax.jit, static_argnames=("max_new_tokens", "stops", "sampling", "dtype"))
+def _write(decoder, guests, apart, cache, logits, done, seen, key, *, max_new_tokens, stops, sampling, dtype):
     """Replies `[B, max_new_tokens]`, filled up with the first of `stops`.
 
-    apart: `layers_apart`, or None for a scan over them.
+    apart: `layers_apart`, or None for a scan over them. seen: the tokens of each prompt `[B, V]`, or None if it does
+    not matter which have occurred.
     """
     done = place(done, "batch")
     if apart is not None:
         cache = dataclasses.replace(cache, runs=unstacked(cache.runs, len(apart)))
     forward = partial(decoder, guests=guests, dtype=dtype, apart=apart)
 
-    def choose(logits, step):
-        if temperature == 0:
-            return _first_largest(logits)
-        return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature).astype(jnp.int32)
-
-    def say(step, logits, replies, done):
-        token = jnp.where(done, stops[0], choose(logits, step))
+    def say(step, logits, replies, done, seen):
+        token = jnp.where(done, stops[0], choose(logits, seen, jax.random.fold_in(key, step), sampling))
         ends = functools.reduce(operator.or_, (token == stop for stop in stops))
-        return token, jax.lax.dynamic_update_slice(replies, token[:, None], (0, step)), done | ends
+        if seen is not None:
+            seen = seen | (jnp.arange(seen.shape[1]) == token[:, None])
+        return token, jax.lax.dynamic_update_slice(replies, token[:, None], (0, step)), done | ends, seen
 
     def unfinished(state):
-        step, *_, done = state
+        step, *_, done, _ = state
         return (step < max_new_tokens) & ~done.all()
 
     def write(state):
-        step, cache, position, token, replies, done = state
+        step, cache, position, token, replies, done, seen = state
         ones, position = jnp.ones_like(token)[:, None], position + 1
         marked = _marked(cache, ones, position[:, None])
         # Layer by layer the cache is written before it is read, or XLA copies it in between; a scan would copy it too.
         hidden, new = forward(token[:, None], ones, position[:, None], cache=cache if apart is None else marked)
         runs = _appended(cache, new) if apart is None else [(run,) for run in new]
         cache = dataclasses.replace(marked, runs=runs, length=cache.length + 1)
-        return step + 1, cache, position, *say(step, decoder.logits(hidden[:, -1]), replies, done)
+        return step + 1, cache, position, *say(step, decoder.logits(hidden[:, -1]), replies, done, seen)
 
     replies = jnp.full((len(done), max_new_tokens), stops[0], jnp.int32)
     position = cache.positions[:, -max_new_tokens - 1]
-    state = (jnp.int32(1), cache, position, *say(0, logits, replies, done))
-    return place(jax.lax.while_loop(unfinished, write, state)[-2], None, None)
-
-
-def _first_largest(logits: jax.Array) -> jax.Array:
-    """`argmax` in two passes that XLA's CPU backend vectorizes."""
-    places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    return jnp.min(jnp.where(logits == logits.max(axis=-1, keepdims=True), places, places[-1]), axis=-1)
+    state = (jnp.int32(1), cache, position, *say(0, logits, replies, done, seen))
+    return place(jax.lax.while_loop(unfinished, write, state)[-3], None, None)
 
 
 def head_cache(forward, head, rows: int) -> Cache:

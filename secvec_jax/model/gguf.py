@@ -1,5 +1,12 @@
-"""Models out of llama.cpp's GGUF files: weights, architecture and tokenizer, without torch."""
+"""Models out of llama.cpp's GGUF files: weights, architecture and tokenizer, without torch.
 
+A file in parts (NAME-00001-of-00003.gguf) is read as one, whichever part is named. Metadata that is missing takes
+llama.cpp's own default where there is one; a key that could change what the model computes and is not understood is
+refused by name.
+"""
+
+import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,32 +16,55 @@ import numpy as np
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture, RopeScaling, rope_frequencies
 from secvec_jax.model.families import weight_names
+from secvec_jax.model.gguf_tokenizer import bpe_tokenizer
 from secvec_jax.model.hf_config import from_hf_config
+from secvec_jax.model.metadata import Metadata
+from secvec_jax.model.tokenizer import MissingTokenizer
 
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_KINDS = ("llama", "qwen2", "qwen3")
+_PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_REQUIRED = (
+    "embedding_length",
+    "feed_forward_length",
+    "block_count",
+    "context_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
 )
-_SPLITS = {"llama-bpe": _LLAMA3_SPLIT, "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")}
+_READ = {*_REQUIRED, "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.freq_base",
+         "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"}  # fmt: skip
+_WITHOUT_EFFECT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
+_INERT = {"attention.causal": True, "use_parallel_residual": False, "expert_count": 0, "expert_used_count": 0,
+          "rope.scaling.attn_factor": 1.0, "attention.layer_norm_epsilon": None}  # fmt: skip
+"""Keys of which the decoder has this value only."""
 
 
 class GGUF:
-    """An open GGUF file. Raises UserError if it cannot be read."""
+    """An open GGUF file, with all its parts. Raises UserError if it cannot be read."""
 
     def __init__(self, path: str | Path):
-        import gguf
-
         self.path = Path(path)
-        try:
-            self._reader = gguf.GGUFReader(self.path)
-            self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        except (ValueError, OSError, KeyError, IndexError) as error:
-            raise UserError(f"{path} is no whole GGUF file ({error}): fetch it again") from error
+        self._readers = [_opened(part) for part in _parts(self.path)]
+        self._tensors = {}
+        for reader in self._readers:
+            self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
 
     def field(self, name: str, default: Any = None) -> Any:
-        """A metadata value, `default` if the file does not have it."""
-        found = self._reader.fields.get(name)
-        return default if found is None else found.contents()
+        """A metadata value, `default` if the file does not have it. Raises UserError if it is damaged."""
+        for reader in self._readers:
+            if (found := reader.fields.get(name)) is not None:
+                try:
+                    return found.contents()
+                except Exception as error:  # gguf has no kind of its own for damaged values
+                    raise UserError(f"{self.path} has a damaged {name} ({error}): fetch it again") from error
+        return default
+
+    def needed(self, name: str) -> Any:
+        """A metadata value. Raises UserError if the file does not have it."""
+        value = self.field(name)
+        if value is None:
+            raise UserError(f"{self.path} lacks {name}: convert the model to GGUF anew")
+        return value
 
     @property
     def names(self) -> set[str]:
@@ -46,68 +76,85 @@ class GGUF:
 
         found = self._tensors[name]
         shape = tuple(int(size) for size in reversed(found.shape))
-        return gguf.quants.dequantize(found.data, found.tensor_type).reshape(shape).astype(np.float32, copy=False)
+        try:
+            wide = gguf.quants.dequantize(found.data, found.tensor_type).reshape(shape)
+        except Exception as error:  # an unknown quantization, or data that does not fill the shape
+            kind = getattr(found.tensor_type, "name", found.tensor_type)
+            raise UserError(f"{self.path}: {name} of type {kind} cannot be read ({error}): use another file") from error
+        return wide.astype(np.float32, copy=False)
 
     def architecture(self) -> Architecture:
-        """The architecture that the metadata describes. Raises UserError for another family."""
-        kind = self.field("general.architecture")
+        """The architecture that the metadata describes.
+
+        Raises UserError for another family, and for metadata that is missing, damaged or not understood.
+        """
+        kind = self.needed("general.architecture")
+        if kind not in _KINDS:
+            raise UserError(f"{self.path} holds a {kind!r} model: supported are llama (mistral), qwen2 and qwen3")
 
         def value(key: str, default: Any = None) -> Any:
             return self.field(f"{kind}.{key}", default)
 
-        if kind not in ("llama", "qwen2", "qwen3"):
-            raise UserError(f"{self.path} holds a {kind!r} model: supported are llama (mistral), qwen2 and qwen3")
-        heads = value("attention.head_count")
-        for key in (
-            "embedding_length",
-            "feed_forward_length",
-            "block_count",
-            "context_length",
-            "attention.head_count",
-            "attention.layer_norm_rms_epsilon",
-        ):
-            if value(key) is None:
-                raise UserError(f"{self.path} lacks {kind}.{key}: convert the model to GGUF anew")
-        architecture = from_hf_config(
-            {
-                "model_type": kind,
-                "vocab_size": int(self._tensors["token_embd.weight"].shape[1]),
-                "hidden_size": value("embedding_length"),
-                "intermediate_size": value("feed_forward_length"),
-                "num_hidden_layers": value("block_count"),
-                "num_attention_heads": heads,
-                "num_key_value_heads": value("attention.head_count_kv", heads),
-                "head_dim": value("attention.key_length", value("embedding_length") // heads),
-                "rope_theta": value("rope.freq_base", 10000.0),
-                # The file holds a float32; a rounded eps keeps the exported config.json readable.
-                "rms_norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
-                "max_position_embeddings": value("context_length"),
-                "tie_word_embeddings": "output.weight" not in self._tensors,
-                "attention_bias": "blk.0.attn_q.bias" in self._tensors and kind == "llama",
-                "rope_scaling": self._linear_scaling(value),
-            }
-        )
-        return self._with_frequency_factors(architecture)
+        for key in _REQUIRED:
+            self.needed(f"{kind}.{key}")
+        self._check_keys(kind, value)
+        if "token_embd.weight" not in self._tensors or len(self._tensors["token_embd.weight"].shape) != 2:
+            raise UserError(f"{self.path} lacks token_embd.weight: convert the model to GGUF anew")
+        try:
+            heads = value("attention.head_count")
+            head_dim = value("attention.key_length", value("embedding_length") // heads)
+            for key in ("attention.value_length", "rope.dimension_count"):
+                if value(key, head_dim) != head_dim:
+                    raise UserError(f"{self.path}: {kind}.{key} {value(key)} is not supported: heads have {head_dim}")
+            architecture = from_hf_config(
+                {
+                    "model_type": kind,
+                    "vocab_size": int(self._tensors["token_embd.weight"].shape[1]),
+                    "hidden_size": value("embedding_length"),
+                    "intermediate_size": value("feed_forward_length"),
+                    "num_hidden_layers": value("block_count"),
+                    "num_attention_heads": heads,
+                    "num_key_value_heads": value("attention.head_count_kv", heads),
+                    "head_dim": head_dim,
+                    "rope_theta": value("rope.freq_base", 10000.0),
+                    # The file holds a float32; a rounded eps keeps the exported config.json readable.
+                    "rms_norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
+                    "max_position_embeddings": value("context_length"),
+                    "tie_word_embeddings": "output.weight" not in self._tensors,
+                    "attention_bias": "blk.0.attn_q.bias" in self._tensors and kind == "llama",
+                    "rope_scaling": _linear_scaling(value),
+                }
+            )
+            return self._with_frequency_factors(architecture)
+        except UserError as error:
+            raise UserError(f"{self.path}: {str(error).replace('config.json', 'the metadata')}") from error
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{self.path} has metadata of a wrong kind ({error}): fetch it again") from error
 
-    def _linear_scaling(self, value: Callable[..., Any]) -> dict | None:
-        kind = value("rope.scaling.type", "none")
-        if kind == "none":
-            return None
-        return {"rope_type": kind, "factor": value("rope.scaling.factor", 1.0)}
+    def _check_keys(self, kind: str, value: Callable[..., Any]) -> None:
+        for reader in self._readers:
+            for name in reader.fields:
+                key = name.removeprefix(f"{kind}.")
+                if key == name or key in _READ | _WITHOUT_EFFECT or (key in _INERT and value(key) == _INERT[key]):
+                    continue
+                raise UserError(
+                    f"{self.path} has {name} {str(value(key))[:40]}, which is not supported: use the model's Hugging "
+                    "Face folder"
+                )
 
     def _with_frequency_factors(self, architecture: Architecture) -> Architecture:
         """Llama 3.1's scaling, which GGUF keeps as a tensor of factors, recognized by its values."""
-        import dataclasses
-
         if "rope_freqs.weight" not in self._tensors:
             return architecture
         factors = self.tensor("rope_freqs.weight")
         plain = np.asarray(rope_frequencies(architecture))
         for factor in (8.0, 32.0):
             scaled = dataclasses.replace(architecture, rope_scaling=RopeScaling("llama3", factor))
-            if np.allclose(plain / np.asarray(rope_frequencies(scaled)), factors, rtol=1e-3):
+            if factors.shape == plain.shape and np.allclose(
+                plain / np.asarray(rope_frequencies(scaled)), factors, rtol=1e-3
+            ):
                 return scaled
-        raise UserError(f"{self.path} has rotary factors of an unknown kind: use the model's safetensors folder")
+        raise UserError("it has rotary factors of an unknown kind: use the model's safetensors folder")
 
     def read(self) -> tuple[Architecture, Callable[[str], np.ndarray], set[str]]:
         """The architecture, a reader by Hugging Face weight name, and the Hugging Face names that are there."""
@@ -122,65 +169,69 @@ class GGUF:
         def weight(hf_name: str) -> np.ndarray:
             name, leaf = places[hf_name]
             array = self.tensor(name)
-            if self.field("general.architecture") == "llama" and leaf.split(".")[1:2] in (["q_proj"], ["k_proj"]):
+            permuted = self.field("general.architecture") == "llama" and leaf.split(".")[1:2] in (
+                ["q_proj"],
+                ["k_proj"],
+            )
+            if permuted and array.shape[0] % architecture.head_dim == 0:
                 array = _unpermute(array, architecture.head_dim)
             return array
 
         return architecture, weight, present
 
-    def tokenizer(self):
-        """The file's byte-level BPE tokenizer and chat template as a transformers tokenizer."""
-        from tokenizers import AddedToken, Tokenizer, decoders, models
-        from transformers import PreTrainedTokenizerFast
+    def tokenizer(self) -> Any:
+        """The file's byte-level BPE tokenizer and chat template as a transformers tokenizer.
 
-        if self.field("tokenizer.ggml.model") != "gpt2":
-            raise UserError(
-                f"{self.path} has a {self.field('tokenizer.ggml.model')!r} tokenizer, of which GGUF keeps too "
-                "little: use the model's Hugging Face folder"
-            )
-        tokens = self.field("tokenizer.ggml.tokens")
-        merges = [tuple(merge.split(" ", 1)) for merge in self.field("tokenizer.ggml.merges")]
-        pre = self.field("tokenizer.ggml.pre", "default")
-        # Llama 3 takes a whole word that is in the vocabulary, even if no merges lead to it.
-        bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe")
-        tokenizer = Tokenizer(bpe)
-        tokenizer.pre_tokenizer = _pre_tokenizer(pre, self.path)
-        tokenizer.decoder = decoders.ByteLevel()
-        # llama.cpp's token types: 3 is a control token, 4 one that the user added.
-        for token, kind in zip(tokens, self.field("tokenizer.ggml.token_type")):
-            if kind in (3, 4):
-                tokenizer.add_tokens([AddedToken(token, special=kind == 3, normalized=False)])
+        A `MissingTokenizer` if the file holds none. Raises UserError for one that is incomplete or of another kind.
+        """
+        if not any(name.startswith("tokenizer.ggml.") for reader in self._readers for name in reader.fields):
+            return MissingTokenizer(str(self.path))
+        return bpe_tokenizer(self.path, self.field, self.needed)
 
-        def special(role: str) -> str | None:
-            index = self.field(f"tokenizer.ggml.{role}_token_id")
-            return None if index is None else tokens[index]
-
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            bos_token=special("bos"),
-            eos_token=special("eos"),
-            unk_token=special("unknown"),
-            pad_token=special("padding") or special("eos"),
-            chat_template=self.field("tokenizer.chat_template"),
-            clean_up_tokenization_spaces=False,
-        )
+    def metadata(self) -> Metadata:
+        """The tokens that end a text or a turn; weights are saved in float32."""
+        ids = [self.field(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+        ends = list(dict.fromkeys(int(token) for token in ids if token is not None))
+        return Metadata(generation={"eos_token_id": ends} if len(ends) > 1 else None)
 
 
-def _pre_tokenizer(kind: str, path: Path):
-    from tokenizers import Regex, pre_tokenizers
+def _opened(path: Path) -> Any:
+    import gguf
 
-    if kind in ("smollm", "default", "gpt-2"):
-        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if kind == "smollm" else []
-        return pre_tokenizers.Sequence([*digits, bytes_only])
-    if kind not in _SPLITS:
-        raise UserError(f"{path} has an unknown pre-tokenizer {kind!r}: use the model's Hugging Face folder")
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLITS[kind]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as error:  # gguf raises whatever damaged bytes lead to
+        raise UserError(f"{path} is no whole GGUF file ({error}): fetch it again") from error
+
+
+def _parts(path: Path) -> list[Path]:
+    """All files of a model, in order, of which `path` is one."""
+    reader = _opened(path)
+    count, number = (
+        int(reader.fields[key].contents()) if key in reader.fields else default
+        for key, default in (("split.count", 1), ("split.no", 0))
     )
+    if count <= 1:
+        return [path]
+    named = _PART.fullmatch(path.name)
+    if named is None or (int(named["number"]), int(named["count"])) != (number + 1, count):
+        raise UserError(
+            f"{path} is part {number + 1} of a file split into {count}: name the parts NAME-00001-of-{count:05}.gguf "
+            "and so on, or merge them (llama-gguf-split --merge)"
+        )
+    parts = [path.with_name(f"{named['name']}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
+    missing = [part for part in parts if not part.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]} is missing, part of a model that is split into {count} files: fetch it too")
+    return parts
+
+
+def _linear_scaling(value: Callable[..., Any]) -> dict | None:
+    factor = value("rope.scaling.factor", value("rope.scale_linear"))
+    kind = value("rope.scaling.type", "none" if factor is None else "linear")
+    if kind == "none" or (kind == "linear" and factor in (None, 0, 1)):
+        return None
+    return {"rope_type": kind, "factor": factor}
 
 
 def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:

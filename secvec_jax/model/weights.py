@@ -4,10 +4,13 @@ Every process reads the parts of its own devices, and weights leave layer by lay
 twice. Errors say what to do about the files.
 """
 
+import collections
 import dataclasses
+import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +29,39 @@ from secvec_jax.trees import pieces
 _FILE_BYTES = 2**30
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _REDUNDANT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+_HEAD = "lm_head.weight"
+
+DTYPES: Mapping[str, np.dtype] = {name: np.dtype(name) for name in ("float32", "bfloat16", "float16")}
+"""What weights can be saved in."""
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError if the file is missing, cannot be read, or holds anything else."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: --model needs a whole Hugging Face folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch the model again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object: fetch the model again")
+    return found
+
+
+def files_of(index: Path) -> list[str]:
+    """The weights' files that an index names. Raises UserError for one that would be outside its folder."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} has no weight_map: fetch the model again")
+    for name in names.values():
+        plain = isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("\\:\0")
+        if not plain or name.startswith("/") or ".." in name.split("/"):
+            raise UserError(f"{index} names {str(name)[:80]!r}, which is no .safetensors file of its folder")
+    return sorted(set(names.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,25 +71,28 @@ class _Stored:
     file: Path
     name: str
     shape: tuple[int, ...]
+    kind: str = "F32"
+    """as safetensors names dtypes"""
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        # Opened anew for each part: the pages of an open file count as this process's memory.
-        with safe_open(self.file, framework="numpy") as opened:
-            return opened.get_slice(self.name)[index]
+        try:
+            # Opened anew for each part: the pages of an open file count as this process's memory.
+            with safe_open(self.file, framework="numpy") as opened:
+                return opened.get_slice(self.name)[index]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.file} changed while it was read ({error}): load the model again") from error
 
 
 def open_safetensors(folder: Path) -> dict[str, _Stored]:
-    """The folder's weights by name."""
-    from safetensors import SafetensorError, safe_open
+    """The folder's weights by name: those of model.safetensors, and where it is missing those that the index names.
 
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.exists():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if not files:
-            raise UserError(f"{index} has no weight_map: fetch the model again")
+    Raises UserError for files that are missing, damaged, or hold anything but floating-point weights.
+    """
+    from safetensors import safe_open
+
+    files = [WHOLE] if (folder / WHOLE).exists() or not (folder / INDEX).exists() else files_of(folder / INDEX)
     weights: dict[str, _Stored] = {}
     for file in files:
         path = folder / file
@@ -72,14 +102,52 @@ def open_safetensors(folder: Path) -> dict[str, _Stored]:
                 shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
                 kinds = {name: found.get_dtype() for name, found in slices.items()}
         except FileNotFoundError as error:
-            raise UserError(f"{path} is missing: the model's weights must be safetensors") from error
-        except (SafetensorError, OSError) as error:
+            pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
+            other = f"{pickled.name} is a pickle, convert it" if pickled else "fetch the model again"
+            raise UserError(f"{path} is missing: the model's weights must be safetensors, {other}") from error
+        except Exception as error:  # a damaged header leads to many kinds
             raise UserError(f"{path} is truncated or corrupt ({error}): fetch it again") from error
         for name, kind in kinds.items():
             if kind not in _FLOATS and not name.endswith(_REDUNDANT):
-                raise UserError(f"{path}: {name} is of type {kind}: give a model with weights of {', '.join(_FLOATS)}")
-        weights |= {name: _Stored(path, name, shape) for name, shape in shapes.items()}
+                raise UserError(
+                    f"{path}: {name} is of type {kind}, as in quantized models: give the original model, with weights "
+                    f"of {', '.join(_FLOATS)}"
+                )
+        weights |= {name: _Stored(path, name, shape, kinds[name]) for name, shape in shapes.items()}
     return weights
+
+
+def stored_dtype(weights: Mapping[str, _Stored]) -> str:
+    """The dtype of most of the weights, a key of `DTYPES`."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for weight in weights.values():
+        sizes[weight.kind] += math.prod(weight.shape)
+    return {"BF16": "bfloat16", "F16": "float16"}.get(max(sizes, key=sizes.__getitem__, default="F32"), "float32")
+
+
+def resolve_head(architecture: Architecture, weights: dict[str, _Stored], folder: Path) -> dict[str, _Stored]:
+    """The weights without the second copy of a tied embedding, which may stand under either name.
+
+    Raises UserError if the two differ: transformers would use both, other programs one of them.
+    """
+    table = weight_names(architecture)["embed"].hf
+    if not architecture.tied_head or _HEAD not in weights:
+        return weights
+    head = weights[_HEAD]
+    rest = {name: weight for name, weight in weights.items() if name != _HEAD}
+    if table not in rest:
+        return {**rest, table: head}
+    embed, step = rest[table], 4096
+    same = embed.shape == head.shape and all(
+        np.array_equal(embed[(rows,)], head[(rows,)])
+        for rows in (slice(start, start + step) for start in range(0, embed.shape[0], step))
+    )
+    if not same:
+        raise UserError(
+            f"{folder} has {_HEAD} that differs from {table}, though config.json ties them: set tie_word_embeddings "
+            f"to false there if the model was trained so, or remove {_HEAD} from the weights"
+        )
+    return rest
 
 
 def assemble(
@@ -90,8 +158,8 @@ def assemble(
     Raises UserError for missing, unused or misshapen weights.
     """
     names = weight_names(architecture)
-    needed = {hf for name in names.values() for hf in _members(name, architecture)}
-    redundant = {n for n in present if n.endswith(_REDUNDANT) or (n == "lm_head.weight" and architecture.tied_head)}
+    needed = {hf for name in names.values() for hf in members(name, architecture)}
+    redundant = {n for n in present if n.endswith(_REDUNDANT)}
     missing, unused = sorted(needed - present), sorted(present - needed - redundant)
     if missing or unused:
         problem = f"lacks {missing[0]}" if missing else f"has {unused[0]}, which the model has no place for"
@@ -102,7 +170,7 @@ def assemble(
         name, where = names[leaf_name(path)], sharding(*axes)
         parts = {index: np.empty([stop - start for start, stop in index], np.float32) for index in _parts(leaf, where)}
         shape = leaf.shape[1:] if name.layered else leaf.shape
-        for slot, hf in enumerate(_members(name, architecture)):
+        for slot, hf in enumerate(members(name, architecture)):
             found = weight(hf)
             asked = shape[::-1] if name.transpose else shape
             first, _, rows = name.rows or (0, None, asked[0])
@@ -146,7 +214,8 @@ def _transpose(source: np.ndarray, target: np.ndarray) -> None:
         target[:, start : start + 256] = source[start : start + 256].T
 
 
-def _members(name: WeightName, architecture: Architecture) -> list[str]:
+def members(name: WeightName, architecture: Architecture) -> list[str]:
+    """The checkpoint's names of a leaf's weights, one a layer."""
     return [name.hf.format(layer) for layer in range(architecture.num_layers)] if name.layered else [name.hf]
 
 
@@ -162,21 +231,49 @@ def _leaves(backbone: Decoder) -> Iterator[tuple[WeightName, list[jax.Array]]]:
         yield parts[0][0], [leaf for _, leaf in parts]
 
 
-def weight_sizes(backbone: Decoder) -> dict[str, int]:
-    """The bytes of every weight, by Hugging Face name, in the order of the decoder's leaves."""
+def exact_dtypes(backbone: Decoder, dtype: str) -> dict[str, str]:
+    """By weight: `dtype` where it holds the values exactly, else float32. Of several processes, all must ask."""
+    kinds: dict[str, str] = {}
+    for name, leaves in _leaves(backbone):
+        exact = dtype != "float32" and all(bool(_fits(leaf, dtype)) for leaf in leaves)
+        kinds |= dict.fromkeys(members(name, backbone.architecture), dtype if exact else "float32")
+    return kinds
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _fits(leaf: jax.Array, dtype: str) -> jax.Array:
+    # By bits: XLA may drop a conversion there and back.
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    if dtype == "bfloat16":
+        return jnp.all(bits & 0xFFFF == 0)
+    steps = jnp.abs(leaf) * 2.0**24  # of float16's smallest numbers
+    return jnp.all((bits & 0x1FFF == 0) & (jnp.abs(leaf) <= 65504) & (steps == jnp.round(steps)))
+
+
+def weight_sizes(backbone: Decoder, kinds: Mapping[str, str]) -> dict[str, int]:
+    """The bytes of every weight, by Hugging Face name, in the order of the decoder's leaves. kinds: dtype by name."""
     sizes: dict[str, int] = {}
     for name, leaves in _leaves(backbone):
-        members = _members(name, backbone.architecture)
-        sizes |= dict.fromkeys(members, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) // len(members))
+        names = members(name, backbone.architecture)
+        count = sum(leaf.size for leaf in leaves) // len(names)
+        sizes |= {hf: count * DTYPES[kinds[hf]].itemsize for hf in names}
     return sizes
 
 
-def gathered(backbone: Decoder) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight on the host as a checkpoint keeps it, in the order of `weight_sizes`, one layer's at a time."""
+def gathered(backbone: Decoder, kinds: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every weight on the host as a checkpoint keeps it, in the order of `weight_sizes`, one layer's at a time.
+
+    kinds: the dtype of each, by name. Raises UserError for a weight that its dtype is too small for.
+    """
     for name, leaves in _leaves(backbone):
-        for hf, *parts in zip(_members(name, backbone.architecture), *(_whole(name, leaf) for leaf in leaves)):
+        for hf, *parts in zip(members(name, backbone.architecture), *(_whole(name, leaf) for leaf in leaves)):
             stored = [part.T if name.transpose else part for part in parts]
-            yield hf, np.ascontiguousarray(stored[0] if len(stored) == 1 else np.concatenate(stored))
+            wide = np.ascontiguousarray(stored[0] if len(stored) == 1 else np.concatenate(stored))
+            with np.errstate(over="ignore"):
+                narrow = wide.astype(DTYPES[kinds[hf]])
+            if kinds[hf] == "float16" and not np.isfinite(narrow).all() and np.isfinite(wide).all():
+                raise UserError(f"{hf} has values that are too large for float16: give dtype bfloat16 or float32")
+            yield hf, narrow
 
 
 def _whole(name: WeightName, leaf: jax.Array) -> Iterable[np.ndarray]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from secvec_jax.model import generate
 from secvec_jax.model.generate import generate_tokens
+from secvec_jax.model.sampling import Sampling
 
 _WIDTH, _NEW = 40, 10
 
@@ -197,22 +198,22 @@ def test_decoding_ends_early_once_all_have_stopped(tiny_model, monkeypatch):
 
 def test_sampling_is_reproducible_by_seed(tiny_model):
     backbone = tiny_model("llama").model.backbone
-    sample = partial(greedy, backbone, _prompts(7, 20, 12, 8, head=2), temperature=1.0)
+    sample = partial(greedy, backbone, _prompts(7, 20, 12, 8, head=2), sampling=Sampling(1.0))
     assert sample(seed=1) == sample(seed=1)
     assert sample(seed=1) != sample(seed=2)
-    assert sample(seed=1) != sample(seed=1, temperature=0.0)
+    assert sample(seed=1) != sample(seed=1, sampling=Sampling())
 
 
 def test_sampling_at_low_temperature_is_greedy(tiny_model):
     backbone = tiny_model("llama").model.backbone
     prompts = _prompts(7, 20, 12)
-    assert greedy(backbone, prompts, temperature=1e-4, seed=3) == greedy(backbone, prompts)
+    assert greedy(backbone, prompts, sampling=Sampling(1e-4), seed=3) == greedy(backbone, prompts)
 
 
 def test_samples_follow_the_softmax(tiny_model, logits):
     model = tiny_model("llama").model
     [prompt] = _prompts(6)
-    drawn = greedy(model.backbone, [prompt] * 2000, max_new_tokens=1, batch_size=1000, temperature=0.5)
+    drawn = greedy(model.backbone, [prompt] * 2000, max_new_tokens=1, batch_size=1000, sampling=Sampling(0.5))
     counts = np.bincount([reply[0] for reply in drawn], minlength=320)
     expected = np.asarray(jax.nn.softmax(logits(model, prompt[None])[0, -1] / 0.5))
     assert np.abs(counts / 2000 - expected).max() < 0.04

@@ -167,6 +167,7 @@ def test_old_and_new_spellings_of_two_ropes_mean_the_same():
     old = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling}
     new = {"rope_parameters": {"full_attention": {**scaling, "rope_theta": 5e5},
                                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}}  # fmt: skip
-    found = [from_hf_config(_CONFIG | {"model_type": "gemma3_text"} | change) for change in (old, new)]
+    config = _CONFIG | {"model_type": "gemma3_text", "num_key_value_heads": 1}
+    found = [from_hf_config(config | change) for change in (old, new)]
     assert found[0] == found[1] and found[0].rope_scaling == RopeScaling("linear", 8.0)
     assert rope_frequencies(found[0], windowed=True)[1] > 2 * rope_frequencies(found[0])[1]

@@ -1,0 +1,80 @@
+"""What a checkpoint holds besides weights, kept so that an export says what its source said.
+
+config.json and generation_config.json are carried as they are, not made anew: an entry that the source lacks can mean
+another model to transformers.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secvec_jax.errors import UserError
+from secvec_jax.model.architecture import Architecture
+from secvec_jax.model.hf_config import from_hf_config, to_hf_config
+from secvec_jax.model.weights import DTYPES, read_json
+
+_LEFT_OUT = ("_name_or_path", "_commit_hash", "auto_map")
+"""Keys of config.json that do not belong into an export: a path of another machine, code that is not carried."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """config: the source's config.json; None: it has none. generation: its generation_config.json, or the entries of
+    one that are known; None: it has none. dtype: what its weights are stored in, a key of `DTYPES`.
+    """
+
+    config: Mapping[str, Any] | None = None
+    generation: Mapping[str, Any] | None = None
+    dtype: str = "float32"
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text, as transformers finds them: generation_config.json's, without it config.json's.
+
+        Raises UserError for an entry that is no token id.
+        """
+        entries = self.config if self.generation is None else self.generation
+        ids = (entries or {}).get("eos_token_id")
+        found = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+            raise UserError(f"eos_token_id is {str(ids)[:40]}: it has to be a token id or a list of them")
+        return tuple(found)
+
+    def config_for(self, architecture: Architecture, ids: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+        """The config.json of an export: the source's, or a new one if it has none or the architecture is another.
+
+        ids: token ids for a new one. dtype: what all weights are saved in; None: the source's entry stays.
+        """
+        if self.config is None or from_hf_config(dict(self.config)) != architecture:
+            return to_hf_config(architecture, dict(ids)) | {"dtype": dtype or self.dtype}
+        config = {key: copy.deepcopy(value) for key, value in self.config.items() if key not in _LEFT_OUT}
+        if dtype is not None:
+            config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = dtype
+        return config
+
+    def generation_for(self, ids: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The generation_config.json of an export; None: the source has a config.json, and none of this."""
+        if self.config is None:
+            return dict(ids) | dict(self.generation or {})
+        return None if self.generation is None else dict(self.generation)
+
+
+def metadata_of(folder: Path, config: dict[str, Any], stored: str) -> Metadata:
+    """What a folder says. stored: the dtype of its weights, which config.json's entry overrides.
+
+    Raises UserError if generation_config.json cannot be read.
+    """
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else None
+    declared = config.get("dtype") or config.get("torch_dtype")
+    return Metadata(config, generation, declared if declared in DTYPES else stored)
+
+
+def checked_dtype(dtype: Any) -> str:
+    """The name of a dtype that weights can be saved in. Raises UserError for another one."""
+    name = getattr(dtype, "__name__", None) or str(dtype)
+    if name not in DTYPES:
+        raise UserError(f"dtype is {name[:40]!r}: it has to be one of {', '.join(DTYPES)}")
+    return name

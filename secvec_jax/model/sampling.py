@@ -1,0 +1,149 @@
+"""How the next token is chosen: greedily, or sampled as transformers samples, by a model's own settings or a caller's.
+
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from secvec_jax.errors import UserError
+
+_TOP_K = 50
+"""transformers' top-k where a model is sampled from and generation_config.json does not give one."""
+
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "typical_p": (1.0,),
+    "top_h": (),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "guidance_scale": (1.0,),
+    "bad_words_ids": ([],),
+    "force_words_ids": ([],),
+    "sequence_bias": ([], {}),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "stop_strings": ([],),
+    "watermarking_config": (),
+}
+"""Settings of generation_config.json that change replies in ways this library does not have, and their values that do
+not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits; the default is greedy.
+
+    temperature: 0 takes the likeliest token. top_k: sample from so many of the likeliest; 0: from all. top_p: from the
+    fewest tokens that hold this probability together. min_p: from those at least this fraction as likely as the
+    likeliest. repetition_penalty: divides the positive logits of tokens that have occurred, and multiplies the negative
+    ones; it applies to greedy decoding too.
+
+    Raises UserError for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "0 or more")
+        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        _check("top_k", self.top_k, whole and self.top_k >= 0, "a whole number, 0 or more")
+        _check("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "greater than 0, at most 1")
+        _check("min_p", self.min_p, 0 <= _number(self.min_p) <= 1, "from 0 to 1")
+        positive = 0 < _number(self.repetition_penalty) < math.inf
+        _check("repetition_penalty", self.repetition_penalty, positive, "greater than 0")
+
+    @classmethod
+    def of(cls, generation: Mapping[str, Any], temperature: float | None = None) -> "Sampling":
+        """The settings of a generation_config.json; a temperature that is given takes the place of its own.
+
+        Raises UserError for settings of the file that this library does not have, unless a temperature is given.
+        """
+        samples = bool(generation.get("do_sample"))
+        if temperature is None:
+            for key, harmless in _UNSUPPORTED.items():
+                if (value := generation.get(key)) is not None and value not in harmless:
+                    raise UserError(
+                        f"generation_config.json has {key} {str(value)[:40]}, which is not supported: remove it there, "
+                        "or give a temperature (0 for greedy decoding) to do without"
+                    )
+        own = {
+            name: generation[name]
+            for name in ("top_k", "top_p", "min_p", "repetition_penalty")
+            if generation.get(name) is not None
+        }
+        own = ({"top_k": _TOP_K} if samples else {}) | own
+        heat = generation.get("temperature")
+        own["temperature"] = (1.0 if heat is None else heat) if samples else 0.0
+        try:
+            settings = cls(**own)
+        except UserError as error:
+            raise UserError(f"generation_config.json: {error}") from error
+        return settings if temperature is None else dataclasses.replace(settings, temperature=temperature)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _check(name: str, value: Any, holds: bool, words: str) -> None:
+    if not holds:
+        raise UserError(f"{name} is {str(value)[:40]}: it has to be {words}")
+
+
+GREEDY = Sampling()
+"""The likeliest token, whatever the model's own settings: how models are scored."""
+
+
+def choose(logits: jax.Array, seen: jax.Array | None, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next tokens `[B]` from logits `[B, V]`. seen: `[B, V]`, which tokens have occurred, for a penalty."""
+    if seen is not None:
+        penalized = jnp.where(logits < 0, logits * sampling.repetition_penalty, logits / sampling.repetition_penalty)
+        logits = jnp.where(seen, penalized, logits)
+    if sampling.temperature == 0:
+        return _first_largest(logits)
+    return jax.random.categorical(key, _truncated(logits / sampling.temperature, sampling)).astype(jnp.int32)
+
+
+def _truncated(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits with -inf at the tokens that are not sampled from; the likeliest token always is."""
+    size = logits.shape[-1]
+    if 0 < sampling.top_k < size:
+        smallest = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        count = jnp.maximum(jnp.sum(before < sampling.top_p, axis=-1, keepdims=True), 1)
+        logits = jnp.where(logits < jnp.take_along_axis(ordered, count - 1, axis=-1), -jnp.inf, logits)
+    if sampling.min_p > 0:
+        bound = logits.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
+        logits = jnp.where(logits < bound, -jnp.inf, logits)
+    return logits
+
+
+def _first_largest(logits: jax.Array) -> jax.Array:
+    """`argmax` in two passes that XLA's CPU backend vectorizes."""
+    places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(logits == logits.max(axis=-1, keepdims=True), places, places[-1]), axis=-1)

@@ -1,0 +1,87 @@
+"""The tokenizer of a folder: read, written, or missing."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from secvec_jax.errors import UserError
+
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Files that hold a vocabulary, or a part of one."""
+
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+_OF_THE_LOADING = ("is_local", "local_files_only", "name_or_path", "_commit_hash")
+"""What transformers adds to tokenizer_config.json about how a tokenizer was loaded."""
+
+
+class MissingTokenizer:
+    """Stands in for the tokenizer of a model that came without one: whatever needs text raises UserError."""
+
+    def __init__(self, source: str):
+        self._source = source
+
+    def _refuse(self) -> NoReturn:
+        raise UserError(
+            f"{self._source} has no tokenizer, so the model takes token ids only (sv.logits): for text, copy "
+            "tokenizer.json and tokenizer_config.json of the model that it comes from into the folder"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse()
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        self._refuse()
+
+    def __len__(self) -> int:
+        self._refuse()
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"MissingTokenizer({self._source!r})"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or a `MissingTokenizer` if it has no file of one.
+
+    Raises UserError if the files are incomplete or cannot be read.
+    """
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        # transformers would make an empty tokenizer up.
+        if any((folder / name).is_file() for name in SETTINGS):
+            raise UserError(
+                f"{folder} has no tokenizer that can be read: it lacks the vocabulary, copy tokenizer.json (or "
+                "vocab.json and merges.txt, or tokenizer.model) of the model that it comes from into the folder"
+            )
+        return MissingTokenizer(str(folder))
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exception, transformers whatever a file leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} has no tokenizer that can be read ({reason}): copy its files anew") from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files; none for a `MissingTokenizer`."""
+    if isinstance(tokenizer, MissingTokenizer):
+        return
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in entries.items() if key not in _OF_THE_LOADING}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
