@@ -76,6 +76,11 @@ class Family:
         """`Architecture` field -> entry of config.json."""
         return {field: key for field, key in {**_KEYS, **self.keys}.items() if key is not None}
 
+    @property
+    def unread(self) -> set[str]:
+        """Llama's entries of config.json that the family has under another name, or not at all."""
+        return {key for field, key in _KEYS.items() if field in self.keys and self.keys[field] != key}
+
 
 _GEMMA = {"norm": "rms_plus_one", "post_norms": True, "activation": "gelu_tanh", "scaled_embedding": True}
 _GEMMA_NEEDS = {"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False}

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from secvec_jax.errors import UserError
+from secvec_jax.model import families
 from secvec_jax.model.architecture import Architecture, RopeScaling
-from secvec_jax.model.families import FAMILIES, Family
+from secvec_jax.model.families import Family
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
 """Sizes that have to be in the file: transformers' defaults for them are those of one particular model."""
 _SIZES = (*_REQUIRED, "num_kv_heads", "head_dim", "max_length")
-_HF_NAMES = ("hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps")
-"""Llama's names, which a family that has other ones (OPT) does not read."""
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _WINDOWS = ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
 _SWITCHED = ("qwen2", "qwen3")
@@ -37,7 +36,8 @@ _IGNORED = frozenset(
     "tokenizer_class transformers.js_config unsloth_fixed unsloth_version is_llama_config "
     "attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled use_flash_attn "
     # Training: initial values, dropout, labels.
-    "initializer_range init_std attention_dropout dropout activation_dropout hidden_dropout layerdrop embd_pdrop "
+    "initializer_range init_std attention_dropout embedding_dropout residual_dropout dropout activation_dropout "
+    "hidden_dropout layerdrop embd_pdrop "
     "resid_pdrop gradient_checkpointing pretraining_tp problem_type id2label label2id num_labels finetuning_task "
     "task_specific_params "
     # What a forward pass of transformers returns, and how it is computed.
@@ -78,9 +78,11 @@ def from_hf_config(config: dict[str, Any]) -> Architecture:
     understood, for keys that contradict each other, and for missing or malformed entries.
     """
     name = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"model family {name or 'unknown'!r} is not supported: use one of {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
+    if not isinstance(name, str) or name not in families.FAMILIES:
+        raise UserError(
+            f"model family {name or 'unknown'!r} is not supported: use one of {', '.join(families.FAMILIES)}"
+        )
+    family = families.FAMILIES[name]
     _check_keys(config, family, name)
     values = _as_transformers_reads(config, name)
     try:
@@ -107,7 +109,7 @@ def _check_keys(config: dict[str, Any], family: Family, name: str) -> None:
         if config.get(key) not in (None, config.get(other)):
             raise UserError(f"{key} {_short(config[key])} is not supported: it has to be the {other}")
     known = {*family.entries.values(), *family.needs, *family.ignored, *_WINDOWS, *_SAME, *_IGNORED, *_INERT}
-    known |= set(_HF_NAMES) if family.switches.get("learned_positions") else set(_ROPE)
+    known |= {*family.unread, *(() if family.switches.get("learned_positions") else _ROPE)}
     for key, value in config.items():
         if key not in known and value is not None:
             raise UserError(
@@ -277,7 +279,7 @@ def _windows(
 
 def to_hf_config(architecture: Architecture, extra: dict[str, Any]) -> dict[str, Any]:
     """A config.json for a model that came without one; `extra` adds what the forward pass does not need (token ids)."""
-    a, family = architecture, FAMILIES[architecture.family]
+    a, family = architecture, families.FAMILIES[architecture.family]
     config: dict[str, Any] = {
         "architectures": [family.hf_class],
         "model_type": a.family,

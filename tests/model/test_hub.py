@@ -120,14 +120,16 @@ def test_redundant_names_of_old_checkpoints_are_ignored(folder, tiny_model):
     assert hub.load(folder).fingerprint == tiny_model("llama").model.fingerprint
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end(folder):
+def test_a_tokenizer_without_padding_stays_so(folder, tmp_path):
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).exists():
             values = json.loads((folder / file).read_text())
             values.pop("pad_token", None)
             (folder / file).write_text(json.dumps(values))
-    tokenizer = hub.load(folder).tokenizer
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
+    model = hub.load(folder)
+    model.save(tmp_path / "out")
+    assert model.tokenizer.pad_token is hub.load(tmp_path / "out").tokenizer.pad_token is None
+    assert model.tokenizer.eos_token_id is not None
 
 
 def test_with_backbone_keeps_the_tokenizer(tiny_model):
@@ -140,6 +142,11 @@ def test_with_backbone_keeps_the_tokenizer(tiny_model):
 
 def _truncate(path: Path, keep: float) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+
+def _only_index(folder: Path, index: dict) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _drop(name):
@@ -158,7 +165,10 @@ _DAMAGES = {
         r"config\.json is not valid JSON",
     ),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json"),
-    "config lacks a number": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "num_"),
+    "config lacks a number": (
+        lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
+        r"config\.json lacks vocab_size",
+    ),
     "other family": (lambda f: _change_config(f, model_type="gpt2"), "'gpt2' is not supported: use one of llama"),
     "other rope": (lambda f: _change_config(f, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "'yarn'"),
     "incomplete rope": (lambda f: _change_config(f, rope_parameters={"rope_type": "linear"}), "factor"),
@@ -172,8 +182,29 @@ _DAMAGES = {
     "missing head": (_drop("lm_head.weight"), r"lacks lm_head\.weight"),
     "unused weight": (_put("model.layers.7.mlp.up_proj.weight", (3,)), r"has model\.layers\.7.*no place"),
     "wrong shape": (_put("model.norm.weight", (31,)), r"model\.norm\.weight has shape \(31,\).*\(32,\)"),
-    "index without map": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "weight_map"),
-    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("*token*")], "tokenizer"),
+    "pickled weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"\.bin is a pickle"),
+    "index without map": (lambda f: _only_index(f, {}), "weight_map"),
+    "index of a list": (lambda f: _only_index(f, {"weight_map": ["a.safetensors"]}), "weight_map"),
+    "index that leaves its folder": (
+        lambda f: _only_index(f, {"weight_map": {"w": "../other/model.safetensors"}}),
+        r"names '\.\./other/model\.safetensors', which is no \.safetensors file of its folder",
+    ),
+    "index of an absolute path": (lambda f: _only_index(f, {"weight_map": {"w": "/etc/w.safetensors"}}), "its folder"),
+    "index of another file": (lambda f: _only_index(f, {"weight_map": {"w": "weights.bin"}}), "its folder"),
+    "index of a number": (lambda f: _only_index(f, {"weight_map": {"w": 3}}), "its folder"),
+    "tokenizer without vocabulary": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer that can be read: it lacks"),
+    "broken generation config": (
+        lambda f: (f / "generation_config.json").write_text("{"),
+        r"generation_config\.json is not valid JSON",
+    ),
+    "head of a tied model": (
+        lambda f: _change_config(f, tie_word_embeddings=True),
+        r"lm_head\.weight that differs from .*tie_word_embeddings to false",
+    ),
+    "integer weights": (
+        lambda f: _change_weights(f, lambda w: w.update({"model.norm.weight": np.zeros(32, np.int8)})),
+        "is of type I8, as in quantized models",
+    ),
     "broken tokenizer": (lambda f: _truncate(f / "tokenizer.json", 0.5), "tokenizer"),
 }
 
