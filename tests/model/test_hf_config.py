@@ -136,7 +136,7 @@ def test_windows_are_those_of_transformers_or_refused(family, window, used, kind
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantization_config \(gptq\)"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ("llama", {"num_experts": 8}, "num_experts 8"),
-        ("llama", {"head_dim": 15}, "head_dim 15"),
+        ("llama", {"head_dim": 15}, "head_dim"),
         ("mistral", {"attention_bias": True}, "attention_bias True"),
         ("mistral", {"use_sliding_window": False, "sliding_window": 8}, "use_sliding_window False contradicts"),
         ("qwen2", {"use_mrope": True}, "use_mrope True"),
