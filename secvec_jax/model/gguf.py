@@ -45,7 +45,7 @@ class GGUF:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._readers = [_opened(part) for part in _parts(self.path)]
-        self._tensors = {}
+        self._tensors: dict[str, Any] = {}
         for reader in self._readers:
             self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
 

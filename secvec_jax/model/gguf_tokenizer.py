@@ -68,7 +68,7 @@ def _built(
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(first, second) for first, second in (merge.split(" ", 1) for merge in merges)]
     # Llama 3 takes a whole word that is in the vocabulary, even if no merges lead to it.
     bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs, ignore_merges=pre in _LLAMA3)
     tokenizer = Tokenizer(bpe)

@@ -68,7 +68,7 @@ def metadata_of(folder: Path, config: dict[str, Any], stored: str) -> Metadata:
     """
     path = folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else None
-    declared = config.get("dtype") or config.get("torch_dtype")
+    declared = str(config.get("dtype") or config.get("torch_dtype"))
     return Metadata(config, generation, declared if declared in DTYPES else stored)
 
 

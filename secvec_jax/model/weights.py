@@ -138,10 +138,8 @@ def resolve_head(architecture: Architecture, weights: dict[str, _Stored], folder
     if table not in rest:
         return {**rest, table: head}
     embed, step = rest[table], 4096
-    same = embed.shape == head.shape and all(
-        np.array_equal(embed[(rows,)], head[(rows,)])
-        for rows in (slice(start, start + step) for start in range(0, embed.shape[0], step))
-    )
+    blocks = [slice(start, min(start + step, embed.shape[0])) for start in range(0, embed.shape[0], step)]
+    same = embed.shape == head.shape and all(np.array_equal(embed[(rows,)], head[(rows,)]) for rows in blocks)
     if not same:
         raise UserError(
             f"{folder} has {_HEAD} that differs from {table}, though config.json ties them: set tie_word_embeddings "

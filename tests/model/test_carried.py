@@ -13,8 +13,10 @@ import safetensors.numpy
 from huggingface_hub.utils import filter_repo_objects
 
 import secvec_jax as sv
+from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.errors import UserError
 from secvec_jax.model import hub, weights
+from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.metadata import Metadata
 from secvec_jax.model.sampling import Sampling, choose
 
@@ -98,12 +100,14 @@ def test_a_dtype_that_does_not_fit_is_refused(tiny_model, tmp_path):
 
 
 def test_every_end_of_the_file_ends_a_reply(folder):
-    greedy = sv.generate(hub.load(folder), ["hi"], max_new_tokens=8)
-    ids = hub.load(folder).tokenizer(greedy[0], add_special_tokens=False).input_ids
+    model = hub.load(folder)
+    prompt = prompt_tokens(model.tokenizer, [{"role": "user", "content": "hi"}], 99)
+    [ids] = generate_tokens(model.backbone, [prompt], max_new_tokens=8, stop=2)
     _change(folder / "generation_config.json", eos_token_id=[2, ids[2]])
     model = hub.load(folder)
     assert model.stop_tokens == (2, ids[2])
-    assert len(sv.generate(model, ["hi"], max_new_tokens=8)[0]) < len(greedy[0])
+    before = ids[: ids.index(ids[2])]
+    assert sv.generate(model, ["hi"], max_new_tokens=8) == [model.tokenizer.decode(before, skip_special_tokens=True)]
     (folder / "generation_config.json").unlink()
     _change(folder / "config.json", eos_token_id=[9, 2])
     assert hub.load(folder).stop_tokens == (2, 9), "without the file, config.json's count, as in transformers"
@@ -169,20 +173,14 @@ def test_repeated_tokens_are_penalized_as_in_transformers(tiny_model):
 
     tiny = tiny_model("llama")
     prompt = np.arange(5, 15, dtype=np.int32)
-    ours = hub_generate(tiny.model, prompt)
+    sampling = Sampling(repetition_penalty=1.8)
+    [ours] = generate_tokens(tiny.model.backbone, [prompt], max_new_tokens=8, stop=-1, sampling=sampling)
     with torch.no_grad():
         theirs = tiny.hf.generate(
             torch.tensor(prompt[None].astype(np.int64)), do_sample=False, max_new_tokens=8, eos_token_id=None,
             pad_token_id=0, repetition_penalty=1.8,
         )  # fmt: skip
     assert ours == theirs[0, len(prompt) :].tolist()
-
-
-def hub_generate(model, prompt) -> list[int]:
-    from secvec_jax.model.generate import generate_tokens
-
-    sampling = Sampling(repetition_penalty=1.8)
-    return generate_tokens(model.backbone, [prompt], max_new_tokens=8, stop=-1, sampling=sampling)[0]
 
 
 def test_a_folder_without_a_tokenizer_takes_token_ids(folder, tiny_model, tokens, tmp_path):

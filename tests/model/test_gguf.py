@@ -14,6 +14,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.model import hub
 from secvec_jax.model.architecture import SITES, RopeScaling
 from secvec_jax.model.generate import generate_tokens
+from secvec_jax.model.gguf import GGUF
 
 _NAMES = dict(zip(SITES, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))) | {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
@@ -36,10 +37,21 @@ def _permute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    tiny, path: Path, kind=GGMLQuantizationType.F32, factors=None, pre="gpt-2", merges=None, **fields
+    tiny,
+    path: Path,
+    kind=GGMLQuantizationType.F32,
+    factors=None,
+    pre="gpt-2",
+    merges=None,
+    add_bos=None,
+    part=None,
+    **fields,
 ) -> None:
-    """The tiny model as a GGUF file; its first `merges`, its metadata replaced by `fields` (None: left out)."""
-    config, tokenizer = tiny.hf.config, tiny.model.tokenizer
+    """The tiny model as a GGUF file; its first `merges`, its metadata replaced by `fields` (None: left out).
+
+    part: (number, of how many) of a file that is split by layers, of which only the first holds metadata.
+    """
+    config = tiny.hf.config
     writer = gguf.GGUFWriter(path, fields.pop("arch", config.model_type))
     arch = writer.arch
     values = {
@@ -52,7 +64,37 @@ def write_gguf(
     }
     if getattr(config, "head_dim", None):
         values["attention.key_length"] = config.head_dim
-    for key, value in (values | fields).items():
+    if part is not None:
+        writer.add_uint16("split.no", part[0])
+        writer.add_uint16("split.count", part[1])
+    if part is None or part[0] == 0:
+        _add_metadata(writer, tiny, values | fields, pre, merges, add_bos)
+
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tied = config.tie_word_embeddings
+    for name, parameter in tiny.hf.state_dict().items():
+        if (name == "lm_head.weight" and tied) or (part is not None and (".layers.1." in name) != (part[0] == 1)):
+            continue
+        array = parameter.detach().float().numpy()
+        site = name.split(".")[-2]
+        if arch == "llama" and site in heads:
+            array = _permute(array, heads[site])
+        if array.ndim == 1:
+            writer.add_tensor(_gguf_name(name), array)
+        else:
+            packed = gguf.quants.quantize(array, kind)
+            writer.add_tensor(_gguf_name(name), packed, raw_dtype=kind)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_metadata(writer, tiny, values, pre, merges, add_bos) -> None:
+    config, tokenizer, arch = tiny.hf.config, tiny.model.tokenizer, writer.arch
+    for key, value in values.items():
         if value is not None:
             writer.add_uint32(f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
@@ -71,27 +113,9 @@ def write_gguf(
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)
-
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    tied = config.tie_word_embeddings
-    for name, parameter in tiny.hf.state_dict().items():
-        if name == "lm_head.weight" and tied:
-            continue
-        array = parameter.detach().float().numpy()
-        site = name.split(".")[-2]
-        if arch == "llama" and site in heads:
-            array = _permute(array, heads[site])
-        if array.ndim == 1:
-            writer.add_tensor(_gguf_name(name), array)
-        else:
-            packed = gguf.quants.quantize(array, kind)
-            writer.add_tensor(_gguf_name(name), packed, raw_dtype=kind)
-    if factors is not None:
-        writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    if add_bos is not None:
+        writer.add_bos_token_id(0)
+        writer.add_add_bos_token(add_bos)
 
 
 @pytest.mark.parametrize(
@@ -250,10 +274,58 @@ def test_another_family_is_refused(tiny_model, tmp_path):
         hub.load(tmp_path / "m.gguf")
 
 
-def test_missing_metadata_is_refused(tiny_model, tmp_path):
-    write_gguf(tiny_model("llama"), tmp_path / "m.gguf", **{"attention.head_count": None})
-    with pytest.raises(UserError, match=r"m\.gguf.*attention\.head_count"):
+@pytest.mark.parametrize(
+    "key", ["embedding_length", "feed_forward_length", "block_count", "context_length", "attention.head_count"]
+)
+def test_missing_metadata_is_refused(tiny_model, tmp_path, key):
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf", **{key: None})
+    with pytest.raises(UserError, match=rf"m\.gguf lacks llama\.{key}: convert"):
         hub.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope.dimension_count", 4), ("attention.value_length", 4), ("attention.sliding_window", 8), ("expert_count", 2)],
+)
+def test_metadata_that_changes_the_model_is_refused_by_name(tiny_model, tmp_path, key, value):
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf", **{key: value})
+    with pytest.raises(UserError, match=rf"m\.gguf.*llama\.{key} {value}.* is not supported"):
+        hub.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("key", ["pre", "tokens", "merges", "token_type", "model"])
+def test_a_tokenizer_without_a_key_is_refused(tiny_model, tmp_path, monkeypatch, key):
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf")
+    file = GGUF(tmp_path / "m.gguf")
+    del file._readers[0].fields[f"tokenizer.ggml.{key}"]
+    with pytest.raises(UserError, match=rf"m\.gguf lacks tokenizer\.ggml\.{key}"):
+        file.tokenizer()
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_tokenizer_begins_texts_as_the_file_says(tiny_model, tmp_path, added):
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf", add_bos=added)
+    model = hub.load(tmp_path / "m.gguf")
+    begin = [model.tokenizer.bos_token_id] * added
+    assert model.tokenizer("the")["input_ids"][: len(begin)] == begin
+    assert model.tokenizer("the")["input_ids"][len(begin) :] == tiny_model("llama").model.tokenizer("the")["input_ids"]
+    model.save(tmp_path / "out")
+    assert hub.load(tmp_path / "out").tokenizer("the")["input_ids"] == model.tokenizer("the")["input_ids"]
+
+
+def test_a_file_in_parts_is_read_from_any_of_them(tiny_model, tmp_path):
+    tiny = tiny_model("llama")
+    paths = [tmp_path / f"m-{part:05}-of-00002.gguf" for part in (1, 2)]
+    for part, path in enumerate(paths):
+        write_gguf(tiny, path, part=(part, 2))
+    for path in paths:
+        assert hub.load(path).fingerprint == tiny.model.fingerprint
+    (alone := tmp_path / "alone.gguf").write_bytes(paths[0].read_bytes())
+    with pytest.raises(UserError, match=r"alone\.gguf is part 1 of a file split into 2: name the parts NAME-00001"):
+        hub.load(alone)
+    paths[1].unlink()
+    with pytest.raises(UserError, match=r"m-00002-of-00002\.gguf is missing"):
+        hub.load(paths[0])
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 200, 5000, 0.5, 0.99])
