@@ -67,8 +67,8 @@ def encoded(
 
     Logs how many answers are cut or rows left out, and how many rows spell control tokens, with the first of them;
     `name` is what rows are called that do not know where they are stored. Raises UserError, naming the row, for one
-    that cannot be encoded or has a token that the model has no embedding for, for a prompt that leaves no room for an answer, and with "refuse" for an answer that would
-    be cut.
+    that cannot be encoded or has a token that the model has no embedding for, for a prompt that leaves no room for an
+    answer, and with "refuse" for an answer that would be cut.
     """
 
     @functools.lru_cache(_KEPT)
