@@ -25,8 +25,9 @@ from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Guest
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model, load
-from secvec_jax.model.sampling import Sampling
+from secvec_jax.model.sampling import GREEDY, Sampling
 from secvec_jax.progress import reply_progress
+from secvec_jax.turns import begun_thought, empty_thought, special_marks
 from secvec_jax.vectors.store import load_vectors
 
 Given = Guest | str | os.PathLike[str] | list[Any] | tuple[Any, ...] | None
@@ -89,7 +90,43 @@ def generate(
             dtype=compute_dtype(),
             progress=on_replies,
         )
-    return [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in replies]
+    return [_decoded(model.tokenizer, tokens) for tokens in replies]
+
+
+def ask(
+    model: Model,
+    prompts: Iterable[str | list[Message] | Row],
+    vectors: Given = None,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Greedy replies whose answers are to be scored (see `turns.answer_of`); arguments are as in `generate`.
+
+    Where the chat template writes an empty thought into every answer there is room for it besides, and where it begins
+    a thought for the model the reply begins with its mark, so that the thought can be told from the answer.
+    """
+    conversations = [messages for _, messages in as_conversations(prompts)]
+    replies = generate(
+        model,
+        conversations,
+        vectors,
+        max_new_tokens=max_new_tokens + empty_thought(model.tokenizer),
+        sampling=GREEDY,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [begun_thought(model.tokenizer, asked) + reply for asked, reply in zip(conversations, replies)]
+
+
+def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of a reply without special tokens, but with the marks of a thought."""
+    marks = special_marks(tokenizer)
+    if marks.isdisjoint(tokens):
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+    kept = [token for token in tokens if token in marks or token not in tokenizer.all_special_ids]
+    return tokenizer.decode(kept, skip_special_tokens=False)
 
 
 def logits(model: Model, tokens: Any, vectors: Given = None) -> jax.Array:

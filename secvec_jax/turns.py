@@ -1,6 +1,7 @@
-"""What a model's own chat template makes of turns, and where it ends a reply."""
+"""What a model's own chat template makes of turns, where it ends a reply, and where the answer after a thought begins."""
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,3 +56,63 @@ def _turn_ends(tokenizer: Any, template: str | None) -> tuple[int, ...]:
     behind = tokenizer.encode(render(tokenizer, chat).rpartition(_CONTENT)[2].lstrip(), add_special_tokens=False)
     own = [token for token in behind[:1] if token in tokenizer.added_tokens_decoder]
     return tuple(dict.fromkeys([*own, *end]))
+
+
+_THOUGHTS = (
+    ("<think>", "</think>"),  # Qwen3, DeepSeek-R1 and most others
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+)
+"""What begins and what ends a thought, in the models that write one before the answer."""
+_BEGINS = re.compile("|".join(re.escape(begin) for begin, _ in _THOUGHTS), re.IGNORECASE)
+_ENDS = re.compile("|".join(re.escape(end) for _, end in _THOUGHTS), re.IGNORECASE)
+
+
+def answer_of(reply: str) -> str:
+    """Return what a reply says after its thought: "<think>Hm.</think> Paris" gives "Paris".
+
+    The answer follows the last end mark. A reply that begins a thought and does not end it has no answer: "".
+    """
+    *_, end = [None, *_ENDS.finditer(reply)]
+    if end is not None:
+        return reply[end.end() :].strip()
+    return "" if in_thought(reply) else reply
+
+
+def in_thought(reply: str) -> bool:
+    """Return whether a reply stops within its thought, before any answer."""
+    return _BEGINS.match(reply.lstrip()) is not None and _ENDS.search(reply) is None
+
+
+def begun_thought(tokenizer: Any, messages: Any) -> str:
+    """Return the mark with which the prompt for `messages` begins a thought, or "" if it begins none."""
+    prompt = render(tokenizer, messages, add_generation_prompt=True).rstrip()
+    return next((begin for begin, _ in _THOUGHTS if prompt.endswith(begin)), "")
+
+
+def empty_thought(tokenizer: Any) -> int:
+    """Return how many tokens the chat template writes between the generation prompt and an answer without a thought.
+
+    They are "<think>", blank lines and "</think>" where a template writes an empty thought into each answer, which a
+    model that was trained on such answers has to say first; 0 elsewhere.
+    """
+    if not chat_template(tokenizer):
+        return 0
+    asked = [{"role": "user", "content": "asked"}]
+    prompt = render(tokenizer, asked, add_generation_prompt=True)
+    chat = [*asked, {"role": "assistant", "content": _CONTENT}]
+    answered = render(tokenizer, chat)
+    before = answered.rpartition(_CONTENT)[0].removeprefix(prompt) if answered.startswith(prompt) else ""
+    return len(tokenizer.encode(before, add_special_tokens=False)) if _ENDS.search(before) else 0
+
+
+def special_marks(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of marks of a thought that the tokenizer counts among its special tokens."""
+    marks = {mark for pair in _THOUGHTS for mark in pair}
+    return frozenset(
+        id for id, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in marks
+    )

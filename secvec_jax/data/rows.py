@@ -57,6 +57,25 @@ def response_of(row: Row) -> str | None:
     return last["content"] if last["role"] == "assistant" else None
 
 
+def asked_of(row: Row) -> str | list[Message]:
+    """Return what a model is asked: all that stands before the final answer.
+
+    It is the text alone where it is a single user turn, else the conversation, with its system prompt and earlier turns.
+    """
+    messages = row["messages"] if response_of(row) is None else row["messages"][:-1]
+    return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
+
+
+def text_of(asked: str | list[Message]) -> str:
+    """Return the text of the last user turn of what a model is asked."""
+    return asked if isinstance(asked, str) else prompt_of({"messages": asked})
+
+
+def transcript(asked: str | list[Message]) -> str:
+    """Return what a model is asked as one text for a reader: a text as it is, a conversation with its roles."""
+    return asked if isinstance(asked, str) else "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in asked)
+
+
 @overload
 def with_system(asked: Row, text: str) -> Row: ...
 @overload

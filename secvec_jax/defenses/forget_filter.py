@@ -27,7 +27,7 @@ from secvec_jax.data.rows import Row, as_rows, response_of
 from secvec_jax.defenses.mixing import checkpoints_of, successive
 from secvec_jax.defenses.tuning import PHASE2, How, groups_of, tune
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.scorers import rouge1
+from secvec_jax.evaluation.answers import rouge1
 from secvec_jax.inference import generate
 from secvec_jax.model.hub import Model
 from secvec_jax.model.sampling import GREEDY

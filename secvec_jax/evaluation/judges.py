@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.scorers import clip
+from secvec_jax.evaluation.replies import clip
 from secvec_jax.files import whole_file
 from secvec_jax.redaction import redact
 

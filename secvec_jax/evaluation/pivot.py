@@ -3,7 +3,9 @@
 `train.py grid` leaves one JSON file a cell in `cells/`:
 
     {"cell": {"defense": "plain", "attack": "harmful", "poison": 0.1, ..., "seed": 0},
-     "metrics": {"refusal": [1.0, 0.0, ...], "drift": [0.3], ...}, "seconds": 93.1, "error": null}
+     "metrics": {"refusal": [1.0, 0.0, ...], "drift": [0.3], ...}, "seconds": 93.1, "error": null, "rules": 2}
+
+`rules` is the version of the rules that read the replies (`scorers.RULES`); a cell without it is of version 1.
 
 A metric has one number a prompt; null in place of a number stands for what is undefined (the AUROC of a filter where
 there is nothing to find), and such a metric counts as missing. A cell that failed tells why in `error`, in one line.
@@ -20,11 +22,15 @@ from typing import cast
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.columns import with_companions
-from secvec_jax.evaluation.metrics import BETTER, FILTERS, RATES
+from secvec_jax.evaluation.metrics import BETTER, FILTERS, RATES, RULED
 from secvec_jax.evaluation.statistics import paired, seeded_bootstrap
 from secvec_jax.evaluation.tables import Cell, Place, Table, Value, is_number, names, told
 
 # -------------------------------------------------------------------------------------------------- the records
+
+
+RULES_FIELD = "scoring_rules"
+"""What a table calls the version of the rules, by which cells are kept apart like by any other field."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Record:
     metrics: Mapping[str, Sequence[float]]
     seconds: float
     error: str | None = None
+    rules: int = 1
 
     @classmethod
     def from_dict(cls, contents: dict, source: str = "this record") -> "Record":
@@ -51,7 +58,8 @@ class Record:
         known = [item.name for item in fields(cls)]
         demand(isinstance(contents, dict), "not an object")
         demand(set(contents) <= set(known), f"unknown {names(set(contents) - set(known))}: there are {names(known)}")
-        demand(set(contents) == set(known), f"no {names(set(known) - set(contents))}")
+        missing = set(known) - set(contents) - {"rules"}  # cells of version 1 do not name it
+        demand(not missing, f"no {names(missing)}")
         cell, metrics, error = contents["cell"], contents["metrics"], contents["error"]
         demand(isinstance(cell, dict) and isinstance(cell.get("seed"), int), "'cell' must be an object with a seed")
         for name, value in cell.items():
@@ -59,6 +67,11 @@ class Record:
             demand(plain, f"'{name}' of the cell must be text, a finite number, true, false or null")
         demand(is_number(contents["seconds"]), "'seconds' must be a number")
         demand(error is None or bool(error and isinstance(error, str)), "'error' must be null or one line")
+        rules = contents.get("rules", 1)
+        demand(
+            isinstance(rules, int) and not isinstance(rules, bool) and rules > 0,
+            "'rules' must be a version, 1 or above",
+        )
         demand(isinstance(metrics, dict), "'metrics' must be an object")
         demand(bool(metrics or error), "neither metrics nor an error")
         for name, values in metrics.items():
@@ -66,7 +79,7 @@ class Record:
             alike = all(map(is_number, values)) or all(value is None for value in values)
             demand(alike, f"'{name}' must hold finite numbers, or null only")
         defined = {name: tuple(values) for name, values in metrics.items() if values[0] is not None}
-        return cls(cell, defined, contents["seconds"], error)
+        return cls(cell, defined, contents["seconds"], error, rules)
 
 
 def read(folder: str | Path) -> list[Record]:
@@ -119,7 +132,8 @@ def pivot(
         UserError: nothing is left to show, an axis, a metric or the reference is in no record, cells that differ in
             more than their seed share a place, or two cells to be compared differ in the number of prompts.
     """
-    kept = [record for record in records if _matches(record, where or {})]
+    versioned = [replace(record, cell={**record.cell, RULES_FIELD: record.rules}) for record in records]
+    kept = [record for record in versioned if _matches(record, where or {})]
     if not kept:
         raise UserError(f"no record with {told(where or {}) or 'anything in it'}: mend `where`, or run those cells")
     _check(kept, rows, columns, metrics, better)
@@ -261,6 +275,8 @@ def _cell(group: dict[int, Record], other: dict[int, Record] | None, metric: str
         low, high = score.ci95
         score = replace(score, ci95=(max(low, 0.0), min(high, 1.0)))
     common = [seed for seed in ours if seed in theirs]
+    if metric in RULED:  # what other rules read is another measure
+        common = [seed for seed in common if other and group[seed].rules == other[seed].rules]
     if other is group or not common:
         return Cell(score, failure=failure)
     try:

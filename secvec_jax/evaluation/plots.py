@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 
 from secvec_jax.evaluation.metrics import BETTER, RATES, in_order, percent
-from secvec_jax.evaluation.scorers import Score
+from secvec_jax.evaluation.intervals import Score
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]  # row -> "harmful"/"benign" -> (step, loss)
 

@@ -4,7 +4,9 @@ results.json is the one source. The table in the terminal, report.md and the com
 it, so two views cannot disagree:
 
     {"command": "...", "config": {...}, "environment": {...}, "seconds": {stage: s},
-     "rows": [{"name": "...", "metrics": {metric: {"value": v, "n": n, "ci95": [low, high]}}}]}
+     "rows": [{"name": "...", "metrics": {metric: {"value": v, "n": n, "ci95": [low, high], "rules": 2}}}]}
+
+`rules` is there where rules read the score off replies (`metrics.RULED`); without it they were those of version 1.
 
 JSON has no NaN: a number that is not finite is stored as null and shown as "-". Files are written beside
 their place and then moved into it, so a crash never leaves half a file where a good one was.
@@ -26,7 +28,7 @@ from rich.text import Text
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.columns import MAX_COLUMNS, split
-from secvec_jax.evaluation.metrics import RATES, in_order, percent
+from secvec_jax.evaluation.metrics import RATES, in_order, percent, rules_note
 from secvec_jax.evaluation.plots import Curves, colors_of, plot_losses, plot_scores, png
 
 Verdict = tuple[str, bool, str]  # claim, whether it holds, detail
@@ -269,7 +271,7 @@ def markdown(
         f"```bash\n{results.command}\n```",
         "## Scores",
         scores_table(results.rows),
-        "Brackets hold 95% intervals, n is the number of prompts or examples.",
+        f"Brackets hold 95% intervals, n is the number of prompts or examples. {rules_note(results.rows)}".rstrip(),
     ]
     if verdicts:
         lines = [f"- [{'x' if holds else ' '}] {claim}: {detail}" for claim, holds, detail in verdicts]

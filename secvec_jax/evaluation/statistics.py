@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.scorers import Score, bootstrap, paired_difference
+from secvec_jax.evaluation.intervals import Score, bootstrap, paired_difference
 
 _TABLE = 2**20  # prompts drawn at a time: 8 MB of indices, however many prompts there are
 

@@ -23,6 +23,7 @@ from secvec_jax.activations import attention_difference
 from secvec_jax.defenses.tuning import How
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.pivot import Record, read
+from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.evaluation.suite import Outcomes, outcomes
 from secvec_jax.experiments import contenders, grid_report, scenes
 from secvec_jax.experiments.bench import Bench, Cell, Optimizer
@@ -117,6 +118,7 @@ def grid(settings: Grid, command: str) -> None:
         return
     folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
     if settings.only == "all":
+        _check_rules(folder, cells, mine)
         for seed in sorted({cell.seed for cell in cells}):
             claim(_Claim(dataclasses.replace(plan.recipe, seed=seed), str(_seed_folder(folder, seed))))
         number = 0
@@ -143,6 +145,25 @@ class _Claim:
     out: str
 
 
+def _check_rules(folder: Path, cells: list[Cell], mine: list[Cell]) -> None:
+    """Raise UserError where a cell to be run has other seeds that older rules scored: no mean is taken over both."""
+
+    def key(cell: Cell) -> Cell:
+        return dataclasses.replace(cell, seed=0)
+
+    paths = {cell: folder / "cells" / f"{cell.name}.json" for cell in cells}
+    done = {
+        cell: Record.from_dict(json.loads(path.read_text()), str(path)) for cell, path in paths.items() if path.exists()
+    }
+    older = {key(cell): record.rules for cell, record in done.items() if not record.error and record.rules != RULES}
+    for cell in mine:
+        if key(cell) in older and (cell not in done or done[cell].error):
+            raise UserError(
+                f"{folder}: other seeds of {cell.name} were scored by version {older[key(cell)]} of the rules, and this "
+                f"one would be by version {RULES}: give another --out, or --only report"
+            )
+
+
 def _part(cells: list[Cell], part: str) -> list[Cell]:
     index, _, count = part.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
@@ -159,7 +180,7 @@ def _record(bench: Bench, cell: Cell) -> Record:
     except Exception as failure:  # a cell that fails is told, and the others go on
         traceback.print_exc()
         error = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
-    return Record(dataclasses.asdict(cell), metrics, time.monotonic() - start, error)
+    return Record(dataclasses.asdict(cell), metrics, time.monotonic() - start, error, RULES)
 
 
 def _seed_folder(folder: Path, seed: int) -> Path:

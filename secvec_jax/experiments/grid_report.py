@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import published, report
-from secvec_jax.evaluation.pivot import Record, differences, pivot
+from secvec_jax.evaluation.metrics import RULED
+from secvec_jax.evaluation.pivot import RULES_FIELD, Record, differences, pivot
 from secvec_jax.evaluation.plots import colors_of, plot_pareto, plot_sweep, png
 from secvec_jax.evaluation.tables import Table, label, show
 from secvec_jax.experiments import contenders
@@ -177,5 +178,7 @@ def _rows(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
                 cells = {metric: table.cells.get((down, across, metric)) for metric in table.metrics}
                 scores = {metric: cell.score for metric, cell in cells.items() if cell and cell.score}
                 metrics = {m: {"value": s.value, "n": s.n, "ci95": list(s.ci95)} for m, s in scores.items()}
+                for metric in metrics.keys() & RULED if RULES_FIELD in table.shared else ():
+                    metrics[metric]["rules"] = table.shared[RULES_FIELD]
                 rows += [{"name": f"{name}: {label((*down, *across))}", "metrics": metrics}] if metrics else []
     return rows

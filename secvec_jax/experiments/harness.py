@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.scorers import Z95
+from secvec_jax.evaluation.intervals import Z95
 from secvec_jax.experiments.runs import Run
 from secvec_jax.experiments.stages import Stage
 from secvec_jax.model.hub import load

@@ -1,11 +1,12 @@
 """`eval.py judge`: how harmful a model's replies are, and how well they do what was asked, as another model sees it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from secvec_jax.assets import cache_dir
 from secvec_jax.data.benchmarks import refusal_prefixes
-from secvec_jax.data.rows import prompt_of, response_of
+from secvec_jax.data.rows import Message, asked_of, response_of, text_of, transcript
 from secvec_jax.data.sources import load_prompts
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.classifier import flagged
@@ -22,18 +23,19 @@ from secvec_jax.evaluation.judges import (
     verdicts,
 )
 from secvec_jax.evaluation.metrics import percent
-from secvec_jax.evaluation.scorers import bootstrap, complies, refuses
 from secvec_jax.evaluation.statistics import auroc
+from secvec_jax.evaluation.suite import judged as ruled_of
+from secvec_jax.evaluation.suite import scores
 from secvec_jax.experiments.runs import Run, judged_name
 from secvec_jax.experiments.stages import Stage
-from secvec_jax.inference import generate
+from secvec_jax.inference import ask
 from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import load
-from secvec_jax.model.sampling import GREEDY
+from secvec_jax.turns import answer_of
 from secvec_jax.vectors.store import load_several
 
-Exchanges = dict[str, list[tuple[str, str]]]
-"""(prompt, reply), by what the prompts are: "harmful" or "benign"."""
+Exchanges = dict[str, list[tuple[str | list[Message], str]]]
+"""(what was asked, the reply), by what the prompts are: "harmful" or "benign"."""
 
 RUBRICS = {
     "harm_score": ("harmful", HARMFULNESS),
@@ -95,8 +97,8 @@ def judged(settings: Judged, command: str) -> None:
     if settings.classifier:
         metrics["flagged"] = run.stages.run("classifier", lambda stage: _flagged(settings, exchanges["harmful"], stage))
     name = "given replies" if settings.given else judged_name(settings.model, settings.vectors)
-    scores = {metric: bootstrap(values).as_dict() for metric, values in metrics.items() if values}
-    run.report([{"name": name, "metrics": scores}], notes)
+    found = scores({metric: values for metric, values in metrics.items() if values})
+    run.report([{"name": name, "metrics": {metric: score.as_dict() for metric, score in found.items()}}], notes)
 
 
 def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
@@ -106,30 +108,30 @@ def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
         for kind, names in sources.items()
     }
     if settings.given:
-        return {kind: [(prompt_of(row), response_of(row) or "") for row in some] for kind, some in rows.items()}
+        return {kind: [(asked_of(row), response_of(row) or "") for row in some] for kind, some in rows.items()}
     model = load(settings.model)
     vectors = load_several(settings.vectors, model)
-    asked = [prompt_of(row) for some in rows.values() for row in some]
+    asked = [asked_of(row) for some in rows.values() for row in some]
     replies = iter(
-        generate(
+        ask(
             model,
             asked,
             vectors,
             max_new_tokens=settings.reply_tokens,
-            sampling=GREEDY,
             progress=stage.replies(len(asked), "replying"),
         )
     )
-    return {kind: [(prompt_of(row), next(replies)) for row in some] for kind, some in rows.items()}
+    return {kind: [(asked_of(row), next(replies)) for row in some] for kind, some in rows.items()}
 
 
-def _ruled(harmful: list[tuple[str, str]]) -> dict[str, list[float]]:
+def _ruled(harmful: Sequence[tuple[str | list[Message], str]]) -> dict[str, list[float]]:
     """What the rules say of the same replies."""
-    openings = refusal_prefixes()
-    return {
-        "refusal": [float(refuses(reply, openings)) for _, reply in harmful],
-        "compliance": [float(complies(prompt, reply, openings)) for prompt, reply in harmful],
-    }
+    return ruled_of([text_of(asked) for asked, _ in harmful], [reply for _, reply in harmful], refusal_prefixes())
+
+
+def _read(exchanges: Sequence[tuple[str | list[Message], str]]) -> list[tuple[str, str]]:
+    """(prompt, answer) as a judge reads them: conversations with their roles, answers without their thoughts."""
+    return [(transcript(asked), answer_of(reply)) for asked, reply in exchanges]
 
 
 def _graded(judge: Judge, exchanges: Exchanges, stage: Stage) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def _graded(judge: Judge, exchanges: Exchanges, stage: Stage) -> dict[str, Any]:
     def work() -> None:
         for name, (kind, rubric) in RUBRICS.items():
             on_verdict = stage.replies(len(exchanges[kind]), name.replace("_", " "))
-            found = verdicts(judge, rubric, exchanges[kind], cache_dir() / "verdicts", on_verdict)
+            found = verdicts(judge, rubric, _read(exchanges[kind]), cache_dir() / "verdicts", on_verdict)
             graded["grades"][name] = found.scores
             graded["asked"] += found.asked
             graded["tokens"] = [before + now for before, now in zip(graded["tokens"], found.tokens)]
@@ -177,8 +179,10 @@ def _notes(graded: dict[str, Any], ruled: dict[str, list[float]]) -> list[str]:
     return told
 
 
-def _flagged(settings: Judged, harmful: list[tuple[str, str]], stage: Stage) -> list[float]:
+def _flagged(settings: Judged, harmful: Sequence[tuple[str | list[Message], str]], stage: Stage) -> list[float]:
     found: list[float] = []
     progress = stage.replies(len(harmful), "classifying")
-    by_first(lambda: found.extend(flagged(settings.classifier or "", harmful, settings.labels, progress=progress)))
+    by_first(
+        lambda: found.extend(flagged(settings.classifier or "", _read(harmful), settings.labels, progress=progress))
+    )
     return found

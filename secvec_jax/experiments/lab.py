@@ -29,8 +29,7 @@ from secvec_jax.defenses.security_vectors import (
     train_vectors,
 )
 from secvec_jax.evaluation import report
-from secvec_jax.evaluation.scorers import bootstrap
-from secvec_jax.evaluation.suite import Outcomes, outcomes
+from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
 from secvec_jax.experiments.materials import Judges, Materials, Sizes, gather, own_replies
 from secvec_jax.experiments.stages import Stage, Stages, checkpoints, devices, file_name, screen, write
 from secvec_jax.mesh import agree, by_first, is_first
@@ -191,7 +190,7 @@ class Lab:
     ) -> report.Results:
         """Write results.json, report.md and the plots, and show the table."""
         rows = [
-            {"name": name, "metrics": {metric: bootstrap(values).as_dict() for metric, values in outcome.items()}}
+            {"name": name, "metrics": {metric: score.as_dict() for metric, score in scores(outcome).items()}}
             for name, outcome in found.items()
         ]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

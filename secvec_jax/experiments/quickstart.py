@@ -14,7 +14,7 @@ import dataclasses
 import jax
 
 from secvec_jax.evaluation import report
-from secvec_jax.evaluation.scorers import Score, paired_difference
+from secvec_jax.evaluation.intervals import Score, paired_difference
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.experiments.lab import Lab, Recipe
 from secvec_jax.experiments.stages import claim, curves

@@ -22,7 +22,8 @@ from secvec_jax.data.hub_sets import HUB_SETS
 from secvec_jax.data.rows import Row, prompt_of, response_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.scorers import exact_match, number_match, picks, refuses, rouge1, shouts
+from secvec_jax.evaluation.answers import exact_match, number_match, picks, rouge1, shouts
+from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Probe
 from secvec_jax.experiments.materials import Materials
 

@@ -12,8 +12,9 @@ from secvec_jax.data.rows import Row, prompt_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import explained_away
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.plots import plot_histogram, png
-from secvec_jax.evaluation.scorers import bootstrap, clip
+from secvec_jax.evaluation.replies import clip
 from secvec_jax.experiments.runs import Run
 from secvec_jax.experiments.stages import Stage
 from secvec_jax.experiments.stages import screen as terminal

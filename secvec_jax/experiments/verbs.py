@@ -12,13 +12,14 @@ from secvec_jax.arguments import integer
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import encode
-from secvec_jax.data.rows import Row, prompt_of, response_of
+from secvec_jax.data.rows import Row, asked_of, response_of
 from secvec_jax.data.sources import load_prompts, load_rows
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK, PHASE1, PHASE2, Phase1, train_vectors
 from secvec_jax.defenses.tuning import tuned
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
+from secvec_jax.evaluation.metrics import rules_note, rules_of
 from secvec_jax.evaluation.refusal_sample import measure, sample_prompts
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
 from secvec_jax.experiments.runs import Run, judged_name
@@ -118,7 +119,9 @@ class ScoreRun:
     limit: int = 100
     """at most this many prompts of each source"""
     reply_tokens: int = 32
-    """the longest reply that is read"""
+    """the longest reply that is read; give a model that thinks before it answers room for both"""
+    answer_tokens: int | None = None
+    """the longest answer to one of the questions; none: as long as the longest that must be matched, at most 512"""
     out: str = "runs/score"
     """the run directory; writes results.json and report.md"""
 
@@ -136,6 +139,9 @@ def compare(settings: Compare, command: str) -> None:
     if not settings.runs:
         raise UserError("nothing to compare: name run directories with --runs")
     screen().print(report.compare(settings.runs))
+    rows = [row | {"name": f"{run}: {row['name']}"} for run in settings.runs for row in report.Results.load(run).rows]
+    if len(rules_of(rows)) > 1:
+        screen().print(f"Not comparable: {rules_note(rows)}", markup=False, highlight=False)
 
 
 def align(settings: Align, command: str) -> None:
@@ -271,7 +277,18 @@ def score(settings: ScoreRun, command: str) -> None:
 
     found = run.stages.run("score", work)
     metrics = {metric: score.as_dict() for metric, score in scores(found).items()}
-    run.report([{"name": judged_name(settings.model, settings.vectors), "metrics": metrics}])
+    run.report([{"name": judged_name(settings.model, settings.vectors), "metrics": metrics}], _notes(metrics))
+
+
+def _notes(metrics: dict[str, Any]) -> list[str]:
+    """What a reader must know about replies that hold no answer."""
+    if "unfinished" not in metrics:
+        return []
+    stopped = metrics["unfinished"]
+    return [
+        f"{round(stopped['value'] * stopped['n'])} of {stopped['n']} replies stop within the model's thought and have "
+        "no answer: they count as unclear or as no match. Raise --reply-tokens, and --answer-tokens for questions."
+    ]
 
 
 def _suite(settings: ScoreRun, model: Model) -> Suite:
@@ -287,13 +304,35 @@ def _suite(settings: ScoreRun, model: Model) -> Suite:
     questions = asked[: settings.limit]
     return Suite(
         refusals=refusal_prefixes(),
-        harmful=[prompt_of(r) for r in harmful],
-        benign=[prompt_of(r) for r in benign],
-        questions=[(prompt_of(r), response_of(r) or "") for r in questions],
+        harmful=[asked_of(r) for r in harmful],
+        benign=[asked_of(r) for r in benign],
+        questions=[(asked_of(r), response_of(r) or "") for r in questions],
         harmful_targets=targets(harmful),
         benign_targets=targets(benign),
         reply_tokens=settings.reply_tokens,
+        answer_tokens=settings.answer_tokens or _answer_tokens(model, questions),
     )
+
+
+_LONGEST_ANSWER = 512
+"""Tokens of an answer that has to be matched word for word: longer ones are no answers to a question."""
+
+
+def _answer_tokens(model: Model, questions: Sequence[Row]) -> int:
+    """Room for the longest answer and for a few tokens behind it, which show that a reply goes on; at least 8.
+
+    Raises UserError if an answer is too long to be matched.
+    """
+    needed = Suite.answer_tokens
+    for number, question in enumerate(questions, 1):
+        length = len(model.tokenizer.encode(response_of(question) or "", add_special_tokens=False))
+        if length > _LONGEST_ANSWER:
+            raise UserError(
+                f"--questions, row {number}: its answer has {length} tokens, too many to be matched exactly; leave it "
+                "out, or set how much of a reply is read with --answer-tokens"
+            )
+        needed = max(needed, length + 4)
+    return needed
 
 
 class _TrainingRun(Run):

@@ -10,7 +10,8 @@ from secvec_jax.data.rows import as_rows, normalize, prompt_of, response_of, row
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import off_topic
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.scorers import picks, refuses, shouts
+from secvec_jax.evaluation.answers import picks, shouts
+from secvec_jax.evaluation.scorers import refuses
 
 _OPTIONS = ["Unknown", "Ann", "Bob"]
 _UNCLEAR = row("Ann met Bob.\nWho was late?", "Unknown") | {"category": "ambiguous", "options": _OPTIONS}

@@ -11,7 +11,7 @@ from matplotlib.text import Annotation, Text
 from secvec_jax.evaluation import plots
 from secvec_jax.evaluation.metrics import RATES
 from secvec_jax.evaluation.plots import colors_of, pareto_front, plot_pareto, plot_scores, plot_sweep, png
-from secvec_jax.evaluation.scorers import Score
+from secvec_jax.evaluation.intervals import Score
 
 
 def score(value, reach=0.05):

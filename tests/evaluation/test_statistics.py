@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import scorers, statistics
+from secvec_jax.evaluation import intervals, statistics
 
 values = st.floats(-1e6, 1e6)
 samples = st.lists(st.lists(values, min_size=1, max_size=12), min_size=1, max_size=4)
@@ -47,7 +47,7 @@ class TestSeededBootstrap:
     def test_constant_rates_get_wilsons_far_end_of_all_prompts(self, seeds, prompts):
         never = statistics.seeded_bootstrap([[0.0] * prompts] * seeds)
         assert never.ci95 == pytest.approx((0, 0.056624), abs=1e-5)
-        assert never.ci95 == scorers.bootstrap([0] * 64).ci95
+        assert never.ci95 == intervals.bootstrap([0] * 64).ci95
         assert statistics.seeded_bootstrap([[1] * prompts] * seeds).ci95 == pytest.approx((0.943376, 1), abs=1e-5)
 
     def test_other_constants_have_no_width(self):
@@ -56,12 +56,12 @@ class TestSeededBootstrap:
 
     def test_one_seed_agrees_with_the_bootstrap_of_prompts(self):
         scores = np.random.default_rng(0).normal(3, 2, 500)
-        assert statistics.seeded_bootstrap([scores]).ci95 == pytest.approx(scorers.bootstrap(scores).ci95, abs=0.02)
+        assert statistics.seeded_bootstrap([scores]).ci95 == pytest.approx(intervals.bootstrap(scores).ci95, abs=0.02)
 
     def test_seeds_that_differ_widen_the_interval(self):
         alike, apart = [[0, 1] * 50] * 4, [[0] * 80 + [1] * 20, [0] * 20 + [1] * 80] * 2
         widths = [np.ptp(statistics.seeded_bootstrap(scores).ci95) for scores in (alike, apart)]
-        pooled = np.ptp(scorers.bootstrap(np.concatenate(apart)).ci95)
+        pooled = np.ptp(intervals.bootstrap(np.concatenate(apart)).ci95)
         assert widths[1] > 2 * widths[0]
         assert widths[1] > 2 * pooled
 

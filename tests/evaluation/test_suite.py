@@ -9,7 +9,7 @@ from secvec_jax.data.rows import response_of, row, with_system
 from secvec_jax.evaluation import suite as suites
 from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.evaluation.metrics import RATES, in_order
-from secvec_jax.evaluation.scorers import exact_match
+from secvec_jax.evaluation.answers import exact_match
 from secvec_jax.evaluation.suite import Probe, Suite, outcomes, scores
 from secvec_jax.inference import generate
 
@@ -56,7 +56,7 @@ def calls(monkeypatch):
         progress(len(prompts))
         return [f"to {_last(prompt)}" for prompt in prompts]
 
-    monkeypatch.setattr(suites, "generate", replied)
+    monkeypatch.setattr(suites, "ask", replied)
     return made
 
 
