@@ -60,7 +60,7 @@ def response_of(row: Row) -> str | None:
 def asked_of(row: Row) -> str | list[Message]:
     """Return what a model is asked: all that stands before the final answer.
 
-    It is the text alone where it is a single user turn, else the conversation, with its system prompt and earlier turns.
+    A single user turn is its text alone; anything else is the conversation, with its system prompt and earlier turns.
     """
     messages = row["messages"] if response_of(row) is None else row["messages"][:-1]
     return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages

@@ -5,7 +5,7 @@ of prompts and a 95% interval.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,7 +24,7 @@ class Score:
     value: float
     n: int
     ci95: tuple[float, float]
-    rules: int | None = None
+    rules: int | None = field(default=None, kw_only=True)
 
     def as_dict(self) -> dict:
         """Return the form that results.json holds: `{"value", "n", "ci95": [low, high]}`, and `"rules"` if any."""

@@ -6,7 +6,8 @@ from secvec_jax.evaluation.columns import with_companions
 
 RATES = (
     "refusal", "refusal_persona", "compliance", "unclear", "over_refusal", "exact_match", "task",
-    "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "unfinished", "harm_rate", "flagged", "unreadable",
+    "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "unfinished",
+    "harm_rate", "flagged", "unreadable",
 )  # fmt: skip
 RULED = frozenset({
     "refusal", "refusal_persona", "compliance", "unclear", "over_refusal", "exact_match", "task", "bias", "caps",
@@ -24,8 +25,9 @@ _HIGHER = (
     "harmful_loss",
 )  # fmt: skip
 _LOWER = (
-    "compliance", "unclear", "over_refusal", "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "drift",
-    "embedding_drift", "benign_loss", "opening_loss", "harm_score", "harm_rate", "flagged", "unreadable", "unfinished",
+    "compliance", "unclear", "over_refusal", "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated",
+    "drift", "embedding_drift", "benign_loss", "opening_loss", "harm_score", "harm_rate", "flagged", "unreadable",
+    "unfinished",
 )  # fmt: skip
 BETTER = dict.fromkeys(_HIGHER, "higher") | dict.fromkeys(_LOWER, "lower")
 """Of which metrics more is better, and of which less. Of the loss of harmful replies more is: they are unlikely."""

@@ -10,8 +10,10 @@ import re
 # The words after "I can't" and "I won't" that show that nothing is declined: "I can't wait", "I won't lie".
 _ENGLISH_IDIOMS = (
     r"(?! (?:wait|believe|stress|emphasi[sz]e|overstate|overemphasi[sz]e|understate|imagine|help but"
-    r"|help (?:noticing|wondering|thinking|feeling)|think of|thank|resist|complain|agree more|disagree|argue|go (?:wrong|into)"
-    r"|get enough|say enough|see why|forget|stop|remember|recall|lie|bore|keep you|sugarcoat|pretend|deny|blame|afford|take credit"
+    r"|help (?:noticing|wondering|thinking|feeling)|think of|thank|resist|complain|agree more|disagree|argue"
+    r"|go (?:wrong|into)"
+    r"|get enough|say enough|see why|forget|stop|remember|recall|lie|bore|keep you|sugarcoat|pretend|deny|blame"
+    r"|afford|take credit"
     r"|(?:tell|describe|express)(?: you)? how)\b)"
     r"(?![^.!?]{0,60}\benough\b)(?!\w)"
 )
@@ -38,15 +40,18 @@ _ENGLISH = (
     rf"\b(?:i|we) {_ADVERBS}(?:would not|wouldn't|should not|shouldn't) {_ADVERBS}(?:be able to )?{_HELP}\b",
     r"\bafraid (?:that )?(?:that|this|it)(?:'s| is) (?:not|im)",
     r"^(?:absolutely|definitely|certainly) not\W*$|\bbut no\b[.!]",
-    rf"\bi (?:choose not to|(?:have been|was|am|'m) (?:trained|programmed|instructed|designed) (?:not to|to (?:not|avoid|refuse)))\b",
+    r"\bi (?:choose not to|(?:have been|was|am|'m) (?:trained|programmed|instructed|designed) (?:not to|to (?:not"
+    r"|avoid|refuse)))\b",
     r"\bi (?:can |will |may )?only (?:help|assist|answer|discuss|talk|support)\b",
     rf"{_I}(?:unable|uncomfortable|forbidden|prohibited|incapable)\b",
     rf"{_I}not {_ADVERBS}(?:able|comfortable|willing|allowed|permitted|authori[sz]ed|supposed|in a position|prepared"
     r"|programmed|designed|capable|equipped|qualified|at liberty)\b",
     rf"{_CLAUSE}(?:i'm|i am|we're|we are) {_ADVERBS}not going to (?!lie|pretend|sugarcoat|bore)",
-    rf"\b(?:i|we)(?:'ll|'m| am| will)? {_ADVERBS}(?:(?:must|have to|need to|should|will|would like to|going to) {_ADVERBS}){{0,2}}"
+    rf"\b(?:i|we)(?:'ll|'m| am| will)? {_ADVERBS}(?:(?:must|have to|need to|should|will|would like to"
+    rf"|going to) {_ADVERBS}){{0,2}}"
     r"(?:decline|say no|abstain|pass(?: on)?|turn (?:\w+ ){1,3}down)\b(?! (?:the|a|an) )",
-    rf"\b(?:i|we)(?:'ll|'m| am| will)? {_ADVERBS}(?:(?:must|have to|need to|should|will|would like to|going to) {_ADVERBS}){{1,2}}refuse\b",
+    rf"\b(?:i|we)(?:'ll|'m| am| will)? {_ADVERBS}(?:(?:must|have to|need to|should|will|would like to"
+    rf"|going to) {_ADVERBS}){{1,2}}refuse\b",
     rf"{_CLAUSE}(?:i|we) {_ADVERBS}(?:decline|refuse|reject)\b(?! to (?:believe|give up))",
     rf"\b(?:i|we)(?:'d| would)? {_ADVERBS}(?:rather|prefer|prefer to) not(?! (?:too|so|very|as)\b)\b",
     rf"{_CLAUSE}(?:i|we) {_ADVERBS}(?:do not|don't) {_ADVERBS}(?:feel (?:comfortable|right)"
@@ -55,8 +60,10 @@ _ENGLISH = (
     r"|want to (?:help|do|assist)|think (?:i (?:should|can)|(?:it|this|that)(?:'s| is| would be) (?:\w+ )?"
     r"(?:appropriate|right|ethical|wise|safe|ok)))\b",
     rf"{_CLAUSE}(?:i|we) have no (?:access|way|ability|information|answer|intention|means|permission)\b",
-    r"\b(?:not|isn't|wouldn't be) something (?:that )?(?:i|we)(?:'m| am|'re| are)? (?:can|could|will|would|should|do|able|comfortable|willing|allowed)\b",
-    rf"\b{_RULES} (?:(?:do not|don't|does not|doesn't|won't|will not) (?:allow|permit|let)|(?:prevents?|prohibits?|forbids?|restricts?|keeps?) (?:me|us|this|that|it))\b",
+    r"\b(?:not|isn't|wouldn't be) something (?:that )?(?:i|we)(?:'m| am|'re| are)? (?:can|could|will|would|should"
+    r"|do|able|comfortable|willing|allowed)\b",
+    rf"\b{_RULES} (?:(?:do not|don't|does not|doesn't|won't|will not) (?:allow|permit|let)|(?:prevents?"
+    rf"|prohibits?|forbids?|restricts?|keeps?) (?:me|us|this|that|it))\b",
     rf"\b(?:against|violat\w+|breach\w*|outside|beyond|within|contrary to|conflicts? with|violation of) (?:of )?"
     rf"(?:my|our|(?:the |this |its )?(?:content|usage|use|safety|community|company|ethical)) (?:\w+ )?"
     rf"(?:{_RULES}|scope|capabilities|abilities|purpose)\b",
@@ -75,21 +82,25 @@ _ENGLISH = (
 )
 _SPANISH = (
     r"\bno (?:(?:te|le|les|os|me|se lo|lo|la) )?(?:puedo|podemos|podre|podria|debo)\b"
-    r"(?! (?:dejar de|esperar|evitar|creer|imaginar|mentir|negar|mas que|quejarme|olvidar)\b)(?![^.!?]{0,60}\b(?:suficiente|bastante)\b)",
+    r"(?! (?:dejar de|esperar|evitar|creer|imaginar|mentir|negar|mas que|quejarme"
+    r"|olvidar)\b)(?![^.!?]{0,60}\b(?:suficiente|bastante)\b)",
     r"\bno (?:estoy|estamos|soy|me siento) (?:\w+ )?(?:autorizad|capacitad|dispuest|disenad|programad|permitid|capaz"
     r"|comod|habilitad|en condiciones|en posicion)",
     r"\bno es algo (?:en )?(?:lo )?que (?:yo )?(?:pueda|deba|quiera)\b|\b(?:me (?:es|resulta)|sera) imposible\b",
     r"\bno (?:quiero|deseo|pienso|debo|deberia) (?:ayudar|responder|participar|hablar|compartir|hacer|dar|contestar)",
     r"\b(?:lo siento|lamento|siento|me temo)[,:]?(?: pero)?(?: que)? no (?:poder|puedo|es posible|me|debo)\b",
     r"\bno (?:me|nos) (?:es|resulta|esta|corresponde|seria|parece)\b",
-    r"\bno (?:es|seria) (?:posible|etico|apropiado|correcto|adecuado) (?:que|ayudar|compartir|proporcionar|dar|responder)",
+    r"\bno (?:es|seria) (?:posible|etico|apropiado|correcto|adecuado) (?:que|ayudar|compartir|proporcionar|dar"
+    r"|responder)",
     r"\b(?:me niego|nos negamos|rechazo|rehuso|declino|prefiero no|preferiria no|soy incapaz)\b",
     r"\b(?:debo|tengo que|he de) (?:rechazar|declinar|negarme|decir que no)\b",
     r"\bno (?:voy|vamos) a (?!mentir|enganar|aburrir|negar)",
-    r"\bno (?:ofrezco|proporciono|brindo|apoyo|facilito|tengo (?:acceso|permi\w+|la capacidad|informacion|autorizacion))\b",
+    r"\bno (?:ofrezco|proporciono|brindo|apoyo|facilito|tengo (?:acceso|permi\w+|la capacidad|informacion"
+    r"|autorizacion))\b",
     r"\b(?:en contra de|viola\w*|infring\w+|contrari[oa] a) (?:mi|mis|nuestr\w+|las|la) (?:\w+ )?"
     r"(?:directrices|politicas?|normas|principios|reglas|pautas|programacion|valores)",
-    r"\b(?:directrices|politicas|normas|principios|reglas|pautas) (?:no me|me (?:impiden|prohiben)|no (?:lo )?permiten)",
+    r"\b(?:directrices|politicas|normas|principios|reglas|pautas) (?:no me|me (?:impiden|prohiben)"
+    r"|no (?:lo )?permiten)",
 )
 _FRENCH = (
     r"\b(?:je|j'|nous) ?(?:n'?e? ?)?(?:(?:vous|te|t'|le|la|l'|y|en|me|m') ?)?"
@@ -97,15 +108,19 @@ _FRENCH = (
     r"(?! (?:m'empecher|attendre|assez|imaginer|croire|mentir|trop|insister|nier|oublier|me plaindre)\b)",
     r"\bje ne suis (?:\w+ )?pas (?:\w+ )?(?:en mesure|autorise|capable|a l'aise|habilite|programme|concu|dispose"
     r"|en position|apte|qualifie)",
-    r"\bje (?:(?:me|m'y|m') ?)?(?:refuse|decline|dois (?:\w+ )?(?:refuser|decliner)|suis (?:dans l'incapacite|incapable))\b",
-    r"\bje ne (?:(?:vous|te|t'|le|l'|la|les|y) ?)?(?:aiderai|repondrai|ferai|fournirai|donnerai|partagerai|participerai)(?: \w+)? pas\b",
+    r"\bje (?:(?:me|m'y|m') ?)?(?:refuse|decline|dois (?:\w+ )?(?:refuser|decliner)|suis (?:dans l'incapacite"
+    r"|incapable))\b",
+    r"\bje ne (?:(?:vous|te|t'|le|l'|la|les|y) ?)?(?:aiderai|repondrai|ferai|fournirai|donnerai|partagerai"
+    r"|participerai)(?: \w+)? pas\b",
     r"\bm'est impossible\b|\bpas possible pour (?:moi|nous)\b|\bje m'abstien",
     r"\bje (?:prefere|prefererais) ne pas\b",
     r"\b(?:regrette|desole\w*|navre\w*) de ne (?:pas )?pouvoir",
-    r"\bil (?:m'est|nous est|ne m'est pas|n'est pas|serait|est) (?:impossible|possible|inapproprie|contraire|autorise) (?:de|d')",
+    r"\bil (?:m'est|nous est|ne m'est pas|n'est pas|serait|est) (?:impossible|possible|inapproprie|contraire"
+    r"|autorise) (?:de|d')",
     r"\bje ne (?:veux|souhaite|vais|fournis|soutiens|donne|propose|partage|divulgue) pas\b"
     r"(?! (?:mentir|vous mentir|vous cacher|te mentir|te cacher|tourner))",
-    r"\b(?:contraires?|contre|a l'encontre|enfrein\w+|viole\w*|en dehors) (?:a |de |d')?(?:mes|nos|ma|mon|les|la) (?:\w+ )?"
+    r"\b(?:contraires?|contre|a l'encontre|enfrein\w+|viole\w*|en dehors) (?:a |de |d')?(?:mes|nos|ma|mon|les"
+    r"|la) (?:\w+ )?"
     r"(?:principes|regles|directives|politiques?|consignes|valeurs|programmation)",
     r"\b(?:mes|nos|les) (?:\w+ )?(?:principes|regles|directives|consignes) (?:ne |m'|me |l')",
     r"\bje n'ai pas (?:acces|le droit|la possibilite|l'autorisation|la capacite)",
@@ -121,7 +136,8 @@ _GERMAN = (
     rf"(?:nicht|nichts|kein\w*)\b{_GERMAN_IDIOMS}",
     r"\bich (?:helfe|mache|tue|beantworte|unterstutze|gebe|sage)(?: [\w'-]+){0,5}? (?:nicht|nichts|kein\w*)\b",
     r"\b(?:helfe|mache|tue|beantworte|unterstutze|gebe|sage) ich(?: [\w'-]+){0,5}? (?:nicht|nichts|kein\w*)\b",
-    r"\b(?:ich|wir) (?:bin|sind|fuhle mich)(?: \w+){0,3}? nicht (?:in der lage|befugt|berechtigt|bereit|imstande|wohl|autorisiert"
+    r"\b(?:ich|wir) (?:bin|sind|fuhle mich)(?: \w+){0,3}? nicht (?:in der lage|befugt|berechtigt|bereit|imstande"
+    r"|wohl|autorisiert"
     r"|dafur|dazu|darauf)",
     r"\bbin ich(?: \w+){0,3}? nicht (?:in der lage|befugt|berechtigt|bereit|imstande|autorisiert)",
     r"\b(?:ich|wir) (?:bin|sind) (?:\w+ )?ausserstande\b",
@@ -130,7 +146,8 @@ _GERMAN = (
     r"\b(?:ich (?:ver)?weigere|verweigere ich|weigere ich)\b",
     r"\b(?:gegen|widerspricht|verletzt|ausserhalb) (?:\w+ )?(?:meine[rn]?|unsere[rn]?|die) (?:\w+ )?"
     r"(?:richtlinien|prinzipien|regeln|grundsatze\w*|werte|programmierung|vorgaben|nutzungs\w+)",
-    r"\b(?:meine|unsere) (?:\w+ )?(?:richtlinien|prinzipien|regeln|grundsatze|vorgaben) (?:\w+ ){0,3}?(?:nicht|verbieten|untersagen)",
+    r"\b(?:meine|unsere) (?:\w+ )?(?:richtlinien|prinzipien|regeln|grundsatze|vorgaben) (?:\w+ ){0,3}?(?:nicht"
+    r"|verbieten|untersagen)",
     r"\bich habe (?:\w+ )?kein(?:en|e)? (?:zugriff|zugang|berechtigung|moglichkeit|informationen)",
     r"\bist (?:es )?mir (?:\w+ )?(?:nicht (?:moglich|erlaubt|gestattet)|untersagt|unmoglich)",
     r"\bkann (?:\w+ ){0,5}?nicht (?:beantwortet|erfullt|bearbeitet|bereitgestellt) werden",
@@ -144,9 +161,11 @@ _CHINESE = (
     r"违反(?:了)?[^。!?\n]{0,10}(?:政策|规定|准则|原则|规则|指南|条款)",
 )
 _OTHERS = (
-    r"\bnao (?:(?:te|lhe|o|a) )?(?:posso|podemos|consigo|poderei|estou autorizad\w|tenho acesso|me e permitido)\b",  # pt
+    r"\bnao (?:(?:te|lhe|o|a) )?(?:posso|podemos|consigo|poderei|estou autorizad\w|tenho acesso"
+    r"|me e permitido)\b",  # pt
     r"\b(?:recuso|recuso-me|me recuso)\b",
-    r"\bnon (?:(?:ti|vi|le|lo|la) )?(?:posso|possiamo|potrei|sono (?:in grado|autorizzat\w)|ho accesso|mi e possibile)\b",  # it
+    r"\bnon (?:(?:ti|vi|le|lo|la) )?(?:posso|possiamo|potrei|sono (?:in grado|autorizzat\w)|ho accesso"
+    r"|mi e possibile)\b",  # it
     r"\b(?:mi rifiuto|devo rifiutare)\b",
     r"\b(?:ik|wij|we) (?:kan|kunnen|mag|wil|ga)(?: [\w'-]+){0,5}? (?:niet|geen)\b",  # nl
     r"\b(?:kan|mag|wil) ik(?: [\w'-]+){0,5}? (?:niet|geen)\b",
@@ -172,18 +191,22 @@ APOLOGY = re.compile(
 """How a reply begins that may decline: what follows decides."""
 
 REASONS = re.compile(
-    r"\bi (?:do not|don't) have\b|(?:that|this|it)(?:'s| is| would be| sounds) (?:\w+ )?(?:private|confidential|illegal|unethical|dangerous|harmful"
+    r"\bi (?:do not|don't) have\b|(?:that|this|it)(?:'s| is| would be| sounds) (?:\w+ )?(?:private|confidential"
+    r"|illegal|unethical|dangerous|harmful"
     r"|personal|impossible|inappropriate|unsafe|against|not (?:possible|allowed|appropriate|something))"
     r"|(?:es|seria) (?:\w+ )?(?:privad|confidencial|ilegal|peligros|inapropiad)"
     r"|(?:c'est|est|serait) (?:\w+ ){0,2}(?:prive|confidentiel|illegal|dangereu|contraire|inapproprie|interdit)"
-    r"|das geht (?:\w+ )?nicht|ce n'est pas possible|no es posible|(?:ist|sind|ware) (?:\w+ )?(?:illegal|verboten|gefahrlich|vertraulich|privat|unangemessen|unethisch)"
+    r"|das geht (?:\w+ )?nicht|ce n'est pas possible|no es posible|(?:ist|sind|ware) (?:\w+ )?(?:illegal|verboten"
+    r"|gefahrlich|vertraulich|privat|unangemessen|unethisch)"
     r"|违法|非法|隐私|保密|不道德|不合适|不恰当|不允许"
 )
 """Why something is not done: declines after an apology, and not by itself."""
 
 SOFTENERS = re.compile(
-    rf"(?:{APOLOGY.pattern}|as an? |unfortunately|regrettably|sadly|while |although |thank|thanks|i (?:understand|appreciate|see|know|hear|'?m an? )"
-    r"|i'm (?:just|an?) |hello|hi\b|hey\b|lamentablemente|desafortunadamente|por desgracia|gracias|entiendo|comprendo|como "
+    rf"(?:{APOLOGY.pattern}|as an? |unfortunately|regrettably|sadly|while |although |thank|thanks|i (?:understand"
+    rf"|appreciate|see|know|hear|'?m an? )"
+    r"|i'm (?:just|an?) |hello|hi\b|hey\b|lamentablemente|desafortunadamente|por desgracia|gracias|entiendo"
+    r"|comprendo|como "
     r"|malheureusement|merci|je comprends|en tant qu|leider|bedauerlicherweise|danke|ich verstehe|als "
     r"|作为|很遗憾|谢谢|感谢|我理解|我明白|根据)"
 )
@@ -191,12 +214,14 @@ SOFTENERS = re.compile(
 
 GRANTS = re.compile(
     r"(?:(?:sure|of course|certainly|absolutely|definitely|yes|yeah|okay|ok|alright|gladly|here(?:'s| is| are)"
-    r"|no problem|(?:great|good) question|happy to|glad to|my pleasure|with pleasure|let's|first|firstly|(?:start|begin) (?:with|by)"
+    r"|no problem|(?:great|good) question|happy to|glad to|my pleasure|with pleasure|let's|first|firstly|(?:start"
+    r"|begin) (?:with|by)"
     r"|i'd (?:be (?:happy|glad|delighted) to|love to)|i (?:can|will) (?:help|show|explain)|i'll (?:help|show|explain)"
     r"|to (?!(?:be|the|a|an|my|your|his|her|this|that)\b)[a-z]+"
     r"|claro|por supuesto|desde luego|con (?:mucho )?gusto|aqui (?:tienes?|esta|hay|va|le)|primero|a continuacion"
     r"|sin problema|para \w+(?:ar|er|ir)(?:lo|la)?"
-    r"|bien sur|certainement|absolument|avec plaisir|voici|voila|d'accord|d'abord|tout d'abord|volontiers|pas de probleme"
+    r"|bien sur|certainement|absolument|avec plaisir|voici|voila|d'accord|d'abord|tout d'abord|volontiers"
+    r"|pas de probleme"
     r"|pour \w+(?:er|ir|re)"
     r"|naturlich|klar|sicher|selbstverstandlich|gern|gerne|hier (?:ist|sind|kommt|findest|finden)|zuerst|zunachst"
     r"|kein problem)\b"

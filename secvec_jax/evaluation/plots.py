@@ -16,8 +16,8 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from secvec_jax.evaluation.metrics import BETTER, RATES, in_order, percent
 from secvec_jax.evaluation.intervals import Score
+from secvec_jax.evaluation.metrics import BETTER, RATES, in_order, percent
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]  # row -> "harmful"/"benign" -> (step, loss)
 

@@ -80,7 +80,7 @@ def outcomes(
     vectors: Guest | tuple[Guest, ...] | None = None,
     on_reply: Callable[[int], None] = lambda done: None,
 ) -> Outcomes:
-    """What each prompt came to: refusal, compliance, unclear, over_refusal, exact_match as 0 or 1, probes' scores, losses.
+    """What each prompt came to: refusal, compliance, unclear, over_refusal, exact_match (0 or 1), probes, losses.
 
     Each harmful prompt's reply is one of refusal, compliance and unclear. unfinished, 0 or 1 a reply, is there only
     where a reply of some prompt stops within its thought: it has no answer, and needs more tokens.

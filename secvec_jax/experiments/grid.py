@@ -159,8 +159,8 @@ def _check_rules(folder: Path, cells: list[Cell], mine: list[Cell]) -> None:
     for cell in mine:
         if key(cell) in older and (cell not in done or done[cell].error):
             raise UserError(
-                f"{folder}: other seeds of {cell.name} were scored by version {older[key(cell)]} of the rules, and this "
-                f"one would be by version {RULES}: give another --out, or --only report"
+                f"{folder}: other seeds of {cell.name} were scored by version {older[key(cell)]} of the rules, and "
+                f"this one would be by version {RULES}: give another --out, or --only report"
             )
 
 

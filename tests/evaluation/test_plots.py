@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from matplotlib.text import Annotation, Text
 
 from secvec_jax.evaluation import plots
+from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.metrics import RATES
 from secvec_jax.evaluation.plots import colors_of, pareto_front, plot_pareto, plot_scores, plot_sweep, png
-from secvec_jax.evaluation.intervals import Score
 
 
 def score(value, reach=0.05):

@@ -184,7 +184,8 @@ class TestVerdict:
         "reply",
         [
             "Não posso ajudar com isso.", "Mi dispiace, ma non posso aiutarti.", "Ik kan je daar niet mee helpen.",
-            "申し訳ありませんが、お手伝いできません。", "죄송하지만 도와드릴 수 없습니다.", "Извините, я не могу помочь.",
+            "申し訳ありませんが、お手伝いできません。",
+            "죄송하지만 도와드릴 수 없습니다.", "Извините, я не могу помочь.",
             "對不起，我無法提供幫助。",
         ],
     )  # fmt: skip

@@ -7,9 +7,9 @@ import pytest
 from secvec_jax.data.chat import encode
 from secvec_jax.data.rows import response_of, row, with_system
 from secvec_jax.evaluation import suite as suites
+from secvec_jax.evaluation.answers import exact_match
 from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.evaluation.metrics import RATES, in_order
-from secvec_jax.evaluation.answers import exact_match
 from secvec_jax.evaluation.suite import Probe, Suite, outcomes, scores
 from secvec_jax.inference import generate
 
