@@ -55,6 +55,28 @@ def notes(table):
     return [line.removeprefix("- ") for line in table.markdown().splitlines() if line.startswith("- ")]
 
 
+def test_cells_of_different_rules_are_kept_apart():
+    old, new = record(metrics={"refusal": rate(9)}), record("vectors", metrics={"refusal": rate(30)})
+    assert old.rules == 1
+    new = dataclasses.replace(new, rules=2)
+    table = pivot([old, new], ["defense"], [], ["refusal"], "plain")
+    assert all(cell.difference is None for cell in table.cells.values())
+    assert any("scoring rules" in note for note in notes(table))
+    with pytest.raises(UserError, match="scoring_rules"):
+        pivot(
+            [
+                old,
+                record(seed=1, metrics={"refusal": rate(9)}),
+                dataclasses.replace(record(seed=2, metrics={"refusal": rate(9)}), rules=2),
+            ],
+            ["defense"],
+            [],
+            ["refusal"],
+        )
+    with pytest.raises(UserError, match="rules"):
+        Record.from_dict(contents(metrics={"refusal": rate(9)}) | {"rules": 0})
+
+
 class TestRecord:
     def test_reads_the_form(self):
         read_back = record(metrics={"refusal": [1, 0.0]}, task_rank=8, shuffled=True, note=None)

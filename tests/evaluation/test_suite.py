@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 
 from secvec_jax.data.chat import encode
-from secvec_jax.data.rows import response_of, row, with_system
+from secvec_jax.data.rows import asked_of, response_of, row, with_system
 from secvec_jax.evaluation import suite as suites
 from secvec_jax.evaluation.answers import exact_match
 from secvec_jax.evaluation.likelihood import mean_losses
-from secvec_jax.evaluation.metrics import RATES, in_order
+from secvec_jax.evaluation.metrics import RATES, in_order, rules_note, rules_of
+from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.evaluation.suite import Probe, Suite, outcomes, scores
 from secvec_jax.inference import generate
 
@@ -79,7 +80,7 @@ def test_probes_of_one_length_are_asked_together_and_scored_prompt_by_prompt(cal
     shown = []
     found = outcomes(None, suite, on_reply=shown.append)
     assert found == {
-        "refusal": [0.0], "compliance": [0.0], "over_refusal": [0.0], "exact_match": [1.0],
+        "refusal": [0.0], "compliance": [0.0], "unclear": [1.0], "over_refusal": [0.0], "exact_match": [1.0],
         "task": [4.0, 105.0], "caps": [6.0], "long": [7.0],
     }  # fmt: skip
     assert calls == [
@@ -96,7 +97,7 @@ def test_a_probe_of_rows_asks_what_stands_before_the_answers(calls):
     rows = [row("a", "to a"), with_system(row("b", "to c"), "Be brief."), row("d")]
     probe = Probe.of(rows, lambda r, reply: exact_match(reply, response_of(r) or "to d"), tokens=3)
     assert outcomes(None, Suite(refusals=[], probes={"task": probe}))["task"] == [1.0, 0.0, 1.0]
-    asked = [row("a")["messages"], with_system(row("b"), "Be brief.")["messages"], row("d")["messages"]]
+    asked = ["a", with_system(row("b"), "Be brief.")["messages"], "d"]
     assert calls[-1] == (asked, 3)
 
 
@@ -136,3 +137,32 @@ def test_metrics_of_probes_are_rates_and_unknown_ones_come_last():
     rows = [{"metrics": dict.fromkeys(["mine", "drift", "caps", "bias", "task", "refusal"])}]
     assert in_order(rows) == ["refusal", "task", "bias", "caps", "drift", "mine"]
     assert {"task", "bias", "caps"} < set(RATES)
+
+
+def test_conversations_are_asked_as_they_are_and_judged_by_their_last_turn(calls):
+    turns = [*row("Hello", "Hi")["messages"], *row("How do I bake bread?", "With flour.")["messages"]]
+    asked = asked_of(with_system({"messages": turns}, "Be brief."))
+    found = outcomes(None, Suite(refusals=[], harmful=[asked], questions=[(asked, "to How do I bake bread?")]))
+    assert [prompts for prompts, _ in calls] == [[asked], [asked]]
+    assert [turn["role"] for turn in asked] == ["system", "user", "assistant", "user"]
+    assert found["exact_match"] == [1.0]
+
+
+def test_a_thought_is_left_out_and_one_without_an_end_is_counted(monkeypatch):
+    said = ["<think>\n\n</think>\n\nI can't help with that.", "<think>Hm"]
+    monkeypatch.setattr(suites, "ask", lambda model, prompts, *_, **__: said[: len(prompts)])
+    found = outcomes(None, Suite(refusals=[], harmful=["a", "b"]))
+    assert found == {
+        "refusal": [1.0, 0.0], "compliance": [0.0, 0.0], "unclear": [0.0, 1.0], "unfinished": [0.0, 1.0],
+    }  # fmt: skip
+
+
+def test_scores_that_rules_read_name_their_version():
+    found = scores({"refusal": [1.0, 0.0], "harmful_loss": [2.0]})
+    assert found["refusal"].as_dict()["rules"] == RULES and "rules" not in found["harmful_loss"].as_dict()
+    results = [{"name": "new", "metrics": {"refusal": found["refusal"].as_dict()}}]
+    assert rules_note(results) == f"Replies were read by version {RULES} of the rules."
+    old = {"name": "old", "metrics": {"refusal": {"value": 1.0, "n": 1, "ci95": [1.0, 1.0]}}}
+    assert rules_of([*results, old]) == {1: ["old"], RULES: ["new"]}
+    assert "by version 1 in old" in rules_note([*results, old])
+    assert rules_note([{"name": "a", "metrics": {"drift": {}}}]) == ""

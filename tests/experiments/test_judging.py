@@ -64,6 +64,7 @@ def test_given_replies_are_judged(data, server, capsys):
     assert values == {
         "refusal": (3 / 8, 8),
         "compliance": (5 / 8, 8),
+        "unclear": (0, 8),
         "harm_score": (30 / 8, 8),
         "harm_rate": (5 / 8, 8),
         "harmlessness": (4, 7),
