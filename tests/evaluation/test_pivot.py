@@ -88,7 +88,7 @@ class TestRecord:
         assert record(metrics={"auroc": [None], "drift": [0.1]}).metrics == {"drift": (0.1,)}
 
     def test_an_unknown_field_is_named_with_the_known_ones(self):
-        with pytest.raises(UserError, match=r"unknown 'duration': there are 'cell', 'error', 'metrics', 'seconds'"):
+        with pytest.raises(UserError, match=r"unknown 'duration': there are 'cell', 'error', 'metrics', 'rules', 'seconds'"):
             Record.from_dict(contents(metrics={"drift": [1]}) | {"duration": 3})
 
     @pytest.mark.parametrize("field", ["cell", "metrics", "seconds", "error"])
@@ -187,7 +187,7 @@ class TestGrouping:
     @pytest.mark.parametrize(
         "rows, columns, metrics, what",
         [
-            (["defence"], [], ["refusal"], "'defence': there are 'attack', 'defense', 'poison', 'seed'"),
+            (["defence"], [], ["refusal"], "'defence': there are 'attack', 'defense', 'poison', 'scoring_rules', 'seed'"),
             (["defense"], ["poison"], ["refusals"], "'refusals': there are 'compliance', 'drift', 'refusal'"),
             (["defense"], ["defense"], ["refusal"], "twice"),
             (["defense"], [], [], "at least"),
@@ -327,7 +327,7 @@ class TestView:
 
     def test_what_is_outside_the_table_is_told(self, records):
         table = pivot(records, ["defense"], [], ["refusal"], where={"poison": 0.1})
-        assert "The same in all cells: attack harmful, poison 0.1." in notes(table)
+        assert "The same in all cells: attack harmful, poison 0.1, scoring rules 1." in notes(table)
         rows = [record("plain", metrics={"drift": [1]}, rate=1e-3), record("caft", metrics={"drift": [1]}, rate=2e-3)]
         assert "Not the same in all cells, though not shown: rate." in notes(pivot(rows, ["defense"], [], ["drift"]))
 
