@@ -62,17 +62,9 @@ def test_cells_of_different_rules_are_kept_apart():
     table = pivot([old, new], ["defense"], [], ["refusal"], "plain")
     assert all(cell.difference is None for cell in table.cells.values())
     assert any("scoring rules" in note for note in notes(table))
+    first, second = (record(seed=seed, metrics={"refusal": rate(9)}) for seed in (1, 2))
     with pytest.raises(UserError, match="scoring_rules"):
-        pivot(
-            [
-                old,
-                record(seed=1, metrics={"refusal": rate(9)}),
-                dataclasses.replace(record(seed=2, metrics={"refusal": rate(9)}), rules=2),
-            ],
-            ["defense"],
-            [],
-            ["refusal"],
-        )
+        pivot([first, dataclasses.replace(second, rules=2)], ["defense"], [], ["refusal"])
     with pytest.raises(UserError, match="rules"):
         Record.from_dict(contents(metrics={"refusal": rate(9)}) | {"rules": 0})
 
@@ -88,7 +80,9 @@ class TestRecord:
         assert record(metrics={"auroc": [None], "drift": [0.1]}).metrics == {"drift": (0.1,)}
 
     def test_an_unknown_field_is_named_with_the_known_ones(self):
-        with pytest.raises(UserError, match=r"unknown 'duration': there are 'cell', 'error', 'metrics', 'rules', 'seconds'"):
+        with pytest.raises(
+            UserError, match=r"unknown 'duration': there are 'cell', 'error', 'metrics', 'rules', 'seconds'"
+        ):
             Record.from_dict(contents(metrics={"drift": [1]}) | {"duration": 3})
 
     @pytest.mark.parametrize("field", ["cell", "metrics", "seconds", "error"])
@@ -187,7 +181,12 @@ class TestGrouping:
     @pytest.mark.parametrize(
         "rows, columns, metrics, what",
         [
-            (["defence"], [], ["refusal"], "'defence': there are 'attack', 'defense', 'poison', 'scoring_rules', 'seed'"),
+            (
+                ["defence"],
+                [],
+                ["refusal"],
+                "'defence': there are 'attack', 'defense', 'poison', 'scoring_rules', 'seed'",
+            ),
             (["defense"], ["poison"], ["refusals"], "'refusals': there are 'compliance', 'drift', 'refusal'"),
             (["defense"], ["defense"], ["refusal"], "twice"),
             (["defense"], [], [], "at least"),
