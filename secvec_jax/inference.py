@@ -5,7 +5,7 @@ Vectors are off unless they are passed: phase 3 of the method is leaving the arg
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a model's own chat template makes of turns, where it ends a reply, and where the answer after a thought begins."""
+"""What a chat template makes of turns, where it ends a reply, and where the answer after a thought begins."""
 
 import functools
 import re
