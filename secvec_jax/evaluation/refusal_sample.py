@@ -12,7 +12,7 @@ from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.rows import prompt_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.scorers import Score
+from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
 from secvec_jax.mesh import largest
 from secvec_jax.model.hub import Model
