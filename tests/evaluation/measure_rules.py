@@ -6,7 +6,8 @@
 * held_out.jsonl: written and committed before any rule of version 2 was, and never used to change one.
 * labeled.jsonl: 200 replies of SmolLM2-135M-Instruct, as it comes, aligned for 40 steps of the quickstart's recipe, and
   fine-tuned on the quickstart's rows for 25 more, of at most 32 tokens, to prompts of the quickstart's judges; labeled
-  in random order without their model or the rules' verdict. The file holds no text: a reply's hash (SHA-256 of prompt,
+  in random order by their first 115 characters, without their model or the rules' verdict on each; how many verdicts
+  the two versions gave of each kind had been seen before. The file holds no text: a reply's hash (SHA-256 of prompt,
   newline and reply), the kind of its prompt, the label, and what each version of the rules said of it.
 """
 
