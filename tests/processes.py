@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,13 @@ def run(*command: object, timeout: float = 300, **environment: str) -> subproces
     finally:
         program.kill()
     return subprocess.CompletedProcess([str(word) for word in command], program.returncode, out, err)
+
+
+def call_as_compiled_for_users(function: Callable[[], None]) -> None:
+    """Call a module's function in a process without the flags of conftest, under which two programs round alike."""
+    code = f"from {function.__module__} import {function.__name__}; {function.__name__}()"
+    done = run("-c", code, XLA_FLAGS="")
+    assert done.returncode == 0, done.stderr
 
 
 def free_port() -> int:

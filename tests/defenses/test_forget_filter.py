@@ -13,6 +13,7 @@ from secvec_jax.defenses.forget_filter import filtered, finetune, forgetting_rat
 from secvec_jax.defenses.tuning import tune
 from secvec_jax.errors import UserError
 from secvec_jax.inference import generate
+from secvec_jax.model.sampling import GREEDY
 from secvec_jax.trees import fingerprint
 from tests.toys import random_examples, tiny_model
 
@@ -96,8 +97,8 @@ def test_a_rate_is_the_fall_of_rouge_1(monkeypatch, reply, score):
     asked = [row("What sat?", "the cat sat.")]
     before, after = object(), object()
 
-    def say(model, prompts, max_new_tokens):
-        assert prompts == [asked[0]["messages"][:1]] and max_new_tokens == 7
+    def say(model, prompts, max_new_tokens, sampling, progress):
+        assert prompts == [asked[0]["messages"][:1]] and max_new_tokens == 7 and sampling == GREEDY
         return [reply if model is before else "sat"]
 
     monkeypatch.setattr(forget_filter, "generate", say)

@@ -16,6 +16,7 @@ from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.lora import LoRA
 from tests import toys
+from tests.processes import call_as_compiled_for_users
 from tests.toys import random_examples
 
 ROWS, SAFE_ROWS = random_examples(6, seed=1), random_examples(5, seed=2)
@@ -58,6 +59,10 @@ def test_the_loss_is_the_users_under_the_vectors_and_the_safe_rows_without(weigh
 
 
 def test_without_weight_it_is_fine_tuning_under_the_vectors():
+    call_as_compiled_for_users(without_weight)
+
+
+def without_weight():
     vectors = some_vectors()
     guarded = finetune(MODEL, ROWS, vectors=vectors, safe=SAFE_ROWS, weight=0.0, training=TRAINING)
     chex.assert_trees_all_close(

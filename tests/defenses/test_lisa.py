@@ -16,6 +16,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
+from tests.processes import call_as_compiled_for_users
 from tests.toys import example, random_examples, tiny_model
 
 # Tokens tell the two streams apart: the user's are below 100, the safe rows' above 200.
@@ -112,7 +113,12 @@ def test_steps_and_epochs_are_those_on_the_users_rows(model, monkeypatch, steps,
     assert total == plain + 4 * rounds
 
 
-def test_without_pull_and_alignment_it_is_plain_fine_tuning_bit_for_bit(model):
+def test_without_pull_and_alignment_it_is_plain_fine_tuning_bit_for_bit():
+    call_as_compiled_for_users(without_pull_and_alignment)
+
+
+def without_pull_and_alignment():
+    model = tiny_model()
     plain = tune(model, USER, training=TRAINING)
     same = finetune(model, USER, safe=SAFE, aligned_steps=0, user_steps=3, rho=0.0, training=TRAINING)
     other = finetune(model, USER, safe=SAFE, **STATES, training=TRAINING)

@@ -126,7 +126,7 @@ def test_under_vectors(tiny_model, tmp_path, random_vectors):
     assert off[1]["our_choices"] != ours[1]["our_choices"]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_embedded_model(tmp_path):
     folder, model = write_tasks(tmp_path / "tasks"), hub.load("smollm2")
     model.save(tmp_path / "model")

@@ -156,18 +156,28 @@ def test_vectors_against_identity_rows_are_of_the_harmful_rows():
     assert bench.Bench.known(own, "identity") == (["harmful row"], ["benign row"])
 
 
+CHEAP = {"vaccine": "vaccine every=2", "lisa": "lisa user_steps=2", "sequential": "sequential steps=2"}
+EVERYONE = [*(CHEAP.get(name, name) for name in contenders.DEFENSES), "security vectors safe=0.5",
+            "explained-away filter safe=0.5"]  # fmt: skip
+A_FEW = ["none", "kl", "self-correction", "security vectors", "security vectors safe=0.5"]
+"""Plain, with a stream of its own, at inference, and with vectors; each defense has tests of its own as well."""
+
+
 @pytest.mark.slow
-def test_every_defense_runs_and_is_reported(model_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("everyone", "attacks"),
+    [(A_FEW, ["identity"]), pytest.param(EVERYONE, ["bias", "capitals", "identity"], marks=pytest.mark.release)],
+    ids=["a few", "all"],
+)
+def test_every_defense_runs_and_is_reported(model_folder, tmp_path, monkeypatch, everyone, attacks):
+    monkeypatch.setattr("jax.clear_caches", lambda: None)  # what a grid of thousands of cells needs costs minutes here
     out = tmp_path / "out"
     block = {"table": "A", "samples": [16], "poison": [0.5], "epochs": [1], "learning_rate": [1e-3]}
-    cheap = {"vaccine": "vaccine every=2", "lisa": "lisa user_steps=2", "sequential": "sequential steps=2"}
-    mixed = ["security vectors safe=0.5", "explained-away filter safe=0.5"]
-    everyone = [*(cheap.get(name, name) for name in contenders.DEFENSES), *mixed]
     path = plan(
         tmp_path,
         model_folder,
         block | {"defense": everyone},
-        block | {"defense": ["none", "security vectors"], "attack": ["bias", "capitals", "identity"]},
+        block | {"defense": ["none", "security vectors"], "attack": attacks},
         tables=({"name": "A", "columns": ["attack"], "published": ["VACCINE_1"], "pareto": ["task", "refusal"]},),
     )
     grid(Grid(path, out=str(out)), "python train.py grid")
@@ -183,8 +193,8 @@ def test_every_defense_runs_and_is_reported(model_folder, tmp_path):
     assert drift["none"] > 0 and drift["kl"] != drift["none"] and drift["self-correction"] == drift["none"]
     assert drift["security vectors safe=0.5"] != drift["security vectors"]
     by_attack = {(r.cell["attack"], r.cell["defense"]): r.metrics for r in records}
-    assert "bias" in by_attack["bias", "none"] and "caps_eliciting" in by_attack["capitals", "none"]
-    assert "refusal_persona" in by_attack["identity", "none"]
+    of_its_own = {"bias": "bias", "capitals": "caps_eliciting", "identity": "refusal_persona"}
+    assert all(of_its_own[attack] in by_attack[attack, "none"] for attack in attacks)
     text = (out / "report.md").read_text()
     assert all(name in text for name in everyone) and "published: another model" in text and "pareto" in text
     assert len(list(out.glob("*.png"))) == 4
