@@ -1,5 +1,12 @@
 """Judge models and rows, and hand models over. `python eval.py VERB --help` tells all settings of a verb."""
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # The imports take seconds, and an exception in their midst is a page of traceback.
+    signal.signal(signal.SIGINT, lambda number, frame: (os.write(2, b"stopped before it began\n"), os._exit(130)))
+
 from secvec_jax import command_line
 from secvec_jax.experiments import export, harness, judging, screen, verbs
 

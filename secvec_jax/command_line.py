@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -36,7 +37,8 @@ def program(description: str, verbs: dict[str, Verb]) -> NoReturn:
     if jax.config.values["jax_compilation_cache_dir"] is None:  # a run that goes on need not compile again
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     _show_log()
-    code = main(description, verbs)
+    caught = _catch_ctrl_c()
+    code = main(description, verbs, interrupted=lambda: bool(caught))
     if code == INTERRUPTED:
         # Everything is saved by now, and with JAX loaded the interpreter's own end was seen to crash (SIGSEGV).
         sys.stdout.flush()
@@ -45,8 +47,32 @@ def program(description: str, verbs: dict[str, Verb]) -> NoReturn:
     sys.exit(code)
 
 
-def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | None = None) -> int:
-    """Run the verb that the arguments name; returns the exit code (2: a mistake of the user, 130: interrupted)."""
+def _catch_ctrl_c() -> list[int]:
+    """From now on Ctrl-C raises KeyboardInterrupt, and is noted in the list: some libraries raise another error then.
+
+    Where it is ignored, as in a job of a shell's background, it stays so.
+    """
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, note)
+    return caught
+
+
+def main(
+    description: str,
+    verbs: dict[str, Verb],
+    arguments: Sequence[str] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> int:
+    """Run the verb that the arguments name; returns the exit code (2: a mistake of the user, 130: interrupted).
+
+    interrupted: whether Ctrl-C came, for errors that others make of it.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # transformers reads tokenizers for us and need not say that it found no torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -57,15 +83,21 @@ def main(description: str, verbs: dict[str, Verb], arguments: Sequence[str] | No
             start(cluster)
         function(settings, shlex.join(["python", *sys.argv]))
         return 0
-    except UserError as error:
-        return _fail(str(error))
     except Exception as error:
+        if interrupted():
+            return _stopped()
+        if isinstance(error, UserError):
+            return _fail(str(error))
         if not _disk_is_full(error):
             raise
         return _fail("the disk is full: free some space and give the same command again; nothing half-written is kept")
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped: the same command goes on from here")
-        return INTERRUPTED
+        return _stopped()
+
+
+def _stopped() -> int:
+    Console(stderr=True).print("stopped: the same command goes on from here")
+    return INTERRUPTED
 
 
 class _Shown(logging.Handler):

@@ -3,7 +3,6 @@
 The comment under a field is its help text on the command line.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import types
@@ -153,46 +152,3 @@ def save(settings: Any, path: str | Path) -> None:
     """Write settings as YAML, every one of them, so that the run can be done again."""
     with whole_file(path) as staging:
         staging.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False))
-
-
-def claim_run(settings: Any, folder: str | Path) -> Path:
-    """The run directory, made for these settings or made before for the same ones.
-
-    A run of other settings that failed before its first step gives way. A setting that its config does not name, for
-    it came with a later version, has its default there. Raises UserError if the directory holds a run of other
-    settings that came further, naming the first setting that differs.
-    """
-    folder = Path(folder)
-    path = folder / "config.yaml"
-    mine = to_dict(settings)
-    if path.exists() and _came_further(folder):
-        try:
-            theirs = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            theirs = None
-        if isinstance(theirs, dict):
-            with contextlib.suppress(UserError):
-                theirs = to_dict(from_dict(type(settings), theirs))
-        if theirs != mine:
-            differing = _first_difference(mine, theirs if isinstance(theirs, dict) else {})
-            raise UserError(f"{folder} holds a run of another config ({differing}): give another --out, or delete it")
-    else:
-        try:
-            save(settings, path)
-        except OSError as error:
-            raise UserError(f"cannot write into {folder} ({error.strerror}): give another --out") from error
-    return folder
-
-
-def _came_further(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() or any(folder.glob("stages/*.json"))
-
-
-def _first_difference(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> str:
-    for key in {**mine, **theirs}:
-        a, b = mine.get(key), theirs.get(key)
-        if a != b:
-            if isinstance(a, dict) and isinstance(b, dict):
-                return _first_difference(a, b, f"{prefix}{key}.")
-            return f"{prefix}{key} is {b!r} there, {a!r} here"
-    return "unreadable config.yaml"

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent."""
+"""Files and folders that are either whole or absent, and folders that one process at a time works in."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from secvec_jax.errors import UserError
 
@@ -68,3 +69,25 @@ def check_replaceable(target: Path, mark: str | None = None) -> None:
         raise UserError(f"{target} is the current folder or one above it: name a folder inside it")
     if target.is_dir() and not (target / mark).exists() and any(target.iterdir()):
         raise UserError(f"{target} holds other files, which would be replaced: name a new or an empty folder")
+
+
+def lock(folder: str | os.PathLike) -> Any:
+    """A held lock on `folder`, to be released by `.release()`; the kernel releases it when the process ends, however.
+
+    Locks of one process on one folder do not exclude each other. Raises UserError if another process holds it, and
+    OSError if the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / LOCK, timeout=0, is_singleton=True, thread_local=False)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(f"another process is running in {folder}: wait until it ends, or give another folder") from None
+    return held
+
+
+LOCK = "run.lock"
+"""The file in a folder that its lock is on. It stays: two processes must find the same file."""

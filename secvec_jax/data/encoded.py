@@ -42,13 +42,19 @@ class Encoded(Sequence[Example]):
     longest: tokens of the longest. truncated: how many have an answer that is cut.
     """
 
-    def __init__(self, encode: Callable[[int], Example], kept: Sequence[int], longest: int, truncated: int):
+    def __init__(
+        self, encode: Callable[[int], Example], rows: Sequence[Row], kept: Sequence[int], longest: int, truncated: int
+    ):
         """kept: which rows are examples, by their index."""
-        self._encode, self._kept = encode, kept
+        self._encode, self._rows, self._kept = encode, rows, kept
         self.longest, self.truncated = longest, truncated
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def row(self, index: int) -> Row:
+        """What an example was before."""
+        return self._rows[self._kept[index]]
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nobody slices
         return self._encode(self._kept[range(len(self))[index]])
@@ -114,7 +120,7 @@ def encoded(
     if found.spelled:
         what = "plain text" if control_tokens == "text" else "the tokens"
         _warn(sorted(found.spelled), len(rows), f"spell control tokens, which are learned as {what}", where)
-    return Encoded(lambda index: encode(index)[0], kept, found.longest, len(shortened))
+    return Encoded(lambda index: encode(index)[0], rows, kept, found.longest, len(shortened))
 
 
 @dataclasses.dataclass

@@ -26,6 +26,7 @@ import jax
 from secvec_jax.arguments import instance
 from secvec_jax.config import Training
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
+from secvec_jax.defenses.identity import identified
 from secvec_jax.defenses.inputs import as_options, as_task
 from secvec_jax.defenses.min_min import min_min
 from secvec_jax.defenses.tuning import PHASE2, How, forward_settings, groups_of, stream_of, tune
@@ -135,6 +136,8 @@ def train_vectors(
         # A row to keep costs half as much again as one to learn: the model without vectors reads it too.
         lines = max(1, training.lines // 2)
         streams[KEEP] = dataclasses.replace(stream_of(model, {"keep": benign}, training), epochs=None, lines=lines)
+    made_of = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
+    checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, vectors=vectors)
     phase, method = phase1_method(params, phase1, training, steps)

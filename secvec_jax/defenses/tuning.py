@@ -24,6 +24,7 @@ from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import LENGTHS, Encoded, encoded
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.data.sources import as_rows
+from secvec_jax.defenses.identity import identified
 from secvec_jax.defenses.inputs import collected, is_row
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
@@ -97,6 +98,8 @@ def tuned(
     streams |= {name: stream_of(model, {name: some}, training) for name, some in (beside or {}).items()}
     steps = training.steps or streams[LEARN].count()
     streams = {name: dataclasses.replace(stream, epochs=None) for name, stream in streams.items()}
+    made_of = {"the_vectors": vectors, "the_anchor": anchor, "the_defense": move, "the_task_LoRA": task}
+    checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
     if isinstance(task, LoRA):
         task = task.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, task, vectors, anchor)

@@ -16,7 +16,7 @@ nothing but seeds is ever averaged.
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -42,6 +42,8 @@ class Record:
     seconds: float
     error: str | None = None
     rules: int = 1
+    inputs: Mapping[str, str | None] = field(default_factory=dict)
+    """The content of what it was made of; empty in cells of versions that did not record it."""
 
     @classmethod
     def from_dict(cls, contents: dict, source: str = "this record") -> "Record":
@@ -58,7 +60,7 @@ class Record:
         known = [item.name for item in fields(cls)]
         demand(isinstance(contents, dict), "not an object")
         demand(set(contents) <= set(known), f"unknown {names(set(contents) - set(known))}: there are {names(known)}")
-        missing = set(known) - set(contents) - {"rules"}  # cells of version 1 do not name it
+        missing = set(known) - set(contents) - {"rules", "inputs"}  # which earlier versions did not write
         demand(not missing, f"no {names(missing)}")
         cell, metrics, error = contents["cell"], contents["metrics"], contents["error"]
         demand(isinstance(cell, dict) and isinstance(cell.get("seed"), int), "'cell' must be an object with a seed")
@@ -79,7 +81,9 @@ class Record:
             alike = all(map(is_number, values)) or all(value is None for value in values)
             demand(alike, f"'{name}' must hold finite numbers, or null only")
         defined = {name: tuple(values) for name, values in metrics.items() if values[0] is not None}
-        return cls(cell, defined, contents["seconds"], error, rules)
+        inputs = contents.get("inputs", {})
+        demand(isinstance(inputs, dict), "'inputs' must be an object")
+        return cls(cell, defined, contents["seconds"], error, rules, inputs)
 
 
 def read(folder: str | Path) -> list[Record]:

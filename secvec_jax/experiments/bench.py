@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
+from secvec_jax.defenses.identity import of_rows
 from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.defenses.tuning import Groups
 from secvec_jax.evaluation.suite import Suite
@@ -23,6 +24,7 @@ from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.workspace.inputs import Inputs, known, rows
 
 Optimizer = Literal["sgd", "adamw"]
 
@@ -62,11 +64,13 @@ class Bench:
         self.lab = Lab(recipe, folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._made: dict[tuple[Callable[..., Any], str], Any] = {}
+        self._contents: Inputs = {}
 
     @cached_property
     def aligned(self) -> Model:
         """The model that refuses, and that every cell starts from."""
-        self.stage("align", self.lab.align)
+        with self._alone("align"):
+            self.lab.align_stage()
         return self.lab.aligned
 
     @property
@@ -74,26 +78,38 @@ class Bench:
         """The model before it was aligned: read anew, for none is kept in memory beside the aligned one."""
         return load(self.recipe.model)
 
-    def stage(self, name: str, work: Callable[[Stage], Any]) -> Any:
-        """What `work` returns, JSON; done by one process, once, while the others that need it wait."""
-        with self._alone(name):
-            return self.lab.stages.run(name, work)
-
     def model(self, name: str, train: Callable[[Checkpoints, OnStep], Model]) -> Model:
         """A shared model, one of another alignment."""
 
         def work(stage: Stage) -> None:
             self.lab.made(name, train, self.recipe.align_training, stage)
 
-        self.stage(name, work)
+        with self._alone(name):  # made of the base model: whatever becomes of the aligned one, it stays
+            self.lab.stages.run(name, work)
         return self.lab.model(name)
 
     def vectors(self, attack: str, name: str, spec: Spec, phase1: Phase1) -> Vectors:
         """Shared vectors for the behavior of this attack, trained on the defender's rows of it."""
         name = f"{name} {attack}"
         harmful, benign = self.known(attack)
-        self.stage(f"vectors {name}", lambda stage: self.lab.make_vectors(name, harmful, benign, spec, phase1, stage))
+        given = {"rows of the behavior": of_rows(harmful), "rows without it": of_rows(benign)}
+
+        def work(stage: Stage) -> None:
+            self.lab.make_vectors(name, harmful, benign, spec, phase1, stage)
+
+        with self._alone(f"vectors {name}"):
+            self.lab.stage(f"vectors {name}", work, reads=given, makes_vectors=name)
         return self.lab.vectors(name)
+
+    def inputs(self, cell: Cell) -> Inputs:
+        """The content of what the cell's model is made of besides the recipe, which the folder is claimed for."""
+        used = {f"the attack {cell.attack}": cell.attack} if cell.attack not in scenes.ATTACKS else {}
+        used |= {f"the task {cell.task}": cell.task} if cell.task not in scenes.TASKS else {}
+        for name in used.values():
+            if name not in self._contents:
+                self._contents[name] = known(rows, name)
+        own = {label: self._contents[name] for label, name in used.items()}
+        return {"the aligned model": self.lab.aligned_content(), **own}
 
     @cached_property
     def safe(self) -> list[Example]:

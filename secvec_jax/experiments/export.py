@@ -8,6 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from secvec_jax.digests import difference
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.report import FILE, Results
@@ -15,6 +16,8 @@ from secvec_jax.mesh import is_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.vectors.lora import LoRAVectors, merge
 from secvec_jax.vectors.store import holds_security_vectors, load_vectors
+from secvec_jax.workspace.inputs import adapter, known, model
+from secvec_jax.workspace.run_directory import inputs_of_run
 
 _HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -56,12 +59,14 @@ def export(settings: Export, command: str) -> None:
             "Leave it out for a model to be used; to study the behavior, say --carry-vectors true"
         )
     scored = [Results.load(run) for run in settings.scores]
+    for run in settings.scores:
+        _check_inputs(run, f"score it again, or leave --scores {run} out")
     trained = list(_history(settings.model))[::-1]
-    model = load(settings.model)
-    merged = _merged(model, adapters)
+    loaded = load(settings.model)
+    merged = _merged(loaded, adapters)
     root = str(trained[0].config["model"]) if trained else settings.model
     base = _HUB_IDS.get(root) or (root if re.fullmatch(r"[\w.-]+/[\w.-]+", root) and not Path(root).exists() else None)
-    dtype = settings.dtype or model.metadata.dtype
+    dtype = settings.dtype or loaded.metadata.dtype
     merged.save(out, model_card(out.resolve().name, base, trained, scored, carried), dtype=dtype)
     Console(quiet=not is_first()).print(f"the model is in {out}, in {dtype}", markup=False, highlight=False)
 
@@ -72,12 +77,23 @@ def _adapter(path: str) -> str:
     return str(task if (task / "adapter_config.json").is_file() else path)
 
 
+def _check_inputs(run: str | Path, otherwise: str) -> None:
+    """Raises UserError if a model or adapter that a run was made with is no longer what it was."""
+    before = inputs_of_run(run)
+    now = {label: known(adapter if label.startswith("--vectors ") else model, label.partition(" ")[2])
+           for label in before if label.startswith(("--model ", "--vectors "))}  # fmt: skip
+    changed = difference({label: before[label] for label in now}, now)
+    if changed is not None:
+        raise UserError(f"{changed} since {run} was made, so the card would not tell the truth: {otherwise}")
+
+
 def _history(model: str) -> Iterator[Results]:
     """The trainings behind a model, the last one first."""
-    known: set[Path] = set()
-    while (folder := _run_of(model)) is not None and folder not in known:
-        known.add(folder)
+    seen: set[Path] = set()
+    while (folder := _run_of(model)) is not None and folder not in seen:
+        seen.add(folder)
         run = Results.load(folder)
+        _check_inputs(folder, "train again from it as it is now, or export the folder's model alone, copied elsewhere")
         yield run
         model = str(run.config.get("model", ""))
 
@@ -89,11 +105,11 @@ def _run_of(model: str) -> Path | None:
     return next(runs, None)
 
 
-def _merged(model: Model, adapters: Sequence[str]) -> Model:
-    backbone = model.backbone
+def _merged(base: Model, adapters: Sequence[str]) -> Model:
+    backbone = base.backbone
     for path in adapters:
-        adapter = load_vectors(path, model)
-        if not isinstance(adapter, LoRAVectors):
+        vectors = load_vectors(path, base)
+        if not isinstance(vectors, LoRAVectors):
             raise UserError(f"{path} is no LoRA, and weights have no place for it: pass it when you generate or score")
-        backbone = merge(backbone, adapter)
-    return model.with_backbone(backbone)
+        backbone = merge(backbone, vectors)
+    return base.with_backbone(backbone)

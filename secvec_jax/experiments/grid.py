@@ -8,12 +8,13 @@ in OUT/seed-N. Several processes, on one host or on several with a common file s
 import dataclasses
 import itertools
 import json
+import shutil
 import time
 import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from simple_parsing import field
@@ -21,6 +22,7 @@ from simple_parsing import field
 from secvec_jax import config
 from secvec_jax.activations import attention_difference
 from secvec_jax.defenses.tuning import How
+from secvec_jax.digests import difference
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.pivot import Record, read
 from secvec_jax.evaluation.scorers import RULES
@@ -29,9 +31,13 @@ from secvec_jax.experiments import contenders, grid_report, scenes
 from secvec_jax.experiments.bench import Bench, Cell, Optimizer
 from secvec_jax.experiments.grid_report import Layout
 from secvec_jax.experiments.lab import Recipe
+from secvec_jax.experiments.materials import sources
 from secvec_jax.experiments.stages import Stage, claim, screen, write
-from secvec_jax.mesh import by_first
+from secvec_jax.files import lock
+from secvec_jax.mesh import agree, by_first, is_first
 from secvec_jax.trees import distance
+from secvec_jax.workspace.inputs import Inputs, known, model, packaged
+from secvec_jax.workspace.run_directory import hold, release
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +106,8 @@ class Grid:
     """i/n: this process does every n-th cell, from the i-th on"""
     only: Literal["all", "cells", "report"] = "all"
     """cells: check the file and tell what it would run; report: write the tables of what is there"""
+    overwrite: bool = False
+    """delete the cells, models and vectors that OUT holds, and start anew"""
 
 
 def grid(settings: Grid, command: str) -> None:
@@ -118,21 +126,33 @@ def grid(settings: Grid, command: str) -> None:
         return
     folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
     if settings.only == "all":
+        by_first(partial(_hold, folder, settings.part, settings.overwrite))
+        if settings.overwrite:
+            by_first(partial(_clear, folder))
         _check_rules(folder, cells, mine)
         for seed in sorted({cell.seed for cell in cells}):
-            claim(_Claim(dataclasses.replace(plan.recipe, seed=seed), str(_seed_folder(folder, seed))))
-        number = 0
+            claim(_Claim(dataclasses.replace(plan.recipe, seed=seed), str(_seed_folder(folder, seed))),
+                  partial(_packaged, plan.recipe), alone=False)  # fmt: skip
+        number = unknown = 0
         for seed, some in itertools.groupby(sorted(mine, key=_seed), _seed):
             bench = Bench(dataclasses.replace(plan.recipe, seed=seed), _seed_folder(folder, seed))
             for cell in some:
                 number += 1
                 path = folder / "cells" / f"{cell.name}.json"
-                if path.exists() and json.loads(path.read_text())["error"] is None:
-                    continue
+                kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"error": "has not run"}
+                if kept["error"] is None:
+                    changed = difference(kept.get("inputs") or {}, bench.inputs(cell)) if is_first() else None
+                    if not agree(changed is not None):
+                        unknown += not kept.get("inputs")
+                        continue
+                    console.print(f"{cell.name}: {changed}, so it runs again", markup=False, highlight=False)
                 record = _record(bench, cell)
-                by_first(partial(write, path, json.dumps(dataclasses.asdict(record))))
+                by_first(partial(_write, path, record, bench))
                 console.print(f"{number}/{len(mine)} {_told(record)}", markup=False, highlight=False)
                 jax.clear_caches()  # each program holds memory maps, which a process has but so many of
+        if unknown:
+            console.print(f"{unknown} cells are of a version that recorded no inputs: they are kept as they are")
+        by_first(partial(release, _part_folder(folder, settings.part)))
     by_first(lambda: grid_report.write(folder, command, config.to_dict(plan), plan.tables, shown, read(folder)))
     console.print(f"the report is in {folder / 'report.md'}")
 
@@ -162,6 +182,46 @@ def _check_rules(folder: Path, cells: list[Cell], mine: list[Cell]) -> None:
                 f"{folder}: other seeds of {cell.name} were scored by version {older[key(cell)]} of the rules, and "
                 f"this one would be by version {RULES}: give another --out, or --only report"
             )
+
+
+def _packaged(recipe: Recipe) -> Inputs:
+    """The content of the recipe's model and of the packaged rows that cells are made of."""
+    model_content = {f"--model {recipe.model}": known(model, recipe.model)}
+    return model_content | packaged((*sources(recipe.judges), "asdiv", "bbq"))
+
+
+def _hold(folder: Path, part: str, alone: bool) -> None:
+    """Let no other process do this part.
+
+    Raises UserError if one does, if others divide the grid otherwise, or if this one is to be alone and is not.
+    """
+    mine = _part_folder(folder, part)
+    hold(mine)
+    for other in (folder / "parts").iterdir():
+        if other != mine and (alone or other.name.rpartition("-of-")[2] != mine.name.rpartition("-of-")[2]):
+            try:
+                lock(other).release()
+            except UserError:
+                release(mine)
+                raise UserError(
+                    f"another process does part {other.name.replace('-of-', '/')} of {folder}: divide the grid as it "
+                    "does and leave --overwrite out, or wait until it ends"
+                ) from None
+
+
+def _part_folder(folder: Path, part: str) -> Path:
+    return folder / "parts" / part.replace("/", "-of-")
+
+
+def _clear(folder: Path) -> None:
+    for made in (folder / "cells", *folder.glob("seed-*")):
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _write(path: Path, record: Record, bench: Bench) -> None:
+    """Keep a cell's record with the content of what it was made of."""
+    inputs = bench.inputs(Cell(**record.cell))  # type: ignore[arg-type]
+    write(path, json.dumps(dataclasses.asdict(dataclasses.replace(record, inputs=inputs))))
 
 
 def _part(cells: list[Cell], part: str) -> list[Cell]:
@@ -205,11 +265,11 @@ def _judged(bench: Bench, cell: Cell) -> Outcomes:
             show(step, count, metrics)
 
         how = How(training=bench.training(cell), task=bench.task(cell), on_step=on_step)
-        model, system, notes = contenders.defend(bench, cell, how)
+        tuned, system, notes = contenders.defend(bench, cell, how)
         suite = bench.suite(cell, system)
-        found = outcomes(model, suite, on_reply=stage.replies(suite.size, "judging"))
-        found["drift"] = [float(distance(model.backbone, aligned.backbone))]
-        found["embedding_drift"] = attention_difference(model, aligned, suite.harmful_targets)
+        found = outcomes(tuned, suite, on_reply=stage.replies(suite.size, "judging"))
+        found["drift"] = [float(distance(tuned.backbone, aligned.backbone))]
+        found["embedding_drift"] = attention_difference(tuned, aligned, suite.harmful_targets)
         return found | {name: [float(value)] for name, value in notes.items()}
 
     with bench.lab.stages.show(cell.defense) as stage:

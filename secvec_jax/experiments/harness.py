@@ -1,6 +1,7 @@
 """`eval.py harness`: lm-evaluation-harness' tasks on a model of ours, with or without its vectors."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Harness:
     """of the few-shot examples, and of sampling where a task samples"""
     out: str = "runs/harness"
     """the run directory; writes results.json and report.md"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
 
 
 def harness(settings: Harness, command: str) -> None:
@@ -46,7 +49,7 @@ def harness(settings: Harness, command: str) -> None:
     if not settings.tasks:
         raise UserError("--tasks is missing: name some, such as mmlu,gsm8k,truthfulqa_mc2")
     manager, names = _tasks(settings)
-    run = Run(settings, command)
+    run = Run(settings, command, lambda: {"lm-evaluation-harness": importlib.metadata.version("lm-eval")})
     run.report(run.stages.run("harness", lambda stage: _rows(settings, manager, names, stage)))
 
 

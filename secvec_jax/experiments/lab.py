@@ -7,7 +7,7 @@ import dataclasses
 import json
 import resource
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from secvec_jax.defenses.security_vectors import (
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
 from secvec_jax.experiments.materials import Judges, Materials, Sizes, gather, own_replies
-from secvec_jax.experiments.stages import Stage, Stages, checkpoints, devices, file_name, screen, write
+from secvec_jax.experiments.stages import Stage, Stages, checkpoints, devices, file_name, release, screen, write
 from secvec_jax.mesh import agree, by_first, is_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.training.checkpoints import Checkpoints
@@ -40,6 +40,8 @@ from secvec_jax.trees import distance
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_vectors
+from secvec_jax.workspace.inputs import known, of_path
+from secvec_jax.workspace.run_directory import of_the_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,44 @@ class Lab:
         model = self.aligned if self._is_given or agree(Path(self._aligned).exists()) else self.base
         recipe = self.recipe
         return gather(model, recipe.sizes, recipe.finetune_training, recipe.seed, recipe.judges)
+
+    def stage(
+        self,
+        name: str,
+        work: Callable[[Stage], Any],
+        *,
+        vectors: Sequence[str] = (),
+        reads: Mapping[str, str] | None = None,
+        makes_vectors: str | None = None,
+        makes_model: bool = False,
+    ) -> Any:
+        """A stage that starts from the aligned model, and from the vectors of these names (see `Stages.run`).
+
+        reads: digests of what else goes in. makes_vectors: the name of the vectors that it leaves behind. makes_model:
+        whether it leaves a model of its own name behind.
+        """
+        made = {} if makes_vectors is None else {f"the vectors {makes_vectors!r}": self._vectors_file(makes_vectors)}
+        if makes_model:
+            made[f"the model {name!r}"] = self._model_folder(name)
+
+        def forget() -> None:
+            shutil.rmtree(self._model_folder(name), ignore_errors=True)
+            shutil.rmtree(self._checkpoint_folder(name), ignore_errors=True)
+            if makes_vectors is not None:
+                self._vectors_file(makes_vectors).unlink(missing_ok=True)
+                shutil.rmtree(self._checkpoint_folder(f"vectors {makes_vectors}"), ignore_errors=True)
+
+        sources: dict[str, Path | str] = {"the aligned model": Path(self._aligned)}
+        sources |= {f"the vectors {own!r}": self._vectors_file(own) for own in vectors}
+        return self.stages.run(name, work, reads=sources | dict(reads or {}), makes=made, forget=forget)
+
+    def aligned_content(self) -> str | None:
+        """The digest of the aligned model's files; None where there are none."""
+        return known(of_path, Path(self._aligned))
+
+    def align_stage(self, name: str = "align") -> Outcomes:
+        """What the aligned model comes to; made and judged, or judged anew where another has taken its place."""
+        return self.stages.run(name, self.align, makes={"the aligned model": Path(self._aligned)})
 
     def align(self, stage: Stage) -> Outcomes:
         """Teach the base model to refuse, on its own replies to benign prompts, unless it does; judge it."""
@@ -195,7 +235,7 @@ class Lab:
         ]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
         environment = report.environment() | devices() | {"peak memory of this process, GiB": round(peak, 2)}
-        results = report.Results(command, config.to_dict(settings), environment, self.stages.seconds, rows)
+        results = report.Results(command, config.to_dict(of_the_run(settings)), environment, self.stages.seconds, rows)
 
         def write() -> None:
             results.save(self.folder)
@@ -208,6 +248,7 @@ class Lab:
             console.print(f"[{'green' if holds else 'red'}]{'yes' if holds else 'NO '}[/]  {claim}: {detail}")
         total = sum(self.stages.seconds.values())
         console.print(f"{total:.0f} s in all, peak memory {peak:.2f} GiB; report: {self.folder / 'report.md'}")
+        release(self.folder)
         return results
 
     def model(self, name: str) -> Model:

@@ -100,6 +100,12 @@ class Materials:
         return {name: rows for name, rows in self.mix.items() if name != "harmful"}
 
 
+def sources(judges: Judges) -> tuple[str, ...]:
+    """The packaged benchmarks that `gather` deals out; those of the results are kept out of training by any judges."""
+    judging = dict.fromkeys(name for kind in ("held-out", judges) for name, _ in JUDGES[kind])
+    return ("advbench", "strongreject", "jailbreakbench-tenses", "alpaca", "nq-open", "piqa", *judging)
+
+
 def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Judges = "held-out") -> Materials:
     """All rows, dealt out by `seed` and encoded for the model. Raises UserError if there are too few."""
     rng = random.Random(seed)

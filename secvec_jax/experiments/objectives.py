@@ -10,8 +10,11 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.experiments.lab import Lab
+from secvec_jax.experiments.materials import sources
 from secvec_jax.experiments.quickstart import Quickstart
 from secvec_jax.experiments.stages import Stage, claim, curves
+from secvec_jax.workspace import run_directory
+from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 
 OBJECTIVES: tuple[ObjectiveName, ...] = ("cross_entropy", "kl", "min_min")
 
@@ -24,6 +27,8 @@ class Objectives:
     """a finished quickstart: its aligned model, its config and its rows are used"""
     out: str = "runs/objectives"
     """the run directory"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
 
 
 def objectives(settings: Objectives, command: str) -> report.Results:
@@ -35,12 +40,22 @@ def objectives(settings: Objectives, command: str) -> report.Results:
     if not (source / "model" / "aligned").is_dir():
         raise UserError(f"{source} has no aligned model: run `python train.py quickstart --out {source}` first")
     recipe = config.load(Quickstart, source / "config.yaml")
-    lab = Lab(recipe, claim(settings), source / "model" / "aligned")
-    found: dict[str, Outcomes] = {"aligned": lab.stages.run("aligned", lambda stage: lab.judge(lab.aligned, stage))}
+    aligned = source / "model" / "aligned"
+
+    def used() -> Inputs:
+        settings_there = {f"the quickstart's {key}": repr(value) for key, value in run_directory.flat(recipe).items()}
+        there = {f"--quickstart {source}": known(model, str(aligned))}
+        return packaged(sources(recipe.judges)) | there | settings_there
+
+    lab = Lab(recipe, claim(settings, used), aligned)
+    found: dict[str, Outcomes] = {
+        "aligned": lab.stages.run("aligned", lambda stage: lab.judge(lab.aligned, stage)),
+    }
     for name in OBJECTIVES:
         phase1 = dataclasses.replace(recipe.phase1, objective=name)
-        found[f"{name}, vectors on"] = lab.stages.run(f"vectors {name}", partial(lab.phase1, name, phase1))
-        found[name] = lab.stages.run(name, partial(_phase2, lab, name))
+        work = partial(lab.phase1, name, phase1)
+        found[f"{name}, vectors on"] = lab.stage(f"vectors {name}", work, makes_vectors=name)
+        found[name] = lab.stage(name, partial(_phase2, lab, name), vectors=(name,))
     losses = curves(lab.folder / "metrics.jsonl", dict(zip(OBJECTIVES, OBJECTIVES)))
     return lab.report(command, settings, found, (), losses, (_NOTE,))
 

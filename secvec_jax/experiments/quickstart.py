@@ -10,6 +10,7 @@ the vectors off, on prompts of benchmarks that nothing was trained on.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 
@@ -17,8 +18,10 @@ from secvec_jax.evaluation import report
 from secvec_jax.evaluation.intervals import Score, paired_difference
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.experiments.lab import Lab, Recipe
+from secvec_jax.experiments.materials import sources
 from secvec_jax.experiments.stages import claim, curves
 from secvec_jax.vectors.lora import random_like
+from secvec_jax.workspace.inputs import packaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Quickstart(Recipe):
 
     out: str = "runs/quickstart"
     """the run directory"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
 
 
 ROWS = ("benign only", "plain", "random control", "security vectors")
@@ -35,28 +40,32 @@ ROWS = ("benign only", "plain", "random control", "security vectors")
 
 def quickstart(settings: Quickstart, command: str) -> report.Results:
     """Run what is not done yet and write the report; returns the results."""
-    lab = Lab(settings, claim(settings))
-    run = lab.stages.run
+    lab = Lab(settings, claim(settings, lambda: packaged(sources(settings.judges))))
+    fit, gate = lab.phase2, partial(lab.phase1, "security", settings.phase1)
 
     def control():
         return random_like(lab.vectors("security"), jax.random.fold_in(jax.random.key(settings.seed), 1))
 
     found: dict[str, Outcomes] = {
-        "base": run("base", lambda stage: lab.judge(lab.base, stage)),
-        "aligned": run("align", lab.align),
+        "base": lab.stages.run("base", lambda stage: lab.judge(lab.base, stage)),
+        "aligned": lab.align_stage(),
     }
-    gate = run("vectors", lambda stage: lab.phase1("security", settings.phase1, stage))
+    shown = lab.stage("vectors", gate, makes_vectors="security")
     found |= {
-        "benign only": run("benign only", lambda s: lab.phase2("benign only", lab.materials.benign_mix, None, s)),
-        "plain": run("plain", lambda s: lab.phase2("plain", lab.materials.mix, None, s)),
-        "random control": run(
-            "random control", lambda s: lab.phase2("random control", lab.materials.mix, control(), s)
+        "benign only": lab.stage("benign only", lambda s: fit("benign only", lab.materials.benign_mix, None, s)),
+        "plain": lab.stage("plain", lambda s: fit("plain", lab.materials.mix, None, s)),
+        "random control": lab.stage(
+            "random control",
+            lambda s: fit("random control", lab.materials.mix, control(), s),
+            vectors=("security",),
         ),
-        "security vectors": run(
+        "security vectors": lab.stage(
             "security vectors",
-            lambda s: lab.phase2("security vectors", lab.materials.mix, lab.vectors("security"), s, keep_model=True),
+            lambda s: fit("security vectors", lab.materials.mix, lab.vectors("security"), s, keep_model=True),
+            vectors=("security",),
+            makes_model=True,
         ),
-        "vectors on": gate,
+        "vectors on": shown,
     }
     losses = curves(lab.folder / "metrics.jsonl", dict(zip(ROWS, ROWS)))
     return lab.report(command, settings, found, verdicts(found), losses, NOTES)

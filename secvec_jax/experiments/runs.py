@@ -1,29 +1,34 @@
 """A verb's run directory: its stages, and the results and report that it ends with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from secvec_jax import config
 from secvec_jax.evaluation import report
-from secvec_jax.experiments.stages import Stages, claim, devices, screen
+from secvec_jax.experiments.stages import Stages, claim, devices, release, screen
 from secvec_jax.mesh import by_first, is_first
+from secvec_jax.workspace.inputs import Inputs
+from secvec_jax.workspace.run_directory import of_the_run
 
 
 class Run:
     """The run of `settings`, which have an `out`; claimed, and begun or gone on with."""
 
-    def __init__(self, settings: Any, command: str):
+    def __init__(self, settings: Any, command: str, more: Callable[[], Inputs] = dict):
+        """more: inputs that the settings do not name."""
         self.settings, self.command = settings, command
-        self.folder = claim(settings)
+        self.folder = claim(settings, more)
         self.console = Console(quiet=not is_first())
         self.stages = Stages(self.folder, self.console)
 
     def report(self, rows: list[dict[str, Any]], notes: Sequence[str] = ()) -> None:
-        """Write results.json and report.md, and show the table and the notes."""
+        """Write results.json and report.md, and show the table and the notes; ends the run."""
         environment = report.environment() | devices()
-        results = report.Results(self.command, config.to_dict(self.settings), environment, self.stages.seconds, rows)
+        results = report.Results(
+            self.command, config.to_dict(of_the_run(self.settings)), environment, self.stages.seconds, rows
+        )
 
         def write() -> None:
             results.save(self.folder)
@@ -34,6 +39,7 @@ class Run:
         terminal.print(report.table(results))
         for note in notes:
             terminal.print(note, markup=False, highlight=False)
+        release(self.folder)
 
 
 def judged_name(model: str, vectors: Sequence[str]) -> str:

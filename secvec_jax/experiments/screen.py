@@ -47,6 +47,8 @@ class Screen:
     """tokens of a row that are read"""
     out: str = "runs/screen"
     """the run directory; writes scores.jsonl, one line a row in the data's order, histogram.png and a report"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
 
 
 def screen(settings: Screen, command: str) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from secvec_jax import config
 from secvec_jax.config import Training
+from secvec_jax.digests import difference
 from secvec_jax.experiments.trackers import Tracker
 from secvec_jax.files import whole_file
 from secvec_jax.mesh import agree, by_first, is_first
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.meter import Pace
+from secvec_jax.workspace import inputs, run_directory
+from secvec_jax.workspace.inputs import Inputs
 
 
 class Stages:
@@ -36,29 +38,71 @@ class Stages:
         self.console = console
         self.seconds: dict[str, float] = {}
 
-    def run(self, name: str, work: Callable[["Stage"], Any]) -> Any:
-        """What `work(stage)` returns, JSON, or what it returned when the stage was done before."""
+    def run(
+        self,
+        name: str,
+        work: Callable[["Stage"], Any],
+        *,
+        reads: Mapping[str, Path | str] | None = None,
+        makes: Mapping[str, Path] | None = None,
+        forget: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """What `work(stage)` returns, JSON, or what it returned when the stage was done before.
+
+        reads: what it reads of other stages: label -> a file or model folder, or a digest. If one is not what it was
+        when the stage began, `forget()` deletes what the stage has made, and it runs again. makes: the files that it
+        leaves behind. If one is not what it was when the stage ended, the stage runs again on it as it is now.
+        """
         path = self.folder / "stages" / f"{file_name(name)}.json"
+        begun = path.with_suffix(".seconds")
+        now = _contents(reads or {})
+
+        def check() -> str | None:
+            done = _record(path)
+            changed = difference(_record(begun).get("inputs") or done.get("inputs") or {}, now)
+            if changed is not None:
+                forget()
+                begun.unlink(missing_ok=True)
+            elif done:
+                changed = difference(done.get("makes") or {}, _contents(makes or {}))
+            if changed is not None:
+                path.unlink(missing_ok=True)
+            return changed
+
+        changed = None
+
+        def note_change() -> None:
+            nonlocal changed
+            changed = check()
+
+        by_first(note_change)
+        if changed is not None:
+            self.console.print(f"{name}: {changed}, so it runs again", markup=False, highlight=False)
         if agree(path.exists()):
             record = json.loads(path.read_text())
             self.seconds[name] = record["seconds"]
             self.console.print(f"[dim]{name}: done before, {record['seconds']:.0f} s[/dim]")
             return record["result"]
-        partial = path.with_suffix(".seconds")
-        before = float(partial.read_text()) if partial.exists() else 0.0
+        before = float(_record(begun).get("seconds", 0.0))
         start = time.monotonic()
+
+        def note_time() -> None:
+            write(begun, json.dumps({"seconds": before + time.monotonic() - start, "inputs": now}))
+
+        by_first(note_time)
         try:
             with self.show(name) as stage:
                 result = work(stage)
         except BaseException:
             if is_first():
-                write(partial, str(before + time.monotonic() - start))
+                note_time()
             raise
         self.seconds[name] = before + time.monotonic() - start
 
         def note() -> None:
-            write(path, json.dumps({"seconds": self.seconds[name], "result": result}))
-            partial.unlink(missing_ok=True)
+            done = {"seconds": self.seconds[name], "inputs": now, "makes": _contents(makes or {}), "result": result}
+            write(path, json.dumps(done))
+            begun.unlink(missing_ok=True)
 
         by_first(note)
         self.console.print(f"{name}: {self.seconds[name]:.0f} s")
@@ -81,6 +125,20 @@ class Stages:
             yield Stage(name, tracker, progress)
 
 
+def _contents(named: Mapping[str, Path | str]) -> Inputs:
+    """Label -> the digest of a file or a model folder, None where there is none; digests as they are."""
+    if not is_first():
+        return {}
+    read = {label: inputs.of_path if isinstance(where, Path) else str for label, where in named.items()}
+    return {label: inputs.known(read[label], where) for label, where in named.items()}
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a file of `stages` holds; empty if it is absent. Earlier versions wrote bare seconds."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if isinstance(found, dict) else {"seconds": found}
+
+
 _LINE_EVERY = 30.0
 """Seconds between two lines on how far a stage is, where there is no terminal for a bar."""
 
@@ -95,10 +153,13 @@ class Stage:
     def on_step(self) -> Callable[[int, int, dict[str, float]], None]:
         """A callback for `fit` that moves the bar, or prints a line now and then where there is no terminal, and logs
         the step (see `Tracker`)."""
-        pace, told = Pace(), time.monotonic()
+        pace, told, first = Pace(), time.monotonic(), True
 
         def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
-            nonlocal told
+            nonlocal told, first
+            if first and step > 1:
+                self._progress.console.print(f"{self.name}: resumed at step {step} of {total}", highlight=False)
+            first = False
             going = pace.of(metrics)
             note = _note(metrics, going)
             self._progress.update(self._task, completed=step, total=total, note=note)
@@ -150,10 +211,23 @@ def file_name(name: str) -> str:
     return name.replace(" ", "-").replace("/", "-")
 
 
-def claim(settings: Any) -> Path:
-    """The run directory of the settings, claimed by the first process (see `config.claim_run`)."""
-    by_first(lambda: config.claim_run(settings, settings.out))
-    return Path(settings.out)
+def claim(settings: Any, more: Callable[[], Inputs] = dict, *, alone: bool = True) -> Path:
+    """The run directory of the settings, claimed by the first process (see `run_directory.claim`).
+
+    more: inputs that the settings do not name.
+    """
+    folder, again = Path(settings.out), bool(getattr(settings, "overwrite", False))
+
+    def work() -> None:
+        run_directory.claim(settings, folder, inputs.inputs_of(settings) | more(), overwrite=again, alone=alone)
+
+    by_first(work)
+    return folder
+
+
+def release(folder: Path) -> None:
+    """The run is over: other processes may claim its directory."""
+    by_first(lambda: run_directory.release(folder))
 
 
 def checkpoints(folder: Path, training: Training) -> Checkpoints:

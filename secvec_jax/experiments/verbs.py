@@ -46,6 +46,8 @@ class Align:
     """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
     out: str = "runs/align"
     """the run directory; the model is written to OUT/model"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
     task_rank: int = ALIGN_TASK.rank
     """train a LoRA of this rank and merge it at the end; 0: train all weights"""
     training: Training = ALIGN
@@ -67,6 +69,8 @@ class Vectors:
     """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     out: str = "runs/vectors"
     """the run directory; the vectors are written to OUT/vectors/security.safetensors, LoRA also to OUT/vectors/peft"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
     kind: Literal["lora", "steering", "prompt"] = "lora"
     """low-rank factors at every linear map, a direction per layer, or a soft prompt at every layer"""
     lora: LoRA = dataclasses.field(default_factory=LoRA)
@@ -95,6 +99,8 @@ class Finetune:
     """train a task LoRA of this rank beside the frozen vectors, merged at the end; 0: train all weights"""
     out: str = "runs/finetune"
     """the run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
     training: Training = PHASE2
     check_prompts: int = 24
     """harmful and benign packaged prompts by which it is measured whether the model refuses at the start; 0: none"""
@@ -124,6 +130,8 @@ class ScoreRun:
     """the longest answer to one of the questions; none: as long as the longest that must be matched, at most 512"""
     out: str = "runs/score"
     """the run directory; writes results.json and report.md"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,7 +379,8 @@ class _TrainingRun(Run):
 
     def finish(self, values: dict[str, Any], where: str) -> None:
         """Write the results of the training and say where its files are."""
-        by_first(lambda: shutil.rmtree(self.checkpoints.folder, ignore_errors=True))
+        if self.settings.training.schedule != "constant":  # else the run can be extended from its last checkpoint
+            by_first(lambda: shutil.rmtree(self.checkpoints.folder, ignore_errors=True))
         notes = values.pop("notes", [])
         metrics = {name: value if isinstance(value, dict) else {"value": value, "n": 1, "ci95": [value, value]}
                    for name, value in values.items()}  # fmt: skip

@@ -2,12 +2,16 @@
 
 A checkpoint holds the trained part, the optimizer's state and the state of every lane of data; never the frozen part,
 whose files the run's settings name. One that cannot be read is told and deleted, and the one before it taken.
+
+`inputs.json` in their folder says what the training is made of: checkpoints of other inputs are refused.
 """
 
 import dataclasses
+import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +20,10 @@ from orbax.checkpoint import v1 as ocp
 
 from secvec_jax.config import Training
 from secvec_jax.data.feed import Feed
+from secvec_jax.digests import difference
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import largest
+from secvec_jax.files import lock, whole_file
+from secvec_jax.mesh import by_first, largest
 from secvec_jax.trees import Tree
 
 _log = logging.getLogger("secvec_jax")
@@ -29,12 +35,16 @@ class Checkpoints:
 
     keep: the newest so many. best: the name of a metric; the checkpoint where it was lowest is kept too, and is what
     the training returns. A step without it, such as one whose rows are of other kinds, counts with its last value.
+    inputs: what goes into the training (see `digests.difference`); `finetune` and `train_vectors` add theirs. A resume
+    with others raises UserError. keep_end: save the state after the last step too, so that more steps can follow.
     """
 
     folder: Path
     every_seconds: float = Training.save_every_seconds
     keep: int = Training.keep_checkpoints
     best: str | None = None
+    inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keep_end: bool = False
 
 
 class State(Protocol):
@@ -44,10 +54,13 @@ class State(Protocol):
     state: Tree
     feeds: dict[str, Feed]
     step: int
+    metrics: dict[str, float]
+    ending: bool
+    ended: bool
 
 
 class Store:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. Raises UserError if they are another's, or another process is writing there."""
 
     def __init__(self, settings: Checkpoints, run: State):
         policies = ocp.training.preservation_policies
@@ -58,6 +71,8 @@ class Store:
             kept.append(policies.BestN(**worth, n=1))
         self._settings = settings
         self._last = time.monotonic()
+        self._lock: Any = None
+        by_first(self._hold)
         self._keeper = ocp.training.Checkpointer(
             settings.folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -65,12 +80,18 @@ class Store:
             cleanup_tmp_directories=True,
             context=_context(run),
         )
+        try:
+            by_first(self._check_inputs)
+        except BaseException:
+            self.close()
+            raise
 
     def due(self) -> bool:
         return time.monotonic() - self._last >= self._settings.every_seconds
 
     def save(self, run: State, metrics: dict[str, float]) -> None:
-        """Write a checkpoint; off the CPU, while the next steps run."""
+        """Write a checkpoint with the metrics so far; off the CPU, while the next steps run."""
+        run.metrics = metrics
         what = {"trained": _named(run.trained), "state": _named(run.state), "data": _data(run)}
         best = self._settings.best
         told = {best: metrics[best]} if best in metrics else None
@@ -114,7 +135,27 @@ class Store:
                 raise UserError(f"the best checkpoint, of step {step}, cannot be read ({problem})")
 
     def close(self) -> None:
-        self._keeper.close()
+        try:
+            self._keeper.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _hold(self) -> None:
+        self._lock = lock(self._settings.folder)
+
+    def _check_inputs(self) -> None:
+        path, now = self._settings.folder / "inputs.json", dict(self._settings.inputs)
+        if self._keeper.latest is not None and path.exists():
+            changed = difference(json.loads(path.read_text()), now)
+            if changed is not None:
+                raise UserError(
+                    f"{changed} since the training in {path.parent} was begun, which cannot go on with it: train in "
+                    "another folder, or delete that one to train from the start"
+                )
+        if now:
+            with whole_file(path) as staging:
+                staging.write_text(json.dumps(now, indent=2) + "\n")
 
     def _load(self, run: State, step: int) -> str | None:
         """What is wrong with a checkpoint; None once the run is set to it."""
@@ -124,19 +165,24 @@ class Store:
             loaded = self._keeper.load_checkpointables(
                 step, {"trained": _named(abstract[0]), "state": _named(abstract[1]), "data": None}
             )
+            kept = loaded["data"]
+            feeds = kept.get("feeds", kept)  # earlier versions kept nothing else
             for name, feed in run.feeds.items():
-                feed.set_state(loaded["data"][name])
+                feed.set_state(feeds[name])
         except (ValueError, KeyError, TypeError, OSError) as error:
             problem = (str(error).splitlines() or [type(error).__name__])[0]
         if largest(problem is not None):
             return problem or "another process cannot read it"
         run.trained, run.state = _unnamed(loaded["trained"], run.trained), _unnamed(loaded["state"], run.state)
         run.step = step
+        run.metrics = kept.get("metrics", {})
+        run.ending, run.ended = (bool(kept.get(name, False)) for name in ("ending", "ended"))
         return None
 
 
 def _data(run: State) -> dict[str, Any]:
-    return {name: feed.get_state() for name, feed in run.feeds.items()}
+    feeds = {name: feed.get_state() for name, feed in run.feeds.items()}
+    return {"feeds": feeds, "metrics": run.metrics, "ending": run.ending, "ended": run.ended}
 
 
 def _named(tree: Tree) -> dict[str, Any]:

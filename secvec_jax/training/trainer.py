@@ -1,8 +1,8 @@
 """fit(): the loop around the step, with checkpoints and exact resume.
 
 A run that was killed at any moment and is started again goes on from its newest checkpoint and ends bit-identical to
-one never killed, on any mesh. Ctrl-C and SIGTERM finish the step in flight, save, and raise KeyboardInterrupt; in a
-cluster, whichever process they reach.
+one never killed, on any mesh. Ctrl-C and SIGTERM finish the step in flight, be it the last, save, and raise
+KeyboardInterrupt; in a cluster, whichever process they reach.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import jax
 from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import Vote
+from secvec_jax.mesh import Vote, largest
 from secvec_jax.training.checkpoints import Checkpoints, Store
 from secvec_jax.training.phase import Phase, merge
 from secvec_jax.training.step import Method
@@ -45,8 +45,9 @@ def fit(
 
     method: how the trained part moves, as `training.step.descent` makes it. streams: name -> stream of batches;
     each step takes `accumulate` batches of each that the method wants. on_step is called once for every step, counted
-    from 1, while a later one runs; after a resume it starts behind the checkpoint. until(metrics) ends the training
-    one step after it holds. Raises UserError if the loss is not finite; the last good checkpoint is kept.
+    from 1, while a later one runs; after a resume it starts behind the checkpoint (at the end it reports the last step
+    again). until(metrics) ends the training one step after it holds. Raises UserError if the loss is not finite, in
+    which case the last good checkpoint is kept, and if the checkpoints are those of another training.
     """
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
@@ -54,11 +55,16 @@ def fit(
     with _store(checkpoints, run) as store, _interruptible() as interrupted:
         if store is not None:
             store.restore(run)
+            if run.step > steps and checkpoints is not None:
+                raise UserError(
+                    f"the training in {checkpoints.folder} is at step {run.step}, and only {steps} are asked for: "
+                    "train in another folder, or delete that one to train from the start"
+                )
         vote = Vote()
         pending: dict[str, Any] = {}
-        last: dict[str, float] = {}
-        ending: Any = False
-        while run.step < steps:
+        last = dict(run.metrics)
+        resumed = run.step
+        while run.step < steps and not run.ended:
             taken = run.feeds if method.takes is None else method.takes(run.step)
             batch = {name: run.feeds[name].take(accumulate) for name in taken}
             run.trained, run.state, metrics = method.step(run.trained, run.state, frozen, batch)
@@ -67,22 +73,28 @@ def fit(
             if pending:
                 told = _report(pending, run.step - 1, steps, on_step)
                 last |= told
-                ending = ending or until(told)
-            if ending:
-                last |= _report(metrics, run.step, steps, on_step)
-                break
-            pending = metrics
+                run.ending = run.ending or until(told)
+            pending, run.ended = metrics, run.ending
             due = store is not None and store.due()
             wish = vote(_STOP if interrupted() else _SAVE if due else _GO)
-            if wish or run.step == steps:
+            if wish or run.ended or run.step == steps:
                 told = _report(pending, run.step, steps, on_step)
                 last |= told
-                ending = until(told)
+                run.ending = run.ending or until(told)
                 pending = {}
-                if store is not None and run.step < steps and not ending:  # or a resumed run would not end
+                if run.ended or run.step == steps:
+                    break
+                if store is not None:
                     store.save(run, last)
                 if wish == _STOP:
                     raise KeyboardInterrupt
+        if run.step == resumed and last:
+            on_step(run.step, steps, last)
+        stop = largest(int(interrupted()))  # of all processes: there is no later step to hear it at
+        if store is not None and checkpoints is not None and (stop or checkpoints.keep_end) and run.step > resumed:
+            store.save(run, last)
+        if stop:
+            raise KeyboardInterrupt
         if store is not None and checkpoints is not None and checkpoints.best is not None and run.step:
             store.restore_best(run, last)
     return merge(run.trained, frozen)
@@ -96,6 +108,12 @@ class _Run:
     state: Tree
     feeds: dict[str, Feed]
     step: int = 0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The last values of all, when it was saved."""
+    ending: bool = False
+    """`until` held: one more step is taken, or was."""
+    ended: bool = False
+    """It was."""
 
 
 def _report(metrics: dict[str, Any], step: int, steps: int, on_step: OnStep) -> dict[str, float]:
@@ -132,18 +150,26 @@ def _store(settings: Checkpoints | None, run: _Run) -> Iterator[Store | None]:
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM came; a second one interrupts at once. Off the main thread nothing is caught."""
     came: list[int] = []
+    heard = False
 
     def note(number: int, frame: Any) -> None:
         if came:
             raise KeyboardInterrupt
         came.append(number)
 
+    def interrupted() -> bool:
+        nonlocal heard
+        heard = heard or bool(came)
+        return heard
+
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:
         before = {}
     try:
-        yield lambda: bool(came)
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if came and not heard and jax.process_count() == 1:  # after the last question; a cluster cannot stop one alone
+        raise KeyboardInterrupt

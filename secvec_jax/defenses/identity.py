@@ -1,0 +1,115 @@
+"""What a training is made of, by content, so that its checkpoints are gone on with by the same one only."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from secvec_jax import digests
+from secvec_jax.config import Training
+from secvec_jax.data.chat import Example
+from secvec_jax.data.encoded import Encoded
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.model.hub import Model
+from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.trees import fingerprint
+
+FORMAT = 1
+"""The version of how rows become steps; raised when a training would go on otherwise from the same checkpoint."""
+
+_FREE = ("steps", "epochs", "save_every_seconds", "keep_checkpoints")
+"""Settings that no step depends on."""
+
+
+def identified(
+    checkpoints: Checkpoints | None,
+    model: Model,
+    training: Training,
+    steps: int,
+    streams: Mapping[str, Stream],
+    **more: Any,
+) -> Checkpoints | None:
+    """The checkpoints of the training that these make up. more: what else goes in: trees, settings, functions.
+
+    Under a constant schedule the number of steps does not go in, and the end is kept: the training can be extended. Of
+    several processes, all must ask.
+    """
+    if checkpoints is None:
+        return None
+    settings = {f"training.{name}": value for name, value in dataclasses.asdict(training).items() if name not in _FREE}
+    settings["training.warmup_steps"] = min(training.warmup_steps, steps - 1)
+    extendable = training.schedule == "constant"
+    inputs = {"format": FORMAT, **settings, "the model": f"sha256:{model.fingerprint}"}
+    inputs |= {} if extendable else {"the number of steps": steps}
+    inputs["the tokenizer or its chat template"] = of_tokenizer(model.tokenizer)
+    for stream in streams.values():
+        inputs |= {f"rows {name!r}": of_rows(examples) for name, examples in stream.examples.items()}
+    for name, value in more.items():
+        inputs[name.replace("_", " ")] = digests.of_values([described(value)])
+    settled = {label: _plain(value) for label, value in inputs.items()} | dict(checkpoints.inputs)
+    return dataclasses.replace(checkpoints, inputs=settled, keep_end=checkpoints.keep_end or extendable)
+
+
+def of_rows(rows: Sequence[Any]) -> str:
+    """The digest of rows, or of examples; of examples that are not encoded yet, of their rows."""
+    row = rows.row if isinstance(rows, Encoded) else rows.__getitem__
+    return digests.of_values(_row(row(index)) for index in range(len(rows)))
+
+
+def _row(row: Any) -> Any:
+    if not isinstance(row, Example):
+        return row
+    parts = (row.tokens, row.supervised, row.weights)
+    return [None if part is None else np.asarray(part).tolist() for part in parts]
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """The digest of a tokenizer and of its chat template, whatever it was last asked to pad or to cut."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        words: Any = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else type(tokenizer).__qualname__
+    else:
+        words = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    return digests.of_values([words, getattr(tokenizer, "chat_template", None), getattr(tokenizer, "eos_token", None)])
+
+
+def described(value: Any, depth: int = 8) -> Any:
+    """Any value as JSON that is equal for equal ones: trees by their bytes, functions by name and what they close over.
+
+    A step of a defense, `vaccine(rho=2)`, is a function that holds its settings.
+    """
+    if depth == 0:
+        return type(value).__qualname__
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, jax.Array | np.ndarray):
+        return fingerprint(value)
+    if isinstance(value, Mapping):
+        return {str(key): described(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(item, depth - 1) for item in value]
+    if isinstance(value, functools.partial):
+        return [described(part, depth - 1) for part in (value.func, value.args, value.keywords)]
+    if inspect.isfunction(value):
+        held = {}
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
+            with contextlib.suppress(ValueError):  # a name that is not bound yet
+                held[name] = cell.cell_contents
+        return [f"{value.__module__}.{value.__qualname__}", described(held, depth - 1)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [type(value).__qualname__, described(vars(value), depth - 1)]
+    leaves = jax.tree.leaves(value)
+    if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+        return fingerprint(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON gives back as it was."""
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)

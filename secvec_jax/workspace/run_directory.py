@@ -1,0 +1,205 @@
+"""A run directory: made for settings and inputs, and gone on with by the same ones only.
+
+runs/NAME/config.yaml     the settings, complete
+runs/NAME/inputs.json     the content of what they name (see `workspace.inputs`), and the version of the format
+runs/NAME/run.lock        held by the process that runs here
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from secvec_jax import config
+from secvec_jax.digests import difference
+from secvec_jax.errors import UserError
+from secvec_jax.files import lock, whole_file
+from secvec_jax.workspace.inputs import Inputs
+
+FORMAT = 1
+"""The version of what runs compute and keep; raised when the same inputs would give another result."""
+
+CONFIG, INPUTS = "config.yaml", "inputs.json"
+
+_MADE = (
+    CONFIG, INPUTS, "metrics.jsonl", "stages", "checkpoints", "results.json", "report.md", "vectors", "model", "task",
+    "own-replies.json", "scores.jsonl", "tensorboard", "cells", "scores.png", "losses.png", "histogram.png",
+)  # fmt: skip
+"""What runs write into their folder, besides a grid's folders of each seed."""
+
+_FREE = frozenset({"overwrite", "save_every_seconds", "keep_checkpoints", "concurrency", "retries", "timeout",
+                   "key_variable"})  # fmt: skip
+"""Settings that no result depends on: they may change from one start to the next."""
+
+_LENGTH = frozenset({"training.steps", "training.epochs"})
+"""Settings of how long a training goes on."""
+
+_log = logging.getLogger("secvec_jax")
+_held: dict[Path, Any] = {}
+
+
+def claim(settings: Any, folder: str | Path, inputs: Inputs, *, overwrite: bool = False, alone: bool = True) -> Path:
+    """The run directory, made for these settings and inputs, or made before for the same ones.
+
+    A run of others gives way if it failed before its first step, or with `overwrite`. A training under a constant
+    schedule may be made longer: its finished stages are then open again. alone: lock the folder until `release`.
+
+    Raises UserError if the directory holds another run that came further, naming the first difference; if another
+    process is at work there; or if it cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        if alone:
+            hold(folder)
+        if overwrite and _came_further(folder):
+            _clear(folder, inputs)
+        if not _came_further(folder):
+            _write(settings, folder, inputs)
+        else:
+            longer = _check_settings(settings, folder)
+            _check_inputs(folder, inputs)
+            if longer:
+                _open_stages(folder)
+            _write(settings, folder, _recorded(folder) | {k: v for k, v in inputs.items() if v is not None})
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror or error}): give another --out") from error
+    return folder
+
+
+def hold(folder: Path) -> None:
+    """Let no other process run in the folder until `release`, or until this one ends."""
+    if folder.resolve() not in _held:
+        _held[folder.resolve()] = lock(folder)
+
+
+def release(folder: Path) -> None:
+    """Others may run in the folder."""
+    held = _held.pop(folder.resolve(), None)
+    if held is not None:
+        held.release()
+
+
+def of_the_run(settings: Any) -> Any:
+    """The settings without what concerns one start of the run only."""
+    return dataclasses.replace(settings, overwrite=False) if getattr(settings, "overwrite", False) else settings
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """The settings that a result may depend on, as plain values: {"training.steps": 3}."""
+    return {key: value for key, value in _flat(config.to_dict(settings)).items() if key.rpartition(".")[2] not in _FREE}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def inputs_of_run(folder: str | Path) -> Inputs:
+    """The inputs that a run directory was made from; empty for one of a version that did not record them."""
+    return _recorded(Path(folder))
+
+
+def _came_further(folder: Path) -> bool:
+    has_config = (folder / CONFIG).exists()
+    return has_config and ((folder / "metrics.jsonl").exists() or any(folder.glob("stages/*.json")))
+
+
+def _write(settings: Any, folder: Path, inputs: Mapping[str, Any]) -> None:
+    config.save(of_the_run(settings), folder / CONFIG)
+    with whole_file(folder / INPUTS) as staging:
+        staging.write_text(json.dumps({"format": FORMAT} | dict(inputs), indent=2) + "\n")
+
+
+def _clear(folder: Path, inputs: Inputs) -> None:
+    """Delete what a run has made. Raises UserError if an input of the new run is among it, or is missing."""
+    made = [folder / name for name in _MADE] + [*folder.glob("seed-*")]
+    for label, content in inputs.items():
+        name = label.partition(" ")[2]
+        if not label.startswith("--"):
+            continue
+        if any(Path(name).expanduser().resolve().is_relative_to(path.resolve()) for path in made):
+            raise UserError(f"{label} is in {folder}, which --overwrite would delete: give another --out")
+        if content is None:
+            raise UserError(f"{label} cannot be read: {folder} is left as it is")
+    for path in made:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _check_settings(settings: Any, folder: Path) -> bool:
+    """Whether the run is to be longer than it was. Raises UserError if it is another one."""
+    before: dict[str, Any] = {}
+    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
+        theirs = yaml.safe_load((folder / CONFIG).read_text())
+        if isinstance(theirs, dict):
+            before = _flat(theirs)
+            with contextlib.suppress(UserError):  # settings that came with a later version have their defaults
+                before = flat(config.from_dict(type(settings), theirs))
+    now = flat(settings)
+    differing = [key for key in {**before, **now} if before.get(key, _absent) != now.get(key, _absent)]
+    if not differing:
+        return False
+    if set(differing) <= _LENGTH:
+        _check_length(folder, before, now)
+        return True
+    key = differing[0]
+    what = f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" if before else f"{CONFIG} cannot be read"
+    raise UserError(
+        f"{folder} already contains a run with different settings ({what}): pass --overwrite to replace it, or give "
+        "another --out"
+    )
+
+
+_absent = object()
+
+
+def _check_length(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError if what the run has done is not the beginning of a run of the new length."""
+    lengths = [f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in sorted(_LENGTH)
+               if before.get(key) != now.get(key)]  # fmt: skip
+    what, schedule = ", ".join(lengths), now.get("training.schedule")
+    if schedule != "constant":
+        raise UserError(
+            f"{folder} already contains a run with different settings ({what}), and it cannot be extended: its "
+            f"{schedule} schedule spreads over all steps, so its steps are not the first ones of a longer run. Pass "
+            "--overwrite to train again, or give another --out; runs with --schedule constant can be extended"
+        )
+    for key in _LENGTH:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, int) and isinstance(new, int) and new < old:
+            raise UserError(f"{folder} already contains a longer run ({what}): pass --overwrite, or give another --out")
+
+
+def _open_stages(folder: Path) -> None:
+    """Let the finished stages run again: they go on from their last checkpoint."""
+    for path in folder.glob("stages/*.json"):
+        with whole_file(path.with_suffix(".seconds")) as staging:
+            staging.write_text(json.dumps({"seconds": json.loads(path.read_text())["seconds"]}))
+        path.unlink()
+
+
+def _check_inputs(folder: Path, inputs: Inputs) -> None:
+    before = _recorded(folder)
+    if not before:
+        _log.warning("%s was made by a version that recorded no inputs: its results are taken as they are", folder)
+    changed = difference(before, {"format": FORMAT} | inputs)
+    if changed is not None:
+        raise UserError(
+            f"{changed} since {folder} was begun, so its results are not those of this command: pass --overwrite to "
+            "run again from the start, or give another --out"
+        )
+
+
+def _recorded(folder: Path) -> Inputs:
+    try:
+        found = json.loads((folder / INPUTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
