@@ -1,7 +1,6 @@
 """Settings check themselves, survive their file, and guard a run's folder."""
 
 import dataclasses
-import os
 import typing
 
 import pytest
@@ -9,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secvec_jax.config import Training, claim_run, from_dict, load, save, to_dict
+from secvec_jax.config import Training, from_dict, load, save, to_dict
 from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.errors import UserError
 from secvec_jax.vectors.lora import LoRA
@@ -184,70 +183,3 @@ def test_a_binary_file_is_named(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the config file .*c.yaml.*check --config"):
         load(Training, tmp_path / "c.yaml")
-
-
-# The folder of a run ------------------------------------------------------------------------------
-
-
-def test_a_folder_is_claimed_once_and_again_by_the_same_settings(tmp_path):
-    folder = claim_run(Recipe(), tmp_path / "runs" / "first")
-    written = (folder / "config.yaml").read_bytes()
-    assert load(Recipe, folder / "config.yaml") == Recipe()
-    (folder / "results.json").write_text("{}")
-    assert claim_run(Recipe(), folder) == folder
-    assert (folder / "config.yaml").read_bytes() == written
-    assert (folder / "results.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("other", "difference"),
-    [
-        (Recipe(training=Training(epochs=9)), "training.epochs is 1 there, 9 here"),
-        (Recipe(seeds=(5,)), r"seeds is \[0, 1\] there, \[5\] here"),
-        (Recipe(folder="x"), "folder is None there, 'x' here"),
-    ],
-)
-def test_a_folder_of_another_config_is_refused_and_left_alone(tmp_path, other, difference):
-    claim_run(Recipe(), tmp_path)
-    (tmp_path / "metrics.jsonl").touch()
-    before = (tmp_path / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match=f"another config \\({difference}\\): give another --out"):
-        claim_run(other, tmp_path)
-    assert (tmp_path / "config.yaml").read_bytes() == before
-
-
-def test_settings_newer_than_a_run_have_their_defaults_there(tmp_path):
-    claim_run(Recipe(), tmp_path)
-    (tmp_path / "metrics.jsonl").touch()
-    config = tmp_path / "config.yaml"
-    config.write_text("training:\n  epochs: 1\nseeds: [0, 1]\n")
-    assert claim_run(Recipe(), tmp_path) == tmp_path
-    with pytest.raises(UserError, match="folder is None there, 'x' here"):
-        claim_run(Recipe(folder="x"), tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"a: [", b"", b"3", b"name: other", b"\xff\xfe"])
-def test_a_folder_with_a_broken_config_is_refused(tmp_path, content):
-    (tmp_path / "config.yaml").write_bytes(content)
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match="another config"):
-        claim_run(Recipe(), tmp_path)
-
-
-def test_a_run_that_failed_before_its_first_step_gives_way(tmp_path):
-    claim_run(Recipe(), tmp_path)
-    claim_run(Recipe(folder="x"), tmp_path)
-    assert load(Recipe, tmp_path / "config.yaml") == Recipe(folder="x")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot write into"):
-        claim_run(Recipe(), tmp_path / "run")
-
-
-def test_a_file_where_the_folder_should_be_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write into"):
-        claim_run(Recipe(), tmp_path / "file")

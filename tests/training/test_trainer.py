@@ -299,6 +299,80 @@ def finish(folder, *options) -> list[str]:
     return out.splitlines()
 
 
+def interrupted_at(step: int, raised: list[int]):
+    """Ctrl-C while the step after this one is in flight."""
+
+    def on_step(number, steps, metrics):
+        raised.append(number)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return on_step
+
+
+def fitted(method, folder, on_step, **options):
+    checkpoints = Checkpoints(folder, 1e9, **options.pop("checkpoints", {}))
+    options = {"steps": STEPS} | options
+    return fit(parameters(), PHASE, method, make_streams(), checkpoints=checkpoints, on_step=on_step, **options)
+
+
+@pytest.mark.parametrize("step", [4, STEPS - 1, STEPS])
+def test_ctrl_c_saves_in_the_last_step_as_in_any_other(method, whole, tmp_path, step):
+    """At `STEPS` it comes when the last step has been reported."""
+    seen, again = [], []
+    with pytest.raises(KeyboardInterrupt):
+        fitted(method, tmp_path, interrupted_at(step, seen))
+    assert steps_kept(tmp_path) == [min(step + 1, STEPS)] == [seen[-1]]
+    after = fitted(method, tmp_path, interrupted_at(0, again))
+    assert fingerprint(after) == whole[0]
+    # One that has nothing left to do reports its last step, whose metrics its caller may need.
+    assert again == list(range(seen[-1] + 1, STEPS + 1)) or (seen[-1] == STEPS and again == [STEPS])
+
+
+def test_ctrl_c_in_the_step_that_until_ends_with_saves_the_end(method, whole, tmp_path):
+    losses = [value for _, value in whole[1]]
+    target = next(i for i in range(3, STEPS - 3) if losses[i] < min(losses[:i]))
+    until = {"until": lambda metrics: metrics["loss"] <= losses[target]}
+    expected = run(method, **until)[0]
+    for step in (target + 1, target + 2):
+        folder = tmp_path / str(step)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(method, folder, interrupted_at(step, []), **until)
+        assert fingerprint(fitted(method, folder, interrupted_at(0, []), **until)) == expected
+
+
+def test_a_training_goes_on_with_its_own_inputs_only(method, whole, tmp_path):
+    mine = {"inputs": {"rows 'all'": "sha256:1", "training.momentum": 0.9}}
+    with pytest.raises(KeyboardInterrupt):
+        fitted(method, tmp_path, interrupted_at(4, []), checkpoints=mine)
+    for changed, words in (({"rows 'all'": "sha256:2"}, "rows 'all' has changed"),
+                           ({"training.momentum": 0.5}, "training.momentum was 0.9, is now 0.5")):  # fmt: skip
+        with pytest.raises(UserError, match=f"{words} since the training in .* was begun") as caught:
+            fitted(method, tmp_path, interrupted_at(0, []), checkpoints={"inputs": mine["inputs"] | changed})
+        assert "\n" not in str(caught.value)
+    assert fingerprint(fitted(method, tmp_path, interrupted_at(0, []), checkpoints=mine)) == whole[0]
+
+
+def test_a_training_whose_end_is_kept_can_be_extended_and_not_shortened(method, whole, tmp_path):
+    fitted(method, tmp_path, interrupted_at(0, []), steps=5, checkpoints={"keep_end": True})
+    seen = []
+    assert fingerprint(fitted(method, tmp_path, interrupted_at(0, seen))) == whole[0]
+    assert seen == list(range(6, STEPS + 1))
+    with pytest.raises(UserError, match="is at step 5, and only 3 are asked for"):
+        fitted(method, tmp_path, interrupted_at(0, []), steps=3)
+
+
+def test_checkpoints_of_an_earlier_version_resume(method, whole, tmp_path, monkeypatch):
+    from secvec_jax.training import checkpoints
+
+    new = checkpoints._data
+    monkeypatch.setattr(checkpoints, "_data", lambda run: new(run)["feeds"])
+    with pytest.raises(KeyboardInterrupt):
+        fitted(method, tmp_path, interrupted_at(4, []))
+    monkeypatch.undo()
+    assert fingerprint(fitted(method, tmp_path, interrupted_at(0, []))) == whole[0]
+
+
 def step_of(line: str) -> int:
     return int(line.split()[0])
 

@@ -1,0 +1,125 @@
+"""Checkpoints belong to a training by the content of all that goes into it."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from secvec_jax.config import Training
+from secvec_jax.data.chat import Encoded
+from secvec_jax.data.rows import row
+from secvec_jax.defenses import identity
+from secvec_jax.defenses.identity import described, identified, of_rows, of_tokenizer
+from secvec_jax.defenses.lisa import lisa
+from secvec_jax.defenses.security_vectors import finetune, train_vectors
+from secvec_jax.defenses.tuning import stream_of
+from secvec_jax.defenses.vaccine import vaccine
+from secvec_jax.errors import UserError
+from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.vectors.lora import LoRA
+from tests.toys import build_tokenizer, example, random_decoder, tiny_model
+
+TRAINING = Training(steps=6, lines=2, length=64, remat="none")
+ROWS = [row(f"q{i}", f"a {i}") for i in range(6)]
+
+
+def inputs(tmp_path, *, rows=ROWS, model=None, training=TRAINING, steps=6, **more) -> dict:
+    model = model or tiny_model()
+    streams = {"learn": stream_of(model, {"all": rows}, training)}
+    found = identified(Checkpoints(tmp_path), model, training, steps, streams, **more)
+    return dict(found.inputs)
+
+
+def test_everything_that_goes_in_is_known_by_content(tmp_path, random_vectors):
+    model = tiny_model()
+    vectors = random_vectors(model)
+    whole = inputs(tmp_path, the_vectors=(vectors,), the_defense=vaccine(rho=2.0))
+    same = inputs(tmp_path, rows=[dict(r) for r in ROWS], the_vectors=(vectors,), the_defense=vaccine(rho=2.0))
+    assert same == whole
+    other_template = build_tokenizer()
+    other_template.chat_template += "\n"
+    changed = {
+        "rows 'all'": {"rows": [*ROWS[:5], row("q5", "another answer")]},
+        "the model": {"model": model.with_backbone(random_decoder(1))},
+        "the tokenizer or its chat template": {"model": dataclasses.replace(model, tokenizer=other_template)},
+        "training.learning_rate": {"training": dataclasses.replace(TRAINING, learning_rate=0.5)},
+        "training.seed": {"training": dataclasses.replace(TRAINING, seed=3)},
+        "the number of steps": {"steps": 7},
+        "the vectors": {"the_vectors": (random_vectors(model, seed=1),)},
+        "the defense": {"the_defense": vaccine(rho=3.0)},
+    }
+    for label, change in changed.items():
+        now = inputs(tmp_path, **{"the_vectors": (vectors,), "the_defense": vaccine(rho=2.0)} | change)
+        assert {name for name in whole | now if whole.get(name) != now.get(name)} == {label}
+
+
+def test_what_no_step_depends_on_does_not_count(tmp_path):
+    free = dataclasses.replace(TRAINING, save_every_seconds=1.0, keep_checkpoints=9, epochs=7)
+    assert inputs(tmp_path, training=free) == inputs(tmp_path)
+    tokenizer = build_tokenizer()
+    before = of_tokenizer(tokenizer)
+    tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=9)
+    assert of_tokenizer(tokenizer) == before, "how it was last asked to pad"
+
+
+def test_only_a_constant_schedule_can_be_extended(tmp_path):
+    constant = dataclasses.replace(TRAINING, schedule="constant")
+    assert inputs(tmp_path, training=constant, steps=9) == inputs(tmp_path, training=constant)
+    assert inputs(tmp_path, training=constant, steps=2) != inputs(tmp_path, training=constant), "a shorter warm-up"
+    streams = {"learn": stream_of(tiny_model(), {"all": ROWS}, constant)}
+    for training, kept in ((constant, True), (TRAINING, False)):
+        assert identified(Checkpoints(tmp_path), tiny_model(), training, 6, streams).keep_end is kept
+
+
+def test_rows_are_told_apart_in_any_form():
+    examples = [example([5, 6], [7]), example([5], [6, 7])]
+    assert of_rows(examples) == of_rows([example([5, 6], [7]), example([5], [6, 7])])
+    assert of_rows(examples) != of_rows(examples[::-1]) and of_rows(examples) != of_rows([example([5], [6, 7])] * 2)
+    assert of_rows(Encoded(build_tokenizer(), ROWS, 64)) == of_rows(ROWS) != of_rows(ROWS[1:])
+
+
+def test_functions_are_told_apart_by_what_they_hold():
+    assert described(lisa(2, 3)) == described(lisa(2, 3)) != described(lisa(2, 4))
+    assert described(partial(max, 3)) != described(partial(max, 4))
+    assert described({"a": np.arange(3)}) == described({"a": jax.numpy.arange(3)}) != described({"a": np.arange(1, 4)})
+
+    def of_itself():
+        return of_itself
+
+    assert described(of_itself) == described(of_itself)
+
+
+def test_a_resume_on_other_rows_or_settings_is_refused_by_both_phases(tmp_path):
+    """The checkpoint is saved by the step's own callback."""
+    model, stop = tiny_model(), KeyboardInterrupt()
+
+    def on_step(step, steps, metrics):
+        if step == 3:
+            raise stop
+
+    def tune(rows=ROWS, **changes):
+        checkpoints = Checkpoints(tmp_path / "tune", 0.0)
+        return finetune(model, rows, training=dataclasses.replace(TRAINING, **changes), checkpoints=checkpoints,
+                        on_step=on_step)  # fmt: skip
+
+    def train(rows=ROWS, spec=LoRA(rank=2)):
+        checkpoints = Checkpoints(tmp_path / "vectors", 0.0)
+        return train_vectors(model, rows, spec, training=TRAINING, checkpoints=checkpoints, on_step=on_step)
+
+    for work in (tune, train):
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        with pytest.raises(UserError, match=r"rows '\w+' has changed since the training in"):
+            work(rows=ROWS[:4])
+    with pytest.raises(UserError, match=r"training.learning_rate was 0.001, is now 0.1"):
+        tune(learning_rate=0.1)
+    with pytest.raises(UserError, match="the shape of the vectors has changed"):
+        train(spec=LoRA(rank=2, alpha=3.0))
+
+
+def test_the_format_counts(tmp_path, monkeypatch):
+    before = inputs(tmp_path)
+    monkeypatch.setattr(identity, "FORMAT", identity.FORMAT + 1)
+    assert inputs(tmp_path) != before

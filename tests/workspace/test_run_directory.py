@@ -1,0 +1,223 @@
+"""A run directory belongs to its settings and inputs, and to one process at a time."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from secvec_jax.config import Training, load
+from secvec_jax.errors import UserError
+from secvec_jax.files import LOCK
+from secvec_jax.workspace import run_directory
+from secvec_jax.workspace.run_directory import claim
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    seeds: tuple[int, ...] = (0, 1)
+    folder: str | None = None
+    training: Training = dataclasses.field(default_factory=Training)
+    overwrite: bool = False
+
+
+@pytest.fixture(autouse=True)
+def free():
+    yield
+    for folder in list(run_directory._held):
+        run_directory.release(folder)
+
+
+def begun(folder, settings=Recipe(), inputs=None):
+    """The folder of a run that has made steps and finished a stage."""
+    claim(settings, folder, inputs or {})
+    (folder / "metrics.jsonl").touch()
+    (folder / "stages").mkdir()
+    (folder / "stages" / "finetune.json").write_text('{"seconds": 2.0, "result": {}}')
+    return folder
+
+
+def test_a_folder_is_claimed_once_and_again_by_the_same_settings_and_inputs(tmp_path):
+    inputs = {"--data rows.jsonl": "sha256:1", "--model m": None}
+    folder = begun(tmp_path / "runs" / "first", inputs=inputs)
+    written = (folder / "config.yaml").read_bytes()
+    assert load(Recipe, folder / "config.yaml") == Recipe()
+    assert claim(Recipe(), folder, inputs | {"--model m": "sha256:2"}) == folder, "what was not known is learned"
+    assert (folder / "config.yaml").read_bytes() == written
+    with pytest.raises(UserError, match="--model m has changed"):
+        claim(Recipe(), folder, {"--model m": "sha256:3"})
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (Recipe(training=Training(learning_rate=9.0)), "training.learning_rate was 0.001, is now 9.0"),
+        (Recipe(seeds=(5,)), r"seeds was \[0, 1\], is now \[5\]"),
+        (Recipe(folder="x"), "folder was None, is now 'x'"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused_and_left_alone(tmp_path, other, difference):
+    begun(tmp_path)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=rf"different settings \({difference}\): pass --overwrite .* another --out"):
+        claim(other, tmp_path, {})
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_settings_that_no_result_depends_on_may_change(tmp_path):
+    begun(tmp_path)
+    changed = Recipe(training=Training(save_every_seconds=5.0, keep_checkpoints=7))
+    claim(changed, tmp_path, {})
+    assert load(Recipe, tmp_path / "config.yaml") == changed
+
+
+def test_changed_inputs_are_refused_in_one_line_that_names_them(tmp_path):
+    begun(tmp_path, inputs={"--data a b.jsonl": "sha256:1"})
+    with pytest.raises(UserError, match=r"--data a b\.jsonl has changed since .*--overwrite .*another --out") as caught:
+        claim(Recipe(), tmp_path, {"--data a b.jsonl": "sha256:2"})
+    assert "\n" not in str(caught.value)
+    claim(Recipe(), tmp_path, {"--data a b.jsonl": "sha256:1"})
+
+
+def test_another_version_of_the_format_is_another_run(tmp_path, monkeypatch):
+    begun(tmp_path)
+    monkeypatch.setattr(run_directory, "FORMAT", run_directory.FORMAT + 1)
+    with pytest.raises(UserError, match="format was 1, is now 2"):
+        claim(Recipe(), tmp_path, {})
+
+
+def test_a_run_of_a_version_that_recorded_no_inputs_is_kept_and_told(tmp_path, caplog):
+    begun(tmp_path)
+    (tmp_path / "inputs.json").unlink()
+    claim(Recipe(), tmp_path, {"--data a": "sha256:1"})
+    assert "recorded no inputs" in caplog.text
+    caplog.clear()
+    claim(Recipe(), tmp_path, {"--data a": "sha256:1"})
+    assert not caplog.text
+    with pytest.raises(UserError, match="--data a has changed"):
+        claim(Recipe(), tmp_path, {"--data a": "sha256:2"})
+
+
+def test_overwrite_deletes_what_runs_make_and_nothing_else(tmp_path):
+    begun(tmp_path, inputs={"--data a": "sha256:1"})
+    for name in ("model", "vectors", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    other = Recipe(seeds=(7,), overwrite=True)
+    claim(other, tmp_path, {"--data a": "sha256:2"}, overwrite=True)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"config.yaml", "inputs.json", LOCK, "notes", "mine.txt"}
+    assert load(Recipe, tmp_path / "config.yaml") == Recipe(seeds=(7,)), "the next start does not overwrite again"
+
+
+def test_overwrite_never_deletes_its_own_input_nor_anything_for_one_that_is_missing(tmp_path):
+    begun(tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    with pytest.raises(UserError, match="which --overwrite would delete"):
+        claim(Recipe(), tmp_path, {f"--model {model}": "sha256:1"}, overwrite=True)
+    with pytest.raises(UserError, match=r"--data gone\.jsonl cannot be read"):
+        claim(Recipe(), tmp_path, {"--data gone.jsonl": None}, overwrite=True)
+    assert model.is_dir() and (tmp_path / "metrics.jsonl").exists()
+
+
+# Longer runs --------------------------------------------------------------------------------------
+
+CONSTANT = Recipe(training=Training(schedule="constant", steps=10))
+
+
+def longer(settings, **changes):
+    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, **changes))
+
+
+def test_a_constant_schedule_can_be_extended_and_its_stages_are_open_again(tmp_path):
+    begun(tmp_path, CONSTANT)
+    claim(longer(CONSTANT, steps=20), tmp_path, {})
+    assert not list(tmp_path.glob("stages/*.json"))
+    assert json.loads((tmp_path / "stages" / "finetune.seconds").read_text())["seconds"] == 2.0
+    assert load(Recipe, tmp_path / "config.yaml").training.steps == 20
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_falling_schedule_cannot_be_extended_and_says_why(tmp_path, schedule):
+    begun(tmp_path, longer(CONSTANT, schedule=schedule))
+    with pytest.raises(UserError, match=f"cannot be extended: its {schedule} schedule spreads over all steps"):
+        claim(longer(CONSTANT, schedule=schedule, steps=20), tmp_path, {})
+    assert list(tmp_path.glob("stages/*.json"))
+
+
+def test_a_longer_run_is_not_made_shorter_nor_another(tmp_path):
+    begun(tmp_path, CONSTANT)
+    with pytest.raises(UserError, match="already contains a longer run"):
+        claim(longer(CONSTANT, steps=5), tmp_path, {})
+    with pytest.raises(UserError, match="different settings"):
+        claim(longer(CONSTANT, steps=20, lines=7), tmp_path, {})
+    begun_inputs = {"--data a": "sha256:1"}
+    claim(CONSTANT, tmp_path, begun_inputs)
+    with pytest.raises(UserError, match="--data a has changed"):
+        claim(longer(CONSTANT, steps=20), tmp_path, {"--data a": "sha256:2"})
+    assert list(tmp_path.glob("stages/*.json")), "a run that is refused stays finished"
+
+
+# What is in the folder ----------------------------------------------------------------------------
+
+
+def test_settings_newer_than_a_run_have_their_defaults_there(tmp_path):
+    begun(tmp_path)
+    (tmp_path / "config.yaml").write_text("training:\n  epochs: 1\nseeds: [0, 1]\n")
+    assert claim(Recipe(), tmp_path, {}) == tmp_path
+    with pytest.raises(UserError, match="folder was None, is now 'x'"):
+        claim(Recipe(folder="x"), tmp_path, {})
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"", b"3", b"name: other", b"\xff\xfe"])
+def test_a_folder_with_a_broken_config_is_refused(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="different settings"):
+        claim(Recipe(), tmp_path, {})
+
+
+def test_a_run_that_failed_before_its_first_step_gives_way(tmp_path):
+    claim(Recipe(), tmp_path, {"--data a": "sha256:1"})
+    claim(Recipe(folder="x"), tmp_path, {"--data a": "sha256:2"})
+    assert load(Recipe, tmp_path / "config.yaml") == Recipe(folder="x")
+    assert run_directory.inputs_of_run(tmp_path)["--data a"] == "sha256:2"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write into"):
+        claim(Recipe(), tmp_path / "run", {})
+
+
+def test_a_file_where_the_folder_should_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write into"):
+        claim(Recipe(), tmp_path / "file", {})
+
+
+# One process at a time ----------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_while_the_first_is_alive_and_not_afterwards(tmp_path):
+    ours, theirs = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:  # holds the folder until it is killed
+        try:
+            claim(Recipe(), tmp_path, {})
+            os.write(ours[1], b"1")
+            os.read(theirs[0], 1)
+        finally:
+            os._exit(0)
+    assert os.read(ours[0], 1) == b"1"
+    with pytest.raises(UserError, match="another process is running in"):
+        claim(Recipe(), tmp_path, {})
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    assert (tmp_path / LOCK).exists(), "the file of a killed run"
+    claim(Recipe(), tmp_path, {})
+    claim(Recipe(), tmp_path, {})  # the same process may
+    for end in (*ours, *theirs):
+        os.close(end)
