@@ -3,7 +3,6 @@
 import dataclasses
 from functools import partial
 
-import jax
 import numpy as np
 import pytest
 
@@ -83,7 +82,7 @@ def test_rows_are_told_apart_in_any_form():
 def test_functions_are_told_apart_by_what_they_hold():
     assert described(lisa(2, 3)) == described(lisa(2, 3)) != described(lisa(2, 4))
     assert described(partial(max, 3)) != described(partial(max, 4))
-    assert described({"a": np.arange(3)}) == described({"a": jax.numpy.arange(3)}) != described({"a": np.arange(1, 4)})
+    assert described({"a": np.ones(3)}) == described({"a": np.ones(3)}) != described({"a": np.zeros(3)})
 
     def of_itself():
         return of_itself

@@ -234,7 +234,7 @@ def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_fold
     values = yaml.safe_load(Path(path).read_text())
     values["recipe"]["sizes"]["vectors"] = 9
     Path(path).write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError, match="another config"):
+    with pytest.raises(UserError, match="different settings"):
         grid(Grid(path, out=str(out)), "command")
 
 
