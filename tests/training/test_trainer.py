@@ -1,5 +1,6 @@
 """A run that is stopped at any moment and started again ends as one that never was."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
