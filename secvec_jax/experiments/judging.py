@@ -26,7 +26,7 @@ from secvec_jax.evaluation.metrics import percent
 from secvec_jax.evaluation.statistics import auroc
 from secvec_jax.evaluation.suite import judged as ruled_of
 from secvec_jax.evaluation.suite import scores
-from secvec_jax.experiments.runs import Run, judged_name
+from secvec_jax.experiments.runs import Run, judged_name, scored
 from secvec_jax.experiments.stages import Stage
 from secvec_jax.inference import ask
 from secvec_jax.mesh import by_first
@@ -87,7 +87,7 @@ def judged(settings: Judged, command: str) -> None:
     """The run of `eval.py judge`."""
     if not (settings.judge or settings.classifier):
         raise UserError("nobody judges: name a language model with --judge, a classifier with --classifier, or both")
-    run = Run(settings, command)
+    run = Run(settings, command, scored)
     exchanges: Exchanges = run.stages.run("replies", lambda stage: _exchanges(settings, stage))
     ruled = _ruled(exchanges["harmful"])
     metrics, notes = dict(ruled), []

@@ -12,6 +12,7 @@ from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.experiments.lab import Lab
 from secvec_jax.experiments.materials import sources
 from secvec_jax.experiments.quickstart import Quickstart
+from secvec_jax.experiments.runs import scored
 from secvec_jax.experiments.stages import Stage, claim, curves
 from secvec_jax.workspace import run_directory
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
@@ -45,7 +46,7 @@ def objectives(settings: Objectives, command: str) -> report.Results:
     def used() -> Inputs:
         settings_there = {f"the quickstart's {key}": repr(value) for key, value in run_directory.flat(recipe).items()}
         there = {f"--quickstart {source}": known(model, str(aligned))}
-        return packaged(sources(recipe.judges)) | there | settings_there
+        return packaged(sources(recipe.judges)) | there | settings_there | scored()
 
     lab = Lab(recipe, claim(settings, used), aligned)
     found: dict[str, Outcomes] = {

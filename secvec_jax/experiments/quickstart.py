@@ -19,6 +19,7 @@ from secvec_jax.evaluation.intervals import Score, paired_difference
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.experiments.lab import Lab, Recipe
 from secvec_jax.experiments.materials import sources
+from secvec_jax.experiments.runs import scored
 from secvec_jax.experiments.stages import claim, curves
 from secvec_jax.vectors.lora import random_like
 from secvec_jax.workspace.inputs import packaged
@@ -40,7 +41,7 @@ ROWS = ("benign only", "plain", "random control", "security vectors")
 
 def quickstart(settings: Quickstart, command: str) -> report.Results:
     """Run what is not done yet and write the report; returns the results."""
-    lab = Lab(settings, claim(settings, lambda: packaged(sources(settings.judges))))
+    lab = Lab(settings, claim(settings, lambda: packaged(sources(settings.judges)) | scored()))
     fit, gate = lab.phase2, partial(lab.phase1, "security", settings.phase1)
 
     def control():

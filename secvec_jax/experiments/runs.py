@@ -7,6 +7,7 @@ from rich.console import Console
 
 from secvec_jax import config
 from secvec_jax.evaluation import report
+from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.experiments.stages import Stages, claim, devices, release, screen
 from secvec_jax.mesh import by_first, is_first
 from secvec_jax.workspace.inputs import Inputs
@@ -45,3 +46,8 @@ class Run:
 def judged_name(model: str, vectors: Sequence[str]) -> str:
     """What the results call a model that is judged with or without vectors."""
     return f"{model} + vectors" if vectors else model
+
+
+def scored() -> Inputs:
+    """What scores depend on besides the model and the prompts."""
+    return {"the version of the scoring rules": RULES}

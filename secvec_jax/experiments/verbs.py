@@ -22,7 +22,7 @@ from secvec_jax.evaluation import report
 from secvec_jax.evaluation.metrics import rules_note, rules_of
 from secvec_jax.evaluation.refusal_sample import measure, sample_prompts
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
-from secvec_jax.experiments.runs import Run, judged_name
+from secvec_jax.experiments.runs import Run, judged_name, scored
 from secvec_jax.experiments.stages import Stage, checkpoints, screen
 from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import Model, load
@@ -276,7 +276,7 @@ def _need_data(settings: Any) -> None:
 
 def score(settings: ScoreRun, command: str) -> None:
     """The run of `eval.py score`."""
-    run = Run(settings, command)
+    run = Run(settings, command, scored)
 
     def work(stage: Stage) -> dict[str, list[float]]:
         model = load(settings.model)
