@@ -14,7 +14,15 @@ from secvec_jax.evaluation.report import Results
 from tests.processes import Program, run
 
 ROWS = ["base", "aligned", "benign only", "plain", "random control", "security vectors"]
-METRICS = {"refusal", "compliance", "over_refusal", "exact_match", "harmful_loss", "benign_loss"}  # of any model
+METRICS = {
+    "refusal",
+    "compliance",
+    "unclear",
+    "over_refusal",
+    "exact_match",
+    "harmful_loss",
+    "benign_loss",
+}  # of any model
 SIZES = [
     *("--align-harmful", "12", "--align-benign", "12", "--vectors", "8", "--keep", "9", "--mix-harmful", "8"),
     *("--mix-benign", "6", "--people", "2", "--people-asked", "2", "--judged", "8", "--judged-benign", "4"),

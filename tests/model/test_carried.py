@@ -189,7 +189,10 @@ def test_a_folder_without_a_tokenizer_takes_token_ids(folder, tiny_model, tokens
     model = hub.load(folder)
     np.testing.assert_array_equal(sv.logits(model, tokens), sv.logits(tiny_model("llama").model, tokens))
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    for ask in (lambda: sv.generate(model, ["hi"]), lambda: sv.finetune(model, rows, training=sv.Training(steps=1))):
+    for ask in (
+        lambda: sv.generate(model, ["hi"]),
+        lambda: sv.finetune(model, rows, vectors=None, training=sv.Training(steps=1)),
+    ):
         with pytest.raises(UserError, match=r"has no tokenizer, .*copy tokenizer\.json"):
             ask()
     model.save(tmp_path / "out")
@@ -211,8 +214,8 @@ def test_token_ids_outside_the_table_are_refused(tiny_model, token):
         with pytest.raises(UserError, match=f"prompt 2 has {hint}"):
             sv.generate(model, ["ab", "x <|new|>"], max_new_tokens=2)
         rows = [{"prompt": "a", "response": text} for text in ("b", "c <|new|>")]
-        with pytest.raises(UserError, match=f"row 2 has {hint}"):
-            sv.finetune(model, rows, training=sv.Training(steps=1, length=64))
+        with pytest.raises(UserError, match=f"row 2: the row has {hint}"):
+            sv.finetune(model, rows, vectors=None, training=sv.Training(steps=1, length=64))
 
 
 def test_a_whole_file_wins_over_an_index_left_behind(tiny_model, tmp_path, monkeypatch):
