@@ -81,7 +81,7 @@ class TestRecord:
 
     def test_an_unknown_field_is_named_with_the_known_ones(self):
         with pytest.raises(
-            UserError, match=r"unknown 'duration': there are 'cell', 'error', 'metrics', 'rules', 'seconds'"
+            UserError, match=r"unknown 'duration': there are 'cell', 'error', 'inputs', 'metrics', 'rules', 'seconds'"
         ):
             Record.from_dict(contents(metrics={"drift": [1]}) | {"duration": 3})
 
