@@ -209,11 +209,11 @@ def test_token_ids_outside_the_table_are_refused(tiny_model, token):
         sv.logits(model, [[5, token, 7]])
     if token > 0:
         tokenizer = hub.load(tiny_model("llama").folder).tokenizer
-        tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+        tokenizer.add_tokens(["qqq"])
         model = dataclasses.replace(model, tokenizer=tokenizer)
         with pytest.raises(UserError, match=f"prompt 2 has {hint}"):
-            sv.generate(model, ["ab", "x <|new|>"], max_new_tokens=2)
-        rows = [{"prompt": "a", "response": text} for text in ("b", "c <|new|>")]
+            sv.generate(model, ["ab", "x qqq"], max_new_tokens=2)
+        rows = [{"prompt": "a", "response": text} for text in ("b", "c qqq")]
         with pytest.raises(UserError, match=f"row 2: the row has {hint}"):
             sv.finetune(model, rows, vectors=None, training=sv.Training(steps=1, length=64))
 

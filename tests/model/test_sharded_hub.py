@@ -99,7 +99,7 @@ def test_pieces_are_the_rows_in_order(place, shape, monkeypatch):
     [
         ("tensor=8", {}, "mesh tensor=8 does not divide the model's 4 attention heads: use tensor=1 or 2"),
         ("fsdp=2,tensor=4", {}, "mesh tensor=4 does not divide the model's 2 key-value heads: use tensor=1 or 2"),
-        ("data=4,tensor=2", {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8},
+        ("data=4,tensor=2", {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8, "hidden_size": 24},
          "mesh tensor=2 does not divide the model's 3 attention heads: use tensor=1"),
         ("data=4,tensor=2", {"intermediate_size": 63}, "tensor=2 .* intermediate size of 63: use tensor=1"),
         ("data=4,tensor=2", {"vocab_size": 321}, "tensor=2 .* vocabulary of 321: use tensor=1"),
