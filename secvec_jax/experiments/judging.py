@@ -76,11 +76,12 @@ class Judged:
     """the classifier's labels that stand for harm; none: any, of one that flags several at once"""
     out: str = "runs/judge"
     """the run directory; writes results.json and report.md"""
-    overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
 
     def __post_init__(self) -> None:
         check_url(self.judge_url, self.asking)  # before the settings are written into a run directory
+
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
 
 
 def judged(settings: Judged, command: str) -> None:

@@ -46,13 +46,13 @@ class Align:
     """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
     out: str = "runs/align"
     """the run directory; the model is written to OUT/model"""
-    overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
     task_rank: int = ALIGN_TASK.rank
     """train a LoRA of this rank and merge it at the end; 0: train all weights"""
     training: Training = ALIGN
     check_prompts: int = 24
     """harmful and benign packaged prompts by which refusal and over-refusal are measured at the end; 0: none"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,6 @@ class Vectors:
     """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     out: str = "runs/vectors"
     """the run directory; the vectors are written to OUT/vectors/security.safetensors, LoRA also to OUT/vectors/peft"""
-    overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
     kind: Literal["lora", "steering", "prompt"] = "lora"
     """low-rank factors at every linear map, a direction per layer, or a soft prompt at every layer"""
     lora: LoRA = dataclasses.field(default_factory=LoRA)
@@ -80,6 +78,8 @@ class Vectors:
     training: Training = PHASE1
     check_prompts: int = 24
     """harmful and benign packaged prompts by which it is measured whether the model refuses; 0: none"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +99,11 @@ class Finetune:
     """train a task LoRA of this rank beside the frozen vectors, merged at the end; 0: train all weights"""
     out: str = "runs/finetune"
     """the run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
-    overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
     training: Training = PHASE2
     check_prompts: int = 24
     """harmful and benign packaged prompts by which it is measured whether the model refuses at the start; 0: none"""
+    overwrite: bool = False
+    """delete the run that OUT holds, and start anew"""
 
 
 @dataclasses.dataclass(frozen=True)

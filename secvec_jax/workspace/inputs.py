@@ -22,7 +22,7 @@ def inputs_of(settings: Any) -> Inputs:
         if read is None:
             continue
         for name in [value] if isinstance(value, str) else value or ():
-            if name:
+            if name and (field.name, name.strip().lower()) != ("vectors", "none"):
                 found[f"--{field.name.replace('_', '-')} {name}"] = known(read, name)
     return found
 

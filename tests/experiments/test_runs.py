@@ -32,7 +32,20 @@ def write(path: Path, word: str, count: int = 6) -> str:
 
 def finetune(model: Path, data: str, out: Path, **changes) -> None:
     training = verbs.Training(**{"steps": 2, "lines": 2, "length": 64, "remat": "none"} | changes.pop("training", {}))
-    verbs.finetune(verbs.Finetune((data,), str(model), out=str(out), training=training, **changes), "command")
+    verbs.finetune(
+        verbs.Finetune(
+            **{
+                "data": (data,),
+                "model": str(model),
+                "vectors": ("none",),
+                "out": str(out),
+                "training": training,
+                "check_prompts": 0,
+            }
+            | changes
+        ),
+        "command",
+    )
 
 
 def test_a_finished_training_is_of_its_rows_and_its_model(tiny_model, tmp_path, capsys, caplog):
@@ -82,7 +95,9 @@ def test_a_score_is_of_the_model_that_is_there(tiny_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model("llama").folder, folder)
     rows = write(tmp_path / "rows.jsonl", "alpha", 2)
-    settings = verbs.ScoreRun(str(folder), harmful=(rows,), benign=(rows,), reply_tokens=4, out=str(tmp_path / "score"))
+    settings = verbs.ScoreRun(
+        model=str(folder), harmful=(rows,), benign=(rows,), reply_tokens=4, out=str(tmp_path / "score")
+    )
     verbs.score(settings, "command")
     (folder / "README.md").write_text("a card is not the model")
     verbs.score(settings, "command")
@@ -159,7 +174,10 @@ def test_models_adapters_and_rows_have_a_content_whatever_names_them(tiny_model,
     (tmp_path / "peft" / "adapter_model.safetensors").write_text("w")
     assert inputs.adapter(str(tmp_path / "peft")) != before
     assert inputs.known(inputs.model, str(tmp_path / "gone")) is None
-    found = inputs.inputs_of(verbs.Finetune((write(tmp_path / "rows.jsonl", "a"),), str(folder), vectors=("gone",)))
+    assert not inputs.inputs_of(verbs.Finetune(model="", vectors=("none",)))
+    found = inputs.inputs_of(
+        verbs.Finetune(data=(write(tmp_path / "rows.jsonl", "a"),), model=str(folder), vectors=("gone",))
+    )
     assert found == {
         f"--data {tmp_path / 'rows.jsonl'}": inputs.rows(str(tmp_path / "rows.jsonl")),
         f"--model {folder}": inputs.model(str(folder)),
