@@ -40,8 +40,6 @@ class Align:
 
     data: tuple[str, ...] = ()
     """local JSONL, JSON, CSV or Parquet files, packaged names, or hub dataset ids; rows with answers, losses apart"""
-    ignore_fields: tuple[str, ...] = ()
-    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     model: str = "smollm2"
     """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
     out: str = "runs/align"
@@ -51,6 +49,8 @@ class Align:
     training: Training = ALIGN
     check_prompts: int = 24
     """harmful and benign packaged prompts by which refusal and over-refusal are measured at the end; 0: none"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     overwrite: bool = False
     """delete the run that OUT holds, and start anew"""
 
@@ -65,8 +65,6 @@ class Vectors:
     """the model that will be fine-tuned: vectors fit this one only"""
     benign: str | None = None
     """rows on which the vectors must not show; the kl objective needs them"""
-    ignore_fields: tuple[str, ...] = ()
-    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     out: str = "runs/vectors"
     """the run directory; the vectors are written to OUT/vectors/security.safetensors, LoRA also to OUT/vectors/peft"""
     kind: Literal["lora", "steering", "prompt"] = "lora"
@@ -78,6 +76,8 @@ class Vectors:
     training: Training = PHASE1
     check_prompts: int = 24
     """harmful and benign packaged prompts by which it is measured whether the model refuses; 0: none"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     overwrite: bool = False
     """delete the run that OUT holds, and start anew"""
 
@@ -88,8 +88,6 @@ class Finetune:
 
     data: tuple[str, ...] = ()
     """the rows to learn: files, packaged names, or hub dataset ids, shuffled together and their losses told apart"""
-    ignore_fields: tuple[str, ...] = ()
-    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     model: str = "smollm2"
     """the model that the vectors were trained for"""
     vectors: tuple[str, ...] = ()
@@ -102,6 +100,8 @@ class Finetune:
     training: Training = PHASE2
     check_prompts: int = 24
     """harmful and benign packaged prompts by which it is measured whether the model refuses at the start; 0: none"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     overwrite: bool = False
     """delete the run that OUT holds, and start anew"""
 
@@ -120,16 +120,16 @@ class ScoreRun:
     """sources of prompts to be answered; rows with answers also give benign_loss"""
     questions: str | None = None
     """rows whose answers must be matched exactly"""
-    ignore_fields: tuple[str, ...] = ()
-    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     limit: int = 100
     """at most this many prompts of each source"""
     reply_tokens: int = 32
     """the longest reply that is read; give a model that thinks before it answers room for both"""
-    answer_tokens: int | None = None
-    """the longest answer to one of the questions; none: as long as the longest that must be matched, at most 512"""
     out: str = "runs/score"
     """the run directory; writes results.json and report.md"""
+    answer_tokens: int | None = None
+    """the longest answer to one of the questions; none: as long as the longest that must be matched, at most 512"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
     overwrite: bool = False
     """delete the run that OUT holds, and start anew"""
 
