@@ -9,9 +9,9 @@ from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import refusal_sample
 from secvec_jax.evaluation.card import model_card
+from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
 from secvec_jax.evaluation.report import Results
-from secvec_jax.evaluation.scorers import bootstrap
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.experiments import verbs
 from secvec_jax.experiments.verbs import Align, Finetune, Vectors
