@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py [--part 0/2]      # compiles what docs/scale.json lacks: a minute or two a row
     python benchmarks/scale.py --table           # writes the table from docs/scale.json
-    python benchmarks/scale.py --toy             # compiles one row of the embedded model and prints it: does it run?
+    python benchmarks/scale.py --toy             # compiles one small row and prints it: does it run?
 
 Needs `jax[tpu]` for its compiler, and no TPU. A row is compiled with the lines given here, or with half as many until
 it fits.

@@ -56,17 +56,6 @@ def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> n
     return np.asarray(tokens, np.int32)
 
 
-def prompts_tokens(tokenizer: Any, conversations: Sequence[list[Message]], max_length: int) -> list[np.ndarray]:
-    """As `prompt_tokens`, of several conversations; errors say which one it was."""
-    found = []
-    for number, messages in enumerate(conversations, 1):
-        try:
-            found.append(prompt_tokens(tokenizer, messages, max_length))
-        except UserError as error:
-            raise UserError(f"prompt {number}: {error}") from error
-    return found
-
-
 def encode(tokenizer: Any, messages: list[Message], max_length: int, control: ControlTokens = "text") -> Example:
     """A conversation as ids and mask; a reply that runs past `max_length` is cut, its prompt is not.
 

@@ -143,11 +143,10 @@ def groups_of(rows: Any, name: str = "all") -> Groups:
 
     Raises UserError for a single row and for the splits of a data set.
     """
-    if not isinstance(rows, dict) or is_row(rows):
+    if not isinstance(rows, dict) or is_row(rows) or hasattr(rows, "num_rows"):  # a DatasetDict's splits are no kinds
         return {name: collected(rows, "rows")}
-    splits = ", ".join(map(str, rows))
-    held_out = _HELD_OUT & {str(kind).lower() for kind in rows}
-    if hasattr(rows, "num_rows") or ("train" in rows and held_out):
+    if "train" in rows and _HELD_OUT & {str(kind).lower() for kind in rows}:
+        splits = ", ".join(map(str, rows))
         raise UserError(f"the data has several splits ({splits}): pass the one to train on, such as data['train']")
     return {kind: collected(group, str(kind)) for kind, group in rows.items()}
 
