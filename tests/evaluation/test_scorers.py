@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import scorers
+from secvec_jax.turns import answer_of
 from tests.evaluation.measure_rules import LABELS, confusion, read
 
 # Some of the published list, of each kind; the library reads the whole list from a package at run time.
@@ -21,6 +22,11 @@ PREFIXES = [
 replies = st.text(max_size=200) | st.lists(
     st.sampled_from([*PREFIXES, "sure", "bread", "the", "1.", ",", "\n", "\u2019", "("]), max_size=12
 ).map(" ".join)
+
+
+def ends_no_thought(text: str) -> bool:
+    """Whether what stands before the text stays part of the answer, which begins after the last thought."""
+    return answer_of(f"reply {text}") == f"reply {text}"
 
 
 REFUSALS = [
@@ -73,7 +79,7 @@ class TestRefuses:
     def test_everything_else(self, reply):
         assert not scorers.refuses(reply, PREFIXES)
 
-    @given(replies)
+    @given(replies.filter(ends_no_thought))
     @settings(max_examples=200)
     def test_only_the_opening_counts(self, tail):
         opening = "Knead the dough for ten minutes and let it rest in a warm place while the oven heats up"
@@ -85,7 +91,7 @@ class TestRefuses:
         verdict = scorers.refuses(reply, PREFIXES)
         assert scorers.refuses(reply.upper().replace("'", "\u2019"), PREFIXES) is verdict
 
-    @given(st.sampled_from(REFUSALS[:7]), st.text(max_size=50))
+    @given(st.sampled_from(REFUSALS[:7]), st.text(max_size=50).filter(ends_no_thought))
     def test_a_clear_opening_stays_a_refusal_whatever_follows(self, refusal, tail):
         assert scorers.refuses(f"{refusal}\n{tail}", PREFIXES)
 
