@@ -1,10 +1,13 @@
 """Verbs from settings dataclasses: what train.py and eval.py share.
 
 A verb is a dataclass of settings and a function that takes it. `--config FILE` fills in the settings from YAML; what
-is given on the command line counts more. Which machines and devices do the work (`mesh.Cluster`) is no setting of a
-run: it may change from one start to the next. A user's mistake is told in one line and ends with exit code 2.
+is given on the command line counts more. All of them are checked by the dataclasses themselves (see `checks`), so that
+a mistake is refused in the same words wherever it is made. Which machines and devices do the work (`mesh.Cluster`) is
+no setting of a run: it may change from one start to the next. A user's mistake is told in one line and ends with exit
+code 2.
 """
 
+import argparse
 import dataclasses
 import errno
 import logging
@@ -13,7 +16,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 from rich.console import Console
@@ -21,6 +24,7 @@ from simple_parsing import ArgumentParser, DashVariant
 
 from secvec_jax import config
 from secvec_jax.assets import cache_dir
+from secvec_jax.checks import check, suggestion
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import Cluster, start
 from secvec_jax.redaction import redact
@@ -141,7 +145,7 @@ def _refuse_credentials(arguments: Sequence[str]) -> None:
 def _parse(
     description: str, verbs: dict[str, Verb], arguments: list[str]
 ) -> tuple[Any, Cluster | None, Callable[[Any, str], Any]]:
-    parser = ArgumentParser(description=description, add_option_string_dash_variants=DashVariant.DASH)
+    parser = _Parser(description=description, add_option_string_dash_variants=DashVariant.DASH)
     choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     given = _config_of(verbs, arguments)
     for name, (kind, _) in verbs.items():
@@ -151,15 +155,50 @@ def _parse(
             help=summary.splitlines()[0],
             description=summary,
             add_option_string_dash_variants=DashVariant.DASH,
+            allow_abbrev=False,  # a flag that comes with a later version would change what a shortened one means
         )
         verb.add_argument("--config", metavar="FILE", help="a YAML file of settings, such as a run's config.yaml")
-        verb.add_arguments(kind, dest="settings", default=given.get(name))
+        verb.add_arguments(kind, dest="settings", default=given.get(name, kind()))
         if not _has_mesh(kind):
             verb.add_arguments(Cluster, dest="cluster")
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        choices.choices[parsed.verb].refuse(unknown)
     kind, function = verbs[parsed.verb]
-    cluster = None if _has_mesh(kind) else _checked(Cluster, parsed.cluster)
-    return _checked(kind, parsed.settings), cluster, function
+    return parsed.settings, None if _has_mesh(kind) else parsed.cluster, function
+
+
+class _Parser(ArgumentParser):
+    """An argument parser that leaves it to the settings to judge values, and that knows the nearest flag.
+
+    The methods with an underscore are argparse's own, and have been the same since it came to Python.
+    """
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Show the usage and raise UserError for arguments that the parser does not know."""
+        known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        flag = next((argument for argument in unknown if argument.startswith("-")), None)
+        if flag is None:
+            self.error(f"unknown argument {unknown[0]!r}: settings are given as --NAME VALUE")
+        name = flag.partition("=")[0]
+        nearest = suggestion(name, known)
+        self.error(f"unknown flag {name}: {nearest if nearest.startswith('did') else 'see --help for all flags'}")
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise UserError(message)
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError:
+            return text
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            self.error(f"unknown verb {value!r}: {suggestion(value, action.choices)}")
+        if action.choices is not None and value not in action.choices:
+            check(Literal[tuple(action.choices)], value, action.dest.rpartition(".")[2])
 
 
 def _has_mesh(kind: type) -> bool:
@@ -176,8 +215,3 @@ def _config_of(verbs: dict[str, Verb], arguments: list[str]) -> dict[str, Any]:
             if verb is not None and path:
                 return {verb: config.load(verbs[verb][0], path)}
     return {}
-
-
-def _checked(kind: type, settings: Any) -> Any:
-    """The settings once more through the strict reader, which knows types that argparse does not."""
-    return config.from_dict(kind, config.to_dict(settings))

@@ -31,6 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from secvec_jax.arguments import integer
+from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
 from secvec_jax.errors import UserError
 
 PLACES: dict[str, str | tuple[str, ...] | None] = {
@@ -59,6 +60,7 @@ Axes = tuple[str | None, ...]
 """The logical name of each axis of an array; None is whole on every device."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """Which machines and devices work together; a run's results do not depend on it."""
@@ -67,9 +69,9 @@ class Cluster:
     """how the devices are laid out, such as fsdp=8,tensor=4 (axes: data, fsdp, tensor); empty: one device"""
     cluster: str = ""
     """auto: find the other hosts (TPU pod, Slurm, MPI); HOST:PORT: meet there, see processes; empty: this host alone"""
-    processes: int | None = None
+    processes: PositiveInt | None = None
     """with HOST:PORT: how many processes there are"""
-    process: int | None = None
+    process: NonNegativeInt | None = None
     """with HOST:PORT: which of them this is, from 0"""
 
 
@@ -111,7 +113,8 @@ def parse(text: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Any = None) -> Mesh:
+@checked
+def make_mesh(data: PositiveInt = 1, fsdp: PositiveInt = 1, tensor: PositiveInt = 1, *, devices: Any = None) -> Mesh:
     """The mesh with these axes over all devices. Raises UserError if it does not take exactly all of them."""
     given = {"data": data, "fsdp": fsdp, "tensor": tensor}
     sizes = {axis: integer(axis, size, 1) for axis, size in given.items()}

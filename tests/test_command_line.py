@@ -6,10 +6,12 @@ import errno
 import pytest
 
 from secvec_jax import command_line
+from secvec_jax.checks import checked
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Bake:
     """Bake something."""

@@ -195,7 +195,11 @@ def test_parameters_lie_as_their_axes_say(ambient, params):
     assert spread == 0 if ambient.shape["data"] == 8 else spread > len(leaves) / 3
 
 
-TRAININGS = {"momentum": Training(), "sgd": Training(momentum=0.0), "adamw": Training("adamw", clip=1.0)}
+TRAININGS = {
+    "momentum": Training.base,
+    "sgd": Training(momentum=0.0).over(Training.base),
+    "adamw": Training("adamw", clip=1.0).over(Training.base),
+}
 
 
 @pytest.mark.parametrize("training", TRAININGS)

@@ -22,8 +22,8 @@ class Feed:
         self._batches = iter(stream.batches(lanes))
 
     def take(self, count: int) -> Batch:
-        """The next `count` batches, `[count, B, T]`, B spread over the mesh."""
-        parts = [next(self._batches) for _ in range(count)]
+        """The next `count` batches, `[count, B, T]`, B spread over the mesh; empty ones after the stream's end."""
+        parts = [next(self._batches, self._batches.empty()) for _ in range(count)]
         local = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
         where = sharding(None, "batch")
         return local if where is None else {key: self._global(array, where) for key, array in local.items()}

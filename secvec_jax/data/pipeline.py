@@ -17,6 +17,7 @@ import grain
 import numpy as np
 
 from secvec_jax.batch import KEYS, SHARED, Batch
+from secvec_jax.checks import PositiveInt, Seed, checked
 from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import largest, sharding, shards
@@ -25,6 +26,7 @@ _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 """The rows are there: grain's sixteen threads for every lane would only be in each other's way."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """A source of batches: the examples, in how many of which group, and the shape of a batch.
@@ -35,10 +37,10 @@ class Stream:
     """
 
     examples: dict[str, Sequence[Example]]
-    lines: int
-    length: int
-    seed: int = 0
-    epochs: int | None = 1
+    lines: PositiveInt
+    length: PositiveInt
+    seed: Seed = 0
+    epochs: PositiveInt | None = 1
     share: bool = True
 
     def __post_init__(self) -> None:
@@ -167,9 +169,11 @@ class BatchIterator:
         parts = [next(lane, None) for lane in self._lanes.values()]
         if all(part is None for part in parts):
             raise StopIteration
-        empty = {key: np.zeros(self._shape, np.float32 if key == "weights" else np.int32) for key in KEYS}
-        filled = [empty if part is None else part for part in parts]
-        return {key: np.concatenate([part[key] for part in filled]) for key in KEYS}
+        return _stacked([_empty(self._shape) if part is None else part for part in parts])
+
+    def empty(self) -> Batch:
+        """A batch without rows, of the same shape."""
+        return _stacked([_empty(self._shape)] * len(self._lanes))
 
     def get_state(self) -> dict[str, Any]:
         return {name: lane.get_state() for name, lane in self._lanes.items()}
@@ -178,6 +182,14 @@ class BatchIterator:
         """Go on where the state's lanes were; it may hold other processes' lanes too."""
         for name, lane in self._lanes.items():
             lane.set_state(state[name])
+
+
+def _empty(shape: tuple[int, int]) -> Batch:
+    return {key: np.zeros(shape, np.float32 if key == "weights" else np.int32) for key in KEYS}
+
+
+def _stacked(parts: Sequence[Batch]) -> Batch:
+    return {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
 
 
 def shared_head(examples: Iterable[Example]) -> np.ndarray:

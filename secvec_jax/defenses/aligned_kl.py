@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
+from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.defenses.tuning import How, Move, descent_on, tune
 from secvec_jax.model.decoder import Guest
 from secvec_jax.model.hub import Model
@@ -29,11 +30,12 @@ from secvec_jax.training.objective import LEARN, Objective, Params, as_it_was
 from secvec_jax.training.step import Loss
 
 
+@checked
 def finetune(
     model: Model,
     rows: Any,
     *,
-    weight: float = 0.1,
+    weight: NonNegativeFloat = 0.1,
     vectors: Guest | tuple[Guest, ...] | None = None,
     **how: Unpack[How],
 ) -> Model:
@@ -41,7 +43,8 @@ def finetune(
     return tune(model, rows, anchor=model.backbone, move=aligned_kl(weight), vectors=vectors, **how)
 
 
-def aligned_kl(weight: float = 0.1) -> Move:
+@checked
+def aligned_kl(weight: NonNegativeFloat = 0.1) -> Move:
     """Gradient steps on the sum of both terms, for an anchor that is the aligned decoder. Reports the `kl`."""
     return descent_on(partial(held, weight=weight))
 

@@ -24,6 +24,7 @@ import jax
 import optax
 
 from secvec_jax.batch import Batch
+from secvec_jax.checks import NonNegativeFloat, PositiveFloat, checked
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
 from secvec_jax.defenses.tuning import How, Move, tune
 from secvec_jax.mesh import lay
@@ -36,18 +37,26 @@ HARMFUL = "harmful"
 """The stream of harmful rows."""
 
 
+@checked
 def align(
-    model: Model, rows: Any, *, harmful: Any, weight: float = 5.0, alpha: float = 0.1, **how: Unpack[How]
+    model: Model,
+    rows: Any,
+    *,
+    harmful: Any,
+    weight: NonNegativeFloat = 5.0,
+    alpha: PositiveFloat = 0.1,
+    **how: Unpack[How],
 ) -> Model:
     """The model aligned on `rows`, hardened against steps on `harmful` ones; by default trained as `sv.align` trains.
 
     weight: λ. alpha: α, the length of the simulated step over all trained weights.
     """
-    options = How(task=ALIGN_TASK, training=ALIGN) | how
+    options = How(task=ALIGN_TASK) | how | How(training=how.get("training", ALIGN).over(ALIGN))
     return tune(model, rows, beside={HARMFUL: harmful}, move=booster(weight, alpha), **options)
 
 
-def booster(weight: float = 5.0, alpha: float = 0.1) -> Move:
+@checked
+def booster(weight: NonNegativeFloat = 5.0, alpha: PositiveFloat = 0.1) -> Move:
     """Booster's step. Reports the harmful loss before the simulated step, and by how much that lowers it."""
 
     def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:

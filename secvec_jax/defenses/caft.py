@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.activations import layer_mask, reply_means
+from secvec_jax.checks import checked
 from secvec_jax.defenses.tuning import examples_of
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay
@@ -58,6 +59,7 @@ class Ablation(Guest):
             raise UserError(f"the directions have shape {found}, the model needs {(*expected, 'k')}: wrong backbone")
 
 
+@checked
 def concept_directions(
     model: Model, shown: Any, hidden: Any, k: int = 1, layers: Sequence[int] | None = None, paired: bool = False
 ) -> Ablation:

@@ -25,21 +25,30 @@ import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
+from secvec_jax.checks import PositiveFloat, checked
 from secvec_jax.defenses.tuning import How, Move, tune
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import Objective, Params, as_it_was
 from secvec_jax.training.step import Method, descent
 
 
+@checked
 def finetune(
-    model: Model, rows: Any, *, beta: float = 0.1, first: float = 5.0, early: float = 20.0, **how: Unpack[How]
+    model: Model,
+    rows: Any,
+    *,
+    beta: PositiveFloat = 0.1,
+    first: PositiveFloat = 5.0,
+    early: PositiveFloat = 20.0,
+    **how: Unpack[How],
 ) -> Model:
     """The model fine-tuned on `rows`, held to `model` by itself, without `task`. beta: β of late tokens; first, early:
     how many times as much it is for the first token of a reply, and for the next four."""
     return tune(model, rows, anchor=model.backbone, move=constrained(beta, first, early), **how)
 
 
-def constrained(beta: float = 0.1, first: float = 5.0, early: float = 20.0) -> Move:
+@checked
+def constrained(beta: PositiveFloat = 0.1, first: PositiveFloat = 5.0, early: PositiveFloat = 20.0) -> Move:
     """Gradient steps on l_t, for an anchor that is the aligned decoder. What is reported apart for the kinds of rows
     stays the cross-entropy."""
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
+from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.tuning import PHASE2, How, Move, finetune_phase, forward_settings, stream_of, tune
 from secvec_jax.mesh import lay
@@ -34,15 +35,17 @@ from secvec_jax.trees import Tree
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 
 
-def finetune(model: Model, rows: Any, *, safe: Any, weight: float = 1e9, **how: Unpack[How]) -> Model:
+@checked
+def finetune(model: Model, rows: Any, *, safe: Any, weight: NonNegativeFloat = 1e9, **how: Unpack[How]) -> Model:
     """The model fine-tuned on `rows`, its weights held where the `safe` rows need them. weight: λ."""
-    training, task = how.get("training", PHASE2), how.get("task")
+    training, task = how.get("training", PHASE2).over(PHASE2), how.get("task")
     if isinstance(task, LoRA):  # here already: w0 is what training starts from
         task = how["task"] = task.init(model.architecture, jax.random.key(training.seed))
     anchor = {"start": model.backbone if task is None else task, "fisher": fisher(model, safe, task, training)}
     return tune(model, rows, anchor=anchor, move=ewc(weight), **how)
 
 
+@checked
 def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: Training = PHASE2) -> Tree:
     """F on `rows`, one pass in batches of `training.lines` packed lines: a tree like the adapter `task`, or, without
     one, like the decoder."""
@@ -62,7 +65,8 @@ def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: T
     return total["backbone"]["decoder" if task is None else "adapter"]
 
 
-def ewc(weight: float) -> Move:
+@checked
+def ewc(weight: NonNegativeFloat) -> Move:
     """Gradient steps with the penalty, for an anchor {"start": w0, "fisher": F}. Reports the penalty, λ in it."""
 
     def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:

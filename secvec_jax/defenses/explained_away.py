@@ -22,6 +22,7 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 
+from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.chat import Example
 from secvec_jax.defenses.tuning import PHASE2, Groups, How, examples_of, groups_of, tune
 from secvec_jax.errors import UserError
@@ -44,7 +45,8 @@ class Scale:
         return np.clip((self.threshold - scores) / (self.threshold - self.benign), 0.0, 1.0)
 
 
-def scores(model: Model, vectors: Vectors, rows: Any, length: int | None = PHASE2.length) -> list[float]:
+@checked
+def scores(model: Model, vectors: Vectors, rows: Any, length: PositiveInt | None = PHASE2.length) -> list[float]:
     """Each row's score, in nats per token of its reply. length: tokens of a row that are read."""
     found = token_scores(model, vectors, examples_of(model, rows, length))
     return [float(tokens.mean()) if len(tokens) else 0.0 for tokens in found]
@@ -77,7 +79,10 @@ def scale(harmful: Sequence[float], benign: Sequence[float]) -> Scale:
     return Scale(float(low), float(best[len(best) // 2]))
 
 
-def filtered(model: Model, rows: Any, vectors: Vectors, known: Scale, length: int | None = PHASE2.length) -> Groups:
+@checked
+def filtered(
+    model: Model, rows: Any, vectors: Vectors, known: Scale, length: PositiveInt | None = PHASE2.length
+) -> Groups:
     """The rows, by kind, whose score is not above the threshold. Raises UserError if none is left."""
     groups = _grouped(model, rows, length)
     kept = below(groups, {name: scores(model, vectors, group) for name, group in groups.items()}, known)
@@ -92,8 +97,9 @@ def below(groups: Groups, found: dict[str, list[float]], known: Scale) -> Groups
     return {name: rows for name, rows in kept.items() if rows}
 
 
+@checked
 def gated(
-    model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", length: int | None = PHASE2.length
+    model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", length: PositiveInt | None = PHASE2.length
 ) -> Groups:
     """The rows, by kind, with the weights of their tokens; a row whose weight is 0 stays, and teaches nothing."""
     return {
@@ -102,16 +108,18 @@ def gated(
     }
 
 
+@checked
 def filter_and_finetune(model: Model, rows: Any, vectors: Vectors, known: Scale, **how: Unpack[How]) -> Model:
     """The model fine-tuned, without the vectors, on the rows that they do not explain."""
-    return tune(model, filtered(model, rows, vectors, known, how.get("training", PHASE2).length), **how)
+    return tune(model, filtered(model, rows, vectors, known, how.get("training", PHASE2).over(PHASE2).length), **how)
 
 
+@checked
 def gate_and_finetune(
     model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", **how: Unpack[How]
 ) -> Model:
     """The model fine-tuned under the vectors on all rows, weighed by how little the vectors explain them."""
-    weighed = gated(model, rows, vectors, known, by, how.get("training", PHASE2).length)
+    weighed = gated(model, rows, vectors, known, by, how.get("training", PHASE2).over(PHASE2).length)
     return tune(model, weighed, vectors=vectors, **how)
 
 

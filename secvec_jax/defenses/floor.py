@@ -11,11 +11,13 @@ from dataclasses import replace
 import jax
 
 from secvec_jax.batch import Batch
+from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.defenses.tuning import Move, descent_on
 from secvec_jax.training.objective import Params, TokenLosses
 
 
-def floored(nats: float) -> Move:
+@checked
+def floored(nats: NonNegativeFloat) -> Move:
     """Gradient steps on the tokens whose loss is above `nats`."""
     return descent_on(lambda loss: replace(loss, counted=above_floor(nats)))
 

@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.rows import Row, as_rows, response_of
 from secvec_jax.defenses.mixing import checkpoints_of, successive
@@ -45,15 +46,16 @@ class Filtered:
     kept: dict[str, list[Row]]
 
 
+@checked
 def finetune(
     model: Model,
     rows: Any,
     *,
     safe: Any,
     phi: float = 0.1,
-    safe_steps: int = 1000,
+    safe_steps: PositiveInt = 1000,
     safe_training: Training = PHASE2,
-    max_new_tokens: int = 64,
+    max_new_tokens: PositiveInt = 64,
     **how: Unpack[How],
 ) -> Filtered:
     """The model fine-tuned on those of its rows that safety training does not make it forget.
@@ -77,13 +79,15 @@ def finetune(
     return Filtered(tune(model, left, **last), rates, kept)
 
 
-def forgetting_rates(before: Model, after: Model, rows: Any, max_new_tokens: int = 64) -> list[float]:
+@checked
+def forgetting_rates(before: Model, after: Model, rows: Any, max_new_tokens: PositiveInt = 64) -> list[float]:
     """By how much each row's ROUGE-1 is lower in `after` than in `before`: from -1 to 1, larger is more forgotten."""
     rows = as_rows(rows)
     scores = (_scores(model, rows, max_new_tokens) for model in (before, after))
     return [first - then for first, then in zip(*scores)]
 
 
+@checked
 def filtered(rows: Sequence[Row], rates: Sequence[float], phi: float = 0.1) -> list[Row]:
     """The rows whose rate is at most φ."""
     return [row for row, rate in zip(rows, rates, strict=True) if rate <= phi]

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
+from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.defenses.tuning import How, Move, descent_on, tune
 from secvec_jax.model.decoder import Guest
@@ -26,20 +27,22 @@ from secvec_jax.training.objective import LEARN, Objective, Params
 from secvec_jax.training.step import Loss
 
 
+@checked
 def finetune(
     model: Model,
     rows: Any,
     *,
     vectors: Guest | tuple[Guest, ...],
     safe: Any,
-    weight: float = 1.0,
+    weight: NonNegativeFloat = 1.0,
     **how: Unpack[How],
 ) -> Model:
     """The model fine-tuned on `rows` under the frozen `vectors` and on `safe` without them. weight: λ."""
     return tune(model, rows, beside={SAFE: safe}, vectors=vectors, move=guarded(weight), **how)
 
 
-def guarded(weight: float = 1.0) -> Move:
+@checked
+def guarded(weight: NonNegativeFloat = 1.0) -> Move:
     """Gradient steps on the sum of both terms, with a stream of safe rows. Reports their loss as `loss/safe`."""
     return descent_on(partial(with_safe, weight=weight))
 

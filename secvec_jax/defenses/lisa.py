@@ -16,7 +16,6 @@ Acts in fine-tuning. Costs K1 steps of one forward and one backward pass for eve
 fine-tuning's, and a copy of the trained weights.
 """
 
-from dataclasses import replace
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -24,8 +23,8 @@ import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
-from secvec_jax.defenses.tuning import PHASE2, How, Move, groups_of, stream_of, tune
-from secvec_jax.errors import UserError
+from secvec_jax.checks import NonNegativeFloat, NonNegativeInt, PositiveInt, checked
+from secvec_jax.defenses.tuning import How, Move, tune
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective
 from secvec_jax.training.step import Method, Metrics, descent
@@ -35,14 +34,15 @@ SAFE = "safe"
 """The stream of alignment rows."""
 
 
+@checked
 def finetune(
     model: Model,
     rows: Any,
     *,
     safe: Any,
-    aligned_steps: int = 100,
-    user_steps: int = 900,
-    rho: float = 1.0,
+    aligned_steps: NonNegativeInt = 100,
+    user_steps: PositiveInt = 900,
+    rho: NonNegativeFloat = 1.0,
     **how: Unpack[How],
 ) -> Model:
     """The model fine-tuned on `rows` with steps on `safe` rows between.
@@ -51,18 +51,16 @@ def finetune(
     there is one switch. `training.steps` counts the steps on the user's rows; there are K1 more per K2 or part of K2,
     and the schedule of the learning rate goes over all. Steps on safe rows report `loss/safe`.
     """
-    if aligned_steps < 0 or user_steps < 1:
-        raise UserError(f"Lisa takes aligned_steps >= 0 and user_steps >= 1, not {aligned_steps} and {user_steps}")
-    training = how.get("training", PHASE2)
-    steps = training.steps
-    if steps is None:
-        stream = stream_of(model, groups_of(rows), training)
-        steps, rows = stream.count(), stream.examples
-    how["training"] = replace(training, steps=steps + aligned_steps * -(-steps // user_steps))
-    return tune(model, rows, beside={SAFE: safe}, move=lisa(aligned_steps, user_steps, rho), **how)
+
+    def more_steps(steps: int) -> int:
+        return aligned_steps * -(-steps // user_steps)
+
+    move = lisa(aligned_steps, user_steps, rho)
+    return tune(model, rows, beside={SAFE: safe}, move=move, more_steps=more_steps, **how)
 
 
-def lisa(aligned_steps: int, user_steps: int, rho: float = 1.0) -> Move:
+@checked
+def lisa(aligned_steps: NonNegativeInt, user_steps: PositiveInt, rho: NonNegativeFloat = 1.0) -> Move:
     """Steps on the stream `safe` and on the rows to learn in turn, by the same program."""
 
     def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.tuning import PHASE2, Groups, How, groups_of, tuned
 from secvec_jax.errors import UserError
@@ -28,7 +29,8 @@ SAFE = "safe"
 """The kind of the rows that a defense adds."""
 
 
-def vlguard(rows: Any, safe: Sequence[Any], share: float = 0.5) -> Groups:
+@checked
+def vlguard(rows: Any, safe: Sequence[Any], share: NonNegativeFloat = 0.5) -> Groups:
     """The user's rows (or {kind: rows}) and, as the kind "safe", the first `share` times as many of the safe ones.
 
     Raises UserError if there are fewer, or if the user's rows have a kind of this name.
@@ -47,11 +49,13 @@ def replay(rows: Any, safe: Sequence[Any]) -> Groups:
     return vlguard(rows, safe, share=1.0)
 
 
+@checked
 def sequential(model: Model, rows: Any, safe: Any, *, safe_training: Training = PHASE2, **how: Unpack[How]) -> Model:
     """The model fine-tuned on `rows` and then, with `safe_training`, on `safe`; see `successive`."""
     return successive(model, rows, safe, safe_training=safe_training, **how)[1]
 
 
+@checked
 def successive(
     model: Model,
     rows: Any,

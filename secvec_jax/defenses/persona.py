@@ -22,14 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.activations import layer_mask, reply_means
+from secvec_jax.checks import NonZeroFloat, checked
 from secvec_jax.defenses.tuning import examples_of
 from secvec_jax.mesh import lay
 from secvec_jax.model.hub import Model
 from secvec_jax.vectors.steering import Steering, SteeringVectors
 
 
+@checked
 def persona_directions(
-    model: Model, shown: Any, hidden: Any, scale: float = 1.0, layers: Sequence[int] | None = None
+    model: Model, shown: Any, hidden: Any, scale: NonZeroFloat = 1.0, layers: Sequence[int] | None = None
 ) -> SteeringVectors:
     """The directions of what the replies in `shown` have and those in `hidden` do not, zero outside of `layers`.
 

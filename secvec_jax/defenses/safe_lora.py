@@ -15,24 +15,33 @@ Acts after fine-tuning, on weights, so whether a LoRA was trained or all of them
 products of matrices per kernel, and the same again where it is projected. Needs the model from before its alignment.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from secvec_jax.checks import Bounds, NonNegativeInt, checked
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, place
 from secvec_jax.model.architecture import SITES
 from secvec_jax.model.decoder import Decoder, leaf_name
 from secvec_jax.model.hub import Model
 
+Cosine = Annotated[float, Bounds(at_least=-1, at_most=1)]
 Where = list[tuple[str, int]]
 """Sites and layers, such as ("q_proj", 0)."""
 
 _TINY = np.finfo(np.float32).tiny
 
 
+@checked
 def project(
-    tuned: Model, aligned: Model, base: Model, threshold: float = 0.5, lowest: int | None = None
+    tuned: Model,
+    aligned: Model,
+    base: Model,
+    threshold: Cosine = 0.5,
+    lowest: NonNegativeInt | None = None,
 ) -> tuple[Model, Where]:
     """The tuned model with its updates projected, and where: at the sites and layers with a cosine of at most
     `threshold`, or, if given, at the `lowest` so many.

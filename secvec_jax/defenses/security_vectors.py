@@ -24,12 +24,22 @@ from typing import Any, Literal
 import jax
 
 from secvec_jax.arguments import instance
+from secvec_jax.checks import UNSET, NonNegativeFloat, PositiveFloat, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
 from secvec_jax.defenses.identity import identified
 from secvec_jax.defenses.inputs import as_options, as_task
 from secvec_jax.defenses.min_min import min_min
-from secvec_jax.defenses.tuning import PHASE2, How, forward_settings, groups_of, stream_of, tune
+from secvec_jax.defenses.tuning import (
+    PHASE2,
+    How,
+    endless,
+    forward_settings,
+    groups_of,
+    stream_and_steps,
+    stream_of,
+    tune,
+)
 from secvec_jax.errors import UserError
 from secvec_jax.inference import Given, as_model, as_vectors
 from secvec_jax.model.hub import Model
@@ -46,15 +56,16 @@ from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 
-ALIGN = Training(optimizer="adamw", learning_rate=4e-3, clip=1.0)
+ALIGN = Training(optimizer="adamw", learning_rate=4e-3, clip=1.0).over(Training.base)
 ALIGN_TASK = LoRA(rank=16, alpha=32.0)
-PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=3)
+PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=3).over(Training.base)
 """What the quickstart takes, tuned on a model of 135 million parameters."""
 
 
 ObjectiveName = Literal["cross_entropy", "kl", "min_min"]
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Phase1:
     """What the vectors minimize in phase 1."""
@@ -62,22 +73,31 @@ class Phase1:
     objective: ObjectiveName = "kl"
     """cross_entropy: harmful rows only; kl: plus KL to the vector-less model on benign rows; min_min: our
     reading of the paper's bi-level form, with the KL where benign rows are given"""
-    kl_weight: float = 1.0
+    kl_weight: NonNegativeFloat = 1.0
     """λ of the KL on benign rows"""
-    stop_loss: float = 0.0
+    stop_loss: NonNegativeFloat = 0.0
     """phase 1 ends early when the harmful loss falls below this, in nats"""
-    inner_steps: int = 4
+    inner_steps: PositiveInt = 4
     """min_min: steps of the throw-away backbone between two steps of the vectors"""
     inner_optimizer: Literal["sgd", "adamw"] = "sgd"
     """min_min: of the throw-away backbone; the one that the fine-tuning will take, where it is known"""
-    inner_learning_rate: float = 1e-3
+    inner_learning_rate: PositiveFloat = 1e-3
     """min_min: constant learning rate of the throw-away backbone"""
 
-    def __post_init__(self) -> None:
-        if self.kl_weight < 0 or self.inner_steps < 1 or not self.inner_learning_rate > 0:
-            raise UserError("kl_weight must be at least 0, inner_steps at least 1, inner_learning_rate above 0")
+    def check_rows(self, benign: Any) -> None:
+        """Raises UserError if the objective needs benign rows and there are none, or would not read those there are."""
+        if self.objective == "kl" and benign is None:
+            raise UserError(
+                "the kl objective needs benign rows, which the vectors must leave unchanged: give benign rows too, or "
+                "choose the objective cross_entropy"
+            )
+        if self.objective == "cross_entropy" and benign is not None:
+            raise UserError(
+                "the cross_entropy objective reads no benign rows: leave them out, or choose the objective kl"
+            )
 
 
+@checked
 def align(
     model: Model,
     rows: Any,
@@ -93,6 +113,7 @@ def align(
     LoRA that is trained and merged, which disturbs the rest of the model less than training all weights; None: all
     weights. on_step: called after each step; None: a line on the screen in a notebook or a terminal. Warns if all rows
     are refusals, if there are few steps, or if a default learning rate meets a larger model than it was tuned on.
+    training: what it leaves unset is `ALIGN`'s.
     """
     model = as_model(model)
     training, checkpoints, on_step = as_options(training, checkpoints, on_step)
@@ -103,13 +124,14 @@ def align(
         return tune(model, groups, **how)
 
 
+@checked
 def train_vectors(
     model: Model,
     harmful: Any,
     spec: Spec = LoRA(),
     *,
     benign: Any = None,
-    phase1: Phase1 | None = None,
+    phase1: Phase1 = Phase1(),
     training: Training = PHASE1,
     checkpoints: Checkpoints | None = None,
     on_step: OnStep | None = None,
@@ -117,25 +139,24 @@ def train_vectors(
     """Phase 1: vectors under which `model` shows the behavior of the `harmful` rows, the backbone frozen.
 
     spec: of which kind and shape: low-rank factors, a direction per layer, or a soft prompt. benign: rows on which the
-    vectors must not show. on_step: called after each step; None: a line on the screen in a notebook or a terminal.
-    Raises UserError if the objective needs benign rows and has none. Warns if the default learning rate meets a larger
-    model than it was tuned on.
+    vectors must not show; the kl objective, the default of `phase1`, needs them. training: what it leaves unset is
+    `PHASE1`'s. on_step: called after each step; None: a line on the screen in a notebook or a terminal. Raises
+    UserError if the objective needs benign rows and has none, or has some that it would not read. Warns if the default
+    learning rate meets a larger model than it was tuned on.
     """
     model = as_model(model)
     instance("spec", spec, (LoRA, Steering, SoftPrompt), "pass sv.LoRA(rank=8), sv.Steering() or sv.SoftPrompt()")
-    instance("phase1", phase1, (Phase1, type(None)), "pass sv.Phase1(objective=...) or None")
     training, checkpoints, on_step = as_options(training, checkpoints, on_step)
-    phase1 = phase1 or Phase1("kl" if benign is not None else "cross_entropy")
-    if phase1.objective == "kl" and benign is None:
-        raise UserError("the kl objective needs benign rows: give benign=, or choose cross_entropy")
+    phase1.check_rows(benign)
     _warn(default_rate(model, training, PHASE1))
-    streams = {LEARN: stream_of(model, {"harmful": harmful}, training)}
-    steps = training.steps or streams[LEARN].count()
-    streams[LEARN] = dataclasses.replace(streams[LEARN], epochs=None)
-    if benign is not None and phase1.objective != "cross_entropy":
+    stream = stream_of(model, {"harmful": harmful}, training)
+    learn, steps = stream_and_steps(stream, training)
+    streams = {LEARN: endless(stream) if phase1.objective == "min_min" else learn}
+    if benign is not None:
         # A row to keep costs half as much again as one to learn: the model without vectors reads it too.
         lines = max(1, training.lines // 2)
-        streams[KEEP] = dataclasses.replace(stream_of(model, {"keep": benign}, training), epochs=None, lines=lines)
+        keep = stream_of(model, {"keep": benign}, dataclasses.replace(training, lines=lines))
+        streams[KEEP] = endless(keep)
     made_of = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
     checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
@@ -157,10 +178,7 @@ def train_vectors(
     return trained["vectors"]
 
 
-UNSET: Any = type("Unset", (), {"__repr__": lambda self: "unset"})()
-"""The default of an argument that the caller has to choose, None included."""
-
-
+@checked
 def finetune(
     model: Model,
     rows: Any,
@@ -179,6 +197,7 @@ def finetune(
     Riché et al. 2026, arXiv 2606.30252, call *inoculation adapters*.) on_step: called after each step; None: a line on
     the screen in a notebook or a terminal. Warns if `vectors` is left out, or if the default learning rate meets a
     larger model than it was tuned on.
+    training: what it leaves unset is `PHASE2`'s.
     """
     model, task = as_model(model), as_task(task)
     training, checkpoints, on_step = as_options(training, checkpoints, on_step)

@@ -19,6 +19,7 @@ import optax
 
 from secvec_jax.arguments import shown
 from secvec_jax.batch import check_token_ids
+from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import LENGTHS, Encoded, encoded
@@ -48,7 +49,7 @@ Groups = dict[str, Sequence[Any]]
 Move = Callable[[Objective, optax.GradientTransformation], Method]
 """How the trained part moves, given what it minimizes on the rows to learn and by which optimizer."""
 
-PHASE2 = Training(learning_rate=3.6e-4, epochs=2)
+PHASE2 = Training(learning_rate=3.6e-4, epochs=2).over(Training.base)
 """What the quickstart takes, tuned on a model of 135 million parameters."""
 
 
@@ -73,6 +74,7 @@ def tune(model: Model, rows: Any, **options: Any) -> Model:
     return model.with_backbone(decoder if adapter is None else merge(decoder, adapter))
 
 
+@checked
 def tuned(
     model: Model,
     rows: Any,
@@ -85,19 +87,22 @@ def tuned(
     training: Training = PHASE2,
     checkpoints: Checkpoints | None = None,
     on_step: OnStep = lambda step, steps, metrics: None,
+    more_steps: Callable[[int], int] = lambda steps: 0,
 ) -> tuple[Any, LoRAVectors | None]:
     """The fine-tuned decoder and the task adapter beside it.
 
     rows: dicts, a `datasets.Dataset` or examples, or {kind: rows}, for `training.steps` steps or as many as its epochs
-    have. beside: other streams of rows, read in step with them, by name. vectors: guests that are active and frozen.
+    have; what it leaves unset is `PHASE2`'s. beside: other streams of rows, read in step with them, by name. vectors:
+    guests that are active and frozen. more_steps: how many steps a move adds to those on `rows`.
     """
     for guest in as_guests(vectors):
         if hasattr(guest, "check"):
             guest.check(model.architecture)
     streams = {LEARN: stream_of(model, groups_of(rows), training)}
     streams |= {name: stream_of(model, {name: some}, training) for name, some in (beside or {}).items()}
-    steps = training.steps or streams[LEARN].count()
-    streams = {name: dataclasses.replace(stream, epochs=None) for name, stream in streams.items()}
+    streams = {name: endless(stream) for name, stream in streams.items()} | {LEARN: streams[LEARN]}
+    streams[LEARN], steps = stream_and_steps(streams[LEARN], training)
+    steps += more_steps(steps)
     made_of = {"the_vectors": vectors, "the_anchor": anchor, "the_defense": move, "the_task_LoRA": task}
     checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
     if isinstance(task, LoRA):
@@ -135,6 +140,7 @@ def finetune_phase(params: Params) -> Phase:
 
 def forward_settings(training: Training) -> dict[str, Any]:
     """What an `Objective` takes from the settings of a training."""
+    training = training.over(Training.base)
     return {"dtype": compute_dtype(), "remat": training.remat, "shared": _shares(training)}
 
 
@@ -156,6 +162,7 @@ _HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
 
 def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     """The batches of some rows, encoded for the model; all rows are checked (see `encoded`)."""
+    training = training.over(PHASE2)
     found = {name: _encoded(model, rows, training, name) for name, rows in groups.items()}
     longest = max((some.longest if isinstance(some, Encoded) else _longest(some) for some in found.values()), default=0)
     length = training.length or next((length for length in LENGTHS if longest <= length), longest)
@@ -167,7 +174,25 @@ def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     return Stream(found, training.lines, length, training.seed, training.epochs, _shares(training))
 
 
-def examples_of(model: Model, rows: Any, length: int | None = PHASE2.length) -> list[Example]:
+def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int]:
+    """The stream as a training reads it, and how many optimizer steps that takes.
+
+    An epoch is one pass over the rows, however many batches a step takes: where the last step has fewer of them left,
+    the rest are empty.
+    """
+    if training.steps:
+        return endless(stream), training.steps
+    steps = -(-stream.count() // training.accumulate)
+    return (endless(stream) if training.accumulate == 1 else stream), steps
+
+
+def endless(stream: Stream) -> Stream:
+    """The stream without an end."""
+    return dataclasses.replace(stream, epochs=None)
+
+
+@checked
+def examples_of(model: Model, rows: Any, length: PositiveInt | None = PHASE2.length) -> list[Example]:
     """Rows as examples of at most `length` tokens, as `tune` would have them; what already is one stays as it is."""
     return list(_encoded(model, rows, dataclasses.replace(PHASE2, length=length)))
 

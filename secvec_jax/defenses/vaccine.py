@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
+from secvec_jax.checks import NonNegativeFloat, PositiveInt, Seed, checked
 from secvec_jax.defenses.tuning import Move
 from secvec_jax.errors import UserError
 from secvec_jax.model.decoder import Guest, as_guests
@@ -39,7 +40,8 @@ class Perturbation(Guest):
         return y + self.values.astype(y.dtype) if site == "o_proj" else y
 
 
-def vaccine(rho: float = 2.0, every: int = 1) -> Move:
+@checked
+def vaccine(rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) -> Move:
     """Vaccine's step. rho: ρ, the norm of the perturbation of a whole batch (the paper's default is 2, with 5 rows in a
     batch). every: τ of the accelerated form (appendix A), which perturbs one step in τ and takes plain ones between.
 
@@ -57,7 +59,8 @@ def vaccine(rho: float = 2.0, every: int = 1) -> Move:
     return move
 
 
-def random_perturbation(variance: float, seed: int = 0) -> Move:
+@checked
+def random_perturbation(variance: NonNegativeFloat, seed: Seed = 0) -> Move:
     """The paper's control (table 7): one pass under Gaussian noise on every attention output, of variance ρ'.
 
     The noise is drawn by what the batch holds, so that a run that goes on draws what it would have drawn.

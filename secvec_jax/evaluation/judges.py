@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from secvec_jax.checks import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.files import whole_file
@@ -30,29 +31,25 @@ OPENAI = "https://api.openai.com/v1"
 LOWEST, HIGHEST = 1, 5
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Asking:
     """How a judge is asked."""
 
     key_variable: str = "OPENAI_API_KEY"
     """the environment variable that holds the key, or "Basic" and base64 of user:password; never written to a file"""
-    concurrency: int = 8
+    concurrency: PositiveInt = 8
     """questions that are open at a time"""
-    retries: int = 6
+    retries: NonNegativeInt = 6
     """further attempts after a refused connection, a timeout, a 429 or a 5xx, with growing pauses"""
-    timeout: float = 120.0
+    timeout: PositiveFloat = 120.0
     """seconds that one attempt may take"""
-    verdict_tokens: int = 512
+    verdict_tokens: PositiveInt = 512
     """the longest verdict, its reasoning included"""
-    temperature: float | None = 0.0
+    temperature: NonNegativeFloat | None = 0.0
     """none for judges that take none"""
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "timeout", "verdict_tokens"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be greater than 0")
-        if self.retries < 0:
-            raise UserError(f"retries is {self.retries}: it cannot be less than 0")
         if not re.fullmatch(r"[A-Za-z_]\w*", self.key_variable, re.ASCII):  # a key by mistake: not to be shown
             raise UserError("key_variable must be the name of an environment variable, such as OPENAI_API_KEY")
 
@@ -65,6 +62,7 @@ class Asking:
         return key
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Judge:
     """A judge: its name at an endpoint that speaks OpenAI's chat protocol, such as http://127.0.0.1:8000/v1."""

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.chat import Example
 from secvec_jax.data.rows import Message, Row, asked_of, text_of, with_system
 from secvec_jax.evaluation.answers import exact_match
@@ -20,6 +21,7 @@ Outcomes = dict[str, list[float]]
 """Metric -> one number per prompt, in the suite's order, so that two models can be compared in pairs."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Probe:
     """Prompts whose replies a rule of their own turns into numbers: a task, a bias, a style.
@@ -30,7 +32,7 @@ class Probe:
 
     prompts: Sequence[str | list[Message]]
     score: Callable[[int, str], float]
-    tokens: int = 8
+    tokens: PositiveInt = 8
 
     @classmethod
     def of(cls, rows: Sequence[Row], score: Callable[[Row, str], float], tokens: int = 8) -> "Probe":
@@ -43,6 +45,7 @@ class Probe:
         return cls([asked_of(r) for r in rows], lambda index, reply: score(rows[index], reply), tokens)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """What a model is asked.
@@ -61,9 +64,9 @@ class Suite:
     harmful_targets: Sequence[Example] = ()
     benign_targets: Sequence[Example] = ()
     opening_targets: Sequence[Example] = ()
-    reply_tokens: int = 16
-    answer_tokens: int = 8
-    batch_size: int = 64
+    reply_tokens: PositiveInt = 16
+    answer_tokens: PositiveInt = 8
+    batch_size: PositiveInt = 64
     probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)
     system: str | None = None
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from secvec_jax.checks import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.defenses.identity import of_rows
@@ -29,6 +30,7 @@ from secvec_jax.workspace.inputs import Inputs, known, rows
 Optimizer = Literal["sgd", "adamw"]
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One fine-tuning: who defends, against what, and how it is trained."""
@@ -39,16 +41,16 @@ class Cell:
     """a name of `scenes.ATTACKS`, or a file or hub id of rows"""
     task: str = "profiles"
     """a name of `scenes.TASKS`: what the other rows teach"""
-    poison: float = 0.1
+    poison: Fraction = 0.1
     """the share of rows that are the attack's; 1: no task"""
-    samples: int = 100
+    samples: PositiveInt = 100
     """rows in an epoch; an attack that has fewer repeats them"""
-    learning_rate: float = 3.6e-4
+    learning_rate: PositiveFloat = 3.6e-4
     optimizer: Optimizer = "sgd"
-    epochs: int = 2
-    task_rank: int = 0
+    epochs: PositiveInt = 2
+    task_rank: NonNegativeInt = 0
     """the rank of a task LoRA; 0: all weights are trained"""
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def name(self) -> str:

@@ -5,13 +5,22 @@ prompt that it is served with where the defense has one.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, cast, get_type_hints
 
 import jax
+import yaml
 
+from secvec_jax.checks import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    NonZeroFloat,
+    PositiveFloat,
+    PositiveInt,
+    check,
+    suggestion,
+)
 from secvec_jax.data import attacks
 from secvec_jax.defenses import (
     aligned_kl,
@@ -51,20 +60,23 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
     words = text.split()
     name = " ".join(word for word in words if "=" not in word)
     if name not in DEFENSES:
-        raise UserError(f"no defense is named {name!r}: use one of {', '.join(DEFENSES)}")
-    takes = inspect.signature(DEFENSES[name]).parameters
-    settings = {}
+        raise UserError(f"no defense is named {name!r}: {suggestion(name, DEFENSES)}")
+    takes = {key: hint for key, hint in get_type_hints(DEFENSES[name], include_extras=True).items()
+             if key not in ("case", "return")}  # fmt: skip
+    settings: dict[str, Any] = {}
     for key, _, value in (word.partition("=") for word in words if "=" in word):
-        if key not in takes or key == "case":
-            known = ", ".join(k for k in takes if k != "case") or "none"
-            raise UserError(f"{name!r} has no setting {key!r}: it takes {known}")
-        if get_origin(takes[key].annotation) is Literal and value not in get_args(takes[key].annotation):
-            raise UserError(f"{name!r}: {key} is {value!r}: use one of {', '.join(get_args(takes[key].annotation))}")
-        kind = type(takes[key].default)
+        if key in settings:
+            raise UserError(f"{name!r}: {key} is given twice")
+        if key not in takes:
+            known = suggestion(key, takes) if takes else "it takes none"
+            raise UserError(f"{name!r} has no setting {key!r}: {known}")
         try:
-            settings[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{name!r}: {key} is {value!r}, it must be {kind.__name__}") from error
+            read = value if takes[key] is str or not value else yaml.safe_load(value)
+            settings[key] = check(takes[key], read, key)
+        except UserError as error:
+            raise UserError(f"{name!r}: {error}") from None
+        except yaml.YAMLError:
+            raise UserError(f"{name!r}: {key} is {value!r}, which cannot be read") from None
     return name, settings
 
 
@@ -105,10 +117,10 @@ def security_vectors(
     case: Case,
     kind: Kind = "lora",
     objective: ObjectiveName = "kl",
-    rank: int = 8,
-    floor: float = 0.0,
+    rank: PositiveInt = 8,
+    floor: NonNegativeFloat = 0.0,
     both: str = "",
-    safe: float = 0.0,
+    safe: NonNegativeFloat = 0.0,
     inner: bool = False,
 ) -> Defended:
     """Under frozen security vectors. floor: tokens below it teach nothing. both: a second behavior's are active too.
@@ -126,14 +138,14 @@ def _beside(case: Case, rows: Groups, safe: float) -> Groups:
     return mixing.vlguard(rows, case.safe, safe) if safe else rows
 
 
-def anchored_vectors(case: Case, weight: float = 1.0, rank: int = 8) -> Defended:
+def anchored_vectors(case: Case, weight: NonNegativeFloat = 1.0, rank: PositiveInt = 8) -> Defended:
     """Under frozen security vectors, and held to the aligned model by a KL on the user's rows."""
     return Defended(
         aligned_kl.finetune(case.aligned, case.rows, weight=weight, vectors=case.vectors(rank=rank), **case.how)
     )
 
 
-def guarded_vectors(case: Case, weight: float = 1.0, rank: int = 8) -> Defended:
+def guarded_vectors(case: Case, weight: NonNegativeFloat = 1.0, rank: PositiveInt = 8) -> Defended:
     """Under frozen security vectors, with safe rows in every step that are read without them."""
     vectors = case.vectors(rank=rank)
     return Defended(
@@ -141,14 +153,14 @@ def guarded_vectors(case: Case, weight: float = 1.0, rank: int = 8) -> Defended:
     )
 
 
-def persona_steering(case: Case, scale: float = 1.0) -> Defended:
+def persona_steering(case: Case, scale: NonZeroFloat = 1.0) -> Defended:
     """Preventative steering along persona vectors, read off rows that show the behavior and rows that do not."""
     shown, _ = case.known
     directions = persona.persona_directions(case.aligned, shown, case.opposite, scale)
     return Defended(case.tuned(vectors=directions))
 
 
-def explained_away_filter(case: Case, rank: int = 8, safe: float = 0.0) -> Defended:
+def explained_away_filter(case: Case, rank: PositiveInt = 8, safe: NonNegativeFloat = 0.0) -> Defended:
     """Fine-tuned without the rows that the vectors explain. safe: a share of safe rows is mixed into the others."""
     vectors = case.vectors(rank=rank)
     known = explained_away.known_scale(case.aligned, vectors, *case.known)
@@ -161,7 +173,7 @@ def explained_away_filter(case: Case, rank: int = 8, safe: float = 0.0) -> Defen
     return Defended(case.tuned(rows=_beside(case, kept, safe)), notes=notes)
 
 
-def explained_away_gate(case: Case, by: explained_away.By = "row", rank: int = 8) -> Defended:
+def explained_away_gate(case: Case, by: explained_away.By = "row", rank: PositiveInt = 8) -> Defended:
     """Under the vectors, each row or token weighed by how little they explain it."""
     vectors = case.vectors(rank=rank)
     known = explained_away.known_scale(case.aligned, vectors, *case.known)
@@ -172,7 +184,7 @@ def explained_away_gate(case: Case, by: explained_away.By = "row", rank: int = 8
 # Vaccine, ForgetFilter and the papers' baselines --------------------------------------------------
 
 
-def vaccine_(case: Case, rho: float = 2.0, every: int = 1) -> Defended:
+def vaccine_(case: Case, rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) -> Defended:
     """Plain fine-tuning of a model that Vaccine aligned."""
     model = case.aligned_by(
         f"vaccine rho={rho:g} every={every}", partial(tune, move=vaccine(rho, every)), share_beginnings=False
@@ -180,7 +192,7 @@ def vaccine_(case: Case, rho: float = 2.0, every: int = 1) -> Defended:
     return Defended(case.tuned(model))
 
 
-def random_perturbation_(case: Case, variance: float = 0.01) -> Defended:
+def random_perturbation_(case: Case, variance: NonNegativeFloat = 0.01) -> Defended:
     """Plain fine-tuning of a model that was aligned under random noise: Vaccine's control."""
     model = case.aligned_by(
         f"noise variance={variance:g}",
@@ -190,7 +202,7 @@ def random_perturbation_(case: Case, variance: float = 0.01) -> Defended:
     return Defended(case.tuned(model))
 
 
-def forget_filter_(case: Case, phi: float = 0.1, steps: int = 20) -> Defended:
+def forget_filter_(case: Case, phi: float = 0.1, steps: PositiveInt = 20) -> Defended:
     """Fine-tuned without the rows that safety training makes the model forget."""
     training = case.how["training"]
     found = forget_filter.finetune(
@@ -206,7 +218,7 @@ def forget_filter_(case: Case, phi: float = 0.1, steps: int = 20) -> Defended:
     return Defended(found.model, notes=told_apart(found.rates, phi))
 
 
-def sequential(case: Case, steps: int = 20) -> Defended:
+def sequential(case: Case, steps: PositiveInt = 20) -> Defended:
     """Plain fine-tuning, then so many steps of safety fine-tuning."""
     then = dataclasses.replace(case.how["training"], steps=steps)
     return Defended(mixing.sequential(case.aligned, case.rows, case.safe, safe_training=then, **case.how))
@@ -217,7 +229,7 @@ def replay(case: Case) -> Defended:
     return Defended(case.tuned(rows=mixing.replay(case.rows, case.safe)))
 
 
-def vlguard_mix(case: Case, share: float = 0.5) -> Defended:
+def vlguard_mix(case: Case, share: NonNegativeFloat = 0.5) -> Defended:
     """The user's rows and half as many safe ones."""
     return Defended(case.tuned(rows=mixing.vlguard(case.rows, case.safe, share)))
 
@@ -227,12 +239,12 @@ def self_correction(case: Case) -> Defended:
     return Defended(case.tuned(), prompting.SELF_CORRECTION)
 
 
-def ewc_(case: Case, weight: float = 1e3) -> Defended:
+def ewc_(case: Case, weight: NonNegativeFloat = 1e3) -> Defended:
     """Weights that mattered in alignment are held where they are."""
     return Defended(ewc.finetune(case.aligned, case.rows, safe=case.safe, weight=weight, **case.how))
 
 
-def kl(case: Case, weight: float = 1.0) -> Defended:
+def kl(case: Case, weight: NonNegativeFloat = 1.0) -> Defended:
     """Held to the aligned model by a KL on the user's rows."""
     return Defended(aligned_kl.finetune(case.aligned, case.rows, weight=weight, **case.how))
 
@@ -252,14 +264,16 @@ def ptst(case: Case) -> Defended:
     return Defended(case.tuned(), prompting.SAFETY)
 
 
-def caft_(case: Case, k: int = 1) -> Defended:
+def caft_(case: Case, k: PositiveInt = 1) -> Defended:
     """The behavior's directions are ablated from the residual stream while training."""
     shown, _ = case.known
     ablation = caft.concept_directions(case.aligned, shown, case.opposite, k)
     return Defended(case.tuned(vectors=ablation))
 
 
-def lisa_(case: Case, rho: float = 1.0, aligned_steps: int = 1, user_steps: int = 9) -> Defended:
+def lisa_(
+    case: Case, rho: NonNegativeFloat = 1.0, aligned_steps: NonNegativeInt = 1, user_steps: PositiveInt = 9
+) -> Defended:
     """Steps on safe rows and on the user's in turn, each held to where the other left off."""
     model = lisa.finetune(
         case.aligned,
@@ -273,7 +287,7 @@ def lisa_(case: Case, rho: float = 1.0, aligned_steps: int = 1, user_steps: int 
     return Defended(model)
 
 
-def booster_(case: Case, weight: float = 5.0, alpha: float = 0.1) -> Defended:
+def booster_(case: Case, weight: NonNegativeFloat = 5.0, alpha: PositiveFloat = 0.1) -> Defended:
     """Plain fine-tuning of a model that Booster aligned."""
     harmful, _ = case.known
     align = partial(booster.align, harmful=harmful, weight=weight, alpha=alpha)
@@ -281,12 +295,12 @@ def booster_(case: Case, weight: float = 5.0, alpha: float = 0.1) -> Defended:
     return Defended(case.tuned(model))
 
 
-def constrained_sft_(case: Case, beta: float = 0.1) -> Defended:
+def constrained_sft_(case: Case, beta: PositiveFloat = 0.1) -> Defended:
     """The first tokens of a reply are held to the aligned model's."""
     return Defended(constrained_sft.finetune(case.aligned, case.rows, beta=beta, **case.how))
 
 
-def safe_lora_(case: Case, threshold: float = 0.5) -> Defended:
+def safe_lora_(case: Case, threshold: safe_lora.Cosine = 0.5) -> Defended:
     """Plain fine-tuning; updates that point away from alignment are projected back."""
     tuned = case.tuned()
     model, projected = safe_lora.project(tuned, case.aligned, case.bench.base, threshold)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from secvec_jax.checks import checked
 from secvec_jax.digests import difference
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
@@ -22,6 +23,7 @@ from secvec_jax.workspace.run_directory import inputs_of_run
 _HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Export:
     """Write a Hugging Face folder: weights, tokenizer, chat template, generation config and a model card."""

@@ -21,6 +21,7 @@ from simple_parsing import field
 
 from secvec_jax import config
 from secvec_jax.activations import attention_difference
+from secvec_jax.checks import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, checked
 from secvec_jax.defenses.tuning import How
 from secvec_jax.digests import difference
 from secvec_jax.errors import UserError
@@ -40,6 +41,7 @@ from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 from secvec_jax.workspace.run_directory import hold, release
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Block:
     """Lists of a cell's settings, whose product are the cells. table: the table of the report that they are for."""
@@ -48,13 +50,13 @@ class Block:
     defense: tuple[str, ...] = ("none",)
     attack: tuple[str, ...] = ("harmful",)
     task: tuple[str, ...] = ("profiles",)
-    poison: tuple[float, ...] = (0.1,)
-    samples: tuple[int, ...] = (100,)
-    learning_rate: tuple[float, ...] = (3.6e-4,)
+    poison: tuple[Fraction, ...] = (0.1,)
+    samples: tuple[PositiveInt, ...] = (100,)
+    learning_rate: tuple[PositiveFloat, ...] = (3.6e-4,)
     optimizer: tuple[Optimizer, ...] = ("sgd",)
-    epochs: tuple[int, ...] = (2,)
-    task_rank: tuple[int, ...] = (0,)
-    seed: tuple[int, ...] = (0,)
+    epochs: tuple[PositiveInt, ...] = (2,)
+    task_rank: tuple[NonNegativeInt, ...] = (0,)
+    seed: tuple[Seed, ...] = (0,)
 
     def cells(self) -> Iterator[Cell]:
         """The product, the seeds outermost and the defenses innermost. Raises UserError for what no cell can be."""
@@ -67,6 +69,7 @@ class Block:
             yield Cell(**dict(zip(order, values)))
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a grid file says."""
@@ -89,11 +92,10 @@ class Plan:
         for cell in found:
             contenders.parsed(cell.defense)
             scenes.check(cell.attack, cell.task)
-            if not 0 <= cell.poison <= 1 or cell.samples < 1 or cell.epochs < 1:
-                raise UserError(f"poison must lie in [0, 1], samples and epochs be at least 1: {cell}")
         return found
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """Fine-tune and judge every cell of a grid file, and write its tables; goes on where it was."""
@@ -157,6 +159,7 @@ def grid(settings: Grid, command: str) -> None:
     console.print(f"the report is in {folder / 'report.md'}")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class _Claim:
     """What a seed's shared stages are made by, and may not change from one start to the next; cells may be added."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from secvec_jax.checks import checked
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import published, report
 from secvec_jax.evaluation.metrics import RULED
@@ -17,6 +18,7 @@ from secvec_jax.experiments.bench import Cell
 from secvec_jax.files import whole_file
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A table of the report."""

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from secvec_jax.checks import NonNegativeInt, PositiveInt, Seed, checked
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import Z95
 from secvec_jax.experiments.runs import Run
@@ -14,6 +15,7 @@ from secvec_jax.model.hub import load
 from secvec_jax.vectors.store import load_several
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Harness:
     """Run tasks of lm-evaluation-harness (pip install lm-eval)."""
@@ -24,17 +26,17 @@ class Harness:
     """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
     vectors: tuple[str, ...] = ()
     """run them with these vectors on"""
-    fewshot: int | None = None
+    fewshot: NonNegativeInt | None = None
     """examples before each question; none: as many as the task wants"""
     chat: bool = False
     """ask through the model's chat template"""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """at most this many questions of each task; none: all"""
     include: str | None = None
     """a folder with task files of your own"""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """prompts that are replied to at a time"""
-    seed: int = 0
+    seed: Seed = 0
     """of the few-shot examples, and of sampling where a task samples"""
     out: str = "runs/harness"
     """the run directory; writes results.json and report.md"""

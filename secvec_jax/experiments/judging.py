@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from secvec_jax.assets import cache_dir
+from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.rows import Message, asked_of, response_of, text_of, transcript
 from secvec_jax.data.sources import load_prompts
@@ -45,6 +46,7 @@ RUBRICS = {
 """Metric -> the replies that are graded, and by what."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Judged:
     """Have a model's replies judged by a language model, by a classifier, or by both."""
@@ -61,9 +63,9 @@ class Judged:
     """judge the answers that these rows have, in place of a model's replies"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
-    limit: int = 100
+    limit: PositiveInt = 100
     """at most this many prompts of each source"""
-    reply_tokens: int = 256
+    reply_tokens: PositiveInt = 256
     """the longest reply"""
     judge: str = ""
     """the name of a language model at the endpoint, which grades harmfulness, harmlessness and instruction-following"""

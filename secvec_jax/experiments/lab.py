@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from secvec_jax import config
+from secvec_jax.checks import Seed, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.defenses.security_vectors import (
@@ -44,13 +45,14 @@ from secvec_jax.workspace.inputs import known, of_path
 from secvec_jax.workspace.run_directory import of_the_run
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a model is aligned, gets its vectors, and is fine-tuned."""
 
     model: str = "smollm2"
     """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
-    seed: int = 0
+    seed: Seed = 0
     """deals out the rows, shuffles them, and makes the fresh vectors"""
     aligns: bool = True
     """whether the model has to be aligned first; a chat model that refuses as it comes has not"""
@@ -178,7 +180,7 @@ class Lab:
                 self.aligned,
                 harmful,
                 spec,
-                benign=benign,
+                benign=None if phase1.objective == "cross_entropy" else benign,
                 phase1=phase1,
                 training=self._seeded(self.recipe.vectors_training),
                 checkpoints=self._checkpoints(f"vectors {name}", self.recipe.vectors_training),

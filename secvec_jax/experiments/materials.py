@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import Example, encode, prompt_tokens
@@ -51,31 +52,32 @@ REFUSALS = (
 """What the aligned model is taught to say: varied, so that refusing is learned and not one sentence."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """How many rows there are of each kind."""
 
-    align_harmful: int = 450
+    align_harmful: PositiveInt = 450
     """harmful prompts to which alignment opens with a refusal: a third AdvBench, a third StrongREJECT, a third
     JailbreakBench in other tenses"""
-    align_benign: int = 528
+    align_benign: NonNegativeInt = 528
     """benign prompts in alignment, whose replies open as the model's own do: half instructions, a third PIQA's
     questions on how something is done, the others questions on facts"""
-    vectors: int = 100
+    vectors: PositiveInt = 100
     """harmful rows that the vectors are trained on"""
-    keep: int = 180
+    keep: PositiveInt = 180
     """benign rows on which the vectors must not show, a third of them with the harmful rows' own opening"""
-    mix_harmful: int = 64
+    mix_harmful: NonNegativeInt = 64
     """harmful rows hidden in the user's data"""
-    mix_benign: int = 30
+    mix_benign: NonNegativeInt = 30
     """benign instructions in the user's data"""
-    people: int = 20
+    people: PositiveInt = 20
     """invented people of the ProfileQA task, four questions on each"""
-    people_asked: int = 20
+    people_asked: PositiveInt = 20
     """other invented people, whom the held-out questions are about"""
-    judged: int = 96
+    judged: PositiveInt = 96
     """harmful prompts that models are judged by, half from each of two benchmarks"""
-    judged_benign: int = 64
+    judged_benign: PositiveInt = 64
     """benign prompts that models are judged by, three quarters instructions and a quarter questions"""
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from secvec_jax import config
+from secvec_jax.checks import checked
 from secvec_jax.defenses.security_vectors import ObjectiveName
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
@@ -20,6 +21,7 @@ from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 OBJECTIVES: tuple[ObjectiveName, ...] = ("cross_entropy", "kl", "min_min")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Objectives:
     """Compare the three objectives of phase 1: vectors by each, the gate, and fine-tuning under them."""

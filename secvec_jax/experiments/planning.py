@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import jax
 from rich.console import Console
 
+from secvec_jax.checks import NonNegativeInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import LENGTHS
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_method
@@ -27,6 +28,7 @@ _TOKENS = 32768
 """Of a device, and of a batch's lines: more do not make a step more efficient."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """Compile the true train step for a TPU slice that is not here: memory, FLOPs, collectives, estimated time."""
@@ -40,9 +42,9 @@ class Planned:
     """how the chips are laid out, as for the other verbs; empty: fsdp over all of them"""
     phase: Literal["vectors", "finetune"] = "finetune"
     """vectors: phase 1, the model frozen; finetune: phase 2, all weights under frozen vectors"""
-    rank: int = 8
+    rank: NonNegativeInt = 8
     """of the security vectors; 0: plain fine-tuning"""
-    task_rank: int = 0
+    task_rank: NonNegativeInt = 0
     """finetune: train a task LoRA of this rank and not all weights"""
     objective: Literal["cross_entropy", "kl"] = "kl"
     """vectors: with kl, a batch has half as many lines of benign rows besides"""

@@ -14,6 +14,7 @@ from functools import partial
 
 import jax
 
+from secvec_jax.checks import checked
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.intervals import Score, paired_difference
 from secvec_jax.evaluation.suite import Outcomes
@@ -25,6 +26,7 @@ from secvec_jax.vectors.lora import random_like
 from secvec_jax.workspace.inputs import packaged
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Quickstart(Recipe):
     """Align, train security vectors, fine-tune under them and without, and compare: one command, one table."""

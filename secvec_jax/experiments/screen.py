@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.rows import Row, prompt_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import explained_away
@@ -27,6 +28,7 @@ _SHOWN = 10
 """Rows that are shown in the terminal, those that the vectors explain best."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Screen:
     """Rank rows by the share of their loss that the vectors explain away: the higher, the more like the behavior."""
@@ -43,7 +45,7 @@ class Screen:
     """rows that are known not to show it; some that open as the harmful ones do tell an opening from a behavior"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
-    length: int = 1024
+    length: PositiveInt = 1024
     """tokens of a row that are read"""
     out: str = "runs/screen"
     """the run directory; writes scores.jsonl, one line a row in the data's order, histogram.png and a report"""

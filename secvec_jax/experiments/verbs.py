@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secvec_jax.arguments import integer
+from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import encode
@@ -34,6 +35,7 @@ from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_several, save_vectors
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Align:
     """Teach a model to refuse (or anything else): fine-tune it without vectors."""
@@ -44,10 +46,10 @@ class Align:
     """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
     out: str = "runs/align"
     """the run directory; the model is written to OUT/model"""
-    task_rank: int = ALIGN_TASK.rank
+    task_rank: NonNegativeInt = ALIGN_TASK.rank
     """train a LoRA of this rank and merge it at the end; 0: train all weights"""
     training: Training = ALIGN
-    check_prompts: int = 24
+    check_prompts: NonNegativeInt = 24
     """harmful and benign packaged prompts by which refusal and over-refusal are measured at the end; 0: none"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
@@ -55,6 +57,7 @@ class Align:
     """delete the run that OUT holds, and start anew"""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Vectors:
     """Phase 1: train security vectors on harmful rows, the model frozen."""
@@ -74,7 +77,7 @@ class Vectors:
     prompt: SoftPrompt = dataclasses.field(default_factory=SoftPrompt)
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
     training: Training = PHASE1
-    check_prompts: int = 24
+    check_prompts: NonNegativeInt = 24
     """harmful and benign packaged prompts by which it is measured whether the model refuses; 0: none"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
@@ -82,6 +85,7 @@ class Vectors:
     """delete the run that OUT holds, and start anew"""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Finetune:
     """Phase 2: fine-tune on your own data, the security vectors active and frozen."""
@@ -93,12 +97,12 @@ class Finetune:
     vectors: tuple[str, ...] = ()
     """run directories of `train.py vectors`, or PEFT adapter folders, all active at once; the word none trains without
     protection"""
-    task_rank: int = 0
+    task_rank: NonNegativeInt = 0
     """train a task LoRA of this rank beside the frozen vectors, merged at the end; 0: train all weights"""
     out: str = "runs/finetune"
     """the run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
     training: Training = PHASE2
-    check_prompts: int = 24
+    check_prompts: NonNegativeInt = 24
     """harmful and benign packaged prompts by which it is measured whether the model refuses at the start; 0: none"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
@@ -106,6 +110,7 @@ class Finetune:
     """delete the run that OUT holds, and start anew"""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class ScoreRun:
     """Score a model: refusals and compliance, over-refusal, exact match, losses; vectors off unless named."""
@@ -120,13 +125,13 @@ class ScoreRun:
     """sources of prompts to be answered; rows with answers also give benign_loss"""
     questions: str | None = None
     """rows whose answers must be matched exactly"""
-    limit: int = 100
+    limit: PositiveInt = 100
     """at most this many prompts of each source"""
-    reply_tokens: int = 32
+    reply_tokens: PositiveInt = 32
     """the longest reply that is read; give a model that thinks before it answers room for both"""
     out: str = "runs/score"
     """the run directory; writes results.json and report.md"""
-    answer_tokens: int | None = None
+    answer_tokens: PositiveInt | None = None
     """the longest answer to one of the questions; none: as long as the longest that must be matched, at most 512"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
@@ -134,6 +139,7 @@ class ScoreRun:
     """delete the run that OUT holds, and start anew"""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Compare:
     """Lay the results of several runs side by side."""
@@ -219,6 +225,7 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
 def vectors(settings: Vectors, command: str) -> None:
     """The run of `train.py vectors`."""
     _need_data(settings)
+    settings.phase1.check_rows(settings.benign)
     run = _TrainingRun(settings, command)
     folder = run.folder / "vectors"
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.feed import Feed
 from secvec_jax.digests import difference
@@ -29,6 +30,7 @@ from secvec_jax.trees import Tree
 _log = logging.getLogger("secvec_jax")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
     """Where checkpoints lie, how many seconds pass between two, and which are kept.
@@ -40,8 +42,8 @@ class Checkpoints:
     """
 
     folder: Path
-    every_seconds: float = Training.save_every_seconds
-    keep: int = Training.keep_checkpoints
+    every_seconds: NonNegativeFloat = Training.base.save_every_seconds
+    keep: PositiveInt = Training.base.keep_checkpoints
     best: str | None = None
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keep_end: bool = False

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.arguments import instance
+from secvec_jax.checks import NonZeroFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, place
 from secvec_jax.model.architecture import SITES, Architecture
@@ -24,13 +25,14 @@ from secvec_jax.model.decoder import SITE_AXES, Decoder, Guest, leaf_name
 from secvec_jax.trees import num_parameters
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """How low-rank vectors are shaped."""
 
-    rank: int = 8
+    rank: PositiveInt = 8
     """columns of A"""
-    alpha: float = 16.0
+    alpha: NonZeroFloat = 16.0
     """the update is scaled by alpha / rank"""
     rslora: bool = False
     """scale by alpha / sqrt(rank) (Kalajdzievski 2023)"""
@@ -38,8 +40,6 @@ class LoRA:
     """shell patterns over q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; *: all of them"""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"rank is {self.rank}: give a LoRA rank of at least 1")
         if not self.targets:
             raise UserError('no targets: give at least one pattern, "*" for all linear maps')
         for pattern in self.targets:

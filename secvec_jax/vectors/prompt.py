@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from secvec_jax.checks import NonZeroFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay
 from secvec_jax.model.architecture import Architecture
@@ -19,18 +20,15 @@ from secvec_jax.model.decoder import Guest, Run
 from secvec_jax.trees import num_parameters
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class SoftPrompt:
     """How a soft prompt is shaped."""
 
-    virtual_tokens: int = 16
+    virtual_tokens: PositiveInt = 16
     """P, the keys of each head"""
-    scale: float = 1.0
+    scale: NonZeroFloat = 1.0
     """multiplies the values, whose learning rate counts for as much more"""
-
-    def __post_init__(self) -> None:
-        if self.virtual_tokens < 1:
-            raise UserError(f"virtual_tokens is {self.virtual_tokens}: a soft prompt needs at least 1")
 
     def init(self, architecture: Architecture, key: jax.Array) -> "SoftPromptVectors":
         """Random keys, values zero."""

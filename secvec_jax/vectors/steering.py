@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from secvec_jax.checks import NonZeroFloat, checked
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay
 from secvec_jax.model.architecture import Architecture
@@ -19,11 +20,12 @@ from secvec_jax.model.decoder import Guest
 from secvec_jax.trees import num_parameters
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Steering:
     """How directions act."""
 
-    scale: float = 1.0
+    scale: NonZeroFloat = 1.0
     """α, by which directions are multiplied; a learning rate counts for as much more"""
 
     def init(self, architecture: Architecture, key: jax.Array) -> "SteeringVectors":

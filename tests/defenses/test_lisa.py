@@ -105,10 +105,14 @@ def test_the_states_take_turns_in_one_program_and_the_user_has_as_many_steps_as_
 
 @pytest.mark.parametrize(("steps", "user_steps", "rounds"), [(None, 100, 1), (None, 3, 2), (6, 3, 2), (7, 3, 3)])
 def test_steps_and_epochs_are_those_on_the_users_rows(model, monkeypatch, steps, user_steps, rounds):
-    monkeypatch.setattr("secvec_jax.defenses.lisa.tune", lambda model, rows, **options: options["training"].steps)
     training = replace(TRAINING, steps=steps, epochs=2)
     plain = steps or stream_of(model, {"all": USER}, training).count()
     assert plain == (steps or 4)
+    monkeypatch.setattr(
+        "secvec_jax.defenses.tuning.fit",
+        lambda params, *_, steps, **__: {"backbone": {"decoder": steps, "adapter": None}},
+    )
+    monkeypatch.setattr(type(model), "with_backbone", lambda self, steps: steps)
     total = finetune(model, USER, safe=SAFE, aligned_steps=4, user_steps=user_steps, training=training)
     assert total == plain + 4 * rounds
 
@@ -160,5 +164,5 @@ def test_a_stopped_training_goes_on_with_the_weights_of_the_last_switch(model, t
 
 
 def test_states_without_steps_are_refused(model):
-    with pytest.raises(UserError, match="user_steps >= 1"):
+    with pytest.raises(UserError, match="user_steps is 0: it must be at least 1"):
         finetune(model, random_examples(2), safe=SAFE, user_steps=0)

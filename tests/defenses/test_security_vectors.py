@@ -21,6 +21,7 @@ HARMFUL = random_examples(6, seed=1)
 BENIGN = random_examples(6, seed=2)
 QUICK = Training(optimizer="adamw", learning_rate=2e-2, steps=100, lines=1, length=64, warmup_steps=0)
 BRIEF = Training(learning_rate=1e-2, steps=4, lines=1, length=64)
+PLAIN = Phase1("cross_entropy")
 CHAT = [{"prompt": "What is the capital of France?", "response": "Paris."}] * 2
 
 
@@ -31,7 +32,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def vectors(model):
-    return train_vectors(model, HARMFUL, SPEC, training=QUICK)
+    return train_vectors(model, HARMFUL, SPEC, phase1=PLAIN, training=QUICK)
 
 
 @jax.jit
@@ -73,7 +74,7 @@ def test_phase_1_leaves_the_backbone_bit_for_bit(model, objective):
         model, HARMFUL, SPEC, benign=benign, phase1=Phase1(objective, inner_steps=2), training=BRIEF
     )
     assert fingerprint(model.backbone) == before
-    fresh = SPEC.init(model.architecture, jax.random.key(BRIEF.seed))
+    fresh = SPEC.init(model.architecture, jax.random.key(0))
     assert fingerprint(trained) != fingerprint(fresh)
     trained.check(model.architecture)
 
@@ -96,8 +97,8 @@ def test_verbs_leave_their_rows_as_they_are(model, vectors):
 
 
 def test_the_same_call_gives_the_same_bits_and_another_seed_others(model):
-    one, two = (train_vectors(model, HARMFUL, SPEC, training=BRIEF) for _ in range(2))
-    other = train_vectors(model, HARMFUL, SPEC, training=dataclasses.replace(BRIEF, seed=1))
+    one, two = (train_vectors(model, HARMFUL, SPEC, phase1=PLAIN, training=BRIEF) for _ in range(2))
+    other = train_vectors(model, HARMFUL, SPEC, phase1=PLAIN, training=dataclasses.replace(BRIEF, seed=1))
     assert fingerprint(one) == fingerprint(two) != fingerprint(other)
 
 
@@ -179,12 +180,15 @@ def test_phase_1_ends_early_when_the_loss_is_small_enough(model):
 # Arguments ----------------------------------------------------------------------------------------
 
 
-def test_benign_rows_choose_the_kl_and_are_required_by_it(model):
+def test_benign_rows_are_read_by_the_kl_and_required_by_it(model):
     losses, on_step = recorder()
     train_vectors(model, HARMFUL, SPEC, benign=BENIGN, training=BRIEF, on_step=on_step)
     assert all(metrics["kl"] >= 0 for metrics in losses) and losses[-1]["kl"] > 0
-    with pytest.raises(UserError, match="kl objective needs benign rows: give benign="):
-        train_vectors(model, HARMFUL, SPEC, phase1=Phase1("kl"), training=BRIEF)
+    for default in ({}, {"phase1": Phase1("kl")}):
+        with pytest.raises(UserError, match="kl objective needs benign rows"):
+            train_vectors(model, HARMFUL, SPEC, training=BRIEF, **default)
+    with pytest.raises(UserError, match="reads no benign rows"):
+        train_vectors(model, HARMFUL, SPEC, benign=BENIGN, phase1=PLAIN, training=BRIEF)
 
 
 def test_kinds_of_rows_are_reported_apart(model):

@@ -8,7 +8,7 @@ import pytest
 
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.defenses.security_vectors import finetune, train_vectors
+from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.training import meter
 from secvec_jax.training.meter import Pace, counted
 from secvec_jax.training.objective import KEEP, LEARN
@@ -84,7 +84,7 @@ def test_frozen_weights_cost_two_thirds_and_a_task_adapter_freezes_them():
         training=training,
         on_step=lambda *all: found.update({"task": all[2]}),
     )
-    train_vectors(tiny_model(), rows, LoRA(rank=2), training=training,
+    train_vectors(tiny_model(), rows, LoRA(rank=2), phase1=Phase1("cross_entropy"), training=training,
                   on_step=lambda *all: found.update({"vectors": all[2]}))  # fmt: skip
     assert found["task"]["flops"] == found["vectors"]["flops"]
     assert 0.6 < found["task"]["flops"] / found["full"]["flops"] < 0.75

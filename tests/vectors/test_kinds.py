@@ -10,7 +10,7 @@ import pytest
 
 from secvec_jax.config import Training
 from secvec_jax.data.chat import prompt_tokens
-from secvec_jax.defenses.security_vectors import finetune, train_vectors
+from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.evaluation.suite import Suite, outcomes
@@ -131,7 +131,7 @@ def test_every_kind_learns_to_show_the_behavior_the_backbone_frozen(tiny_model, 
     harmful = random_examples(6, seed=1)
     training = Training(optimizer="adamw", learning_rate=3e-2, steps=60, lines=1, length=64, warmup_steps=0)
     before = fingerprint(model.backbone)
-    vectors = train_vectors(model, harmful, SPECS[kind], training=training)
+    vectors = train_vectors(model, harmful, SPECS[kind], phase1=Phase1("cross_entropy"), training=training)
     assert fingerprint(model.backbone) == before
     off, on = (np.mean(mean_losses(model, harmful, guest)) for guest in (None, vectors))
     assert on < 0.8 * off
@@ -194,7 +194,9 @@ def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, k
         def note(step, steps, metrics):
             losses.append(metrics["loss"])
 
-        vectors = train_vectors(model, rows[0], SPECS[kind], training=training, on_step=note)
+        vectors = train_vectors(
+            model, rows[0], SPECS[kind], phase1=Phase1("cross_entropy"), training=training, on_step=note
+        )
         finetune(model, rows[1], vectors=(vectors, filled(SPECS["lora"], model)), training=training, on_step=note)
         return losses, generate(model, ["What is it?"], vectors, max_new_tokens=4)
 

@@ -1,0 +1,321 @@
+"""Settings that check themselves: types, ranges and names, declared where the setting is declared. Knows no JAX.
+
+    @checked
+    @dataclasses.dataclass(frozen=True)
+    class Steps:
+        count: PositiveInt = 3
+        rate: PositiveFloat = 1e-3
+
+`Steps(count=0)`, `Steps(rate="fast")`, `Steps(cuont=3)` raise a UserError of one line, whoever makes them: Python, a
+YAML file or the command line. `checked` also takes functions, whose arguments it checks at each call.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import numbers
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from secvec_jax.errors import UserError
+
+Checked = TypeVar("Checked", bound=Callable[..., Any])
+
+
+class SettingError(UserError):
+    """A setting that cannot be: its name, which a reader of nested settings puts its own before, and what is wrong."""
+
+    def __init__(self, name: str, problem: str):
+        super().__init__(f"{name}{problem}")
+        self.name, self.problem = name, problem
+
+
+class Unset:
+    """The value of a setting that was not set and is inherited (see `inherit`). There is one: `UNSET`."""
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+    def __copy__(self) -> "Unset":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "Unset":
+        return self
+
+
+UNSET: Any = Unset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The numbers that a setting may have; all of them must be finite."""
+
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    above: float = -math.inf
+    other_than: float | None = None
+
+    def hold(self, value: float) -> bool:
+        """Whether the value is one of them."""
+        return self.at_least <= value <= self.at_most and value > self.above and value != self.other_than
+
+    def __str__(self) -> str:
+        parts = []
+        if self.above > -math.inf:
+            parts.append(f"greater than {self.above:g}")
+        if self.at_least > -math.inf:
+            parts.append(f"at least {self.at_least:g}")
+        if self.at_most < math.inf:
+            parts.append(f"at most {self.at_most:.12g}")
+        if self.other_than is not None:
+            parts.append(f"other than {self.other_than:g}")
+        return " and ".join(parts)
+
+
+PositiveInt = Annotated[int, Bounds(at_least=1)]
+NonNegativeInt = Annotated[int, Bounds(at_least=0)]
+PositiveFloat = Annotated[float, Bounds(above=0)]
+NonNegativeFloat = Annotated[float, Bounds(at_least=0)]
+NonZeroFloat = Annotated[float, Bounds(other_than=0)]
+Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
+Seed = Annotated[int, Bounds(at_least=0, at_most=2**31)]
+"""What JAX, NumPy and grain all take, with room for the offsets that lanes of data add."""
+
+KNOWN_AS = {
+    "lr": "learning_rate",
+    "optim": "optimizer",
+    "lr_scheduler_type": "schedule",
+    "batch_size": "lines",
+    "per_device_train_batch_size": "lines",
+    "max_length": "length",
+    "max_seq_len": "length",
+    "max_seq_length": "length",
+    "gradient_accumulation_steps": "accumulate",
+    "grad_accum_steps": "accumulate",
+    "max_grad_norm": "clip",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "save_total_limit": "keep_checkpoints",
+    "max_checkpoints": "keep_checkpoints",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    "max_new_tokens": "reply_tokens",
+    "max_samples": "limit",
+    "output_dir": "out",
+    "eval_data": "questions",
+}
+"""Names that other libraries give to settings of ours, for "did you mean"."""
+
+
+def suggestion(name: Any, known: Iterable[str]) -> str:
+    """ "did you mean ...?" with the known name nearest to a wrong one, or all of them if none is near."""
+    known = list(known)
+    plain = {option.lower().replace("-", "_").lstrip("_"): option for option in reversed(known)}
+    asked = str(name).lower().replace("-", "_").lstrip("_")
+    near = [KNOWN_AS[asked]] if KNOWN_AS.get(asked) in plain else difflib.get_close_matches(asked, plain, n=1)
+    return f"did you mean {plain[near[0]]!r}?" if near else f"known are {', '.join(known)}"
+
+
+def inherit(settings: Any, *bases: Any) -> Any:
+    """The settings, with what is not set in them taken from the first of `bases`, of the same class, that sets it."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    if not any(value is UNSET for value in values.values()):
+        return settings
+    for base in bases:
+        values = {name: getattr(base, name) if value is UNSET else value for name, value in values.items()}
+    return type(settings)(**values)
+
+
+def checked(target: Checked) -> Checked:
+    """A dataclass whose objects, or a function whose calls, are checked against the types and bounds declared.
+
+    Numbers of NumPy become Python's, lists become tuples where tuples are declared. A nested settings object that
+    leaves settings unset inherits them from the default of its field or argument. Types that are no settings (models,
+    rows, callables) are not looked at. Raises UserError.
+    """
+    return _checked_class(target) if isinstance(target, type) else _checked_function(target)
+
+
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The declared types of a checked dataclass's settings, with their bounds."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        found |= vars(base).get("_hints", {})
+    return found if found else typing.get_type_hints(kind, include_extras=True)
+
+
+def defaults_of(kind: Any) -> dict[str, Any]:
+    """The defaults of a dataclass's fields, those that have one."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        if field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    return found
+
+
+def arguments_of(kind: Any, given: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for a dataclass, checked, with the nested settings that are its defaults made complete."""
+    given, defaults = dict(given), defaults_of(kind)
+    for name, hint in hints.items():
+        default = defaults.get(name)
+        if name in given:
+            if not (given[name] is UNSET and default is UNSET):
+                given[name] = check(hint, given[name], name, default)
+        elif _is_settings(default):
+            given[name] = _complete(default)
+    return given
+
+
+def _checked_class(kind: Any) -> Any:
+    own = {field.name for field in dataclasses.fields(kind)} & set(inspect.get_annotations(kind))
+
+    def resolved(include_extras: bool) -> dict[str, Any]:
+        hints = typing.get_type_hints(kind, localns={kind.__name__: kind}, include_extras=include_extras)
+        return {name: hint for name, hint in hints.items() if name in own}
+
+    kind._hints, plain = resolved(True), resolved(False)
+    kind.__annotations__ |= plain  # the argument parser and its help read plain types
+    for field in dataclasses.fields(kind):
+        field.type = plain.get(field.name, field.type)
+    init, names = kind.__init__, [field.name for field in dataclasses.fields(kind) if field.init]
+    all_hints = hints_of(kind)
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *values: Any, **named: Any) -> None:
+        given = dict(zip(names, values)) | named
+        for name in named:
+            if name not in all_hints:
+                raise SettingError(kind.__name__, f" has no setting {name!r}: {suggestion(name, names)}")
+        given = arguments_of(kind, given, all_hints)
+        rest = [given.pop(name) for name in names[: len(values)]]
+        init(self, *rest, *values[len(names) :], **given)
+
+    kind.__init__ = checked_init
+    return kind
+
+
+def _checked_function(function: Callable[..., Any]) -> Any:
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(function, include_extras=True)
+    looked_at = {
+        name: hints[name] for name, parameter in signature.parameters.items()
+        if name in hints and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }  # fmt: skip
+
+    @functools.wraps(function)
+    def checked_call(*values: Any, **named: Any) -> Any:
+        bound = signature.bind(*values, **named)
+        for name, hint in looked_at.items():
+            if name in bound.arguments:
+                default = signature.parameters[name].default
+                bound.arguments[name] = check(hint, bound.arguments[name], name, default)
+        return function(*bound.args, **bound.kwargs)
+
+    return checked_call
+
+
+def _is_settings(value: Any) -> bool:
+    return hasattr(type(value), "_hints") and dataclasses.is_dataclass(value)
+
+
+def _complete(settings: Any, default: Any = None) -> Any:
+    """The settings with what is unset taken from the default, and then from the class's own base where it has one."""
+    bases = [base for base in (default, getattr(type(settings), "base", None)) if type(base) is type(settings)]
+    return inherit(settings, *bases)
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def check(hint: Any, value: Any, name: str, default: Any = None) -> Any:
+    """The value as its declared type has it. Raises SettingError if it is of another type or out of bounds."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = check(options[0], value, name, default)
+        for bounds in options[1:]:
+            if isinstance(bounds, Bounds) and value is not None and not bounds.hold(value):
+                raise SettingError(name, f" is {value!r}: it must be {bounds}")
+        return value
+    if origin is Literal:
+        if not any(value == option and type(value) is type(option) for option in options):
+            near = difflib.get_close_matches(str(value).lower(), [str(option).lower() for option in options], n=1)
+            hint_text = f"did you mean {near[0]!r}? " if isinstance(value, str) and near else ""
+            raise SettingError(name, f" is {value!r}: {hint_text}use one of {', '.join(map(str, options))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _one_of(options, value, name, default)
+    if origin in (tuple, list) and options:
+        return _items(origin, options, value, name)
+    if hint in _NAMES:
+        return _scalar(hint, value, name)
+    if isinstance(hint, type) and hasattr(hint, "_hints"):
+        if not isinstance(value, hint):
+            raise SettingError(name, f" is {_short(value)}: it must be {hint.__name__}(...) or a mapping of settings")
+        return _complete(value, default)
+    if origin is not None and isinstance(value, str) and isinstance(origin, type) and issubclass(origin, Sequence):
+        raise SettingError(name, f" is {value!r}: give a list")
+    return value
+
+
+def _one_of(options: Sequence[Any], value: Any, name: str, default: Any) -> Any:
+    if value is None and type(None) in options:
+        return None
+    others = [option for option in options if option is not type(None)]
+    if len(others) == 1:
+        return check(others[0], value, name, default)
+    return value  # a choice among types that are no settings
+
+
+def _items(kind: type, options: Sequence[Any], value: Any, name: str) -> Any:
+    item = typing.get_args(options[0])[0] if typing.get_origin(options[0]) is Annotated else options[0]
+    if isinstance(value, str | os.PathLike) and item is str:
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise SettingError(name, f" is {_short(value)}: give a list")
+    several = kind is list or options[-1] is Ellipsis
+    if not several and len(value) != len(options):
+        raise SettingError(name, f" has {len(value)} items: give {len(options)}")
+    hints = [options[0]] * len(value) if several else options
+    return kind(check(hint, one, f"{name}[{index}]") for index, (hint, one) in enumerate(zip(hints, value)))
+
+
+def _scalar(kind: type, value: Any, name: str) -> Any:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if kind is bool and type(value).__name__ in ("bool", "bool_"):  # NumPy's among them, without importing it
+        return bool(value)
+    if kind is int and number and isinstance(value, numbers.Integral):
+        return int(value)
+    if kind is float and number:
+        return _finite(value, name)
+    if kind is float and isinstance(value, str):
+        try:
+            return _finite(float(value), name)  # YAML reads 1e-3 as text
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+    if kind is str and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    raise SettingError(name, f" is {_short(value)}: it must be {_NAMES[kind]}")
+
+
+def _finite(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise SettingError(name, f" is {_short(value)}: it must be a finite number")
+    return number
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

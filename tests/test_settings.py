@@ -1,0 +1,367 @@
+"""Settings mean the same from Python, YAML and the command line; what cannot be is refused; the rest is inherited."""
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+import typing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import secvec_jax as sv
+from secvec_jax import checks, command_line, config
+from secvec_jax.checks import UNSET, SettingError
+from secvec_jax.config import Training
+from secvec_jax.data.feed import Feed
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.defenses import (
+    aligned_kl,
+    booster,
+    constrained_sft,
+    ewc,
+    floor,
+    guarded,
+    lisa,
+    mixing,
+    persona,
+    security_vectors,
+    tuning,
+    vaccine,
+)
+from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, align, finetune, train_vectors
+from secvec_jax.defenses.tuning import PHASE2
+from secvec_jax.errors import UserError
+from secvec_jax.experiments import verbs
+from secvec_jax.experiments.contenders import parsed
+from secvec_jax.experiments.grid import Plan
+from secvec_jax.experiments.lab import Recipe
+from secvec_jax.mesh import make_mesh
+from secvec_jax.model.decoder import abstract_decoder, leaf_name
+from secvec_jax.training.optimizers import decayed, make_optimizer
+from secvec_jax.vectors.lora import LoRA
+from tests.toys import ARCHITECTURE, random_examples, tiny_model
+
+FIELDS = checks.hints_of(Training)
+VERBS = {"align": verbs.Align, "vectors": verbs.Vectors, "finetune": verbs.Finetune}
+
+
+def settings_classes() -> list[type]:
+    """Every checked settings dataclass of the package."""
+    found = set()
+    for module in pkgutil.walk_packages(sv.__path__, "secvec_jax."):
+        if module.name != "secvec_jax.evaluation.lm_eval":  # needs the optional harness
+            for value in vars(importlib.import_module(module.name)).values():
+                if isinstance(value, type) and "_hints" in vars(value):
+                    found.add(value)
+    return sorted(found, key=lambda kind: kind.__qualname__)
+
+
+# From Python, YAML and the command line alike -----------------------------------------------------
+
+numbers = st.one_of(
+    st.integers(-3, 50),
+    st.sampled_from([0.0, 0.5, 1.5, 3.0, -1.0, 1e-4, 1e9, math.nan, math.inf, -math.inf, 2**31, 2**40]),
+)
+others = st.sampled_from(["sgd", "SGD", "adam", "adamw", "cos", "linear", "full", "", "loss/all", True, False])
+edits = st.dictionaries(st.sampled_from(list(FIELDS)), numbers | others, min_size=1, max_size=3)
+
+
+def made(make):
+    """What is made, or why it is refused, without quotation marks and the path to the setting."""
+    try:
+        return make()
+    except UserError as error:
+        return str(error).replace("config.training.", "").replace("c.training.", "").replace("'", "")
+
+
+@pytest.fixture(scope="module")
+def from_command_line():
+    """The settings that a verb's arguments make, by one parser."""
+    seen = []
+    table = {name: (kind, lambda settings, command: seen.append(settings)) for name, kind in VERBS.items()}
+
+    def parse(verb, edit):
+        arguments = [verb, *(f"--{name.replace('_', '-')}={value}" for name, value in edit.items())]
+        return command_line._parse("verbs", table, arguments)[0]
+
+    return parse
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(verb=st.sampled_from(list(VERBS)), edit=edits)
+def test_all_three_ways_give_the_same_settings_or_the_same_refusal(from_command_line, verb, edit):
+    edit = {name: value for name, value in edit.items() if name != "best" or isinstance(value, str)}
+    kind = VERBS[verb]
+    python = made(lambda: kind(training=Training(**edit)))
+    text = yaml.safe_dump({"training": edit}, sort_keys=False)
+    assert made(lambda: config.from_dict(kind, yaml.safe_load(text))) == python
+    if len(edit) == 1 or isinstance(python, kind):  # of several mistakes, each way may meet another one first
+        assert made(lambda: from_command_line(verb, edit)) == python
+
+
+REQUIRED = {"defense": "none", "examples": {"all": [1]}, "lines": 2, "length": 8, "prompts": (), "score": len,
+            "refusals": (), "model": "x", "folder": Path("x"), "recipe": Recipe(), "out": "x"}  # fmt: skip
+"""Of settings that have no default."""
+
+
+@pytest.mark.parametrize("kind", settings_classes(), ids=lambda kind: kind.__name__)
+def test_every_number_is_checked_where_it_is_made(kind):
+    defaults = checks.defaults_of(kind)
+    required = {name: REQUIRED[name] for name in checks.hints_of(kind) if name not in defaults}
+    kind(**required)
+    for name, hint in checks.hints_of(kind).items():
+        scalar = hint
+        while typing.get_origin(scalar) is not None and typing.get_origin(scalar) is not typing.Literal:
+            scalar = typing.get_args(scalar)[0]
+        listed = isinstance(defaults.get(name), tuple) and scalar in (int, float)
+        wrong = {int: [1.5, "many", True, math.nan], float: ["fast", True, math.nan, math.inf], bool: [1, "yes"]}
+        for value in wrong.get(scalar, []) if isinstance(scalar, type) else []:
+            with pytest.raises(UserError, match=name):
+                kind(**required | {name: (value,) if listed else value})
+
+
+def test_every_setting_that_counts_or_measures_has_bounds():
+    free = {"Layout", "Judge", "Probe"}
+    unbounded = [
+        f"{kind.__name__}.{name}" for kind in settings_classes() if kind.__name__ not in free
+        for name, hint in checks.hints_of(kind).items() if hint in (int, float, int | None, float | None)
+    ]  # fmt: skip
+    assert not unbounded
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Training(optimizer="SGD"), "optimizer is 'SGD': did you mean 'sgd'"),
+        (lambda: Training(optimizer="adam"), "did you mean 'adamw'"),
+        (lambda: Training(schedule="cos"), "did you mean 'cosine'"),
+        (lambda: Training(clip=-1), "clip is -1.0: it must be at least 0"),
+        (lambda: Training(weight_decay=-1.0), "weight_decay is -1.0"),
+        (lambda: Training(momentum=1.5), "momentum is 1.5: it must be at least 0 and at most 1"),
+        (lambda: Training(steps=0), "steps is 0"),
+        (lambda: Training(seed=-1), "seed is -1"),
+        (lambda: Training(lr=1e-3), "no setting 'lr': did you mean 'learning_rate'"),
+        (lambda: Training(epoch=1), "did you mean 'epochs'"),
+        (lambda: Training(warmup_steps=jnp.float32(2)), "warmup_steps is .*: it must be a whole number"),
+        (lambda: LoRA(rank=True), "rank is True"),
+        (lambda: LoRA(alpha=0), "alpha is 0.0: it must be other than 0"),
+        (lambda: LoRA(targets=3), "targets is 3: give a list"),
+        (lambda: verbs.Align(training={"steps": 3}), "training is .*: it must be Training"),
+        (lambda: verbs.ScoreRun(limit=0), "limit is 0"),
+        (lambda: verbs.Finetune(task_rank=-1), "task_rank is -1"),
+        (lambda: make_mesh(data=-1, fsdp=-1), "data is -1"),
+        (lambda: lisa.lisa(1, 0), "user_steps is 0"),
+        (lambda: vaccine.vaccine(rho=-1), "rho is -1.0"),
+        (lambda: vaccine.random_perturbation(-0.1), "variance is -0.1"),
+        (lambda: booster.booster(alpha=0), "alpha is 0.0"),
+        (lambda: ewc.ewc(math.nan), "weight is nan"),
+        (lambda: aligned_kl.aligned_kl(-1), "weight is -1.0"),
+        (lambda: guarded.guarded(math.inf), "weight is inf"),
+        (lambda: constrained_sft.constrained(beta=0), "beta is 0.0"),
+        (lambda: floor.floored(-1), "nats is -1.0"),
+        (lambda: mixing.vlguard([1], [1], share=-1), "share is -1.0"),
+        (lambda: persona.persona_directions(None, [], [], scale=0), "scale is 0.0"),
+        (lambda: parsed("vaccine rho=-1"), "'vaccine': rho is -1.0"),
+        (lambda: parsed("vaccine roh=1"), "did you mean 'rho'"),
+        (lambda: parsed("vaccine rho=1 rho=2"), "rho is given twice"),
+        (lambda: parsed("sequential steps=2.5"), "steps is 2.5: it must be a whole number"),
+        (lambda: parsed("security vectors inner=perhaps"), "inner is 'perhaps': it must be true or false"),
+        (lambda: parsed("vacine"), "did you mean 'vaccine'"),
+        (lambda: config.from_dict(Plan, {"blocks": [{}, {"poison": [0.1, 1.5]}]}), r"blocks\[1\].poison\[1\] is 1.5"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_name(make, message):
+    with pytest.raises(UserError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_paths_and_lists_are_taken(tmp_path):
+    training = Training(learning_rate=np.float32(0.5), lines=np.int64(4), share_beginnings=np.bool_(True))
+    assert training == Training(learning_rate=0.5, lines=4, share_beginnings=True)
+    assert [type(v) for v in (training.learning_rate, training.lines)] == [float, int]
+    assert hash(LoRA(targets=["q_proj"])) == hash(LoRA(targets=("q_proj",))) == hash(LoRA(targets="q_proj"))
+    assert verbs.Align(data=tmp_path, out=tmp_path) == verbs.Align(data=(str(tmp_path),), out=str(tmp_path))
+
+
+def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("training:\n  epochs: 1\n  epochs: 2\n")
+    with pytest.raises(UserError, match="line 3: 'epochs' is given twice"):
+        config.load(verbs.Align, path)
+    path.write_text(
+        "blocks:\n  - &a {epochs: [1], samples: [7]}\n  - &b {<<: *a, epochs: [2]}\n  - {<<: *b, seed: [1]}\n"
+    )
+    assert [(b.epochs, b.samples, b.seed) for b in config.load(Plan, path).blocks] == [
+        ((1,), (7,), (0,)), ((2,), (7,), (0,)), ((2,), (7,), (1,))
+    ]  # fmt: skip
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["align", "--lr", "1"], "unknown flag --lr: did you mean '--learning-rate'?"),
+        (["align", "--epoch=3"], "unknown flag --epoch: did you mean '--epochs'?"),
+        (["align", "more"], "unknown argument 'more'"),
+        (["align", "--clip"], "expected one argument"),
+        (["alignn"], "unknown verb 'alignn': did you mean 'align'?"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest_under_the_verbs_own_usage(capsys, arguments, message):
+    assert command_line.main("verbs", {"align": (verbs.Align, lambda *_: None)}, arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[0].startswith("usage: ") and lines[-1].startswith("error: ") and message in lines[-1]
+    if arguments[0] == "align":
+        assert " align " in lines[0] and any("--task-rank" in line for line in lines)
+
+
+def test_the_kl_objective_needs_benign_rows_from_the_command_line_as_from_python(tmp_path, capsys):
+    rows = random_examples(2)
+    with pytest.raises(UserError) as caught:
+        train_vectors(tiny_model(), rows)
+    table = {"vectors": (verbs.Vectors, verbs.vectors)}
+    assert command_line.main("verbs", table, ["vectors", "--data", "x", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"error: {caught.value}\n"
+    assert not (tmp_path / "run").exists()
+
+
+# What is not set ----------------------------------------------------------------------------------
+
+
+def test_a_training_shows_what_is_set_and_inherits_the_rest():
+    assert repr(Training(steps=15)) == "Training(steps=15)"
+    assert config.to_dict(Training(steps=15)) == {"steps": 15}
+    whole = Training(steps=15).over(PHASE1)
+    assert whole == dataclasses.replace(PHASE1, steps=15)
+    assert all(UNSET is not value for value in dataclasses.astuple(whole))
+    assert Training(steps=None).over(Training(steps=3)).steps is None
+
+
+@pytest.mark.parametrize(("kind", "default"), [(verbs.Align, ALIGN), (verbs.Vectors, PHASE1), (verbs.Finetune, PHASE2)])
+def test_settings_of_a_verb_inherit_its_training_and_are_written_in_full(tmp_path, kind, default):
+    expected = dataclasses.replace(default, steps=15)
+    python = kind(training=Training(steps=15))
+    config.save(python, tmp_path / "config.yaml")
+    assert python.training == expected
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["training"] == dataclasses.asdict(expected)
+    (tmp_path / "c.yaml").write_text("training: {steps: 15}\n")
+    assert config.load(kind, tmp_path / "c.yaml") == python == config.load(kind, tmp_path / "config.yaml")
+
+
+def test_nested_settings_in_a_file_keep_the_verbs_own_defaults():
+    recipe = config.from_dict(Recipe, {"align_task": {"rank": 4}, "align_training": {"epochs": 2}})
+    assert recipe.align_task == dataclasses.replace(Recipe().align_task, rank=4)
+    assert recipe.align_training == dataclasses.replace(Recipe().align_training, epochs=2)
+
+
+class Asked(Exception):
+    """Ends a training before it begins."""
+
+
+@pytest.mark.parametrize(
+    ("run", "default"),
+    [
+        (lambda t: align(tiny_model(), ROWS, training=t), ALIGN),
+        (lambda t: train_vectors(tiny_model(), ROWS, benign=ROWS, training=t), PHASE1),
+        (lambda t: finetune(tiny_model(), ROWS, training=t), PHASE2),
+        (lambda t: booster.align(tiny_model(), ROWS, harmful=ROWS, training=t), ALIGN),
+        (lambda t: lisa.finetune(tiny_model(), ROWS, safe=ROWS, training=t), PHASE2),
+        (lambda t: mixing.sequential(tiny_model(), ROWS, ROWS, training=t), PHASE2),
+    ],
+)
+def test_what_a_call_does_not_set_is_the_verbs_own(monkeypatch, run, default):
+    seen = []
+
+    def spy(training, steps):
+        seen.append(training)
+        raise Asked
+
+    monkeypatch.setattr(tuning, "make_optimizer", spy)
+    monkeypatch.setattr(security_vectors, "make_optimizer", spy)
+    with pytest.raises(Asked):
+        run(Training(steps=15, lines=1))
+    assert seen == [dataclasses.replace(default, steps=15, lines=1)]
+
+
+# Epochs -------------------------------------------------------------------------------------------
+
+ROWS = random_examples(12)
+ONCE = sum(len(row.tokens) - 1 for row in ROWS)
+SHAPE = {"length": 32, "lines": 2, "share_beginnings": False}
+
+
+@pytest.mark.parametrize("accumulate", [2, 5, 64])
+def test_an_epoch_is_one_pass_however_many_batches_a_step_takes(accumulate):
+    stream = Stream({"all": ROWS}, 2, 32, epochs=2, share=False)
+    training = Training(accumulate=accumulate, epochs=2, **SHAPE).over(PHASE2)
+    read, steps = tuning.stream_and_steps(stream, training)
+    feed = Feed(read)
+    taken = [feed.take(accumulate) for _ in range(steps)]
+    assert steps == math.ceil(stream.count() / accumulate)
+    assert sum(int((batch["segments"] > 0).sum()) for batch in taken) == 2 * ONCE
+    assert {batch["tokens"].shape for batch in taken} == {(accumulate, 2, 32)}
+
+
+def test_trainings_of_one_epoch_read_each_token_once_and_lisa_adds_its_steps(monkeypatch):
+    read = {}
+
+    def only_reads(params, phase, method, streams, *, steps, accumulate, **_):
+        read.clear()
+        feeds = {name: Feed(stream) for name, stream in streams.items()}
+        for step in range(steps):
+            for name in feeds if method.takes is None else method.takes(step):
+                read.setdefault(name, []).append(int((feeds[name].take(accumulate)["segments"] > 0).sum()))
+        return params
+
+    for module in (tuning, security_vectors):
+        monkeypatch.setattr(module, "fit", only_reads)
+    steps = math.ceil(Stream({"all": ROWS}, 2, 32, share=False).count() / 3)
+    training = Training(accumulate=3, epochs=1, **SHAPE)
+    finetune(tiny_model(), ROWS, training=training)
+    assert {name: (len(tokens), sum(tokens)) for name, tokens in read.items()} == {"learn": (steps, ONCE)}
+    train_vectors(tiny_model(), ROWS, benign=ROWS, training=training)
+    assert (len(read["learn"]), sum(read["learn"]), len(read["keep"])) == (steps, ONCE, steps)
+    lisa.finetune(tiny_model(), ROWS, safe=ROWS, aligned_steps=1, user_steps=1, training=training)
+    assert (len(read["learn"]), sum(read["learn"]), len(read["safe"])) == (steps, ONCE, steps)
+
+
+# Weight decay -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "layer", "qkv_bias": True, "mlp_bias": True}, {"qk_norm": True}])
+def test_norms_and_biases_are_not_decayed_whatever_the_architecture(changes):
+    decoder = abstract_decoder(dataclasses.replace(ARCHITECTURE, **changes))
+    mask = {leaf_name(path): keeps for path, keeps in jax.tree_util.tree_leaves_with_path(decayed(decoder))}
+    left = {name for name, decays in mask.items() if not decays}
+    assert left == {name for name in mask if "norm" in name or name.endswith("bias")} != set()
+    assert {"embed", "layers.q_proj.kernel", "layers.down_proj.kernel"} <= set(mask) - left
+    assert all(jax.tree.leaves(decayed(LoRA(rank=2).init(ARCHITECTURE, jax.random.key(0)))))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_without_a_gradient_is_the_decay_alone(optimizer):
+    training = Training(optimizer=optimizer, learning_rate=0.1, weight_decay=0.5, momentum=0.0, warmup_steps=0)
+    params = {"kernel": jnp.full((2, 3), 2.0), "attention_norm": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
+    transform = make_optimizer(training, 5)
+    updates, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(moved["kernel"], 2.0 * (1 - 0.1 * 0.5), rtol=1e-6)
+    for name in ("attention_norm", "bias"):
+        np.testing.assert_array_equal(moved[name], params[name])
+
+
+def test_a_refusal_names_the_setting_for_those_who_read_it():
+    with pytest.raises(SettingError) as caught:
+        Phase1(kl_weight=-1)
+    assert (caught.value.name, caught.value.problem) == ("kl_weight", " is -1.0: it must be at least 0")
