@@ -22,6 +22,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
+from secvec_jax.arguments import shown
 from secvec_jax.errors import UserError
 
 Checked = TypeVar("Checked", bound=Callable[..., Any])
@@ -232,7 +233,7 @@ def _complete(settings: Any, default: Any = None) -> Any:
     return inherit(settings, *bases)
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
 def check(hint: Any, value: Any, name: str, default: Any = None) -> Any:
@@ -258,7 +259,9 @@ def check(hint: Any, value: Any, name: str, default: Any = None) -> Any:
         return _scalar(hint, value, name)
     if isinstance(hint, type) and hasattr(hint, "_hints"):
         if not isinstance(value, hint):
-            raise SettingError(name, f" is {_short(value)}: it must be {hint.__name__}(...) or a mapping of settings")
+            raise SettingError(
+                name, f" is {shown(value)}: pass {hint.__name__}(...), or a mapping of settings in a file"
+            )
         return _complete(value, default)
     if origin is not None and isinstance(value, str) and isinstance(origin, type) and issubclass(origin, Sequence):
         raise SettingError(name, f" is {value!r}: give a list")
@@ -279,7 +282,7 @@ def _items(kind: type, options: Sequence[Any], value: Any, name: str) -> Any:
     if isinstance(value, str | os.PathLike) and item is str:
         value = [value]
     if not isinstance(value, list | tuple):
-        raise SettingError(name, f" is {_short(value)}: give a list")
+        raise SettingError(name, f" is {shown(value)}: give a list")
     several = kind is list or options[-1] is Ellipsis
     if not several and len(value) != len(options):
         raise SettingError(name, f" has {len(value)} items: give {len(options)}")
@@ -303,7 +306,7 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
                 raise
     if kind is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
-    raise SettingError(name, f" is {_short(value)}: it must be {_NAMES[kind]}")
+    raise SettingError(name, f" is {shown(value)}: it must be {_NAMES[kind]}")
 
 
 def _finite(value: Any, name: str) -> float:
@@ -312,10 +315,5 @@ def _finite(value: Any, name: str) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise SettingError(name, f" is {_short(value)}: it must be a finite number")
+        raise SettingError(name, f" is {shown(value)}: it must be a finite number")
     return number
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."

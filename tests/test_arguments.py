@@ -177,7 +177,7 @@ def test_logits_refuse(tokens, words):
 
 VERBS = {
     "align": lambda model, rows, **options: sv.align(model, rows, **options),
-    "train_vectors": lambda model, rows, **options: sv.train_vectors(model, rows, **options),
+    "train_vectors": lambda model, rows, **options: sv.train_vectors(model, rows, **{"benign": ROWS} | options),
     "finetune": lambda model, rows, **options: sv.finetune(model, rows, **{"vectors": None} | options),
 }
 
@@ -202,8 +202,8 @@ def call(verb: str, **changes: Any) -> None:
     ({"rows": ["Hello"]}, "row 1: found str"),
     ({"rows": [*random_examples(1), ROWS[0]]}, "examples and a dict"),
     ({"rows": datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))}, "several splits .train.: pass"),
-    ({"training": {"steps": 1}}, "training is a dict: pass sv.Training"),
-    ({"training": sv.Training}, "training is the class Training"),
+    ({"training": {"steps": 1}}, "training is a dict: pass Training"),
+    ({"training": sv.Training}, "training is the class Training: pass Training"),
     ({"checkpoints": 5}, "checkpoints is 5: pass a folder"),
     ({"on_step": "print"}, "on_step is 'print': pass a function"),
 ])  # fmt: skip
@@ -217,9 +217,9 @@ def test_trainings_refuse(no_work, verb, changes, words):
     ("train_vectors", {"spec": sv.LoRA}, "spec is the class LoRA: pass sv.LoRA"),
     ("train_vectors", {"spec": "lora"}, "spec is 'lora'"),
     ("train_vectors", {"spec": 8}, "spec is 8"),
-    ("train_vectors", {"phase1": "kl"}, "phase1 is 'kl': pass sv.Phase1"),
+    ("train_vectors", {"phase1": "kl"}, "phase1 is 'kl': pass Phase1"),
     ("train_vectors", {"benign": 5}, "5: pass a list of rows"),
-    ("align", {"task": 16}, "task is 16: pass sv.LoRA"),
+    ("align", {"task": 16}, "task is 16: pass LoRA"),
     ("finetune", {"task": sv.LoRA}, "task is the class LoRA"),
     ("finetune", {"task": sv.Steering()}, "task is a Steering"),
     ("finetune", {"vectors": []}, "vectors is empty: pass security vectors, or vectors=None"),
@@ -344,7 +344,7 @@ def test_an_alignment_of_few_steps_is_warned_of_once():
     (lambda folder: sv.load_rows(None), "data is None"),
     (lambda folder: sv.load_rows(ROWS), "data is a list"),
     (lambda folder: sv.make_mesh(fsdp=0), "fsdp is 0"),
-    (lambda folder: sv.make_mesh(fsdp="8"), "fsdp is '8': pass an integer"),
+    (lambda folder: sv.make_mesh(fsdp="8"), "fsdp is '8': it must be an integer"),
 ])  # fmt: skip
 def test_files_and_meshes_refuse(tmp_path, act, words):
     (tmp_path / "data.jsonl").write_text("mine")

@@ -21,15 +21,13 @@ def as_task(task: Any) -> LoRA | LoRAVectors | None:
     raise UserError(f"task is {shown(task)}: pass sv.LoRA(rank=16), or None to train all weights")
 
 
-def as_options(training: Any, checkpoints: Any, on_step: Any) -> tuple[Training, Checkpoints | None, OnStep | None]:
-    """What every training takes; checkpoints may be a folder. Raises UserError."""
-    fix = "pass sv.Training(...), with the settings that differ from the defaults"
-    training = instance("training", training, Training, fix)
+def as_options(training: Training, checkpoints: Any, on_step: Any) -> tuple[Checkpoints | None, OnStep | None]:
+    """Where a training keeps checkpoints, given them or a folder, and whom it tells of steps. Raises UserError."""
     if isinstance(checkpoints, str | os.PathLike):
         folder = path("checkpoints", checkpoints, "a folder")
         checkpoints = Checkpoints(folder, training.save_every_seconds, training.keep_checkpoints, training.best)
     instance("checkpoints", checkpoints, (Checkpoints, type(None)), "pass a folder, or None to keep none")
-    return training, checkpoints, None if on_step is None else callback("on_step", on_step)
+    return checkpoints, None if on_step is None else callback("on_step", on_step)
 
 
 def collected(rows: Any, name: str) -> Any:

@@ -18,6 +18,7 @@ Every verb returns a new value and leaves its arguments as they are.
 """
 
 import dataclasses
+import os
 import warnings
 from typing import Any, Literal
 
@@ -104,7 +105,7 @@ def align(
     *,
     task: LoRA | None = ALIGN_TASK,
     training: Training = ALIGN,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
 ) -> Model:
     """The model fine-tuned on `rows`: refusals of harmful requests, and answers to benign ones.
@@ -116,7 +117,7 @@ def align(
     training: what it leaves unset is `ALIGN`'s.
     """
     model = as_model(model)
-    training, checkpoints, on_step = as_options(training, checkpoints, on_step)
+    checkpoints, on_step = as_options(training, checkpoints, on_step)
     groups = groups_of(rows)
     _warn(only_refusals(model, groups), default_rate(model, training, ALIGN))
     with step_progress("align", on_step) as show:
@@ -133,7 +134,7 @@ def train_vectors(
     benign: Any = None,
     phase1: Phase1 = Phase1(),
     training: Training = PHASE1,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
 ) -> Vectors:
     """Phase 1: vectors under which `model` shows the behavior of the `harmful` rows, the backbone frozen.
@@ -146,7 +147,7 @@ def train_vectors(
     """
     model = as_model(model)
     instance("spec", spec, (LoRA, Steering, SoftPrompt), "pass sv.LoRA(rank=8), sv.Steering() or sv.SoftPrompt()")
-    training, checkpoints, on_step = as_options(training, checkpoints, on_step)
+    checkpoints, on_step = as_options(training, checkpoints, on_step)
     phase1.check_rows(benign)
     _warn(default_rate(model, training, PHASE1))
     stream = stream_of(model, {"harmful": harmful}, training)
@@ -186,7 +187,7 @@ def finetune(
     vectors: Given = UNSET,
     task: LoRA | LoRAVectors | None = None,
     training: Training = PHASE2,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
 ) -> Model:
     """Phase 2: the model fine-tuned on `rows` with the `vectors` active and frozen, then without them.
@@ -200,7 +201,7 @@ def finetune(
     training: what it leaves unset is `PHASE2`'s.
     """
     model, task = as_model(model), as_task(task)
-    training, checkpoints, on_step = as_options(training, checkpoints, on_step)
+    checkpoints, on_step = as_options(training, checkpoints, on_step)
     if vectors is UNSET:
         vectors = None
         _warn("finetune has no vectors=: the model is trained unprotected; pass the vectors, or vectors=None to say so")
@@ -216,7 +217,7 @@ def finetune(
 def _warn(*messages: str | None) -> None:
     for message in messages:
         if message is not None:
-            warnings.warn(message, Advice, stacklevel=3)
+            warnings.warn(message, Advice, stacklevel=4)  # past the check of arguments, to the caller
 
 
 def phase1_method(params: Params, phase1: Phase1, training: Training, steps: int) -> tuple[Phase, Method]:
