@@ -42,6 +42,7 @@ def identified(
     """
     if checkpoints is None:
         return None
+    training = training.over(Training.base)
     settings = {f"training.{name}": value for name, value in dataclasses.asdict(training).items() if name not in _FREE}
     settings["training.warmup_steps"] = min(training.warmup_steps, steps - 1)
     extendable = training.schedule == "constant"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from secvec_jax.data.chat import encode
 from secvec_jax.data.encoded import encoded
 from secvec_jax.data.rows import as_rows, row
 from secvec_jax.data.sources import load_rows
-from secvec_jax.defenses.security_vectors import finetune, train_vectors
+from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.defenses.tuning import examples_of, groups_of, stream_of
 from secvec_jax.errors import UserError
 from secvec_jax.inference import generate
@@ -48,7 +49,7 @@ def test_a_long_prompt_is_told_with_its_line_before_a_step_is_taken(tmp_path, mo
     training = Training(steps=30, lines=2, length=64, share_beginnings=share)
     steps = []
     message = r"rows.jsonl, line 14 and 1 more: a prompt has \d+ tokens, but the maximum length is 64.*`length`"
-    for train in (finetune, train_vectors):
+    for train in (finetune, partial(train_vectors, phase1=Phase1("cross_entropy"))):
         with pytest.raises(UserError, match=message):
             train(tiny_model(), rows, training=training, on_step=lambda step, *_: steps.append(step))
     assert steps == []

@@ -12,7 +12,7 @@ from secvec_jax.data.rows import row
 from secvec_jax.defenses import identity
 from secvec_jax.defenses.identity import described, identified, of_rows, of_tokenizer
 from secvec_jax.defenses.lisa import lisa
-from secvec_jax.defenses.security_vectors import finetune, train_vectors
+from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.defenses.tuning import stream_of
 from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.errors import UserError
@@ -20,7 +20,7 @@ from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.vectors.lora import LoRA
 from tests.toys import build_tokenizer, example, random_decoder, tiny_model
 
-TRAINING = Training(steps=6, lines=2, length=64, remat="none")
+TRAINING = Training(steps=6, lines=2, length=64, remat="none").over(Training.base)
 ROWS = [row(f"q{i}", f"a {i}") for i in range(6)]
 
 
@@ -105,7 +105,8 @@ def test_a_resume_on_other_rows_or_settings_is_refused_by_both_phases(tmp_path):
 
     def train(rows=ROWS, spec=LoRA(rank=2)):
         checkpoints = Checkpoints(tmp_path / "vectors", 0.0)
-        return train_vectors(model, rows, spec, training=TRAINING, checkpoints=checkpoints, on_step=on_step)
+        how = {"training": TRAINING, "checkpoints": checkpoints, "on_step": on_step}
+        return train_vectors(model, rows, spec, phase1=Phase1("cross_entropy"), **how)
 
     for work in (tune, train):
         with pytest.raises(KeyboardInterrupt):
