@@ -118,4 +118,4 @@ def test_alignment_is_trained_as_without_it_unless_told(monkeypatch):
     given = align(MODEL, ROWS, harmful=HARMFUL)
     assert (given["task"], given["training"]) == (ALIGN_TASK, ALIGN) and given["beside"] == {"harmful": HARMFUL}
     other = align(MODEL, ROWS, harmful=HARMFUL, task=None, training=TRAINING)
-    assert (other["task"], other["training"]) == (None, TRAINING)
+    assert (other["task"], other["training"]) == (None, TRAINING.over(ALIGN))
