@@ -20,8 +20,8 @@ from tests.toys import random_examples
 
 USER, SAFE = random_examples(7, seed=1), random_examples(12, seed=2)
 RATE, WEIGHT = 0.05, 30.0
-TRAINING = Training(learning_rate=RATE, momentum=0.0, schedule="constant", warmup_steps=0, steps=3, epochs=1, lines=1, length=24,
-                    accumulate=2, remat="none", share_beginnings=False)  # fmt: skip
+TRAINING = Training(learning_rate=RATE, momentum=0.0, schedule="constant", warmup_steps=0, steps=3, epochs=1, lines=1,
+                    length=24, accumulate=2, remat="none", share_beginnings=False)  # fmt: skip
 MODEL = toys.tiny_model()
 
 
