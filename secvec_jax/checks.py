@@ -118,7 +118,7 @@ def suggestion(name: Any, known: Iterable[str]) -> str:
     """ "did you mean ...?" with the known name nearest to a wrong one, or all of them if none is near."""
     known = list(known)
     plain = {option.lower().replace("-", "_").lstrip("_"): option for option in reversed(known)}
-    asked = str(name).lower().replace("-", "_").lstrip("_")
+    asked = str(name).rpartition(".")[2].lower().replace("-", "_").lstrip("_")
     near = [KNOWN_AS[asked]] if KNOWN_AS.get(asked) in plain else difflib.get_close_matches(asked, plain, n=1)
     return f"did you mean {plain[near[0]]!r}?" if near else f"known are {', '.join(known)}"
 
