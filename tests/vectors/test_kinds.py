@@ -102,9 +102,10 @@ def test_packed_rows_and_decoded_replies_are_those_of_each_row_alone(tiny_model,
     assert together == [generate(model, [prompt], vectors, max_new_tokens=6)[0] for prompt in prompts]
     assert together != generate(model, prompts, max_new_tokens=6)
     # Token by token: the cached replies are those of the whole forward pass.
-    said = list(prompt_tokens(model.tokenizer, [{"role": "user", "content": prompts[0]}], 100))
-    for _ in range(6):
-        said.append(int(logits(model, np.asarray([said]), guests=(vectors,))[0, -1].argmax()))
+    asked = prompt_tokens(model.tokenizer, [{"role": "user", "content": prompts[0]}], 100)
+    said = np.pad(asked, (0, 6))  # what follows a token does not reach it, so one length will do
+    for end in range(len(asked), len(said)):
+        said[end] = logits(model, said[None], guests=(vectors,))[0, end - 1].argmax()
     reply = model.tokenizer.decode(said[-6:], skip_special_tokens=True)
     assert reply.startswith(together[0]) if together[0] else True
 
@@ -149,15 +150,8 @@ def test_several_vectors_are_active_at_once(tiny_model, logits, tokens):
     prints = [fingerprint(guest) for guest in guests]
     tuned = finetune(model, rows, vectors=guests, training=training)
     assert [fingerprint(guest) for guest in guests] == prints
-
-    # The first step's loss is that of the forward pass with all of them.
-    seen = []
-    finetune(model, rows, vectors=guests, training=training, on_step=lambda step, steps, m: seen.append(m["loss"]))
-    first = dataclasses.replace(training, steps=1)
-    assert fingerprint(finetune(model, rows, vectors=guests[:1], training=first).backbone) != fingerprint(
-        finetune(model, rows, vectors=guests, training=first).backbone
-    )
-    assert fingerprint(tuned.backbone) != fingerprint(model.backbone) and len(seen) == 2
+    under_one = finetune(model, rows, vectors=guests[:1], training=training)
+    assert len({fingerprint(some.backbone) for some in (model, tuned, under_one)}) == 3
 
     suite = Suite(refusals=("I can't",), harmful=["How?"], harmful_targets=rows)
     together = outcomes(model, suite, guests)["harmful_loss"]
@@ -181,7 +175,9 @@ def test_gradients_reach_every_factor(tiny_model, tokens):
             assert (jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0).all()
 
 
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize(
+    "kind", ["lora", *(pytest.param(kind, marks=pytest.mark.release) for kind in ("steering", "prompt"))]
+)
 def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, kind):
     tiny = tiny_model("llama")
     training = Training(optimizer="adamw", learning_rate=1e-3, steps=3, lines=8, length=64, warmup_steps=0)
