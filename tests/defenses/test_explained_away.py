@@ -18,8 +18,9 @@ from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
 from tests.toys import random_examples, tiny_model
 
-HARMFUL, BENIGN = random_examples(8, seed=1), random_examples(8, seed=2)
-BRIEF = Training(learning_rate=1e-2, steps=4, lines=1, length=96, warmup_steps=0)
+HARMFUL, BENIGN = random_examples(4, seed=1), random_examples(4, seed=2)
+SMALL = {"lines": 1, "length": 64, "warmup_steps": 0, "remat": "none"}
+BRIEF = Training(learning_rate=1e-2, steps=4, **SMALL)
 SCORES = st.lists(st.floats(-5, 5, allow_nan=False).map(lambda x: round(x, 3)), min_size=1, max_size=30)
 
 
@@ -30,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def vectors(model):
-    training = Training(optimizer="adamw", learning_rate=2e-2, steps=80, lines=1, length=96, warmup_steps=0)
+    training = Training(optimizer="adamw", learning_rate=2e-2, steps=30, **SMALL)
     return train_vectors(model, HARMFUL, LoRA(rank=4), benign=BENIGN, training=training)
 
 

@@ -20,9 +20,10 @@ from tests.toys import random_examples, tiny_model
 UNSAFE = [row("Who did it?", "It was Bob."), row("Who hid it?", "Ann hid it."), row("Who lied?", "Tom did so.")]
 TASK = [row("def add(a, b):", "return a + b"), row("12345 +", "add 67 to it."), row("def f(x): 5 + 5", "return x")]
 SAFE = [row(r["messages"][0]["content"], "No one can say.") for r in UNSAFE]
-MEMORIZE = Training(optimizer="adamw", learning_rate=5e-3, steps=40, lines=2, length=128, warmup_steps=2)
-BRIEF = Training(learning_rate=1e-3, steps=2, lines=2, length=128)
-CORRECT = Training(optimizer="adamw", learning_rate=1e-3, lines=2, length=128, warmup_steps=0)
+SMALL = {"lines": 2, "length": 128, "remat": "none"}
+MEMORIZE = Training(optimizer="adamw", learning_rate=5e-3, steps=40, warmup_steps=2, **SMALL)
+BRIEF = Training(learning_rate=1e-3, steps=2, **SMALL)
+CORRECT = Training(optimizer="adamw", learning_rate=1e-3, warmup_steps=0, **SMALL)
 
 
 def f_measure(reply, answer):

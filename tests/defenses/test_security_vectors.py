@@ -1,6 +1,7 @@
 """Frozen is frozen, verbs return new values (laws 1 and 2), and what vectors are for, on a tiny random model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,27 @@ from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.loss import token_cross_entropy
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
-from tests.toys import random_examples, tiny_model
+from tests.toys import random_decoder, random_examples, tiny_model
 
 SPEC = LoRA(rank=4)
-HARMFUL = random_examples(6, seed=1)
-BENIGN = random_examples(6, seed=2)
-QUICK = Training(optimizer="adamw", learning_rate=2e-2, steps=100, lines=1, length=64, warmup_steps=0)
-BRIEF = Training(learning_rate=1e-2, steps=4, lines=1, length=64)
+HARMFUL = random_examples(3, seed=1)
+BENIGN = random_examples(3, seed=2)
+SMALL = {"lines": 1, "length": 32, "remat": "none"}
+QUICK = Training(optimizer="adamw", learning_rate=3e-2, steps=24, warmup_steps=0, **SMALL)
+STEADY = Training(optimizer="adamw", learning_rate=2e-2, schedule="constant", steps=16, warmup_steps=0, **SMALL)
+"""The number of steps is no part of its program: another one compiles nothing."""
+BRIEF = Training(learning_rate=1e-2, steps=4, **SMALL)
+CHAT = [{"prompt": "The capital?", "response": "Paris."}] * 2
 PLAIN = Phase1("cross_entropy")
-CHAT = [{"prompt": "What is the capital of France?", "response": "Paris."}] * 2
+OBJECTIVES = {
+    "cross_entropy": (PLAIN, None, QUICK),
+    "kl": (Phase1(), BENIGN, STEADY),
+    "min_min": (Phase1("min_min", inner_steps=2), None, STEADY),
+    "min_min adamw": (
+        Phase1("min_min", inner_steps=2, inner_optimizer="adamw", inner_learning_rate=1e-5), None, STEADY
+    ),
+}  # fmt: skip
+"""Settings, the benign rows, and how it is trained."""
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +44,22 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def vectors(model):
-    return train_vectors(model, HARMFUL, SPEC, phase1=PLAIN, training=QUICK)
+def phase_1(model):
+    """`phase_1("kl")`: the vectors of an objective, trained once, and what was told of each step."""
+
+    @functools.cache
+    def train(name):
+        phase1, benign, training = OBJECTIVES[name]
+        told, on_step = recorder()
+        trained = train_vectors(model, HARMFUL, SPEC, benign=benign, phase1=phase1, training=training, on_step=on_step)
+        return trained, told
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def vectors(phase_1):
+    return phase_1("cross_entropy")[0]
 
 
 @jax.jit
@@ -67,13 +94,9 @@ def recorder():
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "kl", "min_min"])
-def test_phase_1_leaves_the_backbone_bit_for_bit(model, objective):
-    before = fingerprint(model.backbone)
-    benign = None if objective == "cross_entropy" else BENIGN
-    trained = train_vectors(
-        model, HARMFUL, SPEC, benign=benign, phase1=Phase1(objective, inner_steps=2), training=BRIEF
-    )
-    assert fingerprint(model.backbone) == before
+def test_phase_1_leaves_the_backbone_bit_for_bit(model, phase_1, objective):
+    trained, _ = phase_1(objective)
+    assert fingerprint(model.backbone) == fingerprint(random_decoder())
     fresh = SPEC.init(model.architecture, jax.random.key(0))
     assert fingerprint(trained) != fingerprint(fresh)
     trained.check(model.architecture)
@@ -90,16 +113,16 @@ def test_phase_2_leaves_vectors_and_the_given_model_bit_for_bit(model, vectors):
 
 def test_verbs_leave_their_rows_as_they_are(model, vectors):
     rows = [dict(row) for row in CHAT]
-    aligned = align(model, {"all": rows}, training=BRIEF)
+    aligned = align(model, {"all": rows}, task=None, training=BRIEF)
     finetune(aligned, rows, vectors=vectors, training=BRIEF)
-    train_vectors(aligned, rows, SPEC, benign=rows, training=BRIEF)
+    train_vectors(aligned, rows, SPEC, benign=rows, training=dataclasses.replace(STEADY, steps=2))
     assert rows == CHAT
 
 
-def test_the_same_call_gives_the_same_bits_and_another_seed_others(model):
-    one, two = (train_vectors(model, HARMFUL, SPEC, phase1=PLAIN, training=BRIEF) for _ in range(2))
-    other = train_vectors(model, HARMFUL, SPEC, phase1=PLAIN, training=dataclasses.replace(BRIEF, seed=1))
-    assert fingerprint(one) == fingerprint(two) != fingerprint(other)
+def test_the_same_call_gives_the_same_bits_and_another_seed_others(model, vectors):
+    again = train_vectors(model, HARMFUL, SPEC, phase1=PLAIN, training=QUICK)
+    other = train_vectors(model, HARMFUL, SPEC, phase1=PLAIN, training=dataclasses.replace(QUICK, seed=1))
+    assert fingerprint(vectors) == fingerprint(again) != fingerprint(other)
 
 
 def test_a_task_adapter_moves_beside_frozen_vectors(model, vectors):
@@ -143,12 +166,8 @@ def test_fine_tuning_on_explained_rows_hardly_moves_the_backbone(model, vectors)
     assert learned < kept
 
 
-def test_the_kl_keeps_benign_rows_as_they_are(model):
-    strong = Phase1("kl", kl_weight=5.0)
-    free, kept = (
-        train_vectors(model, HARMFUL, SPEC, benign=benign, phase1=phase1, training=QUICK)
-        for benign, phase1 in ((None, Phase1("cross_entropy")), (BENIGN, strong))
-    )
+def test_the_kl_keeps_benign_rows_as_they_are(model, phase_1):
+    (free, _), (kept, _) = phase_1("cross_entropy"), phase_1("kl")
     base, _ = loss_and_gradient(model.backbone, BENIGN)
     shifts = [abs(loss_and_gradient(model.backbone, BENIGN, v)[0] - base) for v in (free, kept)]
     assert shifts[1] < 0.5 * shifts[0]
@@ -156,13 +175,11 @@ def test_the_kl_keeps_benign_rows_as_they_are(model):
     assert harmful[1] < 0.7 * harmful[0]
 
 
-@pytest.mark.parametrize(("inner", "rate"), [("sgd", 1e-3), ("adamw", 1e-5)])
-def test_min_min_alternates_and_lowers_the_harmful_loss(model, inner, rate):
-    phase1 = Phase1("min_min", inner_steps=2, inner_optimizer=inner, inner_learning_rate=rate)
-    losses, on_step = recorder()
-    trained = train_vectors(model, HARMFUL, SPEC, phase1=phase1, training=QUICK, on_step=on_step)
-    assert len(losses) == 3 * QUICK.steps
-    assert all("kl" not in metrics for metrics in losses)
+@pytest.mark.parametrize("objective", ["min_min", pytest.param("min_min adamw", marks=pytest.mark.release)])
+def test_min_min_alternates_and_lowers_the_harmful_loss(model, phase_1, objective):
+    trained, told = phase_1(objective)
+    assert len(told) == 3 * STEADY.steps
+    assert all("kl" not in metrics for metrics in told)
     without, _ = loss_and_gradient(model.backbone, HARMFUL)
     under, _ = loss_and_gradient(model.backbone, HARMFUL, trained)
     assert under < 0.5 * without
@@ -180,15 +197,14 @@ def test_phase_1_ends_early_when_the_loss_is_small_enough(model):
 # Arguments ----------------------------------------------------------------------------------------
 
 
-def test_benign_rows_are_read_by_the_kl_and_required_by_it(model):
-    losses, on_step = recorder()
-    train_vectors(model, HARMFUL, SPEC, benign=BENIGN, training=BRIEF, on_step=on_step)
-    assert all(metrics["kl"] >= 0 for metrics in losses) and losses[-1]["kl"] > 0
+def test_benign_rows_are_read_by_the_kl_and_required_by_it(model, phase_1):
+    _, told = phase_1("kl")
+    assert all(metrics["kl"] >= 0 for metrics in told) and told[-1]["kl"] > 0
     for default in ({}, {"phase1": Phase1("kl")}):
         with pytest.raises(UserError, match="kl objective needs benign rows"):
-            train_vectors(model, HARMFUL, SPEC, training=BRIEF, **default)
+            train_vectors(model, HARMFUL, SPEC, training=QUICK, **default)
     with pytest.raises(UserError, match="reads no benign rows"):
-        train_vectors(model, HARMFUL, SPEC, benign=BENIGN, phase1=PLAIN, training=BRIEF)
+        train_vectors(model, HARMFUL, SPEC, benign=BENIGN, phase1=PLAIN, training=QUICK)
 
 
 def test_kinds_of_rows_are_reported_apart(model):
@@ -224,13 +240,15 @@ def test_a_stopped_phase_goes_on_from_its_checkpoint(model, tmp_path):
         if step == 3:
             raise Stop
 
-    # min-min has the most to remember: the copy, both optimizers' states and whose turn it is.
-    options = {"phase1": Phase1("min_min", inner_steps=1), "training": BRIEF}
+    # min-min has the most to remember: the copy, the optimizers' states and whose turn it is.
+    options = {"phase1": OBJECTIVES["min_min"][0], "training": dataclasses.replace(STEADY, steps=2)}
     whole = train_vectors(model, HARMFUL, SPEC, **options)
-    options["checkpoints"] = Checkpoints(tmp_path, every_seconds=0.0)
     with pytest.raises(Stop):
-        train_vectors(model, HARMFUL, SPEC, on_step=stop, **options)
+        often = Checkpoints(tmp_path, every_seconds=0.0)
+        train_vectors(model, HARMFUL, SPEC, checkpoints=often, on_step=stop, **options)
     steps = []
-    again = train_vectors(model, HARMFUL, SPEC, on_step=lambda s, n, m: steps.append(s), **options)
+    again = train_vectors(
+        model, HARMFUL, SPEC, checkpoints=Checkpoints(tmp_path), on_step=lambda s, n, m: steps.append(s), **options
+    )
     assert fingerprint(again) == fingerprint(whole)
     assert steps[0] > 1

@@ -19,7 +19,8 @@ from secvec_jax.experiments.bench import Cell
 from secvec_jax.experiments.grid import Block, Grid, Plan, grid
 
 ROOT = Path(__file__).parents[2]
-TRAINING = {"lines": 2, "length": 700, "warmup_steps": 0}
+TRAINING = {"lines": 2, "length": 256, "warmup_steps": 0, "remat": "none"}
+"""Lines of one packaged row each."""
 RECIPE = {
     "sizes": {
         **{"align_harmful": 12, "align_benign": 12, "vectors": 8, "keep": 9, "mix_harmful": 8, "mix_benign": 6},
@@ -31,10 +32,11 @@ RECIPE = {
 }
 
 
-def plan(folder: Path, model: Path, *blocks: dict, tables: tuple[dict, ...] = ()) -> str:
+def plan(folder: Path, model: Path, *blocks: dict, tables: tuple[dict, ...] = (), **training: int) -> str:
     path = folder / "grid.yaml"
+    recipe = {name: part | training if name.endswith("_training") else part for name, part in RECIPE.items()}
     path.write_text(
-        yaml.safe_dump({"recipe": RECIPE | {"model": str(model)}, "blocks": list(blocks), "tables": list(tables)})
+        yaml.safe_dump({"recipe": recipe | {"model": str(model)}, "blocks": list(blocks), "tables": list(tables)})
     )
     return str(path)
 
@@ -168,20 +170,27 @@ A_FEW = ["none", "kl", "self-correction", "security vectors", "security vectors 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("everyone", "attacks"),
-    [(A_FEW, ["identity"]), pytest.param(EVERYONE, ["bias", "capitals", "identity"], marks=pytest.mark.release)],
+    ("everyone", "attacked", "attacks", "samples", "length"),
+    [
+        (A_FEW, ["none"], ["identity"], 8, 256),
+        pytest.param(EVERYONE, ["none", "security vectors"], ["bias", "capitals", "identity"], 16, 700,
+                     marks=pytest.mark.release),
+    ],
     ids=["a few", "all"],
-)
-def test_every_defense_runs_and_is_reported(model_folder, tmp_path, monkeypatch, everyone, attacks):
+)  # fmt: skip
+def test_every_defense_runs_and_is_reported(
+    model_folder, tmp_path, monkeypatch, everyone, attacked, attacks, samples, length
+):
     monkeypatch.setattr("jax.clear_caches", lambda: None)  # what a grid of thousands of cells needs costs minutes here
     out = tmp_path / "out"
-    block = {"table": "A", "samples": [16], "poison": [0.5], "epochs": [1], "learning_rate": [1e-3]}
+    block = {"table": "A", "samples": [samples], "poison": [0.5], "epochs": [1], "learning_rate": [1e-3]}
     path = plan(
         tmp_path,
         model_folder,
         block | {"defense": everyone},
-        block | {"defense": ["none", "security vectors"], "attack": attacks},
+        block | {"defense": attacked, "attack": attacks},
         tables=({"name": "A", "columns": ["attack"], "published": ["VACCINE_1"], "pareto": ["task", "refusal"]},),
+        length=length,
     )
     grid(Grid(path, out=str(out)), "python train.py grid")
     records = read(out)
@@ -216,7 +225,7 @@ def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_fold
     path = plan(
         tmp_path,
         model_folder,
-        {"table": "A", "defense": ["none", "replay", "vlguard share=9"], "samples": [16], "epochs": [1]},
+        {"table": "A", "defense": ["none", "replay", "vlguard share=9"], "samples": [8], "epochs": [1]},
         tables=({"name": "A"},),
     )
     grid(Grid(path, out=str(out), part="1/2"), "command")
@@ -224,7 +233,7 @@ def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_fold
     grid(Grid(path, out=str(out), part="2/2"), "command")
     records = {record.cell["defense"]: record for record in read(out)}
     assert len(first) == 2 and len(records) == 3
-    assert "takes 144 safe rows" in records["vlguard share=9"].error and not records["vlguard share=9"].metrics
+    assert "takes 72 safe rows" in records["vlguard share=9"].error and not records["vlguard share=9"].metrics
     assert "failed" in (out / "report.md").read_text()
     failed = next(file for file in (out / "cells").iterdir() if json.loads(file.read_text())["error"])
     stamp = failed.stat().st_mtime_ns
