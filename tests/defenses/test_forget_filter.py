@@ -1,7 +1,6 @@
 """Algorithm 1 of ForgetFilter on a model that memorizes a few rows and is then taught other answers to some of them."""
 
 import collections
-import dataclasses
 import re
 
 import pytest
@@ -45,25 +44,31 @@ def expected_rates(before, after, rows):
 
 
 @pytest.fixture(scope="module")
-def found():
-    return finetune(tiny_model(), {"unsafe": UNSAFE, "task": TASK}, safe=SAFE, phi=0.4, safe_steps=12,
-                    safe_training=CORRECT, max_new_tokens=16, training=MEMORIZE)  # fmt: skip
+def run():
+    """What `finetune` finds, and the models before and after its safe steps."""
+    stages = []
+
+    def recorded(before, after, *rest):
+        stages.extend((before, after))
+        return forgetting_rates(before, after, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forget_filter, "forgetting_rates", recorded)
+        found = finetune(tiny_model(), {"unsafe": UNSAFE, "task": TASK}, safe=SAFE, phi=0.4, safe_steps=12,
+                         safe_training=CORRECT, max_new_tokens=16, training=MEMORIZE)  # fmt: skip
+    return found, stages
 
 
-@pytest.fixture(scope="module")
-def stages():
-    noisy = tune(tiny_model(), {"unsafe": UNSAFE, "task": TASK}, training=MEMORIZE)
-    return noisy, tune(noisy, {"safe": SAFE}, training=dataclasses.replace(CORRECT, steps=12))
-
-
-def test_the_rates_are_how_much_less_is_said_of_each_answer(found, stages):
+def test_the_rates_are_how_much_less_is_said_of_each_answer(run):
+    found, stages = run
     assert list(found.rates) == ["unsafe", "task"]
     for kind, rows in (("unsafe", UNSAFE), ("task", TASK)):
         assert found.rates[kind] == pytest.approx(expected_rates(*stages, rows))
     assert min(found.rates["unsafe"]) > 0.4 >= max(found.rates["task"])
 
 
-def test_what_is_forgotten_is_dropped_and_the_rest_is_learned_from_the_start(found):
+def test_what_is_forgotten_is_dropped_and_the_rest_is_learned_from_the_start(run):
+    found, _ = run
     assert found.kept == {"unsafe": [], "task": TASK}
     again = tune(tiny_model(), {"task": TASK}, training=MEMORIZE)
     assert fingerprint(found.model.backbone) == fingerprint(again.backbone)
