@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from secvec_jax.checks import checked
 from secvec_jax.config import Training, load
 from secvec_jax.errors import UserError
 from secvec_jax.files import LOCK
@@ -13,11 +14,12 @@ from secvec_jax.workspace import run_directory
 from secvec_jax.workspace.run_directory import claim
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     seeds: tuple[int, ...] = (0, 1)
     folder: str | None = None
-    training: Training = dataclasses.field(default_factory=Training)
+    training: Training = Training.base
     overwrite: bool = False
 
 
