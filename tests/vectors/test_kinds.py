@@ -103,8 +103,11 @@ def test_packed_rows_and_decoded_replies_are_those_of_each_row_alone(tiny_model,
     assert together != generate(model, prompts, max_new_tokens=6)
     # Token by token: the cached replies are those of the whole forward pass.
     said = list(prompt_tokens(model.tokenizer, [{"role": "user", "content": prompts[0]}], 100))
-    for _ in range(6):
-        said.append(int(logits(model, np.asarray([said]), guests=(vectors,))[0, -1].argmax()))
+    length = len(said)
+    line = np.zeros((1, length + 6), np.int32)  # of one length, so that one program reads it
+    for end in range(length, length + 6):
+        line[0, :end] = said
+        said.append(int(logits(model, line, guests=(vectors,))[0, end - 1].argmax()))
     reply = model.tokenizer.decode(said[-6:], skip_special_tokens=True)
     assert reply.startswith(together[0]) if together[0] else True
 
@@ -149,15 +152,8 @@ def test_several_vectors_are_active_at_once(tiny_model, logits, tokens):
     prints = [fingerprint(guest) for guest in guests]
     tuned = finetune(model, rows, vectors=guests, training=training)
     assert [fingerprint(guest) for guest in guests] == prints
-
-    # The first step's loss is that of the forward pass with all of them.
-    seen = []
-    finetune(model, rows, vectors=guests, training=training, on_step=lambda step, steps, m: seen.append(m["loss"]))
-    first = dataclasses.replace(training, steps=1)
-    assert fingerprint(finetune(model, rows, vectors=guests[:1], training=first).backbone) != fingerprint(
-        finetune(model, rows, vectors=guests, training=first).backbone
-    )
-    assert fingerprint(tuned.backbone) != fingerprint(model.backbone) and len(seen) == 2
+    under_one = finetune(model, rows, vectors=guests[:1], training=training)
+    assert len({fingerprint(one.backbone) for one in (model, tuned, under_one)}) == 3
 
     suite = Suite(refusals=("I can't",), harmful=["How?"], harmful_targets=rows)
     together = outcomes(model, suite, guests)["harmful_loss"]
@@ -181,11 +177,12 @@ def test_gradients_reach_every_factor(tiny_model, tokens):
             assert (jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0).all()
 
 
-@pytest.mark.parametrize("kind", SPECS)
+# LoRA, and fine-tuning under it: tests/test_sharded.py.
+@pytest.mark.parametrize("kind", ["steering", "prompt", pytest.param("lora", marks=pytest.mark.release)])
 def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, kind):
     tiny = tiny_model("llama")
     training = Training(optimizer="adamw", learning_rate=1e-3, steps=3, lines=8, length=64, warmup_steps=0)
-    rows = random_examples(40, seed=1), random_examples(40, seed=2)
+    rows = random_examples(40, seed=1)
 
     def run():
         model = hub.load(tiny.folder)
@@ -194,8 +191,7 @@ def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, k
         def note(step, steps, metrics):
             losses.append(metrics["loss"])
 
-        vectors = train_vectors(model, rows[0], SPECS[kind], training=training, on_step=note)
-        finetune(model, rows[1], vectors=(vectors, filled(SPECS["lora"], model)), training=training, on_step=note)
+        vectors = train_vectors(model, rows, SPECS[kind], training=training, on_step=note)
         return losses, generate(model, ["What is it?"], vectors, max_new_tokens=4)
 
     alone = run()
