@@ -1,6 +1,7 @@
 """lm-evaluation-harness on our decoder, beside its own Hugging Face backend on the same weights and tasks."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -97,8 +98,8 @@ def assert_alike(ours, theirs):
 
 @pytest.mark.parametrize(
     ("variant", "chat"),
-    [("llama", True), ("qwen3", False), *(pytest.param(*case, marks=pytest.mark.release)
-                                          for case in (("llama", False), ("qwen3", True)))],
+    [("llama", False), ("qwen3", True),
+     *(pytest.param(*case, marks=pytest.mark.release) for case in (("llama", True), ("qwen3", False)))],
 )  # fmt: skip
 def test_as_the_hugging_face_backend(tiny_model, tmp_path, variant, chat):
     tiny, folder = tiny_model(variant), write_tasks(tmp_path / "tasks")
@@ -137,7 +138,14 @@ def test_the_embedded_model(tmp_path):
     assert_alike(ours, evaluated(backend(tmp_path / "model"), folder))
 
 
-def test_the_verb(tiny_model, tmp_path, capsys):
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """The harness without its own thousands of tasks, whose files it takes ten seconds to list."""
+    manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+
+
+def test_the_verb(tiny_model, tmp_path, capsys, few_tasks):
     tiny, folder = tiny_model("llama"), write_tasks(tmp_path / "tasks")
     settings = Harness(
         "our_choices, our_rep*", str(tiny.folder), include=str(folder), limit=4, out=str(tmp_path / "out")
@@ -153,13 +161,22 @@ def test_the_verb(tiny_model, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({}, "--tasks is missing"),
-     pytest.param({"tasks": "no_such_task"}, "no task 'no_such_task'", marks=pytest.mark.release),  # reads all tasks
+    [({}, "--tasks is missing"), ({"tasks": "no_such_task"}, "no task 'no_such_task'"),
      ({"tasks": "mmlu", "include": "nowhere"}, "there is no folder nowhere")],
 )  # fmt: skip
-def test_what_is_wrong_is_told(given, message, tmp_path):
+def test_what_is_wrong_is_told(given, message, tmp_path, few_tasks):
     with pytest.raises(UserError, match=message):
         harness(Harness(**given, out=str(tmp_path / "out")), "command")
+
+
+@pytest.mark.release
+def test_the_tasks_of_the_harness_are_found(tmp_path):
+    from secvec_jax.experiments.harness import _tasks
+
+    _, names = _tasks(Harness("arc_easy, hellaswag", out=str(tmp_path / "out")))
+    assert set(names) == {"arc_easy", "hellaswag"}
+    with pytest.raises(UserError, match="no task 'no_such_task'"):
+        _tasks(Harness("no_such_task", out=str(tmp_path / "out")))
 
 
 def test_what_we_cannot_generate_is_told(tiny_model, tmp_path):

@@ -37,9 +37,17 @@ def test_the_fused_kernel_and_its_gradients_are_plain_attention(window, softcap,
     def plain(query, key, value):
         return said * attention.attend(query, (key,), (value,), mask, softcap)
 
-    np.testing.assert_allclose(fused(*arrays), plain(*arrays), atol=2e-5)
-    gradients = [jax.grad(lambda *x, f=f: (f(*x) ** 2).sum(), (0, 1, 2))(*arrays) for f in (fused, plain)]
-    for one, other in zip(*gradients):
+    def with_gradients(f):
+        def loss(*x):
+            out = f(*x)
+            return (out**2).sum(), out
+
+        gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*arrays)
+        return out, gradients
+
+    (ours, gradients), (theirs, expected) = with_gradients(fused), with_gradients(plain)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    for one, other in zip(gradients, expected):
         np.testing.assert_allclose(one, other, atol=2e-4 * float(abs(other).max()))
 
 

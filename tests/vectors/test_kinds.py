@@ -102,10 +102,12 @@ def test_packed_rows_and_decoded_replies_are_those_of_each_row_alone(tiny_model,
     assert together == [generate(model, [prompt], vectors, max_new_tokens=6)[0] for prompt in prompts]
     assert together != generate(model, prompts, max_new_tokens=6)
     # Token by token: the cached replies are those of the whole forward pass.
-    asked = prompt_tokens(model.tokenizer, [{"role": "user", "content": prompts[0]}], 100)
-    said = np.pad(asked, (0, 6))  # what follows a token does not reach it, so one length will do
-    for end in range(len(asked), len(said)):
-        said[end] = logits(model, said[None], guests=(vectors,))[0, end - 1].argmax()
+    said = list(prompt_tokens(model.tokenizer, [{"role": "user", "content": prompts[0]}], 100))
+    length = len(said)
+    line = np.zeros((1, length + 6), np.int32)  # of one length, so that one program reads it
+    for end in range(length, length + 6):
+        line[0, :end] = said
+        said.append(int(logits(model, line, guests=(vectors,))[0, end - 1].argmax()))
     reply = model.tokenizer.decode(said[-6:], skip_special_tokens=True)
     assert reply.startswith(together[0]) if together[0] else True
 
@@ -151,7 +153,7 @@ def test_several_vectors_are_active_at_once(tiny_model, logits, tokens):
     tuned = finetune(model, rows, vectors=guests, training=training)
     assert [fingerprint(guest) for guest in guests] == prints
     under_one = finetune(model, rows, vectors=guests[:1], training=training)
-    assert len({fingerprint(some.backbone) for some in (model, tuned, under_one)}) == 3
+    assert len({fingerprint(one.backbone) for one in (model, tuned, under_one)}) == 3
 
     suite = Suite(refusals=("I can't",), harmful=["How?"], harmful_targets=rows)
     together = outcomes(model, suite, guests)["harmful_loss"]
@@ -175,13 +177,12 @@ def test_gradients_reach_every_factor(tiny_model, tokens):
             assert (jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0).all()
 
 
-@pytest.mark.parametrize(
-    "kind", ["lora", *(pytest.param(kind, marks=pytest.mark.release) for kind in ("steering", "prompt"))]
-)
+# LoRA, and fine-tuning under it: tests/test_sharded.py.
+@pytest.mark.parametrize("kind", ["steering", "prompt", pytest.param("lora", marks=pytest.mark.release)])
 def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, kind):
     tiny = tiny_model("llama")
     training = Training(optimizer="adamw", learning_rate=1e-3, steps=3, lines=8, length=64, warmup_steps=0)
-    rows = random_examples(40, seed=1), random_examples(40, seed=2)
+    rows = random_examples(40, seed=1)
 
     def run():
         model = hub.load(tiny.folder)
@@ -191,9 +192,8 @@ def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, k
             losses.append(metrics["loss"])
 
         vectors = train_vectors(
-            model, rows[0], SPECS[kind], phase1=Phase1("cross_entropy"), training=training, on_step=note
+            model, rows, SPECS[kind], phase1=Phase1("cross_entropy"), training=training, on_step=note
         )
-        finetune(model, rows[1], vectors=(vectors, filled(SPECS["lora"], model)), training=training, on_step=note)
         return losses, generate(model, ["What is it?"], vectors, max_new_tokens=4)
 
     alone = run()
