@@ -113,8 +113,14 @@ def test_all_batches_of_like_prompts_share_one_program(tiny_model):
     assert generate._write._cache_size() == generate._read._cache_size() == 1
 
 
-@pytest.mark.parametrize("head", [0, 6])
-@pytest.mark.parametrize("variant", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("variant", "head"),
+    [
+        ("llama", 0),
+        ("mistral", 6),
+        *(pytest.param(*case, marks=pytest.mark.release) for case in (("llama", 6), ("mistral", 0))),
+    ],
+)
 def test_cached_is_uncached_with_a_guest(tiny_model, random_vectors, variant, head):
     model = tiny_model(variant).model
     guests = (random_vectors(model, rank=4), random_vectors(model, seed=1, rank=2, targets=("q_proj", "*down*")))
@@ -124,14 +130,17 @@ def test_cached_is_uncached_with_a_guest(tiny_model, random_vectors, variant, he
     assert replies != greedy(model.backbone, prompts), "the guests made no difference"
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [2, *(pytest.param(size, marks=pytest.mark.release) for size in (1, 3))])
 def test_replies_do_not_depend_on_the_batch_size(tiny_model, batch_size):
     backbone = tiny_model("llama").model.backbone
     prompts = _prompts(20, 5, 17, 6, 9, head=3)
     assert greedy(backbone, prompts, batch_size=batch_size) == greedy(backbone, prompts)
 
 
-@pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 5), (16,), (17, 16), (32,)])
+@pytest.mark.parametrize(
+    "lengths",
+    [(1,), (1, 5), (17, 16), *(pytest.param(lengths, marks=pytest.mark.release) for lengths in ((1, 1), (16,), (32,)))],
+)
 def test_short_and_full_prompts(tiny_model, lengths):
     backbone = tiny_model("llama").model.backbone
     prompts = _prompts(*lengths)
@@ -239,7 +248,7 @@ def test_prompts_of_a_like_width_share_one_program(tiny_model):
     assert generate._write._cache_size() == 1
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral"])
+@pytest.mark.parametrize("variant", ["llama", pytest.param("mistral", marks=pytest.mark.release)])
 def test_bfloat16_runs_and_stays_close(tiny_model, variant):
     backbone = tiny_model(variant).model.backbone
     prompts = _prompts(7, 20, 12, head=3)
