@@ -205,7 +205,9 @@ def test_vectors_in_the_weights_are_thin_products(tiny_model, random_vectors, lo
     np.testing.assert_allclose(ours, plain, atol=2e-5 * np.abs(plain).max())
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(
+    "remat", ["full", *(pytest.param(name, marks=pytest.mark.release) for name in ("none", "dots"))]
+)
 def test_gradients_of_weights_and_of_two_guests_are_those_of_thin_products(tiny_model, random_vectors, tokens, remat):
     model = tiny_model("qwen3").model
     guests = (random_vectors(model, rank=3), random_vectors(model, seed=1, rank=2, rslora=True))
