@@ -22,13 +22,13 @@ from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA, random_like
 from tests.toys import example, random_examples, tiny_model
 
-STEPS = 20
-TRAINING = Training(optimizer="adamw", learning_rate=1e-3, lines=8, length=48, steps=STEPS, accumulate=2)
+STEPS = 4
+TRAINING = Training(optimizer="adamw", learning_rate=3e-3, warmup_steps=0, lines=8, length=48, steps=STEPS)
 MIN_MIN = Phase1("min_min", inner_steps=1, inner_learning_rate=1e-2)
 PROMPTS = ["What is the capital of France?", "def add", "dogs", "A security vector says that", "12345 + 67890"]
 
 
-def everything(steps: int = STEPS) -> dict[str, Any]:
+def everything() -> dict[str, Any]:
     """Losses of each step, replies and final scores, on the ambient mesh."""
     told: dict[str, Any] = {}
 
@@ -38,24 +38,23 @@ def everything(steps: int = STEPS) -> dict[str, Any]:
 
     model = Model(mesh.lay(tiny_model().backbone), tiny_model().tokenizer, "tiny")
     harmful, benign, user = (random_examples(count, seed=i, head=5) for i, count in enumerate((40, 60, 90)))
-    training = dataclasses.replace(TRAINING, steps=steps)
-    train = {"benign": benign, "training": training}
-    vectors = train_vectors(model, harmful, LoRA(rank=4), on_step=losses("kl"), **train)
-    train["training"] = dataclasses.replace(training, steps=steps // 2)  # of the vectors; as many of the copy
-    train_vectors(model, harmful, LoRA(rank=4), phase1=MIN_MIN, on_step=losses("min-min"), **train)
-    tuned = finetune(model, {"user": user}, vectors=vectors, training=training, on_step=losses("finetune"))
+    vectors = train_vectors(model, harmful, LoRA(rank=4), benign=benign, training=TRAINING, on_step=losses("kl"))
+    half = dataclasses.replace(TRAINING, steps=STEPS // 2)  # of the vectors; as many of the copy
+    train_vectors(model, harmful, LoRA(rank=4), phase1=MIN_MIN, training=half, on_step=losses("min-min"))
+    twice = dataclasses.replace(TRAINING, accumulate=2)
+    tuned = finetune(model, {"user": user}, vectors=vectors, training=twice, on_step=losses("finetune"))
     task = finetune(
         model,
         {"user": user},
         vectors=random_like(vectors, jax.random.key(3)),
         task=LoRA(rank=2),
-        training=dataclasses.replace(training, steps=3),
+        training=dataclasses.replace(TRAINING, steps=3),
         on_step=losses("task"),
     )
     told["replies"] = generate(tuned, PROMPTS, max_new_tokens=8)
     told["replies with vectors"] = generate(tuned, PROMPTS, vectors, max_new_tokens=8)
     suite = Suite(
-        refusals=[told["replies"][0][:4]],  # one reply is a refusal, and one question is answered
+        refusals=[told["replies"][3][:3]],  # one reply is a refusal, and one question is answered
         harmful=PROMPTS,
         questions=[(prompt, told["replies"][0]) for prompt in PROMPTS],
         harmful_targets=[example([5, 6, 7, *range(8, 8 + i)], [9, 10 + i]) for i in range(11)],

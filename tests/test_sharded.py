@@ -49,7 +49,7 @@ def check(told: dict[str, Any], expected: dict[str, Any]) -> None:
     assert told.keys() == expected.keys()
     largest = 0.0
     for name, values in expected.items():
-        if name.startswith("replies") or name.split()[-1] in ("refusal", "compliance", "exact_match"):
+        if name.startswith("replies") or name.split()[-1] in ("refusal", "compliance", "unclear", "exact_match"):
             assert told[name] == values, name
         else:
             np.testing.assert_allclose(told[name], values, rtol=1e-5, err_msg=name)
@@ -61,7 +61,7 @@ def check(told: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_the_run_tells_enough_to_compare(on_one_device):
     for part in ("kl", "min-min", "finetune"):
         losses = on_one_device[f"losses of {part}"]
-        assert len(losses) == STEPS and losses[-1] < 0.95 * losses[0]
+        assert len(losses) == STEPS and losses[-1] < 0.99 * losses[0]  # a thousand times the tolerance
     assert len(on_one_device["losses of task"]) == 3
     assert len(set(on_one_device["replies"])) > 2
     assert on_one_device["replies"] != on_one_device["replies with vectors"]
@@ -71,7 +71,7 @@ def test_the_run_tells_enough_to_compare(on_one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("shape", [MESHES[1], pytest.param("fsdp=4,tensor=2", marks=pytest.mark.release)])
 def test_eight_devices_compute_what_one_does(on_one_device, shape):
     with jax.set_mesh(make_mesh(**parse(shape))):
         check(everything(), on_one_device)
@@ -87,7 +87,7 @@ def test_two_processes_compute_what_one_does(on_one_device, tmp_path, shape, dev
     check(json.loads(out.read_text()), on_one_device)
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", [MESHES[1], pytest.param(MESHES[0], marks=pytest.mark.release)])
 def test_replies_on_a_mesh_are_those_on_one_device(shape):
     """Five prompts, which no mesh divides, and vectors with an effect."""
     model = tiny_model()
@@ -135,10 +135,10 @@ class Setting(NamedTuple):
     streams: dict[str, Stream]
 
 
-def setting(name: str, architecture: Architecture | None = None, optimizer: Any = None, lines: int = 8) -> Setting:
+def setting(name: str, architecture: Architecture | None = None, optimizer: Any = None) -> Setting:
     decoder = tiny_model().backbone if architecture is None else random_decoder(architecture=architecture)
     params = lay(parameters(decoder, vectors=fresh_vectors(decoder.architecture)))
-    streams = {LEARN: Stream({"harmful": random_examples(40)}, lines, 48, epochs=None)}
+    streams = {LEARN: Stream({"harmful": random_examples(40)}, 8, 48, epochs=None)}
     loss = Objective(("harmful",))
     optimizer = optimizer or make_optimizer(Training("adamw"), STEPS)
     if name == "min-min":
@@ -151,7 +151,7 @@ def setting(name: str, architecture: Architecture | None = None, optimizer: Any 
 
 
 def compiled_after(name: str, first: int, change: Callable[[Any], Any] = lambda trained: trained) -> list[str]:
-    """The programs that a training of six steps compiles after the `first` of them were begun.
+    """The programs that a training of four steps compiles after the `first` of them were begun.
 
     change: what happens to the trained part between two steps.
     """
@@ -164,14 +164,19 @@ def compiled_after(name: str, first: int, change: Callable[[Any], Any] = lambda 
         return trained, *others
 
     with compilations() as names:
-        fit(params, phase, Method(method.init, step), streams, steps=6)
-    assert len(since) == 6 and since[0] > 0, "nothing was heard of any compilation"
+        fit(params, phase, Method(method.init, step), streams, steps=4)
+    assert len(since) == 4 and since[0] > 0, "nothing was heard of any compilation"
     return names[since[first - 1] :]
 
 
 @pytest.mark.parametrize(
     ("name", "first", "shape"),
-    [("phase 1", 1, MESHES[1]), ("phase 2", 1, MESHES[1]), ("min-min", 2, MESHES[1]), ("phase 2", 1, MESHES[0])],
+    [
+        ("phase 2", 1, MESHES[1]),
+        ("min-min", 2, MESHES[1]),
+        pytest.param("phase 1", 1, MESHES[1], marks=pytest.mark.release),
+        pytest.param("phase 2", 1, MESHES[0], marks=pytest.mark.release),
+    ],
 )
 def test_nothing_is_compiled_after_the_first_step(name, first, shape):
     """Of the min-min form the first two steps are programs of their own: the copy's and the vectors'."""
@@ -186,7 +191,7 @@ def test_a_second_compilation_would_be_heard():
         calls.append(None)
         return trained if len(calls) < 2 else jax.device_put(trained, sharding())
 
-    with jax.set_mesh(make_mesh(fsdp=8)):
+    with jax.set_mesh(make_mesh(**parse(MESHES[1]))):
         assert any("step" in name for name in compiled_after("phase 2", 1, whole_from_the_second_step_on))
 
 
@@ -199,7 +204,7 @@ LARGER = Architecture("llama", 512, 96, 320, num_layers=4, num_heads=4, num_kv_h
 @functools.cache
 def compiled(name: str, shape: str, donate: bool = True) -> tuple[Any, Any, Any]:
     """(the compiled step, the trained part and the state that it takes) on a mesh."""
-    with contextlib.nullcontext() if not shape else jax.set_mesh(make_mesh(**parse(shape))):
+    with jax.set_mesh(make_mesh(**parse(shape))):
         params, phase, method, streams = setting(name, LARGER)
         trained, frozen = phase.split(params)
         state = method.init(trained)
@@ -219,7 +224,7 @@ def aliases(program: Any) -> set[int]:
     return set() if found is None else {int(number) for number in re.findall(r": \((\d+), \{\}", found[1])}
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", [MESHES[0], pytest.param(MESHES[1], marks=pytest.mark.release)])
 @pytest.mark.parametrize("name", ["phase 1", "phase 2"])
 def test_every_trained_and_state_buffer_is_given_to_the_step(name, shape):
     program, trained, state = compiled(name, shape)
@@ -229,7 +234,7 @@ def test_every_trained_and_state_buffer_is_given_to_the_step(name, shape):
 
 
 def test_a_step_that_takes_no_buffers_is_told_apart():
-    program, *_ = compiled("phase 2", "fsdp=8", donate=False)
+    program, *_ = compiled("phase 1", "fsdp=8", donate=False)
     assert not aliases(program) and program.memory_analysis().alias_size_in_bytes == 0
 
 
@@ -241,7 +246,7 @@ def last_gradient() -> optax.GradientTransformation:
     )
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", [MESHES[1], pytest.param(MESHES[0], marks=pytest.mark.release)])
 @pytest.mark.parametrize("name", ["phase 1", "phase 2"])
 def test_gradients_lie_where_their_parameters_lie(name, shape):
     with jax.set_mesh(make_mesh(**parse(shape))):
@@ -257,7 +262,7 @@ def test_gradients_lie_where_their_parameters_lie(name, shape):
         assert any(not place.is_fully_replicated for place in places) or (name, shape) == ("phase 1", "fsdp=8")
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", [MESHES[0], pytest.param(MESHES[1], marks=pytest.mark.release)])
 def test_phase_1_costs_one_gradient_on_a_mesh_too(shape):
     first, second = (compiled(name, shape)[0].cost_analysis()["flops"] for name in ("phase 1", "phase 2"))
     assert 0.3 * second < first <= 0.75 * second
@@ -292,8 +297,8 @@ def test_a_stacked_weight_that_is_gathered_whole_is_seen():
 
 def test_fsdp_holds_an_eighth_of_everything_that_is_spread():
     program, trained, state = compiled("phase 2", "fsdp=8")
-    one, *_ = compiled("phase 2", "")
-    share = program.memory_analysis().argument_size_in_bytes / one.memory_analysis().argument_size_in_bytes
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves((trained, state)))
+    share = program.memory_analysis().argument_size_in_bytes / whole
     assert 1 / 8 <= share < 0.15
     for leaf, axes in zip(jax.tree.leaves((trained, state)), axes_of((trained, state)), strict=True):
         if "embed" in axes:
