@@ -40,8 +40,7 @@ def everything() -> dict[str, Any]:
     harmful, benign, user = (random_examples(count, seed=i, head=5) for i, count in enumerate((40, 60, 90)))
     vectors = train_vectors(model, harmful, LoRA(rank=4), benign=benign, training=TRAINING, on_step=losses("kl"))
     half = dataclasses.replace(TRAINING, steps=STEPS // 2)  # of the vectors; as many of the copy
-    few = LoRA(rank=4, targets=("q_proj", "down_proj"))
-    train_vectors(model, harmful, few, phase1=MIN_MIN, training=half, on_step=losses("min-min"))
+    train_vectors(model, harmful, LoRA(rank=4), phase1=MIN_MIN, training=half, on_step=losses("min-min"))
     twice = dataclasses.replace(TRAINING, accumulate=2)
     tuned = finetune(model, {"user": user}, vectors=vectors, training=twice, on_step=losses("finetune"))
     task = finetune(
