@@ -77,7 +77,7 @@ def test_eight_devices_compute_what_one_does(on_one_device, shape):
         check(everything(), on_one_device)
 
 
-@pytest.mark.slow
+@pytest.mark.release  # by default, two processes have the losses of one in tests/training/test_cluster.py
 @pytest.mark.parametrize(("shape", "devices"), [("fsdp=2", 1)])
 def test_two_processes_compute_what_one_does(on_one_device, tmp_path, shape, devices):
     out = tmp_path / "told.json"
