@@ -248,7 +248,7 @@ def check(hint: Any, value: Any, name: str, default: Any = None) -> Any:
     if origin is Literal:
         if not any(value == option and type(value) is type(option) for option in options):
             near = difflib.get_close_matches(str(value).lower(), [str(option).lower() for option in options], n=1)
-            hint_text = f"did you mean {near[0]!r}? " if isinstance(value, str) and near else ""
+            hint_text = f"did you mean {near[0]!r}? " if near else ""
             raise SettingError(name, f" is {value!r}: {hint_text}use one of {', '.join(map(str, options))}")
         return value
     if origin in (types.UnionType, typing.Union):
