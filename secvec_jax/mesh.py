@@ -30,7 +30,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from secvec_jax.arguments import integer
 from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
 from secvec_jax.errors import UserError
 
@@ -116,9 +115,7 @@ def parse(text: str) -> dict[str, int]:
 @checked
 def make_mesh(data: PositiveInt = 1, fsdp: PositiveInt = 1, tensor: PositiveInt = 1, *, devices: Any = None) -> Mesh:
     """The mesh with these axes over all devices. Raises UserError if it does not take exactly all of them."""
-    given = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    sizes = {axis: integer(axis, size, 1) for axis, size in given.items()}
-    data, fsdp, tensor = sizes.values()
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     needed, have = data * fsdp * tensor, len(jax.devices() if devices is None else devices)
     if needed != have:
         text = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "fsdp=1"

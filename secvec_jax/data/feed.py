@@ -23,7 +23,8 @@ class Feed:
 
     def take(self, count: int) -> Batch:
         """The next `count` batches, `[count, B, T]`, B spread over the mesh; empty ones after the stream's end."""
-        parts = [next(self._batches, self._batches.empty()) for _ in range(count)]
+        read = [next(self._batches, None) for _ in range(count)]
+        parts = [self._batches.empty() if batch is None else batch for batch in read]
         local = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
         where = sharding(None, "batch")
         return local if where is None else {key: self._global(array, where) for key, array in local.items()}

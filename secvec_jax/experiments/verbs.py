@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from secvec_jax.arguments import integer
 from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
@@ -357,7 +356,6 @@ class _TrainingRun(Run):
         super().__init__(settings, command)
         self.checkpoints = checkpoints(self.folder / "checkpoints", settings.training)
         self.notes: list[str] = []
-        integer("check_prompts", settings.check_prompts, 0)
 
     @functools.cached_property
     def prompts(self) -> Suite | None:
