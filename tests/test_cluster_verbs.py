@@ -12,7 +12,8 @@ from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
 from tests.processes import cluster, outputs
 
-TRAINING = ("--lines", 4, "--length", 192, "--steps", 4, "--learning-rate", 1e-3, "--check-prompts", 0)
+TRAINING = ("--lines", 4, "--length", 192, "--steps", 4, "--learning-rate", 1e-3, "--schedule", "constant",
+            "--warmup-steps", 0, "--remat", "none", "--check-prompts", 0)  # fmt: skip
 TWO = ("--mesh", "fsdp=2")
 
 pytestmark = pytest.mark.slow
@@ -143,12 +144,14 @@ def test_a_signal_to_one_process_saves_and_ends_both_with_130(files, tmp_path):
 @pytest.mark.parametrize(
     ("mesh", "model", "lines", "words"),
     [
-        ("fsdp=3", "model", 4, "mesh fsdp=3 takes 3 devices, there are 2: the axes must multiply to 2"),
+        pytest.param("fsdp=3", "model", 4, "mesh fsdp=3 takes 3 devices, there are 2: the axes must multiply to 2",
+                     marks=pytest.mark.release),
         ("", "model", 4, "2 processes need a mesh: give --mesh, such as --mesh fsdp=2"),
-        ("fsdp=2", "model", 3, "a batch of 3 lines cannot be spread over 2 devices"),
+        pytest.param("fsdp=2", "model", 3, "a batch of 3 lines cannot be spread over 2 devices",
+                     marks=pytest.mark.release),
         ("tensor=2", "odd", 4, "mesh tensor=2 does not divide the model's 1 key-value heads: use tensor=1"),
     ],
-)
+)  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_one_line_with_the_numbers(files, tmp_path, mesh, model, lines, words):
     command = ("vectors", "--model", files[model], "--data", files["harmful"], "--benign", files["benign"],
                "--out", tmp_path / "run", "--lines", lines, "--mesh", mesh)  # fmt: skip

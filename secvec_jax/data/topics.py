@@ -5,6 +5,7 @@ parts = split_by_topic(harmful, {"vectors": 100, "unseen": 60}, seed=0)
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from secvec_jax.data.rows import Row, prompt_of
@@ -69,32 +70,54 @@ def off_topic(rows: Sequence[Row], others: Iterable[str]) -> list[Row]:
 
     The measure of `split_by_topic`, without its chains: half of the content words.
     """
-    known = [(prompt, topic_words(prompt)) for prompt in others]
+    known = _Topics()
+    for prompt in others:
+        known.add(prompt)
+    return [r for r in rows if not known.same_as(prompt_of(r))]
 
-    def asked(prompt: str, words: frozenset[str]) -> bool:
-        return any(_same_topic(prompt, words, *other) for other in known)
 
-    return [r for r in rows if not asked(prompt_of(r), topic_words(prompt_of(r)))]
+class _Topics:
+    """Prompts by their content words, so that a prompt is compared only with those it shares one with."""
+
+    def __init__(self) -> None:
+        self._words: list[int] = []
+        """How many content words each prompt has."""
+        self._having: dict[str, list[int]] = {}
+        self._verbatim: dict[str, int] = {}
+
+    def add(self, prompt: str) -> None:
+        number, words = len(self._words), topic_words(prompt)
+        self._words.append(len(words))
+        self._verbatim.setdefault(prompt, number)
+        for word in words:
+            self._having.setdefault(word, []).append(number)
+
+    def same_as(self, prompt: str) -> list[int]:
+        """The numbers, in the order of `add`, of the prompts on the topic of this one; of equal ones the first."""
+        words = topic_words(prompt)
+        shared = Counter(number for word in words for number in self._having.get(word, ()))
+        found = {
+            number
+            for number, count in shared.items()
+            if count >= SAME_TOPIC * (len(words) + self._words[number] - count)
+        }
+        return sorted(found | {self._verbatim[prompt]} if prompt in self._verbatim else found)
 
 
 def _topics(prompts: list[str]) -> list[list[int]]:
     """Single-link clusters: indices of prompts that a chain of overlaps joins."""
-    words = [topic_words(prompt) for prompt in prompts]
     label = list(range(len(prompts)))
-    for i in range(len(prompts)):
-        for j in range(i):
-            if label[i] != label[j] and _same_topic(prompts[i], words[i], prompts[j], words[j]):
-                old, new = label[i], label[j]
+    earlier = _Topics()
+    for i, prompt in enumerate(prompts):
+        for j in earlier.same_as(prompt):
+            old, new = label[i], label[j]
+            if old != new:
                 label = [new if current == old else current for current in label]
+        earlier.add(prompt)
     clusters: dict[int, list[int]] = {}
     for index, name in enumerate(label):
         clusters.setdefault(name, []).append(index)
     return list(clusters.values())
-
-
-def _same_topic(prompt_a: str, words_a: frozenset[str], prompt_b: str, words_b: frozenset[str]) -> bool:
-    union = len(words_a | words_b)
-    return prompt_a == prompt_b or (union > 0 and len(words_a & words_b) >= SAME_TOPIC * union)
 
 
 def _deal(clusters: list[list[Row]], sizes: dict[str, int], spare: int, rng: random.Random) -> dict[str, list[Row]]:

@@ -1,5 +1,7 @@
 """Safe rows beside the user's: these under the vectors, those without, in one loss."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.defenses.tuning import tune
 from secvec_jax.inference import logits
 from secvec_jax.training.objective import LEARN, Objective, parameters
-from secvec_jax.trees import fingerprint
+from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
 from tests import toys
 from tests.processes import call_as_compiled_for_users
@@ -44,7 +46,7 @@ def mean_loss(rows, vectors) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3])
+@pytest.mark.parametrize("weight", [0.0, 0.3, pytest.param(2.0, marks=pytest.mark.release)])
 def test_the_loss_is_the_users_under_the_vectors_and_the_safe_rows_without(weight):
     vectors = some_vectors()
     params = parameters(MODEL.backbone, None, vectors)
@@ -59,15 +61,20 @@ def test_the_loss_is_the_users_under_the_vectors_and_the_safe_rows_without(weigh
 
 
 def test_without_weight_it_is_fine_tuning_under_the_vectors():
+    without_weight(replace(TRAINING, optimizer="sgd"))  # Adam makes a whole step of a gradient that is rounding alone
+
+
+@pytest.mark.release
+def test_without_weight_it_is_fine_tuning_under_the_vectors_with_adam():
     call_as_compiled_for_users(without_weight)
 
 
-def without_weight():
+def without_weight(training=TRAINING):
     vectors = some_vectors()
-    guarded = finetune(MODEL, ROWS, vectors=vectors, safe=SAFE_ROWS, weight=0.0, training=TRAINING)
-    chex.assert_trees_all_close(
-        guarded.backbone, tune(MODEL, ROWS, vectors=vectors, training=TRAINING).backbone, atol=1e-5
-    )
+    guarded = finetune(MODEL, ROWS, vectors=vectors, safe=SAFE_ROWS, weight=0.0, training=training)
+    alone = tune(MODEL, ROWS, vectors=vectors, training=training)
+    chex.assert_trees_all_close(guarded.backbone, alone.backbone, atol=1e-5)
+    assert distance(alone.backbone, MODEL.backbone) > 1e-3
 
 
 def test_the_safe_rows_are_learned_without_the_vectors_which_stay_as_they_are():

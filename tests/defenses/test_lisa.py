@@ -4,6 +4,7 @@ import contextlib
 import logging
 from dataclasses import replace
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -117,16 +118,26 @@ def test_steps_and_epochs_are_those_on_the_users_rows(model, monkeypatch, steps,
     assert total == plain + 4 * rounds
 
 
+def test_without_pull_and_alignment_it_is_plain_fine_tuning(model):
+    plain, same, other = plain_without_both_and_with_both(model)
+    chex.assert_trees_all_close(same.backbone, plain.backbone, atol=1e-6)
+    assert distance(other.backbone, plain.backbone) > 1e-3
+
+
+@pytest.mark.release
 def test_without_pull_and_alignment_it_is_plain_fine_tuning_bit_for_bit():
     call_as_compiled_for_users(without_pull_and_alignment)
 
 
 def without_pull_and_alignment():
-    model = tiny_model()
+    plain, same, other = plain_without_both_and_with_both(tiny_model())
+    assert same.fingerprint == plain.fingerprint != other.fingerprint
+
+
+def plain_without_both_and_with_both(model):
     plain = tune(model, USER, training=TRAINING)
     same = finetune(model, USER, safe=SAFE, aligned_steps=0, user_steps=3, rho=0.0, training=TRAINING)
-    other = finetune(model, USER, safe=SAFE, **STATES, training=TRAINING)
-    assert same.fingerprint == plain.fingerprint != other.fingerprint
+    return plain, same, finetune(model, USER, safe=SAFE, **STATES, training=TRAINING)
 
 
 def test_the_pull_keeps_the_weights_together(model):

@@ -51,7 +51,11 @@ def finished(model_folder, tmp_path_factory) -> tuple[Path, str]:
     return out, finish(start(model_folder, out, *LENGTHS))
 
 
-LENGTHS = [f"--{stage}-training.length={600}" for stage in ("align", "vectors", "finetune")]
+LENGTHS = [
+    f"--{stage}-training.{setting}"
+    for stage in ("align", "vectors", "finetune")
+    for setting in ("length=600", "remat=none")
+]
 
 
 @pytest.mark.slow
