@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import quick_shuffle  # noqa: F401 -- sets what its text says
 from tests.toys import VOCABULARY, build_tokenizer
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,

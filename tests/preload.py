@@ -11,5 +11,18 @@ import eval
 import train
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.training import trainer
+from tests import quick_shuffle
 
-__all__ = ["Stream", "datasets", "eval", "grain", "jax", "orbax", "tensorboardX", "train", "trainer", "transformers"]
+__all__ = [
+    "Stream",
+    "datasets",
+    "eval",
+    "grain",
+    "jax",
+    "orbax",
+    "quick_shuffle",
+    "tensorboardX",
+    "train",
+    "trainer",
+    "transformers",
+]
