@@ -1,12 +1,14 @@
 """Small things to train: a random decoder, a model with a tokenizer, random examples."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from secvec_jax.data.chat import Example
+from secvec_jax.inference import logits
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.hub import Model
@@ -83,6 +85,19 @@ def tiny_model() -> Model:
 def example(prompt: list[int], reply: list[int]) -> Example:
     tokens = np.asarray([*prompt, *reply], np.int32)
     return Example(tokens, np.arange(len(tokens)) >= len(prompt))
+
+
+def losses_alone(model: Model, row: Example, vectors: Any = None) -> np.ndarray:
+    """A row's losses at its supervised tokens, by the plain forward pass over that row alone.
+
+    What is behind a token changes nothing for it, so rows are filled up to one length and share a program.
+    """
+    count = len(row.tokens)
+    line = np.zeros((1, -(-count // 96) * 96), np.int32)
+    line[0, :count] = row.tokens
+    log_p = np.asarray(jax.nn.log_softmax(logits(model, line, vectors)))[0, : count - 1]
+    losses = -log_p[np.arange(count - 1), row.tokens[1:]]
+    return losses[row.supervised[1:]]
 
 
 def random_examples(

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,10 +12,9 @@ from secvec_jax.defenses import explained_away as ea
 from secvec_jax.defenses.security_vectors import finetune, train_vectors
 from secvec_jax.defenses.tuning import tune
 from secvec_jax.errors import UserError
-from secvec_jax.inference import logits
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
-from tests.toys import random_examples, tiny_model
+from tests.toys import losses_alone, random_examples, tiny_model
 
 HARMFUL, BENIGN = random_examples(4, seed=1), random_examples(4, seed=2)
 SMALL = {"lines": 1, "length": 64, "warmup_steps": 0, "remat": "none"}
@@ -37,12 +35,8 @@ def vectors(model):
 
 def test_the_score_is_the_loss_without_minus_with_the_vectors(model, vectors):
     for example, score in zip(HARMFUL[:3], ea.scores(model, vectors, HARMFUL[:3])):
-        losses = []
-        for guest in (None, vectors):
-            log_p = jax.nn.log_softmax(logits(model, example.tokens[None], guest))[0, :-1]
-            said = np.asarray(log_p)[np.arange(len(example.tokens) - 1), example.tokens[1:]]
-            losses.append(-said[example.supervised[1:]].mean())
-        assert score == pytest.approx(losses[0] - losses[1], abs=1e-4)
+        off, on = (losses_alone(model, example, guest).mean() for guest in (None, vectors))
+        assert score == pytest.approx(off - on, abs=1e-4)
 
 
 def test_vectors_explain_their_own_rows_and_not_others(model, vectors):

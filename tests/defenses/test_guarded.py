@@ -13,13 +13,12 @@ from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.guarded import finetune, with_safe
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.defenses.tuning import tune
-from secvec_jax.inference import logits
 from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
 from tests import toys
 from tests.processes import call_as_compiled_for_users
-from tests.toys import random_examples
+from tests.toys import losses_alone, random_examples
 
 ROWS, SAFE_ROWS = random_examples(6, seed=1), random_examples(5, seed=2)
 TRAINING = Training(optimizer="adamw", learning_rate=3e-3, steps=8, lines=1, length=64, warmup_steps=0, remat="none",
@@ -37,13 +36,8 @@ def batch_of(rows):
 
 
 def mean_loss(rows, vectors) -> float:
-    """Row by row from the logits of the plain forward pass, over all supervised tokens."""
-    total, count = 0.0, 0
-    for row in rows:
-        log_p = jax.nn.log_softmax(logits(MODEL, row.tokens[None], vectors)[0, :-1])
-        losses = -np.asarray(log_p)[np.arange(len(row.tokens) - 1), row.tokens[1:]]
-        total, count = total + losses[row.supervised[1:]].sum(), count + row.supervised[1:].sum()
-    return total / count
+    """Over all supervised tokens, row by row."""
+    return float(np.concatenate([losses_alone(MODEL, row, vectors) for row in rows]).mean())
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, pytest.param(2.0, marks=pytest.mark.release)])

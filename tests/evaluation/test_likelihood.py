@@ -7,8 +7,8 @@ import pytest
 
 from secvec_jax.data.chat import Example
 from secvec_jax.evaluation.likelihood import mean_losses
-from secvec_jax.inference import logits
 from secvec_jax.vectors.lora import LoRA
+from tests.toys import losses_alone
 
 
 @pytest.mark.parametrize("shared", [0, 6])
@@ -26,10 +26,6 @@ def test_each_row_has_the_mean_loss_of_its_own_supervised_tokens(tiny_model, sha
     ]
     moved = jax.tree.map(lambda leaf: leaf + 0.1, LoRA(rank=2).init(model.architecture, jax.random.key(0)))
     for vectors in (None, moved):
-        expected = []
-        for example in examples:
-            log_p = jax.nn.log_softmax(logits(model, example.tokens[None], vectors))[0, :-1]
-            losses = -np.asarray(log_p)[np.arange(len(example.tokens) - 1), example.tokens[1:]]
-            counted = losses[example.supervised[1:]]
-            expected.append(counted.mean() if len(counted) else 0.0)
+        alone = [losses_alone(model, example, vectors) for example in examples]
+        expected = [losses.mean() if len(losses) else 0.0 for losses in alone]
         chex.assert_trees_all_close(np.array(mean_losses(model, examples, vectors)), np.array(expected), atol=1e-5)
