@@ -70,44 +70,45 @@ def off_topic(rows: Sequence[Row], others: Iterable[str]) -> list[Row]:
 
     The measure of `split_by_topic`, without its chains: half of the content words.
     """
-    known = _Topics()
+    known = _PromptIndex()
     for prompt in others:
         known.add(prompt)
     return [r for r in rows if not known.same_as(prompt_of(r))]
 
 
-class _Topics:
-    """Prompts by their content words, so that a prompt is compared only with those it shares one with."""
+class _PromptIndex:
+    """Prompts indexed by content word, so that a prompt is compared only with those that share a word with it."""
 
     def __init__(self) -> None:
-        self._words: list[int] = []
-        """How many content words each prompt has."""
-        self._having: dict[str, list[int]] = {}
-        self._verbatim: dict[str, int] = {}
+        self._word_counts: list[int] = []
+        self._by_word: dict[str, list[int]] = {}
+        self._by_text: dict[str, int] = {}
 
     def add(self, prompt: str) -> None:
-        number, words = len(self._words), topic_words(prompt)
-        self._words.append(len(words))
-        self._verbatim.setdefault(prompt, number)
+        number, words = len(self._word_counts), topic_words(prompt)
+        self._word_counts.append(len(words))
+        self._by_text.setdefault(prompt, number)
         for word in words:
-            self._having.setdefault(word, []).append(number)
+            self._by_word.setdefault(word, []).append(number)
 
     def same_as(self, prompt: str) -> list[int]:
-        """The numbers, in the order of `add`, of the prompts on the topic of this one; of equal ones the first."""
+        """Which prompts, counted in the order of `add`, are on the topic of this one."""
         words = topic_words(prompt)
-        shared = Counter(number for word in words for number in self._having.get(word, ()))
+        shared = Counter(number for word in words for number in self._by_word.get(word, ()))
         found = {
             number
             for number, count in shared.items()
-            if count >= SAME_TOPIC * (len(words) + self._words[number] - count)
+            if count >= SAME_TOPIC * (len(words) + self._word_counts[number] - count)
         }
-        return sorted(found | {self._verbatim[prompt]} if prompt in self._verbatim else found)
+        if prompt in self._by_text:
+            found.add(self._by_text[prompt])
+        return sorted(found)
 
 
 def _topics(prompts: list[str]) -> list[list[int]]:
     """Single-link clusters: indices of prompts that a chain of overlaps joins."""
     label = list(range(len(prompts)))
-    earlier = _Topics()
+    earlier = _PromptIndex()
     for i, prompt in enumerate(prompts):
         for j in earlier.same_as(prompt):
             old, new = label[i], label[j]

@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from secvec_jax.data.rows import prompt_of, row
 from secvec_jax.data.topics import SAME_TOPIC, off_topic, split_by_topic, topic_words
 
+# No more than a part holds: a topic too large for any part is cut.
 PROMPTS = st.lists(
     st.lists(st.sampled_from("bombs bomb locks lock tax taxes fraud malware write a the how".split()), max_size=5).map(
         lambda words: " ".join(words) or "?"
     ),
-    max_size=12,
+    max_size=10,
 )
 
 
@@ -34,5 +35,4 @@ def test_parts_share_no_topic(prompts):
     parts = split_by_topic(rows, {"one": 10, "two": 10}, seed=0)
     assert [len(part) for part in parts.values()] == [10, 10]
     one, two = ([prompt_of(r) for r in part] for part in parts.values())
-    largest_fits = len(prompts) <= 10  # a topic too large for any part is cut
-    assert not largest_fits or not any(same_topic(a, b) for a in one for b in two)
+    assert not any(same_topic(a, b) for a in one for b in two)

@@ -55,15 +55,17 @@ def test_the_loss_is_the_users_under_the_vectors_and_the_safe_rows_without(weigh
 
 
 def test_without_weight_it_is_fine_tuning_under_the_vectors():
-    without_weight(replace(TRAINING, optimizer="sgd"))  # Adam makes a whole step of a gradient that is rounding alone
+    assert_plain_without_weight(
+        replace(TRAINING, optimizer="sgd")
+    )  # Adam makes a whole step of a gradient that is rounding alone
 
 
 @pytest.mark.release
 def test_without_weight_it_is_fine_tuning_under_the_vectors_with_adam():
-    call_as_compiled_for_users(without_weight)
+    call_as_compiled_for_users(assert_plain_without_weight)
 
 
-def without_weight(training=TRAINING):
+def assert_plain_without_weight(training=TRAINING):
     vectors = some_vectors()
     guarded = finetune(MODEL, ROWS, vectors=vectors, safe=SAFE_ROWS, weight=0.0, training=training)
     alone = tune(MODEL, ROWS, vectors=vectors, training=training)

@@ -126,10 +126,10 @@ def test_without_pull_and_alignment_it_is_plain_fine_tuning(model):
 
 @pytest.mark.release
 def test_without_pull_and_alignment_it_is_plain_fine_tuning_bit_for_bit():
-    call_as_compiled_for_users(without_pull_and_alignment)
+    call_as_compiled_for_users(assert_plain_bit_for_bit)
 
 
-def without_pull_and_alignment():
+def assert_plain_bit_for_bit():
     plain, same, other = plain_without_both_and_with_both(tiny_model())
     assert same.fingerprint == plain.fingerprint != other.fingerprint
 

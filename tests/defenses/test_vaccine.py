@@ -156,6 +156,7 @@ def test_the_accelerated_form_perturbs_one_step_in_tau(tiny_model, batch):
     params = parameters(model.backbone)
     plain, worst = (float(jax.jit(f)(params, batch, totals(batch))[0]) for f in (loss, perturbed(loss, RHO)))
     frozen = {"learning_rate": 1e-12}
+    np.testing.assert_allclose(run(model, batch, vaccine(RHO), 3, **frozen), [worst] * 3, rtol=1e-5)
     seen = run(model, batch, vaccine(RHO, every=3), 5, **frozen)
     np.testing.assert_allclose(seen, [worst, plain, plain, worst, plain], rtol=1e-5)
     # Momentum goes on through both kinds of steps.

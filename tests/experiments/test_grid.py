@@ -203,8 +203,9 @@ def test_every_defense_runs_and_is_reported(
         record.cell["defense"]: record.metrics["drift"][0] for record in records if record.cell["attack"] == "harmful"
     }
     assert drift["none"] > 0 and drift["self-correction"] == drift["none"]
-    assert drift["security vectors safe=0.5"] != drift.get("security vectors", drift["none"])
-    assert drift.get("kl") != drift["none"]
+    trained = ("none", "kl", "security vectors", "security vectors safe=0.5")
+    distances = [drift[name] for name in trained if name in everyone]
+    assert len(set(distances)) == len(distances) > 1, "each trains the model in its own way"
     by_attack = {(r.cell["attack"], r.cell["defense"]): r.metrics for r in records}
     of_its_own = {"bias": "bias", "capitals": "caps_eliciting", "identity": "refusal_persona"}
     assert all(of_its_own[attack] in by_attack[attack, "none"] for attack in attacks)

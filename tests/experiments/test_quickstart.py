@@ -27,6 +27,11 @@ SIZES = [
     *("--align-harmful", "12", "--align-benign", "12", "--vectors", "8", "--keep", "9", "--mix-harmful", "8"),
     *("--mix-benign", "6", "--people", "2", "--people-asked", "2", "--judged", "8", "--judged-benign", "4"),
 ]
+TRAINING = [
+    f"--{stage}-training.{setting}"
+    for stage in ("align", "vectors", "finetune")
+    for setting in ("length=600", "remat=none")
+]
 
 
 def start(folder: Path, out: Path, *more: str) -> Program:
@@ -48,14 +53,7 @@ def model_folder(tiny_model) -> Path:
 @pytest.fixture(scope="module")
 def finished(model_folder, tmp_path_factory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("whole") / "run"
-    return out, finish(start(model_folder, out, *LENGTHS))
-
-
-LENGTHS = [
-    f"--{stage}-training.{setting}"
-    for stage in ("align", "vectors", "finetune")
-    for setting in ("length=600", "remat=none")
-]
+    return out, finish(start(model_folder, out, *TRAINING))
 
 
 @pytest.mark.slow
@@ -84,7 +82,7 @@ def test_a_run_leaves_results_report_plots_and_models(finished):
 def test_a_second_start_does_nothing_again(finished, model_folder):
     out, _ = finished
     before = (out / "metrics.jsonl").read_text()
-    output = finish(start(model_folder, out, *LENGTHS))
+    output = finish(start(model_folder, out, *TRAINING))
     assert output.count("done before") == 7
     assert (out / "metrics.jsonl").read_text() == before
 
@@ -107,7 +105,7 @@ def test_the_three_objectives_are_compared_in_one_report(finished, tmp_path):
 @pytest.mark.slow
 def test_another_config_is_refused(finished, model_folder):
     out, _ = finished
-    process = start(model_folder, out, *LENGTHS, "--seed", "5")
+    process = start(model_folder, out, *TRAINING, "--seed", "5")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "different settings (seed was 0, is now 5)" in errors
@@ -118,7 +116,7 @@ def test_killed_in_a_training_it_ends_as_if_never_killed(finished, model_folder,
     steps = len((finished[0] / "metrics.jsonl").read_text().splitlines())
     killed_at = random.Random(0).randrange(1, steps)
     log = tmp_path / "run/metrics.jsonl"
-    program = start(model_folder, tmp_path / "run", *LENGTHS)
+    program = start(model_folder, tmp_path / "run", *TRAINING)
     while not (log.exists() and len(log.read_text().splitlines()) >= killed_at):
         assert program.poll() is None, program.communicate()
         time.sleep(0.01)
@@ -126,7 +124,7 @@ def test_killed_in_a_training_it_ends_as_if_never_killed(finished, model_folder,
     program.communicate()
     assert program.returncode == -signal.SIGKILL
     assert not (tmp_path / "run/results.json").exists()
-    finish(start(model_folder, tmp_path / "run", *LENGTHS))
+    finish(start(model_folder, tmp_path / "run", *TRAINING))
     assert Results.load(tmp_path / "run").rows == Results.load(finished[0]).rows
 
 
@@ -134,7 +132,7 @@ def test_killed_in_a_training_it_ends_as_if_never_killed(finished, model_folder,
 def test_interrupted_again_and_again_it_ends_as_if_never_interrupted(finished, model_folder, tmp_path):
     out, rng, codes = tmp_path / "run", random.Random(0), []
     for attempt in range(40):
-        process = start(model_folder, out, *LENGTHS)
+        process = start(model_folder, out, *TRAINING)
         try:
             output, _ = process.communicate(timeout=rng.uniform(8, 16) + 2 * attempt)
         except subprocess.TimeoutExpired:
