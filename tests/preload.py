@@ -11,7 +11,7 @@ import eval
 import train
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.training import trainer
-from tests import quick_shuffle
+from tests import quick_shuffle, shared_programs
 
 __all__ = [
     "Stream",
@@ -21,6 +21,7 @@ __all__ = [
     "jax",
     "orbax",
     "quick_shuffle",
+    "shared_programs",
     "tensorboardX",
     "train",
     "trainer",

@@ -7,6 +7,8 @@ standard streams and end, as if it had been started from a shell.
 
 import atexit
 import contextlib
+import importlib
+import io
 import multiprocessing
 import os
 import runpy
@@ -20,6 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from secvec_jax import command_line
 
 ROOT = Path(__file__).parents[1]
 _FORKS = multiprocessing.get_context("forkserver")
@@ -92,6 +98,10 @@ def _run(command: list[str], environment: dict[str, str], out: Any, err: Any) ->
     os.dup2(err.detach(), 2)
     os.chdir(ROOT)
     os.environ |= environment
+    if devices := environment.get("JAX_NUM_CPU_DEVICES"):
+        import jax  # by the fork server, long before
+
+        jax.config.update("jax_num_cpu_devices", int(devices))
     kind, *arguments = command
     code = 0
     try:
@@ -124,6 +134,17 @@ def run(*command: object, timeout: float = 300, **environment: str) -> subproces
     finally:
         program.kill()
     return subprocess.CompletedProcess([str(word) for word in command], program.returncode, out, err)
+
+
+def call(script: str, *arguments: str) -> tuple[int, str, str]:
+    """A verb of train.py or eval.py in this process: its exit code and what it writes, (stdout, stderr)."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", [script, *arguments])
+        code = command_line.main(module.__doc__, module.VERBS)
+    return code, out.getvalue(), err.getvalue()
 
 
 def call_as_compiled_for_users(function: Callable[[], None]) -> None:

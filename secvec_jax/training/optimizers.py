@@ -1,6 +1,7 @@
 """optax optimizers from settings."""
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -17,27 +18,50 @@ def make_optimizer(training: Training, steps: int) -> optax.GradientTransformati
     """The optimizer and its schedule over `steps` steps. What `training` leaves unset is `Training.base`'s.
 
     Weight decay leaves norms and biases alone, as transformers' Trainer does; with sgd it is added to the gradient,
-    after it is clipped, as torch's SGD does.
+    after it is clipped, as torch's SGD does. Equal settings give the same object, so that trainings can share a step:
+    see `step.descent`.
     """
     training = training.over(Training.base)
-    warmup = min(training.warmup_steps, steps - 1)
-    peak, rest = training.learning_rate, max(steps - warmup, 1)
+    return _optimizer(
+        training.optimizer,
+        training.learning_rate,
+        training.schedule,
+        min(training.warmup_steps, steps - 1),
+        steps,
+        training.momentum,
+        training.weight_decay,
+        training.clip,
+    )
+
+
+@lru_cache(maxsize=32)
+def _optimizer(
+    name: str,
+    learning_rate: float,
+    schedule: str,
+    warmup: int,
+    steps: int,
+    momentum: float,
+    weight_decay: float,
+    clip: float,
+) -> optax.GradientTransformation:
+    rest = max(steps - warmup, 1)
     fall = {
-        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=0.1),
-        "linear": optax.linear_schedule(peak, 0.1 * peak, rest),
-        "constant": optax.constant_schedule(peak),
-    }[training.schedule]
+        "cosine": optax.cosine_decay_schedule(learning_rate, rest, alpha=0.1),
+        "linear": optax.linear_schedule(learning_rate, 0.1 * learning_rate, rest),
+        "constant": optax.constant_schedule(learning_rate),
+    }[schedule]
     # The first step already moves: a warm-up from zero would waste it.
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1))
-    schedule = optax.join_schedules([rise, fall], [warmup])
-    if training.optimizer == "sgd":
-        move = optax.sgd(schedule, momentum=training.momentum or None)
-        if training.weight_decay:
-            move = optax.chain(optax.add_decayed_weights(training.weight_decay, decayed), move)
+    rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, max(warmup, 1))
+    rate = optax.join_schedules([rise, fall], [warmup])
+    if name == "sgd":
+        move = optax.sgd(rate, momentum=momentum or None)
+        if weight_decay:
+            move = optax.chain(optax.add_decayed_weights(weight_decay, decayed), move)
     else:
-        mask = decayed if training.weight_decay else None
-        move = optax.adamw(schedule, weight_decay=training.weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(training.clip), move) if training.clip else move
+        mask = decayed if weight_decay else None
+        move = optax.adamw(rate, weight_decay=weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(clip), move) if clip else move
 
 
 def decayed(params: Tree) -> Tree:

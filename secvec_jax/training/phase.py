@@ -5,6 +5,7 @@ labels, so its state exists for the trained part alone. Nothing else in the prog
 """
 
 import dataclasses
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -37,9 +38,20 @@ class Phase:
         return trained, frozen
 
     def optimizer(self, transform: optax.GradientTransformation, params: Tree) -> optax.GradientTransformation:
-        """`transform` for the trained leaves, nothing for the frozen ones."""
-        labels = self.expand(params)
-        return optax.multi_transform({TRAIN: transform, FREEZE: optax.set_to_zero()}, labels)
+        """`transform` for the trained leaves, nothing for the frozen ones.
+
+        The same object for the same transform and labels, so that trainings can share a step: see `step.descent`.
+        """
+        labels, structure = jax.tree.flatten(self.expand(params))
+        return _by_label(transform, tuple(labels), structure)
+
+
+@lru_cache(maxsize=32)
+def _by_label(
+    transform: optax.GradientTransformation, labels: tuple[str, ...], structure: jax.tree_util.PyTreeDef
+) -> optax.GradientTransformation:
+    by_label = {TRAIN: transform, FREEZE: optax.set_to_zero()}
+    return optax.multi_transform(by_label, jax.tree.unflatten(structure, labels))
 
 
 def merge(trained: Tree, frozen: Tree) -> Tree:

@@ -1,7 +1,7 @@
 """The one train step: forward with both trees, gradient and update of the trained part alone."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +47,15 @@ _OPTIONS = {
 
 
 def descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
-    """One gradient step of `optimizer` (see `Phase.optimizer`) on `loss` per batch, jitted: see `moved`."""
+    """One gradient step of `optimizer` (see `Phase.optimizer`) on `loss` per batch, jitted: see `moved`.
+
+    Trainings with equal losses and the same optimizer share the step, and so its compiled programs.
+    """
+    return _descent(loss, optimizer)
+
+
+@lru_cache(maxsize=32)
+def _descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
     return moved(gradient_of(loss), optimizer)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from secvec_jax.evaluation.report import Results
-from tests.processes import Program, run
+from tests.processes import Program, call, run
 
 ROWS = ["base", "aligned", "benign only", "plain", "random control", "security vectors"]
 METRICS = {
@@ -34,8 +35,12 @@ TRAINING = [
 ]
 
 
+def quickstart(folder: Path, out: Path, *more: str) -> list[str]:
+    return ["train.py", "quickstart", "--model", str(folder), "--out", str(out), *SIZES, *more]
+
+
 def start(folder: Path, out: Path, *more: str) -> Program:
-    return Program("train.py", "quickstart", "--model", folder, "--out", out, *SIZES, *more, COLUMNS="200")
+    return Program(*quickstart(folder, out, *more), COLUMNS="200", JAX_NUM_CPU_DEVICES="8")
 
 
 def finish(program: Program) -> str:
@@ -53,7 +58,14 @@ def model_folder(tiny_model) -> Path:
 @pytest.fixture(scope="module")
 def finished(model_folder, tmp_path_factory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("whole") / "run"
-    return out, finish(start(model_folder, out, *TRAINING))
+    return out, done(*quickstart(model_folder, out, *TRAINING))
+
+
+def done(*command: str) -> str:
+    """What a verb prints that ends well; in this process, so that the next one finds its programs compiled."""
+    code, output, errors = call(*command)
+    assert code == 0, output + errors
+    return output
 
 
 @pytest.mark.slow
@@ -82,15 +94,14 @@ def test_a_run_leaves_results_report_plots_and_models(finished):
 def test_a_second_start_does_nothing_again(finished, model_folder):
     out, _ = finished
     before = (out / "metrics.jsonl").read_text()
-    output = finish(start(model_folder, out, *TRAINING))
+    output = done(*quickstart(model_folder, out, *TRAINING))
     assert output.count("done before") == 7
     assert (out / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.slow
 def test_the_three_objectives_are_compared_in_one_report(finished, tmp_path):
-    done = run("train.py", "objectives", "--quickstart", finished[0], "--out", tmp_path / "o", timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done("train.py", "objectives", "--quickstart", str(finished[0]), "--out", str(tmp_path / "o"))
     rows = {row["name"]: row["metrics"] for row in Results.load(tmp_path / "o").rows}
     objectives = ("cross_entropy", "kl", "min_min")
     assert set(rows) == {"aligned", *objectives, *(f"{name}, vectors on" for name in objectives)}
@@ -105,27 +116,36 @@ def test_the_three_objectives_are_compared_in_one_report(finished, tmp_path):
 @pytest.mark.slow
 def test_another_config_is_refused(finished, model_folder):
     out, _ = finished
-    process = start(model_folder, out, *TRAINING, "--seed", "5")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
+    code, _, errors = call(*quickstart(model_folder, out, *TRAINING, "--seed", "5"))
+    assert code == 2
     assert "different settings (seed was 0, is now 5)" in errors
 
 
 @pytest.mark.slow
 def test_killed_in_a_training_it_ends_as_if_never_killed(finished, model_folder, tmp_path):
-    steps = len((finished[0] / "metrics.jsonl").read_text().splitlines())
-    killed_at = random.Random(0).randrange(1, steps)
-    log = tmp_path / "run/metrics.jsonl"
-    program = start(model_folder, tmp_path / "run", *TRAINING)
-    while not (log.exists() and len(log.read_text().splitlines()) >= killed_at):
+    """The run as it is before its last stage, which a process is killed in."""
+    run, last = tmp_path / "run", "security vectors"
+    shutil.copytree(finished[0], run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(finished[0]), str(run)))
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    before = [line for line in lines if json.loads(line)["stage"] != last]
+    log.write_text("".join(before))
+    (run / "results.json").unlink()
+    (run / "stages/security-vectors.json").unlink()
+    shutil.rmtree(run / "model/security-vectors")
+    killed_at = random.Random(0).randrange(len(before) + 1, len(lines))
+    program = start(model_folder, run, *TRAINING)
+    while len(log.read_text().splitlines()) < killed_at:
         assert program.poll() is None, program.communicate()
         time.sleep(0.01)
     program.kill()
     program.communicate()
     assert program.returncode == -signal.SIGKILL
-    assert not (tmp_path / "run/results.json").exists()
-    finish(start(model_folder, tmp_path / "run", *TRAINING))
-    assert Results.load(tmp_path / "run").rows == Results.load(finished[0]).rows
+    assert not (run / "results.json").exists() and not (run / "model/security-vectors").exists()
+    finish(start(model_folder, run, *TRAINING))
+    assert Results.load(run).rows == Results.load(finished[0]).rows
 
 
 @pytest.mark.release
@@ -166,11 +186,6 @@ def test_unknown_keys_and_missing_data_are_told_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_the_verbs_alone_on_the_users_own_model_and_data(model_folder, tmp_path):
-    def do(*arguments: str) -> str:
-        done = run(*arguments, COLUMNS="200")
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
     def write(name: str, rows: list[dict]) -> str:
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -180,24 +195,24 @@ def test_the_verbs_alone_on_the_users_own_model_and_data(model_folder, tmp_path)
     calm = write("calm.jsonl", [{"instruction": f"Name {i}.", "input": "", "output": f"it is {i}"} for i in range(12)])
     small = ("--length", "128", "--steps", "3", "--check-prompts", "0")
     model = ("--model", str(model_folder))
-    do("train.py", "align", *model, "--data", calm, "--out", str(tmp_path / "aligned"), *small)
+    done("train.py", "align", *model, "--data", calm, "--out", str(tmp_path / "aligned"), *small)
     aligned = ("--model", str(tmp_path / "aligned" / "model"))
     out = tmp_path / "v"
-    do("train.py", "vectors", *aligned, "--data", shout, "--benign", calm, "--out", str(out), "--rank", "2", *small)
+    done("train.py", "vectors", *aligned, "--data", shout, "--benign", calm, "--out", str(out), "--rank", "2", *small)
     for vectors in ("security.safetensors", "peft"):
         where = tmp_path / f"tuned-{vectors}"
         arguments = ("--vectors", str(out / "vectors" / vectors), "--data", shout, "--out", str(where))
-        do("train.py", "finetune", *aligned, *arguments, *small)
+        done("train.py", "finetune", *aligned, *arguments, *small)
         assert (where / "model" / "config.json").exists()
     judge = ("--harmful", shout, "--benign", calm, "--questions", calm, "--reply-tokens", "4")
     tuned = ("--model", str(tmp_path / "tuned-peft" / "model"))
-    do("eval.py", "score", *tuned, *judge, "--out", str(tmp_path / "score"))
+    done("eval.py", "score", *tuned, *judge, "--out", str(tmp_path / "score"))
     metrics = Results.load(tmp_path / "score").rows[0]["metrics"]
     assert set(metrics) == METRICS and metrics["refusal"]["n"] == 12
-    assert "tuned-security.safetensors" in do(
+    assert "tuned-security.safetensors" in done(
         "eval.py", "compare", "--runs", str(tmp_path / "tuned-security.safetensors"), str(tmp_path / "score")
     )
-    wrong = run("train.py", "finetune", *model, "--vectors", str(out / "vectors" / "security.safetensors"),
-                "--data", shout, "--out", str(tmp_path / "wrong"), *small)  # fmt: skip
-    assert wrong.returncode == 2 and "another backbone" in wrong.stderr
-    assert not (tmp_path / "wrong" / "model").exists()
+    mine = ("--vectors", str(out / "vectors" / "security.safetensors"))
+    code, _, errors = call("train.py", "finetune", *model, *mine, "--data", shout, "--out", str(tmp_path / "w"), *small)
+    assert code == 2 and "another backbone" in errors
+    assert not (tmp_path / "w" / "model").exists()

@@ -1,5 +1,7 @@
 """A phase moves what it labels, and nothing else exists for the optimizer."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -91,6 +93,23 @@ def test_a_step_changes_every_leaf_of_what_moves_and_no_bit_of_the_rest(params, 
     mask = jax.tree.map(lambda label: label == "train", phase.expand(params))
     chex.assert_trees_all_equal(changed, mask)
     assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer": "sgd"}, {"learning_rate": 2e-3}, {"schedule": "linear"}, {"warmup_steps": 2},
+     {"weight_decay": 0.1}, {"clip": 2.0}, {"optimizer": "sgd", "momentum": 0.5}, {"steps": 11}],
+    ids=str,
+)  # fmt: skip
+def test_only_trainings_of_equal_settings_share_a_step(params, change):
+    def step_of(steps: int = 10, phase: str = "phase 2", objective: Objective = Objective(), **settings: Any):
+        training = Training(**{"learning_rate": 1e-3, "optimizer": "adamw", "clip": 1.0} | settings)
+        return descent(objective, PHASES[phase].optimizer(make_optimizer(training, steps), params))
+
+    assert step_of() is step_of()
+    assert step_of(**change) is not step_of() and step_of(**change) is step_of(**change)
+    others = [step_of(phase=name) for name in PHASES] + [step_of(objective=Objective(kl_weight=0.5))]
+    assert len(set(map(id, others))) == len(others)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
