@@ -70,7 +70,7 @@ def main() -> None:
         for cache in ("dynamic", "static"):
             kept = f"{scratch}/{cache}"
             sides[f"transformers, {cache}"] = Side(rival.decoding, (folder, plain, NEW_TOKENS, cache, kept))
-        found = alternate(sides, arguments.rounds, 1)
+        found = alternate(sides, arguments.rounds, 1, fork=arguments.toy)
         mine, theirs = (
             np.asarray(ast.literal_eval(Path(f"{scratch}/{side}").read_text())) for side in ("ours", "dynamic")
         )

@@ -4,6 +4,7 @@
     python benchmarks/gpu.py --part train-8b-2048 peft-8b-2048         # the same card, the same run
     python benchmarks/gpu.py --table                                   # what was measured, as Markdown
     python benchmarks/gpu.py --toy --json OUT                          # all parts at toy size, on a CPU as well
+    JAX_PLATFORMS=cpu python benchmarks/gpu.py --toy --share --json OUT    # the same, in fewer processes
 
 A part ends within 8 minutes: rows that it has no time left for are skipped, and measured when it is called again. Each
 row has a process of its own, so that no other holds memory, and is written to the JSON file (`--json`) at once. A row
@@ -149,6 +150,14 @@ def started(row: Row | Kernels, attempts: list[Attempt], seconds: float) -> dict
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def here(row: Row | Kernels, attempts: list[Attempt], seconds: float) -> dict[str, Any]:
+    """As `started`, in this process."""
+    try:
+        return child(json.loads(json.dumps(dataclasses.asdict(row) | {"attempts": attempts})))
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
 Start = Callable[[Row | Kernels, list[Attempt], float], dict[str, Any]]
 
 
@@ -205,21 +214,24 @@ def _said(*command: str) -> str | None:
         return None
 
 
-def measure(rows: list[Row | Kernels], file: Path) -> dict[str, Any]:
-    """Measure what the file lacks of these rows; each result is written at once. The file's contents."""
+def measure(rows: list[Row | Kernels], file: Path, share: bool = False) -> dict[str, Any]:
+    """Measure what the file lacks of these rows; each result is written at once. The file's contents.
+
+    share: only the first row of a part has a process of its own.
+    """
     from secvec_jax.files import whole_file
 
     results = json.loads(file.read_text()) if file.exists() else {"environments": [], "rows": {}}
-    here = surroundings()
-    if here not in results["environments"]:
-        results["environments"].append(here)
-    where = {"environment": results["environments"].index(here)}
+    around = surroundings()
+    if around not in results["environments"]:
+        results["environments"].append(around)
+    where = {"environment": results["environments"].index(around)}
     for _, part in itertools.groupby(rows, lambda row: row.part):
         deadline = time.monotonic() + SECONDS
-        for row in part:
+        for number, row in enumerate(part):
             if results["rows"].get(row.key, {}).get("status") == "measured":
                 continue
-            found = measured(row, deadline)
+            found = measured(row, deadline, here if share and number else started)
             results["rows"][row.key] = dataclasses.asdict(row) | found | where
             with whole_file(file) as staging:
                 staging.write_text(json.dumps(results, indent=1) + "\n")
@@ -302,6 +314,9 @@ def main() -> int:
     parts = list(dict.fromkeys(row.part for rows in known.values() for row in rows))
     parser.add_argument("--part", nargs="+", choices=parts, metavar="PART", help=f"these only: {', '.join(parts)}")
     parser.add_argument("--toy", action="store_true", help="a model of 2 layers")
+    parser.add_argument(
+        "--share", action="store_true", help="--toy on a CPU, quicker: a part's rows but the first share this process"
+    )
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the results are kept")
     parser.add_argument("--table", action="store_true", help="only print the tables")
     parser.add_argument("--row", help="measure this row, JSON, in this process: what the command does by itself")
@@ -313,8 +328,10 @@ def main() -> int:
         print(table(json.loads(options.json.read_text())))
         return 0
     chosen = options.part or {row.part for row in known[options.toy]}
+    if options.share and not (options.toy and os.environ.get("JAX_PLATFORMS") == "cpu"):
+        parser.error("--share is for --toy under JAX_PLATFORMS=cpu: rows on a GPU must not hold each other's memory")
     rows = [row for some in known.values() for row in some if row.part in chosen]
-    found = measure(rows, options.json)["rows"]
+    found = measure(rows, options.json, options.share)["rows"]
     return 0 if any(found[row.key]["status"] == "measured" for row in rows) else 1
 
 

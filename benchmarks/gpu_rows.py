@@ -204,7 +204,7 @@ def run(row: Row, plan: Planned) -> dict[str, Any]:
         jax.block_until_ready((trained, state))
         losses.append(float(metrics["loss"]))
 
-    times = timed(step)
+    times = timed(step, LEAST if row["model"] == "toy" else MOST)
     stats = device.memory_stats()
     return account(row, work(row["kind"], batch), times, device.device_kind) | {
         "losses": losses,
@@ -280,7 +280,7 @@ def rival(row: Row, lines: int, remat: str) -> dict[str, Any]:
     begin = time.perf_counter()
     step()
     first = time.perf_counter() - begin
-    times = timed(step)
+    times = timed(step, LEAST if row["model"] == "toy" else MOST)
     device = torch.cuda.get_device_name() if cuda else "cpu"
     return account(row, [Work(lines * row["length"], 0, full=not lora)], times, device) | {
         "losses": losses,

@@ -3,7 +3,7 @@
     python benchmarks/growth.py --json FILE                 # all parts, under ten minutes on two cores
     python benchmarks/growth.py --json FILE --part layers   # one part; the others that FILE holds stay
     python benchmarks/growth.py --json FILE --table         # writes nothing: prints the tables of FILE
-    python benchmarks/growth.py --json FILE --toy           # the two smallest points of every part: does it run?
+    python benchmarks/growth.py --json FILE --toy           # the smallest points of a narrow model: does it run?
 
 A point is the true train step on a small Llama of random weights, fed by the true pipeline. Its seconds are the median
 of several steps after a first one; compiling is told apart. Its memory is the compiler's own account of the program:
@@ -51,6 +51,7 @@ MODEL = Architecture(
     head_dim=128,
     max_length=8192,
 )
+TOY = dataclasses.replace(MODEL, vocab_size=512, hidden_size=32, intermediate_size=64, head_dim=16)
 ROW = (64, 128)
 """The shortest and the longest row of a packed line, in tokens; the reply is its second half."""
 SECONDS, LEAST, MOST = 2.0, 3, 9
@@ -121,9 +122,9 @@ PARTS = {
 }
 
 
-def random_parameters(point: Point) -> Params:
+def random_parameters(point: Point, model: Architecture) -> Params:
     """A decoder and vectors of random weights; both of a vector's factors, so that none of its work can be dropped."""
-    architecture = dataclasses.replace(MODEL, num_layers=point.layers)
+    architecture = dataclasses.replace(model, num_layers=point.layers)
     decoder = jax.jit(lambda: Decoder(architecture, nnx.Rngs(0)))()
     keys = jax.random.split(jax.random.key(0), max(point.vectors, 1))
     fresh = [LoRA(rank=point.rank).init(architecture, key) for key in keys[: point.vectors]]
@@ -132,32 +133,32 @@ def random_parameters(point: Point) -> Params:
     return parameters(decoder, vectors=vectors)
 
 
-def random_batch(point: Point) -> dict:
+def random_batch(point: Point, vocabulary: int) -> dict:
     """A batch out of the pipeline, of rows enough to fill it twice."""
     rng = np.random.default_rng(0)
     shortest, longest = (point.length, point.length) if point.whole else ROW
     rows = []
     for size in rng.integers(shortest, longest + 1, 4 + 2 * point.lines * point.length // shortest):
-        tokens = rng.integers(1, MODEL.vocab_size, size + 1).astype(np.int32)
+        tokens = rng.integers(1, vocabulary, size + 1).astype(np.int32)
         rows.append(Example(tokens, np.arange(size + 1) > size // 2))
     return Feed(Stream({"all": rows}, point.lines, point.length, epochs=None)).take(1)
 
 
-def measured(point: Point) -> dict:
-    """Seconds and bytes of a point's step, and the tokens of rows in its batch."""
-    params = random_parameters(point)
+def measured(point: Point, model: Architecture = MODEL, clock: float = SECONDS) -> dict:
+    """Seconds and bytes of a point's step, and the tokens of rows in its batch. clock: in place of `SECONDS`."""
+    params = random_parameters(point, model)
     training = dataclasses.replace(PHASE1 if point.trained else PHASE2, lines=point.lines, length=point.length)
     if point.trained:
         phase, method = phase1_method(params, Phase1("cross_entropy"), training, 100)
     else:
         phase, method = phase2_method(params, ("all",), training, 100)
     trained, frozen = phase.split(params)
-    state, batch = method.init(trained), {LEARN: random_batch(point)}
+    state, batch = method.init(trained), {LEARN: random_batch(point, model.vocab_size)}
     start = time.monotonic()
     step = method.step.lower(trained, state, frozen, batch).compile()
     compiling = time.monotonic() - start
     seconds: list[float] = []
-    while len(seconds) <= LEAST or (len(seconds) <= MOST and sum(seconds) < SECONDS):
+    while len(seconds) <= LEAST or (len(seconds) <= MOST and sum(seconds) < clock):
         start = time.monotonic()
         trained, state, metrics = step(trained, state, frozen, batch)
         jax.block_until_ready((trained, state, metrics))
@@ -173,13 +174,19 @@ def measured(point: Point) -> dict:
 
 
 def fits(sizes: list[int], values: list[float]) -> dict[str, float]:
-    """The exponent of a power law over the larger half of the points; a line over all, `each * size + start`, and the
-    largest deviation from it, as a share of the value."""
-    upper = [(size, value) for size, value in zip(sizes, values)][len(sizes) // 2 :]
+    """The exponent of a power law over the larger half of the points, two at least; a line over all,
+    `each * size + start`, and the largest deviation from it, as a share of the value. Only the smallest size may be 0,
+    and only of three or more."""
+    upper = list(zip(sizes, values))[min(len(sizes) // 2, len(sizes) - 2) :]
     exponent = np.polyfit(*np.log(np.array(upper).T), 1)[0]
     each, start = np.polyfit(sizes, values, 1)
     deviation = max(abs(value - each * size - start) / value for size, value in zip(sizes, values))
     return {"exponent": exponent, "each": each, "start": start, "deviation": deviation}
+
+
+def smallest(part: Part) -> Part:
+    """Its first points, two of them above 0, as a power law wants them."""
+    return dataclasses.replace(part, sizes=part.sizes[: 2 if part.sizes[0] else 3])
 
 
 def run_part(part: Part, measure: Callable[[Point], dict]) -> dict:
@@ -227,15 +234,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where the results are, or will be")
     parser.add_argument("--part", choices=PARTS, help="measure this part alone")
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
-    parser.add_argument("--toy", action="store_true", help="the two smallest points of every part: does it run?")
+    parser.add_argument("--toy", action="store_true", help="the smallest points of a narrow model: does it run?")
     options = parser.parse_args()
-    known = {name: dataclasses.replace(part, sizes=part.sizes[:2]) if options.toy else part
-             for name, part in PARTS.items()}  # fmt: skip
+    known = {name: smallest(part) if options.toy else part for name, part in PARTS.items()}
     found = json.loads(options.json.read_text()) if options.json.exists() else {}
     if not options.table:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
-        measure = functools.cache(measured)  # parts share points
+        chosen = {"model": TOY, "clock": 0.0} if options.toy else {}
+        measure = functools.cache(functools.partial(measured, **chosen))  # parts share points
         for name in [options.part] if options.part else PARTS:
             print(f"{name}: {known[name].title}", flush=True)
             found = {key: found.get(key) for key in PARTS} | {name: run_part(known[name], measure)}

@@ -62,7 +62,8 @@ def new_cache(folder: Path) -> Path:
 
 def run(command: Sequence[str], cache: Path, out: Path, told: Path | None = None) -> dict[str, float]:
     """The seconds from the start of a process to its first step and to its end. told: where its stderr goes."""
-    environment = os.environ | {"SECVEC_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"SECVEC_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     log = out / "metrics.jsonl"
     with (told or out.with_suffix(".log")).open("w") as stderr:

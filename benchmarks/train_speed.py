@@ -41,7 +41,7 @@ from secvec_jax.vectors.lora import LoRA, random_like
 from secvec_jax.vectors.peft import load_peft, save_peft
 
 PIECES = 3
-"""Optimizer steps in a turn, each on a batch of its own."""
+"""Optimizer steps in a turn, each on a batch of its own; of a toy, one."""
 
 RECIPE = Recipe()
 TASK = LoRA(rank=8, alpha=16.0)
@@ -86,11 +86,11 @@ def ours(
     return {"losses": losses[: len(batches)], "shapes": shapes, "trained": moved}, step
 
 
-def packed(examples: Sequence[Example], training: Training, stream: str = LEARN) -> list[dict[str, Batch]]:
-    """The first batches that training on the examples takes."""
+def packed(examples: Sequence[Example], training: Training, pieces: int, stream: str = LEARN) -> list[dict[str, Batch]]:
+    """The first batches that training on the examples takes, so many."""
     share = training.share_beginnings is not False
     source = Stream({"all": examples}, training.lines, training.length, training.seed, None, share)
-    return [{stream: batch} for batch in itertools.islice(source.batches(), PIECES)]
+    return [{stream: batch} for batch in itertools.islice(source.batches(), pieces)]
 
 
 def rows_of(batch: Batch) -> list[rival.Row]:
@@ -108,11 +108,11 @@ def rows_of(batch: Batch) -> list[rival.Row]:
     return rows
 
 
-def windows(examples: Sequence[Example], rows: int, length: int) -> list[dict[str, Batch]]:
+def windows(examples: Sequence[Example], rows: int, length: int, pieces: int) -> list[dict[str, Batch]]:
     """Batches `[rows, length]` without padding or packing, cut from the examples' text; every token is learned."""
     text = np.concatenate([example.tokens for example in examples])
     batches = []
-    for start in range(PIECES):
+    for start in range(pieces):
         cut = text[start * rows * (length + 1) : (start + 1) * rows * (length + 1)].reshape(rows, length + 1)
         ones = np.ones((rows, length), np.int32)
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
@@ -132,15 +132,15 @@ def check_rows(batches: Sequence[dict[str, Batch]], examples: Sequence[Example])
     return found
 
 
-def parts(materials: Materials, folder: str, adapter: str) -> dict[str, dict[str, Side]]:
+def parts(materials: Materials, folder: str, adapter: str, pieces: int) -> dict[str, dict[str, Side]]:
     """What is timed beside what."""
     mix = [example for rows in materials.mix.values() for example in rows]
-    batches, harmful = packed(mix, FULL), packed(materials.vectors, PHASE1_TRAINING)
+    batches, harmful = packed(mix, FULL, pieces), packed(materials.vectors, PHASE1_TRAINING, pieces)
     half = dataclasses.replace(PHASE1_TRAINING, lines=PHASE1_TRAINING.lines // 2)
-    kept = [learn | keep for learn, keep in zip(harmful, packed(materials.keep, half, KEEP))]
-    cut = windows(mix, 8, 64)
+    kept = [learn | keep for learn, keep in zip(harmful, packed(materials.keep, half, pieces, KEEP))]
+    cut = windows(mix, 8, 64, pieces)
     unshared = dataclasses.replace(FULL, share_beginnings=False)  # Vaccine perturbs each row's own tokens
-    own = packed(mix, unshared)
+    own = packed(mix, unshared, pieces)
 
     def mine(batches, kind, training=FULL, under=None) -> Side:
         return Side(ours, (folder, under, batches, kind, training))
@@ -148,7 +148,7 @@ def parts(materials: Materials, folder: str, adapter: str) -> dict[str, dict[str
     def theirs(rows, rank, under=None) -> Side:
         return Side(rival.training, (folder, under, rows, rank, TASK.alpha, 1e-6))
 
-    large = packed(mix, dataclasses.replace(FULL, lines=4 * FULL.lines))
+    large = packed(mix, dataclasses.replace(FULL, lines=4 * FULL.lines), pieces)
     learned, shown = check_rows(batches, mix), check_rows(harmful, materials.vectors)
     lora = dataclasses.replace(PHASE1_TRAINING, share_beginnings=False)
     return {
@@ -228,11 +228,12 @@ def main() -> None:
         save_peft(random_like(ones, jax.random.key(2)), adapter, model)
         materials = gather(model, sizes, RECIPE.finetune_training, RECIPE.seed)
         del model, shape, ones
-        chosen = parts(materials, folder, adapter)
+        pieces = 1 if arguments.toy else PIECES
+        chosen = parts(materials, folder, adapter, pieces)
         found: dict[str, Times] = {}
         for name in [arguments.part] if arguments.part else chosen:
-            found |= alternate(chosen[name], arguments.rounds, PIECES)
-            results = summary(found, chosen)
+            found |= alternate(chosen[name], arguments.rounds, pieces, fork=arguments.toy)
+            results = summary(found, chosen, pieces)
             with whole_file(arguments.json) as staging:
                 staging.write_text(json.dumps(results, indent=1))
     for name, side in results["sides"].items():
@@ -241,10 +242,10 @@ def main() -> None:
         print(f"{name:26} {value['median']:6.3f}  [{value['least']:.3f}, {value['largest']:.3f}]  n={value['n']}")
 
 
-def summary(found: dict[str, Times], chosen: dict[str, dict[str, Side]]) -> dict[str, Any]:
+def summary(found: dict[str, Times], chosen: dict[str, dict[str, Side]], pieces: int) -> dict[str, Any]:
     """The results of the parts that have ended, as they are written. Raises RuntimeError where the losses differ."""
     useful = {
-        name: sum(len(tokens) for rows in side.arguments[2] for tokens, _ in rows) / PIECES
+        name: sum(len(tokens) for rows in side.arguments[2] for tokens, _ in rows) / pieces
         for sides in chosen.values() for name, side in sides.items() if name.endswith("PEFT")
     }  # fmt: skip
     ratios = {name: ratio(found[a], found[b]) for name, (a, b) in RATIOS.items() if a in found}
@@ -258,7 +259,7 @@ def summary(found: dict[str, Times], chosen: dict[str, dict[str, Side]]) -> dict
         "ranges": ratios,
         "largest difference of losses": check_losses(found),
         "useful tokens per step": useful,
-        "sides": {name: times.as_dict(PIECES) for name, times in found.items()},
+        "sides": {name: times.as_dict(pieces) for name, times in found.items()},
     }
 
 

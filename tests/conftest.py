@@ -133,10 +133,10 @@ def build_hf_model(seed: int = 0, **config: Any):
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Drops compiled programs when half of the memory maps that Linux grants a process are taken: each holds some."""
+    """Drops compiled programs, which hold memory maps, when three quarters of those that Linux grants are taken."""
     yield
     maps, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
-    if maps.exists() and maps.read_bytes().count(b"\n") > int(limit.read_text()) // 2:
+    if maps.exists() and maps.read_bytes().count(b"\n") > int(limit.read_text()) * 3 // 4:
         jax.clear_caches()
         gc.collect()
 
