@@ -131,6 +131,12 @@ def build_hf_model(seed: int = 0, **config: Any):
     return hf
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """No workers where one file is tested: all of it would go to one of them."""
+    files = {str(argument).partition("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else None
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Drops compiled programs, which hold memory maps, when three quarters of those that Linux grants are taken."""
