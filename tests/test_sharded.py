@@ -155,7 +155,8 @@ def compiled_after(name: str, first: int, change: Callable[[Any], Any] = lambda 
 
     change: what happens to the trained part between two steps.
     """
-    params, phase, method, streams = setting(name)
+    fresh = optax.chain(make_optimizer(Training("adamw"), STEPS))  # or the step would be that of an earlier test
+    params, phase, method, streams = setting(name, optimizer=fresh)
     since: list[int] = []
 
     def step(trained, state, frozen, batch):
