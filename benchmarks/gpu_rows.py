@@ -29,9 +29,9 @@ from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.hf_config import from_hf_config
+from secvec_jax.planning.plan import Work, program_bytes
 from secvec_jax.training.objective import KEEP, LEARN, Params, parameters
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.plan import Work, program_bytes
 from secvec_jax.training.step import Method
 from secvec_jax.vectors.lora import LoRA
 

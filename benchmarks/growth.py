@@ -36,8 +36,8 @@ from secvec_jax.experiments.stages import devices
 from secvec_jax.files import whole_file
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
+from secvec_jax.planning.plan import program_bytes
 from secvec_jax.training.objective import LEARN, Params, parameters
-from secvec_jax.training.plan import program_bytes
 from secvec_jax.vectors.lora import LoRA
 
 MODEL = Architecture(

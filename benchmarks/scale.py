@@ -19,7 +19,7 @@ from secvec_jax.experiments.planning import Planned, compiled
 from secvec_jax.files import whole_file
 from secvec_jax.mesh import shards
 from secvec_jax.model.hub import check_mesh, load_architecture
-from secvec_jax.training.plan import TooLarge, topology_mesh
+from secvec_jax.planning.plan import TooLarge, topology_mesh
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "docs" / "scale.json", ROOT / "docs" / "scale.md"

@@ -17,8 +17,8 @@ from secvec_jax.mesh import shards
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Remat, abstract_decoder
 from secvec_jax.model.hub import check_mesh, load_architecture
+from secvec_jax.planning.plan import Plan, TooLarge, plan, topology_mesh
 from secvec_jax.training.objective import KEEP, LEARN, parameters
-from secvec_jax.training.plan import Plan, TooLarge, plan, topology_mesh
 from secvec_jax.vectors.lora import LoRA
 
 REMATS = get_args(Remat)

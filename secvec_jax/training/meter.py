@@ -15,20 +15,10 @@ import jax.numpy as jnp
 from secvec_jax.batch import Batch
 from secvec_jax.mesh import lay
 from secvec_jax.model.architecture import Architecture
+from secvec_jax.model.flops import PEAK_FLOPS, forward_flops, training_flops
 from secvec_jax.training.objective import KEEP
-from secvec_jax.training.plan import multiplied
 from secvec_jax.training.step import Method, Metrics
-from secvec_jax.training.torus import CHIPS
 from secvec_jax.trees import Tree
-
-PEAKS = {kind: chip.peak for kind, chip in CHIPS.items()} | {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-}
-"""Published dense bf16 FLOPs per second, by JAX's name of the device."""
 
 
 def metered(method: Method, architecture: Architecture, full: bool) -> Method:
@@ -44,23 +34,19 @@ def metered(method: Method, architecture: Architecture, full: bool) -> Method:
 
 @partial(jax.jit, static_argnames=("architecture", "full"))
 def counted(batch: dict[str, Batch], architecture: Architecture, full: bool) -> Metrics:
-    """`tokens` of all streams, padding left out, and the `flops` of one plain step on them.
+    """`tokens` of all streams, padding left out, and the model `flops` of one plain step on them: see `model.flops`.
 
-    6N+3a per token where the backbone's weights are trained (full), 4N+3a where they are frozen; 2N+a more for each
-    token to keep. N: the parameters that a token is multiplied with. a: 4 d L for each token that it may see within its
-    own row, d = heads x head_dim. What remat computes again is not counted, nor are vectors, adapters, or the further
-    passes of a defense.
+    full: whether the backbone's weights are trained.
     """
-    a, n = architecture, multiplied(architecture)
     tokens = flops = jnp.float32(0)
     for stream, part in batch.items():
         real = part["segments"] != 0
         count = real.sum(dtype=jnp.float32)
-        attention = 4.0 * a.num_heads * a.head_dim * a.num_layers * jnp.sum((part["positions"] + 1.0) * real)
+        visible = jnp.sum((part["positions"] + 1.0) * real)
         tokens += count
-        flops += (6.0 if full else 4.0) * n * count + 3 * attention
+        flops += training_flops(architecture, count, visible, full)
         if stream == KEEP:
-            flops += 2.0 * n * count + attention
+            flops += forward_flops(architecture, count, visible)
     return lay({"tokens": tokens, "flops": flops})
 
 
@@ -70,7 +56,7 @@ class Pace:
     def __init__(self) -> None:
         self._last: float | None = None
         kinds = {device.device_kind for device in jax.devices()}
-        self._peak = PEAKS.get(kinds.pop(), 0.0) * jax.device_count() if len(kinds) == 1 else 0.0
+        self._peak = PEAK_FLOPS.get(kinds.pop(), 0.0) * jax.device_count() if len(kinds) == 1 else 0.0
 
     def of(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """`memory_gib` (of the fullest device, or of the process on a CPU); from the second step on also `seconds`,

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from secvec_jax.experiments import planning
 from secvec_jax.experiments.planning import REMATS, Planned
-from secvec_jax.training.plan import Plan, TooLarge
-from secvec_jax.training.schedule import Account
-from secvec_jax.training.torus import CHIPS
+from secvec_jax.planning.plan import Plan, TooLarge
+from secvec_jax.planning.schedule import Account
+from secvec_jax.planning.torus import CHIPS
 from tests.toys import ARCHITECTURE
 
 CHIP, PARTS, LENGTH = CHIPS["TPU v5 lite"], 4, 2048

@@ -93,7 +93,7 @@ def test_frozen_weights_cost_two_thirds_and_a_task_adapter_freezes_them():
 def test_pace_is_work_over_time(monkeypatch):
     clock = iter([10.0, 12.0, 12.5])
     monkeypatch.setattr(meter.time, "monotonic", lambda: next(clock))
-    monkeypatch.setitem(meter.PEAKS, jax.devices()[0].device_kind, 1000.0)
+    monkeypatch.setitem(meter.PEAK_FLOPS, jax.devices()[0].device_kind, 1000.0)
     pace = Pace()
     first = pace.of({"tokens": 100.0, "flops": 4000.0})
     assert set(first) == {"memory_gib"} and first["memory_gib"] > 0.01, "the first step's time is its compilation's"

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from secvec_jax.training.hlo import Op
+from secvec_jax.model.flops import PEAK_FLOPS
+from secvec_jax.planning.hlo import Op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Chip:
 
 
 CHIPS = {
-    "TPU v4": Chip("v4", 275e12, 32 << 30, 1228e9, 2400e9 / 8, links=6, ring=4, clock=1.05e9),
-    "TPU v5 lite": Chip("v5e", 197e12, 16 << 30, 819e9, 1600e9 / 8, links=4, ring=16, clock=1.5e9),
-    "TPU v5": Chip("v5p", 459e12, 95 << 30, 2765e9, 4800e9 / 8, links=6, ring=4, clock=1.75e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 32 << 30, 1640e9, 3584e9 / 8, links=4, ring=16, clock=1.75e9),
+    "TPU v4": Chip("v4", PEAK_FLOPS["TPU v4"], 32 << 30, 1228e9, 2400e9 / 8, links=6, ring=4, clock=1.05e9),
+    "TPU v5 lite": Chip("v5e", PEAK_FLOPS["TPU v5 lite"], 16 << 30, 819e9, 1600e9 / 8, links=4, ring=16, clock=1.5e9),
+    "TPU v5": Chip("v5p", PEAK_FLOPS["TPU v5"], 95 << 30, 2765e9, 4800e9 / 8, links=6, ring=4, clock=1.75e9),
+    "TPU v6 lite": Chip("v6e", PEAK_FLOPS["TPU v6 lite"], 32 << 30, 1640e9, 3584e9 / 8, links=4, ring=16, clock=1.75e9),
 }
 """By `device_kind`. One device is one chip; a v4 topology has two to a chip without `chip_config_name="megacore"`."""
 

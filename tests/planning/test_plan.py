@@ -11,8 +11,9 @@ import pytest
 
 from secvec_jax.errors import UserError
 from secvec_jax.model.decoder import abstract_decoder
+from secvec_jax.model.flops import matmul_parameters
 from secvec_jax.model.hub import load_architecture
-from secvec_jax.training.plan import Work, multiplied, topology_mesh
+from secvec_jax.planning.plan import Work, topology_mesh
 from tests.processes import run
 from tests.toys import ARCHITECTURE
 
@@ -38,7 +39,7 @@ def test_flops_are_those_of_the_formula(full, keep, expected):
     a, length = ARCHITECTURE, 64
     work = Work(learn=1000, keep=keep, full=full)
     attention = 2 * length * a.hidden_size * a.num_layers
-    assert work.flops(a, length) == 1000 * (expected * multiplied(a) + 3 * attention)
+    assert work.flops(a, length) == 1000 * (expected * matmul_parameters(a) + 3 * attention)
     assert work.formula.startswith(f"{expected}N+3a")
 
 
@@ -46,7 +47,7 @@ def test_rows_to_keep_are_read_once_more_without_vectors():
     a, length = ARCHITECTURE, 64
     with_keep, without = (Work(1000, keep, False).flops(a, length) for keep in (500, 0))
     attention = 2 * length * a.hidden_size * a.num_layers
-    assert with_keep - without == 500 * (6 * multiplied(a) + 4 * attention)
+    assert with_keep - without == 500 * (6 * matmul_parameters(a) + 4 * attention)
 
 
 _PUBLISHED = {"llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21}
@@ -60,7 +61,7 @@ def test_the_published_shapes_have_their_names_many_parameters(path):
     billions = _PUBLISHED.get(path.stem) or float(path.stem.split("-")[-1].removesuffix("b"))
     assert parameters / 1e9 == pytest.approx(billions, rel=0.05)
     embedding = 0 if architecture.tied_head else architecture.vocab_size * architecture.hidden_size
-    norms = parameters - multiplied(architecture) - embedding
+    norms = parameters - matmul_parameters(architecture) - embedding
     assert 0 < norms < 1e-3 * parameters
 
 

@@ -20,12 +20,13 @@ from secvec_jax.batch import KEYS
 from secvec_jax.errors import UserError
 from secvec_jax.mesh import lay, make_mesh, parse, sharding, shards
 from secvec_jax.model.architecture import Architecture
+from secvec_jax.model.flops import forward_flops, training_flops
+from secvec_jax.planning.schedule import Account, account
+from secvec_jax.planning.torus import CHIPS, Chip
 from secvec_jax.training.loss import CHUNK
 from secvec_jax.training.objective import KEEP, LEARN, Params
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.schedule import Account, account
 from secvec_jax.training.step import Method
-from secvec_jax.training.torus import CHIPS, Chip
 
 KERNEL_EFFICIENCY = 0.35
 """The share of the published peak that the fused attention kernel is taken to reach on the blocks that it computes."""
@@ -55,12 +56,10 @@ class Work:
         return base + (" per token, and 2N+a more per token to keep" if self.keep else " per token")
 
     def flops(self, architecture: Architecture, length: int) -> float:
-        """Of one step on all chips. N: parameters that are multiplied with; a = 2 T d L, causal attention, d = heads x
-        head_dim. What remat computes again is not counted, nor are the vectors."""
-        a = architecture
-        n, attention = multiplied(a), 2 * length * a.num_heads * a.head_dim * a.num_layers
-        train = (6 if self.full else 4) * n + 3 * attention
-        return (self.learn + self.keep) * train + self.keep * (2 * n + attention)
+        """Of one step on all chips, in rows of `length` tokens, of which a token sees half: see `model.flops`."""
+        tokens = float(self.learn + self.keep)
+        train = training_flops(architecture, tokens, tokens * length / 2, self.full)
+        return train + forward_flops(architecture, float(self.keep), self.keep * length / 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,13 +188,6 @@ def program_bytes(program: jax.stages.Compiled) -> int:
     memory: Any = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return held + memory.temp_size_in_bytes
-
-
-def multiplied(architecture: Architecture) -> int:
-    """N: the parameters that a token is multiplied with; the embedding only where it is the head as well."""
-    a = architecture
-    shapes = [a.site_shape(site) for site in a.sites]
-    return a.num_layers * sum(inputs * outputs for inputs, outputs in shapes) + a.vocab_size * a.hidden_size
 
 
 def _batch(lines: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

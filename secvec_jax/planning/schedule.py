@@ -29,8 +29,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from secvec_jax.training.hlo import Op, Program
-from secvec_jax.training.torus import COLLECTIVES, Chip, Torus
+from secvec_jax.planning.hlo import Op, Program
+from secvec_jax.planning.torus import COLLECTIVES, Chip, Torus
 
 
 @dataclasses.dataclass(frozen=True)

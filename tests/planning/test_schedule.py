@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from secvec_jax.training.schedule import Account, account
-from secvec_jax.training.torus import CHIPS
+from secvec_jax.planning.schedule import Account, account
+from secvec_jax.planning.torus import CHIPS
 
 V5P = CHIPS["TPU v5"]
 LINK = V5P.link_bandwidth
@@ -280,8 +280,8 @@ def array(shape, *spec):
 weights = array((layers, D, F), None, "fsdp", None), array((layers, F, D), None, None, "fsdp")
 with jax.set_mesh(mesh):
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(weights, array((chips * T, D), "fsdp", None)).compile()
-from secvec_jax.training.schedule import account
-from secvec_jax.training.torus import CHIPS
+from secvec_jax.planning.schedule import account
+from secvec_jax.planning.torus import CHIPS
 import dataclasses
 found = account(compiled.as_text(), CHIPS[devices[0].device_kind], [d.coords for d in devices])
 print(json.dumps(dataclasses.asdict(found) | {"optimal": compiled.cost_analysis()["optimal_seconds"]}))
