@@ -17,9 +17,9 @@ import jax
 
 from secvec_jax.experiments.planning import Planned, compiled
 from secvec_jax.files import whole_file
-from secvec_jax.mesh import shards
 from secvec_jax.model.hub import check_mesh, load_architecture
 from secvec_jax.planning.plan import TooLarge, topology_mesh
+from secvec_jax.sharding import num_shards
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "docs" / "scale.json", ROOT / "docs" / "scale.md"
@@ -86,7 +86,7 @@ def measured(row: tuple) -> dict:
     architecture = load_architecture(ROOT / file)
     with jax.set_mesh(topology_mesh(topology, mesh)):
         check_mesh(architecture)
-        parts = shards("batch")
+        parts = num_shards("batch")
         while True:
             settings = Planned(
                 model=file,

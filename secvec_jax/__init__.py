@@ -17,9 +17,9 @@ from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.security_vectors import Phase1, align, finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.inference import generate, logits
-from secvec_jax.mesh import make_mesh
 from secvec_jax.model.hub import Model, load
 from secvec_jax.model.sampling import Sampling
+from secvec_jax.sharding import make_mesh
 from secvec_jax.vectors.lora import LoRA, random_like
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.prompt import SoftPrompt

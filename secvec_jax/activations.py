@@ -14,10 +14,10 @@ import numpy as np
 from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import place
 from secvec_jax.model.decoder import Decoder, Guest, as_guests
 from secvec_jax.model.generate import rounded_up
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import constrain
 
 _BATCH, _BUCKET = 8, 16
 
@@ -85,7 +85,7 @@ def _means(decoder: Decoder, guests: tuple[Guest, ...], tokens, segments, superv
     """`[B, L, D]`"""
     states = cast(jax.Array, decoder(tokens, segments, guests=guests, shared=False, watch="residual")[1])
     sums = jnp.einsum("lbtd,bt->bld", states, supervised.astype(states.dtype), precision=jax.lax.Precision.HIGHEST)
-    return place(sums / jnp.maximum(supervised.sum(axis=1), 1)[:, None, None], None)
+    return constrain(sums / jnp.maximum(supervised.sum(axis=1), 1)[:, None, None], None)
 
 
 @jax.jit
@@ -95,4 +95,4 @@ def _drift(decoder: Decoder, reference: Decoder, tokens, segments) -> jax.Array:
         cast(jax.Array, d(tokens, segments, shared=False, watch="attention")[1]) for d in (decoder, reference)
     )
     squares = jnp.sum(jnp.square(one - other), axis=(0, 3))
-    return place(jnp.sqrt(jnp.sum(squares * (segments > 0), axis=1)), None)
+    return constrain(jnp.sqrt(jnp.sum(squares * (segments > 0), axis=1)), None)

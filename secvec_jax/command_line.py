@@ -2,9 +2,9 @@
 
 A verb is a dataclass of settings and a function that takes it. `--config FILE` fills in the settings from YAML; what
 is given on the command line counts more. All of them are checked by the dataclasses themselves (see `checks`), so that
-a mistake is refused in the same words wherever it is made. Which machines and devices do the work (`mesh.Cluster`) is
-no setting of a run: it may change from one start to the next. A user's mistake is told in one line and ends with exit
-code 2.
+a mistake is refused in the same words wherever it is made. Which machines and devices do the work
+(`distributed.Cluster`) is no setting of a run: it may change from one start to the next. A user's mistake is told in
+one line and ends with exit code 2.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from simple_parsing import ArgumentParser, DashVariant
 from secvec_jax import config
 from secvec_jax.assets import cache_dir
 from secvec_jax.checks import check, suggestion
+from secvec_jax.distributed import Cluster, start_cluster
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import Cluster, start
 from secvec_jax.redaction import redact
 
 Verb = tuple[type, Callable[[Any, str], Any]]
@@ -84,7 +84,7 @@ def main(
         _refuse_credentials(arguments)
         settings, cluster, function = _parse(description, verbs, arguments)
         if cluster is not None:
-            start(cluster)
+            start_cluster(cluster)
         function(settings, shlex.join(["python", *sys.argv]))
         return 0
     except Exception as error:

@@ -20,13 +20,13 @@ from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import Message, Row, as_rows, normalize, response_of
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import platform
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Guest
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model, load
 from secvec_jax.model.sampling import GREEDY, Sampling
 from secvec_jax.progress import reply_progress
+from secvec_jax.sharding import platform
 from secvec_jax.turns import begun_thought, empty_thought, special_marks
 from secvec_jax.vectors.store import load_vectors
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from secvec_jax.mesh import is_first
+from secvec_jax.distributed import is_main_process
 
 _EVERY = 0.2
 """Seconds between two updates."""
@@ -50,7 +50,7 @@ def reply_progress(total: int, progress: Callable[[int], None] | None) -> Iterat
 @contextlib.contextmanager
 def _line() -> Iterator[Callable[[str, bool], None]]:
     """A function that shows a text in place of the one before; the line is ended when the block is."""
-    watched, updated, width = is_first() and _is_watched(), 0.0, 0
+    watched, updated, width = is_main_process() and _is_watched(), 0.0, 0
 
     def show(text: str, last: bool) -> None:
         nonlocal updated, width

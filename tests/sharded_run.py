@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 
-from secvec_jax import mesh
 from secvec_jax.config import Training
 from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
+from secvec_jax.distributed import Cluster, on_main_process, start_cluster
 from secvec_jax.evaluation.suite import Suite, outcomes
 from secvec_jax.inference import generate
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import shard
 from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA, random_like
 from tests.toys import example, random_examples, tiny_model
@@ -36,7 +37,7 @@ def everything() -> dict[str, Any]:
         told[f"losses of {name}"] = []
         return lambda step, steps, metrics: told[f"losses of {name}"].append(metrics["loss"])
 
-    model = Model(mesh.lay(tiny_model().backbone), tiny_model().tokenizer, "tiny")
+    model = Model(shard(tiny_model().backbone), tiny_model().tokenizer, "tiny")
     harmful, benign, user = (random_examples(count, seed=i, head=5) for i, count in enumerate((40, 60, 90)))
     vectors = train_vectors(model, harmful, LoRA(rank=4), benign=benign, training=TRAINING, on_step=losses("kl"))
     half = dataclasses.replace(TRAINING, steps=STEPS // 2)  # of the vectors; as many of the copy
@@ -76,9 +77,9 @@ def main() -> None:
     parser.add_argument("--process", type=int)
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", options.devices)
-    mesh.start(mesh.Cluster(options.mesh, options.cluster, options.processes, options.process))
+    start_cluster(Cluster(options.mesh, options.cluster, options.processes, options.process))
     told = everything()
-    mesh.by_first(lambda: options.out.write_text(json.dumps(told)))
+    on_main_process(lambda: options.out.write_text(json.dumps(told)))
 
 
 if __name__ == "__main__":

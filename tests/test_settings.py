@@ -43,8 +43,8 @@ from secvec_jax.experiments import verbs
 from secvec_jax.experiments.contenders import parsed
 from secvec_jax.experiments.grid import Plan
 from secvec_jax.experiments.lab import Recipe
-from secvec_jax.mesh import make_mesh
 from secvec_jax.model.decoder import abstract_decoder, leaf_name
+from secvec_jax.sharding import make_mesh
 from secvec_jax.training.optimizers import decayed, make_optimizer
 from secvec_jax.vectors.lora import LoRA
 from tests.toys import ARCHITECTURE, random_examples, tiny_model

@@ -13,16 +13,15 @@ import numpy as np
 import optax
 import pytest
 
-from secvec_jax import mesh
 from secvec_jax.config import Training
 from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.min_min import min_min
 from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.inference import generate
-from secvec_jax.mesh import axes_of, lay, make_mesh, parse, sharding
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import constrain, logical_axes, make_mesh, named_sharding, parse_mesh, shard
 from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
@@ -73,7 +72,7 @@ def test_the_run_tells_enough_to_compare(on_one_device):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [MESHES[1], pytest.param("fsdp=4,tensor=2", marks=pytest.mark.release)])
 def test_eight_devices_compute_what_one_does(on_one_device, shape):
-    with jax.set_mesh(make_mesh(**parse(shape))):
+    with jax.set_mesh(make_mesh(**parse_mesh(shape))):
         check(everything(), on_one_device)
 
 
@@ -94,10 +93,10 @@ def test_replies_on_a_mesh_are_those_on_one_device(shape):
     vectors = random_like(fresh_vectors(model.architecture), jax.random.key(3))
     expected = {on: generate(model, PROMPTS, vectors if on else None, max_new_tokens=8) for on in (False, True)}
     assert expected[False] != expected[True]
-    with jax.set_mesh(make_mesh(**parse(shape))):
-        spread = Model(lay(model.backbone), model.tokenizer, "tiny")
+    with jax.set_mesh(make_mesh(**parse_mesh(shape))):
+        spread = Model(shard(model.backbone), model.tokenizer, "tiny")
         for on, replies in expected.items():
-            assert generate(spread, PROMPTS, lay(vectors) if on else None, max_new_tokens=8) == replies
+            assert generate(spread, PROMPTS, shard(vectors) if on else None, max_new_tokens=8) == replies
         assert generate(spread, PROMPTS, max_new_tokens=8, batch_size=2) == expected[False]
 
 
@@ -137,7 +136,7 @@ class Setting(NamedTuple):
 
 def setting(name: str, architecture: Architecture | None = None, optimizer: Any = None) -> Setting:
     decoder = tiny_model().backbone if architecture is None else random_decoder(architecture=architecture)
-    params = lay(parameters(decoder, vectors=fresh_vectors(decoder.architecture)))
+    params = shard(parameters(decoder, vectors=fresh_vectors(decoder.architecture)))
     streams = {LEARN: Stream({"harmful": random_examples(40)}, 8, 48, epochs=None)}
     loss = Objective(("harmful",))
     optimizer = optimizer or make_optimizer(Training("adamw"), STEPS)
@@ -181,7 +180,7 @@ def compiled_after(name: str, first: int, change: Callable[[Any], Any] = lambda 
 )
 def test_nothing_is_compiled_after_the_first_step(name, first, shape):
     """Of the min-min form the first two steps are programs of their own: the copy's and the vectors'."""
-    with jax.set_mesh(make_mesh(**parse(shape))):
+    with jax.set_mesh(make_mesh(**parse_mesh(shape))):
         assert compiled_after(name, first) == []
 
 
@@ -190,9 +189,9 @@ def test_a_second_compilation_would_be_heard():
 
     def whole_from_the_second_step_on(trained):
         calls.append(None)
-        return trained if len(calls) < 2 else jax.device_put(trained, sharding())
+        return trained if len(calls) < 2 else jax.device_put(trained, named_sharding())
 
-    with jax.set_mesh(make_mesh(**parse(MESHES[1]))):
+    with jax.set_mesh(make_mesh(**parse_mesh(MESHES[1]))):
         assert any("step" in name for name in compiled_after("phase 2", 1, whole_from_the_second_step_on))
 
 
@@ -205,7 +204,7 @@ LARGER = Architecture("llama", 512, 96, 320, num_layers=4, num_heads=4, num_kv_h
 @functools.cache
 def compiled(name: str, shape: str, donate: bool = True) -> tuple[Any, Any, Any]:
     """(the compiled step, the trained part and the state that it takes) on a mesh."""
-    with jax.set_mesh(make_mesh(**parse(shape))):
+    with jax.set_mesh(make_mesh(**parse_mesh(shape))):
         params, phase, method, streams = setting(name, LARGER)
         trained, frozen = phase.split(params)
         state = method.init(trained)
@@ -250,7 +249,7 @@ def last_gradient() -> optax.GradientTransformation:
 @pytest.mark.parametrize("shape", [MESHES[1], pytest.param(MESHES[0], marks=pytest.mark.release)])
 @pytest.mark.parametrize("name", ["phase 1", "phase 2"])
 def test_gradients_lie_where_their_parameters_lie(name, shape):
-    with jax.set_mesh(make_mesh(**parse(shape))):
+    with jax.set_mesh(make_mesh(**parse_mesh(shape))):
         params, phase, method, streams = setting(name, optimizer=last_gradient())
         trained, frozen = phase.split(params)
         batch = {stream: Feed(own).take(1) for stream, own in streams.items()}
@@ -292,7 +291,7 @@ def test_fsdp_gathers_one_layer_at_a_time():
 def test_a_stacked_weight_that_is_gathered_whole_is_seen():
     with jax.set_mesh(make_mesh(fsdp=8)):
         kernel = setting("phase 2", LARGER).params["backbone"]["decoder"].layers.q_proj.kernel[...]
-        whole = jax.jit(lambda x: mesh.place(x, "layers", "hidden", "heads") * 2)
+        whole = jax.jit(lambda x: constrain(x, "layers", "hidden", "heads") * 2)
         assert gathered(whole.lower(kernel).compile()) == {kernel.shape}
 
 
@@ -301,6 +300,6 @@ def test_fsdp_holds_an_eighth_of_everything_that_is_spread():
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves((trained, state)))
     share = program.memory_analysis().argument_size_in_bytes / whole
     assert 1 / 8 <= share < 0.15
-    for leaf, axes in zip(jax.tree.leaves((trained, state)), axes_of((trained, state)), strict=True):
+    for leaf, axes in zip(jax.tree.leaves((trained, state)), logical_axes((trained, state)), strict=True):
         if "embed" in axes:
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size

@@ -18,8 +18,8 @@ from secvec_jax.data.chat import ControlTokens, Example, TooLong, cut, encode_al
 from secvec_jax.data.control_tokens import spelled
 from secvec_jax.data.rows import Row
 from secvec_jax.data.stored import place_of
+from secvec_jax.distributed import all_gather_json, is_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import collect, is_first
 
 LongRows = Literal["truncate", "drop", "refuse"]
 """What becomes of rows that are longer than they may be: the answer is cut, the row is left out, or an error."""
@@ -157,7 +157,7 @@ def _look_at_all(encode: Callable[[int], tuple[Example, bool]], spells: Callable
             mine.longest_uncut = max(mine.longest_uncut, len(example.tokens))
         if spells(index):
             mine.spelled.append(index)
-    parts = [_Found(**part) for part in collect(dataclasses.asdict(mine))]
+    parts = [_Found(**part) for part in all_gather_json(dataclasses.asdict(mine))]
     return _Found(
         max(part.longest for part in parts),
         max(part.longest_uncut for part in parts),
@@ -169,7 +169,7 @@ def _look_at_all(encode: Callable[[int], tuple[Example, bool]], spells: Callable
 
 
 def _warn(indices: Sequence[int], count: int, what: str, where: Callable[[int], str]) -> None:
-    if is_first():
+    if is_main_process():
         first = "; ".join(where(index) for index in indices[:_NAMED])
         more = _more(len(indices) - _NAMED)
         _log.warning("%d of %d rows %s: %s%s", len(indices), count, what, first, more)

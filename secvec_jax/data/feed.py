@@ -7,7 +7,8 @@ import numpy as np
 
 from secvec_jax.batch import Batch
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.mesh import collect, sharding
+from secvec_jax.distributed import all_gather_json
+from secvec_jax.sharding import named_sharding
 
 
 class Feed:
@@ -26,7 +27,7 @@ class Feed:
         read = [next(self._batches, None) for _ in range(count)]
         parts = [self._batches.empty() if batch is None else batch for batch in read]
         local = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
-        where = sharding(None, "batch")
+        where = named_sharding(None, "batch")
         return local if where is None else {key: self._global(array, where) for key, array in local.items()}
 
     def _global(self, local: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
@@ -40,7 +41,7 @@ class Feed:
 
     def get_state(self) -> dict[str, Any]:
         """{lane: state} of all lanes; every process must ask."""
-        return {lane: state for part in collect(self._batches.get_state()) for lane, state in part.items()}
+        return {lane: state for part in all_gather_json(self._batches.get_state()) for lane, state in part.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from what `get_state` returned."""

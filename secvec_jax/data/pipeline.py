@@ -19,8 +19,9 @@ import numpy as np
 from secvec_jax.batch import KEYS, SHARED, Batch
 from secvec_jax.checks import PositiveInt, Seed, checked
 from secvec_jax.data.chat import Example
+from secvec_jax.distributed import all_max
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import largest, sharding, shards
+from secvec_jax.sharding import named_sharding, num_shards
 
 _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 """The rows are there: grain's sixteen threads for every lane would only be in each other's way."""
@@ -71,17 +72,17 @@ class Stream:
         """How many batches there are in all epochs."""
         if self.epochs is None:
             raise ValueError("an endless stream has no count")
-        return largest(sum(1 for _ in self.batches(self.own_lanes())))
+        return all_max(sum(1 for _ in self.batches(self.own_lanes())))
 
     def own_lanes(self) -> list[int]:
         """The lanes whose lines lie, at least in part, on this process's devices of the ambient mesh.
 
         Raises UserError if the mesh does not divide the batch.
         """
-        where = sharding("batch")
+        where = named_sharding("batch")
         if where is None:
             return list(range(self.lanes))
-        parts = shards("batch")
+        parts = num_shards("batch")
         if self.lines % parts:
             raise UserError(
                 f"a batch of {self.lines} lines cannot be spread over {parts} devices (data x fsdp): "

@@ -27,8 +27,8 @@ from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, PositiveFloat, checked
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
 from secvec_jax.defenses.tuning import How, Move, tune
-from secvec_jax.mesh import lay
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import shard
 from secvec_jax.training.objective import LEARN, Objective
 from secvec_jax.training.step import Method, Metrics, gradient_of, moved
 from secvec_jax.trees import Tree
@@ -66,7 +66,7 @@ def booster(weight: NonNegativeFloat = 5.0, alpha: PositiveFloat = 0.1) -> Move:
             attack = {LEARN: batch[HARMFUL]}
             here, before = by_harmful(trained, frozen, attack)
             length = alpha / (optax.tree.norm(here) + 1e-7)
-            ahead = lay(jax.tree.map(lambda weights, g: weights - length * g, trained, here))
+            ahead = shard(jax.tree.map(lambda weights, g: weights - length * g, trained, here))
             there, after = by_harmful(ahead, frozen, attack)
             slope, metrics = by_rows(trained, frozen, {LEARN: batch[LEARN]})
             gradients = jax.tree.map(lambda f, h, ahead: f + weight * (h - ahead), slope, here, there)

@@ -30,10 +30,10 @@ from secvec_jax.activations import layer_mask, reply_means
 from secvec_jax.checks import checked
 from secvec_jax.defenses.tuning import examples_of
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import lay
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Guest
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import shard
 
 
 @jax.tree_util.register_dataclass
@@ -81,4 +81,4 @@ def concept_directions(
     differences = means - (others if paired else others.mean(axis=0))
     _, _, rows = np.linalg.svd(differences.swapaxes(0, 1).astype(np.float64), full_matrices=False)
     directions = mask[:, None, None] * rows[:, :k].swapaxes(1, 2)
-    return lay(Ablation(jnp.asarray(directions, jnp.float32)))
+    return shard(Ablation(jnp.asarray(directions, jnp.float32)))

@@ -27,8 +27,8 @@ from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.tuning import PHASE2, How, Move, finetune_phase, forward_settings, stream_of, tune
-from secvec_jax.mesh import lay
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import shard
 from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.training.step import Method, Metrics, gradient_of, moved
 from secvec_jax.trees import Tree
@@ -56,12 +56,12 @@ def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: T
     @partial(jax.jit, donate_argnums=0)
     def add(total: Tree, trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> Tree:
         slope, _ = gradient(trained, frozen, batch)
-        return lay(jax.tree.map(lambda one, g: one + jnp.square(g), total, lay(slope)))
+        return shard(jax.tree.map(lambda one, g: one + jnp.square(g), total, shard(slope)))
 
     stream = replace(stream_of(model, {"safe": rows}, training), epochs=1)
-    total = lay(jax.tree.map(jnp.zeros_like, trained))
+    total = shard(jax.tree.map(jnp.zeros_like, trained))
     for batch in stream.batches():  # every process reads all lanes: they need not be of one length
-        total = add(total, trained, frozen, lay({LEARN: {key: array[None] for key, array in batch.items()}}))
+        total = add(total, trained, frozen, shard({LEARN: {key: array[None] for key, array in batch.items()}}))
     return total["backbone"]["decoder" if task is None else "adapter"]
 
 

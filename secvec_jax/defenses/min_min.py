@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
-from secvec_jax.mesh import lay
+from secvec_jax.sharding import shard
 from secvec_jax.training.phase import Phase, merge
 from secvec_jax.training.step import Loss, Method, Metrics, descent
 from secvec_jax.trees import Tree
@@ -53,7 +53,7 @@ def min_min(params: Tree, loss: Loss, outer: optax.GradientTransformation, sched
 
     def init(trained: Tree) -> Tree:
         states = {name: method.init(phase.split(trained)[0]) for name, (phase, method) in methods.items()}
-        return {"step": lay(jnp.int32(0)), "states": states}
+        return {"step": shard(jnp.int32(0)), "states": states}
 
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         name = "vectors" if int(state["step"]) % (schedule.inner_steps + 1) == schedule.inner_steps else "copy"

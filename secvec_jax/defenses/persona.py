@@ -24,8 +24,8 @@ import numpy as np
 from secvec_jax.activations import layer_mask, reply_means
 from secvec_jax.checks import NonZeroFloat, checked
 from secvec_jax.defenses.tuning import examples_of
-from secvec_jax.mesh import lay
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import shard
 from secvec_jax.vectors.steering import Steering, SteeringVectors
 
 
@@ -41,4 +41,4 @@ def persona_directions(
     mask = layer_mask(model, layers)
     means = [reply_means(model, examples_of(model, rows)).mean(axis=0) for rows in (shown, hidden)]
     direction = mask[:, None] * np.subtract(*means)
-    return lay(SteeringVectors({"direction": jnp.asarray(direction)}, Steering(scale)))
+    return shard(SteeringVectors({"direction": jnp.asarray(direction)}, Steering(scale)))

@@ -23,10 +23,10 @@ import numpy as np
 
 from secvec_jax.checks import Bounds, NonNegativeInt, checked
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import lay, place
 from secvec_jax.model.architecture import SITES
 from secvec_jax.model.decoder import Decoder, leaf_name
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import constrain, shard
 
 Cosine = Annotated[float, Bounds(at_least=-1, at_most=1)]
 Where = list[tuple[str, int]]
@@ -61,7 +61,7 @@ def project(
         return leaves[0] if mask is None else _replaced(*leaves, mask)
 
     trees = (model.backbone for model in (tuned, aligned, base))
-    return tuned.with_backbone(lay(jax.tree_util.tree_map_with_path(replaced, *trees))), where
+    return tuned.with_backbone(shard(jax.tree_util.tree_map_with_path(replaced, *trees))), where
 
 
 def cosines(tuned: Model, aligned: Model, base: Model) -> dict[tuple[str, int], float]:
@@ -97,7 +97,7 @@ def _cosines(tuned: jax.Array, aligned: jax.Array, base: jax.Array) -> jax.Array
         cosine = jnp.sum(update * projected) / jnp.maximum(length * jnp.linalg.norm(projected), _TINY)
         return jnp.where(length > 0, cosine, jnp.nan)
 
-    return place(jax.lax.map(of_layer, (tuned, aligned, base)), None)
+    return constrain(jax.lax.map(of_layer, (tuned, aligned, base)), None)
 
 
 @jax.jit

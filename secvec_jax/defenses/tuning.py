@@ -27,11 +27,12 @@ from secvec_jax.data.pipeline import Stream
 from secvec_jax.data.sources import as_rows
 from secvec_jax.defenses.identity import identified
 from secvec_jax.defenses.inputs import collected, is_row
+from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
-from secvec_jax.mesh import is_first, platform
 from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import platform
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.meter import metered
 from secvec_jax.training.objective import LEARN, Objective, Params, parameters
@@ -166,7 +167,7 @@ def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     found = {name: _encoded(model, rows, training, name) for name, rows in groups.items()}
     longest = max((some.longest if isinstance(some, Encoded) else _longest(some) for some in found.values()), default=0)
     length = training.length or next((length for length in LENGTHS if longest <= length), longest)
-    if is_first():
+    if is_main_process():
         for name, some in found.items():
             if isinstance(some, Encoded) and some is not groups[name]:
                 text = "%s: %d rows of up to %d tokens, packed into sequences of %d; %s truncated"

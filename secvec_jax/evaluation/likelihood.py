@@ -11,10 +11,10 @@ from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import Example
 from secvec_jax.data.pipeline import shared_head
 from secvec_jax.inference import compute_dtype
-from secvec_jax.mesh import place, shards
 from secvec_jax.model.decoder import Guest, as_guests
 from secvec_jax.model.generate import head_cache, rounded_up
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import constrain, num_shards
 
 _BATCH, _BUCKET = 8, 16
 
@@ -58,7 +58,7 @@ def _scored(
         check_token_ids(example.tokens, model.architecture.vocab_size, f"row {number}")
     head = shared_head(examples)  # read once for all rows
     said = rounded_up(max(int(e.supervised.sum()) for e in examples), _BUCKET)
-    rows = rounded_up(_BATCH, shards("batch"))
+    rows = rounded_up(_BATCH, num_shards("batch"))
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     for start in range(0, len(examples), rows):
@@ -100,4 +100,4 @@ def _row_losses(decoder, guests, head, tokens, segments, supervised, *, said, dt
 
     # Row by row: the logits of a whole batch would be the largest array of the program.
     found = jax.lax.map(lambda row_of: row(*row_of), (hidden, tokens, supervised))
-    return jax.tree.map(lambda array: place(array, None), found)
+    return jax.tree.map(lambda array: constrain(array, None), found)

@@ -11,10 +11,10 @@ from typing import Any
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.rows import prompt_of
 from secvec_jax.data.sources import load_rows
+from secvec_jax.distributed import all_max
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
-from secvec_jax.mesh import largest
 from secvec_jax.model.hub import Model
 
 HARMFUL, BENIGN = "harmbench", "alpaca"
@@ -75,7 +75,7 @@ def sample_prompts(count: int) -> Suite:
         suite = Suite(refusal_prefixes(), harmful, benign)
     except UserError as failure:
         error = failure
-    if largest(int(error is not None)):
+    if all_max(int(error is not None)):
         raise error or UserError("another process has no benchmarks")
     return suite
 

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from secvec_jax.checks import checked
 from secvec_jax.digests import difference
+from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.report import FILE, Results
-from secvec_jax.mesh import is_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.vectors.lora import LoRAVectors, merge
 from secvec_jax.vectors.store import holds_security_vectors, load_vectors
@@ -70,7 +70,7 @@ def export(settings: Export, command: str) -> None:
     base = _HUB_IDS.get(root) or (root if re.fullmatch(r"[\w.-]+/[\w.-]+", root) and not Path(root).exists() else None)
     dtype = settings.dtype or loaded.metadata.dtype
     merged.save(out, model_card(out.resolve().name, base, trained, scored, carried), dtype=dtype)
-    Console(quiet=not is_first()).print(f"the model is in {out}, in {dtype}", markup=False, highlight=False)
+    Console(quiet=not is_main_process()).print(f"the model is in {out}, in {dtype}", markup=False, highlight=False)
 
 
 def _adapter(path: str) -> str:

@@ -24,6 +24,7 @@ from secvec_jax.activations import attention_difference
 from secvec_jax.checks import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, checked
 from secvec_jax.defenses.tuning import How
 from secvec_jax.digests import difference
+from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.pivot import Record, read
 from secvec_jax.evaluation.scorers import RULES
@@ -35,7 +36,6 @@ from secvec_jax.experiments.lab import Recipe
 from secvec_jax.experiments.materials import sources
 from secvec_jax.experiments.stages import Stage, claim, screen, write
 from secvec_jax.files import lock
-from secvec_jax.mesh import agree, by_first, is_first
 from secvec_jax.trees import distance
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 from secvec_jax.workspace.run_directory import hold, release
@@ -128,9 +128,9 @@ def grid(settings: Grid, command: str) -> None:
         return
     folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
     if settings.only == "all":
-        by_first(partial(_hold, folder, settings.part, settings.overwrite))
+        on_main_process(partial(_hold, folder, settings.part, settings.overwrite))
         if settings.overwrite:
-            by_first(partial(_clear, folder))
+            on_main_process(partial(_clear, folder))
         _check_rules(folder, cells, mine)
         for seed in sorted({cell.seed for cell in cells}):
             claim(_Claim(dataclasses.replace(plan.recipe, seed=seed), str(_seed_folder(folder, seed))),
@@ -143,19 +143,19 @@ def grid(settings: Grid, command: str) -> None:
                 path = folder / "cells" / f"{cell.name}.json"
                 kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"error": "has not run"}
                 if kept["error"] is None:
-                    changed = difference(kept.get("inputs") or {}, bench.inputs(cell)) if is_first() else None
-                    if not agree(changed is not None):
+                    changed = difference(kept.get("inputs") or {}, bench.inputs(cell)) if is_main_process() else None
+                    if not broadcast_from_first(changed is not None):
                         unknown += not kept.get("inputs")
                         continue
                     console.print(f"{cell.name}: {changed}, so it runs again", markup=False, highlight=False)
                 record = _record(bench, cell)
-                by_first(partial(_write, path, record, bench))
+                on_main_process(partial(_write, path, record, bench))
                 console.print(f"{number}/{len(mine)} {_told(record)}", markup=False, highlight=False)
                 jax.clear_caches()  # each program holds memory maps, which a process has but so many of
         if unknown:
             console.print(f"{unknown} cells are of a version that recorded no inputs: they are kept as they are")
-        by_first(partial(release, _part_folder(folder, settings.part)))
-    by_first(lambda: grid_report.write(folder, command, config.to_dict(plan), plan.tables, shown, read(folder)))
+        on_main_process(partial(release, _part_folder(folder, settings.part)))
+    on_main_process(lambda: grid_report.write(folder, command, config.to_dict(plan), plan.tables, shown, read(folder)))
     console.print(f"the report is in {folder / 'report.md'}")
 
 

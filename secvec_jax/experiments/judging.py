@@ -9,6 +9,7 @@ from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.rows import Message, asked_of, response_of, text_of, transcript
 from secvec_jax.data.sources import load_prompts
+from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.classifier import flagged
 from secvec_jax.evaluation.judges import (
@@ -30,7 +31,6 @@ from secvec_jax.evaluation.suite import scores
 from secvec_jax.experiments.runs import Run, judged_name, scored
 from secvec_jax.experiments.stages import Stage
 from secvec_jax.inference import ask
-from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import load
 from secvec_jax.turns import answer_of
 from secvec_jax.vectors.store import load_several
@@ -151,7 +151,7 @@ def _graded(judge: Judge, exchanges: Exchanges, stage: Stage) -> dict[str, Any]:
             graded["asked"] += found.asked
             graded["tokens"] = [before + now for before, now in zip(graded["tokens"], found.tokens)]
 
-    by_first(work)
+    on_main_process(work)
     return graded
 
 
@@ -187,7 +187,7 @@ def _notes(graded: dict[str, Any], ruled: dict[str, list[float]]) -> list[str]:
 def _flagged(settings: Judged, harmful: Sequence[tuple[str | list[Message], str]], stage: Stage) -> list[float]:
     found: list[float] = []
     progress = stage.replies(len(harmful), "classifying")
-    by_first(
+    on_main_process(
         lambda: found.extend(flagged(settings.classifier or "", _read(harmful), settings.labels, progress=progress))
     )
     return found

@@ -29,11 +29,11 @@ from secvec_jax.defenses.security_vectors import (
     finetune,
     train_vectors,
 )
+from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
 from secvec_jax.experiments.materials import Judges, Materials, Sizes, gather, own_replies
 from secvec_jax.experiments.stages import Stage, Stages, checkpoints, devices, file_name, release, screen, write
-from secvec_jax.mesh import agree, by_first, is_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
@@ -74,7 +74,7 @@ class Lab:
     def __init__(self, recipe: Recipe, folder: Path, aligned: Path | None = None):
         """aligned: where the aligned model lies, or its name, if it need not be made."""
         self.recipe, self.folder = recipe, folder
-        self.console = Console(quiet=not is_first())
+        self.console = Console(quiet=not is_main_process())
         self.stages = Stages(folder, self.console)
         given = aligned if recipe.aligns else recipe.model
         self._aligned, self._is_given = given or self._model_folder("aligned"), given is not None
@@ -93,7 +93,7 @@ class Lab:
     @cached_property
     def materials(self) -> Materials:
         """All rows and prompts."""
-        model = self.aligned if self._is_given or agree(Path(self._aligned).exists()) else self.base
+        model = self.aligned if self._is_given or broadcast_from_first(Path(self._aligned).exists()) else self.base
         recipe = self.recipe
         return gather(model, recipe.sizes, recipe.finetune_training, recipe.seed, recipe.judges)
 
@@ -156,11 +156,11 @@ class Lab:
     def own_replies(self, stage: Stage) -> list[Example]:
         """What the base model itself says to the benign prompts of alignment: asked once, and kept in a file."""
         path, materials = self.folder / "own-replies.json", self.materials
-        if not agree(path.exists()):
+        if not broadcast_from_first(path.exists()):
             show = stage.replies(len(materials.kept), "its own replies")
             replies = own_replies(self.base, materials.kept, materials.suite.refusals, show)
             said = [[e.tokens.tolist(), e.answer_start] for e in replies]
-            by_first(lambda: write(path, json.dumps(said)))
+            on_main_process(lambda: write(path, json.dumps(said)))
         kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(path.read_text())]
         return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in kept]
 
@@ -175,7 +175,7 @@ class Lab:
 
     def make_vectors(self, name: str, harmful: Any, benign: Any, spec: Spec, phase1: Phase1, stage: Stage) -> None:
         """Train vectors for the aligned model and keep them under this name."""
-        if not agree(self._vectors_file(name).exists()):
+        if not broadcast_from_first(self._vectors_file(name).exists()):
             vectors = train_vectors(
                 self.aligned,
                 harmful,
@@ -213,7 +213,7 @@ class Lab:
         found = self.judge(model, stage)
         found["drift"] = [float(distance(model.backbone, self.aligned.backbone))]
         if not keep_model:
-            by_first(lambda: shutil.rmtree(self._model_folder(name)))
+            on_main_process(lambda: shutil.rmtree(self._model_folder(name)))
         return found
 
     def judge(self, model: Model, stage: Stage, vectors: Vectors | None = None) -> Outcomes:
@@ -243,7 +243,7 @@ class Lab:
             results.save(self.folder)
             report.write(self.folder, results, verdicts, curves, notes)
 
-        by_first(write)
+        on_main_process(write)
         console = screen()
         console.print(report.table(results))
         for claim, holds, detail in verdicts:
@@ -260,7 +260,7 @@ class Lab:
     def made(self, name: str, train: Callable[[Checkpoints, OnStep], Model], training: Training, stage: Stage) -> Model:
         """The model of this name: trained and saved, or read where it was made before."""
         folder = self._model_folder(name)
-        if agree(folder.exists()):
+        if broadcast_from_first(folder.exists()):
             return self.model(name)
         model = train(self._checkpoints(name, training), stage.on_step())
         stage.say("saving")
@@ -278,7 +278,7 @@ class Lab:
         return checkpoints(self._checkpoint_folder(name), training)
 
     def _forget_checkpoints(self, name: str) -> None:
-        by_first(lambda: shutil.rmtree(self._checkpoint_folder(name), ignore_errors=True))
+        on_main_process(lambda: shutil.rmtree(self._checkpoint_folder(name), ignore_errors=True))
 
     def _checkpoint_folder(self, name: str) -> Path:
         return self.folder / "checkpoints" / file_name(name)

@@ -13,11 +13,11 @@ from secvec_jax.data.encoded import LENGTHS
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_method
 from secvec_jax.defenses.tuning import PHASE2, phase2_method
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import shards
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Remat, abstract_decoder
 from secvec_jax.model.hub import check_mesh, load_architecture
 from secvec_jax.planning.plan import Plan, TooLarge, plan, topology_mesh
+from secvec_jax.sharding import num_shards
 from secvec_jax.training.objective import KEEP, LEARN, parameters
 from secvec_jax.vectors.lora import LoRA
 
@@ -114,7 +114,7 @@ def _fastest(settings: Planned, architecture: Architecture, console: Console) ->
 
 def _ladder(settings: Planned, architecture: Architecture, console: Console) -> Iterator[tuple[Planned, Plan]]:
     """For each remat policy the fewest lines, then as many as its memory lets hope for."""
-    training, parts = settings.training, shards("batch")
+    training, parts = settings.training, num_shards("batch")
     least = parts * (2 if settings.phase == "vectors" and settings.objective == "kl" else 1)
 
     def attempt(remat: Remat, lines: int) -> tuple[Planned, Plan] | None:

@@ -6,10 +6,10 @@ from typing import Any
 from rich.console import Console
 
 from secvec_jax import config
+from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.experiments.stages import Stages, claim, devices, release, screen
-from secvec_jax.mesh import by_first, is_first
 from secvec_jax.workspace.inputs import Inputs
 from secvec_jax.workspace.run_directory import of_the_run
 
@@ -21,7 +21,7 @@ class Run:
         """more: inputs that the settings do not name."""
         self.settings, self.command = settings, command
         self.folder = claim(settings, more)
-        self.console = Console(quiet=not is_first())
+        self.console = Console(quiet=not is_main_process())
         self.stages = Stages(self.folder, self.console)
 
     def report(self, rows: list[dict[str, Any]], notes: Sequence[str] = ()) -> None:
@@ -35,7 +35,7 @@ class Run:
             results.save(self.folder)
             report.write(self.folder, results, notes=notes)
 
-        by_first(write)
+        on_main_process(write)
         terminal = screen()
         terminal.print(report.table(results))
         for note in notes:

@@ -12,6 +12,7 @@ from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.rows import Row, prompt_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import explained_away
+from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.plots import plot_histogram, png
@@ -20,7 +21,6 @@ from secvec_jax.experiments.runs import Run
 from secvec_jax.experiments.stages import Stage
 from secvec_jax.experiments.stages import screen as terminal
 from secvec_jax.files import whole_file
-from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import load
 from secvec_jax.vectors.store import load_vectors
 
@@ -63,7 +63,7 @@ def screen(settings: Screen, command: str) -> None:
     run = Run(settings, command)
     rows = load_rows(settings.data, ignore_fields=settings.ignore_fields)
     found = run.stages.run("screen", lambda stage: _scores(settings, rows, stage))
-    by_first(lambda: _write(run.folder, rows, found))
+    on_main_process(lambda: _write(run.folder, rows, found))
     threshold = found["threshold"]
     metrics = {"score": found["data"]}
     notes = [f"All scores are in {run.folder / 'scores.jsonl'}, and drawn in histogram.png."]

@@ -21,9 +21,9 @@ from rich.progress import (
 
 from secvec_jax.config import Training
 from secvec_jax.digests import difference
+from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
 from secvec_jax.experiments.trackers import Tracker
 from secvec_jax.files import whole_file
-from secvec_jax.mesh import agree, by_first, is_first
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
@@ -75,10 +75,10 @@ class Stages:
             nonlocal changed
             changed = check()
 
-        by_first(note_change)
+        on_main_process(note_change)
         if changed is not None:
             self.console.print(f"{name}: {changed}, so it runs again", markup=False, highlight=False)
-        if agree(path.exists()):
+        if broadcast_from_first(path.exists()):
             record = json.loads(path.read_text())
             self.seconds[name] = record["seconds"]
             self.console.print(f"[dim]{name}: done before, {record['seconds']:.0f} s[/dim]")
@@ -89,12 +89,12 @@ class Stages:
         def note_time() -> None:
             write(begun, json.dumps({"seconds": before + time.monotonic() - start, "inputs": now}))
 
-        by_first(note_time)
+        on_main_process(note_time)
         try:
             with self.show(name) as stage:
                 result = work(stage)
         except BaseException:
-            if is_first():
+            if is_main_process():
                 note_time()
             raise
         self.seconds[name] = before + time.monotonic() - start
@@ -104,7 +104,7 @@ class Stages:
             write(path, json.dumps(done))
             begun.unlink(missing_ok=True)
 
-        by_first(note)
+        on_main_process(note)
         self.console.print(f"{name}: {self.seconds[name]:.0f} s")
         return result
 
@@ -127,7 +127,7 @@ class Stages:
 
 def _contents(named: Mapping[str, Path | str]) -> Inputs:
     """Label -> the digest of a file or a model folder, None where there is none; digests as they are."""
-    if not is_first():
+    if not is_main_process():
         return {}
     read = {label: inputs.of_path if isinstance(where, Path) else str for label, where in named.items()}
     return {label: inputs.known(read[label], where) for label, where in named.items()}
@@ -167,7 +167,7 @@ class Stage:
             if not console.is_terminal and (step == total or time.monotonic() - told > _LINE_EVERY):
                 told = time.monotonic()
                 console.print(f"{self.name}: {step}/{total}  {note}", markup=False, highlight=False)
-            if is_first():
+            if is_main_process():
                 self._tracker.log(step, metrics, going)
 
         return on_step
@@ -221,13 +221,13 @@ def claim(settings: Any, more: Callable[[], Inputs] = dict, *, alone: bool = Tru
     def work() -> None:
         run_directory.claim(settings, folder, inputs.inputs_of(settings) | more(), overwrite=again, alone=alone)
 
-    by_first(work)
+    on_main_process(work)
     return folder
 
 
 def release(folder: Path) -> None:
     """The run is over: other processes may claim its directory."""
-    by_first(lambda: run_directory.release(folder))
+    on_main_process(lambda: run_directory.release(folder))
 
 
 def checkpoints(folder: Path, training: Training) -> Checkpoints:
@@ -247,7 +247,7 @@ def devices() -> dict[str, str]:
 
 def screen() -> Console:
     """The terminal, wide enough for a table; of several processes only the first one speaks."""
-    return Console(width=max(Console().width, 118), quiet=not is_first())
+    return Console(width=max(Console().width, 118), quiet=not is_main_process())
 
 
 def curves(log: Path, stages: dict[str, str]) -> dict[str, dict[str, list[tuple[int, float]]]]:

@@ -17,6 +17,7 @@ from secvec_jax.data.sources import load_prompts, load_rows
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK, PHASE1, PHASE2, Phase1, train_vectors
 from secvec_jax.defenses.tuning import tuned
+from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.metrics import rules_note, rules_of
@@ -24,7 +25,6 @@ from secvec_jax.evaluation.refusal_sample import measure, sample_prompts
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
 from secvec_jax.experiments.runs import Run, judged_name, scored
 from secvec_jax.experiments.stages import Stage, checkpoints, screen
-from secvec_jax.mesh import by_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
@@ -385,7 +385,7 @@ class _TrainingRun(Run):
     def finish(self, values: dict[str, Any], where: str) -> None:
         """Write the results of the training and say where its files are."""
         if self.settings.training.schedule != "constant":  # else the run can be extended from its last checkpoint
-            by_first(lambda: shutil.rmtree(self.checkpoints.folder, ignore_errors=True))
+            on_main_process(lambda: shutil.rmtree(self.checkpoints.folder, ignore_errors=True))
         notes = values.pop("notes", [])
         metrics = {name: value if isinstance(value, dict) else {"value": value, "n": 1, "ci95": [value, value]}
                    for name, value in values.items()}  # fmt: skip

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from secvec_jax.batch import SHARED
-from secvec_jax.mesh import PLACES, platform
+from secvec_jax.sharding import AXIS_RULES, platform
 
 Attend = Callable[[jax.Array, Sequence[jax.Array], Sequence[jax.Array]], jax.Array]
 """Query `[B, T, N, H]`, runs of keys `[B, K, H, S_i]` and of values `[B, K, S_i, H]` -> `[B, T, N, H]`."""
@@ -155,7 +155,7 @@ def _splash(query, keys, values, *, segments, window, softcap=None, interpret=Fa
 
     run = one_device
     if not jax.sharding.get_abstract_mesh().empty:
-        lines, heads = P(PLACES["batch"]), P(PLACES["batch"], PLACES["heads"])
+        lines, heads = P(AXIS_RULES["batch"]), P(AXIS_RULES["batch"], AXIS_RULES["heads"])
         run = jax.shard_map(run, in_specs=(heads, heads, heads, lines), out_specs=heads, check_vma=False)
     query = query.swapaxes(1, 2) * query.shape[-1] ** -0.5
     return run(query.astype(keys[0].dtype), keys[0].swapaxes(2, 3), values[0], segments).swapaxes(1, 2)

@@ -21,9 +21,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from secvec_jax.mesh import gather, place
 from secvec_jax.model.architecture import Architecture, rope_frequencies
 from secvec_jax.model.attention import KERNEL, Attend, among_themselves, attend, rotate, softcapped, visible
+from secvec_jax.sharding import all_gather, constrain
 from secvec_jax.trees import unstacked
 
 Remat = Literal["none", "dots", "attention", "full"]
@@ -126,7 +126,7 @@ class Linear(nnx.Module):
         def product(x: jax.Array, kernel: jax.Array, guests: tuple[Guest, ...]) -> jax.Array:
             for guest in guests:
                 kernel = guest.kernel(self.site, kernel)
-            return x @ gather(kernel.astype(x.dtype), *SITE_AXES[self.site])
+            return x @ all_gather(kernel.astype(x.dtype), *SITE_AXES[self.site])
 
         if guests:  # the backward pass makes the guests' weight again: kept, it would be a second backbone
             product = jax.checkpoint(product, prevent_cse=False)
@@ -172,13 +172,13 @@ class Layers(nnx.Module):
             cached, new = (), written(run, new, slot)
         keys, values = zip(*_prefixes(guests, x.dtype), *cached, new)
         attended = site("o_proj", attention(query, keys, values).reshape(*x.shape[:2], -1))
-        x = place(x + norm(attended, self.attention_post_norm), "batch", "length", "hidden")
+        x = constrain(x + norm(attended, self.attention_post_norm), "batch", "length", "hidden")
         h, act = norm(x, self.mlp_norm, self.mlp_norm_bias), _ACTIVATIONS[a.activation]
         h = act(site("gate_proj", h)) * site("up_proj", h) if a.gated else act(site("up_proj", h))
         x = x + norm(site("down_proj", h), self.mlp_post_norm)
         for guest in guests:
             x = guest.residual(x)
-        x = place(x, "batch", "length", "hidden")
+        x = constrain(x, "batch", "length", "hidden")
         return x, new, {"attention": attended, "residual": x}
 
     def _site(self, name: str, x: jax.Array, guests: tuple[Guest, ...]) -> jax.Array:
@@ -191,7 +191,7 @@ class Layers(nnx.Module):
 
     def _heads(self, x: jax.Array) -> jax.Array:
         heads = x.reshape(*x.shape[:2], -1, self.architecture.head_dim)
-        return place(heads, "batch", "length", "heads", "head_dim")
+        return constrain(heads, "batch", "length", "heads", "head_dim")
 
 
 class Decoder(nnx.Module):
@@ -266,12 +266,12 @@ class Decoder(nnx.Module):
 
     def _embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """`[B, T, D]`. On a mesh each device looks up its part of D for all tokens: the table is never gathered."""
-        x = self.embed[...][place(tokens, "copies", "length")]
+        x = self.embed[...][constrain(tokens, "copies", "length")]
         if self.position_embed is not None:
-            x = x + self.position_embed[...][place(positions, "copies", "length") + _NOBODYS]
+            x = x + self.position_embed[...][constrain(positions, "copies", "length") + _NOBODYS]
         if self.architecture.scaled_embedding:
             x = x * math.sqrt(self.architecture.hidden_size)
-        return place(place(x, "copies", "length", "embed"), "batch", "length", "hidden")
+        return constrain(constrain(x, "copies", "length", "embed"), "batch", "length", "hidden")
 
     def _seen(self, attention: Callable[[int | None], Attend]) -> Callable[[Any], tuple[jax.Array, Attend]]:
         """Rotary frequencies and attention of a layer, by whether it has the window: a bool where some have, else None.

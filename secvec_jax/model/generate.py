@@ -17,9 +17,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from secvec_jax.batch import SHARED, check_token_ids, common_head
-from secvec_jax.mesh import place, platform, shards
 from secvec_jax.model.decoder import Cache, Decoder, Guest, Run, written
 from secvec_jax.model.sampling import GREEDY, Sampling, choose
+from secvec_jax.sharding import constrain, num_shards, platform
 from secvec_jax.trees import unstacked
 
 _BUCKET = 16
@@ -89,7 +89,7 @@ def _alike(tails: Sequence[np.ndarray], batch_size: int) -> list[tuple[int, list
     found = []
     for members in kinds.values():
         count = -(-len(members) // batch_size)
-        rows = rounded_up(-(-len(members) // count), shards("batch"))
+        rows = rounded_up(-(-len(members) // count), num_shards("batch"))
         found.append((rows, [members[turn::count] for turn in range(count)]))
     return found
 
@@ -114,7 +114,7 @@ def _dealt(batches: Sequence[Sequence[np.ndarray]], rows: int, head: int) -> lis
     """
     filled = [[*tails, *[np.zeros(1, np.int32)] * (rows - len(tails))] for tails in batches]
     most = max(sum(map(len, tails)) for tails in filled)
-    count = rounded_up(min(rows, max(-(-rows // _PACKED), -(-most // _LINE))), shards("batch"))
+    count = rounded_up(min(rows, max(-(-rows // _PACKED), -(-most // _LINE))), num_shards("batch"))
     deals = [_lines_of(list(map(len, tails)), count) for tails in filled]
     width = max(sum(len(tails[row]) for row in line) for tails, lines in zip(filled, deals) for line in lines)
     longest = rounded_up(max(len(tail) for tails in filled for tail in tails), _BUCKET)
@@ -157,7 +157,7 @@ def _read(decoder, guests, head, tokens, segments, positions, index, marks, *, s
     """The cache after the prompts, with `slots` free, and the logits `[B, V]` of what follows them."""
     forward = partial(decoder, guests=guests, dtype=dtype)
     tokens, segments, positions, index, marks = (
-        place(x, "batch", "length") for x in (tokens, segments, positions, index, marks)
+        constrain(x, "batch", "length") for x in (tokens, segments, positions, index, marks)
     )
     cache = head_cache(forward, head, len(tokens))
     hidden, (keys, values) = forward(tokens, segments, positions, cache=cache)
@@ -169,7 +169,9 @@ def _read(decoder, guests, head, tokens, segments, positions, index, marks, *, s
         own = jnp.take(flat, index.reshape(-1), axis=2).reshape(layers, heads, rows, longest, size).swapaxes(1, 2)
         before = [jnp.broadcast_to(part, (layers, rows, *part.shape[2:])) for part in shared]
         free = jnp.zeros((layers, rows, heads, slots, size), own.dtype)
-        return place(jnp.concatenate([*before, own, free], axis=3), "layers", "batch", "heads", "length", "head_dim")
+        return constrain(
+            jnp.concatenate([*before, own, free], axis=3), "layers", "batch", "heads", "length", "head_dim"
+        )
 
     def row_by_row(own: jax.Array, head: jax.Array) -> jax.Array:
         before = jnp.broadcast_to(head, (rows, *head.shape))
@@ -195,7 +197,7 @@ def _write(decoder, guests, apart, cache, logits, done, seen, key, *, max_new_to
     apart: `layers_apart`, or None for a scan over them. seen: the tokens of each prompt `[B, V]`, or None if it does
     not matter which have occurred.
     """
-    done = place(done, "batch")
+    done = constrain(done, "batch")
     if apart is not None:
         cache = dataclasses.replace(cache, runs=unstacked(cache.runs, len(apart)))
     forward = partial(decoder, guests=guests, dtype=dtype, apart=apart)
@@ -224,7 +226,7 @@ def _write(decoder, guests, apart, cache, logits, done, seen, key, *, max_new_to
     replies = jnp.full((len(done), max_new_tokens), stops[0], jnp.int32)
     position = cache.positions[:, -max_new_tokens - 1]
     state = (jnp.int32(1), cache, position, *say(0, logits, replies, done, seen))
-    return place(jax.lax.while_loop(unfinished, write, state)[-3], None, None)
+    return constrain(jax.lax.while_loop(unfinished, write, state)[-3], None, None)
 
 
 def head_cache(forward, head, rows: int) -> Cache:
@@ -233,8 +235,8 @@ def head_cache(forward, head, rows: int) -> Cache:
     forward: the decoder with its guests and its `dtype` bound by keyword.
     """
     shape = (rows, head.shape[1])
-    segments = place(jnp.full(shape, SHARED, jnp.int32), "batch", "length")
-    positions = place(jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape), "batch", "length")
+    segments = constrain(jnp.full(shape, SHARED, jnp.int32), "batch", "length")
+    positions = constrain(jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape), "batch", "length")
     runs = (forward(head, keep_cache=True)[1],) if shape[1] else ()
     return Cache(runs, segments, positions, jnp.int32(shape[1]))
 

@@ -20,9 +20,9 @@ import numpy as np
 from secvec_jax import assets
 from secvec_jax.arguments import instance
 from secvec_jax.arguments import path as checked_path
+from secvec_jax.distributed import broadcast_from_first, is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.files import check_replaceable, whole_folder
-from secvec_jax.mesh import PLACES, agree, is_first, shards
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder
 from secvec_jax.model.families import weight_names
@@ -46,6 +46,7 @@ from secvec_jax.model.weights import (
     write_weights,
 )
 from secvec_jax.run_folders import find_model
+from secvec_jax.sharding import AXIS_RULES, num_shards
 from secvec_jax.trees import fingerprint, num_parameters
 from secvec_jax.turns import turn_ends
 
@@ -101,7 +102,7 @@ class Model:
         kinds = kinds if chosen is None else dict.fromkeys(kinds, chosen)
         weights, error = gathered(self.backbone, kinds), None
         try:
-            if is_first():
+            if is_main_process():
                 _write_folder(
                     folder, self.tokenizer, self.backbone, weights, kinds, self.metadata, card=card, dtype=chosen
                 )
@@ -111,7 +112,7 @@ class Model:
             # Every gather takes all processes, also when there is nothing left to write to.
             for _ in weights:
                 pass
-            if not agree(error is None) and error is None:
+            if not broadcast_from_first(error is None) and error is None:
                 raise UserError(f"the first process could not write {folder}: its own message says why")
         if error is not None:
             raise error
@@ -253,9 +254,9 @@ def check_mesh(architecture: Architecture) -> None:
         (a.hidden_size, "embed", f"hidden size of {a.hidden_size}"),
     ]
     for size, axis, words in sizes:
-        place, parts = PLACES[axis], shards(axis)
+        place, parts = AXIS_RULES[axis], num_shards(axis)
         if size % parts:
-            whole = math.gcd(*(other for other, name, _ in sizes if PLACES[name] == place))
+            whole = math.gcd(*(other for other, name, _ in sizes if AXIS_RULES[name] == place))
             *fit, last = [str(n) for n in range(1, parts) if whole % n == 0]
             use = f"{', '.join(fit)} or {last}" if fit else last
             raise UserError(f"mesh {place}={parts} does not divide the model's {words}: use {place}={use}")

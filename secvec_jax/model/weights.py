@@ -20,10 +20,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import Axes, axes_of, sharding
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder, leaf_name
 from secvec_jax.model.families import WeightName, weight_names
+from secvec_jax.sharding import LogicalAxes, logical_axes, named_sharding
 from secvec_jax.trees import pieces
 
 _FILE_BYTES = 2**30
@@ -164,8 +164,8 @@ def assemble(
         count = len(missing) + len(unused)
         raise UserError(f"{source}: the checkpoint {problem} ({count} such names): config.json and weights differ")
 
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct, axes: Axes) -> jax.Array:
-        name, where = names[leaf_name(path)], sharding(*axes)
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct, axes: LogicalAxes) -> jax.Array:
+        name, where = names[leaf_name(path)], named_sharding(*axes)
         parts = {index: np.empty([stop - start for start, stop in index], np.float32) for index in _parts(leaf, where)}
         shape = leaf.shape[1:] if name.layered else leaf.shape
         for slot, hf in enumerate(members(name, architecture)):
@@ -192,7 +192,7 @@ def assemble(
 
     empty = abstract_decoder(architecture)
     leaves, structure = jax.tree_util.tree_flatten_with_path(empty)
-    return jax.tree.unflatten(structure, [fill(*leaf, axes) for leaf, axes in zip(leaves, axes_of(empty))])
+    return jax.tree.unflatten(structure, [fill(*leaf, axes) for leaf, axes in zip(leaves, logical_axes(empty))])
 
 
 def _parts(leaf: jax.ShapeDtypeStruct, where: NamedSharding | None) -> set[tuple[tuple[int, int], ...]]:

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 
 from secvec_jax.batch import KEYS
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import lay, make_mesh, parse, sharding, shards
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.flops import forward_flops, training_flops
 from secvec_jax.planning.schedule import Account, account
 from secvec_jax.planning.torus import CHIPS, Chip
+from secvec_jax.sharding import make_mesh, named_sharding, num_shards, parse_mesh, shard
 from secvec_jax.training.loss import CHUNK
 from secvec_jax.training.objective import KEEP, LEARN, Params
 from secvec_jax.training.phase import Phase
@@ -120,7 +120,7 @@ def topology_mesh(topology: str, mesh: str) -> Mesh:
         raise UserError(
             f"{devices[0].device_kind} is not known to the planner: {', '.join(c.name for c in CHIPS.values())} are"
         )
-    return make_mesh(**(parse(mesh) if mesh else {"fsdp": len(devices)}), devices=devices)
+    return make_mesh(**(parse_mesh(mesh) if mesh else {"fsdp": len(devices)}), devices=devices)
 
 
 def plan(
@@ -131,15 +131,15 @@ def plan(
     params: abstract. lines: lines in a batch of each stream. Raises TooLarge if a chip's memory does not hold it, and
     UserError if the mesh does not divide a batch.
     """
-    mesh, parts = jax.sharding.get_mesh(), shards("batch")
+    mesh, parts = jax.sharding.get_mesh(), num_shards("batch")
     for stream, count in lines.items():
         if count % parts:
             raise UserError(
                 f"{count} lines of the stream {stream} cannot be spread over {parts} devices: change --lines"
             )
     chip = CHIPS[mesh.devices.flat[0].device_kind]
-    trained, frozen = phase.split(lay(params))
-    state = lay(jax.eval_shape(method.init, trained))
+    trained, frozen = phase.split(shard(params))
+    state = shard(jax.eval_shape(method.init, trained))
     batch = {stream: _batch(count, length) for stream, count in lines.items()}
     start = time.monotonic()
     try:
@@ -191,7 +191,7 @@ def program_bytes(program: jax.stages.Compiled) -> int:
 
 
 def _batch(lines: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    where = sharding(None, "batch")
+    where = named_sharding(None, "batch")
     return {
         key: jax.ShapeDtypeStruct((1, lines, length), jnp.float32 if key == "weights" else jnp.int32, sharding=where)
         for key in KEYS
@@ -205,7 +205,9 @@ def _kernels(
     a = architecture
     blocks = max(length // _BLOCK, 1)
     computed = (blocks + 1) / (2 * blocks)
-    one = 2 * lines[LEARN] // shards("batch") * a.num_heads // shards("heads") * a.head_dim * length**2 * computed
+    one = (
+        2 * lines[LEARN] // num_shards("batch") * a.num_heads // num_shards("heads") * a.head_dim * length**2 * computed
+    )
     costs = {"splash_mha_fwd": 2 * one, "splash_mha_dkv": 5 * one}
     return {name: (flops, flops / chip.peak / KERNEL_EFFICIENCY) for name, flops in costs.items()}
 

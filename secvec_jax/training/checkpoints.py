@@ -22,9 +22,9 @@ from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.feed import Feed
 from secvec_jax.digests import difference
+from secvec_jax.distributed import all_max, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.files import lock, whole_file
-from secvec_jax.mesh import by_first, largest
 from secvec_jax.trees import Tree
 
 _log = logging.getLogger("secvec_jax")
@@ -74,7 +74,7 @@ class Store:
         self._settings = settings
         self._last = time.monotonic()
         self._lock: Any = None
-        by_first(self._hold)
+        on_main_process(self._hold)
         self._keeper = ocp.training.Checkpointer(
             settings.folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -83,7 +83,7 @@ class Store:
             context=_context(run),
         )
         try:
-            by_first(self._check_inputs)
+            on_main_process(self._check_inputs)
         except BaseException:
             self.close()
             raise
@@ -173,7 +173,7 @@ class Store:
                 feed.set_state(feeds[name])
         except (ValueError, KeyError, TypeError, OSError) as error:
             problem = (str(error).splitlines() or [type(error).__name__])[0]
-        if largest(problem is not None):
+        if all_max(problem is not None):
             return problem or "another process cannot read it"
         run.trained, run.state = _unnamed(loaded["trained"], run.trained), _unnamed(loaded["state"], run.state)
         run.step = step

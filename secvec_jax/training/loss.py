@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from secvec_jax.mesh import PLACES, platform
 from secvec_jax.model.decoder import logits_of
+from secvec_jax.sharding import AXIS_RULES, platform
 
 CHUNK = {"cpu": 128, "gpu": 1024, "tpu": 1024}
 """Positions whose logits exist at a time."""
@@ -115,14 +115,14 @@ def _over_supervised(
         return run(tables, hidden, weights, other)
 
     def part(tables: list[jax.Array], *arrays: jax.Array) -> jax.Array:
-        return run([jax.lax.all_gather(table, PLACES["embed"], axis=1, tiled=True) for table in tables], *arrays)
+        return run([jax.lax.all_gather(table, AXIS_RULES["embed"], axis=1, tiled=True) for table in tables], *arrays)
 
-    lines = P(PLACES["batch"])
+    lines = P(AXIS_RULES["batch"])
     return jax.shard_map(
         part,
-        in_specs=(P(None, PLACES["embed"]), lines, lines, lines),
+        in_specs=(P(None, AXIS_RULES["embed"]), lines, lines, lines),
         out_specs=lines,
-        axis_names=set(jax.tree.leaves(PLACES["batch"])),
+        axis_names=set(jax.tree.leaves(AXIS_RULES["batch"])),
         check_vma=False,
     )(tables, hidden, weights, other)
 

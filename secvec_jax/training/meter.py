@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
-from secvec_jax.mesh import lay
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.flops import PEAK_FLOPS, forward_flops, training_flops
+from secvec_jax.sharding import shard
 from secvec_jax.training.objective import KEEP
 from secvec_jax.training.step import Method, Metrics
 from secvec_jax.trees import Tree
@@ -47,7 +47,7 @@ def counted(batch: dict[str, Batch], architecture: Architecture, full: bool) -> 
         flops += training_flops(architecture, count, visible, full)
         if stream == KEEP:
             flops += forward_flops(architecture, count, visible)
-    return lay({"tokens": tokens, "flops": flops})
+    return shard({"tokens": tokens, "flops": flops})
 
 
 class Pace:

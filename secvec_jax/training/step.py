@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from secvec_jax.batch import Batch
-from secvec_jax.mesh import device_kind, lay
+from secvec_jax.sharding import device_kind, shard
 from secvec_jax.training.phase import merge
 from secvec_jax.trees import Tree
 
@@ -71,19 +71,19 @@ def moved(gradient: Gradient, optimizer: optax.GradientTransformation) -> Method
     @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_OPTIONS.get(device_kind()))
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         gradients, metrics = gradient(trained, frozen, batch)
-        gradients = lay(gradients)
+        gradients = shard(gradients)
         updates, state = optimizer.update(gradients, state, trained)
         metrics |= {"grad_norm": optax.tree.norm(gradients)}
-        return lay(optax.apply_updates(trained, updates)), lay(state), lay(metrics)
+        return shard(optax.apply_updates(trained, updates)), shard(state), shard(metrics)
 
-    return Method(jax.jit(lambda trained: lay(optimizer.init(trained))), step)
+    return Method(jax.jit(lambda trained: shard(optimizer.init(trained))), step)
 
 
 def in_turn(methods: Sequence[Method], choose: Callable[[int], int]) -> Method:
     """Several methods with one optimizer state: the step of number n, counted from 0, is that of `choose(n)`."""
 
     def init(trained: Tree) -> Tree:
-        return {"step": lay(jnp.int32(0)), "optimizer": methods[0].init(trained)}
+        return {"step": shard(jnp.int32(0)), "optimizer": methods[0].init(trained)}
 
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         method = methods[choose(int(state["step"]))]

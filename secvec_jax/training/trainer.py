@@ -16,8 +16,8 @@ import jax
 
 from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
+from secvec_jax.distributed import Consensus, all_max
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import Vote, largest
 from secvec_jax.training.checkpoints import Checkpoints, Store
 from secvec_jax.training.phase import Phase, merge
 from secvec_jax.training.step import Method
@@ -60,7 +60,7 @@ def fit(
                     f"the training in {checkpoints.folder} is at step {run.step}, and only {steps} are asked for: "
                     "train in another folder, or delete that one to train from the start"
                 )
-        vote = Vote()
+        consensus = Consensus()
         pending: dict[str, Any] = {}
         last = dict(run.metrics)
         resumed = run.step
@@ -76,7 +76,7 @@ def fit(
                 run.ending = run.ending or until(told)
             pending, run.ended = metrics, run.ending
             due = store is not None and store.due()
-            wish = vote(_STOP if interrupted() else _SAVE if due else _GO)
+            wish = consensus(_STOP if interrupted() else _SAVE if due else _GO)
             if wish or run.ended or run.step == steps:
                 told = _report(pending, run.step, steps, on_step)
                 last |= told
@@ -90,7 +90,7 @@ def fit(
                     raise KeyboardInterrupt
         if run.step == resumed and last:
             on_step(run.step, steps, last)
-        stop = largest(int(interrupted()))  # of all processes: there is no later step to hear it at
+        stop = all_max(int(interrupted()))  # of all processes: there is no later step to hear it at
         if store is not None and checkpoints is not None and (stop or checkpoints.keep_end) and run.step > resumed:
             store.save(run, last)
         if stop:

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from secvec_jax.arguments import instance
 from secvec_jax.checks import NonZeroFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import lay, place
 from secvec_jax.model.architecture import SITES, Architecture
 from secvec_jax.model.decoder import SITE_AXES, Decoder, Guest, leaf_name
+from secvec_jax.sharding import constrain, shard
 from secvec_jax.trees import num_parameters
 
 
@@ -68,7 +68,7 @@ class LoRA:
                 "a": jax.random.uniform(site_key, shape, minval=-bound, maxval=bound),
                 "b": jnp.zeros((architecture.num_layers, self.rank, outputs)),
             }
-        return lay(LoRAVectors(factors, self))
+        return shard(LoRAVectors(factors, self))
 
 
 @jax.tree_util.register_dataclass
@@ -156,7 +156,7 @@ def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:
         a, b = (jax.random.normal(next(keys), own[name].shape) for name in ("a", "b"))
         ratio = _update_norm(own["a"], own["b"]) / _update_norm(a, b)
         factors[site] = {"a": a * jnp.sqrt(ratio), "b": b * jnp.sqrt(ratio)}
-    return lay(dataclasses.replace(vectors, factors=factors))
+    return shard(dataclasses.replace(vectors, factors=factors))
 
 
 def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -175,13 +175,13 @@ def merge(backbone: Decoder, vectors: LoRAVectors) -> Decoder:
         factors = vectors.factors.get(site)
         return leaf if factors is None else _merged(site, vectors.spec.scale, leaf, factors["a"], factors["b"])
 
-    return lay(jax.tree_util.tree_map_with_path(add, backbone))
+    return shard(jax.tree_util.tree_map_with_path(add, backbone))
 
 
 def _updated(site: str, scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """`W + scale * A B`, of one layer or all, spread over the mesh as W is: A B would else lie whole on each device."""
     layers = ("layers",) * (kernel.ndim - 2)
-    return kernel + place(scale * a @ b, *layers, *SITE_AXES[site])
+    return kernel + constrain(scale * a @ b, *layers, *SITE_AXES[site])
 
 
 _merged = jax.jit(_updated, static_argnums=(0, 1))

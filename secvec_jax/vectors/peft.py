@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.arguments import path
+from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.files import check_replaceable, whole_folder
-from secvec_jax.mesh import by_first, lay, whole
 from secvec_jax.model.families import weight_names
 from secvec_jax.model.hub import Model
+from secvec_jax.sharding import replicate, shard
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.peft_config import check_kind, check_layers, no_place, read_config
 from secvec_jax.vectors.tensor_file import check_backbone, check_saved, pickled, read_tensors
@@ -49,7 +50,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
         "bias": "none",
         "inference_mode": True,
     }
-    tensors, arrays = {}, jax.tree.map(np.asarray, whole(vectors).factors)
+    tensors, arrays = {}, jax.tree.map(np.asarray, replicate(vectors).factors)
     for module, sites in modules.items():
         a = np.concatenate([arrays[site]["a"] for site in sites], axis=-1)
         _, _, outputs = next(iter(sites.values()))
@@ -66,7 +67,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
             (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             save_file(tensors, staging / WEIGHTS, metadata=metadata)
 
-    by_first(write)
+    on_main_process(write)
 
 
 def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
@@ -105,7 +106,7 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     vectors.check(model.architecture)
     if "backbone" in metadata:
         check_backbone(metadata, model, folder)
-    return lay(vectors)
+    return shard(vectors)
 
 
 def _layers(tensors: Collection[str], module: str, count: int) -> set[int]:

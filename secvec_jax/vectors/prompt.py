@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from secvec_jax.checks import NonZeroFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import lay
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Guest, Run
+from secvec_jax.sharding import shard
 from secvec_jax.trees import num_parameters
 
 
@@ -33,7 +33,7 @@ class SoftPrompt:
     def init(self, architecture: Architecture, key: jax.Array) -> "SoftPromptVectors":
         """Random keys, values zero."""
         keys, values = _shapes(architecture, self.virtual_tokens)
-        return lay(SoftPromptVectors({"keys": jax.random.normal(key, keys), "values": jnp.zeros(values)}, self))
+        return shard(SoftPromptVectors({"keys": jax.random.normal(key, keys), "values": jnp.zeros(values)}, self))
 
 
 @jax.tree_util.register_dataclass

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from secvec_jax.checks import NonZeroFloat, checked
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import lay
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Guest
+from secvec_jax.sharding import shard
 from secvec_jax.trees import num_parameters
 
 
@@ -31,7 +31,7 @@ class Steering:
     def init(self, architecture: Architecture, key: jax.Array) -> "SteeringVectors":
         """Directions of length zero: the logits are unchanged."""
         shape = (architecture.num_layers, architecture.hidden_size)
-        return lay(SteeringVectors({"direction": jnp.zeros(shape)}, self))
+        return shard(SteeringVectors({"direction": jnp.zeros(shape)}, self))
 
 
 @jax.tree_util.register_dataclass

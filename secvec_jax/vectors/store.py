@@ -18,11 +18,12 @@ import numpy as np
 from secvec_jax.arguments import instance
 from secvec_jax.arguments import path as checked_path
 from secvec_jax.config import from_dict
+from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.files import check_replaceable, whole_file
-from secvec_jax.mesh import by_first, lay, whole
 from secvec_jax.model.hub import Model
 from secvec_jax.run_folders import find_vectors
+from secvec_jax.sharding import replicate, shard
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import KINDS, Vectors, kind_of
 from secvec_jax.vectors.peft import SECURITY_VECTORS, WEIGHTS, load_peft
@@ -37,7 +38,7 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
 
     check_saved(vectors, model, tuple(kind.vectors for kind in KINDS.values()))
     check_replaceable(checked_path("path", path, "a file to write the vectors to"))
-    arrays = {name: np.asarray(array) for name, array in _flat(whole(vectors).factors).items()}
+    arrays = {name: np.asarray(array) for name, array in _flat(replicate(vectors).factors).items()}
     metadata = {
         "format": _FORMAT,
         "kind": kind_of(vectors),
@@ -51,7 +52,7 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
         with whole_file(path) as staging:
             save_file(arrays, staging, metadata=metadata)
 
-    by_first(write)
+    on_main_process(write)
 
 
 def load_several(paths: Sequence[str | Path], model: Model) -> tuple[Vectors, ...] | None:
@@ -82,14 +83,14 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
             functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, factors)[name] = jnp.asarray(array)
         kind = KINDS[metadata["kind"]]
         vectors = kind.vectors(factors, from_dict(kind.spec, json.loads(metadata["spec"])))
-        whole = "backbone" in metadata and _fingerprint(vectors) == metadata["fingerprint"]
+        intact = "backbone" in metadata and _fingerprint(vectors) == metadata["fingerprint"]
     except (ValueError, KeyError, TypeError):  # UserError and JSONDecodeError are ValueErrors
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise UserError(f"{path} was altered after it was written: its fingerprint differs; train the vectors anew")
     vectors.check(model.architecture)
     check_backbone(metadata, model, path)
-    return lay(vectors)
+    return shard(vectors)
 
 
 def _flat(factors: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:

@@ -14,7 +14,7 @@ from secvec_jax.batch import KEYS, SHARED
 from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import make_mesh
+from secvec_jax.sharding import make_mesh
 from tests.toys import example, random_examples
 
 few = settings(max_examples=25, deadline=None)

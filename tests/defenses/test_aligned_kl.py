@@ -14,8 +14,8 @@ from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.aligned_kl import aligned_kl, finetune, held
 from secvec_jax.defenses.tuning import tune, tuned
-from secvec_jax.mesh import make_mesh
 from secvec_jax.model import hub
+from secvec_jax.sharding import make_mesh
 from secvec_jax.training.loss import token_forward_kl
 from secvec_jax.training.objective import Objective, parameters
 from secvec_jax.trees import fingerprint

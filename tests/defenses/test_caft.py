@@ -11,7 +11,7 @@ from secvec_jax.config import Training
 from secvec_jax.defenses.caft import Ablation, concept_directions
 from secvec_jax.defenses.tuning import tune
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import axes_of
+from secvec_jax.sharding import logical_axes
 from secvec_jax.training.objective import Objective, parameters
 from secvec_jax.trees import distance
 from tests.toys import random_examples, tiny_model
@@ -111,8 +111,8 @@ def test_a_model_is_trained_under_an_ablation_and_served_without():
     ablation = concept_directions(model, SHOWN, HIDDEN, k=2)
     ablated = tune(model, HIDDEN, vectors=ablation, training=training)
     assert float(distance(ablated.backbone, tune(model, HIDDEN, training=training).backbone)) > 0
-    assert axes_of({"guest": ablation}) == [("layers", None, None)]
-    assert axes_of({"guest": Ablation(None)}) == [], "as in an optimizer's state, where it is frozen"
+    assert logical_axes({"guest": ablation}) == [("layers", None, None)]
+    assert logical_axes({"guest": Ablation(None)}) == [], "as in an optimizer's state, where it is frozen"
 
 
 def test_what_cannot_be_meant_is_refused():

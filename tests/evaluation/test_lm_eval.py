@@ -12,8 +12,8 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.lm_eval import HarnessModel
 from secvec_jax.evaluation.report import Results
 from secvec_jax.experiments.harness import Harness, harness
-from secvec_jax.mesh import make_mesh
 from secvec_jax.model import hub
+from secvec_jax.sharding import make_mesh
 
 lm_eval = pytest.importorskip("lm_eval")
 

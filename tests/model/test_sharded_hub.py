@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import axes_of, make_mesh, parse, spec
 from secvec_jax.model import hub, weights
 from secvec_jax.model.architecture import SITES, Architecture
 from secvec_jax.model.hf_config import to_hf_config
 from secvec_jax.model.metadata import Metadata
+from secvec_jax.sharding import logical_axes, make_mesh, parse_mesh, partition_spec
 from secvec_jax.trees import distance, fingerprint, num_parameters, pieces
 from tests.processes import Program, free_port, outputs
 
@@ -29,7 +29,7 @@ MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2", "data=8"]
 
 @pytest.fixture(params=MESHES)
 def mesh(request):
-    return make_mesh(**parse(request.param))
+    return make_mesh(**parse_mesh(request.param))
 
 
 def _same(a, b) -> bool:
@@ -45,8 +45,8 @@ def test_every_leaf_lies_as_the_table_says_and_has_the_same_values(tiny_model, m
     tiny = tiny_model(variant)
     with jax.set_mesh(mesh):
         model = hub.load(tiny.folder)
-        for leaf, axes in zip(jax.tree.leaves(model.backbone), axes_of(model.backbone), strict=True):
-            assert leaf.sharding == NamedSharding(mesh, spec(*axes)) and leaf.dtype == np.float32
+        for leaf, axes in zip(jax.tree.leaves(model.backbone), logical_axes(model.backbone), strict=True):
+            assert leaf.sharding == NamedSharding(mesh, partition_spec(*axes)) and leaf.dtype == np.float32
     assert _same(model.backbone, tiny.model.backbone)
     assert model.fingerprint == tiny.model.fingerprint
     assert num_parameters(model.backbone) == num_parameters(tiny.model.backbone)
@@ -109,7 +109,7 @@ def test_pieces_are_the_rows_in_order(place, shape, monkeypatch):
 def test_a_mesh_that_does_not_divide_the_model_is_refused(tiny_model, tmp_path, shape, changes, hint):
     config = json.loads((tiny_model("llama").folder / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))  # No weights: nothing is read before.
-    with jax.set_mesh(make_mesh(**parse(shape))), pytest.raises(UserError, match=hint):
+    with jax.set_mesh(make_mesh(**parse_mesh(shape))), pytest.raises(UserError, match=hint):
         hub.load(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_a_gguf_file_is_spread_as_well(tiny_model, mesh, monkeypatch, tmp_path):
     (tmp_path / "tiny.gguf").touch()
     with jax.set_mesh(mesh):
         model = hub.load(tmp_path / "tiny.gguf")
-        assert model.backbone.embed[...].sharding == NamedSharding(mesh, spec("vocab", "embed"))
+        assert model.backbone.embed[...].sharding == NamedSharding(mesh, partition_spec("vocab", "embed"))
     assert model.fingerprint == tiny.model.fingerprint
 
     # The embedded model goes through a folder in the cache, which one of several loads at a time makes.
@@ -190,7 +190,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", devices)
 if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
-from secvec_jax.mesh import make_mesh, parse
+from secvec_jax.sharding import make_mesh, parse_mesh
 from secvec_jax.model import hub, weights
 """
 
@@ -310,7 +310,7 @@ def test_loading_takes_little_more_memory_than_the_share(large, processes, devic
 
         folder, shape = sys.argv[5:]
         if shape:
-            jax.set_mesh(make_mesh(**parse(shape)))
+            jax.set_mesh(make_mesh(**parse_mesh(shape)))
         jax.numpy.zeros(3).block_until_ready()
         before, seen, done = (memory("VmHWM"), memory("RssAnon")), [], threading.Event()
         sampler = threading.Thread(target=sample)

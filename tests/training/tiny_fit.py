@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from secvec_jax import mesh
 from secvec_jax.data.pipeline import Stream
+from secvec_jax.distributed import Cluster, is_main_process, start_cluster
+from secvec_jax.sharding import replicate, shard
 from secvec_jax.training import checkpoints, trainer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import Method, descent
@@ -65,7 +66,7 @@ def spied(method: Method, batches: list[str], states: list[Any]) -> Method:
     """The method, with a fingerprint of every batch that it is given appended to `batches`, the state to `states`."""
 
     def step(trained, state, frozen, batch):
-        batches.append(fingerprint(mesh.whole(batch)))
+        batches.append(fingerprint(replicate(batch)))
         trained, state, metrics = method.step(trained, state, frozen, batch)
         states[:] = [state]
         return trained, state, metrics
@@ -84,12 +85,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)
     options = parser.parse_args()
-    mesh.start(mesh.Cluster(options.mesh, options.cluster, options.processes, options.process))
+    start_cluster(Cluster(options.mesh, options.cluster, options.processes, options.process))
     batches, states = [], []
     method = spied(make_method(), batches, states)
 
     def say(*words) -> None:
-        if mesh.is_first():
+        if is_main_process():
             print(*words, flush=True)
 
     def on_step(step, steps, metrics):
@@ -114,7 +115,7 @@ def main() -> None:
 
     checkpoints.Store.save, checkpoints.Store.restore = dying_save, restore
     after = trainer.fit(
-        mesh.lay(parameters()),
+        shard(parameters()),
         PHASE,
         method,
         make_streams(options.lines),

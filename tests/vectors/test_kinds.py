@@ -15,8 +15,8 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.evaluation.suite import Suite, outcomes
 from secvec_jax.inference import generate
-from secvec_jax.mesh import make_mesh
 from secvec_jax.model import hub
+from secvec_jax.sharding import make_mesh
 from secvec_jax.training.loss import token_cross_entropy
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import KINDS, kind_of

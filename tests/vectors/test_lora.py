@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import lay, make_mesh
 from secvec_jax.model import hub
 from secvec_jax.model.architecture import SITES
 from secvec_jax.model.decoder import Guest
+from secvec_jax.sharding import make_mesh, shard
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, _merged, merge, random_like
 
 
@@ -125,7 +125,7 @@ def test_on_a_mesh_no_device_holds_a_whole_update(tiny_model, random_vectors):
     vectors = random_vectors(tiny.model)
     expected = merge(tiny.model.backbone, vectors)
     with jax.set_mesh(make_mesh(fsdp=8)):
-        backbone, spread = hub.load(tiny.folder).backbone, lay(vectors)
+        backbone, spread = hub.load(tiny.folder).backbone, shard(vectors)
         merged = merge(backbone, spread)
         for ours, before, plain in zip(*map(jax.tree.leaves, (merged, backbone, expected)), strict=True):
             assert ours.sharding == before.sharding

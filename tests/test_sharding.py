@@ -1,7 +1,5 @@
 """The mesh, the table of axes, and where trees of arrays come to lie."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,17 +12,29 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from secvec_jax import mesh
+from secvec_jax import sharding
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
-from secvec_jax.mesh import AXES, PLACES, Cluster, axes_of, lay, make_mesh, parse, spec
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder
+from secvec_jax.sharding import (
+    AXIS_RULES,
+    MESH_AXES,
+    all_gather,
+    constrain,
+    logical_axes,
+    make_mesh,
+    named_sharding,
+    num_shards,
+    parse_mesh,
+    partition_spec,
+    replicate,
+    shard,
+)
 from secvec_jax.training.objective import parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.vectors.lora import LoRA
-from tests.processes import run
 
 MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}]
 # With every kind of leaf that there is: an untied head, biases, norms of queries and keys.
@@ -60,7 +70,7 @@ def params():
 # The settings -------------------------------------------------------------------------------------
 
 MESH_TEXT = st.lists(
-    st.tuples(st.sampled_from([*AXES, "model", ""]), st.sampled_from(["=", " = ", ":", ""]), st.integers(-1, 12)),
+    st.tuples(st.sampled_from([*MESH_AXES, "model", ""]), st.sampled_from(["=", " = ", ":", ""]), st.integers(-1, 12)),
     max_size=4,
 ).map(lambda parts: ",".join(f"{axis}{sign}{size}" for axis, sign, size in parts))
 
@@ -71,12 +81,12 @@ MESH_TEXT = st.lists(
 @with_example("fsdp=8\n,")
 def test_any_text_gives_sizes_or_a_user_error(text):
     try:
-        sizes = parse(text)
+        sizes = parse_mesh(text)
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert sizes and set(sizes) <= set(AXES) and min(sizes.values()) >= 1
-        assert parse(",".join(f"{axis}={size}" for axis, size in sizes.items())) == sizes
+        assert sizes and set(sizes) <= set(MESH_AXES) and min(sizes.values()) >= 1
+        assert parse_mesh(",".join(f"{axis}={size}" for axis, size in sizes.items())) == sizes
 
 
 @pytest.mark.parametrize(
@@ -88,7 +98,7 @@ def test_any_text_gives_sizes_or_a_user_error(text):
     ],
 )
 def test_a_mesh_is_read(text, sizes):
-    assert parse(text) == sizes
+    assert parse_mesh(text) == sizes
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,7 @@ def test_a_mesh_is_read(text, sizes):
 )
 def test_a_mesh_that_cannot_be_read_is_shown_with_the_form(text):
     with pytest.raises(UserError) as error:
-        parse(text)
+        parse_mesh(text)
     assert repr(text) in str(error.value) and "fsdp=8,tensor=4" in str(error.value)
 
 
@@ -123,10 +133,10 @@ def test_a_mesh_has_all_axes_whatever_their_sizes():
 
 
 def test_every_axis_in_use_has_its_place(params):
-    named = axes_of(params)
+    named = logical_axes(params)
     assert len(named) == len(jax.tree.leaves(params))
     for leaf, axes in zip(jax.tree.leaves(params), named, strict=True):
-        assert len(axes) == leaf.ndim and set(axes) <= set(PLACES), axes
+        assert len(axes) == leaf.ndim and set(axes) <= set(AXIS_RULES), axes
 
 
 def test_the_decoder_has_no_leaf_without_names():
@@ -138,14 +148,14 @@ def test_the_decoder_has_no_leaf_without_names():
 def test_no_two_axes_of_an_array_share_a_mesh_axis(params):
     activations = [("batch", "length", "heads", "head_dim"), ("layers", "batch", "heads", "length", "head_dim"),
                    ("batch", "length", "hidden"), ("copies", "length", "embed")]  # fmt: skip
-    for axes in [*axes_of(params), *activations]:
-        used = [name for axis in axes for name in mesh._mesh_axes(axis)]
+    for axes in [*logical_axes(params), *activations]:
+        used = [name for axis in axes for name in sharding._mesh_axes(axis)]
         assert len(used) == len(set(used)), axes
 
 
 def test_places_are_mesh_axes():
-    for place in PLACES.values():
-        assert set(jax.tree.leaves(place)) <= set(AXES)
+    for place in AXIS_RULES.values():
+        assert set(jax.tree.leaves(place)) <= set(MESH_AXES)
 
 
 @pytest.mark.parametrize(
@@ -163,16 +173,16 @@ def test_places_are_mesh_axes():
 )
 def test_a_spec_names_no_axis_of_one_device_and_has_no_trailing_none(sizes, axes, expected):
     with jax.set_mesh(make_mesh(**sizes)):
-        found = spec(*axes)
+        found = partition_spec(*axes)
         assert tuple(found) == tuple(expected)
-        assert mesh.sharding(*axes) == NamedSharding(jax.sharding.get_mesh(), expected)
+        assert named_sharding(*axes) == NamedSharding(jax.sharding.get_mesh(), expected)
 
 
 def test_a_spec_is_in_xlas_own_spelling(ambient, params):
     """Else the outputs of a step would not be of the type of its inputs, and it would be compiled twice."""
-    moved = jax.jit(lambda tree: lay(jax.tree.map(lambda leaf: leaf + 1, tree)))(params)
-    for leaf, axes in zip(jax.tree.leaves(moved), axes_of(moved), strict=True):
-        assert tuple(leaf.sharding.spec) == tuple(spec(*axes))
+    moved = jax.jit(lambda tree: shard(jax.tree.map(lambda leaf: leaf + 1, tree)))(params)
+    for leaf, axes in zip(jax.tree.leaves(moved), logical_axes(moved), strict=True):
+        assert tuple(leaf.sharding.spec) == tuple(partition_spec(*axes))
 
 
 # Laying out ---------------------------------------------------------------------------------------
@@ -181,13 +191,13 @@ def test_a_spec_is_in_xlas_own_spelling(ambient, params):
 def check(tree):
     """Every leaf lies as its axes say; returns the leaves."""
     leaves = jax.tree.leaves(tree)
-    for leaf, axes in zip(leaves, axes_of(tree), strict=True):
-        assert leaf.sharding.is_equivalent_to(mesh.sharding(*axes), leaf.ndim), axes
+    for leaf, axes in zip(leaves, logical_axes(tree), strict=True):
+        assert leaf.sharding.is_equivalent_to(named_sharding(*axes), leaf.ndim), axes
     return leaves
 
 
 def test_parameters_lie_as_their_axes_say(ambient, params):
-    laid = lay(params)
+    laid = shard(params)
     leaves = check(laid)
     for mine, theirs in zip(leaves, jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -207,11 +217,13 @@ TRAININGS = {
 def test_optimizer_states_lie_as_what_they_mirror(params, phase, training):
     phase, training = Phase(PHASES[phase]), TRAININGS[training]
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        laid = lay(params)
+        laid = shard(params)
         trained, _ = phase.split(laid)
-        state = jax.jit(lambda trained: lay(phase.optimizer(make_optimizer(training, 9), laid).init(trained)))(trained)
+        state = jax.jit(lambda trained: shard(phase.optimizer(make_optimizer(training, 9), laid).init(trained)))(
+            trained
+        )
         leaves = check(state)
-        check(lay(jax.tree.map(np.asarray, state)))
+        check(shard(jax.tree.map(np.asarray, state)))
         # Each moment of a spread parameter is spread, and nothing else is.
         moments = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
         spread = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(trained)].count(False)
@@ -223,107 +235,34 @@ def test_axes_follow_a_masked_state(params):
     trained, _ = Phase(PHASES["task"]).split(params)
     state = Phase(PHASES["task"]).optimizer(optax.adam(0.1), params).init(trained)
     adapter = jax.tree.leaves(params["backbone"]["adapter"].axes(), is_leaf=lambda axes: type(axes) is tuple)
-    named = [axes for leaf, axes in zip(jax.tree.leaves(state), axes_of(state), strict=True) if leaf.ndim]
+    named = [axes for leaf, axes in zip(jax.tree.leaves(state), logical_axes(state), strict=True) if leaf.ndim]
     assert named == adapter * 2  # first and second moments
 
 
 def test_without_a_mesh_everything_stays_the_same_object(params):
     for tree in (params, params["vectors"], {"x": np.ones(3)}):
-        assert lay(tree) is tree and mesh.whole(tree) is tree
+        assert shard(tree) is tree and replicate(tree) is tree
     array = jnp.ones((2, 3))
-    assert mesh.place(array, "batch", "embed") is array and mesh.gather(array, "embed", "heads") is array
-    assert mesh.sharding("batch") is None and mesh.shards("batch") == 1
+    assert constrain(array, "batch", "embed") is array and all_gather(array, "embed", "heads") is array
+    assert named_sharding("batch") is None and num_shards("batch") == 1
 
 
 def test_an_array_that_does_not_divide_stays_whole_along_that_axis():
     with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
-        lines = jax.jit(lambda x: mesh.place(x, "batch", "heads"))
+        lines = jax.jit(lambda x: constrain(x, "batch", "heads"))
         assert tuple(lines(jnp.ones((8, 6))).sharding.spec) == ("fsdp", "tensor")
         assert tuple(lines(jnp.ones((3, 6))).sharding.spec) == (None, "tensor")
 
 
 def test_a_gathered_weight_is_whole_and_its_gradient_is_not():
     def gather(weight):
-        return mesh.gather(weight, "embed", "heads")
+        return all_gather(weight, "embed", "heads")
 
     with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
-        weight = jax.device_put(np.arange(64.0).reshape(8, 8), mesh.sharding("embed", "heads"))
+        weight = jax.device_put(np.arange(64.0).reshape(8, 8), named_sharding("embed", "heads"))
         gathered = jax.jit(gather)(weight)
         gradient = jax.jit(jax.grad(lambda weight: (gather(weight) ** 2).sum()))(weight)
         assert tuple(gathered.sharding.spec) == (None, "tensor")
         assert gradient.sharding == weight.sharding
         np.testing.assert_array_equal(gathered, weight)
         np.testing.assert_array_equal(gradient, 2 * np.asarray(weight))
-
-
-# Starting -----------------------------------------------------------------------------------------
-
-
-def test_nothing_is_started_without_settings():
-    mesh.start(Cluster())
-    assert jax.sharding.get_mesh().empty and not jax.distributed.is_initialized()
-    assert mesh.is_first() and mesh.agree(3) == 3 and mesh.largest(5) == 5 and mesh.collect({"a": 1}) == [{"a": 1}]
-
-
-def test_a_mesh_in_the_settings_becomes_the_ambient_one():
-    with jax.set_mesh(make_mesh(data=8)):  # given back at the end
-        mesh.start(Cluster("fsdp=4,tensor=2"))
-        assert dict(jax.sharding.get_mesh().shape) == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert jax.sharding.get_mesh().empty
-
-
-_JOIN = """
-import json, sys
-from secvec_jax import mesh
-for settings in json.loads(sys.argv[1]):
-    try:
-        mesh.start(mesh.Cluster(**settings))
-    except mesh.UserError as error:
-        print(error)
-"""
-
-
-def test_a_cluster_that_cannot_be_joined_is_one_line_each():
-    cases = {
-        "Number of processes": {"cluster": "127.0.0.1:1"},
-        "process id": {"cluster": "127.0.0.1:1", "processes": 2},
-        "process_id=2, num_processes=2": {"cluster": "127.0.0.1:1", "processes": 2, "process": 2},
-        "it has no port": {"cluster": "nonsense", "processes": 2, "process": 0},
-        "coordinator_address": {"cluster": "auto"},
-    }
-    done = run("-c", _JOIN, json.dumps(list(cases.values())))
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(cases)
-    for line, (words, settings) in zip(lines, cases.items(), strict=True):
-        assert line.startswith(f"cannot join the cluster {settings['cluster']!r} (") and words in line
-        assert "give --processes and --process too" in line
-
-
-def test_joining_too_late_is_told_as_well():
-    jax.devices()
-    with pytest.raises(UserError, match="cannot join the cluster"):
-        mesh.start(Cluster(cluster="127.0.0.1:1", processes=2, process=0))
-    assert not jax.distributed.is_initialized()
-
-
-@pytest.mark.parametrize("first_fails", [False, True])
-def test_work_of_the_first_process_is_done_and_its_error_raised(first_fails):
-    done = []
-
-    def work():
-        done.append(True)
-        if first_fails:
-            raise OSError("no room")
-
-    if first_fails:
-        with pytest.raises(OSError, match="no room"):
-            mesh.by_first(work)
-    else:
-        mesh.by_first(work)
-    assert done == [True]
-
-
-def test_a_vote_of_one_process_is_its_wish():
-    vote = mesh.Vote()
-    assert [vote(wish) for wish in (0, 2, 1)] == [0, 2, 1]

@@ -1,0 +1,129 @@
+"""Start the cluster, and what one of its processes decides for all."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
+from secvec_jax.errors import UserError
+from secvec_jax.sharding import MESH_AXES, make_mesh, parse_mesh
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Which machines and devices work together; a run's results do not depend on it."""
+
+    mesh: str = ""
+    """how the devices are laid out, such as fsdp=8,tensor=4 (axes: data, fsdp, tensor); empty: one device"""
+    cluster: str = ""
+    """auto: find the other hosts (TPU pod, Slurm, MPI); HOST:PORT: meet there, see processes; empty: this host alone"""
+    processes: PositiveInt | None = None
+    """with HOST:PORT: how many processes there are"""
+    process: NonNegativeInt | None = None
+    """with HOST:PORT: which of them this is, from 0"""
+
+
+def start_cluster(settings: Cluster) -> None:
+    """Join the cluster and make the mesh that the settings name the ambient one.
+
+    Raises UserError for a cluster that cannot be joined, a mesh that does not fit the devices, or hosts without one.
+    """
+    if settings.cluster and not jax.distributed.is_initialized():
+        # JAX would swallow SIGTERM, also outside of a training, which by itself saves and ends.
+        jax.config.update("jax_enable_preemption_service", False)
+        try:
+            if settings.cluster == "auto":
+                jax.distributed.initialize()
+            elif ":" not in settings.cluster:
+                raise ValueError("it has no port")
+            else:
+                jax.distributed.initialize(settings.cluster, settings.processes, settings.process)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"cannot join the cluster {settings.cluster!r} ({str(error).splitlines()[0]}): with --cluster "
+                "HOST:PORT give --processes and --process too; alone, leave --cluster out"
+            ) from error
+    if settings.mesh:
+        jax.set_mesh(make_mesh(**parse_mesh(settings.mesh)))
+    elif jax.process_count() > 1:
+        count = jax.device_count()
+        raise UserError(f"{jax.process_count()} processes need a mesh: give --mesh, such as --mesh fsdp={count}")
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def broadcast_from_first(value: Any) -> Any:
+    """The first process's numbers, on every process: a decision that all must take alike."""
+    return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)
+
+
+class Consensus:
+    """The largest of all processes' votes, the same on every process.
+
+    In a cluster a vote counts at the next call: the devices exchange it alongside the steps, and no process waits.
+    """
+
+    def __init__(self) -> None:
+        self._pending: jax.Array | None = None
+
+    def __call__(self, vote: int) -> int:
+        if jax.process_count() == 1:
+            return vote
+        result, self._pending = self._pending, _largest_vote(vote)
+        return 0 if result is None else int(result)
+
+
+def _largest_vote(vote: int) -> jax.Array:
+    mesh = jax.sharding.get_mesh()
+    mine = np.full(1, vote, np.int32)
+    votes = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, P(MESH_AXES)), lambda index: mine)
+    return _max_on(mesh)(votes)
+
+
+@functools.cache
+def _max_on(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+
+
+def all_max(value: int) -> int:
+    """The largest of all processes' values."""
+    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int64(value)).max())
+
+
+def all_gather_json(value: Any) -> list[Any]:
+    """Every process's value, JSON, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    padded = np.zeros(all_max(len(mine)), np.uint8)
+    padded[: len(mine)] = mine
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
+
+
+def on_main_process(work: Callable[[], Any]) -> None:
+    """Run `work` on the main process while the others wait; if it fails, the others raise UserError."""
+    error = None
+    try:
+        if is_main_process():
+            work()
+    except Exception as failure:
+        error = failure
+    ended_well = bool(broadcast_from_first(error is None))
+    if error is not None:
+        raise error
+    if not ended_well:
+        raise UserError("the first process failed: its own message says why")
