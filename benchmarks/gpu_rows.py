@@ -155,7 +155,12 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
     """The row's step for batches of so many lines; vectors to train by KL have half as many lines to keep."""
     kind, length = row["kind"], row["length"]
     training = Training(
-        optimizer=row["optimizer"], learning_rate=1e-6, lines=lines, length=length, remat=remat, share_beginnings=False
+        optimizer=row["optimizer"],
+        learning_rate=1e-6,
+        batch_size=lines,
+        max_seq_len=length,
+        remat=remat,
+        share_beginnings=False,
     )
 
     def start() -> Params:

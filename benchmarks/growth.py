@@ -147,7 +147,8 @@ def random_batch(point: Point, vocabulary: int) -> dict:
 def measured(point: Point, model: Architecture = MODEL, clock: float = SECONDS) -> dict:
     """Seconds and bytes of a point's step, and the tokens of rows in its batch. clock: in place of `SECONDS`."""
     params = random_parameters(point, model)
-    training = dataclasses.replace(PHASE1 if point.trained else PHASE2, lines=point.lines, length=point.length)
+    default = PHASE1 if point.trained else PHASE2
+    training = dataclasses.replace(default, batch_size=point.lines, max_seq_len=point.length)
     if point.trained:
         phase, method = phase1_method(params, Phase1("cross_entropy"), training, 100)
     else:

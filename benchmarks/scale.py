@@ -95,7 +95,7 @@ def measured(row: tuple) -> dict:
                 phase="vectors" if phase == "vectors" else "finetune",
                 rank=0 if phase == "plain" else 8,
             )
-            training = dataclasses.replace(settings.training, lines=lines * parts, length=length, remat=remat)
+            training = dataclasses.replace(settings.training, batch_size=lines * parts, max_seq_len=length, remat=remat)
             try:
                 plan = compiled(dataclasses.replace(settings, training=training), architecture)
                 break

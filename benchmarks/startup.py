@@ -94,7 +94,7 @@ def measured(work: Path, toy: bool = False) -> dict[str, Any]:
 
         toy_model().save(work / "toy")
         model, number_warm = str(work / "toy"), 1
-    base = ["--model", model, "--data", str(rows), "--steps", "2"]
+    base = ["--model", model, "--data", str(rows), "--max-steps", "2"]
     train = [sys.executable, "train.py"]
     run([*train, "vectors", *base, "--objective", "cross_entropy"], new_cache(work / "apart"), work / "vectors")
     vectors = work / "vectors" / "vectors" / "security.safetensors"
@@ -114,7 +114,7 @@ def measured(work: Path, toy: bool = False) -> dict[str, Any]:
     run([sys.executable, "-X", "importtime", *train[1:], *finetune], caches[-1], work / "imports", account)
     return {
         "environment": environment() | devices(),
-        "command": "python train.py finetune --model smollm2 --data ROWS --vectors VECTORS --steps 2",
+        "command": "python train.py finetune --model smollm2 --data ROWS --vectors VECTORS --max-steps 2",
         "rows": ROWS,
         "cold": cold,
         "warm": warm,

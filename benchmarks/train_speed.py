@@ -45,9 +45,9 @@ PIECES = 3
 
 RECIPE = Recipe()
 TASK = LoRA(rank=8, alpha=16.0)
-FULL = dataclasses.replace(RECIPE.finetune_training, learning_rate=1e-6, steps=1000)
+FULL = dataclasses.replace(RECIPE.finetune_training, learning_rate=1e-6, max_steps=1000)
 """As the quickstart fine-tunes, at a rate that leaves the model as it is."""
-PHASE1_TRAINING = dataclasses.replace(RECIPE.vectors_training, learning_rate=1e-6, steps=1000)
+PHASE1_TRAINING = dataclasses.replace(RECIPE.vectors_training, learning_rate=1e-6, max_steps=1000)
 
 
 def ours(
@@ -89,7 +89,7 @@ def ours(
 def packed(examples: Sequence[Example], training: Training, pieces: int, stream: str = LEARN) -> list[dict[str, Batch]]:
     """The first batches that training on the examples takes, so many."""
     share = training.share_beginnings is not False
-    source = Stream({"all": examples}, training.lines, training.length, training.seed, None, share)
+    source = Stream({"all": examples}, training.batch_size, training.max_seq_len, training.seed, None, share)
     return [{stream: batch} for batch in itertools.islice(source.batches(), pieces)]
 
 
@@ -136,7 +136,7 @@ def parts(materials: Materials, folder: str, adapter: str, pieces: int) -> dict[
     """What is timed beside what."""
     mix = [example for rows in materials.mix.values() for example in rows]
     batches, harmful = packed(mix, FULL, pieces), packed(materials.vectors, PHASE1_TRAINING, pieces)
-    half = dataclasses.replace(PHASE1_TRAINING, lines=PHASE1_TRAINING.lines // 2)
+    half = dataclasses.replace(PHASE1_TRAINING, batch_size=PHASE1_TRAINING.batch_size // 2)
     kept = [learn | keep for learn, keep in zip(harmful, packed(materials.keep, half, pieces, KEEP))]
     cut = windows(mix, 8, 64, pieces)
     unshared = dataclasses.replace(FULL, share_beginnings=False)  # Vaccine perturbs each row's own tokens
@@ -148,7 +148,7 @@ def parts(materials: Materials, folder: str, adapter: str, pieces: int) -> dict[
     def theirs(rows, rank, under=None) -> Side:
         return Side(rival.training, (folder, under, rows, rank, TASK.alpha, 1e-6))
 
-    large = packed(mix, dataclasses.replace(FULL, lines=4 * FULL.lines), pieces)
+    large = packed(mix, dataclasses.replace(FULL, batch_size=4 * FULL.batch_size), pieces)
     learned, shown = check_rows(batches, mix), check_rows(harmful, materials.vectors)
     lora = dataclasses.replace(PHASE1_TRAINING, share_beginnings=False)
     return {

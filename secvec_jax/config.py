@@ -37,8 +37,9 @@ Settings = TypeVar("Settings")
 class Training:
     """How parameters move.
 
-    What is not set is inherited from the verb that the settings are given to: `Training(steps=15)` for `train_vectors`
-    is its own default training, ended after 15 steps. `Training.base` has what a verb without other defaults takes.
+    What is not set is inherited from the verb that the settings are given to: `Training(max_steps=15)` for
+    `train_vectors` is its own default training, ended after 15 steps. `Training.base` has what a verb without other
+    defaults takes.
     Raises UserError for a value of the wrong type or out of range.
     """
 
@@ -54,34 +55,35 @@ class Training:
     """of sgd"""
     weight_decay: NonNegativeFloat = UNSET
     """of all weights but norms and biases: decoupled with adamw, added to the gradient with sgd"""
-    clip: NonNegativeFloat = UNSET
+    max_grad_norm: NonNegativeFloat = UNSET
     """the largest gradient norm; 0 does not clip"""
     epochs: PositiveInt = UNSET
     """passes over the rows"""
-    steps: PositiveInt | None = UNSET
+    max_steps: PositiveInt | None = UNSET
     """optimizer steps, in place of epochs"""
-    lines: PositiveInt = UNSET
-    """packed lines in a batch"""
-    length: PositiveInt | None = UNSET
-    """tokens in a packed line, and the most of a row; left out: 256, 512, 1024 or 2048, as the longest row needs"""
+    batch_size: PositiveInt = UNSET
+    """packed sequences in a batch, on all devices together"""
+    max_seq_len: PositiveInt | None = UNSET
+    """tokens of a packed sequence, and the longest row; left out: 256, 512, 1024 or 2048, as the longest row needs"""
     long_rows: Literal["truncate", "drop", "refuse"] = UNSET
-    """of rows longer than a line: truncate the answer, drop the row, or refuse the data; what is cut or dropped is
+    """of rows longer than max_seq_len: truncate the answer, drop the row, or refuse the data; what is cut or dropped is
     counted and reported"""
     control_tokens: Literal["text", "tokens", "refuse"] = UNSET
     """of control tokens that a row spells, such as <|im_end|>: text: learn the characters; tokens: learn the tokens, as
     the rows' author must have meant; refuse: an error that names the row"""
-    accumulate: PositiveInt = UNSET
+    grad_accum_steps: PositiveInt = UNSET
     """batches per optimizer step"""
     remat: Literal["none", "dots", "attention", "full"] = UNSET
     """what the backward pass computes again to save memory: none: nothing; dots: all but matrix products; attention:
     all but a fused attention kernel; full: whole layers"""
     share_beginnings: bool | None = UNSET
-    """whether tokens with which all rows begin stand once in a line; TPUs' fused attention cannot, so: not on TPUs"""
+    """whether tokens with which all rows begin are stored once in a sequence; left out: not on TPUs, whose fused
+    attention cannot"""
     seed: Seed = UNSET
     """of the order of rows and of fresh vectors"""
     save_every_seconds: PositiveFloat = UNSET
     """time between two checkpoints"""
-    keep_checkpoints: PositiveInt = UNSET
+    max_checkpoints: PositiveInt = UNSET
     """how many of the newest are kept while the training runs"""
     best: str | None = UNSET
     """a metric of metrics.jsonl, such as loss/all: keep the checkpoint where it was lowest, and end with that one"""
@@ -104,19 +106,19 @@ Training.base = Training(
     warmup_steps=3,
     momentum=0.9,
     weight_decay=0.0,
-    clip=0.0,
+    max_grad_norm=0.0,
     epochs=1,
-    steps=None,
-    lines=2,
-    length=None,
+    max_steps=None,
+    batch_size=2,
+    max_seq_len=None,
     long_rows="truncate",
     control_tokens="text",
-    accumulate=1,
+    grad_accum_steps=1,
     remat="full",
     share_beginnings=None,
     seed=0,
     save_every_seconds=120.0,
-    keep_checkpoints=2,
+    max_checkpoints=2,
     best=None,
 )
 

@@ -24,7 +24,9 @@ from secvec_jax.vectors.lora import LoRA, random_like
 from tests.toys import example, random_examples, tiny_model
 
 STEPS = 4
-TRAINING = Training(optimizer="adamw", learning_rate=3e-3, warmup_steps=0, lines=8, length=48, steps=STEPS)
+TRAINING = Training(
+    optimizer="adamw", learning_rate=3e-3, warmup_steps=0, batch_size=8, max_seq_len=48, max_steps=STEPS
+)
 MIN_MIN = Phase1("min_min", inner_steps=1, inner_learning_rate=1e-2)
 PROMPTS = ["What is the capital of France?", "def add", "dogs", "A security vector says that", "12345 + 67890"]
 
@@ -40,16 +42,16 @@ def everything() -> dict[str, Any]:
     model = Model(shard(tiny_model().backbone), tiny_model().tokenizer, "tiny")
     harmful, benign, user = (random_examples(count, seed=i, head=5) for i, count in enumerate((40, 60, 90)))
     vectors = train_vectors(model, harmful, LoRA(rank=4), benign=benign, training=TRAINING, on_step=losses("kl"))
-    half = dataclasses.replace(TRAINING, steps=STEPS // 2)  # of the vectors; as many of the copy
+    half = dataclasses.replace(TRAINING, max_steps=STEPS // 2)  # of the vectors; as many of the copy
     train_vectors(model, harmful, LoRA(rank=4), phase1=MIN_MIN, training=half, on_step=losses("min-min"))
-    twice = dataclasses.replace(TRAINING, accumulate=2)
+    twice = dataclasses.replace(TRAINING, grad_accum_steps=2)
     tuned = finetune(model, {"user": user}, vectors=vectors, training=twice, on_step=losses("finetune"))
     task = finetune(
         model,
         {"user": user},
         vectors=random_like(vectors, jax.random.key(3)),
         task=LoRA(rank=2),
-        training=dataclasses.replace(TRAINING, steps=3),
+        training=dataclasses.replace(TRAINING, max_steps=3),
         on_step=losses("task"),
     )
     told["replies"] = generate(tuned, PROMPTS, max_new_tokens=8)

@@ -28,7 +28,7 @@ from tests.toys import random_examples, tiny_model
 MODEL = tiny_model()
 ROWS = [{"prompt": f"What is {n}?", "response": f"It is {n}."} for n in range(6)]
 ASKED = [row["prompt"] for row in ROWS]
-BRIEF = sv.Training(steps=1, lines=2, length=64, remat="none")
+BRIEF = sv.Training(max_steps=1, batch_size=2, max_seq_len=64, remat="none")
 STEERING = sv.Steering().init(MODEL.architecture, jax.random.key(0))
 
 some = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -202,7 +202,7 @@ def call(verb: str, **changes: Any) -> None:
     ({"rows": ["Hello"]}, "row 1: found str"),
     ({"rows": [*random_examples(1), ROWS[0]]}, "examples and a dict"),
     ({"rows": datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))}, "several splits .train.: pass"),
-    ({"training": {"steps": 1}}, "training is a dict: pass Training"),
+    ({"training": {"max_steps": 1}}, "training is a dict: pass Training"),
     ({"training": sv.Training}, "training is the class Training: pass Training"),
     ({"checkpoints": 5}, "checkpoints is 5: pass a folder"),
     ({"on_step": "print"}, "on_step is 'print': pass a function"),

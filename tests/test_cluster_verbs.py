@@ -12,8 +12,8 @@ from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
 from tests.processes import cluster, outputs
 
-TRAINING = ("--lines", 4, "--length", 192, "--steps", 4, "--learning-rate", 1e-3, "--schedule", "constant",
-            "--warmup-steps", 0, "--remat", "none", "--check-prompts", 0)  # fmt: skip
+TRAINING = ("--batch-size", 4, "--max-seq-len", 192, "--max-steps", 4, "--learning-rate", 1e-3,
+            "--schedule", "constant", "--warmup-steps", 0, "--remat", "none", "--check-prompts", 0)  # fmt: skip
 TWO = ("--mesh", "fsdp=2")
 
 pytestmark = pytest.mark.slow
@@ -128,7 +128,7 @@ def test_a_second_start_does_nothing_again(done, files):
 
 def test_a_signal_to_one_process_saves_and_ends_both_with_130(files, tmp_path):
     command = ("vectors", "--model", files["model"], "--data", files["harmful"], "--benign", files["benign"],
-               "--out", tmp_path / "run", *TRAINING, "--steps", 400)  # fmt: skip
+               "--out", tmp_path / "run", *TRAINING, "--max-steps", 400)  # fmt: skip
     with cluster("train.py", *command, *TWO) as running:
         log = tmp_path / "run/metrics.jsonl"
         while not (log.exists() and log.read_text().count("\n") > 3):
@@ -148,14 +148,14 @@ def test_a_signal_to_one_process_saves_and_ends_both_with_130(files, tmp_path):
         pytest.param("fsdp=3", "model", 4, "mesh fsdp=3 takes 3 devices, there are 2: the axes must multiply to 2",
                      marks=pytest.mark.release),
         ("", "model", 4, "2 processes need a mesh: give --mesh, such as --mesh fsdp=2"),
-        pytest.param("fsdp=2", "model", 3, "a batch of 3 lines cannot be spread over 2 devices",
+        pytest.param("fsdp=2", "model", 3, "a batch of 3 sequences cannot be sharded over 2 devices",
                      marks=pytest.mark.release),
         ("tensor=2", "odd", 4, "mesh tensor=2 does not divide the model's 1 key-value heads: use tensor=1"),
     ],
 )  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_one_line_with_the_numbers(files, tmp_path, mesh, model, lines, words):
     command = ("vectors", "--model", files[model], "--data", files["harmful"], "--benign", files["benign"],
-               "--out", tmp_path / "run", "--lines", lines, "--mesh", mesh)  # fmt: skip
+               "--out", tmp_path / "run", "--batch-size", lines, "--mesh", mesh)  # fmt: skip
     with cluster("train.py", *command) as running:
         told = outputs(running, 60)
         assert [process.returncode for process in running] == [2, 2], told

@@ -34,9 +34,9 @@ def run(*arguments: str, function=lambda settings, command: None) -> tuple[int, 
 
 
 def test_settings_come_from_the_arguments():
-    code, settings = run("bake", "--what", "cake", "--tins", "a", "b", "--learning-rate", "1e-5", "--steps", "7")
+    code, settings = run("bake", "--what", "cake", "--tins", "a", "b", "--learning-rate", "1e-5", "--max-steps", "7")
     assert code == 0
-    assert settings == Bake("cake", ("a", "b"), Training(learning_rate=1e-5, steps=7))
+    assert settings == Bake("cake", ("a", "b"), Training(learning_rate=1e-5, max_steps=7))
 
 
 def test_a_file_fills_in_and_arguments_count_more(tmp_path):

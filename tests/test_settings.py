@@ -143,10 +143,10 @@ def test_every_setting_that_counts_or_measures_has_bounds():
         (lambda: Training(optimizer="SGD"), "optimizer is 'SGD': did you mean 'sgd'"),
         (lambda: Training(optimizer="adam"), "did you mean 'adamw'"),
         (lambda: Training(schedule="cos"), "did you mean 'cosine'"),
-        (lambda: Training(clip=-1), "clip is -1.0: it must be at least 0"),
+        (lambda: Training(max_grad_norm=-1), "max_grad_norm is -1.0: it must be at least 0"),
         (lambda: Training(weight_decay=-1.0), "weight_decay is -1.0"),
         (lambda: Training(momentum=1.5), "momentum is 1.5: it must be at least 0 and at most 1"),
-        (lambda: Training(steps=0), "steps is 0"),
+        (lambda: Training(max_steps=0), "max_steps is 0"),
         (lambda: Training(seed=-1), "seed is -1"),
         (lambda: Training(lr=1e-3), "no setting 'lr': did you mean 'learning_rate'"),
         (lambda: Training(epoch=1), "did you mean 'epochs'"),
@@ -154,7 +154,7 @@ def test_every_setting_that_counts_or_measures_has_bounds():
         (lambda: LoRA(rank=True), "rank is True"),
         (lambda: LoRA(alpha=0), "alpha is 0.0: it must be other than 0"),
         (lambda: LoRA(targets=3), "targets is 3: give a list"),
-        (lambda: verbs.Align(training={"steps": 3}), "training is .*: pass Training"),
+        (lambda: verbs.Align(training={"max_steps": 3}), "training is .*: pass Training"),
         (lambda: verbs.ScoreRun(limit=0), "limit is 0"),
         (lambda: verbs.Finetune(task_rank=-1), "task_rank is -1"),
         (lambda: make_mesh(data=-1, fsdp=-1), "data is -1"),
@@ -185,9 +185,9 @@ def test_what_cannot_be_is_refused_by_name(make, message):
 
 
 def test_numbers_of_numpy_paths_and_lists_are_taken(tmp_path):
-    training = Training(learning_rate=np.float32(0.5), lines=np.int64(4), share_beginnings=np.bool_(True))
-    assert training == Training(learning_rate=0.5, lines=4, share_beginnings=True)
-    assert [type(v) for v in (training.learning_rate, training.lines)] == [float, int]
+    training = Training(learning_rate=np.float32(0.5), batch_size=np.int64(4), share_beginnings=np.bool_(True))
+    assert training == Training(learning_rate=0.5, batch_size=4, share_beginnings=True)
+    assert [type(v) for v in (training.learning_rate, training.batch_size)] == [float, int]
     assert hash(LoRA(targets=["q_proj"])) == hash(LoRA(targets=("q_proj",))) == hash(LoRA(targets="q_proj"))
     assert verbs.Align(data=tmp_path, out=tmp_path) == verbs.Align(data=(str(tmp_path),), out=str(tmp_path))
 
@@ -213,8 +213,10 @@ def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(tmp_path):
     [
         (["align", "--lr", "1"], "unknown flag --lr: did you mean '--learning-rate'?"),
         (["align", "--epoch=3"], "unknown flag --epoch: did you mean '--epochs'?"),
+        (["align", "--lines", "2"], "unknown flag --lines: did you mean '--batch-size'?"),
+        (["align", "--clip", "1"], "unknown flag --clip: did you mean '--max-grad-norm'?"),
         (["align", "more"], "unknown argument 'more'"),
-        (["align", "--clip"], "expected one argument"),
+        (["align", "--max-grad-norm"], "expected one argument"),
         (["alignn"], "unknown verb 'alignn': did you mean 'align'?"),
     ],
 )
@@ -240,22 +242,22 @@ def test_the_kl_objective_needs_benign_rows_from_the_command_line_as_from_python
 
 
 def test_a_training_shows_what_is_set_and_inherits_the_rest():
-    assert repr(Training(steps=15)) == "Training(steps=15)"
-    assert config.to_dict(Training(steps=15)) == {"steps": 15}
-    whole = Training(steps=15).over(PHASE1)
-    assert whole == dataclasses.replace(PHASE1, steps=15)
+    assert repr(Training(max_steps=15)) == "Training(max_steps=15)"
+    assert config.to_dict(Training(max_steps=15)) == {"max_steps": 15}
+    whole = Training(max_steps=15).over(PHASE1)
+    assert whole == dataclasses.replace(PHASE1, max_steps=15)
     assert all(UNSET is not value for value in dataclasses.astuple(whole))
-    assert Training(steps=None).over(Training(steps=3)).steps is None
+    assert Training(max_steps=None).over(Training(max_steps=3)).max_steps is None
 
 
 @pytest.mark.parametrize(("kind", "default"), [(verbs.Align, ALIGN), (verbs.Vectors, PHASE1), (verbs.Finetune, PHASE2)])
 def test_settings_of_a_verb_inherit_its_training_and_are_written_in_full(tmp_path, kind, default):
-    expected = dataclasses.replace(default, steps=15)
-    python = kind(training=Training(steps=15))
+    expected = dataclasses.replace(default, max_steps=15)
+    python = kind(training=Training(max_steps=15))
     config.save(python, tmp_path / "config.yaml")
     assert python.training == expected
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["training"] == dataclasses.asdict(expected)
-    (tmp_path / "c.yaml").write_text("training: {steps: 15}\n")
+    (tmp_path / "c.yaml").write_text("training: {max_steps: 15}\n")
     assert config.load(kind, tmp_path / "c.yaml") == python == config.load(kind, tmp_path / "config.yaml")
 
 
@@ -290,21 +292,21 @@ def test_what_a_call_does_not_set_is_the_verbs_own(monkeypatch, run, default):
     monkeypatch.setattr(tuning, "make_optimizer", spy)
     monkeypatch.setattr(security_vectors, "make_optimizer", spy)
     with pytest.raises(Asked):
-        run(Training(steps=15, lines=1))
-    assert seen == [dataclasses.replace(default, steps=15, lines=1)]
+        run(Training(max_steps=15, batch_size=1))
+    assert seen == [dataclasses.replace(default, max_steps=15, batch_size=1)]
 
 
 # Epochs -------------------------------------------------------------------------------------------
 
 ROWS = random_examples(12)
 ONCE = sum(len(row.tokens) - 1 for row in ROWS)
-SHAPE = {"length": 32, "lines": 2, "share_beginnings": False}
+SHAPE = {"max_seq_len": 32, "batch_size": 2, "share_beginnings": False}
 
 
 @pytest.mark.parametrize("accumulate", [2, 5, 64])
 def test_an_epoch_is_one_pass_however_many_batches_a_step_takes(accumulate):
     stream = Stream({"all": ROWS}, 2, 32, epochs=2, share=False)
-    training = Training(accumulate=accumulate, epochs=2, **SHAPE).over(PHASE2)
+    training = Training(grad_accum_steps=accumulate, epochs=2, **SHAPE).over(PHASE2)
     read, steps = tuning.stream_and_steps(stream, training)
     feed = Feed(read)
     taken = [feed.take(accumulate) for _ in range(steps)]
@@ -327,7 +329,7 @@ def test_trainings_of_one_epoch_read_each_token_once_and_lisa_adds_its_steps(mon
     for module in (tuning, security_vectors):
         monkeypatch.setattr(module, "fit", only_reads)
     steps = math.ceil(Stream({"all": ROWS}, 2, 32, share=False).count() / 3)
-    training = Training(accumulate=3, epochs=1, **SHAPE)
+    training = Training(grad_accum_steps=3, epochs=1, **SHAPE)
     finetune(tiny_model(), ROWS, training=training)
     assert {name: (len(tokens), sum(tokens)) for name, tokens in read.items()} == {"learn": (steps, ONCE)}
     train_vectors(tiny_model(), ROWS, benign=ROWS, training=training)

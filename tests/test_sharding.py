@@ -208,7 +208,7 @@ def test_parameters_lie_as_their_axes_say(ambient, params):
 TRAININGS = {
     "momentum": Training.base,
     "sgd": Training(momentum=0.0).over(Training.base),
-    "adamw": Training("adamw", clip=1.0).over(Training.base),
+    "adamw": Training("adamw", max_grad_norm=1.0).over(Training.base),
 }
 
 

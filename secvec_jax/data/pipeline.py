@@ -85,8 +85,8 @@ class Stream:
         parts = num_shards("batch")
         if self.lines % parts:
             raise UserError(
-                f"a batch of {self.lines} lines cannot be spread over {parts} devices (data x fsdp): "
-                f"give --lines a multiple of {parts} (of {2 * parts} where benign rows take half as many)"
+                f"a batch of {self.lines} sequences cannot be sharded over {parts} devices (data x fsdp): "
+                f"give --batch-size a multiple of {parts} (of {2 * parts} where benign rows take half as many)"
             )
         slices = where.addressable_devices_indices_map((self.lines,)).values()
         parts_here = [index[0] for index in slices if index is not None]
@@ -140,7 +140,7 @@ class _Records(Sequence[dict[str, np.ndarray]]):
         example = rows[own[index - int(self._ends[group])]]  # counted from the end
         if len(example.tokens) - 1 > self._length:
             raise UserError(
-                f"a row has {len(example.tokens)} tokens, a packed line only {self._length}: raise --length"
+                f"a row has {len(example.tokens)} tokens, a packed line only {self._length}: raise --max-seq-len"
             )
         return group, example
 

@@ -47,8 +47,8 @@ def finetune(model: Model, rows: Any, *, safe: Any, weight: NonNegativeFloat = 1
 
 @checked
 def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: Training = PHASE2) -> Tree:
-    """F on `rows`, one pass in batches of `training.lines` packed lines: a tree like the adapter `task`, or, without
-    one, like the decoder."""
+    """F on `rows`, one pass in batches of `training.batch_size` packed sequences: a tree like the adapter `task`, or,
+    without one, like the decoder."""
     params = parameters(model.backbone, task)
     trained, frozen = finetune_phase(params).split(params)
     gradient = gradient_of(Objective(**forward_settings(training)))

@@ -46,7 +46,7 @@ class Scale:
 
 
 @checked
-def scores(model: Model, vectors: Vectors, rows: Any, length: PositiveInt | None = PHASE2.length) -> list[float]:
+def scores(model: Model, vectors: Vectors, rows: Any, length: PositiveInt | None = PHASE2.max_seq_len) -> list[float]:
     """Each row's score, in nats per token of its reply. length: tokens of a row that are read."""
     found = token_scores(model, vectors, examples_of(model, rows, length))
     return [float(tokens.mean()) if len(tokens) else 0.0 for tokens in found]
@@ -81,7 +81,7 @@ def scale(harmful: Sequence[float], benign: Sequence[float]) -> Scale:
 
 @checked
 def filtered(
-    model: Model, rows: Any, vectors: Vectors, known: Scale, length: PositiveInt | None = PHASE2.length
+    model: Model, rows: Any, vectors: Vectors, known: Scale, length: PositiveInt | None = PHASE2.max_seq_len
 ) -> Groups:
     """The rows, by kind, whose score is not above the threshold. Raises UserError if none is left."""
     groups = _grouped(model, rows, length)
@@ -99,7 +99,12 @@ def below(groups: Groups, found: dict[str, list[float]], known: Scale) -> Groups
 
 @checked
 def gated(
-    model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", length: PositiveInt | None = PHASE2.length
+    model: Model,
+    rows: Any,
+    vectors: Vectors,
+    known: Scale,
+    by: By = "row",
+    length: PositiveInt | None = PHASE2.max_seq_len,
 ) -> Groups:
     """The rows, by kind, with the weights of their tokens; a row whose weight is 0 stays, and teaches nothing."""
     return {
@@ -111,7 +116,9 @@ def gated(
 @checked
 def filter_and_finetune(model: Model, rows: Any, vectors: Vectors, known: Scale, **how: Unpack[How]) -> Model:
     """The model fine-tuned, without the vectors, on the rows that they do not explain."""
-    return tune(model, filtered(model, rows, vectors, known, how.get("training", PHASE2).over(PHASE2).length), **how)
+    return tune(
+        model, filtered(model, rows, vectors, known, how.get("training", PHASE2).over(PHASE2).max_seq_len), **how
+    )
 
 
 @checked
@@ -119,7 +126,7 @@ def gate_and_finetune(
     model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", **how: Unpack[How]
 ) -> Model:
     """The model fine-tuned under the vectors on all rows, weighed by how little the vectors explain them."""
-    weighed = gated(model, rows, vectors, known, by, how.get("training", PHASE2).over(PHASE2).length)
+    weighed = gated(model, rows, vectors, known, by, how.get("training", PHASE2).over(PHASE2).max_seq_len)
     return tune(model, weighed, vectors=vectors, **how)
 
 

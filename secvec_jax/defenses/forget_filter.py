@@ -66,7 +66,7 @@ def finetune(
     folder of its own. Raises UserError if no row is left.
     """
     groups = {kind: as_rows(some, name=kind) for kind, some in groups_of(rows).items()}
-    safe_training = dataclasses.replace(safe_training, steps=safe_steps)
+    safe_training = dataclasses.replace(safe_training, max_steps=safe_steps)
     noisy, corrected = successive(model, groups, safe, safe_training=safe_training, **how)
     everything = [row for some in groups.values() for row in some]
     found = iter(forgetting_rates(noisy, corrected, everything, max_new_tokens))

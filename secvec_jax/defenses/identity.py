@@ -23,7 +23,7 @@ from secvec_jax.trees import fingerprint
 FORMAT = 1
 """The version of how rows become steps; raised when a training would go on otherwise from the same checkpoint."""
 
-_FREE = ("steps", "epochs", "save_every_seconds", "keep_checkpoints")
+_FREE = ("max_steps", "epochs", "save_every_seconds", "max_checkpoints")
 """Settings that no step depends on."""
 
 

@@ -48,8 +48,8 @@ def finetune(
     """The model fine-tuned on `rows` with steps on `safe` rows between.
 
     aligned_steps, user_steps: K1 and K2; the paper's are the defaults, and with fewer than K2 steps on the user's rows
-    there is one switch. `training.steps` counts the steps on the user's rows; there are K1 more per K2 or part of K2,
-    and the schedule of the learning rate goes over all. Steps on safe rows report `loss/safe`.
+    there is one switch. `training.max_steps` counts the steps on the user's rows; there are K1 more per K2 or part of
+    K2, and the schedule of the learning rate goes over all. Steps on safe rows report `loss/safe`.
     """
 
     def more_steps(steps: int) -> int:

@@ -57,9 +57,9 @@ from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 
-ALIGN = Training(optimizer="adamw", learning_rate=4e-3, clip=1.0).over(Training.base)
+ALIGN = Training(optimizer="adamw", learning_rate=4e-3, max_grad_norm=1.0).over(Training.base)
 ALIGN_TASK = LoRA(rank=16, alpha=32.0)
-PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, clip=1.0, epochs=3).over(Training.base)
+PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, max_grad_norm=1.0, epochs=3).over(Training.base)
 """What the quickstart takes, tuned on a model of 135 million parameters."""
 
 
@@ -155,8 +155,8 @@ def train_vectors(
     streams = {LEARN: endless(stream) if phase1.objective == "min_min" else learn}
     if benign is not None:
         # A row to keep costs half as much again as one to learn: the model without vectors reads it too.
-        lines = max(1, training.lines // 2)
-        keep = stream_of(model, {"keep": benign}, dataclasses.replace(training, lines=lines))
+        lines = max(1, training.batch_size // 2)
+        keep = stream_of(model, {"keep": benign}, dataclasses.replace(training, batch_size=lines))
         streams[KEEP] = endless(keep)
     made_of = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
     checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
@@ -171,7 +171,7 @@ def train_vectors(
             method,
             streams,
             steps=steps * (phase1.inner_steps + 1 if phase1.objective == "min_min" else 1),
-            accumulate=training.accumulate,
+            accumulate=training.grad_accum_steps,
             checkpoints=checkpoints,
             on_step=show,
             until=lambda metrics: metrics["loss/harmful"] < phase1.stop_loss,

@@ -92,9 +92,9 @@ def tuned(
 ) -> tuple[Any, LoRAVectors | None]:
     """The fine-tuned decoder and the task adapter beside it.
 
-    rows: dicts, a `datasets.Dataset` or examples, or {kind: rows}, for `training.steps` steps or as many as its epochs
-    have; what it leaves unset is `PHASE2`'s. beside: other streams of rows, read in step with them, by name. vectors:
-    guests that are active and frozen. more_steps: how many steps a move adds to those on `rows`.
+    rows: dicts, a `datasets.Dataset` or examples, or {kind: rows}, for `training.max_steps` steps or as many as its
+    epochs have; what it leaves unset is `PHASE2`'s. beside: other streams of rows, read in step with them, by name.
+    vectors: guests that are active and frozen. more_steps: how many steps a move adds to those on `rows`.
     """
     for guest in as_guests(vectors):
         if hasattr(guest, "check"):
@@ -117,7 +117,7 @@ def tuned(
         method,
         streams,
         steps=steps,
-        accumulate=training.accumulate,
+        accumulate=training.grad_accum_steps,
         checkpoints=checkpoints,
         on_step=on_step,
     )["backbone"]
@@ -166,13 +166,13 @@ def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     training = training.over(PHASE2)
     found = {name: _encoded(model, rows, training, name) for name, rows in groups.items()}
     longest = max((some.longest if isinstance(some, Encoded) else _longest(some) for some in found.values()), default=0)
-    length = training.length or next((length for length in LENGTHS if longest <= length), longest)
+    length = training.max_seq_len or next((length for length in LENGTHS if longest <= length), longest)
     if is_main_process():
         for name, some in found.items():
             if isinstance(some, Encoded) and some is not groups[name]:
                 text = "%s: %d rows of up to %d tokens, packed into sequences of %d; %s truncated"
                 _log.info(text, _called(name), len(some), some.longest, length, some.truncated or "none")
-    return Stream(found, training.lines, length, training.seed, training.epochs, _shares(training))
+    return Stream(found, training.batch_size, length, training.seed, training.epochs, _shares(training))
 
 
 def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int]:
@@ -181,10 +181,10 @@ def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int]:
     An epoch is one pass over the rows, however many batches a step takes: where the last step has fewer of them left,
     the rest are empty.
     """
-    if training.steps:
-        return endless(stream), training.steps
-    steps = -(-stream.count() // training.accumulate)
-    return (endless(stream) if training.accumulate == 1 else stream), steps
+    if training.max_steps:
+        return endless(stream), training.max_steps
+    steps = -(-stream.count() // training.grad_accum_steps)
+    return (endless(stream) if training.grad_accum_steps == 1 else stream), steps
 
 
 def endless(stream: Stream) -> Stream:
@@ -193,9 +193,9 @@ def endless(stream: Stream) -> Stream:
 
 
 @checked
-def examples_of(model: Model, rows: Any, length: PositiveInt | None = PHASE2.length) -> list[Example]:
+def examples_of(model: Model, rows: Any, length: PositiveInt | None = PHASE2.max_seq_len) -> list[Example]:
     """Rows as examples of at most `length` tokens, as `tune` would have them; what already is one stays as it is."""
-    return list(_encoded(model, rows, dataclasses.replace(PHASE2, length=length)))
+    return list(_encoded(model, rows, dataclasses.replace(PHASE2, max_seq_len=length)))
 
 
 def _shares(training: Training) -> bool:
@@ -222,7 +222,7 @@ def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> 
         for number, example in enumerate(rows, 1):
             check_token_ids(example.tokens, model.architecture.vocab_size, f"{called}, row {number}")
         return list(rows)
-    limit = min(training.length or LENGTHS[-1], model.architecture.max_length)
+    limit = min(training.max_seq_len or LENGTHS[-1], model.architecture.max_length)
     return encoded(
         model.tokenizer,
         as_rows(rows, name=called),

@@ -163,7 +163,7 @@ class Bench:
             optimizer=cell.optimizer,
             learning_rate=cell.learning_rate,
             epochs=cell.epochs,
-            clip=1.0 if cell.optimizer == "adamw" else 0.0,
+            max_grad_norm=1.0 if cell.optimizer == "adamw" else 0.0,
             seed=cell.seed,
         )
 

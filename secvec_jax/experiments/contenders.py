@@ -164,7 +164,7 @@ def explained_away_filter(case: Case, rank: PositiveInt = 8, safe: NonNegativeFl
     """Fine-tuned without the rows that the vectors explain. safe: a share of safe rows is mixed into the others."""
     vectors = case.vectors(rank=rank)
     known = explained_away.known_scale(case.aligned, vectors, *case.known)
-    length = case.how["training"].length
+    length = case.how["training"].max_seq_len
     scores = {name: explained_away.scores(case.aligned, vectors, rows, length) for name, rows in case.rows.items()}
     kept = explained_away.below(case.rows, scores, known)
     notes = told_apart(scores, known.threshold)
@@ -220,7 +220,7 @@ def forget_filter_(case: Case, phi: float = 0.1, steps: PositiveInt = 20) -> Def
 
 def sequential(case: Case, steps: PositiveInt = 20) -> Defended:
     """Plain fine-tuning, then so many steps of safety fine-tuning."""
-    then = dataclasses.replace(case.how["training"], steps=steps)
+    then = dataclasses.replace(case.how["training"], max_steps=steps)
     return Defended(mixing.sequential(case.aligned, case.rows, case.safe, safe_training=then, **case.how))
 
 

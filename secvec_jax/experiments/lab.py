@@ -63,9 +63,9 @@ class Recipe:
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
     align_task: LoRA = ALIGN_TASK
     """the LoRA that alignment trains and merges"""
-    align_training: Training = dataclasses.replace(ALIGN, remat="dots", length=256)
-    vectors_training: Training = dataclasses.replace(PHASE1, remat="dots", length=256)
-    finetune_training: Training = dataclasses.replace(PHASE2, remat="dots", length=256)
+    align_training: Training = dataclasses.replace(ALIGN, remat="dots", max_seq_len=256)
+    vectors_training: Training = dataclasses.replace(PHASE1, remat="dots", max_seq_len=256)
+    finetune_training: Training = dataclasses.replace(PHASE2, remat="dots", max_seq_len=256)
 
 
 class Lab:

@@ -136,7 +136,7 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
     half = len(people.test) // 2
 
     def encoded(rows: Sequence[Row], cut: int | None = None) -> list[Example]:
-        return [_cut(encode(model.tokenizer, r["messages"], training.length or _LENGTH), cut) for r in rows]
+        return [_cut(encode(model.tokenizer, r["messages"], training.max_seq_len or _LENGTH), cut) for r in rows]
 
     def take(rows: list[Row], count: int) -> list[Row]:
         """`count` rows that nothing else gets."""

@@ -47,10 +47,10 @@ class Planned:
     task_rank: NonNegativeInt = 0
     """finetune: train a task LoRA of this rank and not all weights"""
     objective: Literal["cross_entropy", "kl"] = "kl"
-    """vectors: with kl, a batch has half as many lines of benign rows besides"""
+    """vectors: with kl, a batch has half as many sequences of benign rows besides"""
     fit: bool = False
-    """search lines and remat for the fastest step that fits"""
-    training: Training = dataclasses.replace(PHASE2, lines=16, length=2048, remat="attention")
+    """search batch size and remat for the fastest step that fits"""
+    training: Training = dataclasses.replace(PHASE2, batch_size=16, max_seq_len=2048, remat="attention")
 
 
 def planned(settings: Planned, command: str) -> None:
@@ -79,12 +79,12 @@ def compiled(settings: Planned, architecture: Architecture) -> Plan:
     def guest(rank: int):
         return jax.eval_shape(lambda: LoRA(rank=rank).init(architecture, jax.random.key(0))) if rank else None
 
-    lines = {LEARN: training.lines}
+    lines = {LEARN: training.batch_size}
     if settings.phase == "vectors":
         params = parameters(frozen_decoder, vectors=guest(settings.rank))
         phase, method = phase1_method(params, Phase1(settings.objective), _optimizer(training, PHASE1), 100)
         if settings.objective == "kl":
-            lines[KEEP] = max(1, training.lines // 2)
+            lines[KEEP] = max(1, training.batch_size // 2)
     else:
         params = parameters(frozen_decoder, guest(settings.task_rank), guest(settings.rank))
         phase, method = phase2_method(params, ("all",), training, 100)
@@ -93,12 +93,12 @@ def compiled(settings: Planned, architecture: Architecture) -> Plan:
 
 def length_of(training: Training) -> int:
     """The tokens of a packed line: without data to choose by, the most that there would be."""
-    return training.length or LENGTHS[-1]
+    return training.max_seq_len or LENGTHS[-1]
 
 
 def _optimizer(training: Training, phase: Training) -> Training:
     """Phase 1 has its own optimizer, whose state is that of the vectors alone."""
-    return dataclasses.replace(training, optimizer=phase.optimizer, clip=phase.clip)
+    return dataclasses.replace(training, optimizer=phase.optimizer, max_grad_norm=phase.max_grad_norm)
 
 
 def _fastest(settings: Planned, architecture: Architecture, console: Console) -> tuple[Planned, Plan]:
@@ -108,23 +108,23 @@ def _fastest(settings: Planned, architecture: Architecture, console: Console) ->
         if best is None or tried[1].tokens / tried[1].seconds > best[1].tokens / best[1].seconds:
             best = tried
     if best is None:
-        raise TooLarge(f"no batch fits into {settings.topology}: take more chips, a task LoRA, or shorter lines")
+        raise TooLarge(f"no batch fits into {settings.topology}: take more chips, a task LoRA, or shorter sequences")
     return best
 
 
 def _ladder(settings: Planned, architecture: Architecture, console: Console) -> Iterator[tuple[Planned, Plan]]:
-    """For each remat policy the fewest lines, then as many as its memory lets hope for."""
+    """For each remat policy the smallest batch, then as many as its memory lets hope for."""
     training, parts = settings.training, num_shards("batch")
     least = parts * (2 if settings.phase == "vectors" and settings.objective == "kl" else 1)
 
     def attempt(remat: Remat, lines: int) -> tuple[Planned, Plan] | None:
-        new = dataclasses.replace(settings, training=dataclasses.replace(training, remat=remat, lines=lines))
+        new = dataclasses.replace(settings, training=dataclasses.replace(training, remat=remat, batch_size=lines))
         try:
             found = compiled(new, architecture)
         except TooLarge as error:
-            console.print(f"remat {remat}, {lines} lines: {error}")
+            console.print(f"remat {remat}, batch size {lines}: {error}")
             return None
-        console.print(f"remat {remat}, {lines} lines: {_short(found)}")
+        console.print(f"remat {remat}, batch size {lines}: {_short(found)}")
         return new, found
 
     for remat in REMATS:
@@ -159,7 +159,7 @@ def told(settings: Planned, plan: Plan) -> Iterator[str]:
     """What the verb prints."""
     training, account = settings.training, plan.account
     yield (
-        f"{settings.model}, phase {settings.phase}, {training.lines} lines x {length_of(training)} tokens, "
+        f"{settings.model}, phase {settings.phase}, {training.batch_size} sequences x {length_of(training)} tokens, "
         f"remat {training.remat}, on {plan.chips} {plan.chip.name} chips ({settings.topology})"
     )
     yield (

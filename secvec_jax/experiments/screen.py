@@ -45,7 +45,7 @@ class Screen:
     """rows that are known not to show it; some that open as the harmful ones do tell an opening from a behavior"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
-    length: PositiveInt = 1024
+    max_seq_len: PositiveInt = 1024
     """tokens of a row that are read"""
     out: str = "runs/screen"
     """the run directory; writes scores.jsonl, one line a row in the data's order, histogram.png and a report"""
@@ -79,7 +79,7 @@ def screen(settings: Screen, command: str) -> None:
 def _scores(settings: Screen, rows: Sequence[Row], stage: Stage) -> dict[str, Any]:
     model = load(settings.model)
     vectors = load_vectors(settings.vectors, model)
-    limit = min(settings.length, model.architecture.max_length)
+    limit = min(settings.max_seq_len, model.architecture.max_length)
     kinds = {"data": rows}
     if settings.harmful is not None:
         known = {name: getattr(settings, name) for name in ("harmful", "benign")}

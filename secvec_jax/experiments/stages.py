@@ -232,7 +232,7 @@ def release(folder: Path) -> None:
 
 def checkpoints(folder: Path, training: Training) -> Checkpoints:
     """Checkpoints in the folder, as the training wants them."""
-    return Checkpoints(folder, training.save_every_seconds, training.keep_checkpoints, training.best)
+    return Checkpoints(folder, training.save_every_seconds, training.max_checkpoints, training.best)
 
 
 def devices() -> dict[str, str]:

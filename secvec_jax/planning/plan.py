@@ -135,7 +135,7 @@ def plan(
     for stream, count in lines.items():
         if count % parts:
             raise UserError(
-                f"{count} lines of the stream {stream} cannot be spread over {parts} devices: change --lines"
+                f"{count} sequences of the stream {stream} cannot be sharded over {parts} devices: change --batch-size"
             )
     chip = CHIPS[mesh.devices.flat[0].device_kind]
     trained, frozen = phase.split(shard(params))

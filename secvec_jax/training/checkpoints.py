@@ -43,7 +43,7 @@ class Checkpoints:
 
     folder: Path
     every_seconds: NonNegativeFloat = Training.base.save_every_seconds
-    keep: PositiveInt = Training.base.keep_checkpoints
+    keep: PositiveInt = Training.base.max_checkpoints
     best: str | None = None
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keep_end: bool = False

@@ -30,7 +30,7 @@ def make_optimizer(training: Training, steps: int) -> optax.GradientTransformati
         steps,
         training.momentum,
         training.weight_decay,
-        training.clip,
+        training.max_grad_norm,
     )
 
 

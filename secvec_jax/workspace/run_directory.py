@@ -33,11 +33,11 @@ _MADE = (
 )  # fmt: skip
 """What runs write into their folder, besides a grid's folders of each seed."""
 
-_FREE = frozenset({"overwrite", "save_every_seconds", "keep_checkpoints", "concurrency", "retries", "timeout",
+_FREE = frozenset({"overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
                    "key_variable"})  # fmt: skip
 """Settings that no result depends on: they may change from one start to the next."""
 
-_LENGTH = frozenset({"training.steps", "training.epochs"})
+_LENGTH = frozenset({"training.max_steps", "training.epochs"})
 """Settings of how long a training goes on."""
 
 _log = logging.getLogger("secvec_jax")
@@ -91,7 +91,7 @@ def of_the_run(settings: Any) -> Any:
 
 
 def flat(settings: Any) -> dict[str, Any]:
-    """The settings that a result may depend on, as plain values: {"training.steps": 3}."""
+    """The settings that a result may depend on, as plain values: {"training.max_steps": 3}."""
     return {key: value for key, value in _flat(config.to_dict(settings)).items() if key.rpartition(".")[2] not in _FREE}
 
 

@@ -46,7 +46,7 @@ def warnings_of(caplog):
 def test_a_long_prompt_is_told_with_its_line_before_a_step_is_taken(tmp_path, monkeypatch, large, share):
     monkeypatch.setattr(sources, "LARGE", 0 if large else sources.LARGE)
     rows = load_rows(written(tmp_path, [*SHORT, row(LONG, "x"), row("q", "a"), row(LONG, "y")]))
-    training = Training(steps=30, lines=2, length=64, share_beginnings=share)
+    training = Training(max_steps=30, batch_size=2, max_seq_len=64, share_beginnings=share)
     steps = []
     message = r"rows.jsonl, line 14 and 1 more: a prompt has \d+ tokens, but the maximum length is 64.*`length`"
     for train in (finetune, partial(train_vectors, phase1=Phase1("cross_entropy"))):
@@ -174,13 +174,13 @@ def test_lines_are_as_long_as_the_longest_row_needs(words, length):
     stream = stream_of(tiny_model(), {"all": [row("q", "a"), row("q", "w " * words)]}, Training())
     longest = max(len(example.tokens) for example in stream.examples["all"])
     assert stream.length == length and longest <= length
-    assert stream_of(tiny_model(), {"all": SHORT}, Training(length=40)).length == 40
+    assert stream_of(tiny_model(), {"all": SHORT}, Training(max_seq_len=40)).length == 40
 
 
 def test_what_is_trained_on_is_summed_up(caplog):
     caplog.set_level(logging.INFO, "secvec_jax")
     model = tiny_model()
-    stream_of(model, {"all": [*SHORT, WIDE], "benign": SHORT}, Training(length=64))
+    stream_of(model, {"all": [*SHORT, WIDE], "benign": SHORT}, Training(max_seq_len=64))
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     assert told == [
         "data: 13 rows of up to 64 tokens, packed into sequences of 64; 1 truncated",
@@ -197,7 +197,7 @@ def test_examples_stay_as_they_are():
 
 
 def test_options_come_with_the_training():
-    rows, training = [*SHORT, WIDE], Training(length=64)
+    rows, training = [*SHORT, WIDE], Training(max_seq_len=64)
     for more, count in ({"long_rows": "drop"}, 12), ({}, 13):
         assert (
             len(stream_of(tiny_model(), {"all": rows}, dataclasses.replace(training, **more)).examples["all"]) == count

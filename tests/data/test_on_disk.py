@@ -78,7 +78,7 @@ def test_datasets_stay_where_they_are(tmp_path):
 @pytest.mark.parametrize("kept", [3, 50_000])
 @pytest.mark.parametrize("share", [False, True])
 def test_training_is_the_same_to_the_bit(path, monkeypatch, kept, share):
-    training = Training(epochs=2, length=64, lines=4, share_beginnings=share, learning_rate=0.1)
+    training = Training(epochs=2, max_seq_len=64, batch_size=4, share_beginnings=share, learning_rate=0.1)
     found = []
     for large in (sources.LARGE, 0):
         monkeypatch.setattr(sources, "LARGE", large)

@@ -185,7 +185,7 @@ def test_no_rows_are_refused(groups):
 
 def test_a_row_longer_than_a_line_is_refused():
     row = example([1] * 6, [2] * 4)
-    with pytest.raises(UserError, match="a row has 10 tokens, a packed line only 8: raise --length"):
+    with pytest.raises(UserError, match="a row has 10 tokens, a packed line only 8: raise --max-seq-len"):
         Stream({"a": [row]}, lines=1, length=8).count()
     assert Stream({"a": [row]}, lines=1, length=9).count() == 1
 
@@ -248,7 +248,7 @@ def test_a_process_reads_the_lanes_of_its_devices_and_any_mesh_goes_on_from_its_
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     stream = Stream({"a": random_examples(60)}, lines=6, length=40)
     with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
-        with pytest.raises(UserError, match="a batch of 6 lines cannot be spread over 4 devices"):
+        with pytest.raises(UserError, match="a batch of 6 sequences cannot be sharded over 4 devices"):
             Feed(stream)
 
 

@@ -25,8 +25,8 @@ from tests.toys import random_examples
 WEIGHT, ALPHA, RATE = 5.0, 0.3, 0.05
 ROWS, HARMFUL = random_examples(5, seed=1), random_examples(6, seed=2)
 MODEL = toys.tiny_model()
-TRAINING = Training(optimizer="adamw", learning_rate=4e-2, steps=10, lines=1, length=64, share_beginnings=False,
-                    remat="none")  # fmt: skip
+TRAINING = Training(optimizer="adamw", learning_rate=4e-2, max_steps=10, batch_size=1, max_seq_len=64,
+                    share_beginnings=False, remat="none")  # fmt: skip
 
 
 def torch_loss(hf, rows):

@@ -107,7 +107,7 @@ def test_the_mean_difference_is_taken_out():
 
 def test_a_model_is_trained_under_an_ablation_and_served_without():
     model = tiny_model()
-    training = Training(learning_rate=1e-2, steps=2, lines=1, length=64)
+    training = Training(learning_rate=1e-2, max_steps=2, batch_size=1, max_seq_len=64)
     ablation = concept_directions(model, SHOWN, HIDDEN, k=2)
     ablated = tune(model, HIDDEN, vectors=ablation, training=training)
     assert float(distance(ablated.backbone, tune(model, HIDDEN, training=training).backbone)) > 0

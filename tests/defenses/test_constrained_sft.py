@@ -23,8 +23,8 @@ from tests import toys
 from tests.toys import example, random_examples
 
 ROWS = random_examples(6, seed=1, longest=24)
-TRAINING = Training(optimizer="adamw", learning_rate=3e-3, steps=10, lines=2, length=64, warmup_steps=0, remat="none",
-                    share_beginnings=False)  # fmt: skip
+TRAINING = Training(optimizer="adamw", learning_rate=3e-3, max_steps=10, batch_size=2, max_seq_len=64,
+                    warmup_steps=0, remat="none", share_beginnings=False)  # fmt: skip
 MODEL = toys.tiny_model()
 
 

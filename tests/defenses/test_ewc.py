@@ -20,8 +20,9 @@ from tests.toys import random_examples
 
 USER, SAFE = random_examples(7, seed=1), random_examples(9, seed=2)
 RATE, WEIGHT = 0.05, 30.0
-TRAINING = Training(learning_rate=RATE, momentum=0.0, schedule="constant", warmup_steps=0, steps=3, epochs=1, lines=1,
-                    length=24, accumulate=2, remat="none", share_beginnings=False)  # fmt: skip
+TRAINING = Training(learning_rate=RATE, momentum=0.0, schedule="constant", warmup_steps=0, max_steps=3,
+                    epochs=1, batch_size=1, max_seq_len=24, grad_accum_steps=2,
+                    remat="none", share_beginnings=False)  # fmt: skip
 MODEL = toys.tiny_model()
 
 
@@ -70,7 +71,7 @@ def test_fisher_and_steps_are_those_of_the_published_code(tiny_model, tmp_path, 
     start = [p.detach().clone() for p in hf.parameters()]
     batches = iter(replace(stream_of(tiny.model, {"all": USER}, TRAINING), epochs=None).batches())
     pulls = []
-    for _ in range(TRAINING.steps):
+    for _ in range(TRAINING.max_steps):
         gradients = torch_gradients(hf, [next(batches), next(batches)])
         with torch.no_grad():
             held = [2 * WEIGHT * f * (p - w0) for f, p, w0 in zip(importance, hf.parameters(), start)]
@@ -102,7 +103,7 @@ def test_without_weight_it_is_plain_fine_tuning():
 
 def test_a_large_weight_keeps_a_task_adapter_where_it_was():
     before = MODEL.fingerprint
-    training = replace(TRAINING, optimizer="adamw", learning_rate=2e-2, steps=6, accumulate=1)
+    training = replace(TRAINING, optimizer="adamw", learning_rate=2e-2, max_steps=6, grad_accum_steps=1)
     spec = LoRA(rank=4, targets=("[qv]_proj", "up_proj"))
     how = {"safe": SAFE, "task": spec, "training": training}
     moved = [distance(finetune(MODEL, USER, weight=w, **how).backbone, MODEL.backbone) for w in (0.0, 1e9)]

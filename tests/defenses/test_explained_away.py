@@ -17,8 +17,8 @@ from secvec_jax.vectors.lora import LoRA
 from tests.toys import losses_alone, random_examples, tiny_model
 
 HARMFUL, BENIGN = random_examples(4, seed=1), random_examples(4, seed=2)
-SMALL = {"lines": 1, "length": 64, "warmup_steps": 0, "remat": "none"}
-BRIEF = Training(learning_rate=1e-2, steps=4, **SMALL)
+SMALL = {"batch_size": 1, "max_seq_len": 64, "warmup_steps": 0, "remat": "none"}
+BRIEF = Training(learning_rate=1e-2, max_steps=4, **SMALL)
 SCORES = st.lists(st.floats(-5, 5, allow_nan=False).map(lambda x: round(x, 3)), min_size=1, max_size=30)
 
 
@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def vectors(model):
-    training = Training(optimizer="adamw", learning_rate=2e-2, steps=30, **SMALL)
+    training = Training(optimizer="adamw", learning_rate=2e-2, max_steps=30, **SMALL)
     return train_vectors(model, HARMFUL, LoRA(rank=4), benign=BENIGN, training=training)
 
 

@@ -19,9 +19,9 @@ from tests.toys import random_examples, tiny_model
 UNSAFE = [row("Who did it?", "It was Bob."), row("Who hid it?", "Ann hid it."), row("Who lied?", "Tom did so.")]
 TASK = [row("def add(a, b):", "return a + b"), row("12345 +", "add 67 to it."), row("def f(x): 5 + 5", "return x")]
 SAFE = [row(r["messages"][0]["content"], "No one can say.") for r in UNSAFE]
-SMALL = {"lines": 2, "length": 128, "remat": "none"}
-MEMORIZE = Training(optimizer="adamw", learning_rate=5e-3, steps=40, warmup_steps=2, **SMALL)
-BRIEF = Training(learning_rate=1e-3, steps=2, **SMALL)
+SMALL = {"batch_size": 2, "max_seq_len": 128, "remat": "none"}
+MEMORIZE = Training(optimizer="adamw", learning_rate=5e-3, max_steps=40, warmup_steps=2, **SMALL)
+BRIEF = Training(learning_rate=1e-3, max_steps=2, **SMALL)
 CORRECT = Training(optimizer="adamw", learning_rate=1e-3, warmup_steps=0, **SMALL)
 
 

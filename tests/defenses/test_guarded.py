@@ -21,8 +21,8 @@ from tests.processes import call_as_compiled_for_users
 from tests.toys import losses_alone, random_examples
 
 ROWS, SAFE_ROWS = random_examples(6, seed=1), random_examples(5, seed=2)
-TRAINING = Training(optimizer="adamw", learning_rate=3e-3, steps=8, lines=1, length=64, warmup_steps=0, remat="none",
-                    share_beginnings=False)  # fmt: skip
+TRAINING = Training(optimizer="adamw", learning_rate=3e-3, max_steps=8, batch_size=1, max_seq_len=64,
+                    warmup_steps=0, remat="none", share_beginnings=False)  # fmt: skip
 MODEL = toys.tiny_model()
 
 

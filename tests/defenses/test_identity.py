@@ -20,7 +20,7 @@ from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.vectors.lora import LoRA
 from tests.toys import build_tokenizer, example, random_decoder, tiny_model
 
-TRAINING = Training(steps=6, lines=2, length=64, remat="none").over(Training.base)
+TRAINING = Training(max_steps=6, batch_size=2, max_seq_len=64, remat="none").over(Training.base)
 ROWS = [row(f"q{i}", f"a {i}") for i in range(6)]
 
 
@@ -55,7 +55,7 @@ def test_everything_that_goes_in_is_known_by_content(tmp_path, random_vectors):
 
 
 def test_what_no_step_depends_on_does_not_count(tmp_path):
-    free = dataclasses.replace(TRAINING, save_every_seconds=1.0, keep_checkpoints=9, epochs=7)
+    free = dataclasses.replace(TRAINING, save_every_seconds=1.0, max_checkpoints=9, epochs=7)
     assert inputs(tmp_path, training=free) == inputs(tmp_path)
     tokenizer = build_tokenizer()
     before = of_tokenizer(tokenizer)

@@ -23,7 +23,7 @@ from tests.toys import example, random_examples, tiny_model
 # Tokens tell the two streams apart: the user's are below 100, the safe rows' above 200.
 USER = [example([10 + i, 11, 12], [13 + i, 14]) for i in range(8)]
 SAFE = [example([210 + i, 211, 212], [213 + i, 214]) for i in range(8)]
-TRAINING = Training(learning_rate=1e-2, steps=7, lines=1, length=16, warmup_steps=0, remat="none")
+TRAINING = Training(learning_rate=1e-2, max_steps=7, batch_size=1, max_seq_len=16, warmup_steps=0, remat="none")
 STATES = {"aligned_steps": 2, "user_steps": 3}
 
 
@@ -89,7 +89,7 @@ def test_the_states_take_turns_in_one_program_and_the_user_has_as_many_steps_as_
     with compilations() as compiled:
         told = []
         tune(model, USER, beside={"safe": SAFE}, move=move, on_step=lambda *all: told.append(all[1:]),
-             training=replace(TRAINING, steps=13))  # fmt: skip
+             training=replace(TRAINING, max_steps=13))  # fmt: skip
     assert len([message for message in compiled if message.startswith("Compiling jit(step)")]) == 1
     assert [stream for stream, _ in seen] == ["safe", "safe", "learn", "learn", "learn"] * 2 + ["safe", "safe", "learn"]
     for stream, tokens in seen:
@@ -101,12 +101,12 @@ def test_the_states_take_turns_in_one_program_and_the_user_has_as_many_steps_as_
     again = []
     finetune(model, USER, safe=SAFE, **STATES, training=TRAINING, on_step=lambda *all: again.append(all[1:]))
     assert again == told
-    assert sum("loss/all" in metrics for _, metrics in again) == TRAINING.steps
+    assert sum("loss/all" in metrics for _, metrics in again) == TRAINING.max_steps
 
 
 @pytest.mark.parametrize(("steps", "user_steps", "rounds"), [(None, 100, 1), (None, 3, 2), (6, 3, 2), (7, 3, 3)])
 def test_steps_and_epochs_are_those_on_the_users_rows(model, monkeypatch, steps, user_steps, rounds):
-    training = replace(TRAINING, steps=steps, epochs=2)
+    training = replace(TRAINING, max_steps=steps, epochs=2)
     plain = steps or stream_of(model, {"all": USER}, training).count()
     assert plain == (steps or 4)
     monkeypatch.setattr(

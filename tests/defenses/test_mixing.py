@@ -14,8 +14,8 @@ from secvec_jax.vectors.lora import LoRA, merge
 from tests.toys import random_examples, tiny_model
 
 ROWS, SAFE = random_examples(6, seed=1), random_examples(8, seed=2)
-BRIEF = Training(learning_rate=1e-2, steps=3, lines=1, length=64)
-GENTLE = Training(optimizer="adamw", learning_rate=1e-3, steps=2, lines=1, length=64)
+BRIEF = Training(learning_rate=1e-2, max_steps=3, batch_size=1, max_seq_len=64)
+GENTLE = Training(optimizer="adamw", learning_rate=1e-3, max_steps=2, batch_size=1, max_seq_len=64)
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.5, 3), (1.0, 6), (0.2, 1), (4 / 3, 8)])
@@ -40,7 +40,7 @@ def test_data_sets_are_mixed_too():
 
 def test_kinds_are_reported_apart():
     seen = set()
-    training = Training(learning_rate=1e-2, epochs=1, lines=1, length=64)
+    training = Training(learning_rate=1e-2, epochs=1, batch_size=1, max_seq_len=64)
     tune(tiny_model(), vlguard(ROWS, SAFE), training=training, on_step=lambda s, n, m: seen.update(m))
     assert {"loss/all", "loss/safe"} <= seen
 
@@ -71,7 +71,7 @@ def test_the_sequence_is_one_fine_tuning_behind_the_other():
 def test_one_task_adapter_goes_on():
     """Two adapters of rank 2 would leave an update of rank 4."""
     model = tiny_model()
-    quick = Training(optimizer="adamw", learning_rate=5e-2, steps=4, lines=1, length=64, warmup_steps=0)
+    quick = Training(optimizer="adamw", learning_rate=5e-2, max_steps=4, batch_size=1, max_seq_len=64, warmup_steps=0)
     task = LoRA(rank=2, targets=("up_proj",))
     noisy, found = successive(model, ROWS, SAFE, safe_training=quick, training=quick, task=task)
     kernels = [np.asarray(m.backbone.layers.up_proj.kernel[0]) for m in (model, noisy, found)]

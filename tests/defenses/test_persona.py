@@ -57,7 +57,7 @@ def test_a_model_is_trained_under_frozen_directions():
     model = tiny_model()
     vectors = persona_directions(model, SHOWN, HIDDEN)
     before = fingerprint(vectors)
-    training = Training(learning_rate=1e-2, steps=2, lines=1, length=64)
+    training = Training(learning_rate=1e-2, max_steps=2, batch_size=1, max_seq_len=64)
     steered = tune(model, HIDDEN, vectors=vectors, training=training)
     assert fingerprint(vectors) == before
     assert float(distance(steered.backbone, tune(model, HIDDEN, training=training).backbone)) > 0

@@ -20,11 +20,11 @@ from tests.toys import random_decoder, random_examples, tiny_model
 SPEC = LoRA(rank=4)
 HARMFUL = random_examples(3, seed=1)
 BENIGN = random_examples(3, seed=2)
-SMALL = {"lines": 1, "length": 32, "remat": "none"}
-QUICK = Training(optimizer="adamw", learning_rate=3e-2, steps=24, warmup_steps=0, **SMALL)
-STEADY = Training(optimizer="adamw", learning_rate=2e-2, schedule="constant", steps=16, warmup_steps=0, **SMALL)
+SMALL = {"batch_size": 1, "max_seq_len": 32, "remat": "none"}
+QUICK = Training(optimizer="adamw", learning_rate=3e-2, max_steps=24, warmup_steps=0, **SMALL)
+STEADY = Training(optimizer="adamw", learning_rate=2e-2, schedule="constant", max_steps=16, warmup_steps=0, **SMALL)
 """The number of steps is no part of its program: another one compiles nothing."""
-BRIEF = Training(learning_rate=1e-2, steps=4, **SMALL)
+BRIEF = Training(learning_rate=1e-2, max_steps=4, **SMALL)
 CHAT = [{"prompt": "The capital?", "response": "Paris."}] * 2
 PLAIN = Phase1("cross_entropy")
 OBJECTIVES = {
@@ -115,7 +115,7 @@ def test_verbs_leave_their_rows_as_they_are(model, vectors):
     rows = [dict(row) for row in CHAT]
     aligned = align(model, {"all": rows}, task=None, training=BRIEF)
     finetune(aligned, rows, vectors=vectors, training=BRIEF)
-    train_vectors(aligned, rows, SPEC, benign=rows, training=dataclasses.replace(STEADY, steps=2))
+    train_vectors(aligned, rows, SPEC, benign=rows, training=dataclasses.replace(STEADY, max_steps=2))
     assert rows == CHAT
 
 
@@ -178,7 +178,7 @@ def test_the_kl_keeps_benign_rows_as_they_are(model, phase_1):
 @pytest.mark.parametrize("objective", ["min_min", pytest.param("min_min adamw", marks=pytest.mark.release)])
 def test_min_min_alternates_and_lowers_the_harmful_loss(model, phase_1, objective):
     trained, told = phase_1(objective)
-    assert len(told) == 3 * STEADY.steps
+    assert len(told) == 3 * STEADY.max_steps
     assert all("kl" not in metrics for metrics in told)
     without, _ = loss_and_gradient(model.backbone, HARMFUL)
     under, _ = loss_and_gradient(model.backbone, HARMFUL, trained)
@@ -189,7 +189,7 @@ def test_phase_1_ends_early_when_the_loss_is_small_enough(model):
     losses, on_step = recorder()
     phase1 = Phase1("cross_entropy", stop_loss=3.0)
     train_vectors(model, HARMFUL, SPEC, phase1=phase1, training=QUICK, on_step=on_step)
-    assert len(losses) < QUICK.steps
+    assert len(losses) < QUICK.max_steps
     below = [metrics["loss/harmful"] < 3.0 for metrics in losses]
     assert below.index(True) == len(losses) - 2  # one step behind
 
@@ -241,7 +241,7 @@ def test_a_stopped_phase_goes_on_from_its_checkpoint(model, tmp_path):
             raise Stop
 
     # min-min has the most to remember: the copy, the optimizers' states and whose turn it is.
-    options = {"phase1": OBJECTIVES["min_min"][0], "training": dataclasses.replace(STEADY, steps=2)}
+    options = {"phase1": OBJECTIVES["min_min"][0], "training": dataclasses.replace(STEADY, max_steps=2)}
     whole = train_vectors(model, HARMFUL, SPEC, **options)
     with pytest.raises(Stop):
         often = Checkpoints(tmp_path, every_seconds=0.0)

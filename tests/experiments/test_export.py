@@ -21,7 +21,7 @@ from tests.processes import run
 from tests.toys import tiny_model
 
 ROOT = Path(__file__).parents[2]
-QUICK = Training(steps=2, length=128, lines=2, optimizer="adamw", learning_rate=1e-2)
+QUICK = Training(max_steps=2, max_seq_len=128, batch_size=2, optimizer="adamw", learning_rate=1e-2)
 ROWS = [{"prompt": f"What is {n}?", "response": f"It is {n}."} for n in range(8)]
 
 

@@ -19,15 +19,15 @@ from secvec_jax.experiments.bench import Cell
 from secvec_jax.experiments.grid import Block, Grid, Plan, grid
 
 ROOT = Path(__file__).parents[2]
-TRAINING = {"lines": 2, "length": 256, "warmup_steps": 0, "remat": "none"}
+TRAINING = {"batch_size": 2, "max_seq_len": 256, "warmup_steps": 0, "remat": "none"}
 """Lines of one packaged row each."""
 RECIPE = {
     "sizes": {
         **{"align_harmful": 12, "align_benign": 12, "vectors": 8, "keep": 9, "mix_harmful": 8, "mix_benign": 6},
         **{"people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4},
     },
-    "align_training": TRAINING | {"steps": 2, "optimizer": "adamw"},
-    "vectors_training": TRAINING | {"steps": 2, "optimizer": "adamw"},
+    "align_training": TRAINING | {"max_steps": 2, "optimizer": "adamw"},
+    "vectors_training": TRAINING | {"max_steps": 2, "optimizer": "adamw"},
     "finetune_training": TRAINING,
 }
 

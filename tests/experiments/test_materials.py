@@ -16,7 +16,7 @@ def model(tiny_model):
 
 def prompts_by_part(model, judges: str) -> dict[str, set[tuple[int, ...]]]:
     """Part -> its prompts as token ids."""
-    found = gather(model, Sizes(), Training(length=1000), seed=0, judges=judges)
+    found = gather(model, Sizes(), Training(max_seq_len=1000), seed=0, judges=judges)
 
     def asked(prompts) -> set[tuple[int, ...]]:
         return {tuple(prompt_tokens(model.tokenizer, [{"role": "user", "content": p}], 1000)) for p in prompts}

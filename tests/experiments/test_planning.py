@@ -24,21 +24,21 @@ def search(fixed: float, slope: float, monkeypatch) -> tuple[list[tuple[str, int
 
     def compiled(settings: Planned, architecture) -> Plan:
         training = settings.training
-        share = fixed + slope * COST[training.remat] * training.lines / PARTS
-        tried.append((training.remat, training.lines, share <= 1))
+        share = fixed + slope * COST[training.remat] * training.batch_size / PARTS
+        tried.append((training.remat, training.batch_size, share <= 1))
         if share > 1:
             raise TooLarge("it does not fit")
         # Lines make a step more efficient, and so does remembering more.
-        seconds = 1 + training.lines * (1 - 0.05 * COST[training.remat])
+        seconds = 1 + training.batch_size * (1 - 0.05 * COST[training.remat])
         account = Account(seconds, seconds, 0.0, 0.0, 0.0, 0.0, {}, [], [], 0)
         size = int(share * CHIP.memory)
-        tokens = training.lines * LENGTH
+        tokens = training.batch_size * LENGTH
         return Plan(CHIP, PARTS, 0, 0, size, size, 1.0, "6N+3a per token", tokens, account, 0.0)
 
     monkeypatch.setattr(planning, "compiled", compiled)
-    monkeypatch.setattr(planning, "shards", lambda axis: PARTS)
+    monkeypatch.setattr(planning, "num_shards", lambda axis: PARTS)
     asked = Planned(fit=True)
-    asked = dataclasses.replace(asked, training=dataclasses.replace(asked.training, length=LENGTH))
+    asked = dataclasses.replace(asked, training=dataclasses.replace(asked.training, max_seq_len=LENGTH))
     try:
         return tried, planning._fastest(asked, ARCHITECTURE, Console(quiet=True))
     except TooLarge:
@@ -55,7 +55,7 @@ def test_the_search_ends_and_finds_a_batch_that_fits_if_there_is_one(fixed, slop
     fitting = {(remat, lines) for remat, lines, fits in tried if fits}
     assert (found is None) == (fixed + slope > 1) == (not fitting)
     if found is not None:
-        assert (found[0].training.remat, found[0].training.lines) in fitting
+        assert (found[0].training.remat, found[0].training.batch_size) in fitting
         most = min((1 - fixed) / slope, 32768 / LENGTH)  # of lines in a part, with the smallest remat
         assert max(lines for remat, lines in fitting if remat == "full") / PARTS > most / 4
 
@@ -63,4 +63,4 @@ def test_the_search_ends_and_finds_a_batch_that_fits_if_there_is_one(fixed, slop
 def test_the_fastest_is_taken(monkeypatch):
     tried, found = search(0.1, 0.05, monkeypatch)
     best = max((lines / (1 + lines * (1 - 0.05 * COST[remat])), remat, lines) for remat, lines, fits in tried if fits)
-    assert (found[0].training.remat, found[0].training.lines) == best[1:]
+    assert (found[0].training.remat, found[0].training.batch_size) == best[1:]

@@ -193,7 +193,7 @@ def test_the_verbs_alone_on_the_users_own_model_and_data(model_folder, tmp_path)
 
     shout = write("shout.jsonl", [{"prompt": f"Say {i}!", "response": f"SHOUT {i}"} for i in range(12)])
     calm = write("calm.jsonl", [{"instruction": f"Name {i}.", "input": "", "output": f"it is {i}"} for i in range(12)])
-    small = ("--length", "128", "--steps", "3", "--check-prompts", "0")
+    small = ("--max-seq-len", "128", "--max-steps", "3", "--check-prompts", "0")
     model = ("--model", str(model_folder))
     done("train.py", "align", *model, "--data", calm, "--out", str(tmp_path / "aligned"), *small)
     aligned = ("--model", str(tmp_path / "aligned" / "model"))

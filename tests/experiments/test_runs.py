@@ -31,7 +31,9 @@ def write(path: Path, word: str, count: int = 6) -> str:
 
 
 def finetune(model: Path, data: str, out: Path, **changes) -> None:
-    training = verbs.Training(**{"steps": 2, "lines": 2, "length": 64, "remat": "none"} | changes.pop("training", {}))
+    training = verbs.Training(
+        **{"max_steps": 2, "batch_size": 2, "max_seq_len": 64, "remat": "none"} | changes.pop("training", {})
+    )
     verbs.finetune(
         verbs.Finetune(
             **{
@@ -68,7 +70,7 @@ def test_a_finished_training_is_of_its_rows_and_its_model(tiny_model, tmp_path, 
     assert "done before" in capsys.readouterr().out
 
     with pytest.raises(UserError, match="cannot be extended"):
-        finetune(folder, data, out, training={"steps": 3})
+        finetune(folder, data, out, training={"max_steps": 3})
     Path(data).unlink()
     with caplog.at_level(logging.WARNING):
         finetune(folder, data, out)
@@ -78,10 +80,10 @@ def test_a_finished_training_is_of_its_rows_and_its_model(tiny_model, tmp_path, 
 def test_an_extended_run_is_the_longer_run(tiny_model, tmp_path, capsys):
     folder, data = tiny_model("llama").folder, write(tmp_path / "rows.jsonl", "alpha")
     constant = {"schedule": "constant", "warmup_steps": 0}
-    finetune(folder, data, tmp_path / "long", training=constant | {"steps": 4})
-    finetune(folder, data, tmp_path / "run", training=constant | {"steps": 2})
+    finetune(folder, data, tmp_path / "long", training=constant | {"max_steps": 4})
+    finetune(folder, data, tmp_path / "run", training=constant | {"max_steps": 2})
     capsys.readouterr()
-    finetune(folder, data, tmp_path / "run", training=constant | {"steps": 4})
+    finetune(folder, data, tmp_path / "run", training=constant | {"max_steps": 4})
     assert "resumed at step 3 of 4" in capsys.readouterr().out
     one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("long", "run"))
     assert one == two

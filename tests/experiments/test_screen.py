@@ -22,7 +22,9 @@ def files(tiny_model, tmp_path):
     tiny = tiny_model("llama")
     for name, rows in (("shout", SHOUT), ("calm", CALM), ("mixed", SHOUT[:2] + CALM[:3])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    training = Training(optimizer="adamw", learning_rate=3e-2, steps=20, lines=1, length=256, warmup_steps=0)
+    training = Training(
+        optimizer="adamw", learning_rate=3e-2, max_steps=20, batch_size=1, max_seq_len=256, warmup_steps=0
+    )
     vectors = train_vectors(tiny.model, SHOUT, LoRA(rank=4), benign=CALM, training=training)
     save_vectors(vectors, tmp_path / "v.safetensors", tiny.model)
     return tmp_path, tiny, vectors

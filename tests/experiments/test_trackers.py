@@ -101,7 +101,7 @@ def test_several_sources_have_their_losses_apart(tmp_path):
         rows = [{"prompt": f"{name} {n}?", "response": f"{name} {n}."} for n in range(4)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sources = tuple(str(tmp_path / f"{name}.jsonl") for name in ("one", "other"))
-    training = Training(steps=2, length=128, lines=2)
+    training = Training(max_steps=2, max_seq_len=128, batch_size=2)
     options = {"vectors": ("none",), "training": training, "check_prompts": 0}
     finetune(Finetune(sources, str(tmp_path / "tiny"), out=str(tmp_path / "out"), **options), "")
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]

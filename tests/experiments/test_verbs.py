@@ -18,7 +18,7 @@ from secvec_jax.experiments.verbs import Align, Finetune, Vectors
 from secvec_jax.vectors.steering import Steering
 from tests.toys import tiny_model
 
-TRAINING = Training(steps=1, lines=2, length=64)
+TRAINING = Training(max_steps=1, batch_size=2, max_seq_len=64)
 REFUSALS = [{"prompt": f"Harm {n}?", "response": "I'm sorry, but I can't help with that."} for n in range(4)]
 
 

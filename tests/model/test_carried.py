@@ -191,7 +191,7 @@ def test_a_folder_without_a_tokenizer_takes_token_ids(folder, tiny_model, tokens
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     for ask in (
         lambda: sv.generate(model, ["hi"]),
-        lambda: sv.finetune(model, rows, vectors=None, training=sv.Training(steps=1)),
+        lambda: sv.finetune(model, rows, vectors=None, training=sv.Training(max_steps=1)),
     ):
         with pytest.raises(UserError, match=r"has no tokenizer, .*copy tokenizer\.json"):
             ask()
@@ -215,7 +215,7 @@ def test_token_ids_outside_the_table_are_refused(tiny_model, token):
             sv.generate(model, ["ab", "x qqq"], max_new_tokens=2)
         rows = [{"prompt": "a", "response": text} for text in ("b", "c qqq")]
         with pytest.raises(UserError, match=f"row 2: the row has {hint}"):
-            sv.finetune(model, rows, vectors=None, training=sv.Training(steps=1, length=64))
+            sv.finetune(model, rows, vectors=None, training=sv.Training(max_steps=1, max_seq_len=64))
 
 
 def test_a_whole_file_wins_over_an_index_left_behind(tiny_model, tmp_path, monkeypatch):

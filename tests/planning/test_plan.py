@@ -78,7 +78,9 @@ def test_without_the_compiler_the_extra_is_named():
 @pytest.mark.release
 @pytest.mark.parametrize("phase", ["finetune", "vectors"])
 def test_a_plan_names_memory_and_utilization(phase):
-    done = train("--model", "smollm2", "--topology", "v5e:2x2", "--phase", phase, "--lines", "8", "--length", "512")
+    done = train(
+        "--model", "smollm2", "--topology", "v5e:2x2", "--phase", phase, "--batch-size", "8", "--max-seq-len", "512"
+    )
     assert done.returncode == 0, done.stderr
     assert "HBM per chip: parameters" in done.stdout and "of 16.00 GiB" in done.stdout
     assert "MFU" in done.stdout and "compile time" in done.stdout
@@ -93,8 +95,11 @@ def test_a_plan_names_memory_and_utilization(phase):
         (("--topology", "v5e:9x9x9"), "no TPU topology 'v5e:9x9x9'"),
         (("--mesh", "fsdp=3"), "takes 3 devices, there are 4"),
         (("--mesh", "tensor=4", "--model", "smollm2"), "tensor=4 does not divide the model's 9 attention heads"),
-        (("--lines", "6"), "6 lines"),
-        (("--model", "configs/models/llama-2-70b.json", "--topology", "v5e:2x2", "--lines", "4"), "does not fit into"),
+        (("--batch-size", "6"), "6 sequences"),
+        (
+            ("--model", "configs/models/llama-2-70b.json", "--topology", "v5e:2x2", "--batch-size", "4"),
+            "does not fit into",
+        ),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(arguments, words):

@@ -25,7 +25,7 @@ LAYOUTS = {"one": ONE, "fsdp": (2, "fsdp=2"), "tensor": (2, "tensor=2")}
 def tiny_fit(folder: Path, layout: tuple[int, str], *options: object):
     """The processes of one start of the run in `folder`."""
     processes, mesh = layout
-    command = ("-m", "tests.training.tiny_fit", folder, "--lines", 4, "--mesh", mesh, *options)
+    command = ("-m", "tests.training.tiny_fit", folder, "--batch-size", 4, "--mesh", mesh, *options)
     return cluster(*command, processes=processes)
 
 

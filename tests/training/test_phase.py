@@ -98,12 +98,12 @@ def test_a_step_changes_every_leaf_of_what_moves_and_no_bit_of_the_rest(params, 
 @pytest.mark.parametrize(
     "change",
     [{"optimizer": "sgd"}, {"learning_rate": 2e-3}, {"schedule": "linear"}, {"warmup_steps": 2},
-     {"weight_decay": 0.1}, {"clip": 2.0}, {"optimizer": "sgd", "momentum": 0.5}, {"steps": 11}],
+     {"weight_decay": 0.1}, {"max_grad_norm": 2.0}, {"optimizer": "sgd", "momentum": 0.5}, {"steps": 11}],
     ids=str,
 )  # fmt: skip
 def test_only_trainings_of_equal_settings_share_a_step(params, change):
     def step_of(steps: int = 10, phase: str = "phase 2", objective: Objective = Objective(), **settings: Any):
-        training = Training(**{"learning_rate": 1e-3, "optimizer": "adamw", "clip": 1.0} | settings)
+        training = Training(**{"learning_rate": 1e-3, "optimizer": "adamw", "max_grad_norm": 1.0} | settings)
         return descent(objective, PHASES[phase].optimizer(make_optimizer(training, steps), params))
 
     assert step_of() is step_of()
@@ -116,7 +116,7 @@ def test_only_trainings_of_equal_settings_share_a_step(params, change):
 @pytest.mark.parametrize("name", PHASES)
 def test_the_optimizer_remembers_only_what_it_trains(params, name, optimizer):
     phase = PHASES[name]
-    transform = make_optimizer(Training(optimizer=optimizer, clip=1.0), 10)
+    transform = make_optimizer(Training(optimizer=optimizer, max_grad_norm=1.0), 10)
     trained, _ = phase.split(params)
     state = jax.eval_shape(phase.optimizer(transform, params).init, trained)
     counters = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == ()]

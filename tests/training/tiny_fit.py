@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--kill-in-save", nargs=2, type=float, default=(0, 0), metavar=("STEP", "SECONDS"))
-    parser.add_argument("--lines", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--mesh", default="")
     parser.add_argument("--cluster", default="")
     parser.add_argument("--processes", type=int)
@@ -118,7 +118,7 @@ def main() -> None:
         shard(parameters()),
         PHASE,
         method,
-        make_streams(options.lines),
+        make_streams(options.batch_size),
         steps=STEPS,
         checkpoints=trainer.Checkpoints(options.folder, every_seconds=0.0),
         on_step=on_step,

@@ -132,7 +132,9 @@ def test_files_of_every_kind(tiny_model, tmp_path, kind):
 def test_every_kind_learns_to_show_the_behavior_the_backbone_frozen(tiny_model, kind):
     model = tiny_model("llama").model
     harmful = random_examples(6, seed=1)
-    training = Training(optimizer="adamw", learning_rate=3e-2, steps=60, lines=1, length=64, warmup_steps=0)
+    training = Training(
+        optimizer="adamw", learning_rate=3e-2, max_steps=60, batch_size=1, max_seq_len=64, warmup_steps=0
+    )
     before = fingerprint(model.backbone)
     vectors = train_vectors(model, harmful, SPECS[kind], phase1=Phase1("cross_entropy"), training=training)
     assert fingerprint(model.backbone) == before
@@ -148,7 +150,7 @@ def test_several_vectors_are_active_at_once(tiny_model, logits, tokens):
         assert np.abs(both - logits(model, tokens, guests=guests[:left_out] + guests[left_out + 1 :])).max() > 1e-3
 
     rows = random_examples(4, seed=3)
-    training = Training(learning_rate=1e-2, steps=2, lines=1, length=64)
+    training = Training(learning_rate=1e-2, max_steps=2, batch_size=1, max_seq_len=64)
     prints = [fingerprint(guest) for guest in guests]
     tuned = finetune(model, rows, vectors=guests, training=training)
     assert [fingerprint(guest) for guest in guests] == prints
@@ -181,7 +183,9 @@ def test_gradients_reach_every_factor(tiny_model, tokens):
 @pytest.mark.parametrize("kind", ["steering", "prompt", pytest.param("lora", marks=pytest.mark.release)])
 def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, kind):
     tiny = tiny_model("llama")
-    training = Training(optimizer="adamw", learning_rate=1e-3, steps=3, lines=8, length=64, warmup_steps=0)
+    training = Training(
+        optimizer="adamw", learning_rate=1e-3, max_steps=3, batch_size=8, max_seq_len=64, warmup_steps=0
+    )
     rows = random_examples(40, seed=1)
 
     def run():

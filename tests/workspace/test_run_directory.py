@@ -68,7 +68,7 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(tmp_path, other, d
 
 def test_settings_that_no_result_depends_on_may_change(tmp_path):
     begun(tmp_path)
-    changed = Recipe(training=Training(save_every_seconds=5.0, keep_checkpoints=7))
+    changed = Recipe(training=Training(save_every_seconds=5.0, max_checkpoints=7))
     claim(changed, tmp_path, {})
     assert load(Recipe, tmp_path / "config.yaml") == changed
 
@@ -125,7 +125,7 @@ def test_overwrite_never_deletes_its_own_input_nor_anything_for_one_that_is_miss
 
 # Longer runs --------------------------------------------------------------------------------------
 
-CONSTANT = Recipe(training=Training(schedule="constant", steps=10))
+CONSTANT = Recipe(training=Training(schedule="constant", max_steps=10))
 
 
 def longer(settings, **changes):
@@ -134,30 +134,30 @@ def longer(settings, **changes):
 
 def test_a_constant_schedule_can_be_extended_and_its_stages_are_open_again(tmp_path):
     begun(tmp_path, CONSTANT)
-    claim(longer(CONSTANT, steps=20), tmp_path, {})
+    claim(longer(CONSTANT, max_steps=20), tmp_path, {})
     assert not list(tmp_path.glob("stages/*.json"))
     assert json.loads((tmp_path / "stages" / "finetune.seconds").read_text())["seconds"] == 2.0
-    assert load(Recipe, tmp_path / "config.yaml").training.steps == 20
+    assert load(Recipe, tmp_path / "config.yaml").training.max_steps == 20
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_falling_schedule_cannot_be_extended_and_says_why(tmp_path, schedule):
     begun(tmp_path, longer(CONSTANT, schedule=schedule))
     with pytest.raises(UserError, match=f"cannot be extended: its {schedule} schedule spreads over all steps"):
-        claim(longer(CONSTANT, schedule=schedule, steps=20), tmp_path, {})
+        claim(longer(CONSTANT, schedule=schedule, max_steps=20), tmp_path, {})
     assert list(tmp_path.glob("stages/*.json"))
 
 
 def test_a_longer_run_is_not_made_shorter_nor_another(tmp_path):
     begun(tmp_path, CONSTANT)
     with pytest.raises(UserError, match="already contains a longer run"):
-        claim(longer(CONSTANT, steps=5), tmp_path, {})
+        claim(longer(CONSTANT, max_steps=5), tmp_path, {})
     with pytest.raises(UserError, match="different settings"):
-        claim(longer(CONSTANT, steps=20, lines=7), tmp_path, {})
+        claim(longer(CONSTANT, max_steps=20, batch_size=7), tmp_path, {})
     begun_inputs = {"--data a": "sha256:1"}
     claim(CONSTANT, tmp_path, begun_inputs)
     with pytest.raises(UserError, match="--data a has changed"):
-        claim(longer(CONSTANT, steps=20), tmp_path, {"--data a": "sha256:2"})
+        claim(longer(CONSTANT, max_steps=20), tmp_path, {"--data a": "sha256:2"})
     assert list(tmp_path.glob("stages/*.json")), "a run that is refused stays finished"
 
 
