@@ -170,7 +170,7 @@ A_FEW = ["none", "self-correction", "security vectors safe=0.5"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("everyone", "attacked", "attacks", "samples", "length"),
+    ("everyone", "attacked", "attacks", "samples", "max_seq_len"),
     [
         (A_FEW, ["none"], ["identity"], 8, 256),
         pytest.param(EVERYONE, ["none", "security vectors"], ["bias", "capitals", "identity"], 16, 700,
@@ -179,7 +179,7 @@ A_FEW = ["none", "self-correction", "security vectors safe=0.5"]
     ids=["a few", "all"],
 )  # fmt: skip
 def test_every_defense_runs_and_is_reported(
-    model_folder, tmp_path, monkeypatch, everyone, attacked, attacks, samples, length
+    model_folder, tmp_path, monkeypatch, everyone, attacked, attacks, samples, max_seq_len
 ):
     monkeypatch.setattr("jax.clear_caches", lambda: None)  # what a grid of thousands of cells needs costs minutes here
     out = tmp_path / "out"
@@ -190,7 +190,7 @@ def test_every_defense_runs_and_is_reported(
         block | {"defense": everyone},
         block | {"defense": attacked, "attack": attacks},
         tables=({"name": "A", "columns": ["attack"], "published": ["VACCINE_1"], "pareto": ["task", "refusal"]},),
-        length=length,
+        max_seq_len=max_seq_len,
     )
     grid(Grid(path, out=str(out)), "python train.py grid")
     records = read(out)

@@ -31,7 +31,7 @@ SIZES = [
 TRAINING = [
     f"--{stage}-training.{setting}"
     for stage in ("align", "vectors", "finetune")
-    for setting in ("length=600", "remat=none")
+    for setting in ("max-seq-len=600", "remat=none")
 ]
 
 
