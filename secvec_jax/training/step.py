@@ -51,11 +51,12 @@ def descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
 
     Trainings with equal losses and the same optimizer share the step, and so its compiled programs.
     """
-    return _descent(loss, optimizer)
+    return _descent(loss, optimizer, device_kind())
 
 
 @lru_cache(maxsize=32)
-def _descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
+def _descent(loss: Loss, optimizer: optax.GradientTransformation, device_kind: str) -> Method:
+    """device_kind: part of the key alone; `moved` compiles with the options of the ambient mesh's devices."""
     return moved(gradient_of(loss), optimizer)
 
 

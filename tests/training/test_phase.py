@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
+from secvec_jax.training import step
 from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase, merge
@@ -110,6 +111,14 @@ def test_only_trainings_of_equal_settings_share_a_step(params, change):
     assert step_of(**change) is not step_of() and step_of(**change) is step_of(**change)
     others = [step_of(phase=name) for name in PHASES] + [step_of(objective=Objective(kl_weight=0.5))]
     assert len(set(map(id, others))) == len(others)
+
+
+def test_steps_for_other_devices_are_steps_of_their_own(params, monkeypatch):
+    """A planner compiles one training for several kinds in one process, each with its own compiler options."""
+    optimizer = PHASES["phase 2"].optimizer(optax.sgd(0.1), params)
+    here = descent(Objective(), optimizer)
+    monkeypatch.setattr(step, "device_kind", lambda: "TPU v5 lite")
+    assert descent(Objective(), optimizer) is not here
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
