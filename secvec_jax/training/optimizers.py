@@ -43,7 +43,7 @@ def _optimizer(
     steps: int,
     momentum: float,
     weight_decay: float,
-    clip: float,
+    max_grad_norm: float,
 ) -> optax.GradientTransformation:
     rest = max(steps - warmup, 1)
     fall = {
@@ -61,7 +61,7 @@ def _optimizer(
     else:
         mask = decayed if weight_decay else None
         move = optax.adamw(rate, weight_decay=weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(clip), move) if clip else move
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), move) if max_grad_norm else move
 
 
 def decayed(params: Tree) -> Tree:
