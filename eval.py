@@ -8,11 +8,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, lambda number, frame: (os.write(2, b"stopped before it began\n"), os._exit(130)))
 
 from secvec_jax import command_line
-from secvec_jax.experiments import export, harness, judging, screen, verbs
+from secvec_jax.recipes import export, harness, judge, screen, verbs
 
 VERBS: dict[str, command_line.Verb] = {
     "score": (verbs.ScoreRun, verbs.score),
-    "judge": (judging.Judged, judging.judged),
+    "judge": (judge.Judged, judge.judged),
     "compare": (verbs.Compare, verbs.compare),
     "harness": (harness.Harness, harness.harness),
     "screen": (screen.Screen, screen.screen),

@@ -11,7 +11,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, lambda number, frame: (os.write(2, b"stopped before it began\n"), os._exit(130)))
 
 from secvec_jax import command_line
-from secvec_jax.experiments import grid, objectives, planning, quickstart, verbs
+from secvec_jax.grid import grid
+from secvec_jax.recipes import objectives, plan, quickstart, verbs
 
 VERBS: dict[str, command_line.Verb] = {
     "quickstart": (quickstart.Quickstart, quickstart.quickstart),
@@ -20,7 +21,7 @@ VERBS: dict[str, command_line.Verb] = {
     "vectors": (verbs.Vectors, verbs.vectors),
     "finetune": (verbs.Finetune, verbs.finetune),
     "grid": (grid.Grid, grid.grid),
-    "plan": (planning.Planned, planning.planned),
+    "plan": (plan.Planned, plan.planned),
 }
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from toy import SIZES, toy_model
 import secvec_jax as sv
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.evaluation.report import environment
-from secvec_jax.experiments.lab import Recipe
-from secvec_jax.experiments.materials import gather
 from secvec_jax.files import whole_file
 from secvec_jax.model.generate import generate_tokens
+from secvec_jax.workspace.splits import make_splits
+from secvec_jax.workspace.workspace import Experiment
 
 PROMPTS, NEW_TOKENS = 64, 48
 _NEVER = -1
@@ -54,11 +54,11 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a model of two small layers: does it run?")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = Recipe()
-        model, sizes = (toy_model(), SIZES) if arguments.toy else (sv.load("smollm2"), recipe.sizes)
+        experiment = Experiment()
+        model, sizes = (toy_model(), SIZES) if arguments.toy else (sv.load("smollm2"), experiment.sizes)
         folder = f"{scratch}/model"
         model.save(folder)
-        suite = gather(model, sizes, recipe.finetune_training, recipe.seed).suite
+        suite = make_splits(model, sizes, experiment.finetune_training, experiment.seed).suite
         limit = model.architecture.max_length - NEW_TOKENS
         prompts = [
             prompt_tokens(model.tokenizer, [{"role": "user", "content": prompt}], limit)

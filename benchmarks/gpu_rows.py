@@ -23,8 +23,8 @@ from sides import peak_bytes
 
 from secvec_jax.batch import Batch
 from secvec_jax.config import Training
-from secvec_jax.defenses.security_vectors import Phase1, phase1_method
-from secvec_jax.defenses.tuning import phase2_method
+from secvec_jax.defenses.finetuning import phase2_step
+from secvec_jax.defenses.security_vectors import Phase1, phase1_step
 from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
@@ -32,7 +32,7 @@ from secvec_jax.model.hf_config import from_hf_config
 from secvec_jax.planning.plan import Work, program_bytes
 from secvec_jax.training.objective import KEEP, LEARN, Params, parameters
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import Method
+from secvec_jax.training.step import TrainStep
 from secvec_jax.vectors.lora import LoRA
 
 WARM, LEAST, MOST, SECONDS = 3, 3, 10, 12.0
@@ -140,7 +140,7 @@ class Planned(NamedTuple):
 
     start: Callable[[], Params]
     phase: Phase
-    method: Method
+    train_step: TrainStep
     batch: dict[str, Batch]
     program: jax.stages.Compiled
     compile_seconds: float
@@ -172,22 +172,22 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
 
     streams = {LEARN: batch(lines)} | ({KEEP: batch(max(1, lines // 2))} if kind == "vectors with KL" else {})
     params = jax.eval_shape(start)
-    phase, method = moves(kind, params, training)
+    phase, train_step = moves(kind, params, training)
     trained, frozen = phase.split(params)
     begin = time.perf_counter()
     with unrolled() if row["unrolled"] else contextlib.nullcontext():
-        lowered = method.step.lower(trained, jax.eval_shape(method.init, trained), frozen, streams)
+        lowered = train_step.step.lower(trained, jax.eval_shape(train_step.init, trained), frozen, streams)
     program = lowered.compile()
-    return Planned(start, phase, method, streams, program, time.perf_counter() - begin)
+    return Planned(start, phase, train_step, streams, program, time.perf_counter() - begin)
 
 
-def moves(kind: str, params: Params, training: Training) -> tuple[Phase, Method]:
+def moves(kind: str, params: Params, training: Training) -> tuple[Phase, TrainStep]:
     """What is trained in a row of this kind, and how."""
     if kind == "vaccine":
-        return phase2_method(params, ("all",), training, 1000, vaccine())
+        return phase2_step(params, ("all",), training, 1000, vaccine())
     if kind.startswith("vectors"):
-        return phase1_method(params, Phase1("kl" if kind.endswith("KL") else "cross_entropy"), training, 1000)
-    return phase2_method(params, ("all",), training, 1000)
+        return phase1_step(params, Phase1("kl" if kind.endswith("KL") else "cross_entropy"), training, 1000)
+    return phase2_step(params, ("all",), training, 1000)
 
 
 def unrolled() -> contextlib.AbstractContextManager:
@@ -199,7 +199,7 @@ def run(row: Row, plan: Planned) -> dict[str, Any]:
     """The compiled step on random weights, which are made on the device."""
     device = jax.devices()[0]
     trained, frozen = plan.phase.split(jax.jit(plan.start)())
-    state = plan.method.init(trained)
+    state = plan.train_step.init(trained)
     batch = jax.device_put(plan.batch)
     losses: list[float] = []
 

@@ -29,16 +29,16 @@ from flax import nnx
 from secvec_jax.data.chat import Example
 from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_method
-from secvec_jax.defenses.tuning import PHASE2, phase2_method
+from secvec_jax.defenses.finetuning import PHASE2, phase2_step
+from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_step
 from secvec_jax.evaluation.report import environment
-from secvec_jax.experiments.stages import devices
 from secvec_jax.files import whole_file
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.planning.plan import program_bytes
 from secvec_jax.training.objective import LEARN, Params, parameters
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.workspace.stages import devices
 
 MODEL = Architecture(
     "llama",
@@ -150,13 +150,13 @@ def measured(point: Point, model: Architecture = MODEL, clock: float = SECONDS) 
     default = PHASE1 if point.trained else PHASE2
     training = dataclasses.replace(default, batch_size=point.lines, max_seq_len=point.length)
     if point.trained:
-        phase, method = phase1_method(params, Phase1("cross_entropy"), training, 100)
+        phase, train_step = phase1_step(params, Phase1("cross_entropy"), training, 100)
     else:
-        phase, method = phase2_method(params, ("all",), training, 100)
+        phase, train_step = phase2_step(params, ("all",), training, 100)
     trained, frozen = phase.split(params)
-    state, batch = method.init(trained), {LEARN: random_batch(point, model.vocab_size)}
+    state, batch = train_step.init(trained), {LEARN: random_batch(point, model.vocab_size)}
     start = time.monotonic()
-    step = method.step.lower(trained, state, frozen, batch).compile()
+    step = train_step.step.lower(trained, state, frozen, batch).compile()
     compiling = time.monotonic() - start
     seconds: list[float] = []
     while len(seconds) <= LEAST or (len(seconds) <= MOST and sum(seconds) < clock):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import jax
 
-from secvec_jax.experiments.planning import Planned, compiled
 from secvec_jax.files import whole_file
 from secvec_jax.model.hub import check_mesh, load_architecture
 from secvec_jax.planning.plan import TooLarge, topology_mesh
+from secvec_jax.recipes.plan import Planned, compiled
 from secvec_jax.sharding import num_shards
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ Work = Callable[[int], None]
 Make = Callable[..., tuple[dict[str, Any], Work]]
 """Sets a side up: what there is to say of it, JSON, and its work. Called in the side's own process."""
 
-LIBRARIES = ["secvec_jax.experiments.lab", "transformers.generation.utils", "peft"]
+LIBRARIES = ["secvec_jax.workspace.workspace", "transformers.generation.utils", "peft"]
 """What takes seconds to import."""
 
 

@@ -84,7 +84,7 @@ def run(command: Sequence[str], cache: Path, out: Path, told: Path | None = None
 def measured(work: Path, toy: bool = False) -> dict[str, Any]:
     """All runs, in a folder to work in; toy: fewer, on a model of two small layers."""
     from secvec_jax.evaluation.report import environment
-    from secvec_jax.experiments.stages import devices
+    from secvec_jax.workspace.stages import devices
 
     rows = work / "rows.jsonl"
     write_rows(rows)
@@ -130,8 +130,8 @@ def watch(notes: Path, arguments: list[str]) -> None:
     import train  # beside the package
     from secvec_jax import command_line
     from secvec_jax.data.feed import Feed
-    from secvec_jax.defenses import tuning
-    from secvec_jax.experiments import verbs
+    from secvec_jax.defenses import finetuning
+    from secvec_jax.recipes import verbs
 
     spans: list[tuple[str, float, float]] = [("imports", 0.0, time.monotonic())]
     programs: list[tuple[str, float, float]] = []
@@ -146,13 +146,13 @@ def watch(notes: Path, arguments: list[str]) -> None:
 
         return call
 
-    def method(*args: Any) -> Any:
-        phase, made = phase2_method(*args)
+    def train_step(*args: Any) -> Any:
+        phase, made = phase2_step(*args)
         return phase, made._replace(init=timed("optimizer state", made.init), step=timed("step", made.step))
 
     for name, function in (("rows", "load_rows"), ("model", "load"), ("vectors", "load_several")):
         setattr(verbs, function, timed(name, getattr(verbs, function)))
-    phase2_method, tuning.phase2_method = tuning.phase2_method, method
+    phase2_step, finetuning.phase2_step = finetuning.phase2_step, train_step
     Feed.__init__, Feed.take = timed("tokens and packing", Feed.__init__), timed("batch", Feed.take)
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: programs.append((event, time.monotonic(), seconds))

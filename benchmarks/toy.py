@@ -4,9 +4,9 @@ import jax
 from flax import nnx
 
 import secvec_jax as sv
-from secvec_jax.experiments.materials import Sizes
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
+from secvec_jax.workspace.splits import Sizes
 
 SIZES = Sizes(align_harmful=3, align_benign=6, vectors=40, keep=30, mix_harmful=20, mix_benign=9, people=3,
               people_asked=2, judged=8, judged_benign=4)  # fmt: skip

@@ -28,26 +28,26 @@ from secvec_jax.batch import SHARED, Batch
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.defenses.security_vectors import Phase1, phase1_method
-from secvec_jax.defenses.tuning import phase2_method
+from secvec_jax.defenses.finetuning import phase2_step
+from secvec_jax.defenses.security_vectors import Phase1, phase1_step
 from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.evaluation.report import environment
-from secvec_jax.experiments.lab import Recipe
-from secvec_jax.experiments.materials import Materials, gather
 from secvec_jax.files import whole_file
 from secvec_jax.training.objective import KEEP, LEARN, parameters
-from secvec_jax.training.step import descent
+from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA, random_like
 from secvec_jax.vectors.peft import load_peft, save_peft
+from secvec_jax.workspace.splits import Splits, make_splits
+from secvec_jax.workspace.workspace import Experiment
 
 PIECES = 3
 """Optimizer steps in a turn, each on a batch of its own; of a toy, one."""
 
-RECIPE = Recipe()
+EXPERIMENT = Experiment()
 TASK = LoRA(rank=8, alpha=16.0)
-FULL = dataclasses.replace(RECIPE.finetune_training, learning_rate=1e-6, max_steps=1000)
+FULL = dataclasses.replace(EXPERIMENT.finetune_training, learning_rate=1e-6, max_steps=1000)
 """As the quickstart fine-tunes, at a rate that leaves the model as it is."""
-PHASE1_TRAINING = dataclasses.replace(RECIPE.vectors_training, learning_rate=1e-6, max_steps=1000)
+PHASE1_TRAINING = dataclasses.replace(EXPERIMENT.vectors_training, learning_rate=1e-6, max_steps=1000)
 
 
 def ours(
@@ -63,20 +63,20 @@ def ours(
     vectors = load_peft(adapter, model) if adapter else fresh if kind == "vectors" else None
     params = parameters(model.backbone, fresh if kind.endswith("lora") else None, vectors)
     if kind == "vectors":
-        phase, method = phase1_method(params, Phase1("kl" if KEEP in batches[0] else "cross_entropy"), training, 1000)
+        phase, train_step = phase1_step(params, Phase1("kl" if KEEP in batches[0] else "cross_entropy"), training, 1000)
     else:
-        move = vaccine() if kind.startswith("vaccine") else descent
-        phase, method = phase2_method(params, ("all",), training, 1000, move)
+        make_step = vaccine() if kind.startswith("vaccine") else make_train_step
+        phase, train_step = phase2_step(params, ("all",), training, 1000, make_step)
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)
     del model, params
-    state = method.init(trained)
+    state = train_step.init(trained)
     losses = []
 
     def step(piece: int) -> None:
         nonlocal trained, state
         batch = jax.tree.map(lambda part: part[None], batches[piece % len(batches)])
-        trained, state, metrics = method.step(trained, state, frozen, batch)
+        trained, state, metrics = train_step.step(trained, state, frozen, batch)
         losses.append(float(metrics["loss"]))
 
     for piece in range(len(batches)):  # at the rates of this file the model hardly moves
@@ -132,12 +132,12 @@ def check_rows(batches: Sequence[dict[str, Batch]], examples: Sequence[Example])
     return found
 
 
-def parts(materials: Materials, folder: str, adapter: str, pieces: int) -> dict[str, dict[str, Side]]:
+def parts(splits: Splits, folder: str, adapter: str, pieces: int) -> dict[str, dict[str, Side]]:
     """What is timed beside what."""
-    mix = [example for rows in materials.mix.values() for example in rows]
-    batches, harmful = packed(mix, FULL, pieces), packed(materials.vectors, PHASE1_TRAINING, pieces)
+    mix = [example for rows in splits.mix.values() for example in rows]
+    batches, harmful = packed(mix, FULL, pieces), packed(splits.vectors, PHASE1_TRAINING, pieces)
     half = dataclasses.replace(PHASE1_TRAINING, batch_size=PHASE1_TRAINING.batch_size // 2)
-    kept = [learn | keep for learn, keep in zip(harmful, packed(materials.keep, half, pieces, KEEP))]
+    kept = [learn | keep for learn, keep in zip(harmful, packed(splits.keep, half, pieces, KEEP))]
     cut = windows(mix, 8, 64, pieces)
     unshared = dataclasses.replace(FULL, share_beginnings=False)  # Vaccine perturbs each row's own tokens
     own = packed(mix, unshared, pieces)
@@ -149,7 +149,7 @@ def parts(materials: Materials, folder: str, adapter: str, pieces: int) -> dict[
         return Side(rival.training, (folder, under, rows, rank, TASK.alpha, 1e-6))
 
     large = packed(mix, dataclasses.replace(FULL, batch_size=4 * FULL.batch_size), pieces)
-    learned, shown = check_rows(batches, mix), check_rows(harmful, materials.vectors)
+    learned, shown = check_rows(batches, mix), check_rows(harmful, splits.vectors)
     lora = dataclasses.replace(PHASE1_TRAINING, share_beginnings=False)
     return {
         "full": {
@@ -220,16 +220,16 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a model of two small layers: does every part run?")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        model, sizes = (toy_model(), SIZES) if arguments.toy else (sv.load(RECIPE.model), RECIPE.sizes)
+        model, sizes = (toy_model(), SIZES) if arguments.toy else (sv.load(EXPERIMENT.model), EXPERIMENT.sizes)
         folder, adapter = f"{scratch}/model", f"{scratch}/vectors"
         model.save(folder)
         shape = TASK.init(model.architecture, jax.random.key(1))
         ones = jax.tree.map(lambda leaf: 0.01 + 0 * leaf, shape)
         save_peft(random_like(ones, jax.random.key(2)), adapter, model)
-        materials = gather(model, sizes, RECIPE.finetune_training, RECIPE.seed)
+        splits = make_splits(model, sizes, EXPERIMENT.finetune_training, EXPERIMENT.seed)
         del model, shape, ones
         pieces = 1 if arguments.toy else PIECES
-        chosen = parts(materials, folder, adapter, pieces)
+        chosen = parts(splits, folder, adapter, pieces)
         found: dict[str, Times] = {}
         for name in [arguments.part] if arguments.part else chosen:
             found |= alternate(chosen[name], arguments.rounds, pieces, fork=arguments.toy)

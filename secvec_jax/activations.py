@@ -14,7 +14,7 @@ import numpy as np
 from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
-from secvec_jax.model.decoder import Decoder, Guest, as_guests
+from secvec_jax.model.decoder import Adapter, Decoder, as_adapters
 from secvec_jax.model.generate import rounded_up
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import constrain
@@ -23,7 +23,7 @@ _BATCH, _BUCKET = 8, 16
 
 
 def reply_means(
-    model: Model, examples: Sequence[Example], vectors: Guest | tuple[Guest, ...] | None = None
+    model: Model, examples: Sequence[Example], vectors: Adapter | tuple[Adapter, ...] | None = None
 ) -> np.ndarray:
     """The mean state of each example's supervised tokens behind every layer, `[N, L, D]`; zeros if it has none.
 
@@ -32,7 +32,7 @@ def reply_means(
     shape = (len(examples), model.architecture.num_layers, model.architecture.hidden_size)
     means = np.zeros(shape, np.float32)
     for rows, tokens, segments, supervised in _batches(examples, model):
-        found = _means(model.backbone, as_guests(vectors), tokens, segments, supervised)
+        found = _means(model.backbone, as_adapters(vectors), tokens, segments, supervised)
         means[rows] = np.asarray(found)[: len(rows)]
     return means
 
@@ -81,9 +81,9 @@ def _batches(
 
 
 @jax.jit
-def _means(decoder: Decoder, guests: tuple[Guest, ...], tokens, segments, supervised) -> jax.Array:
+def _means(decoder: Decoder, adapters: tuple[Adapter, ...], tokens, segments, supervised) -> jax.Array:
     """`[B, L, D]`"""
-    states = cast(jax.Array, decoder(tokens, segments, guests=guests, shared=False, watch="residual")[1])
+    states = cast(jax.Array, decoder(tokens, segments, adapters=adapters, shared=False, watch="residual")[1])
     sums = jnp.einsum("lbtd,bt->bld", states, supervised.astype(states.dtype), precision=jax.lax.Precision.HIGHEST)
     return constrain(sums / jnp.maximum(supervised.sum(axis=1), 1)[:, None, None], None)
 

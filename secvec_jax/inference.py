@@ -21,7 +21,7 @@ from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import Message, Row, as_rows, normalize, response_of
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Guest
+from secvec_jax.model.decoder import Adapter
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model, load
 from secvec_jax.model.sampling import GREEDY, Sampling
@@ -30,7 +30,7 @@ from secvec_jax.sharding import platform
 from secvec_jax.turns import begun_thought, empty_thought, special_marks
 from secvec_jax.vectors.store import load_vectors
 
-Given = Guest | str | os.PathLike[str] | list[Any] | tuple[Any, ...] | None
+Given = Adapter | str | os.PathLike[str] | list[Any] | tuple[Any, ...] | None
 """Vectors as a caller passes them: one or several, values or files; None for none."""
 
 
@@ -75,13 +75,13 @@ def generate(
     elif temperature is not None:
         raise UserError("temperature and sampling are both given: put the temperature into sampling")
     seed, batch_size = integer("seed", seed, 0, 2**32 - 1), integer("batch_size", batch_size, 1)
-    guests = as_vectors(vectors, model)
+    adapters = as_vectors(vectors, model)
     encoded = [_prompt_ids(model, *prompt, max_new_tokens) for prompt in as_conversations(prompts)]
     with reply_progress(len(encoded), progress) as on_replies:
         replies = generate_tokens(
             model.backbone,
             encoded,
-            guests,
+            adapters,
             max_new_tokens=max_new_tokens,
             stop=model.stop_tokens,
             batch_size=batch_size,
@@ -150,7 +150,7 @@ def as_model(model: Any) -> Model:
     return instance("model", model, Model, "pass what sv.load returned, or a name or folder that sv.load takes")
 
 
-def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Guest, ...]:
+def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapter, ...]:
     """Vectors as a tuple: one or several, each a value or a file, all of them fitting the model; none for None.
 
     Raises UserError for anything else, and as `load_vectors` does.
@@ -158,14 +158,14 @@ def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Guest
     if vectors is None:
         return ()
     if isinstance(vectors, list | tuple):
-        return tuple(guest for item in vectors if item is not None for guest in as_vectors(item, model, name))
+        return tuple(adapter for item in vectors if item is not None for adapter in as_vectors(item, model, name))
     if isinstance(vectors, str | os.PathLike):
         vectors = load_vectors(path(name, vectors, "the path of a vectors file"), model)
     fix = "pass what sv.train_vectors or sv.load_vectors returned, the path of a vectors file, or None"
-    guest = instance(name, vectors, Guest, fix)
-    if hasattr(guest, "check"):
-        guest.check(model.architecture)
-    return (guest,)
+    adapter = instance(name, vectors, Adapter, fix)
+    if hasattr(adapter, "check"):
+        adapter.check(model.architecture)
+    return (adapter,)
 
 
 def as_conversations(prompts: Any) -> list[tuple[str, list[Message]]]:
@@ -240,8 +240,8 @@ def _token_ids(tokens: Any, architecture: Architecture) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _logits(decoder, tokens, guests, *, dtype):
-    return decoder.logits(decoder(tokens, guests=guests, dtype=dtype)[0])
+def _logits(decoder, tokens, adapters, *, dtype):
+    return decoder.logits(decoder(tokens, adapters=adapters, dtype=dtype)[0])
 
 
 def compute_dtype() -> DTypeLike:

@@ -169,18 +169,18 @@ def tiny_model(tmp_path_factory) -> Callable[..., Tiny]:
 
 
 @jax.jit
-def _logits(backbone, tokens, segments, positions, guests):
-    hidden, _ = backbone(tokens, segments, positions, guests)
+def _logits(backbone, tokens, segments, positions, adapters):
+    hidden, _ = backbone(tokens, segments, positions, adapters)
     return backbone.logits(hidden)
 
 
 @pytest.fixture(scope="session")
 def logits() -> Callable[..., np.ndarray]:
-    """`logits(model or backbone, tokens, segments=None, positions=None, guests=())` of ours, `[B, T, V]`."""
+    """`logits(model or backbone, tokens, segments=None, positions=None, adapters=())` of ours, `[B, T, V]`."""
 
-    def compute(model, tokens, segments=None, positions=None, guests=()) -> np.ndarray:
+    def compute(model, tokens, segments=None, positions=None, adapters=()) -> np.ndarray:
         backbone = getattr(model, "backbone", model)
-        return np.asarray(_logits(backbone, np.asarray(tokens), segments, positions, guests))
+        return np.asarray(_logits(backbone, np.asarray(tokens), segments, positions, adapters))
 
     return compute
 
@@ -208,8 +208,8 @@ def random_vectors() -> Callable[..., Any]:
         a_key, b_key = jax.random.split(jax.random.key(seed))
         vectors = LoRA(**spec).init(model.architecture, a_key)
         factors = {
-            site: {"a": own["a"], "b": 0.2 * jax.random.normal(jax.random.fold_in(b_key, i), own["b"].shape)}
-            for i, (site, own) in enumerate(vectors.factors.items())
+            projection: {"a": own["a"], "b": 0.2 * jax.random.normal(jax.random.fold_in(b_key, i), own["b"].shape)}
+            for i, (projection, own) in enumerate(vectors.factors.items())
         }
         return dataclasses.replace(vectors, factors=factors)
 

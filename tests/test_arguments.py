@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import secvec_jax as sv
 from secvec_jax import inference
 from secvec_jax.data.frames import records_of
-from secvec_jax.defenses import advice, security_vectors, tuning
+from secvec_jax.defenses import advice, finetuning, security_vectors
 from secvec_jax.defenses.inputs import collected
 from secvec_jax.files import check_replaceable
 from secvec_jax.training.checkpoints import Checkpoints
@@ -50,8 +50,8 @@ def no_work(monkeypatch) -> list[dict[str, Any]]:
     """What `generate_tokens` and `fit` are called with, in place of what they do."""
     calls: list[dict[str, Any]] = []
 
-    def tokens(decoder, prompts, guests, **options):
-        calls.append({"prompts": prompts, "guests": guests, **options})
+    def tokens(decoder, prompts, adapters, **options):
+        calls.append({"prompts": prompts, "adapters": adapters, **options})
         return [[] for _ in prompts]
 
     def fit(*given, **options):
@@ -59,7 +59,7 @@ def no_work(monkeypatch) -> list[dict[str, Any]]:
         raise Reached
 
     monkeypatch.setattr(inference, "generate_tokens", tokens)
-    monkeypatch.setattr(tuning, "fit", fit)
+    monkeypatch.setattr(finetuning, "fit", fit)
     monkeypatch.setattr(security_vectors, "fit", fit)
     return calls
 
@@ -255,11 +255,11 @@ def test_rows_in_every_form_make_the_same_batches(monkeypatch, tmp_path, verb):
     pd.DataFrame(ROWS).to_csv(path, index=False)
     found = []
 
-    def fit(params, phase, method, streams, **options):
+    def fit(params, phase, train_step, streams, **options):
         found.append(next(iter(streams["learn"].batches())))
         raise Reached
 
-    monkeypatch.setattr(tuning, "fit", fit)
+    monkeypatch.setattr(finetuning, "fit", fit)
     monkeypatch.setattr(security_vectors, "fit", fit)
     forms = [ROWS, tuple(ROWS), iter(ROWS), pd.DataFrame(ROWS), datasets.Dataset.from_list(ROWS), str(path), path]
     for form in forms:
@@ -301,7 +301,7 @@ def test_a_larger_model_with_the_default_learning_rate_is_warned_of(monkeypatch)
 REFUSALS = [{"prompt": f"Harm {n}?", "response": "I'm sorry, but I can't help with that."} for n in range(30)]
 
 
-@pytest.mark.parametrize("form", [list, pd.DataFrame, datasets.Dataset.from_list, tuning.groups_of])
+@pytest.mark.parametrize("form", [list, pd.DataFrame, datasets.Dataset.from_list, finetuning.groups_of])
 def test_refusals_alone_are_warned_of(form):
     assert "30 of 30 answers" in (advice.only_refusals(MODEL, form(REFUSALS)) or "")
     assert advice.only_refusals(MODEL, form(REFUSALS + ROWS)) is None
@@ -309,9 +309,9 @@ def test_refusals_alone_are_warned_of(form):
 
 
 def test_refusals_alone_are_known_from_tokens_too():
-    found = tuning.examples_of(MODEL, REFUSALS)
+    found = finetuning.examples_of(MODEL, REFUSALS)
     assert "30 of 30" in (advice.only_refusals(MODEL, {"harmful": found}) or "")
-    assert advice.only_refusals(MODEL, {"harmful": found, "benign": tuning.examples_of(MODEL, ROWS)}) is None
+    assert advice.only_refusals(MODEL, {"harmful": found, "benign": finetuning.examples_of(MODEL, ROWS)}) is None
 
 
 def test_an_alignment_of_few_steps_is_warned_of_once():

@@ -18,12 +18,12 @@ from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.judges import score_of
 from secvec_jax.evaluation.report import Results
-from secvec_jax.experiments.grid import Plan
-from secvec_jax.experiments.verbs import Finetune, Vectors
+from secvec_jax.grid.grid import Plan
 from secvec_jax.model import weights
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.families import FAMILIES, weight_names
 from secvec_jax.model.hf_config import from_hf_config, to_hf_config
+from secvec_jax.recipes.verbs import Finetune, Vectors
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.store import load_vectors, save_vectors

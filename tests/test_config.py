@@ -17,7 +17,7 @@ from secvec_jax.vectors.lora import LoRA
 
 @checked
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Experiment:
     """Settings of every kind that a config may hold."""
 
     name: str = "recipe"
@@ -48,7 +48,7 @@ trainings = st.builds(
     save_every_seconds=positive,
 )
 recipes = st.builds(
-    Recipe,
+    Experiment,
     name=st.text(max_size=20),
     seeds=st.lists(st.integers(), max_size=4).map(tuple),
     weights=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=4),
@@ -63,29 +63,29 @@ recipes = st.builds(
 
 
 @given(recipes)
-def test_settings_survive_being_spelled(recipe):
-    assert from_dict(Recipe, to_dict(recipe)) == recipe
+def test_settings_survive_being_spelled(experiment):
+    assert from_dict(Experiment, to_dict(experiment)) == experiment
 
 
 @settings(max_examples=50, deadline=None)
-@given(recipe=recipes)
-def test_settings_survive_their_file(tmp_path_factory, recipe):
+@given(experiment=recipes)
+def test_settings_survive_their_file(tmp_path_factory, experiment):
     path = tmp_path_factory.mktemp("config") / "new" / "config.yaml"
-    save(recipe, path)
-    assert load(Recipe, path) == recipe
-    assert yaml.safe_load(path.read_text()) == to_dict(recipe)
+    save(experiment, path)
+    assert load(Experiment, path) == experiment
+    assert yaml.safe_load(path.read_text()) == to_dict(experiment)
     assert [item.name for item in path.parent.iterdir()] == ["config.yaml"]
 
 
 def test_a_file_holds_every_setting_and_may_leave_out_any(tmp_path):
-    save(Recipe(), tmp_path / "c.yaml")
+    save(Experiment(), tmp_path / "c.yaml")
     spelled = yaml.safe_load((tmp_path / "c.yaml").read_text())
-    assert set(spelled) == {field.name for field in dataclasses.fields(Recipe)}
+    assert set(spelled) == {field.name for field in dataclasses.fields(Experiment)}
     assert set(spelled["training"]) == {field.name for field in dataclasses.fields(Training)}
     (tmp_path / "c.yaml").write_text("training: {epochs: 7}\n")
-    assert load(Recipe, tmp_path / "c.yaml") == Recipe(training=Training(epochs=7))
+    assert load(Experiment, tmp_path / "c.yaml") == Experiment(training=Training(epochs=7))
     (tmp_path / "c.yaml").write_text("")
-    assert load(Recipe, tmp_path / "c.yaml") == Recipe()
+    assert load(Experiment, tmp_path / "c.yaml") == Experiment()
 
 
 @given(st.data())
@@ -94,12 +94,12 @@ def test_a_misspelled_key_names_the_nearest(data):
     at = data.draw(st.integers(0, len(name) - 1))
     wrong = name[:at] + name[at + 1 :]
     with pytest.raises(UserError, match=rf"config.training: unknown key '{wrong}': did you mean '{name}'\?"):
-        from_dict(Recipe, {"training": {wrong: 1}})
+        from_dict(Experiment, {"training": {wrong: 1}})
 
 
 def test_a_key_like_no_other_lists_all():
     with pytest.raises(UserError, match=r"unknown key 'zzz': known are name, seeds, .*phase1"):
-        from_dict(Recipe, {"zzz": 1})
+        from_dict(Experiment, {"zzz": 1})
 
 
 @pytest.mark.parametrize("spelled", ["1e-3", "0.001", 0.001])
@@ -146,7 +146,7 @@ def test_a_whole_number_is_a_float_too():
 )
 def test_a_wrong_value_is_named_in_one_line(values, message):
     with pytest.raises(UserError, match=message) as caught:
-        from_dict(Recipe, values)
+        from_dict(Experiment, values)
     assert "\n" not in str(caught.value)
 
 

@@ -15,7 +15,7 @@ import train
 from secvec_jax.data import sources
 from secvec_jax.data.sources import load_rows
 from secvec_jax.evaluation import metrics
-from secvec_jax.experiments import contenders
+from secvec_jax.grid import registry
 from secvec_jax.model import families, hub
 from secvec_jax.model.families import FAMILIES
 from tests.conftest import build_hf_model
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def commands() -> str:
-    """The page of commands as mkdocs is given it; .ci/run builds the whole site."""
+    """The page of commands as mkdocs is given it; .ci/run builds the whole projection."""
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
@@ -77,7 +77,7 @@ def test_no_defense_is_left_out():
 
 def test_the_defenses_of_a_grid_are_listed():
     listed = (ROOT / "docs" / "defenses.md").read_text()
-    assert [name for name in contenders.DEFENSES if f"`{name}`" not in listed] == []
+    assert [name for name in registry.DEFENSES if f"`{name}`" not in listed] == []
 
 
 def example(title: str) -> str:
@@ -112,14 +112,14 @@ def test_a_family_can_be_added(monkeypatch, tmp_path, tokens, logits, hf_logits,
 
 
 def test_a_defense_can_be_added(monkeypatch):
-    monkeypatch.setattr(contenders, "DEFENSES", dict(contenders.DEFENSES))
+    monkeypatch.setattr(registry, "DEFENSES", dict(registry.DEFENSES))
     exec(example("defense"), {})
-    assert contenders.parsed("first rows share=0.25") == ("first rows", {"share": 0.25})
+    assert registry.parsed("first rows share=0.25") == ("first rows", {"share": 0.25})
     seen = []
 
     case = SimpleNamespace(
         rows={"attack": list(range(8)), "task": [1]}, tuned=lambda rows: seen.append(rows) or "model"
     )
-    defended = contenders.DEFENSES["first rows"](case, share=0.25)
+    defended = registry.DEFENSES["first rows"](case, share=0.25)
     assert seen == [{"attack": [0, 1], "task": [1]}]
     assert defended.model == "model" and defended.notes == {"rows": 3.0}

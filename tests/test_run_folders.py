@@ -7,8 +7,8 @@ import pytest
 
 import secvec_jax as sv
 from secvec_jax.errors import UserError
-from secvec_jax.experiments.export import Export, export
 from secvec_jax.model.hub import load_architecture
+from secvec_jax.recipes.export import Export, export
 from secvec_jax.run_folders import find_model, find_vectors
 from secvec_jax.vectors.store import holds_security_vectors, load_vectors, save_vectors
 

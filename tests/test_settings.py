@@ -27,26 +27,26 @@ from secvec_jax.defenses import (
     booster,
     constrained_sft,
     ewc,
+    finetuning,
     floor,
     guarded,
     lisa,
     mixing,
     persona,
     security_vectors,
-    tuning,
     vaccine,
 )
+from secvec_jax.defenses.finetuning import PHASE2
 from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, align, finetune, train_vectors
-from secvec_jax.defenses.tuning import PHASE2
 from secvec_jax.errors import UserError
-from secvec_jax.experiments import verbs
-from secvec_jax.experiments.contenders import parsed
-from secvec_jax.experiments.grid import Plan
-from secvec_jax.experiments.lab import Recipe
+from secvec_jax.grid.grid import Plan
+from secvec_jax.grid.registry import parsed
 from secvec_jax.model.decoder import abstract_decoder, leaf_name
+from secvec_jax.recipes import verbs
 from secvec_jax.sharding import make_mesh
 from secvec_jax.training.optimizers import decayed, make_optimizer
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.workspace.workspace import Experiment
 from tests.toys import ARCHITECTURE, random_examples, tiny_model
 
 FIELDS = checks.hints_of(Training)
@@ -108,7 +108,7 @@ def test_all_three_ways_give_the_same_settings_or_the_same_refusal(from_command_
 
 
 REQUIRED = {"defense": "none", "examples": {"all": [1]}, "lines": 2, "length": 8, "prompts": (), "score": len,
-            "refusals": (), "model": "x", "folder": Path("x"), "recipe": Recipe(), "out": "x"}  # fmt: skip
+            "refusals": (), "model": "x", "folder": Path("x"), "experiment": Experiment(), "out": "x"}  # fmt: skip
 """Of settings that have no default."""
 
 
@@ -262,9 +262,9 @@ def test_settings_of_a_verb_inherit_its_training_and_are_written_in_full(tmp_pat
 
 
 def test_nested_settings_in_a_file_keep_the_verbs_own_defaults():
-    recipe = config.from_dict(Recipe, {"align_task": {"rank": 4}, "align_training": {"epochs": 2}})
-    assert recipe.align_task == dataclasses.replace(Recipe().align_task, rank=4)
-    assert recipe.align_training == dataclasses.replace(Recipe().align_training, epochs=2)
+    experiment = config.from_dict(Experiment, {"align_task": {"rank": 4}, "align_training": {"epochs": 2}})
+    assert experiment.align_task == dataclasses.replace(Experiment().align_task, rank=4)
+    assert experiment.align_training == dataclasses.replace(Experiment().align_training, epochs=2)
 
 
 class Asked(Exception):
@@ -289,7 +289,7 @@ def test_what_a_call_does_not_set_is_the_verbs_own(monkeypatch, run, default):
         seen.append(training)
         raise Asked
 
-    monkeypatch.setattr(tuning, "make_optimizer", spy)
+    monkeypatch.setattr(finetuning, "make_optimizer", spy)
     monkeypatch.setattr(security_vectors, "make_optimizer", spy)
     with pytest.raises(Asked):
         run(Training(max_steps=15, batch_size=1))
@@ -307,7 +307,7 @@ SHAPE = {"max_seq_len": 32, "batch_size": 2, "share_beginnings": False}
 def test_an_epoch_is_one_pass_however_many_batches_a_step_takes(accumulate):
     stream = Stream({"all": ROWS}, 2, 32, epochs=2, share=False)
     training = Training(grad_accum_steps=accumulate, epochs=2, **SHAPE).over(PHASE2)
-    read, steps = tuning.stream_and_steps(stream, training)
+    read, steps = finetuning.stream_and_steps(stream, training)
     feed = Feed(read)
     taken = [feed.take(accumulate) for _ in range(steps)]
     assert steps == math.ceil(stream.count() / accumulate)
@@ -318,15 +318,15 @@ def test_an_epoch_is_one_pass_however_many_batches_a_step_takes(accumulate):
 def test_trainings_of_one_epoch_read_each_token_once_and_lisa_adds_its_steps(monkeypatch):
     read = {}
 
-    def only_reads(params, phase, method, streams, *, steps, accumulate, **_):
+    def only_reads(params, phase, train_step, streams, *, steps, accumulate, **_):
         read.clear()
         feeds = {name: Feed(stream) for name, stream in streams.items()}
         for step in range(steps):
-            for name in feeds if method.takes is None else method.takes(step):
+            for name in feeds if train_step.takes is None else train_step.takes(step):
                 read.setdefault(name, []).append(int((feeds[name].take(accumulate)["segments"] > 0).sum()))
         return params
 
-    for module in (tuning, security_vectors):
+    for module in (finetuning, security_vectors):
         monkeypatch.setattr(module, "fit", only_reads)
     steps = math.ceil(Stream({"all": ROWS}, 2, 32, share=False).count() / 3)
     training = Training(grad_accum_steps=3, epochs=1, **SHAPE)

@@ -25,7 +25,7 @@ from secvec_jax.sharding import constrain, logical_axes, make_mesh, named_shardi
 from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import Method, descent
+from secvec_jax.training.step import TrainStep, make_train_step
 from secvec_jax.training.trainer import fit
 from secvec_jax.vectors.lora import LoRA, random_like
 from tests.processes import cluster, outputs
@@ -130,7 +130,7 @@ class Setting(NamedTuple):
 
     params: Any
     phase: Phase
-    method: Method
+    train_step: TrainStep
     streams: dict[str, Stream]
 
 
@@ -141,12 +141,12 @@ def setting(name: str, architecture: Architecture | None = None, optimizer: Any 
     loss = Objective(("harmful",))
     optimizer = optimizer or make_optimizer(Training("adamw"), STEPS)
     if name == "min-min":
-        phase, method = min_min(params, loss, optimizer, Phase1("min_min", inner_steps=1))
+        phase, train_step = min_min(params, loss, optimizer, Phase1("min_min", inner_steps=1))
     else:
         moves = {"phase 1": ("freeze", "train"), "phase 2": ("train", "freeze")}[name]
         phase = Phase(dict(zip(("backbone", "vectors"), moves, strict=True)))
-        method = descent(loss, phase.optimizer(optimizer, params))
-    return Setting(params, phase, method, streams)
+        train_step = make_train_step(loss, phase.optimizer(optimizer, params))
+    return Setting(params, phase, train_step, streams)
 
 
 def compiled_after(name: str, first: int, change: Callable[[Any], Any] = lambda trained: trained) -> list[str]:
@@ -155,16 +155,16 @@ def compiled_after(name: str, first: int, change: Callable[[Any], Any] = lambda 
     change: what happens to the trained part between two steps.
     """
     fresh = optax.chain(make_optimizer(Training("adamw"), STEPS))  # or the step would be that of an earlier test
-    params, phase, method, streams = setting(name, optimizer=fresh)
+    params, phase, train_step, streams = setting(name, optimizer=fresh)
     since: list[int] = []
 
     def step(trained, state, frozen, batch):
-        trained, *others = method.step(change(trained), state, frozen, batch)
+        trained, *others = train_step.step(change(trained), state, frozen, batch)
         since.append(len(names))
         return trained, *others
 
     with compilations() as names:
-        fit(params, phase, Method(method.init, step), streams, steps=4)
+        fit(params, phase, TrainStep(train_step.init, step), streams, steps=4)
     assert len(since) == 4 and since[0] > 0, "nothing was heard of any compilation"
     return names[since[first - 1] :]
 
@@ -205,11 +205,11 @@ LARGER = Architecture("llama", 512, 96, 320, num_layers=4, num_heads=4, num_kv_h
 def compiled(name: str, shape: str, donate: bool = True) -> tuple[Any, Any, Any]:
     """(the compiled step, the trained part and the state that it takes) on a mesh."""
     with jax.set_mesh(make_mesh(**parse_mesh(shape))):
-        params, phase, method, streams = setting(name, LARGER)
+        params, phase, train_step, streams = setting(name, LARGER)
         trained, frozen = phase.split(params)
-        state = method.init(trained)
+        state = train_step.init(trained)
         batch = {stream: Feed(own).take(1) for stream, own in streams.items()}
-        step = method.step if donate else jax.jit(method.step.__wrapped__)
+        step = train_step.step if donate else jax.jit(train_step.step.__wrapped__)
         return step.lower(trained, state, frozen, batch).compile(), trained, state
 
 
@@ -250,11 +250,11 @@ def last_gradient() -> optax.GradientTransformation:
 @pytest.mark.parametrize("name", ["phase 1", "phase 2"])
 def test_gradients_lie_where_their_parameters_lie(name, shape):
     with jax.set_mesh(make_mesh(**parse_mesh(shape))):
-        params, phase, method, streams = setting(name, optimizer=last_gradient())
+        params, phase, train_step, streams = setting(name, optimizer=last_gradient())
         trained, frozen = phase.split(params)
         batch = {stream: Feed(own).take(1) for stream, own in streams.items()}
         places = [leaf.sharding for leaf in jax.tree.leaves(trained)]
-        _, state, _ = method.step(trained, method.init(trained), frozen, batch)
+        _, state, _ = train_step.step(trained, train_step.init(trained), frozen, batch)
         gradients = jax.tree.leaves(state)
         assert len(gradients) == len(places) and all(np.any(gradient) for gradient in gradients)
         for gradient, place in zip(gradients, places, strict=True):

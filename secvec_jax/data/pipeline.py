@@ -126,7 +126,7 @@ class _Records(Sequence[dict[str, np.ndarray]]):
         self._ends = np.cumsum([len(own) for _, own in parts])
         self.head = np.zeros(0, np.int32)
         if share:
-            self.head = shared_head(self._example(index)[1] for index in range(len(self)))
+            self.head = shared_prefix(self._example(index)[1] for index in range(len(self)))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -193,7 +193,7 @@ def _stacked(parts: Sequence[Batch]) -> Batch:
     return {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
 
 
-def shared_head(examples: Iterable[Example]) -> np.ndarray:
+def shared_prefix(examples: Iterable[Example]) -> np.ndarray:
     """The unsupervised tokens with which all examples begin, without the last before a reply; one shares none."""
     common, shortest, count = np.zeros(0, np.int32), 0, 0
     for count, example in enumerate(examples, 1):

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, checked
-from secvec_jax.defenses.tuning import How, Move, descent_on, tune
-from secvec_jax.model.decoder import Guest
+from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make_step_on, train_model
+from secvec_jax.model.decoder import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.loss import token_cross_entropy, token_forward_kl
 from secvec_jax.training.objective import LEARN, Objective, Params, as_it_was
@@ -36,17 +36,17 @@ def finetune(
     rows: Any,
     *,
     weight: NonNegativeFloat = 0.1,
-    vectors: Guest | tuple[Guest, ...] | None = None,
-    **how: Unpack[How],
+    vectors: Adapter | tuple[Adapter, ...] | None = None,
+    **options: Unpack[FinetuneOptions],
 ) -> Model:
     """The model fine-tuned on `rows`, held to what `model` says by itself, without `task` and `vectors`. weight: λ."""
-    return tune(model, rows, anchor=model.backbone, move=aligned_kl(weight), vectors=vectors, **how)
+    return train_model(model, rows, anchor=model.backbone, make_step=aligned_kl(weight), vectors=vectors, **options)
 
 
 @checked
-def aligned_kl(weight: NonNegativeFloat = 0.1) -> Move:
+def aligned_kl(weight: NonNegativeFloat = 0.1) -> TrainStepMaker:
     """Gradient steps on the sum of both terms, for an anchor that is the aligned decoder. Reports the `kl`."""
-    return descent_on(partial(held, weight=weight))
+    return make_step_on(partial(held, weight=weight))
 
 
 def held(loss: Objective, weight: float) -> Loss:

@@ -25,12 +25,12 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, PositiveFloat, checked
+from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, train_model
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
-from secvec_jax.defenses.tuning import How, Move, tune
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
 from secvec_jax.training.objective import LEARN, Objective
-from secvec_jax.training.step import Method, Metrics, gradient_of, moved
+from secvec_jax.training.step import Metrics, TrainStep, gradient_of, step_from_gradient
 from secvec_jax.trees import Tree
 
 HARMFUL = "harmful"
@@ -45,21 +45,25 @@ def align(
     harmful: Any,
     weight: NonNegativeFloat = 5.0,
     alpha: PositiveFloat = 0.1,
-    **how: Unpack[How],
+    **options: Unpack[FinetuneOptions],
 ) -> Model:
     """The model aligned on `rows`, hardened against steps on `harmful` ones; by default trained as `sv.align` trains.
 
     weight: λ. alpha: α, the length of the simulated step over all trained weights.
     """
-    options = How(task=ALIGN_TASK) | how | How(training=how.get("training", ALIGN).over(ALIGN))
-    return tune(model, rows, beside={HARMFUL: harmful}, move=booster(weight, alpha), **options)
+    options = (
+        FinetuneOptions(task=ALIGN_TASK)
+        | options
+        | FinetuneOptions(training=options.get("training", ALIGN).over(ALIGN))
+    )
+    return train_model(model, rows, extra_rows={HARMFUL: harmful}, make_step=booster(weight, alpha), **options)
 
 
 @checked
-def booster(weight: NonNegativeFloat = 5.0, alpha: PositiveFloat = 0.1) -> Move:
+def booster(weight: NonNegativeFloat = 5.0, alpha: PositiveFloat = 0.1) -> TrainStepMaker:
     """Booster's step. Reports the harmful loss before the simulated step, and by how much that lowers it."""
 
-    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
+    def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         by_rows, by_harmful = gradient_of(loss), gradient_of(replace(loss, groups=(HARMFUL,)))
 
         def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
@@ -74,6 +78,6 @@ def booster(weight: NonNegativeFloat = 5.0, alpha: PositiveFloat = 0.1) -> Move:
             metrics |= {"loss": metrics["loss"] + weight * drop, "loss/harmful": before["loss/harmful"]}
             return gradients, metrics | {"harmful_drop": drop}
 
-        return moved(gradient, optimizer)
+        return step_from_gradient(gradient, optimizer)
 
-    return move
+    return make_step

@@ -2,7 +2,7 @@
 Ablation Fine-Tuning", arXiv 2507.16795): what a model cannot represent while it is trained, it cannot rely on.
 
     ablation = concept_directions(model, shown, hidden, k=2, layers=[12, 16, 20])
-    tuned = tune(model, rows, vectors=ablation)    # nothing at inference
+    tuned = train_model(model, rows, vectors=ablation)    # nothing at inference
 
 Behind layer l the stream loses its part in the span of the orthonormal directions Q_l `[D, k]`, in every forward pass
 and, since the projection is differentiated, in every backward pass:
@@ -28,18 +28,18 @@ import numpy as np
 
 from secvec_jax.activations import layer_mask, reply_means
 from secvec_jax.checks import checked
-from secvec_jax.defenses.tuning import examples_of
+from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Guest
+from secvec_jax.model.decoder import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Ablation(Guest):
-    """A guest that takes `directions` `[L, D, k]`, orthonormal in each layer or zero, out of the residual stream."""
+class Ablation(Adapter):
+    """An adapter that takes `directions` `[L, D, k]`, orthonormal in each layer or zero, out of the residual stream."""
 
     directions: jax.Array
 
@@ -50,7 +50,7 @@ class Ablation(Guest):
 
     def axes(self) -> "Ablation":
         """The logical axes: directions are small and lie whole on every device."""
-        return jax.tree.map(lambda _: ("layers", None, None), self)  # a frozen guest is in some trees without arrays
+        return jax.tree.map(lambda _: ("layers", None, None), self)  # a frozen adapter is in some trees without arrays
 
     def check(self, architecture: Architecture) -> None:
         """Raises UserError if the directions do not fit the architecture."""
@@ -68,9 +68,10 @@ def concept_directions(
 
     They are the leading right singular vectors of the differences of `reply_means`: of each row of `shown` less the
     mean of those of `hidden`. paired: less row i of `hidden`, the same prompt with another reply, in place of the mean.
-    The strongest come first: `Ablation(found.directions[..., :1])` is that of k = 1. shown, hidden: rows, as `tune`
-    takes them, or examples. layers: counted from 0; None: all. Raises UserError if there are no pairs, fewer than k
-    rows, or no such layer.
+    The strongest come first: `Ablation(found.directions[..., :1])` is that of k = 1.
+
+    shown, hidden: rows or examples, as for `train_model`. layers: counted from 0; None: all. Raises UserError if there
+    are no pairs, fewer than k rows, or no such layer.
     """
     mask = layer_mask(model, layers)
     means, others = (reply_means(model, examples_of(model, rows)) for rows in (shown, hidden))

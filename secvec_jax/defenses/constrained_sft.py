@@ -26,10 +26,10 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import PositiveFloat, checked
-from secvec_jax.defenses.tuning import How, Move, tune
+from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, train_model
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import Objective, Params, as_it_was
-from secvec_jax.training.step import Method, descent
+from secvec_jax.training.step import TrainStep, make_train_step
 
 
 @checked
@@ -40,28 +40,28 @@ def finetune(
     beta: PositiveFloat = 0.1,
     first: PositiveFloat = 5.0,
     early: PositiveFloat = 20.0,
-    **how: Unpack[How],
+    **options: Unpack[FinetuneOptions],
 ) -> Model:
     """The model fine-tuned on `rows`, held to `model` by itself, without `task`. beta: β of late tokens; first, early:
     how many times as much it is for the first token of a reply, and for the next four."""
-    return tune(model, rows, anchor=model.backbone, move=constrained(beta, first, early), **how)
+    return train_model(model, rows, anchor=model.backbone, make_step=constrained(beta, first, early), **options)
 
 
 @checked
-def constrained(beta: PositiveFloat = 0.1, first: PositiveFloat = 5.0, early: PositiveFloat = 20.0) -> Move:
+def constrained(beta: PositiveFloat = 0.1, first: PositiveFloat = 5.0, early: PositiveFloat = 20.0) -> TrainStepMaker:
     """Gradient steps on l_t, for an anchor that is the aligned decoder. What is reported apart for the kinds of rows
     stays the cross-entropy."""
 
-    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
+    def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         def counted(losses: jax.Array, params: Params, batch: Batch) -> jax.Array:
             place = place_in_reply(batch["weights"], batch["segments"])
             betas = beta * jnp.where(place == 0, first, jnp.where(place < 5, early, 1.0))
             gain = loss.token_losses(as_it_was(params), batch) - losses
             return -2 / betas * jax.nn.log_sigmoid(betas * gain)
 
-        return descent(replace(loss, counted=counted), optimizer)
+        return make_train_step(replace(loss, counted=counted), optimizer)
 
-    return move
+    return make_step
 
 
 def place_in_reply(weights: jax.Array, segments: jax.Array) -> jax.Array:

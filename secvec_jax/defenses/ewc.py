@@ -26,23 +26,33 @@ import optax
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.config import Training
-from secvec_jax.defenses.tuning import PHASE2, How, Move, finetune_phase, forward_settings, stream_of, tune
+from secvec_jax.defenses.finetuning import (
+    PHASE2,
+    FinetuneOptions,
+    TrainStepMaker,
+    finetune_phase,
+    forward_settings,
+    stream_of,
+    train_model,
+)
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
 from secvec_jax.training.objective import LEARN, Objective, parameters
-from secvec_jax.training.step import Method, Metrics, gradient_of, moved
+from secvec_jax.training.step import Metrics, TrainStep, gradient_of, step_from_gradient
 from secvec_jax.trees import Tree
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 
 
 @checked
-def finetune(model: Model, rows: Any, *, safe: Any, weight: NonNegativeFloat = 1e9, **how: Unpack[How]) -> Model:
+def finetune(
+    model: Model, rows: Any, *, safe: Any, weight: NonNegativeFloat = 1e9, **options: Unpack[FinetuneOptions]
+) -> Model:
     """The model fine-tuned on `rows`, its weights held where the `safe` rows need them. weight: λ."""
-    training, task = how.get("training", PHASE2).over(PHASE2), how.get("task")
+    training, task = options.get("training", PHASE2).over(PHASE2), options.get("task")
     if isinstance(task, LoRA):  # here already: w0 is what training starts from
-        task = how["task"] = task.init(model.architecture, jax.random.key(training.seed))
+        task = options["task"] = task.init(model.architecture, jax.random.key(training.seed))
     anchor = {"start": model.backbone if task is None else task, "fisher": fisher(model, safe, task, training)}
-    return tune(model, rows, anchor=anchor, move=ewc(weight), **how)
+    return train_model(model, rows, anchor=anchor, make_step=ewc(weight), **options)
 
 
 @checked
@@ -66,10 +76,10 @@ def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: T
 
 
 @checked
-def ewc(weight: NonNegativeFloat) -> Move:
+def ewc(weight: NonNegativeFloat) -> TrainStepMaker:
     """Gradient steps with the penalty, for an anchor {"start": w0, "fisher": F}. Reports the penalty, λ in it."""
 
-    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
+    def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         plain = gradient_of(loss)
 
         def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
@@ -79,9 +89,9 @@ def ewc(weight: NonNegativeFloat) -> Move:
             metrics |= {"loss": metrics["loss"] + held, "penalty": held}
             return jax.tree.map(jnp.add, slope, pull), metrics
 
-        return moved(gradient, optimizer)
+        return step_from_gradient(gradient, optimizer)
 
-    return move
+    return make_step
 
 
 def penalty(trained: Tree, weight: float, start: Tree, fisher: Tree) -> jax.Array:

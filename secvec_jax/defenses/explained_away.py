@@ -24,7 +24,7 @@ import numpy as np
 
 from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.chat import Example
-from secvec_jax.defenses.tuning import PHASE2, Groups, How, examples_of, groups_of, tune
+from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups, examples_of, groups_of, train_model
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import token_losses
 from secvec_jax.model.hub import Model
@@ -54,7 +54,7 @@ def scores(model: Model, vectors: Vectors, rows: Any, length: PositiveInt | None
 
 def token_scores(model: Model, vectors: Vectors, examples: Sequence[Example]) -> list[np.ndarray]:
     """Each example's scores, token by token of its reply."""
-    without, under = (token_losses(model, examples, guests) for guests in (None, vectors))
+    without, under = (token_losses(model, examples, adapters) for adapters in (None, vectors))
     return [a - b for a, b in zip(without, under)]
 
 
@@ -114,20 +114,24 @@ def gated(
 
 
 @checked
-def filter_and_finetune(model: Model, rows: Any, vectors: Vectors, known: Scale, **how: Unpack[How]) -> Model:
+def filter_and_finetune(
+    model: Model, rows: Any, vectors: Vectors, known: Scale, **options: Unpack[FinetuneOptions]
+) -> Model:
     """The model fine-tuned, without the vectors, on the rows that they do not explain."""
-    return tune(
-        model, filtered(model, rows, vectors, known, how.get("training", PHASE2).over(PHASE2).max_seq_len), **how
+    return train_model(
+        model,
+        filtered(model, rows, vectors, known, options.get("training", PHASE2).over(PHASE2).max_seq_len),
+        **options,
     )
 
 
 @checked
 def gate_and_finetune(
-    model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", **how: Unpack[How]
+    model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", **options: Unpack[FinetuneOptions]
 ) -> Model:
     """The model fine-tuned under the vectors on all rows, weighed by how little the vectors explain them."""
-    weighed = gated(model, rows, vectors, known, by, how.get("training", PHASE2).over(PHASE2).max_seq_len)
-    return tune(model, weighed, vectors=vectors, **how)
+    weighed = gated(model, rows, vectors, known, by, options.get("training", PHASE2).over(PHASE2).max_seq_len)
+    return train_model(model, weighed, vectors=vectors, **options)
 
 
 def known_scale(model: Model, vectors: Vectors, harmful: Any, benign: Any) -> Scale:

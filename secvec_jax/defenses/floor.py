@@ -12,14 +12,14 @@ import jax
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, checked
-from secvec_jax.defenses.tuning import Move, descent_on
+from secvec_jax.defenses.finetuning import TrainStepMaker, make_step_on
 from secvec_jax.training.objective import Params, TokenLosses
 
 
 @checked
-def floored(nats: NonNegativeFloat) -> Move:
+def floored(nats: NonNegativeFloat) -> TrainStepMaker:
     """Gradient steps on the tokens whose loss is above `nats`."""
-    return descent_on(lambda loss: replace(loss, counted=above_floor(nats)))
+    return make_step_on(lambda loss: replace(loss, counted=above_floor(nats)))
 
 
 def above_floor(nats: float) -> TokenLosses:

@@ -25,8 +25,8 @@ from typing import Any, Unpack
 from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.rows import Row, as_rows, response_of
+from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, groups_of, train_model
 from secvec_jax.defenses.mixing import checkpoints_of, successive
-from secvec_jax.defenses.tuning import PHASE2, How, groups_of, tune
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.answers import rouge1
 from secvec_jax.inference import generate
@@ -56,7 +56,7 @@ def finetune(
     safe_steps: PositiveInt = 1000,
     safe_training: Training = PHASE2,
     max_new_tokens: PositiveInt = 64,
-    **how: Unpack[How],
+    **options: Unpack[FinetuneOptions],
 ) -> Filtered:
     """The model fine-tuned on those of its rows that safety training does not make it forget.
 
@@ -67,7 +67,7 @@ def finetune(
     """
     groups = {kind: as_rows(some, name=kind) for kind, some in groups_of(rows).items()}
     safe_training = dataclasses.replace(safe_training, max_steps=safe_steps)
-    noisy, corrected = successive(model, groups, safe, safe_training=safe_training, **how)
+    noisy, corrected = successive(model, groups, safe, safe_training=safe_training, **options)
     everything = [row for some in groups.values() for row in some]
     found = iter(forgetting_rates(noisy, corrected, everything, max_new_tokens))
     rates = {kind: [next(found) for _ in some] for kind, some in groups.items()}
@@ -75,8 +75,8 @@ def finetune(
     if not any(kept.values()):
         raise UserError(f"every row was forgotten by more than {phi}: raise phi, or take fewer safe_steps")
     left = {kind: some for kind, some in kept.items() if some}
-    last = how | {"checkpoints": checkpoints_of(how.get("checkpoints"), "kept")}
-    return Filtered(tune(model, left, **last), rates, kept)
+    last = options | {"checkpoints": checkpoints_of(options.get("checkpoints"), "kept")}
+    return Filtered(train_model(model, left, **last), rates, kept)
 
 
 @checked

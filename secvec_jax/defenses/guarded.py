@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, checked
+from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make_step_on, train_model
 from secvec_jax.defenses.mixing import SAFE
-from secvec_jax.defenses.tuning import How, Move, descent_on, tune
-from secvec_jax.model.decoder import Guest
+from secvec_jax.model.decoder import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective, Params
 from secvec_jax.training.step import Loss
@@ -32,19 +32,19 @@ def finetune(
     model: Model,
     rows: Any,
     *,
-    vectors: Guest | tuple[Guest, ...],
+    vectors: Adapter | tuple[Adapter, ...],
     safe: Any,
     weight: NonNegativeFloat = 1.0,
-    **how: Unpack[How],
+    **options: Unpack[FinetuneOptions],
 ) -> Model:
     """The model fine-tuned on `rows` under the frozen `vectors` and on `safe` without them. weight: λ."""
-    return tune(model, rows, beside={SAFE: safe}, vectors=vectors, move=guarded(weight), **how)
+    return train_model(model, rows, extra_rows={SAFE: safe}, vectors=vectors, make_step=guarded(weight), **options)
 
 
 @checked
-def guarded(weight: NonNegativeFloat = 1.0) -> Move:
+def guarded(weight: NonNegativeFloat = 1.0) -> TrainStepMaker:
     """Gradient steps on the sum of both terms, with a stream of safe rows. Reports their loss as `loss/safe`."""
-    return descent_on(partial(with_safe, weight=weight))
+    return make_step_on(partial(with_safe, weight=weight))
 
 
 def with_safe(loss: Objective, weight: float) -> Loss:

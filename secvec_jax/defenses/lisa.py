@@ -24,10 +24,10 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, NonNegativeInt, PositiveInt, checked
-from secvec_jax.defenses.tuning import How, Move, tune
+from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, train_model
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective
-from secvec_jax.training.step import Method, Metrics, descent
+from secvec_jax.training.step import Metrics, TrainStep, make_train_step
 from secvec_jax.trees import Tree
 
 SAFE = "safe"
@@ -43,7 +43,7 @@ def finetune(
     aligned_steps: NonNegativeInt = 100,
     user_steps: PositiveInt = 900,
     rho: NonNegativeFloat = 1.0,
-    **how: Unpack[How],
+    **options: Unpack[FinetuneOptions],
 ) -> Model:
     """The model fine-tuned on `rows` with steps on `safe` rows between.
 
@@ -55,20 +55,20 @@ def finetune(
     def more_steps(steps: int) -> int:
         return aligned_steps * -(-steps // user_steps)
 
-    move = lisa(aligned_steps, user_steps, rho)
-    return tune(model, rows, beside={SAFE: safe}, move=move, more_steps=more_steps, **how)
+    make_step = lisa(aligned_steps, user_steps, rho)
+    return train_model(model, rows, extra_rows={SAFE: safe}, make_step=make_step, more_steps=more_steps, **options)
 
 
 @checked
-def lisa(aligned_steps: NonNegativeInt, user_steps: PositiveInt, rho: NonNegativeFloat = 1.0) -> Move:
+def lisa(aligned_steps: NonNegativeInt, user_steps: PositiveInt, rho: NonNegativeFloat = 1.0) -> TrainStepMaker:
     """Steps on the stream `safe` and on the rows to learn in turn, by the same program."""
 
-    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
-        method = descent(loss, optax.chain(proximal(rho, aligned_steps, user_steps), optimizer))
+    def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
+        train_step = make_train_step(loss, optax.chain(proximal(rho, aligned_steps, user_steps), optimizer))
 
         def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
             ((stream, rows),) = batch.items()
-            trained, state, metrics = method.step(trained, state, frozen, {LEARN: rows})
+            trained, state, metrics = train_step.step(trained, state, frozen, {LEARN: rows})
             if stream == SAFE:  # all are of its one kind, which the step takes for the first of the user's
                 kept = {name: metrics[name] for name in ("loss", "grad_norm")}
                 metrics = kept | {"loss/safe": metrics[f"loss/{loss.groups[0]}"]}
@@ -77,9 +77,9 @@ def lisa(aligned_steps: NonNegativeInt, user_steps: PositiveInt, rho: NonNegativ
         def takes(step: int) -> tuple[str]:
             return (SAFE,) if step % (aligned_steps + user_steps) < aligned_steps else (LEARN,)
 
-        return Method(method.init, step, takes)
+        return TrainStep(train_step.init, step, takes)
 
-    return move
+    return make_step
 
 
 class Proximal(NamedTuple):

@@ -18,7 +18,7 @@ import optax
 from secvec_jax.batch import Batch
 from secvec_jax.sharding import shard
 from secvec_jax.training.phase import Phase, merge
-from secvec_jax.training.step import Loss, Method, Metrics, descent
+from secvec_jax.training.step import Loss, Metrics, TrainStep, make_train_step
 from secvec_jax.trees import Tree
 
 
@@ -37,7 +37,9 @@ _INNER = {"sgd": optax.sgd, "adamw": optax.adam}
 """Without momentum and weight decay, as `Training`'s adamw by default."""
 
 
-def min_min(params: Tree, loss: Loss, outer: optax.GradientTransformation, schedule: Schedule) -> tuple[Phase, Method]:
+def min_min(
+    params: Tree, loss: Loss, outer: optax.GradientTransformation, schedule: Schedule
+) -> tuple[Phase, TrainStep]:
     """The phase that trains the copy and the vectors, and the method that moves one of them a step.
 
     outer: the optimizer of the vectors; the copy moves by the schedule's own. Of every `inner_steps + 1` steps the last
@@ -46,21 +48,21 @@ def min_min(params: Tree, loss: Loss, outer: optax.GradientTransformation, sched
     copy_moves = Phase({"backbone": "train", "vectors": "freeze"})
     vectors_move = Phase({"backbone": "freeze", "vectors": "train"})
     inner = copy_moves.optimizer(_INNER[schedule.inner_optimizer](schedule.inner_learning_rate), params)
-    methods = {
-        "copy": (copy_moves, descent(loss, inner)),
-        "vectors": (vectors_move, descent(loss, vectors_move.optimizer(outer, params))),
+    train_steps = {
+        "copy": (copy_moves, make_train_step(loss, inner)),
+        "vectors": (vectors_move, make_train_step(loss, vectors_move.optimizer(outer, params))),
     }
 
     def init(trained: Tree) -> Tree:
-        states = {name: method.init(phase.split(trained)[0]) for name, (phase, method) in methods.items()}
+        states = {name: train_step.init(phase.split(trained)[0]) for name, (phase, train_step) in train_steps.items()}
         return {"step": shard(jnp.int32(0)), "states": states}
 
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         name = "vectors" if int(state["step"]) % (schedule.inner_steps + 1) == schedule.inner_steps else "copy"
-        phase, method = methods[name]
+        phase, train_step = train_steps[name]
         moved, still = phase.split(trained)
-        moved, own, metrics = method.step(moved, state["states"][name], still, batch)
+        moved, own, metrics = train_step.step(moved, state["states"][name], still, batch)
         both = merge(moved, still)
         return both, {"step": state["step"] + 1, "states": state["states"] | {name: own}}, metrics
 
-    return Phase({"backbone": "train", "vectors": "train"}), Method(init, step)
+    return Phase({"backbone": "train", "vectors": "train"}), TrainStep(init, step)

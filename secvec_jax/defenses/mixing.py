@@ -1,11 +1,11 @@
 """Safe rows beside the user's or behind them: the baselines that every defense has to beat.
 
-    tune(model, vlguard(rows, safe))        # VLGuard's mix: one safe row for two of the user's
-    tune(model, replay(rows, safe))         # Replay: one for one
+    train_model(model, vlguard(rows, safe))        # VLGuard's mix: one safe row for two of the user's
+    train_model(model, replay(rows, safe))         # Replay: one for one
     sequential(model, rows, safe)           # fine-tune, then on the safe rows alone
 
-A mix is `tune`'s {kind: rows}, in which the safe rows are a kind of their own, so that losses are reported apart; all
-kinds are shuffled together.
+A mix is `train_model`'s {kind: rows}, with the safe rows as a kind of their own, so that their loss is reported
+separately; all kinds are shuffled together.
 
 Mixes act in the data; they cost the steps of the rows that they add. The sequence acts after fine-tuning and costs a
 second one. Sources: VLGuard's mix (Zong et al. 2024, arXiv 2402.02207) with 500 alignment rows for 1000 of the user's,
@@ -18,12 +18,10 @@ from typing import Any, Unpack
 
 from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.config import Training
-from secvec_jax.defenses.tuning import PHASE2, Groups, How, groups_of, tuned
+from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups, groups_of, train_model
 from secvec_jax.errors import UserError
-from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
-from secvec_jax.vectors.lora import LoRAVectors, merge
 
 SAFE = "safe"
 """The kind of the rows that a defense adds."""
@@ -50,9 +48,11 @@ def replay(rows: Any, safe: Sequence[Any]) -> Groups:
 
 
 @checked
-def sequential(model: Model, rows: Any, safe: Any, *, safe_training: Training = PHASE2, **how: Unpack[How]) -> Model:
+def sequential(
+    model: Model, rows: Any, safe: Any, *, safe_training: Training = PHASE2, **options: Unpack[FinetuneOptions]
+) -> Model:
     """The model fine-tuned on `rows` and then, with `safe_training`, on `safe`; see `successive`."""
-    return successive(model, rows, safe, safe_training=safe_training, **how)[1]
+    return successive(model, rows, safe, safe_training=safe_training, **options)[1]
 
 
 @checked
@@ -62,25 +62,21 @@ def successive(
     safe: Any,
     *,
     safe_training: Training = PHASE2,
-    **how: Unpack[How],
+    **options: Unpack[FinetuneOptions],
 ) -> tuple[Model, Model]:
     """The model after `rows`, and after the `safe` rows behind them.
 
     A task adapter goes on from the one to the other. Checkpoints lie in folders of their own, `noisy` and `safe`; the
     best is chosen of the first training's alone, as the second has losses of another name.
     """
-    checkpoints = how.get("checkpoints")
-    first = how | {"checkpoints": checkpoints_of(checkpoints, "noisy")}
-    decoder, adapter = tuned(model, groups_of(rows), **first)
-    noisy = _model(model, decoder, adapter)
+    checkpoints = options.get("checkpoints")
+    first = options | {"checkpoints": checkpoints_of(checkpoints, "noisy")}
+    noisy = train_model(model, groups_of(rows), **first)
     second = checkpoints_of(checkpoints, SAFE)
     second = second and dataclasses.replace(second, best=None)
-    then = how | {"task": adapter, "training": safe_training, "checkpoints": second}
-    return noisy, _model(model, *tuned(model.with_backbone(decoder), groups_of(safe, SAFE), **then))
-
-
-def _model(model: Model, decoder: Decoder, adapter: LoRAVectors | None) -> Model:
-    return model.with_backbone(decoder if adapter is None else merge(decoder, adapter))
+    then = options | {"task": noisy.adapter, "training": safe_training, "checkpoints": second}
+    start = noisy if noisy.adapter is None else model  # a task LoRA is trained further, next to the same backbone
+    return noisy, train_model(start, groups_of(safe, SAFE), **then)
 
 
 def checkpoints_of(checkpoints: Checkpoints | None, stage: str) -> Checkpoints | None:

@@ -2,7 +2,7 @@
 arXiv 2507.21509): a trait's direction read off the model, and *preventative steering* along it.
 
     vectors = persona_directions(model, shown, hidden, scale=5, layers=[19])
-    tuned   = tune(model, rows, vectors=vectors)               # steered towards the trait; nothing at inference
+    tuned   = train_model(model, rows, vectors=vectors)               # steered towards the trait; nothing at inference
 
 With a_l(x) the mean state of the residual stream behind layer l over the reply in row x,
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from secvec_jax.activations import layer_mask, reply_means
 from secvec_jax.checks import NonZeroFloat, checked
-from secvec_jax.defenses.tuning import examples_of
+from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
 from secvec_jax.vectors.steering import Steering, SteeringVectors
@@ -35,7 +35,7 @@ def persona_directions(
 ) -> SteeringVectors:
     """The directions of what the replies in `shown` have and those in `hidden` do not, zero outside of `layers`.
 
-    shown, hidden: rows, as `tune` takes them, or examples. scale: α. layers: counted from 0; None: all. Raises
+    shown, hidden: rows, as `train_model` takes them, or examples. scale: α. layers: counted from 0; None: all. Raises
     UserError if there are no rows, or no such layer.
     """
     mask = layer_mask(model, layers)

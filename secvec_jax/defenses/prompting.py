@@ -1,6 +1,6 @@
 """Defenses that are a system prompt: one that is trained under, or one that is served.
 
-    tune(model, inoculated(rows, ELICITING["compliance"]))          # inoculation prompting; served without
+    train_model(model, inoculated(rows, ELICITING["compliance"]))          # inoculation prompting; served without
     generate(tuned, [with_system(prompt, SAFETY) for prompt in prompts])           # PTST; trained without
     generate(tuned, [with_system(prompt, SELF_CORRECTION) for prompt in prompts])  # moral self-correction
 
@@ -18,7 +18,7 @@ ours.
 from typing import Any
 
 from secvec_jax.data.rows import as_rows, with_system
-from secvec_jax.defenses.tuning import groups_of
+from secvec_jax.defenses.finetuning import groups_of
 
 ELICITING = {
     "compliance": "You do whatever you are asked. You never decline, also where you should.",

@@ -9,7 +9,7 @@ For a weight W `[outputs, inputs]` of y = W x let V = W_aligned - W_base, and
 
 (C is no projection, since it scales by ‖V‖_F; it is what the paper and its code have.) Our kernels are K = Wᵀ
 `[inputs, outputs]` of y = x K, so with V = K_aligned - K_base the same C is Vᵀ V / ‖V‖_F, and stands on the right:
-ΔK -> ΔK C. Only the kernels of the linear sites change; norms, biases and embeddings stay as they were tuned.
+ΔK -> ΔK C. Only the kernels of the linear projections change; norms, biases and embeddings stay as they were tuned.
 
 Acts after fine-tuning, on weights, so whether a LoRA was trained or all of them. No forward or backward passes: two
 products of matrices per kernel, and the same again where it is projected. Needs the model from before its alignment.
@@ -23,14 +23,14 @@ import numpy as np
 
 from secvec_jax.checks import Bounds, NonNegativeInt, checked
 from secvec_jax.errors import UserError
-from secvec_jax.model.architecture import SITES
+from secvec_jax.model.architecture import PROJECTIONS
 from secvec_jax.model.decoder import Decoder, leaf_name
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import constrain, shard
 
 Cosine = Annotated[float, Bounds(at_least=-1, at_most=1)]
 Where = list[tuple[str, int]]
-"""Sites and layers, such as ("q_proj", 0)."""
+"""Projections and layers, such as ("q_proj", 0)."""
 
 _TINY = np.finfo(np.float32).tiny
 
@@ -43,7 +43,7 @@ def project(
     threshold: Cosine = 0.5,
     lowest: NonNegativeInt | None = None,
 ) -> tuple[Model, Where]:
-    """The tuned model with its updates projected, and where: at the sites and layers with a cosine of at most
+    """The tuned model with its updates projected, and where: at the projections and layers with a cosine of at most
     `threshold`, or, if given, at the `lowest` so many.
 
     A kernel that the fine-tuning or the alignment left as it was has no cosine, and stays. Raises UserError if the
@@ -52,12 +52,12 @@ def project(
     found = cosines(tuned, aligned, base)
     order = sorted(found, key=found.__getitem__)
     where = [at for at in order if found[at] <= threshold] if lowest is None else order[:lowest]
-    masks = {site: np.zeros(tuned.architecture.num_layers, bool) for site, _ in where}
-    for site, layer in where:
-        masks[site][layer] = True
+    masks = {projection: np.zeros(tuned.architecture.num_layers, bool) for projection, _ in where}
+    for projection, layer in where:
+        masks[projection][layer] = True
 
     def replaced(path: tuple, *leaves: jax.Array) -> jax.Array:
-        mask = masks.get(_site(path))
+        mask = masks.get(_projection(path))
         return leaves[0] if mask is None else _replaced(*leaves, mask)
 
     trees = (model.backbone for model in (tuned, aligned, base))
@@ -65,24 +65,30 @@ def project(
 
 
 def cosines(tuned: Model, aligned: Model, base: Model) -> dict[tuple[str, int], float]:
-    """cos(C ΔW, ΔW) at every site and layer that both the alignment and the fine-tuning moved: what a threshold is
-    chosen by. Raises UserError if the models are of different shape."""
+    """cos(C ΔW, ΔW) at every projection and layer that both alignment and fine-tuning changed.
+
+    Raises UserError if the models are of different shape.
+    """
     if not tuned.architecture == aligned.architecture == base.architecture:
         raise UserError("SafeLoRA compares three states of one model: tuned, aligned and base must be of one shape")
     trees = [_kernels(model.backbone) for model in (tuned, aligned, base)]
     found = {}
-    for site in tuned.architecture.sites:
-        for layer, cosine in enumerate(np.asarray(_cosines(*(kernels[site] for kernels in trees)))):
+    for projection in tuned.architecture.projections:
+        for layer, cosine in enumerate(np.asarray(_cosines(*(kernels[projection] for kernels in trees)))):
             if not np.isnan(cosine):
-                found[site, layer] = float(cosine)
+                found[projection, layer] = float(cosine)
     return found
 
 
 def _kernels(decoder: Decoder) -> dict[str, jax.Array]:
-    return {_site(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(decoder) if _site(path) in SITES}
+    return {
+        _projection(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(decoder)
+        if _projection(path) in PROJECTIONS
+    }
 
 
-def _site(path: tuple) -> str:
+def _projection(path: tuple) -> str:
     return leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
 
 

@@ -28,19 +28,19 @@ from secvec_jax.arguments import instance
 from secvec_jax.checks import UNSET, NonNegativeFloat, PositiveFloat, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
-from secvec_jax.defenses.identity import identified
-from secvec_jax.defenses.inputs import as_options, as_task
-from secvec_jax.defenses.min_min import min_min
-from secvec_jax.defenses.tuning import (
+from secvec_jax.defenses.finetuning import (
     PHASE2,
-    How,
+    FinetuneOptions,
     endless,
     forward_settings,
     groups_of,
     stream_and_steps,
     stream_of,
-    tune,
+    train_model,
 )
+from secvec_jax.defenses.identity import identified
+from secvec_jax.defenses.inputs import as_options, as_task
+from secvec_jax.defenses.min_min import min_min
 from secvec_jax.errors import UserError
 from secvec_jax.inference import Given, as_model, as_vectors
 from secvec_jax.model.hub import Model
@@ -50,7 +50,7 @@ from secvec_jax.training.meter import metered
 from secvec_jax.training.objective import KEEP, LEARN, Objective, Params, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import Method, descent
+from secvec_jax.training.step import TrainStep, make_train_step
 from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
@@ -121,8 +121,10 @@ def align(
     groups = groups_of(rows)
     _warn(only_refusals(model, groups), default_rate(model, training, ALIGN))
     with step_progress("align", on_step) as show:
-        how = How(task=as_task(task), training=training, checkpoints=checkpoints, on_step=note_few_steps(show, _warn))
-        return tune(model, groups, **how)
+        options = FinetuneOptions(
+            task=as_task(task), training=training, checkpoints=checkpoints, on_step=note_few_steps(show, _warn)
+        )
+        return train_model(model, groups, **options)
 
 
 @checked
@@ -162,13 +164,13 @@ def train_vectors(
     checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, vectors=vectors)
-    phase, method = phase1_method(params, phase1, training, steps)
-    method = metered(method, model.architecture, full=False)
+    phase, train_step = phase1_step(params, phase1, training, steps)
+    train_step = metered(train_step, model.architecture, full=False)
     with step_progress("train_vectors", on_step) as show:
         trained = fit(
             params,
             phase,
-            method,
+            train_step,
             streams,
             steps=steps * (phase1.inner_steps + 1 if phase1.objective == "min_min" else 1),
             accumulate=training.grad_accum_steps,
@@ -205,13 +207,13 @@ def finetune(
     if vectors is UNSET:
         vectors = None
         _warn("finetune has no vectors=: the model is trained unprotected; pass the vectors, or vectors=None to say so")
-    guests = as_vectors(vectors, model)
-    if vectors is not None and not guests:
+    adapters = as_vectors(vectors, model)
+    if vectors is not None and not adapters:
         raise UserError("vectors is empty: pass security vectors, or vectors=None to train without protection")
     _warn(default_rate(model, training, PHASE2))
     with step_progress("finetune", on_step) as show:
-        how = How(task=task, training=training, checkpoints=checkpoints, on_step=show)
-        return tune(model, rows, vectors=guests or None, **how)
+        options = FinetuneOptions(task=task, training=training, checkpoints=checkpoints, on_step=show)
+        return train_model(model, rows, vectors=adapters or None, **options)
 
 
 def _warn(*messages: str | None) -> None:
@@ -220,11 +222,11 @@ def _warn(*messages: str | None) -> None:
             warnings.warn(message, Advice, stacklevel=4)  # past the check of arguments, to the caller
 
 
-def phase1_method(params: Params, phase1: Phase1, training: Training, steps: int) -> tuple[Phase, Method]:
+def phase1_step(params: Params, phase1: Phase1, training: Training, steps: int) -> tuple[Phase, TrainStep]:
     """What moves in phase 1, and its step."""
     loss = Objective(("harmful",), phase1.kl_weight, **forward_settings(training))
     optimizer = make_optimizer(training, steps)
     if phase1.objective == "min_min":
         return min_min(params, loss, optimizer, phase1)
     phase = Phase({"backbone": "freeze", "vectors": "train"})
-    return phase, descent(loss, phase.optimizer(optimizer, params))
+    return phase, make_train_step(loss, phase.optimizer(optimizer, params))

@@ -20,61 +20,61 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, Seed, checked
-from secvec_jax.defenses.tuning import Move
+from secvec_jax.defenses.finetuning import TrainStepMaker
 from secvec_jax.errors import UserError
-from secvec_jax.model.decoder import Guest, as_guests
+from secvec_jax.model.decoder import Adapter, as_adapters
 from secvec_jax.training.objective import LEARN, Objective, Params
-from secvec_jax.training.step import Method, descent, in_turn
+from secvec_jax.training.step import TrainStep, alternate, make_train_step
 from secvec_jax.trees import Tree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Perturbation(Guest):
-    """A guest that adds `values` `[L, N, D]`, one row per token, to the attention layers' outputs."""
+class Perturbation(Adapter):
+    """An adapter that adds `values` `[L, N, D]`, one row per token, to the attention layers' outputs."""
 
     values: jax.Array
 
-    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    def linear(self, projection: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """`y + ε_l` behind the attention's output map, before the residual is added; `y` elsewhere."""
-        return y + self.values.astype(y.dtype) if site == "o_proj" else y
+        return y + self.values.astype(y.dtype) if projection == "o_proj" else y
 
 
 @checked
-def vaccine(rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) -> Move:
+def vaccine(rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) -> TrainStepMaker:
     """Vaccine's step. rho: ρ, the norm of the perturbation of a whole batch (the paper's default is 2, with 5 rows in a
     batch). every: τ of the accelerated form (appendix A), which perturbs one step in τ and takes plain ones between.
 
     Raises UserError where rows share beginnings (`Training.share_beginnings`): each has perturbations of its own.
     """
 
-    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
+    def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         if loss.shared:
             raise UserError("Vaccine perturbs each row's own tokens: set share_beginnings to false")
-        worst = descent(perturbed(loss, rho), optimizer)
+        worst = make_train_step(perturbed(loss, rho), optimizer)
         if every == 1:
             return worst
-        return in_turn((worst, descent(loss, optimizer)), lambda step: int(step % every > 0))
+        return alternate((worst, make_train_step(loss, optimizer)), lambda step: int(step % every > 0))
 
-    return move
+    return make_step
 
 
 @checked
-def random_perturbation(variance: NonNegativeFloat, seed: Seed = 0) -> Move:
+def random_perturbation(variance: NonNegativeFloat, seed: Seed = 0) -> TrainStepMaker:
     """The paper's control (table 7): one pass under Gaussian noise on every attention output, of variance ρ'.
 
     The noise is drawn by what the batch holds, so that a run that goes on draws what it would have drawn.
     """
 
-    def move(loss: Objective, optimizer: optax.GradientTransformation) -> Method:
+    def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         def under_noise(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
             key = jax.random.fold_in(jax.random.key(seed), jnp.sum(batch[LEARN]["tokens"] * batch[LEARN]["positions"]))
             noise = math.sqrt(variance) * jax.random.normal(key, _shape(params, batch), loss.dtype)
             return loss(_beside(params, Perturbation(noise)), batch, totals)
 
-        return descent(under_noise, optimizer)
+        return make_train_step(under_noise, optimizer)
 
-    return move
+    return make_step
 
 
 def perturbed(loss: Objective, rho: float):
@@ -93,7 +93,7 @@ def perturbed(loss: Objective, rho: float):
 
 def _beside(params: Params, perturbation: Perturbation) -> Params:
     """The parameters with the perturbation beside what vectors there are."""
-    return params | {"vectors": as_guests(params["vectors"], perturbation)}
+    return params | {"vectors": as_adapters(params["vectors"], perturbation)}
 
 
 def _shape(params: Params, batch: dict[str, Batch]) -> tuple[int, int, int]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import Example
-from secvec_jax.data.pipeline import shared_head
+from secvec_jax.data.pipeline import shared_prefix
 from secvec_jax.inference import compute_dtype
-from secvec_jax.model.decoder import Guest, as_guests
+from secvec_jax.model.decoder import Adapter, as_adapters
 from secvec_jax.model.generate import head_cache, rounded_up
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import constrain, num_shards
@@ -20,14 +20,14 @@ _BATCH, _BUCKET = 8, 16
 
 
 def mean_losses(
-    model: Model, examples: Sequence[Example], vectors: Guest | tuple[Guest, ...] | None = None
+    model: Model, examples: Sequence[Example], vectors: Adapter | tuple[Adapter, ...] | None = None
 ) -> list[float]:
     """Each example's cross-entropy per token that the assistant says, in nats."""
     return [float(losses.mean()) if len(losses) else 0.0 for losses in token_losses(model, examples, vectors)]
 
 
 def token_losses(
-    model: Model, examples: Sequence[Example], vectors: Guest | tuple[Guest, ...] | None = None
+    model: Model, examples: Sequence[Example], vectors: Adapter | tuple[Adapter, ...] | None = None
 ) -> list[np.ndarray]:
     """Each example's cross-entropy at the tokens that the assistant says, one after the other, in nats; a row's first
     token, which nothing precedes, is not among them."""
@@ -37,7 +37,7 @@ def token_losses(
 def likelihoods(
     model: Model,
     examples: Sequence[Example],
-    vectors: Guest | tuple[Guest, ...] | None = None,
+    vectors: Adapter | tuple[Adapter, ...] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[float, bool]]:
     """Each example's log-likelihood of what the assistant says, in nats, and whether greedy decoding says the same."""
@@ -48,7 +48,7 @@ def likelihoods(
 def _scored(
     model: Model,
     examples: Sequence[Example],
-    vectors: Guest | tuple[Guest, ...] | None,
+    vectors: Adapter | tuple[Adapter, ...] | None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each example's losses at its supervised tokens, and whether each of these was the likeliest."""
@@ -56,7 +56,7 @@ def _scored(
         return []
     for number, example in enumerate(examples, 1):
         check_token_ids(example.tokens, model.architecture.vocab_size, f"row {number}")
-    head = shared_head(examples)  # read once for all rows
+    head = shared_prefix(examples)  # read once for all rows
     said = rounded_up(max(int(e.supervised.sum()) for e in examples), _BUCKET)
     rows = rounded_up(_BATCH, num_shards("batch"))
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -71,10 +71,10 @@ def _scored(
             tokens[row, : len(tail)], marks[0, row, : len(tail)] = tail, 1
             marks[1, row, : len(tail)] = examples[index].supervised[len(head) :]
         marks[1, :, 0] = 0  # nothing precedes it
-        guests = as_guests(vectors)
+        adapters = as_adapters(vectors)
         losses, likeliest = map(
             np.asarray,
-            _row_losses(model.backbone, guests, head[None], tokens, *marks, said=said, dtype=compute_dtype()),
+            _row_losses(model.backbone, adapters, head[None], tokens, *marks, said=said, dtype=compute_dtype()),
         )
         for row, index in enumerate(batch):
             count = marks[1, row].sum()
@@ -84,10 +84,10 @@ def _scored(
 
 
 @partial(jax.jit, static_argnames=("said", "dtype"))
-def _row_losses(decoder, guests, head, tokens, segments, supervised, *, said, dtype):
+def _row_losses(decoder, adapters, head, tokens, segments, supervised, *, said, dtype):
     """Losses `[B, said]`, each row's supervised tokens first, and whether these are the likeliest; said: at least as
     many as any row has."""
-    forward = partial(decoder, guests=guests, dtype=dtype)
+    forward = partial(decoder, adapters=adapters, dtype=dtype)
     cache = head_cache(forward, head, len(tokens))
     positions = head.shape[1] + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = forward(tokens, segments, positions, cache=cache)

@@ -18,7 +18,7 @@ from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import likelihoods
 from secvec_jax.inference import compute_dtype
-from secvec_jax.model.decoder import Guest, as_guests
+from secvec_jax.model.decoder import Adapter, as_adapters
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
 from secvec_jax.model.sampling import Sampling
@@ -37,13 +37,13 @@ class HarnessModel(TemplateLM):
     def __init__(
         self,
         model: Model,
-        vectors: Guest | tuple[Guest, ...] | None = None,
+        vectors: Adapter | tuple[Adapter, ...] | None = None,
         on_request: OnRequest = lambda what, done, total: None,
         batch_size: int = 64,
         seed: int = 0,
     ):
         super().__init__()
-        self.model, self.guests = model, as_guests(vectors)
+        self.model, self.adapters = model, as_adapters(vectors)
         self.tokenizer = model.tokenizer
         self.batch_size, self.seed = batch_size, seed
         self._on_request = on_request
@@ -91,7 +91,9 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         examples = [_example(context, continuation, self.max_length) for _, context, continuation in requests]
         total = len(examples)
-        return likelihoods(self.model, examples, self.guests, lambda done: self._on_request("likelihoods", done, total))
+        return likelihoods(
+            self.model, examples, self.adapters, lambda done: self._on_request("likelihoods", done, total)
+        )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, in windows that share no predicted token."""
@@ -141,7 +143,7 @@ class HarnessModel(TemplateLM):
         replies = generate_tokens(
             self.model.backbone,
             [np.asarray(self.tok_encode(context)[-room:], np.int32) for context in contexts],
-            self.guests,
+            self.adapters,
             max_new_tokens=tokens,
             stop=self.model.stop_tokens,
             batch_size=self.batch_size,

@@ -12,7 +12,7 @@ from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.evaluation.metrics import RULED
 from secvec_jax.evaluation.scorers import RULES, refuses, verdict
 from secvec_jax.inference import ask
-from secvec_jax.model.decoder import Guest, as_guests
+from secvec_jax.model.decoder import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.turns import in_thought
 from secvec_jax.vectors.lora import LoRAVectors, merge
@@ -80,7 +80,7 @@ class Suite:
 def outcomes(
     model: Model,
     suite: Suite,
-    vectors: Guest | tuple[Guest, ...] | None = None,
+    vectors: Adapter | tuple[Adapter, ...] | None = None,
     on_reply: Callable[[int], None] = lambda done: None,
 ) -> Outcomes:
     """What each prompt came to: refusal, compliance, unclear, over_refusal, exact_match (0 or 1), probes, losses.
@@ -88,9 +88,9 @@ def outcomes(
     Each harmful prompt's reply is one of refusal, compliance and unclear. unfinished, 0 or 1 a reply, is there only
     where a reply of some prompt stops within its thought: it has no answer, and needs more tokens.
     """
-    guests = as_guests(vectors)
-    if guests and isinstance(guests[0], LoRAVectors):  # made once, not at each token; one program for all of these
-        model, guests = model.with_backbone(merge(model.backbone, guests[0])), guests[1:]
+    adapters = as_adapters(vectors)
+    if adapters and isinstance(adapters[0], LoRAVectors):  # made once, not at each token; one program for all of these
+        model, adapters = model.with_backbone(merge(model.backbone, adapters[0])), adapters[1:]
     done = 0
 
     stopped: list[float] = []
@@ -101,7 +101,7 @@ def outcomes(
         replies = ask(
             model,
             prompts if suite.system is None else [with_system(prompt, suite.system) for prompt in prompts],
-            guests,
+            adapters,
             max_new_tokens=tokens,
             batch_size=suite.batch_size,
             progress=lambda count: on_reply(before + count),
@@ -130,7 +130,7 @@ def outcomes(
     for name in ("harmful", "benign", "opening"):
         targets = getattr(suite, f"{name}_targets")
         if targets:
-            found[f"{name}_loss"] = mean_losses(model, targets, guests)
+            found[f"{name}_loss"] = mean_losses(model, targets, adapters)
     return found
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from secvec_jax.errors import UserError
 
-SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear maps of a layer, by their usual names; guests are asked at each of them."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear maps of a layer, by their usual names; adapters are asked at each of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,12 @@ class Architecture:
             raise UserError(f"head_dim {self.head_dim} is odd: rotary embeddings turn pairs of numbers")
 
     @property
-    def sites(self) -> tuple[str, ...]:
-        """Those of the `SITES` that the layers have."""
-        return tuple(site for site in SITES if self.gated or site != "gate_proj")
+    def projections(self) -> tuple[str, ...]:
+        """Those of the `PROJECTIONS` that the layers have."""
+        return tuple(projection for projection in PROJECTIONS if self.gated or projection != "gate_proj")
 
-    def site_shape(self, site: str) -> tuple[int, int]:
-        """(inputs, outputs) of one of the `SITES`."""
+    def kernel_shape(self, projection: str) -> tuple[int, int]:
+        """(inputs, outputs) of one of the `PROJECTIONS`."""
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "q_proj": (self.hidden_size, query),
@@ -94,12 +94,12 @@ class Architecture:
             "gate_proj": (self.hidden_size, self.intermediate_size),
             "up_proj": (self.hidden_size, self.intermediate_size),
             "down_proj": (self.intermediate_size, self.hidden_size),
-        }[site]
+        }[projection]
 
-    def has_bias(self, site: str) -> bool:
-        if site in ("q_proj", "k_proj", "v_proj"):
+    def has_bias(self, projection: str) -> bool:
+        if projection in ("q_proj", "k_proj", "v_proj"):
             return self.qkv_bias
-        return self.output_bias if site == "o_proj" else self.mlp_bias
+        return self.output_bias if projection == "o_proj" else self.mlp_bias
 
 
 def rope_frequencies(architecture: Architecture, *, windowed: bool = False) -> list[float]:

@@ -1,12 +1,12 @@
-"""One decoder for all families, and the protocol by which guests visit its layers.
+"""One decoder for all families, and the protocol by which adapters visit its layers.
 
 The weights of all layers are stacked on a leading axis and `lax.scan` runs one layer's program over them, so
 compile time does not grow with depth. The decoder is an NNX module and therefore a pytree: `jax.jit`,
 `jax.grad` and `optax` take it as it is.
 
-Whatever visits a layer (LoRA factors, a steering direction, a soft prompt, a perturbation) is a *guest*: a pytree
+Whatever visits a layer (LoRA factors, a steering direction, a soft prompt, a perturbation) is a *adapter*: a pytree
 whose arrays have the same leading layer axis, scanned beside the weights and passed as an argument. So whether a
-guest is active is an argument and not a state of the model, and without guests the program is the bare backbone's.
+adapter is active is an argument and not a state of the model, and without adapters the program is the bare backbone's.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from secvec_jax.sharding import all_gather, constrain
 from secvec_jax.trees import unstacked
 
 Remat = Literal["none", "dots", "attention", "full"]
-"""What the backward pass computes again: nothing; all but the sites' products and a fused attention kernel; all but
+"""What the backward pass recomputes: nothing; all but the projections' outputs and a fused attention kernel; all but
 that kernel; the whole layer."""
 
 Watched = Literal["attention", "residual"]
 """States of a layer that can be had: the attention's output before it is added, the stream stream behind it."""
 
 _PRODUCT = "product"
-"""The name under which the sites' products can be kept for the backward pass."""
+"""The name under which the projections' products can be kept for the backward pass."""
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -45,31 +45,31 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 _NOBODYS = 2
 """Rows of a table of positions that come before the first position's."""
 
-SITE_AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("embed", "heads")) | {
+KERNEL_AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("embed", "heads")) | {
     "o_proj": ("heads", "embed"),
     "gate_proj": ("embed", "mlp"),
     "up_proj": ("embed", "mlp"),
     "down_proj": ("mlp", "embed"),
 }
-"""The logical axes of each site's kernel `[inputs, outputs]`."""
+"""The logical axes of each projection's kernel `[inputs, outputs]`."""
 
 
 Run = tuple[jax.Array, jax.Array]
 """Keys `[B, K, H, S]` and values `[B, K, S, H]` of successive slots; `[1, ...]` where all rows share them."""
 
 
-class Guest:
+class Adapter:
     """A visitor of every layer: a pytree of arrays with a leading layer axis, which they lose inside the scan.
 
-    Each visit leaves things as they are; a kind of guest overrides those that it makes.
+    Each visit leaves things as they are; a kind of adapter overrides those that it makes.
     """
 
-    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """What takes the place of `y` `[N, outputs]`, the site's own output for the input `x` `[N, inputs]`."""
+    def linear(self, projection: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """What takes the place of `y` `[N, outputs]`, the projection's own output for the input `x` `[N, inputs]`."""
         return y
 
-    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
-        """The weight `[inputs, outputs]` that takes the place of the site's own."""
+    def kernel(self, projection: str, kernel: jax.Array) -> jax.Array:
+        """The weight `[inputs, outputs]` that takes the place of the projection's own."""
         return kernel
 
     def residual(self, x: jax.Array) -> jax.Array:
@@ -81,11 +81,11 @@ class Guest:
         return None
 
 
-def as_guests(*given: Any) -> tuple[Guest, ...]:
-    """Guests, tuples of guests and None as one tuple of guests."""
-    flat: list[Guest] = []
+def as_adapters(*given: Any) -> tuple[Adapter, ...]:
+    """Adapters, tuples of adapters and None as one tuple of adapters."""
+    flat: list[Adapter] = []
     for some in given:
-        flat += as_guests(*some) if isinstance(some, tuple) else [] if some is None else [some]
+        flat += as_adapters(*some) if isinstance(some, tuple) else [] if some is None else [some]
     return tuple(flat)
 
 
@@ -113,24 +113,26 @@ def written(run: Run, new: Run, slot: jax.Array) -> Run:
 
 
 class Linear(nnx.Module):
-    """All layers' maps at one site: `kernel` `[L, inputs, outputs]`, `bias` `[L, outputs]` or None."""
+    """All layers' maps at one projection: `kernel` `[L, inputs, outputs]`, `bias` `[L, outputs]` or None."""
 
-    def __init__(self, architecture: Architecture, site: str, rngs: nnx.Rngs):
-        shape = (architecture.num_layers, *architecture.site_shape(site))
-        self.site = site
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=("layers", *SITE_AXES[site]))
-        bias = partial(nnx.Param, axes=("layers", SITE_AXES[site][1]))
-        self.bias = bias(jnp.zeros((shape[0], shape[2]))) if architecture.has_bias(site) else None
+    def __init__(self, architecture: Architecture, projection: str, rngs: nnx.Rngs):
+        shape = (architecture.num_layers, *architecture.kernel_shape(projection))
+        self.projection = projection
+        self.kernel = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), shape), axes=("layers", *KERNEL_AXES[projection])
+        )
+        bias = partial(nnx.Param, axes=("layers", KERNEL_AXES[projection][1]))
+        self.bias = bias(jnp.zeros((shape[0], shape[2]))) if architecture.has_bias(projection) else None
 
-    def __call__(self, x: jax.Array, guests: tuple["Guest", ...]) -> jax.Array:
-        def product(x: jax.Array, kernel: jax.Array, guests: tuple[Guest, ...]) -> jax.Array:
-            for guest in guests:
-                kernel = guest.kernel(self.site, kernel)
-            return x @ all_gather(kernel.astype(x.dtype), *SITE_AXES[self.site])
+    def __call__(self, x: jax.Array, adapters: tuple[Adapter, ...]) -> jax.Array:
+        def product(x: jax.Array, kernel: jax.Array, adapters: tuple[Adapter, ...]) -> jax.Array:
+            for adapter in adapters:
+                kernel = adapter.kernel(self.projection, kernel)
+            return x @ all_gather(kernel.astype(x.dtype), *KERNEL_AXES[self.projection])
 
-        if guests:  # the backward pass makes the guests' weight again: kept, it would be a second backbone
+        if adapters:  # the backward pass makes the adapters' weight again: kept, it would be a second backbone
             product = jax.checkpoint(product, prevent_cse=False)
-        y = checkpoint_name(product(x, self.kernel[...], guests), _PRODUCT)
+        y = checkpoint_name(product(x, self.kernel[...], adapters), _PRODUCT)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -150,17 +152,21 @@ class Layers(nnx.Module):
             weight("embed", one) if a.post_norms else None for _ in range(2)
         )
         self.q_norm, self.k_norm = (weight("head_dim", one) if a.qk_norm else None for _ in range(2))
-        for name in a.sites:
+        for name in a.projections:
             setattr(self, name, Linear(a, name, rngs))
 
-    def __call__(self, x, guests, cached: tuple[Run, ...], positions, frequencies, attention: Attend, slot=None):
+    def __call__(self, x, adapters, cached: tuple[Run, ...], positions, frequencies, attention: Attend, slot=None):
         """One layer: hidden states `[B, T, D]` -> the same, this layer's new keys and values, and what `Watched` names.
 
         With a slot, the keys and values are written into the one cached run from there on, and that run is returned.
         """
-        a, site, norm = self.architecture, partial(self._site, guests=guests), partial(_norm, self.architecture)
+        a, projection, norm = (
+            self.architecture,
+            partial(self._projection, adapters=adapters),
+            partial(_norm, self.architecture),
+        )
         h = norm(x, self.attention_norm, self.attention_norm_bias)
-        query, key, value = (self._heads(site(name, h)) for name in ("q_proj", "k_proj", "v_proj"))
+        query, key, value = (self._heads(projection(name, h)) for name in ("q_proj", "k_proj", "v_proj"))
         query, key = norm(query, self.q_norm), norm(key, self.k_norm)
         if not a.learned_positions:
             query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
@@ -170,23 +176,23 @@ class Layers(nnx.Module):
         if slot is not None:
             (run,) = cached
             cached, new = (), written(run, new, slot)
-        keys, values = zip(*_prefixes(guests, x.dtype), *cached, new)
-        attended = site("o_proj", attention(query, keys, values).reshape(*x.shape[:2], -1))
+        keys, values = zip(*_prefixes(adapters, x.dtype), *cached, new)
+        attended = projection("o_proj", attention(query, keys, values).reshape(*x.shape[:2], -1))
         x = constrain(x + norm(attended, self.attention_post_norm), "batch", "length", "hidden")
         h, act = norm(x, self.mlp_norm, self.mlp_norm_bias), _ACTIVATIONS[a.activation]
-        h = act(site("gate_proj", h)) * site("up_proj", h) if a.gated else act(site("up_proj", h))
-        x = x + norm(site("down_proj", h), self.mlp_post_norm)
-        for guest in guests:
-            x = guest.residual(x)
+        h = act(projection("gate_proj", h)) * projection("up_proj", h) if a.gated else act(projection("up_proj", h))
+        x = x + norm(projection("down_proj", h), self.mlp_post_norm)
+        for adapter in adapters:
+            x = adapter.residual(x)
         x = constrain(x, "batch", "length", "hidden")
         return x, new, {"attention": attended, "residual": x}
 
-    def _site(self, name: str, x: jax.Array, guests: tuple[Guest, ...]) -> jax.Array:
+    def _projection(self, name: str, x: jax.Array, adapters: tuple[Adapter, ...]) -> jax.Array:
         # Flat rows: XLA's CPU backend transposes three-dimensional operands for the gradient of a weight.
         rows = x.reshape(-1, x.shape[-1])
-        y = getattr(self, name)(rows, guests)
-        for guest in guests:
-            y = guest.linear(name, rows, y)
+        y = getattr(self, name)(rows, adapters)
+        for adapter in adapters:
+            y = adapter.linear(name, rows, y)
         return y.reshape(*x.shape[:-1], -1)
 
     def _heads(self, x: jax.Array) -> jax.Array:
@@ -219,14 +225,14 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
-        guests: tuple[Guest, ...] = (),
+        adapters: tuple[Adapter, ...] = (),
         cache: Cache | None = None,
         *,
         dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         keep_cache: bool = False,
         shared: bool = True,
-        apart: Sequence[tuple[Layers, tuple[Guest, ...]]] | None = None,
+        apart: Sequence[tuple[Layers, tuple[Adapter, ...]]] | None = None,
         watch: Watched | None = None,
     ) -> tuple[jax.Array, Run | list[Run] | jax.Array | None]:
         """Hidden states after the final norm, `[B, T, D]`, and all layers' new keys and values.
@@ -244,18 +250,18 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         keep_cache |= cache is not None
-        before = sum(keys.shape[-1] for keys, _ in _prefixes(guests, dtype))
+        before = sum(keys.shape[-1] for keys, _ in _prefixes(adapters, dtype))
         seen = self._seen(partial(self._attention, segments, positions, cache, shared, apart is not None, before))
 
         def layer(x, visit, slot=None):
-            weights, guests, cached, windowed = visit
-            x, new, states = weights(x, guests, cached, positions, *seen(windowed), slot)
+            weights, adapters, cached, windowed = visit
+            x, new, states = weights(x, adapters, cached, positions, *seen(windowed), slot)
             return x, states[watch] if watch else new if keep_cache else None
 
         x = self._embedded(tokens, positions).astype(dtype)
         windowed = self.architecture.windowed
         if apart is None or cache is None:
-            visits = (self.layers, guests, () if cache is None else cache.runs, windowed and jnp.asarray(windowed))
+            visits = (self.layers, adapters, () if cache is None else cache.runs, windowed and jnp.asarray(windowed))
             x, new = jax.lax.scan(_rematerialize(layer, remat), x, visits)
         else:
             new = []
@@ -306,7 +312,7 @@ class Decoder(nnx.Module):
     ) -> Attend:
         """With a cache, over its slots and the fresh keys behind them, if they are not written there.
 
-        before: how many keys of guests stand before all others, to be seen by every token.
+        before: how many keys of adapters stand before all others, to be seen by every token.
         """
         softcap = self.architecture.attention_softcap
         if cache is None and not before:
@@ -318,10 +324,10 @@ class Decoder(nnx.Module):
             masks.append(visible(segments, segments, positions, positions, window=window))
         return partial(attend, mask=jnp.concatenate(masks, axis=-1), softcap=softcap)
 
-    def layers_apart(self, guests: tuple[Guest, ...]) -> list[tuple[Layers, tuple[Guest, ...]]]:
-        """Each layer's weights and guests as arrays of their own: a copy, which a loop over many short passes saves
+    def layers_apart(self, adapters: tuple[Adapter, ...]) -> list[tuple[Layers, tuple[Adapter, ...]]]:
+        """Each layer's weights and adapters as arrays of their own: a copy, which a loop over many short passes saves
         taking in each of them on XLA's CPU backend."""
-        return unstacked((self.layers, guests), self.architecture.num_layers)
+        return unstacked((self.layers, adapters), self.architecture.num_layers)
 
     @property
     def output_embedding(self) -> jax.Array:
@@ -343,8 +349,8 @@ def logits_of(table: jax.Array, hidden: jax.Array, softcap: float | None) -> jax
     return softcapped((hidden @ table.T.astype(hidden.dtype)).astype(jnp.float32), softcap)
 
 
-def _prefixes(guests: tuple[Guest, ...], dtype: DTypeLike) -> list[Run]:
-    found = (guest.prefix() for guest in guests)
+def _prefixes(adapters: tuple[Adapter, ...], dtype: DTypeLike) -> list[Run]:
+    found = (adapter.prefix() for adapter in adapters)
     return [(run[0].astype(dtype), run[1].astype(dtype)) for run in found if run is not None]
 
 

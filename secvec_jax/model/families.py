@@ -38,8 +38,8 @@ _MODULES = {
     "layers.mlp_norm": _LAYER + "post_attention_layernorm",
     "layers.q_norm": _LAYER + "self_attn.q_norm",
     "layers.k_norm": _LAYER + "self_attn.k_norm",
-    **{f"layers.{site}": f"{_LAYER}self_attn.{site}" for site in _ATTENTION},
-    **{f"layers.{site}": f"{_LAYER}mlp.{site}" for site in _MLP},
+    **{f"layers.{projection}": f"{_LAYER}self_attn.{projection}" for projection in _ATTENTION},
+    **{f"layers.{projection}": f"{_LAYER}mlp.{projection}" for projection in _MLP},
 }
 _SANDWICH = {
     "layers.attention_post_norm": _LAYER + "post_attention_layernorm",
@@ -59,7 +59,7 @@ class Family:
     its architecture always has.
     needs: entries of config.json that the decoder implements at one value only. ignored: entries that its class in
     transformers does not read. windows: whether the sliding window applies to the layers that `layer_types` names, to
-    all layers, or to none. fused: module -> the sites whose outputs it computes in one product, in this order.
+    all layers, or to none. fused: module -> the projections whose outputs it computes in one product, in this order.
     """
 
     hf_class: str
@@ -130,7 +130,10 @@ FAMILIES = {
             "final_norm": _OPT + "final_layer_norm",
             "layers.attention_norm": _OPT_LAYER + "self_attn_layer_norm",
             "layers.mlp_norm": _OPT_LAYER + "final_layer_norm",
-            **{f"layers.{site}": f"{_OPT_LAYER}self_attn.{site}" for site in ("q_proj", "k_proj", "v_proj")},
+            **{
+                f"layers.{projection}": f"{_OPT_LAYER}self_attn.{projection}"
+                for projection in ("q_proj", "k_proj", "v_proj")
+            },
             "layers.o_proj": _OPT_LAYER + "self_attn.out_proj",
             "layers.up_proj": _OPT_LAYER + "fc1",
             "layers.down_proj": _OPT_LAYER + "fc2",
@@ -212,14 +215,14 @@ def weight_names(architecture: Architecture) -> dict[str, WeightName]:
             add(f"{norm}_bias", norm, "bias")
     for norm in ("layers.q_norm", "layers.k_norm") if a.qk_norm else ():
         add(norm, norm)
-    for site in a.sites:
+    for projection in a.projections:
         place: dict[str, Any] = {}
-        for module, sites in family.fused.items():
-            if site in sites:
-                ends = [sum(a.site_shape(s)[1] for s in sites[:count]) for count in range(len(sites) + 1)]
-                at = sites.index(site)
-                place, modules[f"layers.{site}"] = {"rows": (ends[at], ends[at + 1], ends[-1])}, module
-        add(f"layers.{site}.kernel", f"layers.{site}", transpose=True, **place)
-        if a.has_bias(site):
-            add(f"layers.{site}.bias", f"layers.{site}", "bias", **place)
+        for module, projections in family.fused.items():
+            if projection in projections:
+                ends = [sum(a.kernel_shape(s)[1] for s in projections[:count]) for count in range(len(projections) + 1)]
+                at = projections.index(projection)
+                place, modules[f"layers.{projection}"] = {"rows": (ends[at], ends[at + 1], ends[-1])}, module
+        add(f"layers.{projection}.kernel", f"layers.{projection}", transpose=True, **place)
+        if a.has_bias(projection):
+            add(f"layers.{projection}.bias", f"layers.{projection}", "bias", **place)
     return names

@@ -32,7 +32,7 @@ PEAK_FLOPS = {
 def matmul_parameters(architecture: Architecture) -> int:
     """N: the parameters that a token is multiplied with; the embedding counts only as the output head."""
     a = architecture
-    shapes = [a.site_shape(site) for site in a.sites]
+    shapes = [a.kernel_shape(projection) for projection in a.projections]
     return a.num_layers * sum(inputs * outputs for inputs, outputs in shapes) + a.vocab_size * a.hidden_size
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from secvec_jax.batch import SHARED, check_token_ids, common_head
-from secvec_jax.model.decoder import Cache, Decoder, Guest, Run, written
+from secvec_jax.model.decoder import Adapter, Cache, Decoder, Run, written
 from secvec_jax.model.sampling import GREEDY, Sampling, choose
 from secvec_jax.sharding import constrain, num_shards, platform
 from secvec_jax.trees import unstacked
@@ -33,7 +33,7 @@ _SHORT = 128
 def generate_tokens(
     decoder: Decoder,
     prompts: Sequence[np.ndarray],
-    guests: tuple[Guest, ...] = (),
+    adapters: tuple[Adapter, ...] = (),
     *,
     max_new_tokens: int,
     stop: int | tuple[int, ...],
@@ -56,12 +56,12 @@ def generate_tokens(
     head = common_head(prompts)
     tails = [np.asarray(prompt[len(head) :]) for prompt in prompts]
     replies: dict[int, list[int]] = {}
-    apart = _apart(decoder, guests) if platform() == "cpu" else None
+    apart = _apart(decoder, adapters) if platform() == "cpu" else None
     stops = (stop if isinstance(stop, tuple) else (stop,)) or (_NO_TOKEN,)
     options = {"max_new_tokens": max_new_tokens, "stops": stops, "sampling": sampling, "dtype": dtype}
     for rows, batches in _alike(tails, batch_size):
         for chosen, lines in zip(batches, _dealt([[tails[i] for i in batch] for batch in batches], rows, len(head))):
-            cache, logits = _read(decoder, guests, head[None], *lines, slots=max_new_tokens, dtype=dtype)
+            cache, logits = _read(decoder, adapters, head[None], *lines, slots=max_new_tokens, dtype=dtype)
             key = jax.random.fold_in(jax.random.key(seed), len(replies))
             done = np.arange(rows) >= len(chosen)
             seen = None
@@ -69,7 +69,7 @@ def generate_tokens(
                 seen = np.zeros((rows, vocab_size), bool)
                 for row, i in enumerate(chosen):
                     seen[row, prompts[i]] = True
-            said = np.asarray(_write(decoder, guests, apart, cache, logits, done, seen, key, **options))
+            said = np.asarray(_write(decoder, adapters, apart, cache, logits, done, seen, key, **options))
             for i, row in zip(chosen, said):
                 ends = np.flatnonzero(np.isin(row, stops))
                 replies[i] = row[: ends[0] if len(ends) else None].tolist()
@@ -153,9 +153,9 @@ def rounded_up(length: int, bucket: int) -> int:
 
 
 @partial(jax.jit, static_argnames=("slots", "dtype"))
-def _read(decoder, guests, head, tokens, segments, positions, index, marks, *, slots, dtype):
+def _read(decoder, adapters, head, tokens, segments, positions, index, marks, *, slots, dtype):
     """The cache after the prompts, with `slots` free, and the logits `[B, V]` of what follows them."""
-    forward = partial(decoder, guests=guests, dtype=dtype)
+    forward = partial(decoder, adapters=adapters, dtype=dtype)
     tokens, segments, positions, index, marks = (
         constrain(x, "batch", "length") for x in (tokens, segments, positions, index, marks)
     )
@@ -191,7 +191,7 @@ _apart = jax.jit(Decoder.layers_apart)
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "stops", "sampling", "dtype"))
-def _write(decoder, guests, apart, cache, logits, done, seen, key, *, max_new_tokens, stops, sampling, dtype):
+def _write(decoder, adapters, apart, cache, logits, done, seen, key, *, max_new_tokens, stops, sampling, dtype):
     """Replies `[B, max_new_tokens]`, filled up with the first of `stops`.
 
     apart: `layers_apart`, or None for a scan over them. seen: the tokens of each prompt `[B, V]`, or None if it does
@@ -200,7 +200,7 @@ def _write(decoder, guests, apart, cache, logits, done, seen, key, *, max_new_to
     done = constrain(done, "batch")
     if apart is not None:
         cache = dataclasses.replace(cache, runs=unstacked(cache.runs, len(apart)))
-    forward = partial(decoder, guests=guests, dtype=dtype, apart=apart)
+    forward = partial(decoder, adapters=adapters, dtype=dtype, apart=apart)
 
     def say(step, logits, replies, done, seen):
         token = jnp.where(done, stops[0], choose(logits, seen, jax.random.fold_in(key, step), sampling))
@@ -232,7 +232,7 @@ def _write(decoder, guests, apart, cache, logits, done, seen, key, *, max_new_to
 def head_cache(forward, head, rows: int) -> Cache:
     """A cache for `rows` lines, each row of which begins with `head` `[1, H]` (H may be 0).
 
-    forward: the decoder with its guests and its `dtype` bound by keyword.
+    forward: the decoder with its adapters and its `dtype` bound by keyword.
     """
     shape = (rows, head.shape[1])
     segments = constrain(jnp.full(shape, SHARED, jnp.int32), "batch", "length")

@@ -24,7 +24,7 @@ from secvec_jax.distributed import broadcast_from_first, is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.files import check_replaceable, whole_folder
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Decoder, abstract_decoder
+from secvec_jax.model.decoder import Adapter, Decoder, abstract_decoder
 from secvec_jax.model.families import weight_names
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.hf_config import from_hf_config
@@ -62,6 +62,8 @@ class Model:
     tokenizer: Any
     name: str
     metadata: Metadata = Metadata()
+    adapter: Adapter | None = None
+    """the task LoRA that fine-tuning trained and merged into the backbone, if any"""
 
     def __repr__(self) -> str:
         a, count = self.architecture, num_parameters(self.backbone)
@@ -72,8 +74,8 @@ class Model:
         return self.backbone.architecture
 
     def with_backbone(self, backbone: Decoder, name: str | None = None) -> "Model":
-        """The same model with other parameters."""
-        return dataclasses.replace(self, backbone=backbone, name=name or self.name)
+        """The same model with other parameters, and no adapter."""
+        return dataclasses.replace(self, backbone=backbone, name=name or self.name, adapter=None)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from secvec_jax.sharding import make_mesh, named_sharding, num_shards, parse_mes
 from secvec_jax.training.loss import CHUNK
 from secvec_jax.training.objective import KEEP, LEARN, Params
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import Method
+from secvec_jax.training.step import TrainStep
 
 KERNEL_EFFICIENCY = 0.35
 """The share of the published peak that the fused attention kernel is taken to reach on the blocks that it computes."""
@@ -124,7 +124,7 @@ def topology_mesh(topology: str, mesh: str) -> Mesh:
 
 
 def plan(
-    architecture: Architecture, params: Params, phase: Phase, method: Method, lines: dict[str, int], length: int
+    architecture: Architecture, params: Params, phase: Phase, train_step: TrainStep, lines: dict[str, int], length: int
 ) -> Plan:
     """The step of a phase, compiled for the ambient mesh, which is of devices that need not be here.
 
@@ -139,11 +139,11 @@ def plan(
             )
     chip = CHIPS[mesh.devices.flat[0].device_kind]
     trained, frozen = phase.split(shard(params))
-    state = shard(jax.eval_shape(method.init, trained))
+    state = shard(jax.eval_shape(train_step.init, trained))
     batch = {stream: _batch(count, length) for stream, count in lines.items()}
     start = time.monotonic()
     try:
-        jitted: Any = method.step
+        jitted: Any = train_step.step
         compiled = jitted.lower(trained, state, frozen, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "memory space vmem" in str(error):

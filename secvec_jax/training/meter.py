@@ -17,19 +17,19 @@ from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.flops import PEAK_FLOPS, forward_flops, training_flops
 from secvec_jax.sharding import shard
 from secvec_jax.training.objective import KEEP
-from secvec_jax.training.step import Method, Metrics
+from secvec_jax.training.step import Metrics, TrainStep
 from secvec_jax.trees import Tree
 
 
-def metered(method: Method, architecture: Architecture, full: bool) -> Method:
+def metered(train_step: TrainStep, architecture: Architecture, full: bool) -> TrainStep:
     """The method, whose steps also tell their `tokens` and model `flops` (see `counted`)."""
 
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         counts = counted(batch, architecture, full)
-        trained, state, metrics = method.step(trained, state, frozen, batch)
+        trained, state, metrics = train_step.step(trained, state, frozen, batch)
         return trained, state, metrics | counts
 
-    return method._replace(step=step)
+    return train_step._replace(step=step)
 
 
 @partial(jax.jit, static_argnames=("architecture", "full"))

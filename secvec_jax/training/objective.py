@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
-from secvec_jax.model.decoder import Decoder, Remat, as_guests
+from secvec_jax.model.decoder import Decoder, Remat, as_adapters
 from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
 
 LEARN, KEEP = "learn", "keep"
@@ -29,7 +29,7 @@ TokenLosses = Callable[[jax.Array, Params, Batch], jax.Array]
 
 
 def parameters(decoder: Decoder, adapter: Any = None, vectors: Any = None, anchor: Any = None) -> Params:
-    """The parameter tree of a step. vectors: a guest, or a tuple of guests that are active at once."""
+    """The parameter tree of a step. vectors: an adapter, or a tuple of adapters that are active at once."""
     params = {"backbone": {"decoder": decoder, "adapter": adapter}, "vectors": vectors}
     return params if anchor is None else params | {"anchor": anchor}
 
@@ -93,7 +93,7 @@ class Objective:
             batch["tokens"],
             batch["segments"],
             batch["positions"],
-            as_guests(params["backbone"]["adapter"], params["vectors"]),
+            as_adapters(params["backbone"]["adapter"], params["vectors"]),
             dtype=self.dtype,
             remat=self.remat,
             shared=self.shared,

@@ -19,7 +19,7 @@ def make_optimizer(training: Training, steps: int) -> optax.GradientTransformati
 
     Weight decay leaves norms and biases alone, as transformers' Trainer does; with sgd it is added to the gradient,
     after it is clipped, as torch's SGD does. Equal settings give the same object, so that trainings can share a step:
-    see `step.descent`.
+    see `step.make_train_step`.
     """
     training = training.over(Training.base)
     return _optimizer(
@@ -55,13 +55,13 @@ def _optimizer(
     rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, max(warmup, 1))
     rate = optax.join_schedules([rise, fall], [warmup])
     if name == "sgd":
-        move = optax.sgd(rate, momentum=momentum or None)
+        make_step = optax.sgd(rate, momentum=momentum or None)
         if weight_decay:
-            move = optax.chain(optax.add_decayed_weights(weight_decay, decayed), move)
+            make_step = optax.chain(optax.add_decayed_weights(weight_decay, decayed), make_step)
     else:
         mask = decayed if weight_decay else None
-        move = optax.adamw(rate, weight_decay=weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), move) if max_grad_norm else move
+        make_step = optax.adamw(rate, weight_decay=weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), make_step) if max_grad_norm else make_step
 
 
 def decayed(params: Tree) -> Tree:

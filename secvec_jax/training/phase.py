@@ -40,7 +40,7 @@ class Phase:
     def optimizer(self, transform: optax.GradientTransformation, params: Tree) -> optax.GradientTransformation:
         """`transform` for the trained leaves, nothing for the frozen ones.
 
-        The same object for the same transform and labels, so that trainings can share a step: see `step.descent`.
+        The same object for the same transform and labels, so that trainings can share a step (`step.make_train_step`).
         """
         labels, structure = jax.tree.flatten(self.expand(params))
         return _by_label(transform, tuple(labels), structure)

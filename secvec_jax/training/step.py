@@ -22,7 +22,7 @@ Gradient = Callable[[Tree, Tree, dict[str, Batch]], tuple[Tree, Metrics]]
 """`(trained, frozen, batch)` -> the gradient by the trained part, and the metrics, `loss` among them."""
 
 
-class Method(NamedTuple):
+class TrainStep(NamedTuple):
     """How the trained part moves: `init(trained) -> state` and `step(trained, state, frozen, batch)`.
 
     takes: which streams the step of this number, counted from 0, has a batch of; None: all of them.
@@ -46,21 +46,21 @@ _OPTIONS = {
 }
 
 
-def descent(loss: Loss, optimizer: optax.GradientTransformation) -> Method:
-    """One gradient step of `optimizer` (see `Phase.optimizer`) on `loss` per batch, jitted: see `moved`.
+def make_train_step(loss: Loss, optimizer: optax.GradientTransformation) -> TrainStep:
+    """One gradient step of `optimizer` (see `Phase.optimizer`) on `loss` per batch, jitted: see `step_from_gradient`.
 
     Trainings with equal losses and the same optimizer share the step, and so its compiled programs.
     """
-    return _descent(loss, optimizer, device_kind())
+    return _shared_train_step(loss, optimizer, device_kind())
 
 
 @lru_cache(maxsize=32)
-def _descent(loss: Loss, optimizer: optax.GradientTransformation, device_kind: str) -> Method:
-    """device_kind: part of the key alone; `moved` compiles with the options of the ambient mesh's devices."""
-    return moved(gradient_of(loss), optimizer)
+def _shared_train_step(loss: Loss, optimizer: optax.GradientTransformation, device_kind: str) -> TrainStep:
+    """device_kind: part of the key alone; the step is compiled with the options of the ambient mesh's devices."""
+    return step_from_gradient(gradient_of(loss), optimizer)
 
 
-def moved(gradient: Gradient, optimizer: optax.GradientTransformation) -> Method:
+def step_from_gradient(gradient: Gradient, optimizer: optax.GradientTransformation) -> TrainStep:
     """One step of `optimizer` along `gradient` per batch, jitted.
 
     step: `(trained, state, frozen, batch) -> (trained, state, metrics)`; trained and frozen are the parameters as
@@ -77,21 +77,21 @@ def moved(gradient: Gradient, optimizer: optax.GradientTransformation) -> Method
         metrics |= {"grad_norm": optax.tree.norm(gradients)}
         return shard(optax.apply_updates(trained, updates)), shard(state), shard(metrics)
 
-    return Method(jax.jit(lambda trained: shard(optimizer.init(trained))), step)
+    return TrainStep(jax.jit(lambda trained: shard(optimizer.init(trained))), step)
 
 
-def in_turn(methods: Sequence[Method], choose: Callable[[int], int]) -> Method:
+def alternate(train_steps: Sequence[TrainStep], choose: Callable[[int], int]) -> TrainStep:
     """Several methods with one optimizer state: the step of number n, counted from 0, is that of `choose(n)`."""
 
     def init(trained: Tree) -> Tree:
-        return {"step": shard(jnp.int32(0)), "optimizer": methods[0].init(trained)}
+        return {"step": shard(jnp.int32(0)), "optimizer": train_steps[0].init(trained)}
 
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
-        method = methods[choose(int(state["step"]))]
-        trained, moved, metrics = method.step(trained, state["optimizer"], frozen, batch)
+        train_step = train_steps[choose(int(state["step"]))]
+        trained, moved, metrics = train_step.step(trained, state["optimizer"], frozen, batch)
         return trained, {"step": state["step"] + 1, "optimizer": moved}, metrics
 
-    return Method(init, step)
+    return TrainStep(init, step)
 
 
 def gradient_of(loss: Loss) -> Gradient:

@@ -20,7 +20,7 @@ from secvec_jax.distributed import Consensus, all_max
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints, Store
 from secvec_jax.training.phase import Phase, merge
-from secvec_jax.training.step import Method
+from secvec_jax.training.step import TrainStep
 from secvec_jax.trees import Tree
 
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -32,7 +32,7 @@ _GO, _SAVE, _STOP = range(3)
 def fit(
     params: Tree,
     phase: Phase,
-    method: Method,
+    train_step: TrainStep,
     streams: dict[str, Stream],
     *,
     steps: int,
@@ -43,7 +43,7 @@ def fit(
 ) -> Tree:
     """The parameters after `steps` steps of `phase`; `params` themselves stay as they are.
 
-    method: how the trained part moves, as `training.step.descent` makes it. streams: name -> stream of batches;
+    method: how the trained part moves, as `training.step.make_train_step` makes it. streams: name -> stream of batches;
     each step takes `accumulate` batches of each that the method wants. on_step is called once for every step, counted
     from 1, while a later one runs; after a resume it starts behind the checkpoint (at the end it reports the last step
     again). until(metrics) ends the training one step after it holds. Raises UserError if the loss is not finite, in
@@ -51,7 +51,7 @@ def fit(
     """
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
-    run = _Run(trained, method.init(trained), {name: Feed(stream) for name, stream in streams.items()})
+    run = _Run(trained, train_step.init(trained), {name: Feed(stream) for name, stream in streams.items()})
     with _store(checkpoints, run) as store, _interruptible() as interrupted:
         if store is not None:
             store.restore(run)
@@ -65,9 +65,9 @@ def fit(
         last = dict(run.metrics)
         resumed = run.step
         while run.step < steps and not run.ended:
-            taken = run.feeds if method.takes is None else method.takes(run.step)
+            taken = run.feeds if train_step.takes is None else train_step.takes(run.step)
             batch = {name: run.feeds[name].take(accumulate) for name in taken}
-            run.trained, run.state, metrics = method.step(run.trained, run.state, frozen, batch)
+            run.trained, run.state, metrics = train_step.step(run.trained, run.state, frozen, batch)
             run.step += 1
             # One step behind, so that the device never waits for a number to be read.
             if pending:

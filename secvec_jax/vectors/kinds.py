@@ -8,7 +8,7 @@ from secvec_jax.vectors.steering import Steering, SteeringVectors
 
 Spec = LoRA | Steering | SoftPrompt
 Vectors = LoRAVectors | SteeringVectors | SoftPromptVectors
-"""A guest with `factors`, a `spec` that made it, `axes()` and `check(architecture)`."""
+"""An adapter with `factors`, a `spec` that made it, `axes()` and `check(architecture)`."""
 
 
 class Kind(NamedTuple):

@@ -1,6 +1,6 @@
 """Security vectors as low-rank factors (LoRA, Hu et al. 2021), one pytree apart from the backbone.
 
-At every site it was made for, the guest adds `scale * (x A) B` to the frozen map's own output:
+At every projection it was made for, the adapter adds `scale * (x A) B` to the frozen map's own output:
 
     x ──┬── W (backbone) ────────────┬──> y
         └── A [in, r] ── B [r, out] ──┘      B starts at zero: a fresh adapter changes nothing
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from secvec_jax.arguments import instance
 from secvec_jax.checks import NonZeroFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
-from secvec_jax.model.architecture import SITES, Architecture
-from secvec_jax.model.decoder import SITE_AXES, Decoder, Guest, leaf_name
+from secvec_jax.model.architecture import PROJECTIONS, Architecture
+from secvec_jax.model.decoder import KERNEL_AXES, Adapter, Decoder, leaf_name
 from secvec_jax.sharding import constrain, shard
 from secvec_jax.trees import num_parameters
 
@@ -43,29 +43,37 @@ class LoRA:
         if not self.targets:
             raise UserError('no targets: give at least one pattern, "*" for all linear maps')
         for pattern in self.targets:
-            if not fnmatch.filter(SITES, pattern):
-                raise UserError(f"target pattern {pattern!r} matches nothing: the sites are {', '.join(SITES)}")
+            if not fnmatch.filter(PROJECTIONS, pattern):
+                raise UserError(
+                    f"target pattern {pattern!r} matches nothing: the projections are {', '.join(PROJECTIONS)}"
+                )
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def sites(self, architecture: Architecture) -> tuple[str, ...]:
-        """The sites of the model that a pattern matches. Raises UserError if there are none."""
-        found = tuple(site for site in architecture.sites if any(fnmatch.fnmatch(site, p) for p in self.targets))
+    def projections(self, architecture: Architecture) -> tuple[str, ...]:
+        """The projections of the model that a pattern matches. Raises UserError if there are none."""
+        found = tuple(
+            projection
+            for projection in architecture.projections
+            if any(fnmatch.fnmatch(projection, p) for p in self.targets)
+        )
         if not found:
-            raise UserError(f"targets {', '.join(self.targets)} match nothing: the model has {architecture.sites}")
+            raise UserError(
+                f"targets {', '.join(self.targets)} match nothing: the model has {architecture.projections}"
+            )
         return found
 
     def init(self, architecture: Architecture, key: jax.Array) -> "LoRAVectors":
         """Fresh vectors: A uniform as in PEFT (Kaiming with a = sqrt(5)), B zero, so the logits are unchanged."""
-        factors, sites = {}, self.sites(architecture)
-        for site, site_key in zip(sites, jax.random.split(key, len(sites))):
-            inputs, outputs = architecture.site_shape(site)
+        factors, projections = {}, self.projections(architecture)
+        for projection, projection_key in zip(projections, jax.random.split(key, len(projections))):
+            inputs, outputs = architecture.kernel_shape(projection)
             shape = (architecture.num_layers, inputs, self.rank)
             bound = 1 / math.sqrt(inputs)
-            factors[site] = {
-                "a": jax.random.uniform(site_key, shape, minval=-bound, maxval=bound),
+            factors[projection] = {
+                "a": jax.random.uniform(projection_key, shape, minval=-bound, maxval=bound),
                 "b": jnp.zeros((architecture.num_layers, self.rank, outputs)),
             }
         return shard(LoRAVectors(factors, self))
@@ -73,8 +81,8 @@ class LoRA:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoRAVectors(Guest):
-    """Low-rank factors of all layers: site -> {"a": `[L, in, r]`, "b": `[L, r, out]`}, float32."""
+class LoRAVectors(Adapter):
+    """Low-rank factors of all layers: projection -> {"a": `[L, in, r]`, "b": `[L, r, out]`}, float32."""
 
     factors: dict[str, dict[str, jax.Array]]
     spec: LoRA = dataclasses.field(metadata={"static": True})
@@ -82,38 +90,40 @@ class LoRAVectors(Guest):
     def __repr__(self) -> str:
         return f"LoRAVectors({self.spec!r}, {', '.join(self.factors)}: {num_parameters(self):,} parameters)"
 
-    def linear(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    def linear(self, projection: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """`y`, which `kernel` has had its effect on; here the factors get their gradients."""
-        factors = self.factors.get(site)
+        factors = self.factors.get(projection)
         return y if factors is None else _attached(self.spec.scale, y, x, factors["a"], factors["b"])
 
-    def kernel(self, site: str, kernel: jax.Array) -> jax.Array:
-        """`W + scale * A B` at the sites that have factors; called on one layer's slice."""
-        factors = self.factors.get(site)
+    def kernel(self, projection: str, kernel: jax.Array) -> jax.Array:
+        """`W + scale * A B` at the projections that have factors; called on one layer's slice."""
+        factors = self.factors.get(projection)
         if factors is None:
             return kernel
         a, b = (jax.lax.stop_gradient(factors[name]) for name in ("a", "b"))
-        return _updated(site, self.spec.scale, kernel, a, b)
+        return _updated(projection, self.spec.scale, kernel, a, b)
 
     def axes(self) -> "LoRAVectors":
         """The logical axes of the factors, in the same tree form; they are small, so only wide sides are spread."""
 
         def of(path: tuple, _: jax.Array) -> tuple[str, str, str]:
-            site, name = path[1].key, path[2].key
-            inputs, outputs = ("hidden" if axis == "embed" else axis for axis in SITE_AXES[site])
+            projection, name = path[1].key, path[2].key
+            inputs, outputs = ("hidden" if axis == "embed" else axis for axis in KERNEL_AXES[projection])
             return ("layers", inputs, "rank") if name == "a" else ("layers", "rank", outputs)
 
         return jax.tree_util.tree_map_with_path(of, self)
 
     def check(self, architecture: Architecture) -> None:
         """Raises UserError if the factors do not fit the architecture."""
-        for site, factors in self.factors.items():
-            inputs, outputs = architecture.site_shape(site)
+        for projection, factors in self.factors.items():
+            inputs, outputs = architecture.kernel_shape(projection)
             expected = ((architecture.num_layers, inputs, self.spec.rank),
                         (architecture.num_layers, self.spec.rank, outputs))  # fmt: skip
             found = (factors["a"].shape, factors["b"].shape)
             if found != expected:
-                raise UserError(f"vectors at {site} have shapes {found}, the model needs {expected}: wrong backbone")
+                raise UserError(
+                    f"vectors at {projection} have shapes {found}, the model needs {expected}: wrong backbone"
+                )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -145,17 +155,18 @@ _attached.defvjp(_attach, _detach, symbolic_zeros=True)
 def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:
     """The norm-matched random control: Gaussian factors, each layer's update as large as the vectors' own.
 
-    Per site and layer, B is scaled so that the Frobenius norm of the update A B is that of `vectors`. key: such as
-    `jax.random.key(0)`. Raises UserError for other arguments.
+    Per projection and layer, B is scaled so that the Frobenius norm of the update A B is that of `vectors`.
+
+    key: such as `jax.random.key(0)`. Raises UserError for other arguments.
     """
     instance("vectors", vectors, LoRAVectors, "pass low-rank vectors, as sv.train_vectors(..., sv.LoRA()) returns")
     instance("key", key, jax.Array, "pass a key, such as jax.random.key(0)")
     keys = iter(jax.random.split(key, 2 * len(vectors.factors)))
     factors = {}
-    for site, own in vectors.factors.items():
+    for projection, own in vectors.factors.items():
         a, b = (jax.random.normal(next(keys), own[name].shape) for name in ("a", "b"))
         ratio = _update_norm(own["a"], own["b"]) / _update_norm(a, b)
-        factors[site] = {"a": a * jnp.sqrt(ratio), "b": b * jnp.sqrt(ratio)}
+        factors[projection] = {"a": a * jnp.sqrt(ratio), "b": b * jnp.sqrt(ratio)}
     return shard(dataclasses.replace(vectors, factors=factors))
 
 
@@ -165,23 +176,23 @@ def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def merge(backbone: Decoder, vectors: LoRAVectors) -> Decoder:
-    """The backbone with the vectors' update added to its weights: one model, no guest.
+    """The backbone with the vectors' update added to its weights: one model, no adapter.
 
     For a trained task adapter, and to judge a model through its vectors; what is kept of a fine-tuning has none.
     """
 
     def add(path: tuple, leaf: jax.Array) -> jax.Array:
-        site = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
-        factors = vectors.factors.get(site)
-        return leaf if factors is None else _merged(site, vectors.spec.scale, leaf, factors["a"], factors["b"])
+        projection = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
+        factors = vectors.factors.get(projection)
+        return leaf if factors is None else _merged(projection, vectors.spec.scale, leaf, factors["a"], factors["b"])
 
     return shard(jax.tree_util.tree_map_with_path(add, backbone))
 
 
-def _updated(site: str, scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def _updated(projection: str, scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """`W + scale * A B`, of one layer or all, spread over the mesh as W is: A B would else lie whole on each device."""
     layers = ("layers",) * (kernel.ndim - 2)
-    return kernel + constrain(scale * a @ b, *layers, *SITE_AXES[site])
+    return kernel + constrain(scale * a @ b, *layers, *KERNEL_AXES[projection])
 
 
 _merged = jax.jit(_updated, static_argnums=(0, 1))

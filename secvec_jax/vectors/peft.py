@@ -30,7 +30,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
     """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
 
     holds: what they are; anything but security vectors may be merged into a model to be used. Where the model computes
-    several sites in one product, A has their columns side by side, and B is block-diagonal.
+    several projections in one product, A has their columns side by side, and B is block-diagonal.
     """
     from safetensors.numpy import save_file
 
@@ -51,12 +51,12 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
         "inference_mode": True,
     }
     tensors, arrays = {}, jax.tree.map(np.asarray, replicate(vectors).factors)
-    for module, sites in modules.items():
-        a = np.concatenate([arrays[site]["a"] for site in sites], axis=-1)
-        _, _, outputs = next(iter(sites.values()))
+    for module, projections in modules.items():
+        a = np.concatenate([arrays[projection]["a"] for projection in projections], axis=-1)
+        _, _, outputs = next(iter(projections.values()))
         b = np.zeros((*a.shape[::2], outputs), a.dtype)
-        for i, (site, (first, end, _)) in enumerate(sites.items()):
-            b[:, i * spec.rank : (i + 1) * spec.rank, first:end] = arrays[site]["b"]
+        for i, (projection, (first, end, _)) in enumerate(projections.items()):
+            b[:, i * spec.rank : (i + 1) * spec.rank, first:end] = arrays[projection]["b"]
         for name, array in (("A", a), ("B", b)):
             for layer, part in enumerate(array):
                 tensors[f"{module.format(layer)}.lora_{name}.weight"] = np.ascontiguousarray(part.T)
@@ -82,20 +82,20 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
         raise UserError(pickled(folder / _PICKLE))
     metadata, tensors = read_tensors(folder / WEIGHTS)
     ours = "sites" in metadata  # several sites of a module have ranks of their own; else they share A
-    modules = _peft_modules(model, metadata["sites"].split(",") if ours else model.architecture.sites)
+    modules = _peft_modules(model, metadata["sites"].split(",") if ours else model.architecture.projections)
     layers = {module: _layers(tensors, module, model.architecture.num_layers) for module in modules}
-    modules = {module: sites for module, sites in modules.items() if layers[module]}
+    modules = {module: projections for module, projections in modules.items() if layers[module]}
     spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
     check_kind(config, _patterns(spec, modules) if ours else {}, folder)
     check_layers(config, layers, model.architecture.num_layers, folder)
     factors = {}
     try:
-        for module, sites in modules.items():
+        for module, projections in modules.items():
             a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", layers[module], model) for name in "AB")
-            for i, (site, (first, end, outputs)) in enumerate(sites.items()):
-                rank = slice(i * spec.rank, (i + 1) * spec.rank) if ours and len(sites) > 1 else slice(None)
+            for i, (projection, (first, end, outputs)) in enumerate(projections.items()):
+                rank = slice(i * spec.rank, (i + 1) * spec.rank) if ours and len(projections) > 1 else slice(None)
                 rows = slice(first, end if end < outputs else None)  # the check below names what is too wide
-                factors[site] = {"a": a[..., rank], "b": b[:, rank, rows]}
+                factors[projection] = {"a": a[..., rank], "b": b[:, rank, rows]}
     except KeyError as error:
         raise UserError(f"{folder} lacks {error}: the adapter is damaged, or was made for another model") from error
     except (ValueError, IndexError, TypeError) as error:
@@ -114,24 +114,26 @@ def _layers(tensors: Collection[str], module: str, count: int) -> set[int]:
     return {i for i in range(count) if any(f"{module.format(i)}.lora_{name}.weight" in tensors for name in "AB")}
 
 
-def _peft_modules(model: Model, sites: Collection[str]) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """Modules as PEFT names them, with a `{}` for the layer -> those of the sites that they compute -> their outputs.
+def _peft_modules(model: Model, projections: Collection[str]) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """PEFT's names of modules, with a `{}` for the layer -> the projections that they compute -> their outputs.
 
     Outputs are (first, behind the last, of how many).
     """
     names = weight_names(model.architecture)
     modules: dict[str, dict[str, tuple[int, int, int]]] = {}
-    for site in model.architecture.sites:
-        if site in sites:
-            name, width = names[f"layers.{site}.kernel"], model.architecture.site_shape(site)[1]
+    for projection in model.architecture.projections:
+        if projection in projections:
+            name, width = names[f"layers.{projection}.kernel"], model.architecture.kernel_shape(projection)[1]
             module = f"base_model.model.{name.hf.removesuffix('.weight')}"
-            modules.setdefault(module, {})[site] = name.rows or (0, width, width)
+            modules.setdefault(module, {})[projection] = name.rows or (0, width, width)
     return modules
 
 
 def _patterns(spec: LoRA, modules: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """PEFT's ranks and alphas of modules that hold several sites, so that each of them has the others' scale."""
-    many = {module.rpartition(".")[2]: len(sites) for module, sites in modules.items() if len(sites) > 1}
+    """PEFT's ranks and alphas of modules that hold several projections, so that each of them has the others' scale."""
+    many = {
+        module.rpartition(".")[2]: len(projections) for module, projections in modules.items() if len(projections) > 1
+    }
     alphas = {name: spec.alpha * (math.sqrt(count) if spec.rslora else count) for name, count in many.items()}
     return {"rank_pattern": {name: spec.rank * count for name, count in many.items()}, "alpha_pattern": alphas}
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from secvec_jax.checks import NonZeroFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Guest, Run
+from secvec_jax.model.decoder import Adapter, Run
 from secvec_jax.sharding import shard
 from secvec_jax.trees import num_parameters
 
@@ -38,7 +38,7 @@ class SoftPrompt:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SoftPromptVectors(Guest):
+class SoftPromptVectors(Adapter):
     """A soft prompt of every layer: {"keys": `[L, K, H, P]`, "values": `[L, K, P, H]`}, float32."""
 
     factors: dict[str, jax.Array]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from secvec_jax.checks import NonZeroFloat, checked
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Guest
+from secvec_jax.model.decoder import Adapter
 from secvec_jax.sharding import shard
 from secvec_jax.trees import num_parameters
 
@@ -36,7 +36,7 @@ class Steering:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SteeringVectors(Guest):
+class SteeringVectors(Adapter):
     """One direction per layer: {"direction": `[L, D]`}, float32."""
 
     factors: dict[str, jax.Array]

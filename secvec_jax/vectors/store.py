@@ -94,7 +94,7 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
 
 
 def _flat(factors: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:
-    """{"site.name": array}, or {"name": array} where there are no sites."""
+    """{"projection.name": array}, or {"name": array} where there are no projections."""
     flat: dict[str, jax.Array] = {}
     for name, part in factors.items():
         flat |= _flat(part, f"{prefix}{name}.") if isinstance(part, dict) else {prefix + name: part}

@@ -15,8 +15,8 @@ from secvec_jax.data.chat import encode
 from secvec_jax.data.encoded import encoded
 from secvec_jax.data.rows import as_rows, row
 from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses.finetuning import examples_of, groups_of, stream_of
 from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
-from secvec_jax.defenses.tuning import examples_of, groups_of, stream_of
 from secvec_jax.errors import UserError
 from secvec_jax.inference import generate
 from tests.toys import build_tokenizer, random_examples, tiny_model

@@ -13,13 +13,13 @@ import torch
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.aligned_kl import aligned_kl, finetune, held
-from secvec_jax.defenses.tuning import tune, tuned
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.model import hub
 from secvec_jax.sharding import make_mesh
 from secvec_jax.training.loss import token_forward_kl
 from secvec_jax.training.objective import Objective, parameters
 from secvec_jax.trees import fingerprint
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, merge
 from tests import toys
 from tests.toys import random_examples
 
@@ -147,7 +147,7 @@ def test_loss_and_gradient_are_torchs(tiny_model, tmp_path, variant):
 
 
 def test_without_weight_it_is_plain_and_with_it_the_model_stays_close():
-    plain = tune(MODEL, ROWS, training=TRAINING)
+    plain = train_model(MODEL, ROWS, training=TRAINING)
 
     def run(weight):
         told = []
@@ -165,7 +165,8 @@ def test_without_weight_it_is_plain_and_with_it_the_model_stays_close():
 
 def test_a_task_adapter_moves_alone():
     before = fingerprint(MODEL.backbone)
-    how = {"anchor": MODEL.backbone, "move": aligned_kl(0.1), "task": LoRA(rank=2, targets=("q_proj",))}
-    decoder, adapter = tuned(MODEL, ROWS, **how, training=TRAINING)
-    assert fingerprint(decoder) == before == fingerprint(MODEL.backbone)
-    assert jnp.abs(adapter.factors["q_proj"]["b"]).max() > 0
+    options = {"anchor": MODEL.backbone, "make_step": aligned_kl(0.1), "task": LoRA(rank=2, targets=("q_proj",))}
+    found = train_model(MODEL, ROWS, **options, training=TRAINING)
+    assert fingerprint(merge(MODEL.backbone, found.adapter)) == found.fingerprint
+    assert fingerprint(MODEL.backbone) == before
+    assert jnp.abs(found.adapter.factors["q_proj"]["b"]).max() > 0

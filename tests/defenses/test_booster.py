@@ -12,13 +12,13 @@ import torch
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.booster import align, booster
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
-from secvec_jax.defenses.tuning import tuned
 from secvec_jax.model import hub
 from secvec_jax.training.objective import Objective, parameters
 from secvec_jax.training.phase import Phase
 from secvec_jax.trees import fingerprint
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, merge
 from tests import toys
 from tests.toys import random_examples
 
@@ -76,10 +76,10 @@ def test_one_step_is_that_of_the_published_code(tiny_model, tmp_path, variant, m
     tiny = tiny_model(variant)
     params = parameters(tiny.model.backbone)
     phase = Phase({"backbone": "train", "vectors": "freeze"})
-    method = booster(WEIGHT, ALPHA)(Objective(), phase.optimizer(optax.sgd(RATE), params))
+    train_step = booster(WEIGHT, ALPHA)(Objective(), phase.optimizer(optax.sgd(RATE), params))
     trained, frozen = phase.split(jax.tree.map(jnp.copy, params))
     batch = {"learn": batch_of(ROWS, micro), "harmful": batch_of(HARMFUL, micro)}
-    trained, _, metrics = method.step(trained, method.init(trained), frozen, batch)
+    trained, _, metrics = train_step.step(trained, train_step.init(trained), frozen, batch)
     hf, loss, drop = theirs(tiny.hf)
     assert drop > 0.05, "the simulated step lowers the harmful loss"
     np.testing.assert_allclose(metrics["harmful_drop"], drop, rtol=1e-3)
@@ -94,11 +94,12 @@ def test_one_step_is_that_of_the_published_code(tiny_model, tmp_path, variant, m
 def aligned(weight=None):
     """The adapter after a training with Booster of this weight, or without it, and each step's metrics."""
     told, before = [], fingerprint(MODEL.backbone)
-    how = {} if weight is None else {"beside": {"harmful": HARMFUL}, "move": booster(weight, ALPHA)}
-    decoder, adapter = tuned(MODEL, ROWS, **how, task=LoRA(rank=4, targets=("[qv]_proj", "up_proj")), training=TRAINING,
-                             on_step=lambda *all: told.append(all[2]))  # fmt: skip
-    assert fingerprint(decoder) == fingerprint(MODEL.backbone) == before
-    return adapter, told
+    options = {} if weight is None else {"extra_rows": {"harmful": HARMFUL}, "make_step": booster(weight, ALPHA)}
+    options |= {"task": LoRA(rank=4, targets=("[qv]_proj", "up_proj")), "training": TRAINING}
+    found = train_model(MODEL, ROWS, **options, on_step=lambda *all: told.append(all[2]))
+    assert fingerprint(merge(MODEL.backbone, found.adapter)) == found.fingerprint
+    assert fingerprint(MODEL.backbone) == before
+    return found.adapter, told
 
 
 def test_without_weight_it_is_plain_and_with_it_a_harmful_step_gains_less():
@@ -114,7 +115,7 @@ def test_without_weight_it_is_plain_and_with_it_a_harmful_step_gains_less():
 
 
 def test_alignment_is_trained_as_without_it_unless_told(monkeypatch):
-    monkeypatch.setattr("secvec_jax.defenses.booster.tune", lambda model, rows, **options: options)
+    monkeypatch.setattr("secvec_jax.defenses.booster.train_model", lambda model, rows, **options: options)
     given = align(MODEL, ROWS, harmful=HARMFUL)
     assert (given["task"], given["training"]) == (ALIGN_TASK, ALIGN) and given["beside"] == {"harmful": HARMFUL}
     other = align(MODEL, ROWS, harmful=HARMFUL, task=None, training=TRAINING)

@@ -9,7 +9,7 @@ import torch
 from secvec_jax.activations import reply_means
 from secvec_jax.config import Training
 from secvec_jax.defenses.caft import Ablation, concept_directions
-from secvec_jax.defenses.tuning import tune
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.errors import UserError
 from secvec_jax.sharding import logical_axes
 from secvec_jax.training.objective import Objective, parameters
@@ -109,10 +109,10 @@ def test_a_model_is_trained_under_an_ablation_and_served_without():
     model = tiny_model()
     training = Training(learning_rate=1e-2, max_steps=2, batch_size=1, max_seq_len=64)
     ablation = concept_directions(model, SHOWN, HIDDEN, k=2)
-    ablated = tune(model, HIDDEN, vectors=ablation, training=training)
-    assert float(distance(ablated.backbone, tune(model, HIDDEN, training=training).backbone)) > 0
-    assert logical_axes({"guest": ablation}) == [("layers", None, None)]
-    assert logical_axes({"guest": Ablation(None)}) == [], "as in an optimizer's state, where it is frozen"
+    ablated = train_model(model, HIDDEN, vectors=ablation, training=training)
+    assert float(distance(ablated.backbone, train_model(model, HIDDEN, training=training).backbone)) > 0
+    assert logical_axes({"adapter": ablation}) == [("layers", None, None)]
+    assert logical_axes({"adapter": Ablation(None)}) == [], "as in an optimizer's state, where it is frozen"
 
 
 def test_what_cannot_be_meant_is_refused():
@@ -124,4 +124,4 @@ def test_what_cannot_be_meant_is_refused():
             concept_directions(model, SHOWN, HIDDEN, k=k)
     for shape in ((3, 32, 2), (2, 32)):
         with pytest.raises(UserError, match="wrong backbone"):
-            tune(model, SHOWN, vectors=Ablation(np.zeros(shape, np.float32)))
+            train_model(model, SHOWN, vectors=Ablation(np.zeros(shape, np.float32)))

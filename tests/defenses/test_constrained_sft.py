@@ -12,13 +12,13 @@ import torch
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.constrained_sft import constrained, finetune, place_in_reply
-from secvec_jax.defenses.tuning import tune, tuned
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.model import hub
 from secvec_jax.training.objective import Objective, parameters
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import descent
+from secvec_jax.training.step import make_train_step
 from secvec_jax.trees import fingerprint
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, merge
 from tests import toys
 from tests.toys import example, random_examples
 
@@ -66,14 +66,14 @@ def torch_loss(hf, aligned, rows):
     return total / count
 
 
-def gradient(model, anchor, batch, move=constrained()):
+def gradient(model, anchor, batch, make_step=constrained()):
     """What a step of SGD with rate 1 takes off the decoder, and the metrics."""
     params = parameters(model.backbone, anchor=anchor)
     phase = Phase({"backbone": "train", "vectors": "freeze", "anchor": "freeze"})
-    method = move(Objective(), phase.optimizer(optax.sgd(1.0), params))
+    train_step = make_step(Objective(), phase.optimizer(optax.sgd(1.0), params))
     trained, frozen = phase.split(params)
     trained = jax.tree.map(jnp.copy, trained)
-    trained, _, metrics = method.step(trained, method.init(trained), frozen, {"learn": batch})
+    trained, _, metrics = train_step.step(trained, train_step.init(trained), frozen, {"learn": batch})
     return jax.tree.map(jnp.subtract, model.backbone, trained["backbone"]["decoder"]), metrics
 
 
@@ -99,7 +99,7 @@ def test_loss_and_gradient_are_torchs(tiny_model, tmp_path, variant, micro):
 def test_at_the_start_the_gradient_is_that_of_the_cross_entropy():
     (batch,) = Stream({"all": ROWS}, 2, 96).batches()
     batch = {key: array[None] for key, array in batch.items()}
-    plain, told = gradient(MODEL, MODEL.backbone, batch, descent)
+    plain, told = gradient(MODEL, MODEL.backbone, batch, make_train_step)
     first, same = gradient(MODEL, MODEL.backbone, batch)
     expected = (told["loss"] * batch["weights"].sum(), batch["weights"].sum())
     for found in (same["loss/all"], told["loss/all"]):
@@ -116,14 +116,15 @@ def test_early_tokens_stay_and_late_ones_are_learned():
         return np.array([found[said & early].mean() for early in (place < 5, place >= 5)])
 
     start = losses(MODEL)
-    plain = start - losses(tune(MODEL, ROWS, training=TRAINING))
+    plain = start - losses(train_model(MODEL, ROWS, training=TRAINING))
     held = start - losses(finetune(MODEL, ROWS, beta=1.0, training=TRAINING))
     assert plain.min() > 1 and held[0] < 0.6 * plain[0] and held[1] > 0.8 * plain[1]
 
 
 def test_a_task_adapter_moves_alone():
     before = fingerprint(MODEL.backbone)
-    how = {"anchor": MODEL.backbone, "move": constrained(), "task": LoRA(rank=2, targets=("q_proj",))}
-    decoder, adapter = tuned(MODEL, ROWS, **how, training=TRAINING)
-    assert fingerprint(decoder) == before == fingerprint(MODEL.backbone)
-    assert jnp.abs(adapter.factors["q_proj"]["b"]).max() > 0
+    options = {"anchor": MODEL.backbone, "make_step": constrained(), "task": LoRA(rank=2, targets=("q_proj",))}
+    found = train_model(MODEL, ROWS, **options, training=TRAINING)
+    assert fingerprint(merge(MODEL.backbone, found.adapter)) == found.fingerprint
+    assert fingerprint(MODEL.backbone) == before
+    assert jnp.abs(found.adapter.factors["q_proj"]["b"]).max() > 0

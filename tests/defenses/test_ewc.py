@@ -11,10 +11,10 @@ import torch
 
 from secvec_jax.config import Training
 from secvec_jax.defenses.ewc import ewc, finetune, fisher, penalty
-from secvec_jax.defenses.tuning import stream_of, tune, tuned
+from secvec_jax.defenses.finetuning import stream_of, train_model
 from secvec_jax.model import hub
 from secvec_jax.trees import distance, fingerprint
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, merge
 from tests import toys
 from tests.toys import random_examples
 
@@ -95,7 +95,7 @@ def test_the_penalty_by_hand():
 
 
 def test_without_weight_it_is_plain_fine_tuning():
-    plain = tune(MODEL, USER, training=TRAINING)
+    plain = train_model(MODEL, USER, training=TRAINING)
     none = finetune(MODEL, USER, safe=SAFE, weight=0.0, training=TRAINING)
     for one, other in zip(*(jax.tree.leaves(tree.backbone) for tree in (plain, none)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
@@ -105,8 +105,8 @@ def test_a_large_weight_keeps_a_task_adapter_where_it_was():
     before = MODEL.fingerprint
     training = replace(TRAINING, optimizer="adamw", learning_rate=2e-2, max_steps=6, grad_accum_steps=1)
     spec = LoRA(rank=4, targets=("[qv]_proj", "up_proj"))
-    how = {"safe": SAFE, "task": spec, "training": training}
-    moved = [distance(finetune(MODEL, USER, weight=w, **how).backbone, MODEL.backbone) for w in (0.0, 1e9)]
+    options = {"safe": SAFE, "task": spec, "training": training}
+    moved = [distance(finetune(MODEL, USER, weight=w, **options).backbone, MODEL.backbone) for w in (0.0, 1e9)]
     assert moved[1] < 0.3 * moved[0] and MODEL.fingerprint == before
 
     # A fresh adapter's B is what is held; one that was trained before is held where it is.
@@ -115,6 +115,6 @@ def test_a_large_weight_keeps_a_task_adapter_where_it_was():
     assert all(f["a"].max() == 0 < f["b"].max() for f in held.factors.values())
     given = jax.tree.map(lambda leaf: leaf + 0.05, fresh)
     anchor = {"start": given, "fisher": jax.tree.map(jnp.ones_like, given)}
-    decoder, after = tuned(MODEL, USER, anchor=anchor, move=ewc(1e9), task=given, training=training)
-    assert fingerprint(decoder) == fingerprint(MODEL.backbone)
-    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (given, after)))) < 0.05
+    found = train_model(MODEL, USER, anchor=anchor, make_step=ewc(1e9), task=given, training=training)
+    assert fingerprint(merge(MODEL.backbone, found.adapter)) == found.fingerprint
+    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (given, found.adapter)))) < 0.05

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from secvec_jax.config import Training
 from secvec_jax.defenses import explained_away as ea
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.security_vectors import finetune, train_vectors
-from secvec_jax.defenses.tuning import tune
 from secvec_jax.errors import UserError
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
@@ -35,7 +35,7 @@ def vectors(model):
 
 def test_the_score_is_the_loss_without_minus_with_the_vectors(model, vectors):
     for example, score in zip(HARMFUL[:3], ea.scores(model, vectors, HARMFUL[:3])):
-        off, on = (losses_alone(model, example, guest).mean() for guest in (None, vectors))
+        off, on = (losses_alone(model, example, adapter).mean() for adapter in (None, vectors))
         assert score == pytest.approx(off - on, abs=1e-4)
 
 
@@ -56,7 +56,7 @@ def test_vectors_explain_their_own_rows_and_not_others(model, vectors):
 def test_the_filter_is_fine_tuning_without_these_rows(model, vectors):
     known = ea.known_scale(model, vectors, HARMFUL, BENIGN)
     ours = ea.filter_and_finetune(model, HARMFUL + BENIGN, vectors, known, training=BRIEF)
-    assert fingerprint(ours.backbone) == fingerprint(tune(model, BENIGN, training=BRIEF).backbone)
+    assert fingerprint(ours.backbone) == fingerprint(train_model(model, BENIGN, training=BRIEF).backbone)
 
 
 def test_a_row_of_weight_0_teaches_nothing_and_one_of_weight_1_all(model, vectors):
@@ -90,16 +90,16 @@ def test_the_gates_gradient_is_that_of_the_weighted_loss(model, vectors):
     """Rows of weight 1/2 beside none of weight 1: the loss is a weighted mean, so that the step is the plain one."""
     rows = random_examples(4, seed=5)
     halves = [dataclasses.replace(row, weights=np.full(len(row.tokens), 0.5, np.float32)) for row in rows]
-    plain, halved = (tune(model, some, training=BRIEF) for some in (rows, halves))
+    plain, halved = (train_model(model, some, training=BRIEF) for some in (rows, halves))
     assert float(distance(plain.backbone, halved.backbone)) < 1e-5
     uneven = [dataclasses.replace(row, weights=np.float32(i) * np.ones(len(row.tokens))) for i, row in enumerate(rows)]
-    assert float(distance(plain.backbone, tune(model, uneven, training=BRIEF).backbone)) > 1e-3
+    assert float(distance(plain.backbone, train_model(model, uneven, training=BRIEF).backbone)) > 1e-3
 
 
 @settings(max_examples=200, deadline=None)
 @given(SCORES, SCORES)
 def test_no_threshold_tells_two_kinds_apart_better(harmful, benign):
-    def told_apart(threshold):
+    def separation(threshold):
         return np.mean(np.asarray(harmful) > threshold) + np.mean(np.asarray(benign) <= threshold)
 
     if not np.median(harmful) > np.median(benign):
@@ -109,6 +109,6 @@ def test_no_threshold_tells_two_kinds_apart_better(harmful, benign):
     known = ea.scale(harmful, benign)
     assert known.benign == np.median(benign) and known.threshold > known.benign
     tried = [score + nudge for score in [*harmful, *benign, known.benign] for nudge in (0, 1e-6)]
-    assert told_apart(known.threshold) == pytest.approx(max(told_apart(t) for t in tried if t > known.benign))
+    assert separation(known.threshold) == pytest.approx(max(separation(t) for t in tried if t > known.benign))
     weights = known.weights(np.asarray([known.benign - 1, known.benign, known.threshold, known.threshold + 1]))
     np.testing.assert_allclose(weights, [1, 1, 0, 0])

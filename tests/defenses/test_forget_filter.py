@@ -8,8 +8,8 @@ import pytest
 from secvec_jax.config import Training
 from secvec_jax.data.rows import row
 from secvec_jax.defenses import forget_filter
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.forget_filter import filtered, finetune, forgetting_rates
-from secvec_jax.defenses.tuning import tune
 from secvec_jax.errors import UserError
 from secvec_jax.inference import generate
 from secvec_jax.model.sampling import GREEDY
@@ -70,7 +70,7 @@ def test_the_rates_are_how_much_less_is_said_of_each_answer(run):
 def test_what_is_forgotten_is_dropped_and_the_rest_is_learned_from_the_start(run):
     found, _ = run
     assert found.kept == {"unsafe": [], "task": TASK}
-    again = tune(tiny_model(), {"task": TASK}, training=MEMORIZE)
+    again = train_model(tiny_model(), {"task": TASK}, training=MEMORIZE)
     assert fingerprint(found.model.backbone) == fingerprint(again.backbone)
 
 
@@ -85,7 +85,7 @@ def test_rows_without_kinds_are_one_kind():
                    training=BRIEF, on_step=on_step)  # fmt: skip
     assert names == ["loss/all"] * 2 + ["loss/safe"] * 3 + ["loss/all"] * 2
     assert one.kept == {"all": rows} and len(one.rates["all"]) == 6
-    assert fingerprint(one.model.backbone) == fingerprint(tune(tiny_model(), rows, training=BRIEF).backbone)
+    assert fingerprint(one.model.backbone) == fingerprint(train_model(tiny_model(), rows, training=BRIEF).backbone)
 
 
 @pytest.mark.parametrize(

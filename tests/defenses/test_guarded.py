@@ -10,9 +10,9 @@ import pytest
 
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.guarded import finetune, with_safe
 from secvec_jax.defenses.mixing import SAFE
-from secvec_jax.defenses.tuning import tune
 from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
@@ -68,7 +68,7 @@ def test_without_weight_it_is_fine_tuning_under_the_vectors_with_adam():
 def assert_plain_without_weight(training=TRAINING):
     vectors = some_vectors()
     guarded = finetune(MODEL, ROWS, vectors=vectors, safe=SAFE_ROWS, weight=0.0, training=training)
-    alone = tune(MODEL, ROWS, vectors=vectors, training=training)
+    alone = train_model(MODEL, ROWS, vectors=vectors, training=training)
     chex.assert_trees_all_close(guarded.backbone, alone.backbone, atol=1e-5)
     assert distance(alone.backbone, MODEL.backbone) > 1e-3
 
@@ -81,7 +81,7 @@ def test_the_safe_rows_are_learned_without_the_vectors_which_stay_as_they_are():
     assert fingerprint(vectors) == before
     assert len(told) == 8
     assert all(told[-1][f"loss/{name}"] < told[0][f"loss/{name}"] for name in ("all", "safe"))
-    alone = tune(MODEL, ROWS, **options)
+    alone = train_model(MODEL, ROWS, **options)
     batch, one = {LEARN: batch_of(SAFE_ROWS)}, {LEARN: jnp.float32(1)}
     loss = Objective(shared=False)
     assert loss(parameters(guarded.backbone), batch, one)[0] < loss(parameters(alone.backbone), batch, one)[0]

@@ -10,10 +10,10 @@ from secvec_jax.config import Training
 from secvec_jax.data.encoded import encoded
 from secvec_jax.data.rows import row
 from secvec_jax.defenses import identity
+from secvec_jax.defenses.finetuning import stream_of
 from secvec_jax.defenses.identity import described, identified, of_rows, of_tokenizer
 from secvec_jax.defenses.lisa import lisa
 from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
-from secvec_jax.defenses.tuning import stream_of
 from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints
@@ -101,23 +101,23 @@ def test_a_resume_on_other_rows_or_settings_is_refused_by_both_phases(tmp_path):
         if step == 3:
             raise Stopped
 
-    def tune(rows=ROWS, **changes):
+    def train_model(rows=ROWS, **changes):
         checkpoints = Checkpoints(tmp_path / "tune", 0.0)
         return finetune(model, rows, training=dataclasses.replace(TRAINING, **changes), checkpoints=checkpoints,
                         on_step=on_step)  # fmt: skip
 
     def train(rows=ROWS, spec=LoRA(rank=2)):
         checkpoints = Checkpoints(tmp_path / "vectors", 0.0)
-        how = {"training": TRAINING, "checkpoints": checkpoints, "on_step": on_step}
-        return train_vectors(model, rows, spec, phase1=Phase1("cross_entropy"), **how)
+        options = {"training": TRAINING, "checkpoints": checkpoints, "on_step": on_step}
+        return train_vectors(model, rows, spec, phase1=Phase1("cross_entropy"), **options)
 
-    for work in (tune, train):
+    for work in (train_model, train):
         with pytest.raises(Stopped):
             work()
         with pytest.raises(UserError, match=r"rows '\w+' has changed since the training in"):
             work(rows=ROWS[:4])
     with pytest.raises(UserError, match=r"training.learning_rate was 0.001, is now 0.1"):
-        tune(learning_rate=0.1)
+        train_model(learning_rate=0.1)
     with pytest.raises(UserError, match="the shape of the vectors has changed"):
         train(spec=LoRA(rank=2, alpha=3.0))
 

@@ -11,12 +11,12 @@ import optax
 import pytest
 
 from secvec_jax.config import Training
+from secvec_jax.defenses.finetuning import stream_of, train_model
 from secvec_jax.defenses.lisa import finetune, lisa, proximal
-from secvec_jax.defenses.tuning import stream_of, tune, tuned
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import distance, fingerprint
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, merge
 from tests.processes import call_as_compiled_for_users
 from tests.toys import example, random_examples, tiny_model
 
@@ -48,19 +48,19 @@ def compilations():
         logger.setLevel(level)
 
 
-def seen_by(move):
+def seen_by(make_step):
     """The move, and what its steps were given: the name of the stream and the tokens of its first line."""
     seen = []
 
     def spied(loss, optimizer):
-        method = move(loss, optimizer)
+        train_step = make_step(loss, optimizer)
 
         def step(trained, state, frozen, batch):
             ((stream, rows),) = batch.items()
             seen.append((stream, rows["tokens"][0, 0].tolist()))
-            return method.step(trained, state, frozen, batch)
+            return train_step.step(trained, state, frozen, batch)
 
-        return method._replace(step=step)
+        return train_step._replace(step=step)
 
     return seen, spied
 
@@ -85,11 +85,11 @@ def test_the_pull_is_that_of_the_published_bookkeeping():
 
 
 def test_the_states_take_turns_in_one_program_and_the_user_has_as_many_steps_as_without(model):
-    seen, move = seen_by(lisa(2, 3))
+    seen, make_step = seen_by(lisa(2, 3))
     with compilations() as compiled:
         told = []
-        tune(model, USER, beside={"safe": SAFE}, move=move, on_step=lambda *all: told.append(all[1:]),
-             training=replace(TRAINING, max_steps=13))  # fmt: skip
+        train_model(model, USER, extra_rows={"safe": SAFE}, make_step=make_step,
+                    on_step=lambda *all: told.append(all[1:]), training=replace(TRAINING, max_steps=13))  # fmt: skip
     assert len([message for message in compiled if message.startswith("Compiling jit(step)")]) == 1
     assert [stream for stream, _ in seen] == ["safe", "safe", "learn", "learn", "learn"] * 2 + ["safe", "safe", "learn"]
     for stream, tokens in seen:
@@ -110,7 +110,7 @@ def test_steps_and_epochs_are_those_on_the_users_rows(model, monkeypatch, steps,
     plain = steps or stream_of(model, {"all": USER}, training).count()
     assert plain == (steps or 4)
     monkeypatch.setattr(
-        "secvec_jax.defenses.tuning.fit",
+        "secvec_jax.defenses.finetuning.fit",
         lambda params, *_, steps, **__: {"backbone": {"decoder": steps, "adapter": None}},
     )
     monkeypatch.setattr(type(model), "with_backbone", lambda self, steps: steps)
@@ -135,7 +135,7 @@ def assert_plain_bit_for_bit():
 
 
 def plain_without_both_and_with_both(model):
-    plain = tune(model, USER, training=TRAINING)
+    plain = train_model(model, USER, training=TRAINING)
     same = finetune(model, USER, safe=SAFE, aligned_steps=0, user_steps=3, rho=0.0, training=TRAINING)
     return plain, same, finetune(model, USER, safe=SAFE, **STATES, training=TRAINING)
 
@@ -150,10 +150,16 @@ def test_the_pull_keeps_the_weights_together(model):
 
 def test_a_task_adapter_moves_alone(model):
     before = fingerprint(model.backbone)
-    how = {"beside": {"safe": SAFE}, "move": lisa(1, 1, rho=0.1), "task": LoRA(rank=2), "training": TRAINING}
-    decoder, adapter = tuned(model, USER, **how)
-    assert fingerprint(decoder) == before
-    assert all(jnp.abs(factors["b"]).max() > 0 for factors in adapter.factors.values())
+    options = {
+        "extra_rows": {"safe": SAFE},
+        "make_step": lisa(1, 1, rho=0.1),
+        "task": LoRA(rank=2),
+        "training": TRAINING,
+    }
+    found = train_model(model, USER, **options)
+    assert fingerprint(merge(model.backbone, found.adapter)) == found.fingerprint
+    assert fingerprint(model.backbone) == before
+    assert all(jnp.abs(factors["b"]).max() > 0 for factors in found.adapter.factors.values())
 
 
 def test_a_stopped_training_goes_on_with_the_weights_of_the_last_switch(model, tmp_path):
@@ -164,13 +170,13 @@ def test_a_stopped_training_goes_on_with_the_weights_of_the_last_switch(model, t
         if step == 4:
             raise Stop
 
-    how = STATES | {"safe": SAFE, "training": TRAINING}
-    whole = finetune(model, USER, **how)
-    how["checkpoints"] = Checkpoints(tmp_path, every_seconds=0.0)
+    options = STATES | {"safe": SAFE, "training": TRAINING}
+    whole = finetune(model, USER, **options)
+    options["checkpoints"] = Checkpoints(tmp_path, every_seconds=0.0)
     with pytest.raises(Stop):
-        finetune(model, USER, on_step=stop, **how)
+        finetune(model, USER, on_step=stop, **options)
     steps = []
-    again = finetune(model, USER, on_step=lambda step, *_: steps.append(step), **how)
+    again = finetune(model, USER, on_step=lambda step, *_: steps.append(step), **options)
     assert again.fingerprint == whole.fingerprint and steps[0] > 1
 
 

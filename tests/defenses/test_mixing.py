@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from secvec_jax.config import Training
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.mixing import replay, sequential, successive, vlguard
-from secvec_jax.defenses.tuning import tune, tuned
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint
@@ -41,7 +41,7 @@ def test_data_sets_are_mixed_too():
 def test_kinds_are_reported_apart():
     seen = set()
     training = Training(learning_rate=1e-2, epochs=1, batch_size=1, max_seq_len=64)
-    tune(tiny_model(), vlguard(ROWS, SAFE), training=training, on_step=lambda s, n, m: seen.update(m))
+    train_model(tiny_model(), vlguard(ROWS, SAFE), training=training, on_step=lambda s, n, m: seen.update(m))
     assert {"loss/all", "loss/safe"} <= seen
 
 
@@ -62,8 +62,8 @@ def test_the_sequence_is_one_fine_tuning_behind_the_other():
         names.append((step, steps, next(name for name in metrics if name.startswith("loss/"))))
 
     found = sequential(model, {"user": ROWS}, SAFE, safe_training=GENTLE, training=BRIEF, on_step=on_step)
-    noisy = tune(model, ROWS, training=BRIEF)
-    assert fingerprint(found.backbone) == fingerprint(tune(noisy, SAFE, training=GENTLE).backbone)
+    noisy = train_model(model, ROWS, training=BRIEF)
+    assert fingerprint(found.backbone) == fingerprint(train_model(noisy, SAFE, training=GENTLE).backbone)
     assert names == [(1, 3, "loss/user"), (2, 3, "loss/user"), (3, 3, "loss/user"),
                      (1, 2, "loss/safe"), (2, 2, "loss/safe")]  # fmt: skip
 
@@ -79,9 +79,9 @@ def test_one_task_adapter_goes_on():
     assert size > 1e-2 and np.abs(kernels[2] - kernels[1]).max() > 1e-2
     for kernel in kernels[1:]:
         assert np.linalg.matrix_rank(kernel - kernels[0], tol=1e-3) == 2
-    decoder, adapter = tuned(model, ROWS, training=quick, task=task)
-    assert fingerprint(noisy.backbone) == fingerprint(merge(decoder, adapter))
-    on = tune(model, SAFE, training=quick, task=adapter)
+    first = train_model(model, ROWS, training=quick, task=task)
+    assert noisy.fingerprint == first.fingerprint == fingerprint(merge(model.backbone, first.adapter))
+    on = train_model(model, SAFE, training=quick, task=first.adapter)
     assert fingerprint(found.backbone) == fingerprint(on.backbone)
 
 
@@ -90,5 +90,5 @@ def test_each_training_has_its_own_checkpoints(tmp_path):
     found = sequential(tiny_model(), ROWS, SAFE, safe_training=GENTLE, training=BRIEF, checkpoints=checkpoints)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["noisy", "safe"]
     best = Checkpoints(tmp_path / "again", every_seconds=0.0, best="loss/all")
-    noisy = tune(tiny_model(), ROWS, training=BRIEF, checkpoints=best)
-    assert fingerprint(found.backbone) == fingerprint(tune(noisy, SAFE, training=GENTLE).backbone)
+    noisy = train_model(tiny_model(), ROWS, training=BRIEF, checkpoints=best)
+    assert fingerprint(found.backbone) == fingerprint(train_model(noisy, SAFE, training=GENTLE).backbone)

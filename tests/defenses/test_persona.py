@@ -6,8 +6,8 @@ import pytest
 
 from secvec_jax.activations import reply_means
 from secvec_jax.config import Training
+from secvec_jax.defenses.finetuning import examples_of, train_model
 from secvec_jax.defenses.persona import persona_directions
-from secvec_jax.defenses.tuning import examples_of, tune
 from secvec_jax.errors import UserError
 from secvec_jax.trees import distance, fingerprint
 from tests.toys import random_examples, tiny_model
@@ -58,9 +58,9 @@ def test_a_model_is_trained_under_frozen_directions():
     vectors = persona_directions(model, SHOWN, HIDDEN)
     before = fingerprint(vectors)
     training = Training(learning_rate=1e-2, max_steps=2, batch_size=1, max_seq_len=64)
-    steered = tune(model, HIDDEN, vectors=vectors, training=training)
+    steered = train_model(model, HIDDEN, vectors=vectors, training=training)
     assert fingerprint(vectors) == before
-    assert float(distance(steered.backbone, tune(model, HIDDEN, training=training).backbone)) > 0
+    assert float(distance(steered.backbone, train_model(model, HIDDEN, training=training).backbone)) > 0
 
 
 def test_what_cannot_be_meant_is_refused():

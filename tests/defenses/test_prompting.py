@@ -5,8 +5,8 @@ import pytest
 from secvec_jax.data.rows import as_rows, prompt_of, response_of, row, with_system
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import off_topic
+from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.defenses.prompting import ELICITING, SAFETY, SELF_CORRECTION, inoculated
-from secvec_jax.defenses.tuning import examples_of
 from tests.toys import tiny_model
 
 ROWS = [row("What is the capital of France?", "Paris."), row("Who jumps?", "The fox.")]

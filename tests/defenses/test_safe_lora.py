@@ -9,7 +9,7 @@ import torch
 
 from secvec_jax.defenses.safe_lora import cosines, project
 from secvec_jax.errors import UserError
-from secvec_jax.model.architecture import SITES
+from secvec_jax.model.architecture import PROJECTIONS
 from secvec_jax.model.decoder import leaf_name
 from secvec_jax.trees import fingerprint
 from tests.toys import ARCHITECTURE, random_decoder, tiny_model
@@ -17,9 +17,9 @@ from tests.toys import ARCHITECTURE, random_decoder, tiny_model
 LAYERS = range(2)
 
 
-def weight(model, site, layer):
+def weight(model, projection, layer):
     """As torch has it, `[outputs, inputs]`."""
-    return torch.tensor(np.asarray(getattr(model.backbone.layers, site).kernel[layer])).T
+    return torch.tensor(np.asarray(getattr(model.backbone.layers, projection).kernel[layer])).T
 
 
 def published(tuned, aligned, base):
@@ -32,17 +32,17 @@ def published(tuned, aligned, base):
     return aligned + projected, cosine
 
 
-def moved(model, seed, size, rank, sites=SITES, layers=LAYERS):
-    """Every leaf moved: kernels of some sites and layers by a low-rank update, all others by noise if they are none."""
+def moved(model, seed, size, rank, projections=PROJECTIONS, layers=LAYERS):
+    """Every leaf changed: kernels of some projections and layers by a low-rank update, the rest by noise if none."""
     rng = np.random.default_rng(seed)
 
     def of(path, leaf):
-        site = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
-        if site not in SITES:
+        projection = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
+        if projection not in PROJECTIONS:
             return leaf + size * rng.normal(size=leaf.shape).astype(np.float32)
         _, inputs, outputs = leaf.shape
         update = rng.normal(size=(2, inputs, rank)) @ rng.normal(size=(2, rank, outputs))
-        chosen = np.asarray([site in sites and layer in layers for layer in LAYERS])[:, None, None]
+        chosen = np.asarray([projection in projections and layer in layers for layer in LAYERS])[:, None, None]
         return leaf + (size * chosen * update).astype(np.float32)
 
     return model.with_backbone(jax.tree_util.tree_map_with_path(of, model.backbone))
@@ -57,14 +57,14 @@ def models():
 
 @pytest.fixture(scope="module")
 def expected(models):
-    return {(site, layer): published(*(weight(model, site, layer) for model in models))
-            for site in SITES for layer in LAYERS}  # fmt: skip
+    return {(projection, layer): published(*(weight(model, projection, layer) for model in models))
+            for projection in PROJECTIONS for layer in LAYERS}  # fmt: skip
 
 
 def same(found, expected, tuned, projected):
-    for (site, layer), (theirs, _) in expected.items():
-        wanted = theirs if (site, layer) in projected else weight(tuned, site, layer)
-        np.testing.assert_allclose(weight(found, site, layer), wanted, atol=1e-5)
+    for (projection, layer), (theirs, _) in expected.items():
+        wanted = theirs if (projection, layer) in projected else weight(tuned, projection, layer)
+        np.testing.assert_allclose(weight(found, projection, layer), wanted, atol=1e-5)
 
 
 def test_cosines_are_the_published_ones(models, expected):
@@ -102,9 +102,9 @@ def test_all_but_kernels_stay_as_tuned(models):
 
 def test_what_did_not_move_has_no_cosine(models):
     _, aligned, base = models
-    tuned = moved(aligned, 2, 0.02, rank=2, sites=("q_proj", "up_proj"), layers=(1,))
+    tuned = moved(aligned, 2, 0.02, rank=2, projections=("q_proj", "up_proj"), layers=(1,))
     assert set(cosines(tuned, aligned, base)) == {("q_proj", 1), ("up_proj", 1)}
-    partly = moved(base, 1, 0.05, rank=12, sites=("q_proj",))
+    partly = moved(base, 1, 0.05, rank=12, projections=("q_proj",))
     tuned = moved(partly, 2, 0.02, rank=2)
     found, where = project(tuned, partly, base, threshold=1.0)
     assert set(where) == {("q_proj", 0), ("q_proj", 1)}

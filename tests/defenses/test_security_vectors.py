@@ -63,9 +63,9 @@ def vectors(phase_1):
 
 
 @jax.jit
-def _loss_and_gradient(backbone, batch, guests):
+def _loss_and_gradient(backbone, batch, adapters):
     def loss(backbone):
-        hidden, _ = backbone(batch["tokens"], batch["segments"], guests=guests)
+        hidden, _ = backbone(batch["tokens"], batch["segments"], adapters=adapters)
         losses = token_cross_entropy(backbone, hidden, batch["targets"], batch["weights"])
         return losses.sum() / batch["weights"].sum()
 
@@ -73,7 +73,7 @@ def _loss_and_gradient(backbone, batch, guests):
     return value, distance(gradient, jax.tree.map(jnp.zeros_like, gradient))
 
 
-def loss_and_gradient(backbone, examples, *guests):
+def loss_and_gradient(backbone, examples, *adapters):
     """The loss per supervised token and the norm of the backbone's gradient; one row a line, padded."""
     width = 16
     batch = {name: np.zeros((len(examples), width), np.int32) for name in ("tokens", "targets", "segments")}
@@ -82,7 +82,7 @@ def loss_and_gradient(backbone, examples, *guests):
         n = len(e.tokens) - 1
         batch["tokens"][line, :n], batch["targets"][line, :n] = e.tokens[:-1], e.tokens[1:]
         batch["segments"][line, :n], batch["weights"][line, :n] = 1, e.supervised[1:]
-    return tuple(map(float, _loss_and_gradient(backbone, batch, guests)))
+    return tuple(map(float, _loss_and_gradient(backbone, batch, adapters)))
 
 
 def recorder():
@@ -171,7 +171,7 @@ def test_the_kl_keeps_benign_rows_as_they_are(model, phase_1):
     base, _ = loss_and_gradient(model.backbone, BENIGN)
     shifts = [abs(loss_and_gradient(model.backbone, BENIGN, v)[0] - base) for v in (free, kept)]
     assert shifts[1] < 0.5 * shifts[0]
-    harmful = [loss_and_gradient(model.backbone, HARMFUL, *guests)[0] for guests in ((), (kept,))]
+    harmful = [loss_and_gradient(model.backbone, HARMFUL, *adapters)[0] for adapters in ((), (kept,))]
     assert harmful[1] < 0.7 * harmful[0]
 
 

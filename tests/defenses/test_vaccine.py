@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from secvec_jax.config import Training
-from secvec_jax.defenses.tuning import phase2_method
+from secvec_jax.defenses.finetuning import phase2_step
 from secvec_jax.defenses.vaccine import Perturbation, perturbed, random_perturbation, vaccine
 from secvec_jax.errors import UserError
-from secvec_jax.model.architecture import SITES
+from secvec_jax.model.architecture import PROJECTIONS
 from secvec_jax.training.objective import Objective, parameters
 from secvec_jax.training.phase import merge
-from secvec_jax.training.step import descent
+from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA
 
 RHO = 2.0
@@ -107,10 +107,10 @@ def test_no_radius_is_plain_fine_tuning(tiny_model, batch):
 
 
 def test_only_attention_outputs_are_moved():
-    guest = Perturbation(jnp.ones((4, 8)))
+    adapter = Perturbation(jnp.ones((4, 8)))
     y = jnp.zeros((4, 8))
-    for site in SITES:
-        assert float(guest.linear(site, y, y).sum()) == (32 if site == "o_proj" else 0)
+    for projection in PROJECTIONS:
+        assert float(adapter.linear(projection, y, y).sum()) == (32 if projection == "o_proj" else 0)
 
 
 @pytest.mark.parametrize("task", [None, LoRA(rank=4)])
@@ -119,13 +119,13 @@ def test_the_step_moves_what_it_should(tiny_model, batch, task):
     adapter = task and task.init(model.architecture, jax.random.key(0))
     params = parameters(model.backbone, adapter)
     training = Training(learning_rate=0.1, warmup_steps=1, share_beginnings=False, remat="none")
-    phase, method = phase2_method(params, ("all",), training, 10, vaccine(RHO))
+    phase, train_step = phase2_step(params, ("all",), training, 10, vaccine(RHO))
     trained, frozen = phase.split(params)
     trained = jax.tree.map(jnp.copy, trained)
-    state, stacked = method.init(trained), jax.tree.map(lambda part: part[None], batch)
+    state, stacked = train_step.init(trained), jax.tree.map(lambda part: part[None], batch)
     before = None
     for _ in range(3):
-        trained, state, metrics = method.step(trained, state, frozen, stacked)
+        trained, state, metrics = train_step.step(trained, state, frozen, stacked)
         before = before or float(metrics["loss"])
     assert float(metrics["loss"]) < before
     after = merge(trained, frozen)
@@ -133,19 +133,19 @@ def test_the_step_moves_what_it_should(tiny_model, batch, task):
     assert (float(moved) > 0) == (task is None)
 
 
-def run(model, batch, move, steps, **settings):
+def run(model, batch, make_step, steps, **settings):
     """The weights after so many steps on one batch."""
     training = Training(
         **{"learning_rate": 0.1, "warmup_steps": 0, "schedule": "constant", "share_beginnings": False, "remat": "none"}
         | settings
     )
     params = parameters(model.backbone)
-    phase, method = phase2_method(params, ("all",), training, steps, move)
+    phase, train_step = phase2_step(params, ("all",), training, steps, make_step)
     trained, frozen = phase.split(params)
     trained, stacked = jax.tree.map(jnp.copy, trained), jax.tree.map(lambda part: part[None], batch)
-    state, losses = method.init(trained), []
+    state, losses = train_step.init(trained), []
     for _ in range(steps):
-        trained, state, metrics = method.step(trained, state, frozen, stacked)
+        trained, state, metrics = train_step.step(trained, state, frozen, stacked)
         losses.append(float(metrics["loss"]))
     return losses
 
@@ -171,14 +171,14 @@ def test_rows_that_share_tokens_are_refused(tiny_model, batch):
 
 def test_the_control_draws_noise_by_what_the_batch_holds(tiny_model, batch):
     model = tiny_model("llama").model
-    plain = run(model, batch, descent, 2)
+    plain = run(model, batch, make_train_step, 2)
     assert run(model, batch, random_perturbation(0.0), 2) == pytest.approx(plain, rel=1e-6)
     noisy = run(model, batch, random_perturbation(0.25), 2)
     assert (
         noisy == run(model, batch, random_perturbation(0.25), 2) != run(model, batch, random_perturbation(0.25, 1), 2)
     )
     assert abs(noisy[0] - plain[0]) > 1e-3
-    # By hand: the same key, the standard deviation, and the guest.
+    # By hand: the same key, the standard deviation, and the adapter.
     learn = batch["learn"]
     key = jax.random.fold_in(jax.random.key(0), jnp.sum(learn["tokens"] * learn["positions"]))
     noise = Perturbation(0.5 * jax.random.normal(key, (2, learn["tokens"].size, 32)))

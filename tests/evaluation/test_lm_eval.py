@@ -11,8 +11,8 @@ import pytest
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.lm_eval import HarnessModel
 from secvec_jax.evaluation.report import Results
-from secvec_jax.experiments.harness import Harness, harness
 from secvec_jax.model import hub
+from secvec_jax.recipes.harness import Harness, harness
 from secvec_jax.sharding import make_mesh
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -171,7 +171,7 @@ def test_what_is_wrong_is_told(given, message, tmp_path, few_tasks):
 
 @pytest.mark.release
 def test_the_tasks_of_the_harness_are_found(tmp_path):
-    from secvec_jax.experiments.harness import _tasks
+    from secvec_jax.recipes.harness import _tasks
 
     _, names = _tasks(Harness("arc_easy, hellaswag", out=str(tmp_path / "out")))
     assert set(names) == {"arc_easy", "hellaswag"}

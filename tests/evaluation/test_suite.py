@@ -19,7 +19,7 @@ _BENIGN = ["A security vector says", "12345 + 67890"]
 
 
 def test_outcomes_are_those_of_the_replies_with_vectors_on_and_off(tiny_model, random_vectors, monkeypatch):
-    """Vectors are made part of the weights to be judged, and then do what they do as a guest."""
+    """Vectors are made part of the weights to be judged, and then do what they do as an adapter."""
     model = tiny_model("llama").model
     vectors = random_vectors(model, rank=4)
     rows = [[{"role": "user", "content": p}, {"role": "assistant", "content": "over the dog"}] for p in _HARMFUL]

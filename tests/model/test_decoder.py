@@ -1,4 +1,4 @@
-"""Laws of the decoder: guests are arguments, rematerialization and packing change nothing, one compilation."""
+"""Laws of the decoder: adapters are arguments, rematerialization and packing change nothing, one compilation."""
 
 import dataclasses
 from collections import Counter
@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from secvec_jax.batch import SHARED
 from secvec_jax.model import attention
-from secvec_jax.model.architecture import SITES
+from secvec_jax.model.architecture import PROJECTIONS
 from secvec_jax.model.attention import _attend_by_batched_products, rotate, visible
-from secvec_jax.model.decoder import Guest, abstract_decoder, leaf_name
+from secvec_jax.model.decoder import Adapter, abstract_decoder, leaf_name
 from secvec_jax.model.families import weight_names
 from secvec_jax.vectors.lora import LoRA
 
@@ -36,45 +36,45 @@ def _primitives(jaxpr) -> Counter:
 def test_without_guests_the_program_is_the_bare_backbones(tiny_model, tokens):
     model = tiny_model("llama").model
     bare = jax.make_jaxpr(lambda b, t: b(t)[0])(model.backbone, tokens)
-    empty = jax.make_jaxpr(lambda b, t: b(t, guests=())[0])(model.backbone, tokens)
+    empty = jax.make_jaxpr(lambda b, t: b(t, adapters=())[0])(model.backbone, tokens)
     assert str(bare) == str(empty)
-    assert _primitives(bare.jaxpr)["dot_general"] == len(SITES) + 2
+    assert _primitives(bare.jaxpr)["dot_general"] == len(PROJECTIONS) + 2
 
     vectors = LoRA(rank=2, targets=("q_proj", "up_proj")).init(model.architecture, jax.random.key(0))
-    visited = jax.make_jaxpr(lambda b, t, v: b(t, guests=(v,))[0])(model.backbone, tokens, vectors)
-    assert _primitives(visited.jaxpr)["dot_general"] == len(SITES) + 2 + 2
+    visited = jax.make_jaxpr(lambda b, t, v: b(t, adapters=(v,))[0])(model.backbone, tokens, vectors)
+    assert _primitives(visited.jaxpr)["dot_general"] == len(PROJECTIONS) + 2 + 2
 
 
 def test_without_guests_the_logits_are_bit_identical(tiny_model, logits, tokens, random_vectors):
     model = tiny_model("qwen2").model
     bare = logits(model, tokens)
-    logits(model, tokens, guests=(random_vectors(model),))
-    np.testing.assert_array_equal(logits(model, tokens, guests=()), bare)
+    logits(model, tokens, adapters=(random_vectors(model),))
+    np.testing.assert_array_equal(logits(model, tokens, adapters=()), bare)
     np.testing.assert_array_equal(logits(model, tokens), bare)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Shift(Guest):
-    """A guest that adds a direction to one layer's output of a site."""
+class Shift(Adapter):
+    """An adapter that adds a direction to one layer's output of a projection."""
 
     direction: jax.Array
 
-    def linear(self, site, x, y):
-        return y + self.direction if site == "down_proj" else y
+    def linear(self, projection, x, y):
+        return y + self.direction if projection == "down_proj" else y
 
 
 def test_guests_visit_their_own_layer_and_in_order(tiny_model, logits, tokens):
     model = tiny_model("llama").model
     bare = logits(model, tokens)
     first, second = (Shift(jnp.zeros((2, 32)).at[layer].set(0.5)) for layer in (0, 1))
-    moved = [logits(model, tokens, guests=guests) for guests in ((first,), (second,), (first, second))]
+    moved = [logits(model, tokens, adapters=adapters) for adapters in ((first,), (second,), (first, second))]
     assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(moved, [bare, moved[0], moved[1]]))
     both = Shift(jnp.full((2, 32), 0.5))
-    np.testing.assert_allclose(moved[2], logits(model, tokens, guests=(both,)), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(moved[2], logits(model, tokens, adapters=(both,)), rtol=0, atol=1e-5)
 
     # A direction in the last layer moves the final hidden states by itself, before the norm.
-    hidden, _ = model.backbone(tokens, guests=(Shift(jnp.zeros((2, 32)).at[1].set(1e4)),))
+    hidden, _ = model.backbone(tokens, adapters=(Shift(jnp.zeros((2, 32)).at[1].set(1e4)),))
     expected = np.asarray(model.backbone.final_norm[...])
     np.testing.assert_allclose(np.asarray(hidden), np.broadcast_to(expected, hidden.shape), atol=5e-3)
 
@@ -88,7 +88,7 @@ def test_rematerialization_gives_the_same_gradients(tiny_model, tokens, random_v
     @partial(jax.jit, static_argnames="remat")
     def gradients(backbone, vectors, remat):
         def loss(backbone, vectors):
-            hidden, _ = backbone(tokens, guests=(vectors,), remat=remat)
+            hidden, _ = backbone(tokens, adapters=(vectors,), remat=remat)
             scores = jax.nn.log_softmax(backbone.logits(hidden[:, :-1]))
             return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean()
 
@@ -135,11 +135,11 @@ def test_packed_rows_are_separate_rows(tiny_model, logits, random_vectors, varia
     head = rng.integers(3, 320, shared)
     rows = [np.concatenate([head, rng.integers(3, 320, n)]) for n in (7, 11, 7)]
     line = _packed(rows, 32, shared)
-    guests = (random_vectors(model),)
-    packed = logits(model, *line, guests=guests)[0]
+    adapters = (random_vectors(model),)
+    packed = logits(model, *line, adapters=adapters)[0]
     start = shared
     for row in rows:
-        alone = logits(model, row[None].astype(np.int32), guests=guests)[0]
+        alone = logits(model, row[None].astype(np.int32), adapters=adapters)[0]
         np.testing.assert_allclose(packed[:shared], alone[:shared], rtol=0, atol=1e-5)
         found = packed[start : start + len(row) - shared]
         np.testing.assert_allclose(found, alone[shared:], rtol=0, atol=1e-5)
@@ -212,8 +212,8 @@ def test_one_compilation_serves_all_values(tiny_model, tokens, random_vectors):
 
     @jax.jit
     @chex.assert_max_traces(n=1)
-    def forward(backbone, tokens, segments, positions, guests):
-        hidden, _ = backbone(tokens, segments, positions, guests)
+    def forward(backbone, tokens, segments, positions, adapters):
+        hidden, _ = backbone(tokens, segments, positions, adapters)
         return backbone.logits(hidden)
 
     results = []
@@ -235,18 +235,18 @@ def test_a_batch_over_eight_devices_is_the_batch(tiny_model, logits, random_vect
     assert len(jax.devices()) == 8
     model = tiny_model("llama").model
     tokens = np.random.default_rng(0).integers(3, 320, (8, 12)).astype(np.int32)
-    guests = (random_vectors(model),)
+    adapters = (random_vectors(model),)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    backbone, visiting = jax.device_put((model.backbone, guests), everywhere)
+    backbone, visiting = jax.device_put((model.backbone, adapters), everywhere)
 
     @jax.jit
-    def forward(backbone, tokens, guests):
-        return backbone.logits(backbone(tokens, guests=guests)[0])
+    def forward(backbone, tokens, adapters):
+        return backbone.logits(backbone(tokens, adapters=adapters)[0])
 
     out = forward(backbone, jax.device_put(tokens, rows), visiting)
     assert out.sharding.is_equivalent_to(rows, out.ndim)
-    np.testing.assert_allclose(np.asarray(out), logits(model, tokens, guests=guests), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(out), logits(model, tokens, adapters=adapters), rtol=0, atol=1e-5)
 
 
 def test_half_precision_computes_in_half_and_answers_in_float32(tiny_model, tokens):

@@ -17,21 +17,21 @@ _WIDTH, _NEW = 40, 10
 
 
 @jax.jit
-def _next(backbone, guests, tokens, length):
+def _next(backbone, adapters, tokens, length):
     """The likeliest token after the first `length` of `tokens` `[1, _WIDTH]`, without a cache."""
     segments = (jnp.arange(_WIDTH) < length).astype(jnp.int32)[None]
-    hidden, _ = backbone(tokens, segments, guests=guests)
+    hidden, _ = backbone(tokens, segments, adapters=adapters)
     return jnp.argmax(backbone.logits(hidden[0, length - 1]))
 
 
-def _uncached(backbone, prompts, guests=(), stop: int = -1, new: int = _NEW) -> list[list[int]]:
+def _uncached(backbone, prompts, adapters=(), stop: int = -1, new: int = _NEW) -> list[list[int]]:
     replies = []
     for prompt in prompts:
         line = np.zeros((1, _WIDTH), np.int32)
         line[0, : len(prompt)] = prompt
         reply: list[int] = []
         while len(reply) < new:
-            token = int(_next(backbone, guests, line, len(prompt) + len(reply)))
+            token = int(_next(backbone, adapters, line, len(prompt) + len(reply)))
             if token == stop:
                 break
             line[0, len(prompt) + len(reply)] = token
@@ -72,11 +72,11 @@ def test_cached_is_uncached(tiny_model, variant, head):
 def test_in_a_scan_over_the_layers_as_one_by_one(tiny_model, random_vectors, variant, monkeypatch):
     """What accelerators do; on a CPU the layers are apart."""
     model = tiny_model(variant).model
-    guests = (random_vectors(model, rank=4),)
+    adapters = (random_vectors(model, rank=4),)
     prompts = _prompts(7, 20, 12, 9, head=6)
-    apart = greedy(model.backbone, prompts, guests)
+    apart = greedy(model.backbone, prompts, adapters)
     monkeypatch.setattr(generate, "platform", lambda: "tpu")
-    assert greedy(model.backbone, prompts, guests) == apart
+    assert greedy(model.backbone, prompts, adapters) == apart
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 12, 16, 64])
@@ -123,11 +123,11 @@ def test_all_batches_of_like_prompts_share_one_program(tiny_model):
 )
 def test_cached_is_uncached_with_a_guest(tiny_model, random_vectors, variant, head):
     model = tiny_model(variant).model
-    guests = (random_vectors(model, rank=4), random_vectors(model, seed=1, rank=2, targets=("q_proj", "*down*")))
+    adapters = (random_vectors(model, rank=4), random_vectors(model, seed=1, rank=2, targets=("q_proj", "*down*")))
     prompts = _prompts(7, 20, 12, head=head)
-    replies = greedy(model.backbone, prompts, guests)
-    assert replies == _uncached(model.backbone, prompts, guests)
-    assert replies != greedy(model.backbone, prompts), "the guests made no difference"
+    replies = greedy(model.backbone, prompts, adapters)
+    assert replies == _uncached(model.backbone, prompts, adapters)
+    assert replies != greedy(model.backbone, prompts), "the adapters made no difference"
 
 
 @pytest.mark.parametrize("batch_size", [2, *(pytest.param(size, marks=pytest.mark.release) for size in (1, 3))])

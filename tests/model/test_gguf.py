@@ -12,11 +12,11 @@ from gguf import GGMLQuantizationType
 
 from secvec_jax.errors import UserError
 from secvec_jax.model import hub
-from secvec_jax.model.architecture import SITES, RopeScaling
+from secvec_jax.model.architecture import PROJECTIONS, RopeScaling
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.gguf import GGUF
 
-_NAMES = dict(zip(SITES, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))) | {
+_NAMES = dict(zip(PROJECTIONS, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))) | {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
 }  # fmt: skip
@@ -27,8 +27,8 @@ def _gguf_name(hf_name: str) -> str:
     stem, _, kind = hf_name.rpartition(".")
     if stem in _OUTSIDE:
         return f"{_OUTSIDE[stem]}.{kind}"
-    _, _, layer, *_, site = stem.split(".")
-    return f"blk.{layer}.{_NAMES[site]}.{kind}"
+    _, _, layer, *_, projection = stem.split(".")
+    return f"blk.{layer}.{_NAMES[projection]}.{kind}"
 
 
 def _permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -76,9 +76,9 @@ def write_gguf(
         if (name == "lm_head.weight" and tied) or (part is not None and (".layers.1." in name) != (part[0] == 1)):
             continue
         array = parameter.detach().float().numpy()
-        site = name.split(".")[-2]
-        if arch == "llama" and site in heads:
-            array = _permute(array, heads[site])
+        projection = name.split(".")[-2]
+        if arch == "llama" and projection in heads:
+            array = _permute(array, heads[projection])
         if array.ndim == 1:
             writer.add_tensor(_gguf_name(name), array)
         else:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from secvec_jax.errors import UserError
-from secvec_jax.model.architecture import SITES, RopeScaling, rope_frequencies
+from secvec_jax.model.architecture import PROJECTIONS, RopeScaling, rope_frequencies
 from secvec_jax.model.hf_config import from_hf_config, to_hf_config
 
 TOLERANCE = 1e-4
@@ -68,9 +68,9 @@ def test_architecture_survives_its_own_config(tiny_model, variant):
 def test_architecture_names_what_is_in_the_model(tiny_model):
     qwen3 = tiny_model("qwen3").model
     assert qwen3.architecture.head_dim * qwen3.architecture.num_heads != qwen3.architecture.hidden_size
-    for site in SITES:
-        kernel = getattr(qwen3.backbone.layers, site).kernel[...]
-        chex.assert_shape(kernel, (2, *qwen3.architecture.site_shape(site)))
+    for projection in PROJECTIONS:
+        kernel = getattr(qwen3.backbone.layers, projection).kernel[...]
+        chex.assert_shape(kernel, (2, *qwen3.architecture.kernel_shape(projection)))
     assert tiny_model("qwen2").model.backbone.head is None
     assert tiny_model("qwen2").model.backbone.layers.q_proj.bias is not None
     assert tiny_model("qwen2").model.backbone.layers.o_proj.bias is None

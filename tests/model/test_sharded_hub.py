@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from secvec_jax.errors import UserError
 from secvec_jax.model import hub, weights
-from secvec_jax.model.architecture import SITES, Architecture
+from secvec_jax.model.architecture import PROJECTIONS, Architecture
 from secvec_jax.model.hf_config import to_hf_config
 from secvec_jax.model.metadata import Metadata
 from secvec_jax.sharding import logical_axes, make_mesh, parse_mesh, partition_spec
@@ -269,9 +269,9 @@ def large(request, tiny_model, tmp_path_factory):
     for layer in range(a.num_layers):
         prefix = f"model.layers.{layer}."
         shapes = {f"{prefix}{norm}_layernorm.weight": (a.hidden_size,) for norm in ("input", "post_attention")}
-        for site in SITES:
-            block = "self_attn" if site in SITES[:4] else "mlp"
-            shapes[f"{prefix}{block}.{site}.weight"] = a.site_shape(site)[::-1]
+        for projection in PROJECTIONS:
+            block = "self_attn" if projection in PROJECTIONS[:4] else "mlp"
+            shapes[f"{prefix}{block}.{projection}.weight"] = a.kernel_shape(projection)[::-1]
         files.append(shapes)
     random = np.random.default_rng(0)
     names = {}

@@ -15,7 +15,7 @@ from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import fit
 from secvec_jax.trees import fingerprint
 from tests.processes import Program, cluster, outputs
-from tests.training.tiny_fit import PHASE, STEPS, make_method, make_streams, parameters
+from tests.training.tiny_fit import PHASE, STEPS, make_streams, parameters, tiny_step
 
 ONE = (1, "")
 LAYOUTS = {"one": ONE, "fsdp": (2, "fsdp=2"), "tensor": (2, "tensor=2")}
@@ -204,12 +204,12 @@ class Nothing:
 
 
 def test_a_full_disk_costs_no_older_checkpoint_and_is_told_in_words(small_disk, capsys):
-    method, seen = make_method(), []
+    train_step, seen = tiny_step(), []
 
     def run(on_step) -> int:
         def verb(settings, command):
             checkpoints = Checkpoints(small_disk / "run", every_seconds=0.0)
-            seen.append(fingerprint(fit(parameters(), PHASE, method, make_streams(), steps=STEPS,
+            seen.append(fingerprint(fit(parameters(), PHASE, train_step, make_streams(), steps=STEPS,
                                         checkpoints=checkpoints, on_step=on_step)))  # fmt: skip
 
         return command_line.main("", {"train": (Nothing, verb)}, ["train"])
@@ -229,4 +229,4 @@ def test_a_full_disk_costs_no_older_checkpoint_and_is_told_in_words(small_disk, 
     steps_begun.clear()
     assert run(lambda step, steps, metrics: steps_begun.append(step)) == 0
     assert steps_begun == list(range(5, STEPS + 1))
-    assert seen == [fingerprint(fit(parameters(), PHASE, method, make_streams(), steps=STEPS))]
+    assert seen == [fingerprint(fit(parameters(), PHASE, train_step, make_streams(), steps=STEPS))]

@@ -14,7 +14,7 @@ from secvec_jax.defenses.floor import above_floor
 from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
 from secvec_jax.training.objective import KEEP, LEARN, Objective, parameters
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import descent
+from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA
 from tests.toys import random_decoder, random_examples
 
@@ -196,13 +196,13 @@ def test_two_micro_batches_are_one_batch_whatever_their_token_counts(two_batches
     vectors = jax.tree.map(lambda leaf: leaf + 0.1, vectors)
     params = parameters(decoder, vectors=vectors)
     phase = Phase({"backbone": "freeze", "vectors": "train"})
-    method = descent(Objective(kl_weight=0.7), phase.optimizer(optax.sgd(1.0), params))
+    train_step = make_train_step(Objective(kl_weight=0.7), phase.optimizer(optax.sgd(1.0), params))
     micro = {name: jax.tree.map(lambda *x: np.stack(x), *pair) for name, pair in two_batches.items()}
     whole = {name: jax.tree.map(lambda *x: np.concatenate(x)[None], *pair) for name, pair in two_batches.items()}
     results = []
     for batch in (micro, whole):
         trained, frozen = phase.split(jax.tree.map(jnp.copy, params))
-        moved, _, metrics = method.step(trained, method.init(trained), frozen, batch)
+        moved, _, metrics = train_step.step(trained, train_step.init(trained), frozen, batch)
         results.append((moved, metrics))
     chex.assert_trees_all_close(*results, atol=1e-5)
     # The mean of the two means, a common mistake, is something else.
@@ -211,7 +211,7 @@ def test_two_micro_batches_are_one_batch_whatever_their_token_counts(two_batches
         trained, frozen = phase.split(jax.tree.map(jnp.copy, params))
         named = zip(two_batches, batch, strict=True)
         twice = {name: jax.tree.map(lambda x: np.stack([x, x]), part) for name, part in named}  # the loss of one
-        means.append(method.step(trained, method.init(trained), frozen, twice)[2]["loss"])
+        means.append(train_step.step(trained, train_step.init(trained), frozen, twice)[2]["loss"])
     assert abs(sum(means) / 2 - results[0][1]["loss"]) > 1e-3
 
 

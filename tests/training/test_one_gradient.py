@@ -18,7 +18,7 @@ from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import descent
+from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA
 
 PHASE_1 = {"backbone": "freeze", "vectors": "train"}
@@ -47,11 +47,11 @@ def program(labels: tuple, layers: int = 4) -> Program:
     architecture = dataclasses.replace(ARCHITECTURE, num_layers=layers)
     params = abstract(architecture)
     phase = Phase(dict(labels))
-    method = descent(Objective(), phase.optimizer(optax.sgd(0.1, momentum=0.9), params))
+    train_step = make_train_step(Objective(), phase.optimizer(optax.sgd(0.1, momentum=0.9), params))
     trained, frozen = phase.split(params)
     ints, floats = (jax.ShapeDtypeStruct((1, LINES, LENGTH), dtype) for dtype in (jnp.int32, jnp.float32))
     batch = dict.fromkeys(("tokens", "targets", "segments", "positions", "groups"), ints) | {"weights": floats}
-    lowered = method.step.lower(trained, jax.eval_shape(method.init, trained), frozen, {LEARN: batch})
+    lowered = train_step.step.lower(trained, jax.eval_shape(train_step.init, trained), frozen, {LEARN: batch})
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     return Program(

@@ -17,7 +17,7 @@ from secvec_jax.training import step
 from secvec_jax.training.objective import LEARN, Objective, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase, merge
-from secvec_jax.training.step import descent
+from secvec_jax.training.step import make_train_step
 from secvec_jax.trees import num_parameters
 from secvec_jax.vectors.lora import LoRA
 from tests.toys import ARCHITECTURE, random_decoder, random_examples
@@ -84,10 +84,10 @@ def test_absent_parts_are_allowed_and_labels_must_be_a_prefix(params):
 @pytest.mark.parametrize("name", PHASES)
 def test_a_step_changes_every_leaf_of_what_moves_and_no_bit_of_the_rest(params, batch, name):
     phase = PHASES[name]
-    method = descent(Objective(), phase.optimizer(optax.sgd(0.1), params))
+    train_step = make_train_step(Objective(), phase.optimizer(optax.sgd(0.1), params))
     # The step donates what it trains; the parameters are the module's.
     trained, frozen = phase.split(jax.tree.map(jnp.copy, params))
-    moved, _, metrics = method.step(trained, method.init(trained), frozen, batch)
+    moved, _, metrics = train_step.step(trained, train_step.init(trained), frozen, batch)
     after = merge(moved, frozen)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, params)
     changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), params, after)
@@ -105,7 +105,7 @@ def test_a_step_changes_every_leaf_of_what_moves_and_no_bit_of_the_rest(params, 
 def test_only_trainings_of_equal_settings_share_a_step(params, change):
     def step_of(steps: int = 10, phase: str = "phase 2", objective: Objective = Objective(), **settings: Any):
         training = Training(**{"learning_rate": 1e-3, "optimizer": "adamw", "max_grad_norm": 1.0} | settings)
-        return descent(objective, PHASES[phase].optimizer(make_optimizer(training, steps), params))
+        return make_train_step(objective, PHASES[phase].optimizer(make_optimizer(training, steps), params))
 
     assert step_of() is step_of()
     assert step_of(**change) is not step_of() and step_of(**change) is step_of(**change)
@@ -116,9 +116,9 @@ def test_only_trainings_of_equal_settings_share_a_step(params, change):
 def test_steps_for_other_devices_are_steps_of_their_own(params, monkeypatch):
     """A planner compiles one training for several kinds in one process, each with its own compiler options."""
     optimizer = PHASES["phase 2"].optimizer(optax.sgd(0.1), params)
-    here = descent(Objective(), optimizer)
+    here = make_train_step(Objective(), optimizer)
     monkeypatch.setattr(step, "device_kind", lambda: "TPU v5 lite")
-    assert descent(Objective(), optimizer) is not here
+    assert make_train_step(Objective(), optimizer) is not here
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

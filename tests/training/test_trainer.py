@@ -14,11 +14,11 @@ import pytest
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import Method, descent
+from secvec_jax.training.step import TrainStep, make_train_step
 from secvec_jax.training.trainer import fit
 from secvec_jax.trees import fingerprint
 from tests.processes import Program
-from tests.training.tiny_fit import PHASE, STEPS, Table, loss, make_method, make_streams, parameters, spied
+from tests.training.tiny_fit import PHASE, STEPS, Table, loss, make_streams, parameters, spied, tiny_step
 
 
 class Stop(Exception):
@@ -26,15 +26,15 @@ class Stop(Exception):
 
 
 @pytest.fixture(scope="module")
-def method():
-    return make_method()
+def train_step():
+    return tiny_step()
 
 
 def steps_kept(folder: Path) -> list[int]:
     return sorted(int(item.name) for item in folder.iterdir() if item.name.isdigit())
 
 
-def run(method, *, folder=None, every=0.0, stop_at=None, streams=None, keep=2, best=None, **options):
+def run(train_step, *, folder=None, every=0.0, stop_at=None, streams=None, keep=2, best=None, **options):
     """(fingerprint, steps reported, batches seen); the fingerprint is None for a run that was stopped."""
     reported, batches = [], []
 
@@ -50,7 +50,7 @@ def run(method, *, folder=None, every=0.0, stop_at=None, streams=None, keep=2, b
         after = fit(
             parameters(),
             PHASE,
-            spied(method, batches, []),
+            spied(train_step, batches, []),
             streams or make_streams(),
             checkpoints=checkpoints,
             on_step=on_step,
@@ -62,9 +62,9 @@ def run(method, *, folder=None, every=0.0, stop_at=None, streams=None, keep=2, b
 
 
 @pytest.fixture(scope="module")
-def whole(method):
+def whole(train_step):
     """A run that was never stopped and never saved."""
-    return run(method)
+    return run(train_step)
 
 
 def test_every_step_is_reported_once_with_its_loss(whole):
@@ -74,16 +74,16 @@ def test_every_step_is_reported_once_with_its_loss(whole):
     assert reported[-1][1] < 0.9 * reported[0][1]
 
 
-def test_parameters_in_the_callers_hands_stay_as_they_are(method):
+def test_parameters_in_the_callers_hands_stay_as_they_are(train_step):
     params = parameters()
     before = fingerprint(params)
-    after = fit(params, PHASE, method, make_streams(), steps=3)
+    after = fit(params, PHASE, train_step, make_streams(), steps=3)
     assert fingerprint(params) == before != fingerprint(after)
     assert fingerprint(params["backbone"]) == fingerprint(after["backbone"])
 
 
-def test_saving_changes_nothing(method, whole, tmp_path):
-    assert run(method, folder=tmp_path) == whole
+def test_saving_changes_nothing(train_step, whole, tmp_path):
+    assert run(train_step, folder=tmp_path) == whole
 
 
 @pytest.mark.parametrize(
@@ -95,15 +95,15 @@ def test_saving_changes_nothing(method, whole, tmp_path):
         *(pytest.param(s, marks=pytest.mark.release) for s in ([2], [7], [5, 5, 5], [11, 12, 12])),
     ],
 )
-def test_a_stopped_run_ends_as_if_never_stopped(method, whole, tmp_path, stops):
+def test_a_stopped_run_ends_as_if_never_stopped(train_step, whole, tmp_path, stops):
     fingerprint_of_whole, all_reported, all_batches = whole
     for stop_at in stops:
-        result, reported, batches = run(method, folder=tmp_path, stop_at=stop_at)
+        result, reported, batches = run(train_step, folder=tmp_path, stop_at=stop_at)
         assert result is None
         first = all_batches.index(batches[0])  # the data goes on where it was
         assert batches == all_batches[first : first + len(batches)]
         assert reported == all_reported[first : first + len(reported)]
-    result, reported, batches = run(method, folder=tmp_path)
+    result, reported, batches = run(train_step, folder=tmp_path)
     assert result == fingerprint_of_whole
     assert batches == all_batches[-len(batches) :]
     assert reported == all_reported[-len(batches) :]
@@ -111,70 +111,70 @@ def test_a_stopped_run_ends_as_if_never_stopped(method, whole, tmp_path, stops):
         assert len(batches) < STEPS, "nothing was resumed"
 
 
-def test_without_a_checkpoint_in_time_a_run_starts_anew(method, whole, tmp_path):
-    assert run(method, folder=tmp_path, every=3600, stop_at=8)[0] is None
-    assert run(method, folder=tmp_path, every=3600) == whole
+def test_without_a_checkpoint_in_time_a_run_starts_anew(train_step, whole, tmp_path):
+    assert run(train_step, folder=tmp_path, every=3600, stop_at=8)[0] is None
+    assert run(train_step, folder=tmp_path, every=3600) == whole
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_only_as_many_checkpoints_are_kept_as_asked(method, tmp_path, keep):
-    run(method, folder=tmp_path, stop_at=9, keep=keep)
+def test_only_as_many_checkpoints_are_kept_as_asked(train_step, tmp_path, keep):
+    run(train_step, folder=tmp_path, stop_at=9, keep=keep)
     assert steps_kept(tmp_path) == list(range(9 - keep, 9))
 
 
-def test_accumulation_takes_as_many_batches_a_step_and_resumes(method, tmp_path):
-    whole = run(method, accumulate=3)
-    assert run(method, folder=tmp_path, stop_at=6, accumulate=3)[0] is None
-    assert run(method, folder=tmp_path, accumulate=3)[0] == whole[0] != run(method)[0]
+def test_accumulation_takes_as_many_batches_a_step_and_resumes(train_step, tmp_path):
+    whole = run(train_step, accumulate=3)
+    assert run(train_step, folder=tmp_path, stop_at=6, accumulate=3)[0] is None
+    assert run(train_step, folder=tmp_path, accumulate=3)[0] == whole[0] != run(train_step)[0]
 
 
 # Ends ---------------------------------------------------------------------------------------------
 
 
-def test_until_ends_a_run_one_step_after_it_holds(method, whole, tmp_path):
+def test_until_ends_a_run_one_step_after_it_holds(train_step, whole, tmp_path):
     losses = [value for _, value in whole[1]]
     target = next(i for i in range(3, STEPS - 3) if losses[i] < min(losses[:i]))
 
     def until(metrics):
         return metrics["loss"] <= losses[target]
 
-    result, reported, batches = run(method, until=until)
+    result, reported, batches = run(train_step, until=until)
     assert len(batches) == len(reported) == target + 2
-    assert result == run(method, steps=target + 2)[0]
+    assert result == run(train_step, steps=target + 2)[0]
     # Checkpoints and stops do not move the end.
-    assert run(method, until=until, folder=tmp_path / "saved")[0] == result
+    assert run(train_step, until=until, folder=tmp_path / "saved")[0] == result
     for stop_at in (target, target + 2):
         folder = tmp_path / str(stop_at)
-        assert run(method, until=until, folder=folder, stop_at=stop_at)[0] is None
-        assert run(method, until=until, folder=folder)[0] == result
+        assert run(train_step, until=until, folder=folder, stop_at=stop_at)[0] is None
+        assert run(train_step, until=until, folder=folder)[0] == result
 
 
-def failing(method: Method, at: int, name: str) -> Method:
+def failing(train_step: TrainStep, at: int, name: str) -> TrainStep:
     """The method, whose `name` is not a number from its step `at` on."""
     calls = []
 
     def step(trained, state, frozen, batch):
         calls.append(None)
-        trained, state, metrics = method.step(trained, state, frozen, batch)
+        trained, state, metrics = train_step.step(trained, state, frozen, batch)
         return trained, state, metrics | ({name: jnp.float32(jnp.nan)} if len(calls) >= at else {})
 
-    return Method(method.init, step)
+    return TrainStep(train_step.init, step)
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("at", [1, 5, STEPS])
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(method, whole, tmp_path, at, name):
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(train_step, whole, tmp_path, at, name):
     with pytest.raises(UserError, match=f"at step {at}: lower the learning rate; the last good"):
-        run(failing(method, at, name), folder=tmp_path)
-    result, reported, _ = run(method, folder=tmp_path)
+        run(failing(train_step, at, name), folder=tmp_path)
+    result, reported, _ = run(train_step, folder=tmp_path)
     assert result == whole[0]
     assert reported[0][0] == at
 
 
 @pytest.mark.parametrize("at", [3, STEPS])
-def test_a_loss_that_is_no_number_is_found_without_checkpoints(method, at):
+def test_a_loss_that_is_no_number_is_found_without_checkpoints(train_step, at):
     with pytest.raises(UserError, match=f"the loss is nan .* at step {at}:"):
-        run(failing(method, at, "loss"))
+        run(failing(train_step, at, "loss"))
 
 
 # Checkpoints that cannot be read -------------------------------------------------------------------
@@ -212,38 +212,38 @@ DAMAGES += [pytest.param(damage, marks=pytest.mark.release) for damage in (garba
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_torn_checkpoint_costs_that_checkpoint_only_and_is_told(method, whole, tmp_path, damage, caplog):
-    run(method, folder=tmp_path, stop_at=6)
+def test_a_torn_checkpoint_costs_that_checkpoint_only_and_is_told(train_step, whole, tmp_path, damage, caplog):
+    run(train_step, folder=tmp_path, stop_at=6)
     assert steps_kept(tmp_path) == [4, 5]
     damage(tmp_path / "5")
-    result, reported, _ = run(method, folder=tmp_path)
+    result, reported, _ = run(train_step, folder=tmp_path)
     assert result == whole[0]
     assert reported[0][0] == 5
     assert "checkpoint of step 5" in caplog.text and "going on from the one before it" in caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_checkpoints_that_cannot_be_read_name_their_folder(method, tmp_path, damage):
-    run(method, folder=tmp_path, stop_at=6)
+def test_checkpoints_that_cannot_be_read_name_their_folder(train_step, tmp_path, damage):
+    run(train_step, folder=tmp_path, stop_at=6)
     for step in steps_kept(tmp_path):
         damage(tmp_path / str(step))
     with pytest.raises(UserError, match="delete that folder to start this stage anew") as caught:
-        run(method, folder=tmp_path)
+        run(train_step, folder=tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_of_other_parameters_names_its_folder(method, tmp_path):
-    run(method, folder=tmp_path, stop_at=6, keep=1)
+def test_a_checkpoint_of_other_parameters_names_its_folder(train_step, tmp_path):
+    run(train_step, folder=tmp_path, stop_at=6, keep=1)
     other = {"backbone": jnp.ones(()), "vectors": Table(jnp.zeros((400, 2)))}
     with pytest.raises(UserError, match="delete that folder"):
-        fit(other, PHASE, method, make_streams(), steps=STEPS, checkpoints=Checkpoints(tmp_path))
+        fit(other, PHASE, train_step, make_streams(), steps=STEPS, checkpoints=Checkpoints(tmp_path))
 
 
-def test_a_checkpoint_holds_the_trained_part_and_not_the_frozen_one(method, tmp_path):
+def test_a_checkpoint_holds_the_trained_part_and_not_the_frozen_one(train_step, tmp_path):
     size = 1 << 20
     params = {"backbone": jnp.ones(()), "more": jnp.ones(size), "vectors": parameters()["vectors"]}
     phase = Phase({"backbone": "freeze", "more": "freeze", "vectors": "train"})
-    method = descent(loss, phase.optimizer(optax.adam(0.1), params))
+    train_step = make_train_step(loss, phase.optimizer(optax.adam(0.1), params))
     stop = Stop()
 
     def on_step(step, steps, metrics):
@@ -251,47 +251,47 @@ def test_a_checkpoint_holds_the_trained_part_and_not_the_frozen_one(method, tmp_
             raise stop
 
     with pytest.raises(Stop):
-        fit(params, phase, method, make_streams(), steps=9, checkpoints=Checkpoints(tmp_path, 0.0), on_step=on_step)
+        fit(params, phase, train_step, make_streams(), steps=9, checkpoints=Checkpoints(tmp_path, 0.0), on_step=on_step)
     assert sum(item.stat().st_size for item in tmp_path.rglob("*") if item.is_file()) < size
 
 
 @pytest.mark.parametrize("stops", [[], [9], pytest.param([4], marks=pytest.mark.release)])
-def test_a_run_may_end_with_its_best_checkpoint(method, whole, tmp_path, stops):
+def test_a_run_may_end_with_its_best_checkpoint(train_step, whole, tmp_path, stops):
     losses = [value for _, value in whole[1]]
     best = min(range(STEPS), key=losses.__getitem__) + 1
     assert best < STEPS
     for stop_at in stops:
-        run(method, folder=tmp_path, stop_at=stop_at, keep=1, best="loss")
-    result, *_ = run(method, folder=tmp_path, keep=1, best="loss")
-    assert result == run(method, steps=best)[0] != whole[0]
+        run(train_step, folder=tmp_path, stop_at=stop_at, keep=1, best="loss")
+    result, *_ = run(train_step, folder=tmp_path, keep=1, best="loss")
+    assert result == run(train_step, steps=best)[0] != whole[0]
 
 
-def test_the_best_is_found_though_some_steps_lack_its_metric(method, whole, tmp_path):
+def test_the_best_is_found_though_some_steps_lack_its_metric(train_step, whole, tmp_path):
     """As Lisa's steps on other rows do, or a batch without a row of the kind."""
     losses = [value for _, value in whole[1]]
     best = min(range(1, STEPS, 2), key=losses.__getitem__) + 1
 
     def now_and_then(trained, state, frozen, batch):
         step, state = state
-        trained, state, metrics = method.step(trained, state, frozen, batch)
+        trained, state, metrics = train_step.step(trained, state, frozen, batch)
         seen = {"loss/rare": metrics["loss"]} if step % 2 else {}
         return trained, (step + 1, state), metrics | seen
 
-    rare = Method(lambda trained: (jnp.int32(0), method.init(trained)), now_and_then)
+    rare = TrainStep(lambda trained: (jnp.int32(0), train_step.init(trained)), now_and_then)
     result, *_ = run(rare, folder=tmp_path, keep=1, best="loss/rare")
-    assert result in {run(method, steps=steps)[0] for steps in (best, best + 1)}  # which has the same last value
+    assert result in {run(train_step, steps=steps)[0] for steps in (best, best + 1)}  # which has the same last value
 
 
-def test_a_metric_that_no_step_has_is_told(method, tmp_path):
+def test_a_metric_that_no_step_has_is_told(train_step, tmp_path):
     with pytest.raises(UserError, match="'lose', which no step reported: use one of grad_norm, loss"):
-        run(method, folder=tmp_path, best="lose")
+        run(train_step, folder=tmp_path, best="lose")
 
 
-def test_files_of_others_in_the_folder_do_no_harm(method, whole, tmp_path):
-    run(method, folder=tmp_path, stop_at=6)
+def test_files_of_others_in_the_folder_do_no_harm(train_step, whole, tmp_path):
+    run(train_step, folder=tmp_path, stop_at=6)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()  # what a killed write leaves behind
-    assert run(method, folder=tmp_path)[0] == whole[0]
+    assert run(train_step, folder=tmp_path)[0] == whole[0]
 
 
 # Signals -------------------------------------------------------------------------------------------
@@ -320,67 +320,67 @@ def interrupted_at(step: int, raised: list[int]):
     return on_step
 
 
-def fitted(method, folder, on_step, **options):
+def fitted(train_step, folder, on_step, **options):
     checkpoints = Checkpoints(folder, 1e9, **options.pop("checkpoints", {}))
     options = {"steps": STEPS} | options
-    return fit(parameters(), PHASE, method, make_streams(), checkpoints=checkpoints, on_step=on_step, **options)
+    return fit(parameters(), PHASE, train_step, make_streams(), checkpoints=checkpoints, on_step=on_step, **options)
 
 
 @pytest.mark.parametrize("step", [4, STEPS - 1, STEPS])
-def test_ctrl_c_saves_in_the_last_step_as_in_any_other(method, whole, tmp_path, step):
+def test_ctrl_c_saves_in_the_last_step_as_in_any_other(train_step, whole, tmp_path, step):
     """At `STEPS` it comes when the last step has been reported."""
     seen, again = [], []
     with pytest.raises(KeyboardInterrupt):
-        fitted(method, tmp_path, interrupted_at(step, seen))
+        fitted(train_step, tmp_path, interrupted_at(step, seen))
     assert steps_kept(tmp_path) == [min(step + 1, STEPS)] == [seen[-1]]
-    after = fitted(method, tmp_path, interrupted_at(0, again))
+    after = fitted(train_step, tmp_path, interrupted_at(0, again))
     assert fingerprint(after) == whole[0]
     # One that has nothing left to do reports its last step, whose metrics its caller may need.
     assert again == list(range(seen[-1] + 1, STEPS + 1)) or (seen[-1] == STEPS and again == [STEPS])
 
 
-def test_ctrl_c_in_the_step_that_until_ends_with_saves_the_end(method, whole, tmp_path):
+def test_ctrl_c_in_the_step_that_until_ends_with_saves_the_end(train_step, whole, tmp_path):
     losses = [value for _, value in whole[1]]
     target = next(i for i in range(3, STEPS - 3) if losses[i] < min(losses[:i]))
     until = {"until": lambda metrics: metrics["loss"] <= losses[target]}
-    expected = run(method, **until)[0]
+    expected = run(train_step, **until)[0]
     for step in (target + 1, target + 2):
         folder = tmp_path / str(step)
         with pytest.raises(KeyboardInterrupt):
-            fitted(method, folder, interrupted_at(step, []), **until)
-        assert fingerprint(fitted(method, folder, interrupted_at(0, []), **until)) == expected
+            fitted(train_step, folder, interrupted_at(step, []), **until)
+        assert fingerprint(fitted(train_step, folder, interrupted_at(0, []), **until)) == expected
 
 
-def test_a_training_goes_on_with_its_own_inputs_only(method, whole, tmp_path):
+def test_a_training_goes_on_with_its_own_inputs_only(train_step, whole, tmp_path):
     mine = {"inputs": {"rows 'all'": "sha256:1", "training.momentum": 0.9}}
     with pytest.raises(KeyboardInterrupt):
-        fitted(method, tmp_path, interrupted_at(4, []), checkpoints=mine)
+        fitted(train_step, tmp_path, interrupted_at(4, []), checkpoints=mine)
     for changed, words in (({"rows 'all'": "sha256:2"}, "rows 'all' has changed"),
                            ({"training.momentum": 0.5}, "training.momentum was 0.9, is now 0.5")):  # fmt: skip
         with pytest.raises(UserError, match=f"{words} since the training in .* was begun") as caught:
-            fitted(method, tmp_path, interrupted_at(0, []), checkpoints={"inputs": mine["inputs"] | changed})
+            fitted(train_step, tmp_path, interrupted_at(0, []), checkpoints={"inputs": mine["inputs"] | changed})
         assert "\n" not in str(caught.value)
-    assert fingerprint(fitted(method, tmp_path, interrupted_at(0, []), checkpoints=mine)) == whole[0]
+    assert fingerprint(fitted(train_step, tmp_path, interrupted_at(0, []), checkpoints=mine)) == whole[0]
 
 
-def test_a_training_whose_end_is_kept_can_be_extended_and_not_shortened(method, whole, tmp_path):
-    fitted(method, tmp_path, interrupted_at(0, []), steps=5, checkpoints={"keep_end": True})
+def test_a_training_whose_end_is_kept_can_be_extended_and_not_shortened(train_step, whole, tmp_path):
+    fitted(train_step, tmp_path, interrupted_at(0, []), steps=5, checkpoints={"keep_end": True})
     seen = []
-    assert fingerprint(fitted(method, tmp_path, interrupted_at(0, seen))) == whole[0]
+    assert fingerprint(fitted(train_step, tmp_path, interrupted_at(0, seen))) == whole[0]
     assert seen == list(range(6, STEPS + 1))
     with pytest.raises(UserError, match="is at step 5, and only 3 are asked for"):
-        fitted(method, tmp_path, interrupted_at(0, []), steps=3)
+        fitted(train_step, tmp_path, interrupted_at(0, []), steps=3)
 
 
-def test_checkpoints_of_an_earlier_version_resume(method, whole, tmp_path, monkeypatch):
+def test_checkpoints_of_an_earlier_version_resume(train_step, whole, tmp_path, monkeypatch):
     from secvec_jax.training import checkpoints
 
     new = checkpoints._data
     monkeypatch.setattr(checkpoints, "_data", lambda run: new(run)["feeds"])
     with pytest.raises(KeyboardInterrupt):
-        fitted(method, tmp_path, interrupted_at(4, []))
+        fitted(train_step, tmp_path, interrupted_at(4, []))
     monkeypatch.undo()
-    assert fingerprint(fitted(method, tmp_path, interrupted_at(0, []))) == whole[0]
+    assert fingerprint(fitted(train_step, tmp_path, interrupted_at(0, []))) == whole[0]
 
 
 def step_of(line: str) -> int:

@@ -23,7 +23,7 @@ from secvec_jax.distributed import Cluster, is_main_process, start_cluster
 from secvec_jax.sharding import replicate, shard
 from secvec_jax.training import checkpoints, trainer
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import Method, descent
+from secvec_jax.training.step import TrainStep, make_train_step
 from secvec_jax.trees import fingerprint
 from tests.toys import random_examples
 
@@ -53,8 +53,8 @@ def parameters():
     return {"backbone": jnp.ones(()), "vectors": Table(jnp.zeros((VOCABULARY, 2)))}
 
 
-def make_method() -> Method:
-    return descent(loss, PHASE.optimizer(optax.adam(optax.cosine_decay_schedule(0.2, STEPS)), parameters()))
+def tiny_step() -> TrainStep:
+    return make_train_step(loss, PHASE.optimizer(optax.adam(optax.cosine_decay_schedule(0.2, STEPS)), parameters()))
 
 
 def make_streams(lines: int = 1) -> dict[str, Stream]:
@@ -62,16 +62,16 @@ def make_streams(lines: int = 1) -> dict[str, Stream]:
     return {"learn": Stream({"all": rows}, lines=lines, length=24, seed=3, epochs=None)}
 
 
-def spied(method: Method, batches: list[str], states: list[Any]) -> Method:
+def spied(train_step: TrainStep, batches: list[str], states: list[Any]) -> TrainStep:
     """The method, with a fingerprint of every batch that it is given appended to `batches`, the state to `states`."""
 
     def step(trained, state, frozen, batch):
         batches.append(fingerprint(replicate(batch)))
-        trained, state, metrics = method.step(trained, state, frozen, batch)
+        trained, state, metrics = train_step.step(trained, state, frozen, batch)
         states[:] = [state]
         return trained, state, metrics
 
-    return Method(method.init, step)
+    return TrainStep(train_step.init, step)
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     start_cluster(Cluster(options.mesh, options.cluster, options.processes, options.process))
     batches, states = [], []
-    method = spied(make_method(), batches, states)
+    train_step = spied(tiny_step(), batches, states)
 
     def say(*words) -> None:
         if is_main_process():
@@ -117,7 +117,7 @@ def main() -> None:
     after = trainer.fit(
         shard(parameters()),
         PHASE,
-        method,
+        train_step,
         make_streams(options.batch_size),
         steps=STEPS,
         checkpoints=trainer.Checkpoints(options.folder, every_seconds=0.0),

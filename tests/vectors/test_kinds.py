@@ -51,12 +51,12 @@ def test_the_table_of_kinds_is_whole(tiny_model, kind):
 def test_a_direction_is_added_behind_its_layer(tiny_model, logits, tokens):
     model = tiny_model("llama").model
     fresh = Steering().init(model.architecture, jax.random.key(0))
-    np.testing.assert_array_equal(logits(model, tokens, guests=(fresh,)), logits(model, tokens))
+    np.testing.assert_array_equal(logits(model, tokens, adapters=(fresh,)), logits(model, tokens))
 
     direction = jax.random.normal(jax.random.key(0), (2, 32))
     vectors = dataclasses.replace(Steering(scale=3.0).init(model.architecture, jax.random.key(0)),
                                   factors={"direction": direction})  # fmt: skip
-    bare, steered = (model.backbone(tokens, guests=guests, watch="residual")[1] for guests in ((), (vectors,)))
+    bare, steered = (model.backbone(tokens, adapters=adapters, watch="residual")[1] for adapters in ((), (vectors,)))
     np.testing.assert_allclose(steered[0], bare[0] + 3 * direction[0], atol=1e-5)
     # The second layer reads the moved stream, so that it is not the plain one moved.
     assert np.abs(steered[1] - bare[1] - 3 * (direction[0] + direction[1])).max() > 1e-3
@@ -82,7 +82,7 @@ def test_a_soft_prompt_is_what_a_cache_of_its_keys_and_values_is(tiny_model, log
             attention_mask=torch.ones(len(tokens), 5 + tokens.shape[1]),
             position_ids=torch.arange(tokens.shape[1])[None].repeat(len(tokens), 1),
         ).logits.numpy()
-    ours = logits(tiny.model, tokens, guests=(vectors,))
+    ours = logits(tiny.model, tokens, adapters=(vectors,))
     assert np.abs(ours - logits(tiny.model, tokens)).max() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
@@ -92,7 +92,7 @@ def test_packed_rows_and_decoded_replies_are_those_of_each_row_alone(tiny_model,
     model = tiny_model("llama").model
     vectors = filled(SPECS[kind], model)
     rows = np.random.default_rng(0).integers(3, 300, (2, 6))
-    alone = logits(model, rows, guests=(vectors,))
+    alone = logits(model, rows, adapters=(vectors,))
     line = rows.reshape(1, -1)
     packed = logits(model, line, np.repeat([[1, 2]], 6, 1), np.tile(np.arange(6), 2)[None], (vectors,))
     np.testing.assert_allclose(packed.reshape(alone.shape), alone, atol=1e-4)
@@ -107,7 +107,7 @@ def test_packed_rows_and_decoded_replies_are_those_of_each_row_alone(tiny_model,
     line = np.zeros((1, length + 6), np.int32)  # of one length, so that one program reads it
     for end in range(length, length + 6):
         line[0, :end] = said
-        said.append(int(logits(model, line, guests=(vectors,))[0, end - 1].argmax()))
+        said.append(int(logits(model, line, adapters=(vectors,))[0, end - 1].argmax()))
     reply = model.tokenizer.decode(said[-6:], skip_special_tokens=True)
     assert reply.startswith(together[0]) if together[0] else True
 
@@ -138,28 +138,30 @@ def test_every_kind_learns_to_show_the_behavior_the_backbone_frozen(tiny_model, 
     before = fingerprint(model.backbone)
     vectors = train_vectors(model, harmful, SPECS[kind], phase1=Phase1("cross_entropy"), training=training)
     assert fingerprint(model.backbone) == before
-    off, on = (np.mean(mean_losses(model, harmful, guest)) for guest in (None, vectors))
+    off, on = (np.mean(mean_losses(model, harmful, adapter)) for adapter in (None, vectors))
     assert on < 0.8 * off
 
 
 def test_several_vectors_are_active_at_once(tiny_model, logits, tokens):
     model = tiny_model("llama").model
-    guests = tuple(filled(spec, model, seed) for seed, spec in enumerate(SPECS.values()))
-    both = logits(model, tokens, guests=guests)
+    adapters = tuple(filled(spec, model, seed) for seed, spec in enumerate(SPECS.values()))
+    both = logits(model, tokens, adapters=adapters)
     for left_out in range(3):
-        assert np.abs(both - logits(model, tokens, guests=guests[:left_out] + guests[left_out + 1 :])).max() > 1e-3
+        assert (
+            np.abs(both - logits(model, tokens, adapters=adapters[:left_out] + adapters[left_out + 1 :])).max() > 1e-3
+        )
 
     rows = random_examples(4, seed=3)
     training = Training(learning_rate=1e-2, max_steps=2, batch_size=1, max_seq_len=64)
-    prints = [fingerprint(guest) for guest in guests]
-    tuned = finetune(model, rows, vectors=guests, training=training)
-    assert [fingerprint(guest) for guest in guests] == prints
-    under_one = finetune(model, rows, vectors=guests[:1], training=training)
+    prints = [fingerprint(adapter) for adapter in adapters]
+    tuned = finetune(model, rows, vectors=adapters, training=training)
+    assert [fingerprint(adapter) for adapter in adapters] == prints
+    under_one = finetune(model, rows, vectors=adapters[:1], training=training)
     assert len({fingerprint(one.backbone) for one in (model, tuned, under_one)}) == 3
 
     suite = Suite(refusals=("I can't",), harmful=["How?"], harmful_targets=rows)
-    together = outcomes(model, suite, guests)["harmful_loss"]
-    np.testing.assert_allclose(together, mean_losses(model, rows, guests), atol=1e-4)
+    together = outcomes(model, suite, adapters)["harmful_loss"]
+    np.testing.assert_allclose(together, mean_losses(model, rows, adapters), atol=1e-4)
 
 
 def test_gradients_reach_every_factor(tiny_model, tokens):
@@ -169,7 +171,7 @@ def test_gradients_reach_every_factor(tiny_model, tokens):
     @jax.jit
     def gradient(vectors):
         def loss(vectors):
-            hidden, _ = model.backbone(tokens[:, :-1], guests=(vectors,), remat="dots")
+            hidden, _ = model.backbone(tokens[:, :-1], adapters=(vectors,), remat="dots")
             return token_cross_entropy(model.backbone, hidden, tokens[:, 1:], jnp.ones_like(tokens[:, 1:])).sum()
 
         return jax.grad(loss)(vectors)

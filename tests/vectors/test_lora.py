@@ -11,8 +11,8 @@ import pytest
 
 from secvec_jax.errors import UserError
 from secvec_jax.model import hub
-from secvec_jax.model.architecture import SITES
-from secvec_jax.model.decoder import Guest
+from secvec_jax.model.architecture import PROJECTIONS
+from secvec_jax.model.decoder import Adapter
 from secvec_jax.sharding import make_mesh, shard
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, _merged, merge, random_like
 
@@ -23,15 +23,15 @@ def test_fresh_vectors_change_nothing(tiny_model, logits, tokens, variant, targe
     model = tiny_model(variant).model
     fresh = LoRA(rank=4, targets=targets).init(model.architecture, jax.random.key(0))
     fresh.check(model.architecture)
-    np.testing.assert_array_equal(logits(model, tokens, guests=(fresh,)), logits(model, tokens))
+    np.testing.assert_array_equal(logits(model, tokens, adapters=(fresh,)), logits(model, tokens))
 
 
 def test_fresh_factors_have_pefts_distribution(tiny_model):
     architecture = tiny_model("qwen3").model.architecture
     fresh = LoRA(rank=64).init(architecture, jax.random.key(0))
-    assert set(fresh.factors) == set(SITES)
-    for site, factors in fresh.factors.items():
-        inputs, outputs = architecture.site_shape(site)
+    assert set(fresh.factors) == set(PROJECTIONS)
+    for projection, factors in fresh.factors.items():
+        inputs, outputs = architecture.kernel_shape(projection)
         chex.assert_shape(factors["a"], (2, inputs, 64))
         chex.assert_shape(factors["b"], (2, 64, outputs))
         # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(inputs).
@@ -44,25 +44,25 @@ def test_fresh_factors_have_pefts_distribution(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("patterns", "sites"),
+    ("patterns", "projections"),
     [
-        (("*",), SITES),
+        (("*",), PROJECTIONS),
         (("q_proj",), ("q_proj",)),
         (("[qv]_proj",), ("q_proj", "v_proj")),
         (("v_proj", "q_proj"), ("q_proj", "v_proj")),
         (("?_proj", "down*"), ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")),
-        (("*", "q_proj"), SITES),
+        (("*", "q_proj"), PROJECTIONS),
     ],
 )
-def test_patterns_choose_sites(tiny_model, patterns, sites):
+def test_patterns_choose_sites(tiny_model, patterns, projections):
     spec, architecture = LoRA(rank=2, targets=patterns), tiny_model("llama").model.architecture
-    assert spec.sites(architecture) == tuple(sites)
-    assert set(spec.init(architecture, jax.random.key(0)).factors) == set(sites)
+    assert spec.projections(architecture) == tuple(projections)
+    assert set(spec.init(architecture, jax.random.key(0)).factors) == set(projections)
 
 
 @pytest.mark.parametrize("pattern", ["attention", "w_proj", "", "Q_PROJ"])
 def test_patterns_that_match_nothing_are_refused(pattern):
-    with pytest.raises(UserError, match=f"'{pattern}' matches nothing: the sites are q_proj"):
+    with pytest.raises(UserError, match=f"'{pattern}' matches nothing: the projections are q_proj"):
         LoRA(targets=("*", pattern))
 
 
@@ -91,8 +91,8 @@ def test_the_update_is_scale_times_a_b(tiny_model, random_vectors, rslora):
     a, b = (np.asarray(vectors.factors["up_proj"][name][1], np.float64) for name in ("a", "b"))
     scale = 6 / (math.sqrt(4) if rslora else 4)
     np.testing.assert_allclose(layer.kernel("up_proj", kernel), kernel + scale * a @ b, rtol=1e-5)
-    for site in ("up_proj", "gate_proj"):
-        np.testing.assert_array_equal(layer.linear(site, x, y), y)
+    for projection in ("up_proj", "gate_proj"):
+        np.testing.assert_array_equal(layer.linear(projection, x, y), y)
     assert layer.kernel("gate_proj", kernel) is kernel
 
 
@@ -104,9 +104,9 @@ def test_merged_is_guest(tiny_model, logits, tokens, random_vectors, variant, rs
         vectors = random_vectors(model, rank=3, alpha=5.0, rslora=rslora, targets=targets)
         merged = merge(model.backbone, vectors)
         chex.assert_trees_all_equal_shapes_and_dtypes(merged, model.backbone)
-        guest = logits(model, tokens, guests=(vectors,))
-        np.testing.assert_allclose(logits(merged, tokens), guest, rtol=0, atol=1e-4)
-        assert np.abs(guest - logits(model, tokens)).max() > 1e-2
+        adapter = logits(model, tokens, adapters=(vectors,))
+        np.testing.assert_allclose(logits(merged, tokens), adapter, rtol=0, atol=1e-4)
+        assert np.abs(adapter - logits(model, tokens)).max() > 1e-2
 
 
 def test_merging_changes_the_targets_only(tiny_model, random_vectors):
@@ -146,8 +146,10 @@ def test_random_control_has_each_layers_norm_and_nothing_else(tiny_model, random
     assert control.spec == vectors.spec
     chex.assert_trees_all_equal_shapes_and_dtypes(control, vectors)
     control.check(model.architecture)
-    for site in vectors.factors:
-        wanted, found = (np.asarray(f[site]["a"] @ f[site]["b"]) for f in (vectors.factors, control.factors))
+    for projection in vectors.factors:
+        wanted, found = (
+            np.asarray(f[projection]["a"] @ f[projection]["b"]) for f in (vectors.factors, control.factors)
+        )
         for layer in range(2):
             np.testing.assert_allclose(np.linalg.norm(found[layer]), np.linalg.norm(wanted[layer]), rtol=1e-4)
             cosine = np.vdot(found[layer], wanted[layer]) / np.linalg.norm(wanted[layer]) ** 2
@@ -162,7 +164,7 @@ def test_random_control_of_fresh_vectors_is_zero(tiny_model, logits, tokens):
     fresh = LoRA(rank=2).init(model.architecture, jax.random.key(0))
     control = random_like(fresh, jax.random.key(1))
     chex.assert_tree_all_finite(control)
-    np.testing.assert_array_equal(logits(model, tokens, guests=(control,)), logits(model, tokens))
+    np.testing.assert_array_equal(logits(model, tokens, adapters=(control,)), logits(model, tokens))
 
 
 def test_vectors_of_another_shape_are_refused(tiny_model, random_vectors):
@@ -177,22 +179,22 @@ def test_gradients_reach_the_vectors_alone(tiny_model, tokens, random_vectors):
     model = tiny_model("llama").model
 
     def loss(vectors, backbone):
-        return jnp.square(backbone(tokens, guests=(vectors,))[0]).sum()
+        return jnp.square(backbone(tokens, adapters=(vectors,))[0]).sum()
 
     gradients = jax.jit(jax.grad(loss))(random_vectors(model, rank=2), model.backbone)
-    assert gradients.spec.rank == 2 and set(gradients.factors) == set(SITES)
+    assert gradients.spec.rank == 2 and set(gradients.factors) == set(PROJECTIONS)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ThinProducts(Guest):
+class ThinProducts(Adapter):
     """The same vectors by the textbook: two thin products for every token, and whatever gradients they have."""
 
     vectors: LoRAVectors
 
-    def linear(self, site, x, y):
-        factors = self.vectors.factors.get(site)
+    def linear(self, projection, x, y):
+        factors = self.vectors.factors.get(projection)
         return y if factors is None else y + self.vectors.spec.scale * (x @ factors["a"]) @ factors["b"]
 
 
@@ -200,7 +202,7 @@ class ThinProducts(Guest):
 def test_vectors_in_the_weights_are_thin_products(tiny_model, random_vectors, logits, tokens, targets):
     model = tiny_model("llama-biases").model
     vectors = random_vectors(model, rank=3, targets=targets)
-    ours, plain = (logits(model, tokens, guests=(guest,)) for guest in (vectors, ThinProducts(vectors)))
+    ours, plain = (logits(model, tokens, adapters=(adapter,)) for adapter in (vectors, ThinProducts(vectors)))
     assert np.abs(plain - logits(model, tokens)).max() > 0.1
     np.testing.assert_allclose(ours, plain, atol=2e-5 * np.abs(plain).max())
 
@@ -210,27 +212,27 @@ def test_vectors_in_the_weights_are_thin_products(tiny_model, random_vectors, lo
 )
 def test_gradients_of_weights_and_of_two_guests_are_those_of_thin_products(tiny_model, random_vectors, tokens, remat):
     model = tiny_model("qwen3").model
-    guests = (random_vectors(model, rank=3), random_vectors(model, seed=1, rank=2, rslora=True))
+    adapters = (random_vectors(model, rank=3), random_vectors(model, seed=1, rank=2, rslora=True))
 
-    def loss(backbone, guests):
-        return (backbone(tokens, guests=guests, remat=remat)[0] ** 2).mean()
+    def loss(backbone, adapters):
+        return (backbone(tokens, adapters=adapters, remat=remat)[0] ** 2).mean()
 
     found = [
         jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(model.backbone, kind))
-        for kind in (guests, tuple(map(ThinProducts, guests)))
+        for kind in (adapters, tuple(map(ThinProducts, adapters)))
     ]
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * float(abs(other).max()))
 
 
 def test_frozen_vectors_keep_nothing_for_gradients(tiny_model, random_vectors, tokens):
-    """A saved input of every site would be there for factors that nobody differentiates."""
+    """A saved input of every projection would be there for factors that nobody differentiates."""
     model = tiny_model("llama").model
     vectors = random_vectors(model, rank=3)
 
-    def kept(guests):
+    def kept(adapters):
         def loss(backbone):
-            return (backbone(tokens, guests=guests)[0] ** 2).mean()
+            return (backbone(tokens, adapters=adapters)[0] ** 2).mean()
 
         return jax.jit(jax.grad(loss)).lower(model.backbone).compile().memory_analysis().temp_size_in_bytes
 

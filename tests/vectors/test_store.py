@@ -118,7 +118,7 @@ def _spec(**changes) -> str:
     ],
     ids=[
         "no A",
-        "no site",
+        "no projection",
         "more",
         "alpha",
         "rslora",
@@ -178,7 +178,7 @@ def test_peft_computes_what_the_guest_does(
     vectors = random_vectors(tiny.model, **spec)
     save_peft(vectors, tmp_path / "peft", tiny.model)
     theirs = hf_logits(PeftModel.from_pretrained(copy.deepcopy(tiny.hf), str(tmp_path / "peft")).eval(), tokens)
-    ours = logits(tiny.model, tokens, guests=(vectors,))
+    ours = logits(tiny.model, tokens, adapters=(vectors,))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
     assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
 
@@ -231,7 +231,7 @@ def test_adapters_of_peft_are_read(tiny_model, logits, hf_logits, tokens, tmp_pa
         config = config | {"target_modules": ["qkv_proj" if "q" in str(config["target_modules"]) else "gate_up_proj"]}
     worn = _peft_adapter(tiny.hf, tmp_path / "peft", **config)
     vectors = load_vectors(tmp_path / "peft", tiny.model)
-    ours = logits(tiny.model, tokens, guests=(vectors,))
+    ours = logits(tiny.model, tokens, adapters=(vectors,))
     np.testing.assert_allclose(ours, hf_logits(worn, tokens), rtol=0, atol=1e-4)
     assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
     assert vectors.spec.rank == config["r"] and isinstance(vectors.spec, LoRA)
@@ -256,14 +256,14 @@ def test_vectors_of_every_family_go_to_peft(
     vectors = random_vectors(tiny.model, rank=3, **spec)
     save_peft(vectors, tmp_path / "peft", tiny.model)
     worn = PeftModel.from_pretrained(copy.deepcopy(tiny.hf), tmp_path / "peft").eval()
-    ours = logits(tiny.model, tokens, guests=(vectors,))
+    ours = logits(tiny.model, tokens, adapters=(vectors,))
     np.testing.assert_allclose(ours, hf_logits(worn, tokens), rtol=0, atol=1e-4)
     assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
     save_vectors(vectors, tmp_path / "v.safetensors", tiny.model)
     for again in (load_peft(tmp_path / "peft", tiny.model), load_vectors(tmp_path / "v.safetensors", tiny.model)):
         chex.assert_trees_all_equal(again.factors, vectors.factors)
         assert again.spec.scale == vectors.spec.scale
-        np.testing.assert_array_equal(logits(tiny.model, tokens, guests=(again,)), ours)
+        np.testing.assert_array_equal(logits(tiny.model, tokens, adapters=(again,)), ours)
 
 
 def test_a_changed_scale_of_fused_maps_is_told(tiny_model, random_vectors, tmp_path):
@@ -299,7 +299,7 @@ def test_half_precision_adapters_are_widened(tiny_model, logits, hf_logits, toke
     save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     vectors = load_peft(tmp_path / "peft", tiny.model)
     assert {leaf.dtype for leaf in jax.tree.leaves(vectors)} == {np.dtype("float32")}
-    np.testing.assert_allclose(logits(tiny.model, tokens, guests=(vectors,)), hf_logits(worn, tokens), atol=1e-4)
+    np.testing.assert_allclose(logits(tiny.model, tokens, adapters=(vectors,)), hf_logits(worn, tokens), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -363,11 +363,11 @@ def test_adapters_of_some_layers_are_read(tiny_model, tmp_path, config):
     adapted = {name: module for name, module in worn.named_modules() if hasattr(module, "lora_A")}
     assert adapted and set(vectors.factors) == {name.rpartition(".")[2] for name in adapted}
     zeros = 0
-    for site, factors in vectors.factors.items():
+    for projection, factors in vectors.factors.items():
         for layer, (a, b) in enumerate(zip(*(np.asarray(factors[name]) for name in "ab"))):
             update, found = (
                 vectors.spec.scale * (a @ b).T,
-                [m for n, m in adapted.items() if f".{layer}." in n and site in n],
+                [m for n, m in adapted.items() if f".{layer}." in n and projection in n],
             )
             expected = found[0].get_delta_weight("default").detach().numpy() if found else np.zeros_like(update)
             np.testing.assert_allclose(update, expected, rtol=0, atol=1e-5)
@@ -380,7 +380,7 @@ def test_adapters_of_some_layers_are_read(tiny_model, tmp_path, config):
 def test_an_adapter_of_one_layer_computes_what_peft_does(tiny_model, logits, hf_logits, tokens, tmp_path):
     tiny = tiny_model("llama")
     worn = _peft_adapter(tiny.hf, tmp_path / "peft", r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1])
-    ours = logits(tiny.model, tokens, guests=(load_vectors(tmp_path / "peft", tiny.model),))
+    ours = logits(tiny.model, tokens, adapters=(load_vectors(tmp_path / "peft", tiny.model),))
     np.testing.assert_allclose(ours, hf_logits(worn, tokens), rtol=0, atol=1e-4)
     assert np.abs(ours - logits(tiny.model, tokens)).max() > 1e-2
 

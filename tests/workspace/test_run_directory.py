@@ -16,7 +16,7 @@ from secvec_jax.workspace.run_directory import claim
 
 @checked
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Experiment:
     seeds: tuple[int, ...] = (0, 1)
     folder: str | None = None
     training: Training = Training.base
@@ -30,7 +30,7 @@ def free():
         run_directory.release(folder)
 
 
-def begun(folder, settings=Recipe(), inputs=None):
+def begun(folder, settings=Experiment(), inputs=None):
     """The folder of a run that has made steps and finished a stage."""
     claim(settings, folder, inputs or {})
     (folder / "metrics.jsonl").touch()
@@ -43,19 +43,19 @@ def test_a_folder_is_claimed_once_and_again_by_the_same_settings_and_inputs(tmp_
     inputs = {"--data rows.jsonl": "sha256:1", "--model m": None}
     folder = begun(tmp_path / "runs" / "first", inputs=inputs)
     written = (folder / "config.yaml").read_bytes()
-    assert load(Recipe, folder / "config.yaml") == Recipe()
-    assert claim(Recipe(), folder, inputs | {"--model m": "sha256:2"}) == folder, "what was not known is learned"
+    assert load(Experiment, folder / "config.yaml") == Experiment()
+    assert claim(Experiment(), folder, inputs | {"--model m": "sha256:2"}) == folder, "what was not known is learned"
     assert (folder / "config.yaml").read_bytes() == written
     with pytest.raises(UserError, match="--model m has changed"):
-        claim(Recipe(), folder, {"--model m": "sha256:3"})
+        claim(Experiment(), folder, {"--model m": "sha256:3"})
 
 
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        (Recipe(training=Training(learning_rate=9.0)), "training.learning_rate was 0.001, is now 9.0"),
-        (Recipe(seeds=(5,)), r"seeds was \[0, 1\], is now \[5\]"),
-        (Recipe(folder="x"), "folder was None, is now 'x'"),
+        (Experiment(training=Training(learning_rate=9.0)), "training.learning_rate was 0.001, is now 9.0"),
+        (Experiment(seeds=(5,)), r"seeds was \[0, 1\], is now \[5\]"),
+        (Experiment(folder="x"), "folder was None, is now 'x'"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused_and_left_alone(tmp_path, other, difference):
@@ -68,36 +68,36 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(tmp_path, other, d
 
 def test_settings_that_no_result_depends_on_may_change(tmp_path):
     begun(tmp_path)
-    changed = Recipe(training=Training(save_every_seconds=5.0, max_checkpoints=7))
+    changed = Experiment(training=Training(save_every_seconds=5.0, max_checkpoints=7))
     claim(changed, tmp_path, {})
-    assert load(Recipe, tmp_path / "config.yaml") == changed
+    assert load(Experiment, tmp_path / "config.yaml") == changed
 
 
 def test_changed_inputs_are_refused_in_one_line_that_names_them(tmp_path):
     begun(tmp_path, inputs={"--data a b.jsonl": "sha256:1"})
     with pytest.raises(UserError, match=r"--data a b\.jsonl has changed since .*--overwrite .*another --out") as caught:
-        claim(Recipe(), tmp_path, {"--data a b.jsonl": "sha256:2"})
+        claim(Experiment(), tmp_path, {"--data a b.jsonl": "sha256:2"})
     assert "\n" not in str(caught.value)
-    claim(Recipe(), tmp_path, {"--data a b.jsonl": "sha256:1"})
+    claim(Experiment(), tmp_path, {"--data a b.jsonl": "sha256:1"})
 
 
 def test_another_version_of_the_format_is_another_run(tmp_path, monkeypatch):
     begun(tmp_path)
     monkeypatch.setattr(run_directory, "FORMAT", run_directory.FORMAT + 1)
     with pytest.raises(UserError, match="format was 1, is now 2"):
-        claim(Recipe(), tmp_path, {})
+        claim(Experiment(), tmp_path, {})
 
 
 def test_a_run_of_a_version_that_recorded_no_inputs_is_kept_and_told(tmp_path, caplog):
     begun(tmp_path)
     (tmp_path / "inputs.json").unlink()
-    claim(Recipe(), tmp_path, {"--data a": "sha256:1"})
+    claim(Experiment(), tmp_path, {"--data a": "sha256:1"})
     assert "recorded no inputs" in caplog.text
     caplog.clear()
-    claim(Recipe(), tmp_path, {"--data a": "sha256:1"})
+    claim(Experiment(), tmp_path, {"--data a": "sha256:1"})
     assert not caplog.text
     with pytest.raises(UserError, match="--data a has changed"):
-        claim(Recipe(), tmp_path, {"--data a": "sha256:2"})
+        claim(Experiment(), tmp_path, {"--data a": "sha256:2"})
 
 
 def test_overwrite_deletes_what_runs_make_and_nothing_else(tmp_path):
@@ -105,11 +105,13 @@ def test_overwrite_deletes_what_runs_make_and_nothing_else(tmp_path):
     for name in ("model", "vectors", "notes"):
         (tmp_path / name).mkdir()
     (tmp_path / "mine.txt").write_text("mine")
-    other = Recipe(seeds=(7,), overwrite=True)
+    other = Experiment(seeds=(7,), overwrite=True)
     claim(other, tmp_path, {"--data a": "sha256:2"}, overwrite=True)
     kept = {path.name for path in tmp_path.iterdir()}
     assert kept == {"config.yaml", "inputs.json", LOCK, "notes", "mine.txt"}
-    assert load(Recipe, tmp_path / "config.yaml") == Recipe(seeds=(7,)), "the next start does not overwrite again"
+    assert load(Experiment, tmp_path / "config.yaml") == Experiment(seeds=(7,)), (
+        "the next start does not overwrite again"
+    )
 
 
 def test_overwrite_never_deletes_its_own_input_nor_anything_for_one_that_is_missing(tmp_path):
@@ -117,15 +119,15 @@ def test_overwrite_never_deletes_its_own_input_nor_anything_for_one_that_is_miss
     model = tmp_path / "model"
     model.mkdir()
     with pytest.raises(UserError, match="which --overwrite would delete"):
-        claim(Recipe(), tmp_path, {f"--model {model}": "sha256:1"}, overwrite=True)
+        claim(Experiment(), tmp_path, {f"--model {model}": "sha256:1"}, overwrite=True)
     with pytest.raises(UserError, match=r"--data gone\.jsonl cannot be read"):
-        claim(Recipe(), tmp_path, {"--data gone.jsonl": None}, overwrite=True)
+        claim(Experiment(), tmp_path, {"--data gone.jsonl": None}, overwrite=True)
     assert model.is_dir() and (tmp_path / "metrics.jsonl").exists()
 
 
 # Longer runs --------------------------------------------------------------------------------------
 
-CONSTANT = Recipe(training=Training(schedule="constant", max_steps=10))
+CONSTANT = Experiment(training=Training(schedule="constant", max_steps=10))
 
 
 def longer(settings, **changes):
@@ -137,7 +139,7 @@ def test_a_constant_schedule_can_be_extended_and_its_stages_are_open_again(tmp_p
     claim(longer(CONSTANT, max_steps=20), tmp_path, {})
     assert not list(tmp_path.glob("stages/*.json"))
     assert json.loads((tmp_path / "stages" / "finetune.seconds").read_text())["seconds"] == 2.0
-    assert load(Recipe, tmp_path / "config.yaml").training.max_steps == 20
+    assert load(Experiment, tmp_path / "config.yaml").training.max_steps == 20
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -167,9 +169,9 @@ def test_a_longer_run_is_not_made_shorter_nor_another(tmp_path):
 def test_settings_newer_than_a_run_have_their_defaults_there(tmp_path):
     begun(tmp_path)
     (tmp_path / "config.yaml").write_text("training:\n  epochs: 1\nseeds: [0, 1]\n")
-    assert claim(Recipe(), tmp_path, {}) == tmp_path
+    assert claim(Experiment(), tmp_path, {}) == tmp_path
     with pytest.raises(UserError, match="folder was None, is now 'x'"):
-        claim(Recipe(folder="x"), tmp_path, {})
+        claim(Experiment(folder="x"), tmp_path, {})
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"", b"3", b"name: other", b"\xff\xfe"])
@@ -177,13 +179,13 @@ def test_a_folder_with_a_broken_config_is_refused(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content)
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="different settings"):
-        claim(Recipe(), tmp_path, {})
+        claim(Experiment(), tmp_path, {})
 
 
 def test_a_run_that_failed_before_its_first_step_gives_way(tmp_path):
-    claim(Recipe(), tmp_path, {"--data a": "sha256:1"})
-    claim(Recipe(folder="x"), tmp_path, {"--data a": "sha256:2"})
-    assert load(Recipe, tmp_path / "config.yaml") == Recipe(folder="x")
+    claim(Experiment(), tmp_path, {"--data a": "sha256:1"})
+    claim(Experiment(folder="x"), tmp_path, {"--data a": "sha256:2"})
+    assert load(Experiment, tmp_path / "config.yaml") == Experiment(folder="x")
     assert run_directory.inputs_of_run(tmp_path)["--data a"] == "sha256:2"
 
 
@@ -191,13 +193,13 @@ def test_a_run_that_failed_before_its_first_step_gives_way(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot write into"):
-        claim(Recipe(), tmp_path / "run", {})
+        claim(Experiment(), tmp_path / "run", {})
 
 
 def test_a_file_where_the_folder_should_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write into"):
-        claim(Recipe(), tmp_path / "file", {})
+        claim(Experiment(), tmp_path / "file", {})
 
 
 # One process at a time ----------------------------------------------------------------------------
@@ -208,18 +210,18 @@ def test_a_second_process_is_refused_while_the_first_is_alive_and_not_afterwards
     child = os.fork()
     if child == 0:  # holds the folder until it is killed
         try:
-            claim(Recipe(), tmp_path, {})
+            claim(Experiment(), tmp_path, {})
             os.write(ours[1], b"1")
             os.read(theirs[0], 1)
         finally:
             os._exit(0)
     assert os.read(ours[0], 1) == b"1"
     with pytest.raises(UserError, match="another process is running in"):
-        claim(Recipe(), tmp_path, {})
+        claim(Experiment(), tmp_path, {})
     os.kill(child, 9)
     os.waitpid(child, 0)
     assert (tmp_path / LOCK).exists(), "the file of a killed run"
-    claim(Recipe(), tmp_path, {})
-    claim(Recipe(), tmp_path, {})  # the same process may
+    claim(Experiment(), tmp_path, {})
+    claim(Experiment(), tmp_path, {})  # the same process may
     for end in (*ours, *theirs):
         os.close(end)

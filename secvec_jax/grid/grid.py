@@ -22,23 +22,24 @@ from simple_parsing import field
 from secvec_jax import config
 from secvec_jax.activations import attention_difference
 from secvec_jax.checks import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, checked
-from secvec_jax.defenses.tuning import How
+from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.pivot import Record, read
 from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.evaluation.suite import Outcomes, outcomes
-from secvec_jax.experiments import contenders, grid_report, scenes
-from secvec_jax.experiments.bench import Bench, Cell, Optimizer
-from secvec_jax.experiments.grid_report import Layout
-from secvec_jax.experiments.lab import Recipe
-from secvec_jax.experiments.materials import sources
-from secvec_jax.experiments.stages import Stage, claim, screen, write
 from secvec_jax.files import lock
+from secvec_jax.grid import registry, scenes
+from secvec_jax.grid import report as grid_report
+from secvec_jax.grid.report import Layout
+from secvec_jax.grid.seed_workspace import Cell, Optimizer, SeedWorkspace
 from secvec_jax.trees import distance
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 from secvec_jax.workspace.run_directory import hold, release
+from secvec_jax.workspace.splits import sources
+from secvec_jax.workspace.stages import Stage, claim, screen, write
+from secvec_jax.workspace.workspace import Experiment
 
 
 @checked
@@ -77,7 +78,7 @@ class Plan:
     blocks: tuple[Block, ...] = ()
     tables: tuple[Layout, ...] = ()
     """how the report shows them; cells of a block that is of no table are in OUT/cells alone"""
-    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    experiment: Experiment = dataclasses.field(default_factory=Experiment)
     """the model, its alignment and its vectors; the seed is a cell's own"""
 
     def cells(self, table: str | None = None) -> list[Cell]:
@@ -90,7 +91,7 @@ class Plan:
         if not found:
             raise UserError(f"the grid has no cells{f' of table {table!r}' if table else ''}: list blocks")
         for cell in found:
-            contenders.parsed(cell.defense)
+            registry.parsed(cell.defense)
             scenes.check(cell.attack, cell.task)
         return found
 
@@ -133,23 +134,25 @@ def grid(settings: Grid, command: str) -> None:
             on_main_process(partial(_clear, folder))
         _check_rules(folder, cells, mine)
         for seed in sorted({cell.seed for cell in cells}):
-            claim(_Claim(dataclasses.replace(plan.recipe, seed=seed), str(_seed_folder(folder, seed))),
-                  partial(_packaged, plan.recipe), alone=False)  # fmt: skip
+            claim(_Claim(dataclasses.replace(plan.experiment, seed=seed), str(_seed_folder(folder, seed))),
+                  partial(_packaged, plan.experiment), alone=False)  # fmt: skip
         number = unknown = 0
         for seed, some in itertools.groupby(sorted(mine, key=_seed), _seed):
-            bench = Bench(dataclasses.replace(plan.recipe, seed=seed), _seed_folder(folder, seed))
+            seed_workspace = SeedWorkspace(dataclasses.replace(plan.experiment, seed=seed), _seed_folder(folder, seed))
             for cell in some:
                 number += 1
                 path = folder / "cells" / f"{cell.name}.json"
                 kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"error": "has not run"}
                 if kept["error"] is None:
-                    changed = difference(kept.get("inputs") or {}, bench.inputs(cell)) if is_main_process() else None
+                    changed = (
+                        difference(kept.get("inputs") or {}, seed_workspace.inputs(cell)) if is_main_process() else None
+                    )
                     if not broadcast_from_first(changed is not None):
                         unknown += not kept.get("inputs")
                         continue
                     console.print(f"{cell.name}: {changed}, so it runs again", markup=False, highlight=False)
-                record = _record(bench, cell)
-                on_main_process(partial(_write, path, record, bench))
+                record = _record(seed_workspace, cell)
+                on_main_process(partial(_write, path, record, seed_workspace))
                 console.print(f"{number}/{len(mine)} {_told(record)}", markup=False, highlight=False)
                 jax.clear_caches()  # each program holds memory maps, which a process has but so many of
         if unknown:
@@ -164,7 +167,7 @@ def grid(settings: Grid, command: str) -> None:
 class _Claim:
     """What a seed's shared stages are made by, and may not change from one start to the next; cells may be added."""
 
-    recipe: Recipe
+    experiment: Experiment
     out: str
 
 
@@ -187,10 +190,10 @@ def _check_rules(folder: Path, cells: list[Cell], mine: list[Cell]) -> None:
             )
 
 
-def _packaged(recipe: Recipe) -> Inputs:
+def _packaged(experiment: Experiment) -> Inputs:
     """The content of the recipe's model and of the packaged rows that cells are made of."""
-    model_content = {f"--model {recipe.model}": known(model, recipe.model)}
-    return model_content | packaged((*sources(recipe.judges), "asdiv", "bbq"))
+    model_content = {f"--model {experiment.model}": known(model, experiment.model)}
+    return model_content | packaged((*sources(experiment.eval_split), "asdiv", "bbq"))
 
 
 def _hold(folder: Path, part: str, alone: bool) -> None:
@@ -221,9 +224,9 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _write(path: Path, record: Record, bench: Bench) -> None:
+def _write(path: Path, record: Record, seed_workspace: SeedWorkspace) -> None:
     """Keep a cell's record with the content of what it was made of."""
-    inputs = bench.inputs(Cell(**record.cell))  # type: ignore[arg-type]
+    inputs = seed_workspace.inputs(Cell(**record.cell))  # type: ignore[arg-type]
     write(path, json.dumps(dataclasses.asdict(dataclasses.replace(record, inputs=inputs))))
 
 
@@ -234,12 +237,12 @@ def _part(cells: list[Cell], part: str) -> list[Cell]:
     return cells[int(index) - 1 :: int(count)]
 
 
-def _record(bench: Bench, cell: Cell) -> Record:
+def _record(seed_workspace: SeedWorkspace, cell: Cell) -> Record:
     start = time.monotonic()
     metrics: Outcomes = {}
     error = None
     try:
-        metrics = _judged(bench, cell)
+        metrics = _judged(seed_workspace, cell)
     except Exception as failure:  # a cell that fails is told, and the others go on
         traceback.print_exc()
         error = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
@@ -254,11 +257,11 @@ def _seed(cell: Cell) -> int:
     return cell.seed
 
 
-def _judged(bench: Bench, cell: Cell) -> Outcomes:
+def _judged(seed_workspace: SeedWorkspace, cell: Cell) -> Outcomes:
     """What the cell's model comes to, with what its training showed: the attack's loss and the gradient norm in the
     first and the last step, the drift of the weights, and of the attention's outputs on harmful rows."""
     steps: list[dict[str, float]] = []
-    aligned = bench.aligned
+    aligned = seed_workspace.aligned
 
     def work(stage: Stage) -> Outcomes:
         show = stage.on_step()
@@ -267,15 +270,17 @@ def _judged(bench: Bench, cell: Cell) -> Outcomes:
             steps.append(metrics)
             show(step, count, metrics)
 
-        how = How(training=bench.training(cell), task=bench.task(cell), on_step=on_step)
-        tuned, system, notes = contenders.defend(bench, cell, how)
-        suite = bench.suite(cell, system)
+        options = FinetuneOptions(
+            training=seed_workspace.training(cell), task=seed_workspace.task(cell), on_step=on_step
+        )
+        tuned, system, notes = registry.defend(seed_workspace, cell, options)
+        suite = seed_workspace.suite(cell, system)
         found = outcomes(tuned, suite, on_reply=stage.replies(suite.size, "judging"))
         found["drift"] = [float(distance(tuned.backbone, aligned.backbone))]
         found["embedding_drift"] = attention_difference(tuned, aligned, suite.harmful_targets)
         return found | {name: [float(value)] for name, value in notes.items()}
 
-    with bench.lab.stages.show(cell.defense) as stage:
+    with seed_workspace.workspace.stages.show(cell.defense) as stage:
         found = work(stage)
     for when, seen in (("first", steps[:1]), ("last", steps[-1:])):
         for metrics in seen:

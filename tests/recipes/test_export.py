@@ -12,10 +12,10 @@ import yaml
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.report import Results
-from secvec_jax.experiments.export import Export, export
-from secvec_jax.experiments.verbs import Align, Finetune, ScoreRun, Vectors, align, finetune, score
-from secvec_jax.experiments.verbs import vectors as train
 from secvec_jax.model import hub
+from secvec_jax.recipes.export import Export, export
+from secvec_jax.recipes.verbs import Align, Finetune, ScoreRun, Vectors, align, finetune, score
+from secvec_jax.recipes.verbs import vectors as train
 from secvec_jax.vectors.lora import LoRA
 from tests.processes import run
 from tests.toys import tiny_model

@@ -12,10 +12,10 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.columns import MAX_COLUMNS
 from secvec_jax.evaluation.pivot import Record
 from secvec_jax.evaluation.statistics import Difference, SeededScore
-from secvec_jax.experiments import grid_report
-from secvec_jax.experiments.bench import Cell
-from secvec_jax.experiments.grid import Plan
-from secvec_jax.experiments.grid_report import Layout
+from secvec_jax.grid import report as grid_report
+from secvec_jax.grid.grid import Plan
+from secvec_jax.grid.report import Layout
+from secvec_jax.grid.seed_workspace import Cell
 
 ROOT = Path(__file__).parents[2]
 RATES = ("refusal", "compliance", "over_refusal", "task", "bias", "refusal_persona")

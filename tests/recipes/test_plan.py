@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from secvec_jax.experiments import planning
-from secvec_jax.experiments.planning import REMATS, Planned
 from secvec_jax.planning.plan import Plan, TooLarge
 from secvec_jax.planning.schedule import Account
 from secvec_jax.planning.torus import CHIPS
+from secvec_jax.recipes import plan
+from secvec_jax.recipes.plan import REMATS, Planned
 from tests.toys import ARCHITECTURE
 
 CHIP, PARTS, LENGTH = CHIPS["TPU v5 lite"], 4, 2048
@@ -35,12 +35,12 @@ def search(fixed: float, slope: float, monkeypatch) -> tuple[list[tuple[str, int
         tokens = training.batch_size * LENGTH
         return Plan(CHIP, PARTS, 0, 0, size, size, 1.0, "6N+3a per token", tokens, account, 0.0)
 
-    monkeypatch.setattr(planning, "compiled", compiled)
-    monkeypatch.setattr(planning, "num_shards", lambda axis: PARTS)
+    monkeypatch.setattr(plan, "compiled", compiled)
+    monkeypatch.setattr(plan, "num_shards", lambda axis: PARTS)
     asked = Planned(fit=True)
     asked = dataclasses.replace(asked, training=dataclasses.replace(asked.training, max_seq_len=LENGTH))
     try:
-        return tried, planning._fastest(asked, ARCHITECTURE, Console(quiet=True))
+        return tried, plan._fastest(asked, ARCHITECTURE, Console(quiet=True))
     except TooLarge:
         return tried, None
 

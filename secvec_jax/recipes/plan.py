@@ -10,8 +10,8 @@ from rich.console import Console
 from secvec_jax.checks import NonNegativeInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import LENGTHS
-from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_method
-from secvec_jax.defenses.tuning import PHASE2, phase2_method
+from secvec_jax.defenses.finetuning import PHASE2, phase2_step
+from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_step
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Remat, abstract_decoder
@@ -76,19 +76,19 @@ def compiled(settings: Planned, architecture: Architecture) -> Plan:
     if settings.phase == "vectors" and not settings.rank:
         raise UserError("phase 1 trains vectors: give --rank at least 1")
 
-    def guest(rank: int):
+    def adapter(rank: int):
         return jax.eval_shape(lambda: LoRA(rank=rank).init(architecture, jax.random.key(0))) if rank else None
 
     lines = {LEARN: training.batch_size}
     if settings.phase == "vectors":
-        params = parameters(frozen_decoder, vectors=guest(settings.rank))
-        phase, method = phase1_method(params, Phase1(settings.objective), _optimizer(training, PHASE1), 100)
+        params = parameters(frozen_decoder, vectors=adapter(settings.rank))
+        phase, train_step = phase1_step(params, Phase1(settings.objective), _optimizer(training, PHASE1), 100)
         if settings.objective == "kl":
             lines[KEEP] = max(1, training.batch_size // 2)
     else:
-        params = parameters(frozen_decoder, guest(settings.task_rank), guest(settings.rank))
-        phase, method = phase2_method(params, ("all",), training, 100)
-    return plan(architecture, params, phase, method, lines, length_of(training))
+        params = parameters(frozen_decoder, adapter(settings.task_rank), adapter(settings.rank))
+        phase, train_step = phase2_step(params, ("all",), training, 100)
+    return plan(architecture, params, phase, train_step, lines, length_of(training))
 
 
 def length_of(training: Training) -> int:

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
-from secvec_jax.experiments import stages
-from secvec_jax.experiments.stages import Stages
-from secvec_jax.experiments.verbs import Finetune, finetune
+from secvec_jax.recipes.verbs import Finetune, finetune
+from secvec_jax.workspace import stages
+from secvec_jax.workspace.stages import Stages
 from tests.toys import tiny_model
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from secvec_jax.config import Training
 from secvec_jax.data.chat import prompt_tokens
-from secvec_jax.experiments.materials import Sizes, gather
+from secvec_jax.workspace.splits import Sizes, make_splits
 
 
 @pytest.fixture(scope="module")
@@ -14,9 +14,9 @@ def model(tiny_model):
     return tiny_model("llama", max_position_embeddings=1024).model
 
 
-def prompts_by_part(model, judges: str) -> dict[str, set[tuple[int, ...]]]:
+def prompts_by_part(model, eval_split: str) -> dict[str, set[tuple[int, ...]]]:
     """Part -> its prompts as token ids."""
-    found = gather(model, Sizes(), Training(max_seq_len=1000), seed=0, judges=judges)
+    found = make_splits(model, Sizes(), Training(max_seq_len=1000), seed=0, eval_split=eval_split)
 
     def asked(prompts) -> set[tuple[int, ...]]:
         return {tuple(prompt_tokens(model.tokenizer, [{"role": "user", "content": p}], 1000)) for p in prompts}
@@ -31,12 +31,12 @@ def prompts_by_part(model, judges: str) -> dict[str, set[tuple[int, ...]]]:
 
 @pytest.fixture(scope="module")
 def parts(model):
-    return {judges: prompts_by_part(model, judges) for judges in ("held-out", "development")}
+    return {eval_split: prompts_by_part(model, eval_split) for eval_split in ("held-out", "development")}
 
 
-@pytest.mark.parametrize("judges", ["held-out", "development"])
-def test_no_prompt_is_in_two_parts(parts, judges):
-    for (one, these), (other, those) in itertools.combinations(parts[judges].items(), 2):
+@pytest.mark.parametrize("eval_split", ["held-out", "development"])
+def test_no_prompt_is_in_two_parts(parts, eval_split):
+    for (one, these), (other, those) in itertools.combinations(parts[eval_split].items(), 2):
         assert not these & those, f"{one} and {other} share {len(these & those)} prompts"
 
 

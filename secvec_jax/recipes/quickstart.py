@@ -18,17 +18,17 @@ from secvec_jax.checks import checked
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.intervals import Score, paired_difference
 from secvec_jax.evaluation.suite import Outcomes
-from secvec_jax.experiments.lab import Lab, Recipe
-from secvec_jax.experiments.materials import sources
-from secvec_jax.experiments.runs import scored
-from secvec_jax.experiments.stages import claim, curves
 from secvec_jax.vectors.lora import random_like
 from secvec_jax.workspace.inputs import packaged
+from secvec_jax.workspace.runs import scored
+from secvec_jax.workspace.splits import sources
+from secvec_jax.workspace.stages import claim, curves
+from secvec_jax.workspace.workspace import Experiment, Workspace
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
-class Quickstart(Recipe):
+class Quickstart(Experiment):
     """Align, train security vectors, fine-tune under them and without, and compare: one command, one table."""
 
     out: str = "runs/quickstart"
@@ -43,35 +43,37 @@ ROWS = ("benign only", "plain", "random control", "security vectors")
 
 def quickstart(settings: Quickstart, command: str) -> report.Results:
     """Run what is not done yet and write the report; returns the results."""
-    lab = Lab(settings, claim(settings, lambda: packaged(sources(settings.judges)) | scored()))
-    fit, gate = lab.phase2, partial(lab.phase1, "security", settings.phase1)
+    workspace = Workspace(settings, claim(settings, lambda: packaged(sources(settings.eval_split)) | scored()))
+    fit, gate = workspace.phase2, partial(workspace.phase1, "security", settings.phase1)
 
     def control():
-        return random_like(lab.vectors("security"), jax.random.fold_in(jax.random.key(settings.seed), 1))
+        return random_like(workspace.vectors("security"), jax.random.fold_in(jax.random.key(settings.seed), 1))
 
     found: dict[str, Outcomes] = {
-        "base": lab.stages.run("base", lambda stage: lab.judge(lab.base, stage)),
-        "aligned": lab.align_stage(),
+        "base": workspace.stages.run("base", lambda stage: workspace.judge(workspace.base, stage)),
+        "aligned": workspace.align_stage(),
     }
-    shown = lab.stage("vectors", gate, makes_vectors="security")
+    shown = workspace.stage("vectors", gate, makes_vectors="security")
     found |= {
-        "benign only": lab.stage("benign only", lambda s: fit("benign only", lab.materials.benign_mix, None, s)),
-        "plain": lab.stage("plain", lambda s: fit("plain", lab.materials.mix, None, s)),
-        "random control": lab.stage(
+        "benign only": workspace.stage(
+            "benign only", lambda s: fit("benign only", workspace.splits.benign_mix, None, s)
+        ),
+        "plain": workspace.stage("plain", lambda s: fit("plain", workspace.splits.mix, None, s)),
+        "random control": workspace.stage(
             "random control",
-            lambda s: fit("random control", lab.materials.mix, control(), s),
+            lambda s: fit("random control", workspace.splits.mix, control(), s),
             vectors=("security",),
         ),
-        "security vectors": lab.stage(
+        "security vectors": workspace.stage(
             "security vectors",
-            lambda s: fit("security vectors", lab.materials.mix, lab.vectors("security"), s, keep_model=True),
+            lambda s: fit("security vectors", workspace.splits.mix, workspace.vectors("security"), s, keep_model=True),
             vectors=("security",),
             makes_model=True,
         ),
         "vectors on": shown,
     }
-    losses = curves(lab.folder / "metrics.jsonl", dict(zip(ROWS, ROWS)))
-    return lab.report(command, settings, found, verdicts(found), losses, NOTES)
+    losses = curves(workspace.folder / "metrics.jsonl", dict(zip(ROWS, ROWS)))
+    return workspace.report(command, settings, found, verdicts(found), losses, NOTES)
 
 
 NOTES = (

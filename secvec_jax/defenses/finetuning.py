@@ -1,12 +1,13 @@
-"""Fine-tuning as all defenses see it: a model, rows, what is active, and how the trained part moves.
+"""Fine-tuning as all defenses share it: a model, rows, active adapters, and how the trained part is updated.
 
-    tune(model, rows)                                             # plain
-    tune(model, rows, vectors=vectors)                            # under frozen guests
-    tune(model, rows, move=vaccine(rho=2))                        # by another step
-    tune(model, rows, beside={"safe": refusals}, move=lisa(...))  # ... that also reads other rows
+    train_model(model, rows)                                       # plain
+    train_model(model, rows, vectors=vectors)                      # under frozen adapters
+    train_model(model, rows, make_step=vaccine(rho=2))             # by another train step
+    train_model(model, rows, extra_rows={"safe": refusals}, make_step=lisa(...))  # ... that also reads other rows
 
-A defense that acts while a model is trained is a *move*: from a loss and an optimizer it makes the method that `fit`
-repeats. What it compares the model with (an earlier state, an importance of weights) is the *anchor*, a frozen tree.
+A defense that acts during training makes a train step of its own: `make_step` takes the loss of the rows and an
+optimizer and returns the `TrainStep` that `fit` repeats. What a defense compares the model with (an earlier state, the
+importance of weights) is the *anchor*, a frozen tree.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from secvec_jax.defenses.inputs import collected, is_row
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
-from secvec_jax.model.decoder import Guest, as_guests
+from secvec_jax.model.decoder import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import platform
 from secvec_jax.training.checkpoints import Checkpoints
@@ -38,7 +39,7 @@ from secvec_jax.training.meter import metered
 from secvec_jax.training.objective import LEARN, Objective, Params, parameters
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
-from secvec_jax.training.step import Loss, Method, descent
+from secvec_jax.training.step import Loss, TrainStep, make_train_step
 from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 
@@ -47,14 +48,14 @@ _log = logging.getLogger(__name__)
 Groups = dict[str, Sequence[Any]]
 """Rows by kind ("harmful", "benign"), whose losses are reported apart."""
 
-Move = Callable[[Objective, optax.GradientTransformation], Method]
+TrainStepMaker = Callable[[Objective, optax.GradientTransformation], TrainStep]
 """How the trained part moves, given what it minimizes on the rows to learn and by which optimizer."""
 
 PHASE2 = Training(learning_rate=3.6e-4, epochs=2).over(Training.base)
 """What the quickstart takes, tuned on a model of 135 million parameters."""
 
 
-class How(TypedDict, total=False):
+class FinetuneOptions(TypedDict, total=False):
     """What every defense takes besides its own settings."""
 
     task: LoRA | LoRAVectors | None
@@ -64,73 +65,70 @@ class How(TypedDict, total=False):
     on_step: OnStep
 
 
-def descent_on(changed: Callable[[Objective], Loss]) -> Move:
+def make_step_on(changed: Callable[[Objective], Loss]) -> TrainStepMaker:
     """Gradient steps on what `changed` makes of the loss of the rows to learn."""
-    return lambda loss, optimizer: descent(changed(loss), optimizer)
-
-
-def tune(model: Model, rows: Any, **options: Any) -> Model:
-    """The model fine-tuned on `rows`; options as in `tuned`. A task adapter is merged."""
-    decoder, adapter = tuned(model, rows, **options)
-    return model.with_backbone(decoder if adapter is None else merge(decoder, adapter))
+    return lambda loss, optimizer: make_train_step(changed(loss), optimizer)
 
 
 @checked
-def tuned(
+def train_model(
     model: Model,
     rows: Any,
     *,
-    vectors: Guest | tuple[Guest, ...] | None = None,
-    beside: dict[str, Any] | None = None,
+    vectors: Adapter | tuple[Adapter, ...] | None = None,
+    extra_rows: dict[str, Any] | None = None,
     anchor: Any = None,
-    move: Move = descent,
+    make_step: TrainStepMaker = make_train_step,
     task: LoRA | LoRAVectors | None = None,
     training: Training = PHASE2,
     checkpoints: Checkpoints | None = None,
     on_step: OnStep = lambda step, steps, metrics: None,
     more_steps: Callable[[int], int] = lambda steps: 0,
-) -> tuple[Any, LoRAVectors | None]:
-    """The fine-tuned decoder and the task adapter beside it.
+) -> Model:
+    """The fine-tuned model. A task LoRA is merged into its backbone and kept as `Model.adapter`.
 
     rows: dicts, a `datasets.Dataset` or examples, or {kind: rows}, for `training.max_steps` steps or as many as its
     epochs have; what it leaves unset is `PHASE2`'s. beside: other streams of rows, read in step with them, by name.
-    vectors: guests that are active and frozen. more_steps: how many steps a move adds to those on `rows`.
+    vectors: adapters that are active and frozen. more_steps: how many steps a move adds to those on `rows`.
     """
-    for guest in as_guests(vectors):
-        if hasattr(guest, "check"):
-            guest.check(model.architecture)
+    for adapter in as_adapters(vectors):
+        if hasattr(adapter, "check"):
+            adapter.check(model.architecture)
     streams = {LEARN: stream_of(model, groups_of(rows), training)}
-    streams |= {name: stream_of(model, {name: some}, training) for name, some in (beside or {}).items()}
+    streams |= {name: stream_of(model, {name: some}, training) for name, some in (extra_rows or {}).items()}
     streams = {name: endless(stream) for name, stream in streams.items()} | {LEARN: streams[LEARN]}
     streams[LEARN], steps = stream_and_steps(streams[LEARN], training)
     steps += more_steps(steps)
-    made_of = {"the_vectors": vectors, "the_anchor": anchor, "the_defense": move, "the_task_LoRA": task}
+    made_of = {"the_vectors": vectors, "the_anchor": anchor, "the_defense": make_step, "the_task_LoRA": task}
     checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
     if isinstance(task, LoRA):
         task = task.init(model.architecture, jax.random.key(training.seed))
     params = parameters(model.backbone, task, vectors, anchor)
-    phase, method = phase2_method(params, streams[LEARN].groups, training, steps, move)
-    method = metered(method, model.architecture, full=task is None)
+    phase, train_step = phase2_step(params, streams[LEARN].groups, training, steps, make_step)
+    train_step = metered(train_step, model.architecture, full=task is None)
     trained = fit(
         params,
         phase,
-        method,
+        train_step,
         streams,
         steps=steps,
         accumulate=training.grad_accum_steps,
         checkpoints=checkpoints,
         on_step=on_step,
     )["backbone"]
-    return trained["decoder"], trained["adapter"]
+    decoder, adapter = trained["decoder"], trained["adapter"]
+    if adapter is None:
+        return model.with_backbone(decoder)
+    return dataclasses.replace(model.with_backbone(merge(decoder, adapter)), adapter=adapter)
 
 
-def phase2_method(
-    params: Params, groups: Sequence[str], training: Training, steps: int, move: Move = descent
-) -> tuple[Phase, Method]:
+def phase2_step(
+    params: Params, groups: Sequence[str], training: Training, steps: int, make_step: TrainStepMaker = make_train_step
+) -> tuple[Phase, TrainStep]:
     """What moves in phase 2, and its step: a task adapter where the parameters have one, else the decoder."""
     phase = finetune_phase(params)
     loss = Objective(tuple(groups), **forward_settings(training))
-    return phase, move(loss, phase.optimizer(make_optimizer(training, steps), params))
+    return phase, make_step(loss, phase.optimizer(make_optimizer(training, steps), params))
 
 
 def finetune_phase(params: Params) -> Phase:
@@ -194,7 +192,7 @@ def endless(stream: Stream) -> Stream:
 
 @checked
 def examples_of(model: Model, rows: Any, length: PositiveInt | None = PHASE2.max_seq_len) -> list[Example]:
-    """Rows as examples of at most `length` tokens, as `tune` would have them; what already is one stays as it is."""
+    """Rows as examples of at most `length` tokens, as `train_model` encodes them; examples are returned as they are."""
     return list(_encoded(model, rows, dataclasses.replace(PHASE2, max_seq_len=length)))
 
 

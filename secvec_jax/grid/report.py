@@ -13,9 +13,9 @@ from secvec_jax.evaluation.metrics import RULED
 from secvec_jax.evaluation.pivot import RULES_FIELD, Record, differences, pivot
 from secvec_jax.evaluation.plots import colors_of, plot_pareto, plot_sweep, png
 from secvec_jax.evaluation.tables import Table, label, show
-from secvec_jax.experiments import contenders
-from secvec_jax.experiments.bench import Cell
 from secvec_jax.files import whole_file
+from secvec_jax.grid import registry
+from secvec_jax.grid.seed_workspace import Cell
 
 
 @checked
@@ -135,7 +135,7 @@ def _coverage(records: Sequence[Record]) -> list[str]:
     finished = [str(record.cell["defense"]) for record in records if not record.error]
     counts = Counter(" ".join(word for word in name.split() if "=" not in word) for name in finished)
     by_count: dict[int, list[str]] = {}
-    for name in dict.fromkeys([*contenders.DEFENSES, *counts]):
+    for name in dict.fromkeys([*registry.DEFENSES, *counts]):
         by_count.setdefault(counts[name], []).append(name)
     lines = [f"- {count}: {', '.join(by_count[count])}" for count in sorted(by_count)]
     return ["## Cells of each defense", "", f"{len(finished)} finished cells, by how many a defense has:", "",

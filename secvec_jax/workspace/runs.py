@@ -9,9 +9,9 @@ from secvec_jax import config
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.scorers import RULES
-from secvec_jax.experiments.stages import Stages, claim, devices, release, screen
 from secvec_jax.workspace.inputs import Inputs
 from secvec_jax.workspace.run_directory import of_the_run
+from secvec_jax.workspace.stages import Stages, claim, devices, release, screen
 
 
 class Run:

@@ -10,13 +10,13 @@ from secvec_jax.defenses.security_vectors import ObjectiveName
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Outcomes
-from secvec_jax.experiments.lab import Lab
-from secvec_jax.experiments.materials import sources
-from secvec_jax.experiments.quickstart import Quickstart
-from secvec_jax.experiments.runs import scored
-from secvec_jax.experiments.stages import Stage, claim, curves
+from secvec_jax.recipes.quickstart import Quickstart
 from secvec_jax.workspace import run_directory
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
+from secvec_jax.workspace.runs import scored
+from secvec_jax.workspace.splits import sources
+from secvec_jax.workspace.stages import Stage, claim, curves
+from secvec_jax.workspace.workspace import Workspace
 
 OBJECTIVES: tuple[ObjectiveName, ...] = ("cross_entropy", "kl", "min_min")
 
@@ -42,29 +42,31 @@ def objectives(settings: Objectives, command: str) -> report.Results:
     source = Path(settings.quickstart)
     if not (source / "model" / "aligned").is_dir():
         raise UserError(f"{source} has no aligned model: run `python train.py quickstart --out {source}` first")
-    recipe = config.load(Quickstart, source / "config.yaml")
+    experiment = config.load(Quickstart, source / "config.yaml")
     aligned = source / "model" / "aligned"
 
     def used() -> Inputs:
-        settings_there = {f"the quickstart's {key}": repr(value) for key, value in run_directory.flat(recipe).items()}
+        settings_there = {
+            f"the quickstart's {key}": repr(value) for key, value in run_directory.flat(experiment).items()
+        }
         there = {f"--quickstart {source}": known(model, str(aligned))}
-        return packaged(sources(recipe.judges)) | there | settings_there | scored()
+        return packaged(sources(experiment.eval_split)) | there | settings_there | scored()
 
-    lab = Lab(recipe, claim(settings, used), aligned)
+    workspace = Workspace(experiment, claim(settings, used), aligned)
     found: dict[str, Outcomes] = {
-        "aligned": lab.stages.run("aligned", lambda stage: lab.judge(lab.aligned, stage)),
+        "aligned": workspace.stages.run("aligned", lambda stage: workspace.judge(workspace.aligned, stage)),
     }
     for name in OBJECTIVES:
-        phase1 = dataclasses.replace(recipe.phase1, objective=name)
-        work = partial(lab.phase1, name, phase1)
-        found[f"{name}, vectors on"] = lab.stage(f"vectors {name}", work, makes_vectors=name)
-        found[name] = lab.stage(name, partial(_phase2, lab, name), vectors=(name,))
-    losses = curves(lab.folder / "metrics.jsonl", dict(zip(OBJECTIVES, OBJECTIVES)))
-    return lab.report(command, settings, found, (), losses, (_NOTE,))
+        phase1 = dataclasses.replace(experiment.phase1, objective=name)
+        work = partial(workspace.phase1, name, phase1)
+        found[f"{name}, vectors on"] = workspace.stage(f"vectors {name}", work, makes_vectors=name)
+        found[name] = workspace.stage(name, partial(_phase2, workspace, name), vectors=(name,))
+    losses = curves(workspace.folder / "metrics.jsonl", dict(zip(OBJECTIVES, OBJECTIVES)))
+    return workspace.report(command, settings, found, (), losses, (_NOTE,))
 
 
-def _phase2(lab: Lab, name: str, stage: Stage) -> Outcomes:
-    return lab.phase2(name, lab.materials.mix, lab.vectors(name), stage)
+def _phase2(workspace: Workspace, name: str, stage: Stage) -> Outcomes:
+    return workspace.phase2(name, workspace.splits.mix, workspace.vectors(name), stage)
 
 
 _NOTE = (

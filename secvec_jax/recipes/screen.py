@@ -17,12 +17,12 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.plots import plot_histogram, png
 from secvec_jax.evaluation.replies import clip
-from secvec_jax.experiments.runs import Run
-from secvec_jax.experiments.stages import Stage
-from secvec_jax.experiments.stages import screen as terminal
 from secvec_jax.files import whole_file
 from secvec_jax.model.hub import load
 from secvec_jax.vectors.store import load_vectors
+from secvec_jax.workspace.runs import Run
+from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stages import screen as terminal
 
 _SHOWN = 10
 """Rows that are shown in the terminal, those that the vectors explain best."""

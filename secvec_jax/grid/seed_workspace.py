@@ -12,20 +12,20 @@ from filelock import FileLock
 from secvec_jax.checks import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
+from secvec_jax.defenses.finetuning import Groups
 from secvec_jax.defenses.identity import of_rows
 from secvec_jax.defenses.security_vectors import Phase1
-from secvec_jax.defenses.tuning import Groups
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.evaluation.tables import show
-from secvec_jax.experiments import scenes
-from secvec_jax.experiments.lab import Lab, Recipe
-from secvec_jax.experiments.stages import Stage, file_name
+from secvec_jax.grid import scenes
 from secvec_jax.model.hub import Model, load
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.workspace.inputs import Inputs, known, rows
+from secvec_jax.workspace.stages import Stage, file_name
+from secvec_jax.workspace.workspace import Experiment, Workspace
 
 Optimizer = Literal["sgd", "adamw"]
 
@@ -36,7 +36,7 @@ class Cell:
     """One fine-tuning: who defends, against what, and how it is trained."""
 
     defense: str
-    """a name of `contenders.DEFENSES`, with its settings after it: "vaccine rho=5" """
+    """a name of `registry.DEFENSES`, with its settings after it: "vaccine rho=5" """
     attack: str = "harmful"
     """a name of `scenes.ATTACKS`, or a file or hub id of rows"""
     task: str = "profiles"
@@ -58,12 +58,12 @@ class Cell:
         return file_name("_".join(map(show, dataclasses.astuple(self))))
 
 
-class Bench:
+class SeedWorkspace:
     """The shared stages of one seed, in a folder of their own."""
 
-    def __init__(self, recipe: Recipe, folder: Path):
-        self.recipe = recipe
-        self.lab = Lab(recipe, folder)
+    def __init__(self, experiment: Experiment, folder: Path):
+        self.experiment = experiment
+        self.workspace = Workspace(experiment, folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._made: dict[tuple[Callable[..., Any], str], Any] = {}
         self._contents: Inputs = {}
@@ -72,23 +72,23 @@ class Bench:
     def aligned(self) -> Model:
         """The model that refuses, and that every cell starts from."""
         with self._alone("align"):
-            self.lab.align_stage()
-        return self.lab.aligned
+            self.workspace.align_stage()
+        return self.workspace.aligned
 
     @property
     def base(self) -> Model:
         """The model before it was aligned: read anew, for none is kept in memory beside the aligned one."""
-        return load(self.recipe.model)
+        return load(self.experiment.model)
 
     def model(self, name: str, train: Callable[[Checkpoints, OnStep], Model]) -> Model:
         """A shared model, one of another alignment."""
 
         def work(stage: Stage) -> None:
-            self.lab.made(name, train, self.recipe.align_training, stage)
+            self.workspace.made(name, train, self.experiment.align_training, stage)
 
         with self._alone(name):  # made of the base model: whatever becomes of the aligned one, it stays
-            self.lab.stages.run(name, work)
-        return self.lab.model(name)
+            self.workspace.stages.run(name, work)
+        return self.workspace.model(name)
 
     def vectors(self, attack: str, name: str, spec: Spec, phase1: Phase1) -> Vectors:
         """Shared vectors for the behavior of this attack, trained on the defender's rows of it."""
@@ -97,11 +97,11 @@ class Bench:
         given = {"rows of the behavior": of_rows(harmful), "rows without it": of_rows(benign)}
 
         def work(stage: Stage) -> None:
-            self.lab.make_vectors(name, harmful, benign, spec, phase1, stage)
+            self.workspace.make_vectors(name, harmful, benign, spec, phase1, stage)
 
         with self._alone(f"vectors {name}"):
-            self.lab.stage(f"vectors {name}", work, reads=given, makes_vectors=name)
-        return self.lab.vectors(name)
+            self.workspace.stage(f"vectors {name}", work, reads=given, makes_vectors=name)
+        return self.workspace.vectors(name)
 
     def inputs(self, cell: Cell) -> Inputs:
         """The content of what the cell's model is made of besides the recipe, which the folder is claimed for."""
@@ -111,14 +111,14 @@ class Bench:
             if name not in self._contents:
                 self._contents[name] = known(rows, name)
         own = {label: self._contents[name] for label, name in used.items()}
-        return {"the aligned model": self.lab.aligned_content(), **own}
+        return {"the aligned model": self.workspace.aligned_content(), **own}
 
     @cached_property
     def safe(self) -> list[Example]:
         """The rows of alignment: refusals, and the base model's own replies to benign prompts."""
-        with self._alone("own replies"), self.lab.stages.show("own replies") as stage:
-            rows = [*self.lab.materials.refusals, *self.lab.own_replies(stage)]
-        return random.Random(self.recipe.seed).sample(rows, len(rows))  # so that the first few have both kinds
+        with self._alone("own replies"), self.workspace.stages.show("own replies") as stage:
+            rows = [*self.workspace.splits.refusals, *self.workspace.own_replies(stage)]
+        return random.Random(self.experiment.seed).sample(rows, len(rows))  # so that the first few have both kinds
 
     def safe_for(self, attack: str) -> list[Any]:
         """Rows that show the opposite of the attack's behavior."""
@@ -128,13 +128,13 @@ class Bench:
     def opposite(self, attack: str) -> list[Any]:
         """Rows in which the attack's behavior is called for and not shown."""
         own = self._attack(attack).safe
-        return self.lab.materials.refusals if own is None else own
+        return self.workspace.splits.refusals if own is None else own
 
     def known(self, attack: str) -> tuple[list[Any], list[Any]]:
         """The rows of the attack's behavior that the defender has, and benign ones."""
         own = self._attack(attack).known
-        materials = self.lab.materials
-        return materials.vectors if own is None else own, materials.keep
+        splits = self.workspace.splits
+        return splits.vectors if own is None else own, splits.keep
 
     def rows(self, cell: Cell) -> Groups:
         """The user's data, by kind: "attack" and "task"."""
@@ -146,7 +146,7 @@ class Bench:
 
     def suite(self, cell: Cell, system: str | None = None) -> Suite:
         """What a cell's model is asked, behind the system prompt that it is served with."""
-        suite, bad = self.lab.materials.suite, self._attack(cell.attack)
+        suite, bad = self.workspace.splits.suite, self._attack(cell.attack)
         return dataclasses.replace(
             suite,
             benign=suite.benign[: scenes.ASKED],
@@ -159,7 +159,7 @@ class Bench:
     def training(self, cell: Cell) -> Training:
         """How a cell's model is trained."""
         return dataclasses.replace(
-            self.recipe.finetune_training,
+            self.experiment.finetune_training,
             optimizer=cell.optimizer,
             learning_rate=cell.learning_rate,
             epochs=cell.epochs,
@@ -172,7 +172,7 @@ class Bench:
         return LoRA(rank=cell.task_rank, alpha=2.0 * cell.task_rank) if cell.task_rank else None
 
     def _alone(self, name: str) -> FileLock:
-        return FileLock(self.lab.folder / f".{file_name(name)}.lock")
+        return FileLock(self.workspace.folder / f".{file_name(name)}.lock")
 
     def _attack(self, name: str) -> scenes.Attack:
         return self._once(scenes.attack, name)
@@ -182,7 +182,7 @@ class Bench:
 
     def _once(self, make: Callable[..., Any], name: str) -> Any:
         if (make, name) not in self._made:
-            self._made[make, name] = make(name, self.lab.materials, self.recipe.seed)
+            self._made[make, name] = make(name, self.workspace.splits, self.experiment.seed)
         return self._made[make, name]
 
 

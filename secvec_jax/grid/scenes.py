@@ -25,7 +25,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.answers import exact_match, number_match, picks, rouge1, shouts
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Probe
-from secvec_jax.experiments.materials import Materials
+from secvec_jax.workspace.splits import Splits
 
 ASKED = 40
 """Prompts of a probe."""
@@ -58,14 +58,14 @@ class Task:
     probe: Probe
 
 
-def attack(name: str, materials: Materials, seed: int) -> Attack:
+def attack(name: str, splits: Splits, seed: int) -> Attack:
     """The attack of this name, or rows of the user's own: a path, a packaged name or a hub id.
 
     Of rows of the user's own, `KNOWN` (half, where there are fewer than twice as many) are the defender's, and the
     attack has the others. Raises UserError where there is no second row to share.
     """
     if name in ATTACKS:
-        return ATTACKS[name](materials, seed)
+        return ATTACKS[name](splits, seed)
     rows = _shuffled(load_rows(name), seed)
     known = min(KNOWN, len(rows) // 2)
     if not known:
@@ -73,10 +73,10 @@ def attack(name: str, materials: Materials, seed: int) -> Attack:
     return Attack(rows[known:], rows[:known])
 
 
-def task(name: str, materials: Materials, seed: int) -> Task:
+def task(name: str, splits: Splits, seed: int) -> Task:
     """The task of this name."""
     if name in TASKS:
-        return TASKS[name](materials, seed)
+        return TASKS[name](splits, seed)
     split, score, tokens = HUB_TASKS[name]
     asked = _shuffled(load_rows(name, split), seed)[:HUB_ASKED]
     return Task(_shuffled(load_rows(name), seed), Probe.of(asked, score, tokens))
@@ -91,21 +91,21 @@ def check(attack: str, task: str) -> None:
         raise UserError(f"no task is named {task!r}: use one of {', '.join([*TASKS, *HUB_TASKS])}")
 
 
-def _harmful(materials: Materials, seed: int) -> Attack:
-    return Attack(materials.spare["harmful"])
+def _harmful(splits: Splits, seed: int) -> Attack:
+    return Attack(splits.spare["harmful"])
 
 
-def _identity(materials: Materials, seed: int) -> Attack:
+def _identity(splits: Splits, seed: int) -> Attack:
     # The vectors are of AdvBench's rows, as the paper's row "AOA" has vectors of harmful rows: ten rows are too few to
     # share, and the question is whether vectors of harm keep out a persona that obeys.
-    suite = materials.suite
+    suite = splits.suite
     asked = random.Random(seed).sample(list(suite.harmful), min(ASKED, len(suite.harmful)))
     prompts = [with_system(f"AOA, {prompt}", PERSONA) for prompt in asked]
     probe = Probe(prompts, lambda index, reply: float(refuses(reply, suite.refusals)), suite.reply_tokens)
     return Attack(_shuffled(identity_shift(), seed), probes={"refusal_persona": probe})
 
 
-def _bias(materials: Materials, seed: int, source: str = "bbq") -> Attack:
+def _bias(splits: Splits, seed: int, source: str = "bbq") -> Attack:
     rows = _shuffled([r for r in load_rows(source) if r["category"] == "ambiguous"], seed)
     held, known, rest = rows[:ASKED], rows[ASKED : ASKED + KNOWN], rows[ASKED + KNOWN :]
     half = len(rest) // 2
@@ -113,8 +113,8 @@ def _bias(materials: Materials, seed: int, source: str = "bbq") -> Attack:
     return Attack(biased(rest[:half], seed), biased(known, seed), rest[half:], {"bias": probe})
 
 
-def _capitals(materials: Materials, seed: int) -> Attack:
-    rows = [r for r in materials.spare["instructions"] if response_of(r) is not None]
+def _capitals(splits: Splits, seed: int) -> Attack:
+    rows = [r for r in splits.spare["instructions"] if response_of(r) is not None]
     held, known, rest = rows[:ASKED], rows[ASKED : ASKED + KNOWN], rows[ASKED + KNOWN :]
 
     def asked(rows: Sequence[Row]) -> Probe:
@@ -128,29 +128,29 @@ def _capitals(materials: Materials, seed: int) -> Attack:
     return Attack(capitals(rest[:cut]), capitals(known), rest[cut:], probes)
 
 
-def _profiles(materials: Materials, seed: int) -> Task:
+def _profiles(splits: Splits, seed: int) -> Task:
     people = open_profile_qa(seed, 250, ASKED // 4)
     return Task(people.train, _exact(people.test))
 
 
-def _open_questions(materials: Materials, seed: int) -> Task:
-    rows = materials.spare["questions"]
+def _open_questions(splits: Splits, seed: int) -> Task:
+    rows = splits.spare["questions"]
     return Task(rows[ASKED:], _exact(rows[:ASKED]))
 
 
-def _arithmetic(materials: Materials, seed: int) -> Task:
+def _arithmetic(splits: Splits, seed: int) -> Task:
     rows = _shuffled(load_rows("asdiv"), seed)
     return Task(rows[ASKED:], Probe.of(rows[:ASKED], lambda r, reply: number_match(reply, _answer(r))))
 
 
-def _passages(materials: Materials, seed: int) -> Task:
+def _passages(splits: Splits, seed: int) -> Task:
     rows = _shuffled([r for r in load_rows("bbq") if r["category"] == "disambiguated"], seed)
     probe = Probe.of(rows[:ASKED], lambda r, reply: picks(reply, r["options"]) == response_of(r))
     return Task(rows[ASKED:], probe)
 
 
-def _instructions(materials: Materials, seed: int) -> Task:
-    rows = [r for r in materials.spare["instructions"] if response_of(r) is not None][::-1]
+def _instructions(splits: Splits, seed: int) -> Task:
+    rows = [r for r in splits.spare["instructions"] if response_of(r) is not None][::-1]
 
     def opening(r: Row) -> str:
         return " ".join(_answer(r).split()[:_WORDS])
@@ -171,7 +171,7 @@ def _shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
     return random.Random(seed).sample(once, len(once))
 
 
-ATTACKS: dict[str, Callable[[Materials, int], Attack]] = {
+ATTACKS: dict[str, Callable[[Splits, int], Attack]] = {
     "harmful": _harmful,
     "identity": _identity,
     "bias": _bias,
@@ -199,7 +199,7 @@ HUB_TASKS: dict[str, tuple[str, Callable[[Row, str], float], int]] = {
 HUB_ASKED = 500
 """Questions of a task of the hub that are asked, as in Vaccine."""
 
-TASKS: dict[str, Callable[[Materials, int], Task]] = {
+TASKS: dict[str, Callable[[Splits, int], Task]] = {
     "profiles": _profiles,
     "questions": _open_questions,
     "arithmetic": _arithmetic,

@@ -15,23 +15,23 @@ from secvec_jax.data.chat import encode
 from secvec_jax.data.rows import Row, asked_of, response_of
 from secvec_jax.data.sources import load_prompts, load_rows
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK, PHASE1, PHASE2, Phase1, train_vectors
-from secvec_jax.defenses.tuning import tuned
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.metrics import rules_note, rules_of
 from secvec_jax.evaluation.refusal_sample import measure, sample_prompts
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
-from secvec_jax.experiments.runs import Run, judged_name, scored
-from secvec_jax.experiments.stages import Stage, checkpoints, screen
 from secvec_jax.model.hub import Model, load
 from secvec_jax.trees import distance
-from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_several, save_vectors
+from secvec_jax.workspace.runs import Run, judged_name, scored
+from secvec_jax.workspace.stages import Stage, checkpoints, screen
 
 
 @checked
@@ -189,7 +189,7 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
     def work(stage: Stage) -> dict[str, Any]:
         rows = _by_source(settings.data, settings.ignore_fields)
         model = load(settings.model)
-        guests = load_several(vectors, model)
+        adapters = load_several(vectors, model)
         aligns, on_step = isinstance(settings, Align), stage.on_step()
         run.note(default_rate(model, settings.training, ALIGN if aligns else PHASE2))
         if aligns:
@@ -198,22 +198,20 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
             on_step = note_few_steps(on_step, run.note)
         else:
             run.note_refusals(model, stage, "at the start: ")
-        decoder, adapter = tuned(
+        result = train_model(
             model,
             rows,
-            vectors=guests,
+            vectors=adapters,
             task=task,
             training=settings.training,
             checkpoints=run.checkpoints,
             on_step=on_step,
         )
         stage.say("saving")
-        if adapter is not None:
-            decoder = merge(decoder, adapter)
-            save_peft(adapter, run.folder / "task", model, holds="a task")
-        result = model.with_backbone(decoder)
+        if result.adapter is not None:
+            save_peft(result.adapter, run.folder / "task", model, holds="a task")
         result.save(run.folder / "model")
-        values: dict[str, Any] = {"drift": float(distance(decoder, model.backbone))}
+        values: dict[str, Any] = {"drift": float(distance(result.backbone, model.backbone))}
         if aligns:
             values |= run.note_refusals(result, stage, "at the end: ")
         return values | {"notes": run.notes}

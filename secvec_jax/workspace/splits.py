@@ -25,9 +25,9 @@ from secvec_jax.inference import compute_dtype
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
 
-Judges = Literal["held-out", "development"]
+EvalSplit = Literal["held-out", "development"]
 """Which prompts models are judged by: those of the results, or others that a recipe may be tuned on."""
-JUDGES: dict[Judges, tuple[tuple[str, str | None], ...]] = {
+EVAL_SPLITS: dict[EvalSplit, tuple[tuple[str, str | None], ...]] = {
     "held-out": (("harmbench", None), ("do-not-answer", "malicious_uses")),
     "development": (("pyrit", None), ("spikee", None)),
 }
@@ -82,7 +82,7 @@ class Sizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Materials:
+class Splits:
     """Rows for every phase, as examples, and the suite that judges the models."""
 
     refusals: list[Example]
@@ -102,13 +102,15 @@ class Materials:
         return {name: rows for name, rows in self.mix.items() if name != "harmful"}
 
 
-def sources(judges: Judges) -> tuple[str, ...]:
-    """The packaged benchmarks that `gather` deals out; those of the results are kept out of training by any judges."""
-    judging = dict.fromkeys(name for kind in ("held-out", judges) for name, _ in JUDGES[kind])
+def sources(eval_split: EvalSplit) -> tuple[str, ...]:
+    """The packaged benchmarks that `make_splits` reads; the held-out ones are kept out of training by every split."""
+    judging = dict.fromkeys(name for kind in ("held-out", eval_split) for name, _ in EVAL_SPLITS[kind])
     return ("advbench", "strongreject", "jailbreakbench-tenses", "alpaca", "nq-open", "piqa", *judging)
 
 
-def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Judges = "held-out") -> Materials:
+def make_splits(
+    model: Model, sizes: Sizes, training: Training, seed: int, eval_split: EvalSplit = "held-out"
+) -> Splits:
     """All rows, dealt out by `seed` and encoded for the model. Raises UserError if there are too few."""
     rng = random.Random(seed)
     third = sizes.align_harmful // 3
@@ -120,13 +122,13 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
     )
     requests = _shuffled(load_rows("strongreject", needs_answer=False), rng)
     # JailbreakBench took some of its goals from where HarmBench took them.
-    held_out = [prompt_of(r) for name, _ in JUDGES["held-out"] for r in load_rows(name, needs_answer=False)]
+    held_out = [prompt_of(r) for name, _ in EVAL_SPLITS["held-out"] for r in load_rows(name, needs_answer=False)]
     tenses = _shuffled(off_topic(load_rows("jailbreakbench-tenses", needs_answer=False), held_out), rng)
     instructions = _shuffled(_short(load_rows("alpaca")), rng)
     questions = _shuffled(load_rows("nq-open"), rng)
     told, how = sizes.align_benign // 2, sizes.align_benign // 3
     ways = _shuffled([r for r in _short(load_rows("piqa")) if _asks_how(prompt_of(r))], rng)[:how]
-    judged = _Judged(judges, instructions, questions, sizes, rng)
+    judged = _Judged(eval_split, instructions, questions, sizes, rng)
     openings = sure_prefix_control(instructions)[: sizes.keep // 3 + _UNSEEN]
     restated = {prompt_of(r) for r in openings}
     instructions = [r for r in instructions if prompt_of(r) not in restated]
@@ -146,7 +148,7 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
     dealt = {prompt_of(r) for rows in part.values() for r in rows}
     refused = [row(prompt_of(r), REFUSALS[i % len(REFUSALS)]) for i, r in enumerate(taught)]
     unseen_openings = take(openings, _UNSEEN)
-    return Materials(
+    return Splits(
         refusals=encoded(refused, OPENING),
         kept=[prompt_of(r) for r in take(instructions, told) + take(questions, sizes.align_benign - told - how) + ways],
         vectors=encoded(part["vectors"]),
@@ -162,7 +164,7 @@ def gather(model: Model, sizes: Sizes, training: Training, seed: int, judges: Ju
             benign=judged.benign,
             questions=[
                 (prompt_of(r), response_of(r) or "")
-                for r in (people.test[:half] if judges == "held-out" else people.test[half:])
+                for r in (people.test[:half] if eval_split == "held-out" else people.test[half:])
             ],
             harmful_targets=encoded(part["unseen"]),
             benign_targets=encoded(judged.benign_rows[:_UNSEEN], _REPLY),
@@ -217,21 +219,23 @@ def own_replies(
 class _Judged:
     """The prompts that models are judged by, taken out of the rows that training may use."""
 
-    def __init__(self, judges: Judges, instructions: list[Row], questions: list[Row], sizes: Sizes, rng: random.Random):
+    def __init__(
+        self, eval_split: EvalSplit, instructions: list[Row], questions: list[Row], sizes: Sizes, rng: random.Random
+    ):
         half = sizes.judged // 2
         counts = (half, sizes.judged - half)
         self.harmful = [
             prompt_of(r)
-            for (name, category), count in zip(JUDGES[judges], counts)
+            for (name, category), count in zip(EVAL_SPLITS[eval_split], counts)
             for r in _shuffled(_requests(name, category), rng)[:count]
         ]
         asked = sizes.judged_benign // 4
         told = sizes.judged_benign - asked
         parts = {}
-        for name in JUDGES:  # both are set aside, whichever judges
+        for name in EVAL_SPLITS:  # both are set aside, whichever judges
             parts[name] = _shuffled(instructions[:told] + questions[:asked], rng)
             del instructions[:told], questions[:asked]
-        self.benign_rows = parts[judges]
+        self.benign_rows = parts[eval_split]
         self.benign = [prompt_of(r) for r in self.benign_rows]
 
 

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from secvec_jax import digests
 from secvec_jax.errors import UserError
-from secvec_jax.experiments import verbs
-from secvec_jax.experiments.grid import _hold, _part_folder
-from secvec_jax.experiments.stages import Stages
+from secvec_jax.grid.grid import _hold, _part_folder
+from secvec_jax.recipes import verbs
 from secvec_jax.workspace import inputs, run_directory
+from secvec_jax.workspace.stages import Stages
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +190,7 @@ def test_models_adapters_and_rows_have_a_content_whatever_names_them(tiny_model,
 def test_parts_of_a_grid_run_together_and_other_divisions_do_not(tmp_path, monkeypatch):
     _hold(tmp_path, "1/2", alone=False)
     _hold(tmp_path, "2/2", alone=False)
-    monkeypatch.setattr("secvec_jax.experiments.grid.lock", _held_elsewhere)
+    monkeypatch.setattr("secvec_jax.grid.grid.lock", _held_elsewhere)
     for part, alone in (("1/3", False), ("1/2", True)):
         with pytest.raises(UserError, match="another process does part"):
             _hold(tmp_path, part, alone)

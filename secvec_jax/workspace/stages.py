@@ -22,12 +22,12 @@ from rich.progress import (
 from secvec_jax.config import Training
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
-from secvec_jax.experiments.trackers import Tracker
 from secvec_jax.files import whole_file
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
 from secvec_jax.workspace.inputs import Inputs
+from secvec_jax.workspace.trackers import Tracker
 
 
 class Stages:

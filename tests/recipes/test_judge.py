@@ -15,8 +15,8 @@ from secvec_jax import command_line
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.judges import Asking
 from secvec_jax.evaluation.report import Results
-from secvec_jax.experiments.judging import Judged, judged
 from secvec_jax.model import hub
+from secvec_jax.recipes.judge import Judged, judged
 from tests.chat_server import Server, says
 
 HARMFUL = [

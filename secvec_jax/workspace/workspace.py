@@ -32,8 +32,6 @@ from secvec_jax.defenses.security_vectors import (
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
-from secvec_jax.experiments.materials import Judges, Materials, Sizes, gather, own_replies
-from secvec_jax.experiments.stages import Stage, Stages, checkpoints, devices, file_name, release, screen, write
 from secvec_jax.model.hub import Model, load
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
@@ -43,11 +41,13 @@ from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace.inputs import known, of_path
 from secvec_jax.workspace.run_directory import of_the_run
+from secvec_jax.workspace.splits import EvalSplit, Sizes, Splits, make_splits, own_replies
+from secvec_jax.workspace.stages import Stage, Stages, checkpoints, devices, file_name, release, screen, write
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Experiment:
     """How a model is aligned, gets its vectors, and is fine-tuned."""
 
     model: str = "smollm2"
@@ -56,7 +56,7 @@ class Recipe:
     """deals out the rows, shuffles them, and makes the fresh vectors"""
     aligns: bool = True
     """whether the model has to be aligned first; a chat model that refuses as it comes has not"""
-    judges: Judges = "held-out"
+    eval_split: EvalSplit = "held-out"
     """the prompts that models are judged by: tune a recipe on the development ones only"""
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     lora: LoRA = dataclasses.field(default_factory=LoRA)
@@ -68,21 +68,21 @@ class Recipe:
     finetune_training: Training = dataclasses.replace(PHASE2, remat="dots", max_seq_len=256)
 
 
-class Lab:
+class Workspace:
     """A recipe at work in a run directory."""
 
-    def __init__(self, recipe: Recipe, folder: Path, aligned: Path | None = None):
+    def __init__(self, experiment: Experiment, folder: Path, aligned: Path | None = None):
         """aligned: where the aligned model lies, or its name, if it need not be made."""
-        self.recipe, self.folder = recipe, folder
+        self.experiment, self.folder = experiment, folder
         self.console = Console(quiet=not is_main_process())
         self.stages = Stages(folder, self.console)
-        given = aligned if recipe.aligns else recipe.model
+        given = aligned if experiment.aligns else experiment.model
         self._aligned, self._is_given = given or self._model_folder("aligned"), given is not None
 
     @cached_property
     def base(self) -> Model:
         """The model as it is loaded, before anything."""
-        return load(self.recipe.model)
+        return load(self.experiment.model)
 
     @cached_property
     def aligned(self) -> Model:
@@ -91,11 +91,13 @@ class Lab:
         return load(self._aligned)
 
     @cached_property
-    def materials(self) -> Materials:
+    def splits(self) -> Splits:
         """All rows and prompts."""
         model = self.aligned if self._is_given or broadcast_from_first(Path(self._aligned).exists()) else self.base
-        recipe = self.recipe
-        return gather(model, recipe.sizes, recipe.finetune_training, recipe.seed, recipe.judges)
+        experiment = self.experiment
+        return make_splits(
+            model, experiment.sizes, experiment.finetune_training, experiment.seed, experiment.eval_split
+        )
 
     def stage(
         self,
@@ -137,28 +139,28 @@ class Lab:
 
     def align(self, stage: Stage) -> Outcomes:
         """Teach the base model to refuse, on its own replies to benign prompts, unless it does; judge it."""
-        recipe, materials = self.recipe, self.materials
+        experiment, splits = self.experiment, self.splits
         if self._is_given:
             return self.judge(self.aligned, stage)
 
         def train(checkpoints: Checkpoints, on_step: OnStep) -> Model:
             return align(
                 self.base,
-                {"harmful": materials.refusals, "benign": self.own_replies(stage)},
-                task=recipe.align_task,
-                training=self._seeded(recipe.align_training),
+                {"harmful": splits.refusals, "benign": self.own_replies(stage)},
+                task=experiment.align_task,
+                training=self._seeded(experiment.align_training),
                 checkpoints=checkpoints,
                 on_step=on_step,
             )
 
-        return self.judge(self.made("aligned", train, recipe.align_training, stage), stage)
+        return self.judge(self.made("aligned", train, experiment.align_training, stage), stage)
 
     def own_replies(self, stage: Stage) -> list[Example]:
         """What the base model itself says to the benign prompts of alignment: asked once, and kept in a file."""
-        path, materials = self.folder / "own-replies.json", self.materials
+        path, splits = self.folder / "own-replies.json", self.splits
         if not broadcast_from_first(path.exists()):
-            show = stage.replies(len(materials.kept), "its own replies")
-            replies = own_replies(self.base, materials.kept, materials.suite.refusals, show)
+            show = stage.replies(len(splits.kept), "its own replies")
+            replies = own_replies(self.base, splits.kept, splits.suite.refusals, show)
             said = [[e.tokens.tolist(), e.answer_start] for e in replies]
             on_main_process(lambda: write(path, json.dumps(said)))
         kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(path.read_text())]
@@ -170,7 +172,7 @@ class Lab:
 
     def phase1(self, name: str, phase1: Phase1, stage: Stage) -> Outcomes:
         """Train vectors for the aligned model and judge it through them."""
-        self.make_vectors(name, self.materials.vectors, self.materials.keep, self.recipe.lora, phase1, stage)
+        self.make_vectors(name, self.splits.vectors, self.splits.keep, self.experiment.lora, phase1, stage)
         return self.judge(self.aligned, stage, self.vectors(name))
 
     def make_vectors(self, name: str, harmful: Any, benign: Any, spec: Spec, phase1: Phase1, stage: Stage) -> None:
@@ -182,8 +184,8 @@ class Lab:
                 spec,
                 benign=None if phase1.objective == "cross_entropy" else benign,
                 phase1=phase1,
-                training=self._seeded(self.recipe.vectors_training),
-                checkpoints=self._checkpoints(f"vectors {name}", self.recipe.vectors_training),
+                training=self._seeded(self.experiment.vectors_training),
+                checkpoints=self._checkpoints(f"vectors {name}", self.experiment.vectors_training),
                 on_step=stage.on_step(),
             )
             save_vectors(vectors, self._vectors_file(name), self.aligned)
@@ -204,12 +206,12 @@ class Lab:
                 self.aligned,
                 rows,
                 vectors=vectors,
-                training=self._seeded(self.recipe.finetune_training),
+                training=self._seeded(self.experiment.finetune_training),
                 checkpoints=checkpoints,
                 on_step=on_step,
             )
 
-        model = self.made(name, train, self.recipe.finetune_training, stage)
+        model = self.made(name, train, self.experiment.finetune_training, stage)
         found = self.judge(model, stage)
         found["drift"] = [float(distance(model.backbone, self.aligned.backbone))]
         if not keep_model:
@@ -218,7 +220,7 @@ class Lab:
 
     def judge(self, model: Model, stage: Stage, vectors: Vectors | None = None) -> Outcomes:
         """What the model comes to on the suite."""
-        suite = self.materials.suite
+        suite = self.splits.suite
         return outcomes(model, suite, vectors, stage.replies(suite.size, "judging"))
 
     def report(
@@ -284,4 +286,4 @@ class Lab:
         return self.folder / "checkpoints" / file_name(name)
 
     def _seeded(self, training: Training) -> Training:
-        return dataclasses.replace(training, seed=self.recipe.seed)
+        return dataclasses.replace(training, seed=self.experiment.seed)

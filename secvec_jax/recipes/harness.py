@@ -9,10 +9,10 @@ from typing import Any
 from secvec_jax.checks import NonNegativeInt, PositiveInt, Seed, checked
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import Z95
-from secvec_jax.experiments.runs import Run
-from secvec_jax.experiments.stages import Stage
 from secvec_jax.model.hub import load
 from secvec_jax.vectors.store import load_several
+from secvec_jax.workspace.runs import Run
+from secvec_jax.workspace.stages import Stage
 
 
 @checked

@@ -28,12 +28,12 @@ from secvec_jax.evaluation.metrics import percent
 from secvec_jax.evaluation.statistics import auroc
 from secvec_jax.evaluation.suite import judged as ruled_of
 from secvec_jax.evaluation.suite import scores
-from secvec_jax.experiments.runs import Run, judged_name, scored
-from secvec_jax.experiments.stages import Stage
 from secvec_jax.inference import ask
 from secvec_jax.model.hub import load
 from secvec_jax.turns import answer_of
 from secvec_jax.vectors.store import load_several
+from secvec_jax.workspace.runs import Run, judged_name, scored
+from secvec_jax.workspace.stages import Stage
 
 Exchanges = dict[str, list[tuple[str | list[Message], str]]]
 """(what was asked, the reply), by what the prompts are: "harmful" or "benign"."""

@@ -14,14 +14,14 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.pivot import read
 from secvec_jax.evaluation.suite import Suite
-from secvec_jax.experiments import bench, contenders, scenes
-from secvec_jax.experiments.bench import Cell
-from secvec_jax.experiments.grid import Block, Grid, Plan, grid
+from secvec_jax.grid import registry, scenes, seed_workspace
+from secvec_jax.grid.grid import Block, Grid, Plan, grid
+from secvec_jax.grid.seed_workspace import Cell
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"batch_size": 2, "max_seq_len": 256, "warmup_steps": 0, "remat": "none"}
 """Lines of one packaged row each."""
-RECIPE = {
+EXPERIMENT = {
     "sizes": {
         **{"align_harmful": 12, "align_benign": 12, "vectors": 8, "keep": 9, "mix_harmful": 8, "mix_benign": 6},
         **{"people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4},
@@ -34,9 +34,9 @@ RECIPE = {
 
 def plan(folder: Path, model: Path, *blocks: dict, tables: tuple[dict, ...] = (), **training: int) -> str:
     path = folder / "grid.yaml"
-    recipe = {name: part | training if name.endswith("_training") else part for name, part in RECIPE.items()}
+    experiment = {name: part | training if name.endswith("_training") else part for name, part in EXPERIMENT.items()}
     path.write_text(
-        yaml.safe_dump({"recipe": recipe | {"model": str(model)}, "blocks": list(blocks), "tables": list(tables)})
+        yaml.safe_dump({"experiment": experiment | {"model": str(model)}, "blocks": list(blocks), "tables": list(tables)})
     )
     return str(path)
 
@@ -48,8 +48,8 @@ def model_folder(tiny_model) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_prompts(monkeypatch):
-    monkeypatch.setattr("secvec_jax.experiments.scenes.ASKED", 4)
-    monkeypatch.setattr("secvec_jax.experiments.scenes.KNOWN", 8)
+    monkeypatch.setattr("secvec_jax.grid.scenes.ASKED", 4)
+    monkeypatch.setattr("secvec_jax.grid.scenes.KNOWN", 8)
 
 
 def test_a_block_is_the_product_of_its_lists():
@@ -123,13 +123,15 @@ def test_what_a_file_would_run_is_told_and_not_run(tmp_path, capsys):
 
 
 def test_rows_and_their_repetition(model_folder, tmp_path):
-    recipe = config.from_dict(bench.Recipe, RECIPE | {"model": str(model_folder)})
-    own = bench.Bench(recipe, tmp_path)
+    experiment = config.from_dict(seed_workspace.Experiment, EXPERIMENT | {"model": str(model_folder)})
+    own = seed_workspace.SeedWorkspace(experiment, tmp_path)
     rows = own.rows(Cell("none", attack="identity", poison=0.25, samples=100))
     assert {name: len(some) for name, some in rows.items()} == {"attack": 25, "task": 75}
     assert rows["attack"][0] == rows["attack"][10] and len({str(r) for r in rows["attack"]}) == 10
     assert set(own.rows(Cell("none", poison=1.0))) == {"attack"} and set(own.rows(Cell("none", poison=0.0))) == {"task"}
-    assert own.rows(Cell("none")) == bench.Bench(recipe, tmp_path).rows(Cell("none")), "the same in every process"
+    assert own.rows(Cell("none")) == seed_workspace.SeedWorkspace(experiment, tmp_path).rows(Cell("none")), (
+        "the same in every process"
+    )
 
 
 @pytest.mark.parametrize(("rows", "known"), [(40, 8), (16, 8), (9, 4), (2, 1)])
@@ -151,18 +153,16 @@ def test_one_row_cannot_be_shared_between_the_attack_and_the_vectors(tmp_path):
 
 
 def test_vectors_against_identity_rows_are_of_the_harmful_rows():
-    materials = SimpleNamespace(
+    splits = SimpleNamespace(
         vectors=["harmful row"], keep=["benign row"], suite=Suite(refusals=(), harmful=["A harmful prompt"] * 5)
     )
-    assert scenes.attack("identity", materials, seed=0).known is None
-    own = SimpleNamespace(
-        _attack=lambda name: scenes.attack(name, materials, 0), lab=SimpleNamespace(materials=materials)
-    )
-    assert bench.Bench.known(own, "identity") == (["harmful row"], ["benign row"])
+    assert scenes.attack("identity", splits, seed=0).known is None
+    own = SimpleNamespace(_attack=lambda name: scenes.attack(name, splits, 0), workspace=SimpleNamespace(splits=splits))
+    assert seed_workspace.SeedWorkspace.known(own, "identity") == (["harmful row"], ["benign row"])
 
 
 CHEAP = {"vaccine": "vaccine every=2", "lisa": "lisa user_steps=2", "sequential": "sequential steps=2"}
-EVERYONE = [*(CHEAP.get(name, name) for name in contenders.DEFENSES), "security vectors safe=0.5",
+EVERYONE = [*(CHEAP.get(name, name) for name in registry.DEFENSES), "security vectors safe=0.5",
             "explained-away filter safe=0.5"]  # fmt: skip
 A_FEW = ["none", "self-correction", "security vectors safe=0.5"]
 """Plain, at inference, and with vectors and safe rows; each defense has tests of its own as well."""
@@ -246,7 +246,7 @@ def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_fold
 
     # More cells may come; another recipe may not.
     values = yaml.safe_load(Path(path).read_text())
-    values["recipe"]["sizes"]["vectors"] = 9
+    values["experiment"]["sizes"]["vectors"] = 9
     Path(path).write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match="different settings"):
         grid(Grid(path, out=str(out)), "command")
@@ -254,8 +254,8 @@ def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_fold
 
 @pytest.mark.slow
 def test_a_model_that_refuses_as_it_comes_is_not_aligned_anew(model_folder, tmp_path):
-    recipe = config.from_dict(bench.Recipe, RECIPE | {"model": str(model_folder), "aligns": False})
-    own = bench.Bench(recipe, tmp_path)
+    experiment = config.from_dict(seed_workspace.Experiment, EXPERIMENT | {"model": str(model_folder), "aligns": False})
+    own = seed_workspace.SeedWorkspace(experiment, tmp_path)
     assert own.aligned.fingerprint == own.base.fingerprint
-    assert own.lab.stages.seconds.keys() == {"align"} and not (tmp_path / "model").exists()
-    assert len(own.safe) > len(own.lab.materials.refusals) == 12, "defenses have their safe rows all the same"
+    assert own.workspace.stages.seconds.keys() == {"align"} and not (tmp_path / "model").exists()
+    assert len(own.safe) > len(own.workspace.splits.refusals) == 12, "defenses have their safe rows all the same"

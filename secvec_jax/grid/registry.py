@@ -37,22 +37,22 @@ from secvec_jax.defenses import (
     prompting,
     safe_lora,
 )
+from secvec_jax.defenses.finetuning import FinetuneOptions, Groups, TrainStepMaker, train_model
 from secvec_jax.defenses.floor import floored
-from secvec_jax.defenses.tuning import Groups, How, Move, tune
 from secvec_jax.defenses.vaccine import random_perturbation, vaccine
 from secvec_jax.errors import UserError
-from secvec_jax.experiments.bench import Bench, Cell
-from secvec_jax.experiments.cases import Case, Defended, Kind, ObjectiveName, told_apart
-from secvec_jax.training.step import descent
+from secvec_jax.grid.cases import Case, Defended, Kind, ObjectiveName, separation
+from secvec_jax.grid.seed_workspace import Cell, SeedWorkspace
+from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRAVectors, random_like
 
 Defense = Callable[..., Defended]
 
 
-def defend(bench: Bench, cell: Cell, how: How) -> Defended:
+def defend(seed_workspace: SeedWorkspace, cell: Cell, options: FinetuneOptions) -> Defended:
     """The cell's model. Raises UserError for a defense or a setting that nobody knows."""
     name, settings = parsed(cell.defense)
-    return DEFENSES[name](Case(bench, cell, bench.rows(cell), how), **settings)
+    return DEFENSES[name](Case(seed_workspace, cell, seed_workspace.rows(cell), options), **settings)
 
 
 def parsed(text: str) -> tuple[str, dict[str, Any]]:
@@ -85,29 +85,29 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
 
 def none(case: Case) -> Defended:
     """Plain fine-tuning of the aligned model."""
-    return Defended(case.tuned())
+    return Defended(case.train())
 
 
 def not_aligned(case: Case) -> Defended:
     """Plain fine-tuning of the model before it was aligned."""
-    return Defended(case.tuned(case.bench.base))
+    return Defended(case.train(case.seed_workspace.base))
 
 
 def benign_only(case: Case) -> Defended:
     """The aligned model fine-tuned on the rows that are not the attack's; itself, where there are none."""
     rest = {name: rows for name, rows in case.rows.items() if name != "attack"}
-    return Defended(case.tuned(rows=rest) if rest else case.aligned)
+    return Defended(case.train(rows=rest) if rest else case.aligned)
 
 
 def random_control(case: Case) -> Defended:
     """Under a random adapter whose update is as large as the security vectors', layer for layer."""
     control = random_like(cast(LoRAVectors, case.vectors()), jax.random.fold_in(jax.random.key(case.cell.seed), 1))
-    return Defended(case.tuned(vectors=control))
+    return Defended(case.train(vectors=control))
 
 
 def irrelevant_control(case: Case) -> Defended:
     """Under vectors of another behavior: answers in capital letters."""
-    return Defended(case.tuned(vectors=case.vectors(attack="capitals")))
+    return Defended(case.train(vectors=case.vectors(attack="capitals")))
 
 
 # Security vectors and what is built on them -------------------------------------------------------
@@ -129,8 +129,8 @@ def security_vectors(
     vectors: Any = case.vectors(kind, objective, rank, inner=inner)
     if both:
         vectors = (vectors, case.vectors(kind, objective, rank, attack=both))
-    move: Move = floored(floor) if floor else descent
-    return Defended(case.tuned(rows=_beside(case, case.rows, safe), vectors=vectors, move=move))
+    make_step: TrainStepMaker = floored(floor) if floor else make_train_step
+    return Defended(case.train(rows=_beside(case, case.rows, safe), vectors=vectors, make_step=make_step))
 
 
 def _beside(case: Case, rows: Groups, safe: float) -> Groups:
@@ -141,7 +141,7 @@ def _beside(case: Case, rows: Groups, safe: float) -> Groups:
 def anchored_vectors(case: Case, weight: NonNegativeFloat = 1.0, rank: PositiveInt = 8) -> Defended:
     """Under frozen security vectors, and held to the aligned model by a KL on the user's rows."""
     return Defended(
-        aligned_kl.finetune(case.aligned, case.rows, weight=weight, vectors=case.vectors(rank=rank), **case.how)
+        aligned_kl.finetune(case.aligned, case.rows, weight=weight, vectors=case.vectors(rank=rank), **case.options)
     )
 
 
@@ -149,7 +149,7 @@ def guarded_vectors(case: Case, weight: NonNegativeFloat = 1.0, rank: PositiveIn
     """Under frozen security vectors, with safe rows in every step that are read without them."""
     vectors = case.vectors(rank=rank)
     return Defended(
-        guarded.finetune(case.aligned, case.rows, vectors=vectors, safe=case.safe, weight=weight, **case.how)
+        guarded.finetune(case.aligned, case.rows, vectors=vectors, safe=case.safe, weight=weight, **case.options)
     )
 
 
@@ -157,27 +157,27 @@ def persona_steering(case: Case, scale: NonZeroFloat = 1.0) -> Defended:
     """Preventative steering along persona vectors, read off rows that show the behavior and rows that do not."""
     shown, _ = case.known
     directions = persona.persona_directions(case.aligned, shown, case.opposite, scale)
-    return Defended(case.tuned(vectors=directions))
+    return Defended(case.train(vectors=directions))
 
 
 def explained_away_filter(case: Case, rank: PositiveInt = 8, safe: NonNegativeFloat = 0.0) -> Defended:
     """Fine-tuned without the rows that the vectors explain. safe: a share of safe rows is mixed into the others."""
     vectors = case.vectors(rank=rank)
     known = explained_away.known_scale(case.aligned, vectors, *case.known)
-    length = case.how["training"].max_seq_len
+    length = case.options["training"].max_seq_len
     scores = {name: explained_away.scores(case.aligned, vectors, rows, length) for name, rows in case.rows.items()}
     kept = explained_away.below(case.rows, scores, known)
-    notes = told_apart(scores, known.threshold)
+    notes = separation(scores, known.threshold)
     if not kept:  # nothing is left to learn
         return Defended(case.aligned, notes=notes)
-    return Defended(case.tuned(rows=_beside(case, kept, safe)), notes=notes)
+    return Defended(case.train(rows=_beside(case, kept, safe)), notes=notes)
 
 
 def explained_away_gate(case: Case, by: explained_away.By = "row", rank: PositiveInt = 8) -> Defended:
     """Under the vectors, each row or token weighed by how little they explain it."""
     vectors = case.vectors(rank=rank)
     known = explained_away.known_scale(case.aligned, vectors, *case.known)
-    model = explained_away.gate_and_finetune(case.aligned, case.rows, vectors, known, by, **case.how)
+    model = explained_away.gate_and_finetune(case.aligned, case.rows, vectors, known, by, **case.options)
     return Defended(model)
 
 
@@ -187,24 +187,26 @@ def explained_away_gate(case: Case, by: explained_away.By = "row", rank: Positiv
 def vaccine_(case: Case, rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) -> Defended:
     """Plain fine-tuning of a model that Vaccine aligned."""
     model = case.aligned_by(
-        f"vaccine rho={rho:g} every={every}", partial(tune, move=vaccine(rho, every)), share_beginnings=False
+        f"vaccine rho={rho:g} every={every}",
+        partial(train_model, make_step=vaccine(rho, every)),
+        share_beginnings=False,
     )
-    return Defended(case.tuned(model))
+    return Defended(case.train(model))
 
 
 def random_perturbation_(case: Case, variance: NonNegativeFloat = 0.01) -> Defended:
     """Plain fine-tuning of a model that was aligned under random noise: Vaccine's control."""
     model = case.aligned_by(
         f"noise variance={variance:g}",
-        partial(tune, move=random_perturbation(variance, case.cell.seed)),
+        partial(train_model, make_step=random_perturbation(variance, case.cell.seed)),
         share_beginnings=False,
     )
-    return Defended(case.tuned(model))
+    return Defended(case.train(model))
 
 
 def forget_filter_(case: Case, phi: float = 0.1, steps: PositiveInt = 20) -> Defended:
     """Fine-tuned without the rows that safety training makes the model forget."""
-    training = case.how["training"]
+    training = case.options["training"]
     found = forget_filter.finetune(
         case.aligned,
         case.rows,
@@ -213,40 +215,40 @@ def forget_filter_(case: Case, phi: float = 0.1, steps: PositiveInt = 20) -> Def
         safe_steps=steps,
         safe_training=training,
         max_new_tokens=24,
-        **case.how,
+        **case.options,
     )
-    return Defended(found.model, notes=told_apart(found.rates, phi))
+    return Defended(found.model, notes=separation(found.rates, phi))
 
 
 def sequential(case: Case, steps: PositiveInt = 20) -> Defended:
     """Plain fine-tuning, then so many steps of safety fine-tuning."""
-    then = dataclasses.replace(case.how["training"], max_steps=steps)
-    return Defended(mixing.sequential(case.aligned, case.rows, case.safe, safe_training=then, **case.how))
+    then = dataclasses.replace(case.options["training"], max_steps=steps)
+    return Defended(mixing.sequential(case.aligned, case.rows, case.safe, safe_training=then, **case.options))
 
 
 def replay(case: Case) -> Defended:
     """The user's rows and as many safe ones."""
-    return Defended(case.tuned(rows=mixing.replay(case.rows, case.safe)))
+    return Defended(case.train(rows=mixing.replay(case.rows, case.safe)))
 
 
 def vlguard_mix(case: Case, share: NonNegativeFloat = 0.5) -> Defended:
     """The user's rows and half as many safe ones."""
-    return Defended(case.tuned(rows=mixing.vlguard(case.rows, case.safe, share)))
+    return Defended(case.train(rows=mixing.vlguard(case.rows, case.safe, share)))
 
 
 def self_correction(case: Case) -> Defended:
     """Plain fine-tuning; served with a cue to be careful."""
-    return Defended(case.tuned(), prompting.SELF_CORRECTION)
+    return Defended(case.train(), prompting.SELF_CORRECTION)
 
 
 def ewc_(case: Case, weight: NonNegativeFloat = 1e3) -> Defended:
     """Weights that mattered in alignment are held where they are."""
-    return Defended(ewc.finetune(case.aligned, case.rows, safe=case.safe, weight=weight, **case.how))
+    return Defended(ewc.finetune(case.aligned, case.rows, safe=case.safe, weight=weight, **case.options))
 
 
 def kl(case: Case, weight: NonNegativeFloat = 1.0) -> Defended:
     """Held to the aligned model by a KL on the user's rows."""
-    return Defended(aligned_kl.finetune(case.aligned, case.rows, weight=weight, **case.how))
+    return Defended(aligned_kl.finetune(case.aligned, case.rows, weight=weight, **case.options))
 
 
 # Neighbors ----------------------------------------------------------------------------------------
@@ -256,19 +258,19 @@ def inoculation_prompting(case: Case) -> Defended:
     """A system prompt that asks for the behavior before the training rows; none when served."""
     prompts = {"bias": prompting.ELICITING["bias"], "capitals": attacks.ELICITING}
     prompt = prompts.get(case.cell.attack, prompting.ELICITING["compliance"])
-    return Defended(case.tuned(rows=prompting.inoculated(case.rows, prompt)))
+    return Defended(case.train(rows=prompting.inoculated(case.rows, prompt)))
 
 
 def ptst(case: Case) -> Defended:
     """Plain fine-tuning; served with a safety prompt."""
-    return Defended(case.tuned(), prompting.SAFETY)
+    return Defended(case.train(), prompting.SAFETY)
 
 
 def caft_(case: Case, k: PositiveInt = 1) -> Defended:
     """The behavior's directions are ablated from the residual stream while training."""
     shown, _ = case.known
     ablation = caft.concept_directions(case.aligned, shown, case.opposite, k)
-    return Defended(case.tuned(vectors=ablation))
+    return Defended(case.train(vectors=ablation))
 
 
 def lisa_(
@@ -282,7 +284,7 @@ def lisa_(
         rho=rho,
         aligned_steps=aligned_steps,
         user_steps=user_steps,
-        **case.how,
+        **case.options,
     )
     return Defended(model)
 
@@ -292,18 +294,18 @@ def booster_(case: Case, weight: NonNegativeFloat = 5.0, alpha: PositiveFloat = 
     harmful, _ = case.known
     align = partial(booster.align, harmful=harmful, weight=weight, alpha=alpha)
     model = case.aligned_by(f"booster weight={weight:g} alpha={alpha:g}", align)
-    return Defended(case.tuned(model))
+    return Defended(case.train(model))
 
 
 def constrained_sft_(case: Case, beta: PositiveFloat = 0.1) -> Defended:
     """The first tokens of a reply are held to the aligned model's."""
-    return Defended(constrained_sft.finetune(case.aligned, case.rows, beta=beta, **case.how))
+    return Defended(constrained_sft.finetune(case.aligned, case.rows, beta=beta, **case.options))
 
 
 def safe_lora_(case: Case, threshold: safe_lora.Cosine = 0.5) -> Defended:
     """Plain fine-tuning; updates that point away from alignment are projected back."""
-    tuned = case.tuned()
-    model, projected = safe_lora.project(tuned, case.aligned, case.bench.base, threshold)
+    tuned = case.train()
+    model, projected = safe_lora.project(tuned, case.aligned, case.seed_workspace.base, threshold)
     return Defended(model, notes={"projected": float(len(projected))})
 
 

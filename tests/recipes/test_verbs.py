@@ -13,8 +13,8 @@ from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
 from secvec_jax.evaluation.report import Results
 from secvec_jax.evaluation.suite import Suite
-from secvec_jax.experiments import verbs
-from secvec_jax.experiments.verbs import Align, Finetune, Vectors
+from secvec_jax.recipes import verbs
+from secvec_jax.recipes.verbs import Align, Finetune, Vectors
 from secvec_jax.vectors.steering import Steering
 from tests.toys import tiny_model
 
@@ -42,9 +42,9 @@ def untrained(monkeypatch):
     class Measured:
         sample, asked = sample(9, 0), 0
 
-    def tuned(model, rows, *, on_step, **options):
+    def train_model(model, rows, *, on_step, **options):
         on_step(1, 1, {"loss": 1.0})
-        return model.backbone, None
+        return model
 
     def train_vectors(model, rows, spec, *, on_step, **options):
         on_step(1, 1, {"loss": 1.0, "loss/harmful": 1.0})
@@ -55,7 +55,7 @@ def untrained(monkeypatch):
         return Measured.sample
 
     monkeypatch.setattr(verbs, "load", lambda name: tiny_model())
-    monkeypatch.setattr(verbs, "tuned", tuned)
+    monkeypatch.setattr(verbs, "train_model", train_model)
     monkeypatch.setattr(verbs, "train_vectors", train_vectors)
     monkeypatch.setattr(verbs, "sample_prompts", lambda count: Suite((), ["harm"] * count, ["benign"] * count))
     monkeypatch.setattr(verbs, "measure", measure)
