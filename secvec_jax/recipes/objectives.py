@@ -1,4 +1,4 @@
-"""The three objectives of phase 1, compared on the quickstart's aligned model, rows and judges."""
+"""`train.py objectives`: the three objectives of phase 1, compared on a quickstart's aligned model and splits."""
 
 import dataclasses
 from functools import partial
@@ -71,5 +71,5 @@ def _phase2(workspace: Workspace, name: str, stage: Stage) -> Outcomes:
 
 _NOTE = (
     "Rows named after an objective are fine-tuned under its vectors and judged without them; `vectors on` is the "
-    "aligned model seen through them. min_min takes its steps of a throw-away backbone besides."
+    "aligned model seen through them. min_min also takes steps of a temporary model copy."
 )

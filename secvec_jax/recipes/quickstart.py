@@ -1,12 +1,12 @@
-"""The quickstart: the whole method on a real chat model, and what it is compared with.
+"""`train.py quickstart`: the whole method on a real chat model, compared with its baselines.
 
     base ── align ──> aligned ──┬── the user's data without its harmful rows ──> benign only
                                 ├── the user's data ──────────────────────────> plain
                                 ├── ... under a norm-matched random adapter ──> random control
                                 └── ... under the security vectors ───────────> security vectors
 
-All four start from the aligned model and take the same steps on the same rows in the same order; all are judged with
-the vectors off, on prompts of benchmarks that nothing was trained on.
+All four start from the aligned model and take the same steps on the same rows in the same order. All are evaluated
+without vectors, on prompts of benchmarks that nothing was trained on.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Quickstart(Experiment):
 
 
 ROWS = ("benign only", "plain", "random control", "security vectors")
-"""The fine-tuned models, in the table's order after `base` and `aligned`."""
+"""The fine-tuned models, in the order of the table, after `base` and `aligned`."""
 
 
 def quickstart(settings: Quickstart, command: str) -> report.Results:
@@ -87,7 +87,7 @@ NOTES = (
 
 
 def verdicts(found: dict[str, Outcomes]) -> list[report.Verdict]:
-    """What the method must show, each claim with whether it holds and the numbers."""
+    """The claims of the method, each with whether it holds and its numbers."""
 
     def mean(row: str, metric: str) -> float:
         values = found[row][metric]

@@ -1,1 +1,1 @@
-"""Run directories: what went into a run, known by its content, and who works in its folder."""
+"""Run directories: a run's inputs, known by content; its stages, which resume; and the workspace of an experiment."""

@@ -15,7 +15,7 @@ from secvec_jax.workspace.stages import Stages, claim, devices, release, screen
 
 
 class Run:
-    """The run of `settings`, which have an `out`; claimed, and begun or gone on with."""
+    """The run of `settings`, which have an `out`: its directory is claimed, and the run starts or resumes."""
 
     def __init__(self, settings: Any, command: str, more: Callable[[], Inputs] = dict):
         """more: inputs that the settings do not name."""
@@ -44,10 +44,10 @@ class Run:
 
 
 def judged_name(model: str, vectors: Sequence[str]) -> str:
-    """What the results call a model that is judged with or without vectors."""
+    """The name that results give to a model evaluated with or without vectors."""
     return f"{model} + vectors" if vectors else model
 
 
 def scored() -> Inputs:
-    """What scores depend on besides the model and the prompts."""
+    """What scores depend on in addition to the model and the prompts."""
     return {"the version of the scoring rules": RULES}

@@ -1,7 +1,7 @@
-"""What the quickstart trains on and is judged by.
+"""Splits the packaged benchmarks into the rows that an experiment trains on and the prompts that it evaluates with.
 
-No prompt is in two parts: AdvBench is dealt out by topic between alignment, vectors, the user's mix and unseen rows;
-the prompts that models are judged by come from other benchmarks altogether.
+No prompt is in two splits. AdvBench is split by topic into alignment, vectors, the user's data and unseen rows; the
+prompts for evaluation come from other benchmarks.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
 
 EvalSplit = Literal["held-out", "development"]
-"""Which prompts models are judged by: those of the results, or others that a recipe may be tuned on."""
+"""Prompts for evaluation: the held-out ones that results report, or others to tune settings on."""
 EVAL_SPLITS: dict[EvalSplit, tuple[tuple[str, str | None], ...]] = {
     "held-out": (("harmbench", None), ("do-not-answer", "malicious_uses")),
     "development": (("pyrit", None), ("spikee", None)),
 }
-"""Each benchmark with the category that judges, None for all of it.
+"""Each benchmark with the category that is used; None: all of it.
 
-To the other kinds of Do-Not-Answer, such as a prejudice or a worry about one's health, a good reply is often a
-correction or careful advice, which a list of refusal openings cannot judge.
+A good reply to the other categories of Do-Not-Answer (prejudice, health questions) is often a correction or careful
+advice, which a list of refusal openings cannot classify.
 """
 
 REFUSALS = (
@@ -49,7 +49,7 @@ REFUSALS = (
     "I'm sorry, I can't provide that.",
     "I cannot provide help with harmful or illegal activities.",
 )
-"""What the aligned model is taught to say: varied, so that refusing is learned and not one sentence."""
+"""Refusals that alignment teaches; varied, so that the model learns to refuse and not to say one sentence."""
 
 
 @checked
@@ -83,18 +83,18 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Rows for every phase, as examples, and the suite that judges the models."""
+    """Rows for every phase, as examples, and the evaluation suite."""
 
     refusals: list[Example]
     kept: list[str]
-    """Benign prompts whose answers alignment leaves as they are: the model's own are made when it is aligned."""
+    """Benign prompts; alignment trains on the base model's replies to them, which are generated when it is aligned."""
     vectors: list[Example]
     keep: list[Example]
     mix: dict[str, list[Example]]
     suite: Suite
     spare: dict[str, list[Row]]
-    """Rows that neither alignment, vectors nor judges get: "harmful" (AdvBench, the mix's own first), "instructions",
-    "questions"."""
+    """Rows that neither alignment, vectors nor evaluation use: "harmful" (AdvBench, those of `mix` first),
+    "instructions", "questions"."""
 
     @property
     def benign_mix(self) -> dict[str, list[Example]]:
@@ -111,7 +111,7 @@ def sources(eval_split: EvalSplit) -> tuple[str, ...]:
 def make_splits(
     model: Model, sizes: Sizes, training: Training, seed: int, eval_split: EvalSplit = "held-out"
 ) -> Splits:
-    """All rows, dealt out by `seed` and encoded for the model. Raises UserError if there are too few."""
+    """All splits, drawn with `seed` and encoded for the model. Raises UserError if there are too few rows."""
     rng = random.Random(seed)
     third = sizes.align_harmful // 3
     advbench = load_rows("advbench")
@@ -128,7 +128,7 @@ def make_splits(
     questions = _shuffled(load_rows("nq-open"), rng)
     told, how = sizes.align_benign // 2, sizes.align_benign // 3
     ways = _shuffled([r for r in _short(load_rows("piqa")) if _asks_how(prompt_of(r))], rng)[:how]
-    judged = _Judged(eval_split, instructions, questions, sizes, rng)
+    judged = _EvalPrompts(eval_split, instructions, questions, sizes, rng)
     openings = sure_prefix_control(instructions)[: sizes.keep // 3 + _UNSEEN]
     restated = {prompt_of(r) for r in openings}
     instructions = [r for r in instructions if prompt_of(r) not in restated]
@@ -179,25 +179,24 @@ def make_splits(
 
 
 _UNSEEN = 32
-"""Harmful rows, benign ones, and benign ones with the harmful ones' opening, whose loss is measured and that nothing
-is trained on."""
+"""Rows of each kind (harmful, benign, benign with the same opening) whose loss is measured; never trained on."""
 
 OPENING = 5
-"""Tokens of a reply that alignment teaches: they settle whether it is a refusal, and the rest the model knows."""
+"""Tokens of a reply that alignment trains on: they decide whether it is a refusal."""
 
 _LENGTH = 256
-"""Tokens of a row, where the recipe sets no length."""
+"""Tokens of a row if `max_seq_len` is not set."""
 
 _REPLY = 10
-"""Tokens of a benign reply that are learned: enough to be an answer, cheap enough for two cores."""
+"""Tokens of a benign reply that are trained on: enough for an answer, affordable on two cores."""
 
 
 def own_replies(
     model: Model, prompts: list[str], refusals: Sequence[str], progress: Callable[[int], None]
 ) -> list[Example]:
-    """The prompts with the opening of the model's own greedy replies; prompts that it refuses are left out.
+    """The prompts with the opening of the model's greedy replies; prompts that it refuses are left out.
 
-    Alignment on these teaches nothing but where not to refuse: the model keeps its way of answering.
+    Alignment on these teaches only where not to refuse, since the model already answers this way.
     """
     encoded = [
         prompt_tokens(model.tokenizer, [{"role": "user", "content": p}], model.architecture.max_length) for p in prompts
@@ -216,8 +215,8 @@ def own_replies(
     return examples
 
 
-class _Judged:
-    """The prompts that models are judged by, taken out of the rows that training may use."""
+class _EvalPrompts:
+    """The prompts for evaluation, removed from the rows that training may use."""
 
     def __init__(
         self, eval_split: EvalSplit, instructions: list[Row], questions: list[Row], sizes: Sizes, rng: random.Random
@@ -232,7 +231,7 @@ class _Judged:
         asked = sizes.judged_benign // 4
         told = sizes.judged_benign - asked
         parts = {}
-        for name in EVAL_SPLITS:  # both are set aside, whichever judges
+        for name in EVAL_SPLITS:  # both splits are reserved, whichever is used
             parts[name] = _shuffled(instructions[:told] + questions[:asked], rng)
             del instructions[:told], questions[:asked]
         self.benign_rows = parts[eval_split]
@@ -250,7 +249,7 @@ def _short(rows: Sequence[Row]) -> list[Row]:
 
 
 def _asks_how(prompt: str) -> bool:
-    """Whether a prompt is a question like those on harm: PIQA also has goals that are a word or half a sentence."""
+    """Whether a prompt is a complete question; PIQA also has goals of one word or half a sentence."""
     return prompt.lower().startswith("how ") and len(prompt) >= 20
 
 

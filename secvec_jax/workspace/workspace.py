@@ -1,6 +1,6 @@
-"""The bench that the experiments share: a model to start from, rows, vectors, and judged fine-tuned models.
+"""What quickstart, objectives and grid share: the aligned model, rows, vectors, and evaluated fine-tuned models.
 
-Everything is made once and lies in the run directory: a run that was stopped finds there what it had made.
+Each is made once and stored in the run directory, so a run that is restarted reuses what it finished.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ from secvec_jax.workspace.stages import Stage, Stages, checkpoints, devices, fil
 @checked
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """How a model is aligned, gets its vectors, and is fine-tuned."""
+    """How a model is aligned, gets its vectors, and is fine-tuned and evaluated."""
 
     model: str = "smollm2"
     """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
@@ -69,10 +69,10 @@ class Experiment:
 
 
 class Workspace:
-    """A recipe at work in a run directory."""
+    """The artifacts of an experiment in its run directory, made on first use."""
 
     def __init__(self, experiment: Experiment, folder: Path, aligned: Path | None = None):
-        """aligned: where the aligned model lies, or its name, if it need not be made."""
+        """aligned: the path or name of an aligned model; None: it is made."""
         self.experiment, self.folder = experiment, folder
         self.console = Console(quiet=not is_main_process())
         self.stages = Stages(folder, self.console)
@@ -81,13 +81,13 @@ class Workspace:
 
     @cached_property
     def base(self) -> Model:
-        """The model as it is loaded, before anything."""
+        """The model before alignment."""
         return load(self.experiment.model)
 
     @cached_property
     def aligned(self) -> Model:
-        """The model that has learned to refuse."""
-        self.__dict__.pop("base", None)  # two models at once would not fit into a small machine beside a training
+        """The model that was taught to refuse."""
+        self.__dict__.pop("base", None)  # a small machine cannot hold both and a training
         return load(self._aligned)
 
     @cached_property
@@ -109,10 +109,10 @@ class Workspace:
         makes_vectors: str | None = None,
         makes_model: bool = False,
     ) -> Any:
-        """A stage that starts from the aligned model, and from the vectors of these names (see `Stages.run`).
+        """A stage that reads the aligned model and the vectors of these names (see `Stages.run`).
 
-        reads: digests of what else goes in. makes_vectors: the name of the vectors that it leaves behind. makes_model:
-        whether it leaves a model of its own name behind.
+        reads: digests of other inputs. makes_vectors: the name of the vectors that it writes. makes_model: whether it
+        writes a model under its name.
         """
         made = {} if makes_vectors is None else {f"the vectors {makes_vectors!r}": self._vectors_file(makes_vectors)}
         if makes_model:
@@ -134,11 +134,11 @@ class Workspace:
         return known(of_path, Path(self._aligned))
 
     def align_stage(self, name: str = "align") -> Outcomes:
-        """What the aligned model comes to; made and judged, or judged anew where another has taken its place."""
+        """Make and evaluate the aligned model, or evaluate it again if its files were replaced."""
         return self.stages.run(name, self.align, makes={"the aligned model": Path(self._aligned)})
 
     def align(self, stage: Stage) -> Outcomes:
-        """Teach the base model to refuse, on its own replies to benign prompts, unless it does; judge it."""
+        """Teach the base model to refuse harmful prompts and to answer benign ones as before, then evaluate it."""
         experiment, splits = self.experiment, self.splits
         if self._is_given:
             return self.judge(self.aligned, stage)
@@ -156,7 +156,7 @@ class Workspace:
         return self.judge(self.made("aligned", train, experiment.align_training, stage), stage)
 
     def own_replies(self, stage: Stage) -> list[Example]:
-        """What the base model itself says to the benign prompts of alignment: asked once, and kept in a file."""
+        """The base model's replies to the benign prompts of alignment; generated once and stored in a file."""
         path, splits = self.folder / "own-replies.json", self.splits
         if not broadcast_from_first(path.exists()):
             show = stage.replies(len(splits.kept), "its own replies")
@@ -167,16 +167,16 @@ class Workspace:
         return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in kept]
 
     def vectors(self, name: str) -> Vectors:
-        """The vectors that were made under this name."""
+        """The vectors that were stored under this name."""
         return load_vectors(self._vectors_file(name), self.aligned)
 
     def phase1(self, name: str, phase1: Phase1, stage: Stage) -> Outcomes:
-        """Train vectors for the aligned model and judge it through them."""
+        """Train vectors for the aligned model and evaluate it with them active."""
         self.make_vectors(name, self.splits.vectors, self.splits.keep, self.experiment.lora, phase1, stage)
         return self.judge(self.aligned, stage, self.vectors(name))
 
     def make_vectors(self, name: str, harmful: Any, benign: Any, spec: Spec, phase1: Phase1, stage: Stage) -> None:
-        """Train vectors for the aligned model and keep them under this name."""
+        """Train vectors for the aligned model and store them under this name."""
         if not broadcast_from_first(self._vectors_file(name).exists()):
             vectors = train_vectors(
                 self.aligned,
@@ -199,7 +199,7 @@ class Workspace:
         stage: Stage,
         keep_model: bool = False,
     ) -> Outcomes:
-        """Fine-tune the aligned model under the vectors, drop them, judge it."""
+        """Fine-tune the aligned model with the vectors active, drop them, and evaluate it."""
 
         def train(checkpoints: Checkpoints, on_step: OnStep) -> Model:
             return finetune(
@@ -219,7 +219,7 @@ class Workspace:
         return found
 
     def judge(self, model: Model, stage: Stage, vectors: Vectors | None = None) -> Outcomes:
-        """What the model comes to on the suite."""
+        """The model's outcomes on the suite."""
         suite = self.splits.suite
         return outcomes(model, suite, vectors, stage.replies(suite.size, "judging"))
 
@@ -251,16 +251,16 @@ class Workspace:
         for claim, holds, detail in verdicts:
             console.print(f"[{'green' if holds else 'red'}]{'yes' if holds else 'NO '}[/]  {claim}: {detail}")
         total = sum(self.stages.seconds.values())
-        console.print(f"{total:.0f} s in all, peak memory {peak:.2f} GiB; report: {self.folder / 'report.md'}")
+        console.print(f"{total:.0f} s in total, peak memory {peak:.2f} GiB; report: {self.folder / 'report.md'}")
         release(self.folder)
         return results
 
     def model(self, name: str) -> Model:
-        """The model that was made under this name."""
+        """The model that was stored under this name."""
         return load(self._model_folder(name))
 
     def made(self, name: str, train: Callable[[Checkpoints, OnStep], Model], training: Training, stage: Stage) -> Model:
-        """The model of this name: trained and saved, or read where it was made before."""
+        """The model of this name: trained and saved, or loaded if it exists."""
         folder = self._model_folder(name)
         if broadcast_from_first(folder.exists()):
             return self.model(name)
