@@ -118,7 +118,7 @@ def test_a_defense_can_be_added(monkeypatch):
     seen = []
 
     case = SimpleNamespace(
-        rows={"attack": list(range(8)), "task": [1]}, tuned=lambda rows: seen.append(rows) or "model"
+        rows={"attack": list(range(8)), "task": [1]}, train=lambda rows: seen.append(rows) or "model"
     )
     defended = registry.DEFENSES["first rows"](case, share=0.25)
     assert seen == [{"attack": [0, 1], "task": [1]}]
