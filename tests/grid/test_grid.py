@@ -36,7 +36,9 @@ def plan(folder: Path, model: Path, *blocks: dict, tables: tuple[dict, ...] = ()
     path = folder / "grid.yaml"
     experiment = {name: part | training if name.endswith("_training") else part for name, part in EXPERIMENT.items()}
     path.write_text(
-        yaml.safe_dump({"experiment": experiment | {"model": str(model)}, "blocks": list(blocks), "tables": list(tables)})
+        yaml.safe_dump(
+            {"experiment": experiment | {"model": str(model)}, "blocks": list(blocks), "tables": list(tables)}
+        )
     )
     return str(path)
 
