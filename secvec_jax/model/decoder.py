@@ -37,7 +37,7 @@ from secvec_jax.model.layers import (
     LayerOutput,
     Norm,
     State,
-    adapter_prefixes,
+    adapter_prefix_len,
     stacked_blocks,
 )
 from secvec_jax.sharding import LogicalAxes, constrain
@@ -212,19 +212,17 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """The hidden states `[B, T, D]` of whole sequences, and `output` of every layer, stacked."""
         segments, positions = _checked_inputs(tokens, segments, positions)
-
-        def attention(window: int | None) -> Attend:
-            return self_attention(
-                segments,
-                positions,
-                window=window,
-                shared_prefix=options.shared_prefix,
-                prefix_len=_prefix_len(adapters),
-                softcap=self.architecture.attention_softcap,
-            )
-
+        attention = partial(
+            self_attention,
+            segments,
+            positions,
+            shared_prefix=options.shared_prefix,
+            prefix_len=adapter_prefix_len(adapters),
+            softcap=self.architecture.attention_softcap,
+        )
+        inputs_for = self._inputs_by_window(positions, attention)
         x = self._embedded(tokens, positions).astype(options.dtype)
-        return self._scan(x, adapters, (), self._inputs_by_window(positions, attention), output, options.remat)
+        return self._scan(x, adapters, (), inputs_for, output, options.remat)
 
     def _scan(
         self,
@@ -275,36 +273,32 @@ class Decoder(nnx.Module):
         cache: KVCache,
         adapters: tuple[Adapter, ...],
         in_cache: bool,
-    ) -> Callable[[int | None], Attend]:
-        """Attention over a cache, by its window."""
+    ) -> Callable[..., Attend]:
+        """`cached_attention` with everything bound but its window."""
+        return partial(
+            cached_attention,
+            segments,
+            positions,
+            cache,
+            in_cache=in_cache,
+            prefix_len=adapter_prefix_len(adapters),
+            softcap=self.architecture.attention_softcap,
+        )
 
-        def attention(window: int | None) -> Attend:
-            return cached_attention(
-                segments,
-                positions,
-                cache,
-                window=window,
-                in_cache=in_cache,
-                prefix_len=_prefix_len(adapters),
-                softcap=self.architecture.attention_softcap,
-            )
+    def _inputs_by_window(self, positions: jax.Array, attention: Callable[..., Attend]) -> InputsFor:
+        """Each layer's inputs: rotary frequencies and attention depend on whether it has the sliding window.
 
-        return attention
-
-    def _inputs_by_window(self, positions: jax.Array, attention: Callable[[int | None], Attend]) -> InputsFor:
-        """Each layer's inputs, where its rotary frequencies and attention depend on whether it has the sliding window.
-
-        attention: by its window, or None for none.
+        attention: called with `window`, in positions; None for none.
         """
         a = self.architecture
         full_frequencies = jnp.asarray(rope_frequencies(a, windowed=False), jnp.float32)
         local_frequencies = jnp.asarray(rope_frequencies(a, windowed=True), jnp.float32)
         if a.windowed is None:
             frequencies = full_frequencies if a.sliding_window is None else local_frequencies
-            everywhere = LayerInputs(positions, frequencies, attention(a.sliding_window))
+            everywhere = LayerInputs(positions, frequencies, attention(window=a.sliding_window))
             return lambda windowed: everywhere
-        full = LayerInputs(positions, full_frequencies, attention(None))
-        local = LayerInputs(positions, local_frequencies, attention(a.sliding_window))
+        full = LayerInputs(positions, full_frequencies, attention(window=None))
+        local = LayerInputs(positions, local_frequencies, attention(window=a.sliding_window))
 
         def inputs_for(windowed: jax.Array | bool) -> LayerInputs:
             if isinstance(windowed, bool):
@@ -331,11 +325,6 @@ def _checked_inputs(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     chex.assert_equal_shape([tokens, segments, positions])
     return segments, positions
-
-
-def _prefix_len(adapters: tuple[Adapter, ...]) -> int:
-    """How many keys the adapters put before all others."""
-    return sum(kv.keys.shape[-1] for kv in adapter_prefixes(adapters, jnp.float32))
 
 
 def _rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:

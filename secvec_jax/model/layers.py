@@ -228,3 +228,8 @@ def adapter_prefixes(adapters: tuple[Adapter, ...], dtype: DTypeLike) -> list[KV
     """The keys and values that adapters put before all others."""
     prefixes = [adapter.prefix() for adapter in adapters]
     return [KVSegment(kv.keys.astype(dtype), kv.values.astype(dtype)) for kv in prefixes if kv is not None]
+
+
+def adapter_prefix_len(adapters: tuple[Adapter, ...]) -> int:
+    """How many keys the adapters put before all others."""
+    return sum(kv.keys.shape[-1] for kv in adapter_prefixes(adapters, jnp.float32))
