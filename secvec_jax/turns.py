@@ -11,7 +11,7 @@ _CONTENT = "said"
 
 
 def chat_template(tokenizer: Any) -> str | None:
-    """The tokenizer's chat template: its only one, or the one named "default" of several. UserError without a default."""
+    """The tokenizer's chat template: its only one, or of several the one named "default". UserError if none is."""
     template = tokenizer.chat_template
     if not isinstance(template, dict):
         return template or None
