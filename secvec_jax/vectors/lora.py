@@ -16,8 +16,8 @@ What counts more, thin products are bound by memory: each reads or writes all N 
 And for frozen vectors, as in phase 2, the backward pass has no thin products at all: dx is a single product. It was the
 faster form on a CPU and by the compiler's estimate for TPUs (benchmarks/RESULTS.md), so there is only this one.
 
-Left to itself, autodiff would derive dA and dB from dW = xᵀ dy: a gradient as large as the frozen weight, and the most
-expensive product of the step. So W + s A B is formed from constant factors (`LoRAVectors.kernel`), and an identity on y
+Left to itself, autodiff would derive dA and dB from dW = xᵀ dy: an array as large as the frozen weight, by a product as
+expensive as x W. So W + s A B is formed from constant factors (`LoRAVectors.kernel`), and an identity on y
 whose custom backward pass is the two formulas above hands A and B their gradients (`_with_factor_gradients`). It is
 called after the product (`LoRAVectors.linear`), keeps x, A and B, and keeps nothing where the factors are frozen. The
 backward pass forms W + s A B again and x A anew: kept, they would take as much memory as the backbone.
