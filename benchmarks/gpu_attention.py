@@ -12,7 +12,7 @@ from gpu_rows import MOST, Row, config, packed, segment_starts, timed
 
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.attention import among_themselves, visible
+from secvec_jax.model.attention import self_attention, visible
 from secvec_jax.model.hf_config import from_hf_config
 
 Marks = dict[str, jax.Array]
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 
 def library(marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """What training takes here."""
-    attend = among_themselves(marks["segments"], marks["positions"], window=None, shared=False)
+    attend = self_attention(marks["segments"], marks["positions"], window=None, shared_prefix=False)
     return attend(query, [key.transpose(0, 2, 3, 1)], [value.swapaxes(1, 2)])
 
 

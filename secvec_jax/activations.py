@@ -1,11 +1,10 @@
-"""What goes on inside a model: states of the residual stream, and how far attention has drifted.
+"""Hidden states of a model for those who study it: means of the residual stream, and drift of attention's outputs.
 
-Layers are counted from 0, and the state of layer l is the stream behind it (in transformers the input of layer l + 1).
-Everything is computed and returned in float32. One forward pass per example and model.
+Layers are counted from 0. The residual state of layer l is the stream after it, which transformers returns as
+`hidden_states[l + 1]`. Everything is computed and returned in float32, in one forward pass per example and model.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,8 @@ import numpy as np
 from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
-from secvec_jax.model.decoder import Adapter, Decoder, as_adapters
+from secvec_jax.model.adapter import Adapter, as_adapters
+from secvec_jax.model.decoder import Decoder, ForwardOptions
 from secvec_jax.model.generate import rounded_up
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import constrain
@@ -25,9 +25,9 @@ _BATCH, _BUCKET = 8, 16
 def reply_means(
     model: Model, examples: Sequence[Example], vectors: Adapter | tuple[Adapter, ...] | None = None
 ) -> np.ndarray:
-    """The mean state of each example's supervised tokens behind every layer, `[N, L, D]`; zeros if it has none.
+    """The mean residual state of each example's supervised tokens after every layer, `[N, L, D]`.
 
-    What is averaged is read at the reply's own tokens, the one that ends the turn among them.
+    The supervised tokens are those of the reply, with the token that ends the turn. An example without any has zeros.
     """
     shape = (len(examples), model.architecture.num_layers, model.architecture.hidden_size)
     means = np.zeros(shape, np.float32)
@@ -40,8 +40,8 @@ def reply_means(
 def attention_difference(model: Model, reference: Model, examples: Sequence[Example]) -> list[float]:
     """Vaccine's harmful embedding drift (Huang et al. 2024, arXiv 2402.01109) of `model` from `reference`.
 
-    For each example the L2 norm, over all layers and all of its tokens, of the difference of what the two models'
-    attention layers put out, before it is added to the stream. Raises UserError if the models are of different shape.
+    For each example, the L2 norm over all layers and tokens of the difference between the outputs of the two models'
+    attention, before these are added to the residual stream. Raises UserError if the architectures differ.
     """
     if model.architecture != reference.architecture:
         raise UserError(f"{model.name} and {reference.name} are of different architectures: compare two of the same")
@@ -52,7 +52,7 @@ def attention_difference(model: Model, reference: Model, examples: Sequence[Exam
 
 
 def layer_mask(model: Model, layers: Sequence[int] | None) -> np.ndarray:
-    """Which layers are meant, `[L]` of 0 and 1, float32; None: all. Raises UserError for one that is not there."""
+    """A mask over layers, `[L]` of 0 and 1, float32. layers: the chosen ones, None for all; UserError for others."""
     count = model.architecture.num_layers
     mask = np.zeros(count, np.float32)
     for layer in range(count) if layers is None else layers:
@@ -65,7 +65,10 @@ def layer_mask(model: Model, layers: Sequence[int] | None) -> np.ndarray:
 def _batches(
     examples: Sequence[Example], model: Model
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows of like length: their indices, and tokens, segments and supervised marks `[B, T]`, padded on the right."""
+    """Batches of examples of similar length: their indices, and tokens, segments and supervised marks `[B, T]`.
+
+    Rows are padded on the right.
+    """
     for number, example in enumerate(examples, 1):
         check_token_ids(example.tokens, model.architecture.vocab_size, f"row {number}")
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
@@ -73,17 +76,21 @@ def _batches(
         rows = order[start : start + _BATCH]
         width = rounded_up(len(examples[rows[-1]].tokens), _BUCKET)
         tokens, segments, supervised = np.zeros((3, _BATCH, width), np.int32)
-        for line, index in enumerate(rows):
+        for row, index in enumerate(rows):
             length = len(examples[index].tokens)
-            tokens[line, :length], segments[line, :length] = examples[index].tokens, 1
-            supervised[line, :length] = examples[index].supervised
+            tokens[row, :length] = examples[index].tokens
+            segments[row, :length] = 1
+            supervised[row, :length] = examples[index].supervised
         yield rows, tokens, segments, supervised
+
+
+_FORWARD = ForwardOptions(shared_prefix=False)
 
 
 @jax.jit
 def _means(decoder: Decoder, adapters: tuple[Adapter, ...], tokens, segments, supervised) -> jax.Array:
     """`[B, L, D]`"""
-    states = cast(jax.Array, decoder(tokens, segments, adapters=adapters, shared=False, watch="residual")[1])
+    states = decoder.capture(tokens, segments, adapters=adapters, options=_FORWARD, state="residual")
     sums = jnp.einsum("lbtd,bt->bld", states, supervised.astype(states.dtype), precision=jax.lax.Precision.HIGHEST)
     return constrain(sums / jnp.maximum(supervised.sum(axis=1), 1)[:, None, None], None)
 
@@ -91,8 +98,7 @@ def _means(decoder: Decoder, adapters: tuple[Adapter, ...], tokens, segments, su
 @jax.jit
 def _drift(decoder: Decoder, reference: Decoder, tokens, segments) -> jax.Array:
     """`[B]`"""
-    one, other = (
-        cast(jax.Array, d(tokens, segments, shared=False, watch="attention")[1]) for d in (decoder, reference)
-    )
-    squares = jnp.sum(jnp.square(one - other), axis=(0, 3))
+    ours = decoder.capture(tokens, segments, options=_FORWARD, state="attention")
+    theirs = reference.capture(tokens, segments, options=_FORWARD, state="attention")
+    squares = jnp.sum(jnp.square(ours - theirs), axis=(0, 3))
     return constrain(jnp.sqrt(jnp.sum(squares * (segments > 0), axis=1)), None)

@@ -1,6 +1,6 @@
-"""Asking a model: replies to prompts through its chat template, and the plain forward pass.
+"""Using a model: `generate` replies to prompts through its chat template, and `logits`, the plain forward pass.
 
-Vectors are off unless they are passed: phase 3 of the method is leaving the argument out.
+Vectors are off unless they are passed: phase 3 of the method is to leave the argument out.
 """
 
 import os
@@ -20,14 +20,16 @@ from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import Message, Row, as_rows, normalize, response_of
 from secvec_jax.errors import UserError
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Adapter
+from secvec_jax.model.decoder import ForwardOptions
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model, load
 from secvec_jax.model.sampling import GREEDY, Sampling
 from secvec_jax.progress import reply_progress
 from secvec_jax.sharding import platform
 from secvec_jax.turns import begun_thought, empty_thought, special_marks
+from secvec_jax.vectors.lora import merge_adapters
 from secvec_jax.vectors.store import load_vectors
 
 Given = Adapter | str | os.PathLike[str] | list[Any] | tuple[Any, ...] | None
@@ -46,18 +48,20 @@ def generate(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The model's reply to each prompt.
+    """The model's reply to each prompt, in order.
 
-    Replies end at the token that ends a turn in the chat template and at every `eos_token_id` of the model's
+    A reply ends at the token that ends a turn in the chat template, or at any `eos_token_id` of the model's
     generation_config.json. Decoding follows that file (`do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
-    `repetition_penalty`) and is greedy where it does not sample; its lengths are not read. temperature: in place of
-    the file's; 0 decodes greedily. sampling: all settings, in place of the file.
+    `repetition_penalty`), and is greedy where it does not sample. Its length limits are not read.
 
-    prompts: texts, conversations as lists of messages, or rows (dicts, a DataFrame, a `datasets.Dataset`), which are
-    answered anew: a row's final answer is left out. max_new_tokens: the longest reply, in tokens. progress is called
-    with the number of replies done after each batch; None: a line on the screen in a notebook or a terminal.
-    Raises UserError for a prompt that cannot be read, is longer than the model takes beside the reply, or holds token
-    ids that the model does not have, and for settings out of range or of the file that this library does not have.
+    prompts: texts, conversations as lists of messages, or rows (dicts, a DataFrame, a `datasets.Dataset`), of which the
+    final answer is left out. vectors: active while decoding; LoRA vectors are merged into a copy of the weights first.
+    max_new_tokens: the longest reply, in tokens. temperature: replaces the file's; 0 decodes greedily. sampling: all
+    settings, in place of the file. progress: called with the number of replies done after each batch; None: a progress
+    line in a notebook or a terminal.
+
+    Raises UserError for a prompt that cannot be read, leaves no room for the reply, or has token ids unknown to the
+    model; and for settings that are out of range or, in the file, not supported.
     """
     model = as_model(model)
     max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
@@ -75,11 +79,11 @@ def generate(
     elif temperature is not None:
         raise UserError("temperature and sampling are both given: put the temperature into sampling")
     seed, batch_size = integer("seed", seed, 0, 2**32 - 1), integer("batch_size", batch_size, 1)
-    adapters = as_vectors(vectors, model)
+    backbone, adapters = merge_adapters(model.backbone, as_vectors(vectors, model))
     encoded = [_prompt_ids(model, *prompt, max_new_tokens) for prompt in as_conversations(prompts)]
     with reply_progress(len(encoded), progress) as on_replies:
         replies = generate_tokens(
-            model.backbone,
+            backbone,
             encoded,
             adapters,
             max_new_tokens=max_new_tokens,
@@ -102,10 +106,10 @@ def ask(
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Greedy replies whose answers are to be scored (see `turns.answer_of`); arguments are as in `generate`.
+    """Greedy replies that are to be scored, thoughts included (see `turns.answer_of`); arguments are as in `generate`.
 
-    Where the chat template writes an empty thought into every answer there is room for it besides, and where it begins
-    a thought for the model the reply begins with its mark, so that the thought can be told from the answer.
+    If the chat template writes an empty thought into every answer, its tokens do not count toward `max_new_tokens`. If
+    it begins a thought in the prompt, the reply starts with that mark, so that thought and answer can be separated.
     """
     conversations = [messages for _, messages in as_conversations(prompts)]
     replies = generate(
@@ -121,7 +125,7 @@ def ask(
 
 
 def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of a reply without special tokens, but with the marks of a thought."""
+    """The text of a reply: special tokens are left out, except those that begin or end a thought."""
     marks = special_marks(tokenizer)
     if marks.isdisjoint(tokens):
         return tokenizer.decode(tokens, skip_special_tokens=True)
@@ -132,7 +136,7 @@ def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
 def logits(model: Model, tokens: Any, vectors: Given = None) -> jax.Array:
     """The plain forward pass: token ids `[B, T]` -> next-token logits `[B, T, V]`, float32.
 
-    Raises UserError if the tokens are not integers of that shape or are no ids of the model.
+    Raises UserError if the tokens are not integers of that shape, or not token ids of the model.
     """
     model = as_model(model)
     ids = _token_ids(tokens, model.architecture)
@@ -144,16 +148,16 @@ _COLDEST = 1e-4
 
 
 def as_model(model: Any) -> Model:
-    """A loaded model as it is; a name, folder or hub id as `sv.load` reads it. Raises UserError for anything else."""
+    """The model itself, or the one that a name, folder or hub id names (`sv.load`). Raises UserError for all else."""
     if isinstance(model, str | os.PathLike):
         return load(path("model", model, "a name or a folder") if not isinstance(model, str) else model)
     return instance("model", model, Model, "pass what sv.load returned, or a name or folder that sv.load takes")
 
 
 def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapter, ...]:
-    """Vectors as a tuple: one or several, each a value or a file, all of them fitting the model; none for None.
+    """One or several vectors, each a value or a file, as a tuple of adapters that fit the model; None: an empty tuple.
 
-    Raises UserError for anything else, and as `load_vectors` does.
+    Raises UserError for anything else, and for the files that `load_vectors` refuses.
     """
     if vectors is None:
         return ()
@@ -169,7 +173,7 @@ def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapt
 
 
 def as_conversations(prompts: Any) -> list[tuple[str, list[Message]]]:
-    """Each prompt's place for error messages ("prompt 3"), and its messages up to the assistant's turn.
+    """Each prompt's name in error messages ("prompt 3"), and its messages up to the assistant's turn.
 
     Raises UserError if `prompts` is not a collection of texts, conversations and rows.
     """
@@ -241,7 +245,7 @@ def _token_ids(tokens: Any, architecture: Architecture) -> jax.Array:
 
 @partial(jax.jit, static_argnames="dtype")
 def _logits(decoder, tokens, adapters, *, dtype):
-    return decoder.logits(decoder(tokens, adapters=adapters, dtype=dtype)[0])
+    return decoder.logits(decoder(tokens, adapters=adapters, options=ForwardOptions(dtype)))
 
 
 def compute_dtype() -> DTypeLike:

@@ -1,4 +1,4 @@
-"""What a chat template makes of turns, where it ends a reply, and where the answer after a thought begins."""
+"""Chat templates: rendering turns as text, the tokens that end a reply, and the answer after a model's thought."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ _CONTENT = "said"
 
 
 def chat_template(tokenizer: Any) -> str | None:
-    """The tokenizer's template for plain chats: its only one, or of several named ones the default."""
+    """The tokenizer's chat template: its only one, or of several the one named "default". UserError if none is."""
     template = tokenizer.chat_template
     if not isinstance(template, dict):
         return template or None
@@ -24,7 +24,7 @@ def chat_template(tokenizer: Any) -> str | None:
 
 
 def render(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool = False) -> str:
-    """The turns as one text. Raises UserError if there is no template, or if it does not take these turns."""
+    """The turns as one text. Raises UserError if there is no template, or if it rejects these turns."""
     template = chat_template(tokenizer)
     if template is None:
         raise UserError("the tokenizer has no chat template: use an instruct model, or add a chat_template.jinja")
@@ -32,17 +32,17 @@ def render(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool 
         return tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except Exception as error:  # a template is a program of the model's: it raises what it likes
+    except Exception as error:  # a template is a program, which may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         roles = ", ".join(str(turn.get("role")) for turn in messages[:4]) + (", ..." if len(messages) > 4 else "")
         raise UserError(f"the model's chat template does not take these turns ({roles}): {reason[:300]}") from error
 
 
 def turn_ends(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end a reply: the one that the chat template puts behind it, then the end of a text.
+    """The tokens that end a reply: the one that the chat template puts after it, then the tokenizer's `eos_token`.
 
-    They are one where the template uses the tokenizer's `eos_token`, as ChatML and Llama do. Gemma and Phi-3 end a turn
-    with a token of its own. Without a template, or where it ends turns with plain text, the end of a text is all.
+    In ChatML and Llama templates both are the same token. Gemma and Phi-3 end a turn with a token of its own. Without a
+    template, or where it ends turns with plain text, only the `eos_token` is returned.
     """
     return _turn_ends(tokenizer, chat_template(tokenizer))
 
@@ -67,15 +67,15 @@ _THOUGHTS = (
     ("[THINK]", "[/THINK]"),  # Magistral
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
 )
-"""What begins and what ends a thought, in the models that write one before the answer."""
+"""The marks that begin and end a thought, in models that write one before the answer."""
 _BEGINS = re.compile("|".join(re.escape(begin) for begin, _ in _THOUGHTS), re.IGNORECASE)
 _ENDS = re.compile("|".join(re.escape(end) for _, end in _THOUGHTS), re.IGNORECASE)
 
 
 def answer_of(reply: str) -> str:
-    """Return what a reply says after its thought: "<think>Hm.</think> Paris" gives "Paris".
+    """Return the answer of a reply, without its thought: "<think>Hm.</think> Paris" gives "Paris".
 
-    The answer follows the last end mark. A reply that begins a thought and does not end it has no answer: "".
+    The answer is what follows the last end mark. A reply that begins a thought and does not end it has no answer: "".
     """
     *_, end = [None, *_ENDS.finditer(reply)]
     if end is not None:
@@ -89,16 +89,16 @@ def in_thought(reply: str) -> bool:
 
 
 def begun_thought(tokenizer: Any, messages: Any) -> str:
-    """Return the mark with which the prompt for `messages` begins a thought, or "" if it begins none."""
+    """Return the mark that begins a thought at the end of the prompt for `messages`, or "" if there is none."""
     prompt = render(tokenizer, messages, add_generation_prompt=True).rstrip()
     return next((begin for begin, _ in _THOUGHTS if prompt.endswith(begin)), "")
 
 
 def empty_thought(tokenizer: Any) -> int:
-    """Return how many tokens the chat template writes between the generation prompt and an answer without a thought.
+    """Return how many tokens an empty thought takes in the chat template, 0 if the template does not write one.
 
-    They are "<think>", blank lines and "</think>" where a template writes an empty thought into each answer, which a
-    model that was trained on such answers has to say first; 0 elsewhere.
+    Some templates write "<think>", blank lines and "</think>" before each answer that has no thought. A model that was
+    trained on such answers generates these tokens first.
     """
     if not chat_template(tokenizer):
         return 0
@@ -111,7 +111,7 @@ def empty_thought(tokenizer: Any) -> int:
 
 
 def special_marks(tokenizer: Any) -> frozenset[int]:
-    """Return the ids of marks of a thought that the tokenizer counts among its special tokens."""
+    """Return the ids of the marks of a thought that are special tokens of the tokenizer."""
     marks = {mark for pair in _THOUGHTS for mark in pair}
     return frozenset(
         id for id, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in marks

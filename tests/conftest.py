@@ -170,8 +170,7 @@ def tiny_model(tmp_path_factory) -> Callable[..., Tiny]:
 
 @jax.jit
 def _logits(backbone, tokens, segments, positions, adapters):
-    hidden, _ = backbone(tokens, segments, positions, adapters)
-    return backbone.logits(hidden)
+    return backbone.logits(backbone(tokens, segments, positions, adapters))
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_reply_means_are_those_of_transformers_layers(tiny_model, variant):
     np.testing.assert_allclose(found, np.stack(expected), atol=1e-4)
 
 
-def test_states_are_taken_under_guests(tiny_model):
+def test_states_are_taken_under_adapters(tiny_model):
     model, examples = tiny_model("llama").model, rows()
     last = jnp.zeros((2, 32)).at[1].set(jnp.arange(32.0))  # behind the last layer nothing else changes
     moved = reply_means(model, examples, SteeringVectors({"direction": last}, Steering(0.5)))

@@ -290,7 +290,7 @@ def test_fsdp_gathers_one_layer_at_a_time():
 
 def test_a_stacked_weight_that_is_gathered_whole_is_seen():
     with jax.set_mesh(make_mesh(fsdp=8)):
-        kernel = setting("phase 2", LARGER).params["backbone"]["decoder"].layers.q_proj.kernel[...]
+        kernel = setting("phase 2", LARGER).params["backbone"]["decoder"].layers.attention.q_proj.kernel[...]
         whole = jax.jit(lambda x: constrain(x, "layers", "hidden", "heads") * 2)
         assert gathered(whole.lower(kernel).compile()) == {kernel.shape}
 

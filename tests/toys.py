@@ -10,7 +10,7 @@ from flax import nnx
 from secvec_jax.data.chat import Example
 from secvec_jax.inference import logits
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Decoder
+from secvec_jax.model.decoder import Decoder, leaf_name
 from secvec_jax.model.hub import Model
 
 VOCABULARY = 320
@@ -40,16 +40,25 @@ ARCHITECTURE = Architecture(
 
 
 def random_decoder(seed: int = 0, gain: float = 8.0, architecture: Architecture = ARCHITECTURE) -> Decoder:
-    """A decoder whose matrices are `gain` times the usual start, so that its layers matter."""
+    """A decoder whose matrices are `gain` times the usual start, so that its layers matter.
+
+    The numbers are drawn here: what tests measure does not depend on the order in which modules are initialized.
+    """
     return _random_decoder(architecture, seed, gain)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _random_decoder(architecture: Architecture, seed: int, gain: float) -> Decoder:
-    decoder = Decoder(architecture, nnx.Rngs(seed))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if "norm" in jax.tree_util.keystr(path) else leaf * gain, decoder
-    )
+    names = ["embed", *architecture.projections]
+    names += ["position_embed"] if architecture.learned_positions else []
+    names += [] if architecture.tied_head else ["head"]
+    keys = {name: jax.random.fold_in(jax.random.key(seed), number) for number, name in enumerate(names)}
+
+    def drawn(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
+        return 0.02 * jax.random.normal(keys[name], leaf.shape) * gain if name in keys else leaf
+
+    return jax.tree_util.tree_map_with_path(drawn, Decoder(architecture, nnx.Rngs(0)))
 
 
 def build_tokenizer():

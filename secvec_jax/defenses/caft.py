@@ -30,8 +30,8 @@ from secvec_jax.activations import layer_mask, reply_means
 from secvec_jax.checks import checked
 from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.errors import UserError
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
 

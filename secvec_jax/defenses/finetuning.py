@@ -31,7 +31,7 @@ from secvec_jax.defenses.inputs import collected, is_row
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
-from secvec_jax.model.decoder import Adapter, as_adapters
+from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import platform
 from secvec_jax.training.checkpoints import Checkpoints

@@ -21,7 +21,7 @@ from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make_step_on, train_model
 from secvec_jax.defenses.mixing import SAFE
-from secvec_jax.model.decoder import Adapter
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective, Params
 from secvec_jax.training.step import Loss

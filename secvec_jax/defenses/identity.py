@@ -20,7 +20,7 @@ from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint
 
-FORMAT = 1
+FORMAT = 2
 """The version of how rows become steps; raised when a training would go on otherwise from the same checkpoint."""
 
 _FREE = ("max_steps", "epochs", "save_every_seconds", "max_checkpoints")

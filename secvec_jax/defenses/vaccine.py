@@ -22,7 +22,7 @@ from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, Seed, checked
 from secvec_jax.defenses.finetuning import TrainStepMaker
 from secvec_jax.errors import UserError
-from secvec_jax.model.decoder import Adapter, as_adapters
+from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.training.objective import LEARN, Objective, Params
 from secvec_jax.training.step import TrainStep, alternate, make_train_step
 from secvec_jax.trees import Tree

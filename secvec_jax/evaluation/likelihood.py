@@ -11,8 +11,8 @@ from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import Example
 from secvec_jax.data.pipeline import shared_prefix
 from secvec_jax.inference import compute_dtype
-from secvec_jax.model.decoder import Adapter, as_adapters
-from secvec_jax.model.generate import head_cache, rounded_up
+from secvec_jax.model.adapter import Adapter, as_adapters
+from secvec_jax.model.generate import prefix_cache, rounded_up
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import constrain, num_shards
 
@@ -87,10 +87,9 @@ def _scored(
 def _row_losses(decoder, adapters, head, tokens, segments, supervised, *, said, dtype):
     """Losses `[B, said]`, each row's supervised tokens first, and whether these are the likeliest; said: at least as
     many as any row has."""
-    forward = partial(decoder, adapters=adapters, dtype=dtype)
-    cache = head_cache(forward, head, len(tokens))
+    cache = prefix_cache(decoder, adapters, head, len(tokens), dtype)
     positions = head.shape[1] + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = forward(tokens, segments, positions, cache=cache)
+    hidden, _ = decoder.prefill(tokens, segments, positions, adapters, cache, dtype)
 
     def row(hidden, tokens, supervised):
         (targets,) = jnp.nonzero(supervised, size=said, fill_value=1)

@@ -18,7 +18,7 @@ from secvec_jax.data.chat import Example
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import likelihoods
 from secvec_jax.inference import compute_dtype
-from secvec_jax.model.decoder import Adapter, as_adapters
+from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
 from secvec_jax.model.sampling import Sampling

@@ -12,10 +12,10 @@ from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.evaluation.metrics import RULED
 from secvec_jax.evaluation.scorers import RULES, refuses, verdict
 from secvec_jax.inference import ask
-from secvec_jax.model.decoder import Adapter, as_adapters
+from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.turns import in_thought
-from secvec_jax.vectors.lora import LoRAVectors, merge
+from secvec_jax.vectors.lora import merge_adapters
 
 Outcomes = dict[str, list[float]]
 """Metric -> one number per prompt, in the suite's order, so that two models can be compared in pairs."""
@@ -88,9 +88,8 @@ def outcomes(
     Each harmful prompt's reply is one of refusal, compliance and unclear. unfinished, 0 or 1 a reply, is there only
     where a reply of some prompt stops within its thought: it has no answer, and needs more tokens.
     """
-    adapters = as_adapters(vectors)
-    if adapters and isinstance(adapters[0], LoRAVectors):  # made once, not at each token; one program for all of these
-        model, adapters = model.with_backbone(merge(model.backbone, adapters[0])), adapters[1:]
+    backbone, adapters = merge_adapters(model.backbone, as_adapters(vectors))
+    model = model.with_backbone(backbone)
     done = 0
 
     stopped: list[float] = []

@@ -1,4 +1,4 @@
-"""The numbers and switches that fix a decoder's forward pass, of whatever family it is."""
+"""The sizes and switches that define a decoder's forward pass, for all families."""
 
 import dataclasses
 import math
@@ -7,12 +7,12 @@ from typing import Literal
 from secvec_jax.errors import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear maps of a layer, by their usual names; adapters are asked at each of them."""
+"""The linear maps of a layer, by their usual names, which adapters may change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for long contexts.
+    """How rotary frequencies are scaled for long contexts.
 
     kind: "linear" (Chen et al. 2023) divides all frequencies by `factor`; "llama3" (Llama 3.1) divides only
     those whose wavelength exceeds `original_context / low_freq_factor` and blends in between.
@@ -27,7 +27,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Every number and switch that fixes a decoder's forward pass."""
+    """Every size and switch that defines a decoder's forward pass; the defaults are Llama's."""
 
     family: str
     vocab_size: int
@@ -48,26 +48,26 @@ class Architecture:
     qk_norm: bool = False
     sliding_window: int | None = None
     windowed: tuple[bool, ...] | None = None
-    """which layers have the sliding window; None: all"""
+    """which layers have the sliding window; None: all of them"""
     local_rope_theta: float | None = None
-    """of the layers with the window, without scaling; None: as in the others"""
+    """the base of layers with the sliding window, which are then not scaled; None: as in the other layers"""
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
-    """rms_plus_one: the weight is a difference from 1; layer: with mean and bias (Ba et al. 2016)"""
+    """rms: RMSNorm; rms_plus_one: RMSNorm that multiplies by 1 + weight; layer: LayerNorm (Ba et al. 2016)"""
     post_norms: bool = False
-    """attention and MLP are normed once more before they are added"""
+    """the outputs of attention and MLP are normed once more before they are added"""
     activation: Literal["silu", "gelu_tanh", "relu"] = "silu"
     gated: bool = True
     """down(act(gate(x)) * up(x)), else down(act(up(x)))"""
     scaled_embedding: bool = False
-    """embeddings are multiplied by the root of the hidden size"""
+    """embeddings are multiplied by the square root of the hidden size"""
     learned_positions: bool = False
-    """a table of positions is added to the embeddings, and nothing is rotated"""
+    """position embeddings from a table are added, in place of rotary embeddings"""
     query_scalar: float | None = None
-    """attention scores are divided by its root; None: the head's size"""
+    """attention scores are divided by its square root; None: `head_dim`"""
     attention_softcap: float | None = None
-    """scores s become c tanh(s / c)"""
+    """c, where attention scores s become c tanh(s / c)"""
     final_softcap: float | None = None
-    """logits as well"""
+    """c, where logits l become c tanh(l / c)"""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -103,9 +103,9 @@ class Architecture:
 
 
 def rope_frequencies(architecture: Architecture, *, windowed: bool = False) -> list[float]:
-    """The rotation per position of each of the `head_dim / 2` pairs, in radians, scaling applied.
+    """The rotation per position of each of the `head_dim / 2` pairs, in radians, with scaling applied.
 
-    windowed: those of the layers with the sliding window, which may have a base of their own.
+    windowed: for layers with the sliding window, which may have another base.
     """
     dim, scaling, theta = architecture.head_dim, architecture.rope_scaling, architecture.rope_theta
     if windowed and architecture.local_rope_theta is not None:

@@ -1,7 +1,7 @@
-"""What the supported families differ in, and how Hugging Face and GGUF name their weights.
+"""The supported model families, and how Hugging Face and GGUF name their weights.
 
-All of them are one decoder with a few switches. An `Architecture` is the values of these switches; everything above
-this file sees only it, never a family's name. A family is a row of the table `FAMILIES`.
+All families are one decoder with a few switches. An `Architecture` holds the values of the switches, and the rest of
+the library sees only it, never a family's name. To add a family, add an entry to `FAMILIES`.
 """
 
 import dataclasses
@@ -52,24 +52,24 @@ _OPT_LAYER = _OPT + "layers.{}."
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How a family differs from the plainest one, Llama without biases.
-
-    hf_class: its class in transformers. keys: `Architecture` field -> entry of config.json, None where it has none;
-    modules: the decoder's part -> module in transformers; both in addition to or in place of Llama's. switches: what
-    its architecture always has.
-    needs: entries of config.json that the decoder implements at one value only. ignored: entries that its class in
-    transformers does not read. windows: whether the sliding window applies to the layers that `layer_types` names, to
-    all layers, or to none. fused: module -> the projections whose outputs it computes in one product, in this order.
-    """
+    """How a family differs from Llama without biases, the default of all fields but the first."""
 
     hf_class: str
+    """its class in transformers"""
     keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    """`Architecture` field -> its entry in config.json, None if it has none; the other fields have Llama's entries"""
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """part of the decoder -> its module in transformers; the other parts have Llama's modules"""
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """`Architecture` field -> its value in all models of the family"""
     needs: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"hidden_act": "silu"})
+    """entry of config.json -> the only value of it that the decoder implements"""
     ignored: tuple[str, ...] = ()
+    """entries of config.json that the class in transformers does not read"""
     windows: Literal["by layer", "all layers", "none"] = "none"
+    """which layers have the sliding window: those that `layer_types` names, all, or none"""
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """module in transformers -> the projections that it computes in one product, in the order of its outputs"""
 
     @property
     def entries(self) -> dict[str, str]:
@@ -78,7 +78,7 @@ class Family:
 
     @property
     def unread(self) -> set[str]:
-        """Llama's entries of config.json that the family has under another name, or not at all."""
+        """Llama's entries of config.json that this family has under another name, or does not have."""
         return {key for field, key in _KEYS.items() if field in self.keys and self.keys[field] != key}
 
 
@@ -155,16 +155,17 @@ FAMILIES = {
         },
     ),
 }
-"""By the `model_type` of config.json."""
+"""Family by the `model_type` of config.json."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightName:
-    """Where one leaf of the decoder lies in a checkpoint.
+    """Where a checkpoint stores one array of the decoder.
 
-    layered: whether `hf` and `gguf` hold a `{}` for the layer number, the leaf being a stack over layers.
-    transpose: whether the checkpoint keeps `[outputs, inputs]` where the decoder keeps `[inputs, outputs]`.
-    rows: (first, behind the last, of how many) outputs of a weight that the leaf shares with others; None: all.
+    hf, gguf: the weight's names in Hugging Face folders and GGUF files.
+    layered: whether the array is stacked over layers; the names then have `{}` in place of the layer's number.
+    transpose: whether the checkpoint stores `[outputs, inputs]` where the decoder has `[inputs, outputs]`.
+    rows: (start, end, total), where the array is only rows start to end of a fused weight; None: the whole weight.
     """
 
     hf: str
@@ -193,7 +194,7 @@ _GGUF = {
 
 
 def weight_names(architecture: Architecture) -> dict[str, WeightName]:
-    """Decoder leaf path ("layers.q_proj.kernel") -> its place in a checkpoint, for all leaves."""
+    """Where a checkpoint stores each array of the decoder, by its `leaf_name` ("layers.q_proj.kernel")."""
     a, family = architecture, FAMILIES[architecture.family]
     modules = {**_MODULES, **family.modules}
     names = {}

@@ -1,7 +1,8 @@
 """Decoding: jitted, batched, with a key-value cache; greedy or sampled.
 
-Prompts that begin alike (the system prompt) are read once, and all rows look at the one cache of their common head.
-The rest is read packed, as in training, and then laid out row by row, so that all replies start at the same slot.
+A prefix that all prompts share (the system prompt) is read once, and all rows attend to its cache. The rest of the
+prompts is read in packed sequences, as in training. Its keys and values are then rearranged into one row a prompt, with
+padding on the left, so that all replies start at the same slot.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +18,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from secvec_jax.batch import SHARED, check_token_ids, common_head
-from secvec_jax.model.decoder import Adapter, Cache, Decoder, Run, written
+from secvec_jax.model.adapter import Adapter
+from secvec_jax.model.decoder import Decoder
+from secvec_jax.model.kv_cache import KVCache, KVSegment
 from secvec_jax.model.sampling import GREEDY, Sampling, choose
 from secvec_jax.sharding import constrain, num_shards, platform
 from secvec_jax.trees import unstacked
 
 _BUCKET = 16
 _NO_TOKEN = -1
-_PACKED, _LINE = 8, 512
-"""A line holds so many prompts and no more than so many tokens, on average, or a single longer prompt."""
+_PROMPTS_PER_SEQUENCE, _TOKENS_PER_SEQUENCE = 8, 512
+"""Prompts are packed until a sequence has, on average, so many prompts or tokens; one prompt may be longer."""
 _SHORT = 128
-"""Prompts up to here are alike: so few slots of a cache cost next to nothing beside the weights."""
+"""Prompts of up to so many tokens are batched together: their cache costs next to nothing compared with the weights."""
 
 
 def generate_tokens(
@@ -43,9 +46,10 @@ def generate_tokens(
     dtype: DTypeLike = jnp.float32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, up to but without the first that is `stop`, or one of several.
+    """The tokens that follow each prompt, up to the first stop token, which is left out.
 
-    prompts: token ids, one array each. progress is called with the number of prompts done after each batch.
+    prompts: token ids, one array each. stop: one token or several. progress is called with the number of prompts done
+    after each batch. Adapters are applied at every step: merge LoRA adapters first (`vectors.lora.merge_adapters`).
     Raises UserError for a token id that the decoder has no embedding for.
     """
     if not prompts:
@@ -53,200 +57,205 @@ def generate_tokens(
     vocab_size = decoder.architecture.vocab_size
     for number, prompt in enumerate(prompts, 1):
         check_token_ids(prompt, vocab_size, f"prompt {number}")
-    head = common_head(prompts)
-    tails = [np.asarray(prompt[len(head) :]) for prompt in prompts]
+    shared_prefix = common_head(prompts)
+    suffixes = [np.asarray(prompt[len(shared_prefix) :]) for prompt in prompts]
     replies: dict[int, list[int]] = {}
-    apart = _apart(decoder, adapters) if platform() == "cpu" else None
+    unrolled = _unrolled_layers(decoder, adapters) if platform() == "cpu" else None
     stops = (stop if isinstance(stop, tuple) else (stop,)) or (_NO_TOKEN,)
     options = {"max_new_tokens": max_new_tokens, "stops": stops, "sampling": sampling, "dtype": dtype}
-    for rows, batches in _alike(tails, batch_size):
-        for chosen, lines in zip(batches, _dealt([[tails[i] for i in batch] for batch in batches], rows, len(head))):
-            cache, logits = _read(decoder, adapters, head[None], *lines, slots=max_new_tokens, dtype=dtype)
+    for rows, batches in _batches_by_length(suffixes, batch_size):
+        packed_batches = _packed([[suffixes[i] for i in batch] for batch in batches], rows, len(shared_prefix))
+        for batch, packed in zip(batches, packed_batches):
+            cache, logits = _prefill(decoder, adapters, shared_prefix[None], *packed, slots=max_new_tokens, dtype=dtype)
             key = jax.random.fold_in(jax.random.key(seed), len(replies))
-            done = np.arange(rows) >= len(chosen)
-            seen = None
+            done = np.arange(rows) >= len(batch)
+            occurred = None
             if sampling.repetition_penalty != 1:
-                seen = np.zeros((rows, vocab_size), bool)
-                for row, i in enumerate(chosen):
-                    seen[row, prompts[i]] = True
-            said = np.asarray(_write(decoder, adapters, apart, cache, logits, done, seen, key, **options))
-            for i, row in zip(chosen, said):
+                occurred = np.zeros((rows, vocab_size), bool)
+                for row, i in enumerate(batch):
+                    occurred[row, prompts[i]] = True
+            tokens = np.asarray(_decode(decoder, adapters, unrolled, cache, logits, done, occurred, key, **options))
+            for i, row in zip(batch, tokens):
                 ends = np.flatnonzero(np.isin(row, stops))
                 replies[i] = row[: ends[0] if len(ends) else None].tolist()
             progress(len(replies))
     return [replies[i] for i in range(len(prompts))]
 
 
-def _alike(tails: Sequence[np.ndarray], batch_size: int) -> list[tuple[int, list[list[int]]]]:
-    """(rows, batches of indices) for prompts of like length, which end within the same power of two.
+def _batches_by_length(suffixes: Sequence[np.ndarray], batch_size: int) -> list[tuple[int, list[list[int]]]]:
+    """(rows, batches of indices) for each power of two that suffixes' lengths are rounded up to.
 
-    The batches of one kind are as large and, by turns, about as long as each other, so that one program does for all
-    and no batch is mostly padding.
+    The batches of one power are of one size, and each takes every n-th suffix by length. So one compiled program serves
+    all of them, and no batch is mostly padding.
     """
-    kinds: dict[int, list[int]] = {}
-    for i in sorted(range(len(tails)), key=lambda i: len(tails[i])):
-        kinds.setdefault(max(_SHORT, 1 << (len(tails[i]) - 1).bit_length()), []).append(i)
-    found = []
-    for members in kinds.values():
+    by_length: dict[int, list[int]] = {}
+    for i in sorted(range(len(suffixes)), key=lambda i: len(suffixes[i])):
+        by_length.setdefault(max(_SHORT, 1 << (len(suffixes[i]) - 1).bit_length()), []).append(i)
+    groups = []
+    for members in by_length.values():
         count = -(-len(members) // batch_size)
         rows = rounded_up(-(-len(members) // count), num_shards("batch"))
-        found.append((rows, [members[turn::count] for turn in range(count)]))
-    return found
+        groups.append((rows, [members[first::count] for first in range(count)]))
+    return groups
 
 
-class _Lines(NamedTuple):
-    """Prompts packed into lines, `tokens`, `segments`, `positions` `[P, W]`, and where each one's tokens stand in them.
+class _Packed(NamedTuple):
+    """Prompts packed into P sequences of W tokens, and where each prompt's tokens are among them.
 
-    places, marks: `[B, T]`, the prompt's tokens at the right end, where marks are 1.
+    tokens, segments, positions: `[P, W]`. index, marks: `[B, T]`, one row a prompt, padded on the left: each token's
+    place in the flattened sequences, and 1 where there is a token.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
-    places: np.ndarray
+    index: np.ndarray
     marks: np.ndarray
 
 
-def _dealt(batches: Sequence[Sequence[np.ndarray]], rows: int, head: int) -> list[_Lines]:
-    """Batches of prompts, each packed into lines that are about as long as each other; all batches get one shape.
+def _packed(batches: Sequence[Sequence[np.ndarray]], rows: int, prefix_len: int) -> list[_Packed]:
+    """Each batch of suffixes packed into sequences of about the same length, all batches in the same shapes.
 
-    Rows without a prompt hold one token, so that no row is empty.
+    A batch with fewer suffixes than `rows` is filled up with suffixes of one token, so that no row is empty.
     """
-    filled = [[*tails, *[np.zeros(1, np.int32)] * (rows - len(tails))] for tails in batches]
-    most = max(sum(map(len, tails)) for tails in filled)
-    count = rounded_up(min(rows, max(-(-rows // _PACKED), -(-most // _LINE))), num_shards("batch"))
-    deals = [_lines_of(list(map(len, tails)), count) for tails in filled]
-    width = max(sum(len(tails[row]) for row in line) for tails, lines in zip(filled, deals) for line in lines)
-    longest = rounded_up(max(len(tail) for tails in filled for tail in tails), _BUCKET)
+    filled = [[*batch, *[np.zeros(1, np.int32)] * (rows - len(batch))] for batch in batches]
+    most_tokens = max(sum(map(len, batch)) for batch in filled)
+    needed = max(-(-rows // _PROMPTS_PER_SEQUENCE), -(-most_tokens // _TOKENS_PER_SEQUENCE))
+    count = rounded_up(min(rows, needed), num_shards("batch"))
+    assignments = [_assigned([len(suffix) for suffix in batch], count) for batch in filled]
+    width = max(
+        sum(len(batch[row]) for row in sequence)
+        for batch, assignment in zip(filled, assignments)
+        for sequence in assignment
+    )
+    longest = rounded_up(max(len(suffix) for batch in filled for suffix in batch), _BUCKET)
     shape = (count, rounded_up(width, _BUCKET))
-    return [_laid_out(tails, lines, shape, longest, head) for tails, lines in zip(filled, deals)]
+    return [_pack(batch, assignment, shape, longest, prefix_len) for batch, assignment in zip(filled, assignments)]
 
 
-def _lines_of(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """The rows of each of `count` lines: the longest first, each to the line that holds least."""
-    lines: list[list[int]] = [[] for _ in range(count)]
+def _assigned(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """The rows of each of `count` sequences: the longest row first, each to the sequence with the fewest tokens."""
+    sequences: list[list[int]] = [[] for _ in range(count)]
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        min(lines, key=lambda line: sum(lengths[other] for other in line)).append(row)
-    return lines
+        min(sequences, key=lambda sequence: sum(lengths[other] for other in sequence)).append(row)
+    return sequences
 
 
-def _laid_out(
-    tails: Sequence[np.ndarray], lines: Sequence[Sequence[int]], shape: tuple[int, int], longest: int, head: int
-) -> _Lines:
+def _pack(
+    suffixes: Sequence[np.ndarray],
+    assignment: Sequence[Sequence[int]],
+    shape: tuple[int, int],
+    longest: int,
+    prefix_len: int,
+) -> _Packed:
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-    index, marks = (np.zeros((len(tails), longest), np.int32) for _ in range(2))
-    for number, line in enumerate(lines):
+    index, marks = (np.zeros((len(suffixes), longest), np.int32) for _ in range(2))
+    for number, sequence in enumerate(assignment):
         start = 0
-        for segment, row in enumerate(line, 1):
-            end = start + len(tails[row])
-            tokens[number, start:end], segments[number, start:end] = tails[row], segment
-            positions[number, start:end] = head + np.arange(end - start)
-            index[row, longest - (end - start) :] = number * shape[1] + np.arange(start, end)
-            marks[row, longest - (end - start) :] = 1
+        for segment, row in enumerate(sequence, 1):
+            length = len(suffixes[row])
+            end = start + length
+            tokens[number, start:end] = suffixes[row]
+            segments[number, start:end] = segment
+            positions[number, start:end] = prefix_len + np.arange(length)
+            index[row, longest - length :] = number * shape[1] + np.arange(start, end)
+            marks[row, longest - length :] = 1
             start = end
-    return _Lines(tokens, segments, positions, index, marks)
+    return _Packed(tokens, segments, positions, index, marks)
 
 
 def rounded_up(length: int, bucket: int) -> int:
-    """Buckets keep the programs few."""
+    """The next multiple of `bucket`: shapes in buckets keep the number of compiled programs small."""
     return -(-length // bucket) * bucket
 
 
 @partial(jax.jit, static_argnames=("slots", "dtype"))
-def _read(decoder, adapters, head, tokens, segments, positions, index, marks, *, slots, dtype):
-    """The cache after the prompts, with `slots` free, and the logits `[B, V]` of what follows them."""
-    forward = partial(decoder, adapters=adapters, dtype=dtype)
+def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, index, marks, *, slots, dtype):
+    """The cache after the prompts, with `slots` free slots, and the logits `[B, V]` of the first reply token.
+
+    shared_prefix `[1, H]`; the other arrays are those of `_Packed`.
+    """
     tokens, segments, positions, index, marks = (
         constrain(x, "batch", "length") for x in (tokens, segments, positions, index, marks)
     )
-    cache = head_cache(forward, head, len(tokens))
-    hidden, (keys, values) = forward(tokens, segments, positions, cache=cache)
+    cache = prefix_cache(decoder, adapters, shared_prefix, len(tokens), dtype)
+    hidden, (keys, values) = decoder.prefill(tokens, segments, positions, adapters, cache, dtype)
     (layers, _, heads, size, _), (rows, longest) = keys.shape, index.shape
 
-    def laid_out(packed: jax.Array, shared: Sequence[jax.Array]) -> jax.Array:
-        """`[L, P, K, W, H]` -> `[L, B, K, S, H]`, the head's slots before the row's own, the free ones behind them."""
+    def one_row_a_prompt(packed: jax.Array, prefixes: Sequence[jax.Array]) -> jax.Array:
+        """`[L, P, K, W, H]` -> `[L, B, K, S, H]`: the slots of the prefix, then the prompt's own, then free ones."""
         flat = packed.swapaxes(1, 2).reshape(layers, heads, -1, size)
         own = jnp.take(flat, index.reshape(-1), axis=2).reshape(layers, heads, rows, longest, size).swapaxes(1, 2)
-        before = [jnp.broadcast_to(part, (layers, rows, *part.shape[2:])) for part in shared]
+        before = [jnp.broadcast_to(prefix, (layers, rows, *prefix.shape[2:])) for prefix in prefixes]
         free = jnp.zeros((layers, rows, heads, slots, size), own.dtype)
-        return constrain(
-            jnp.concatenate([*before, own, free], axis=3), "layers", "batch", "heads", "length", "head_dim"
-        )
+        slots_in_order = jnp.concatenate([*before, own, free], axis=3)
+        return constrain(slots_in_order, "layers", "batch", "heads", "length", "head_dim")
 
-    def row_by_row(own: jax.Array, head: jax.Array) -> jax.Array:
-        before = jnp.broadcast_to(head, (rows, *head.shape))
+    def with_prefix_and_free_slots(own: jax.Array, prefix: jax.Array) -> jax.Array:
+        """`[B, T]` -> `[B, S]`"""
+        before = jnp.broadcast_to(prefix, (rows, *prefix.shape))
         return jnp.concatenate([before, own, jnp.zeros((rows, slots), own.dtype)], axis=1)
 
-    run = (
-        laid_out(keys.swapaxes(3, 4), [run[0].swapaxes(3, 4) for run in cache.runs]).swapaxes(3, 4),
-        laid_out(values, [run[1] for run in cache.runs]),
+    part = KVSegment(
+        one_row_a_prompt(keys.swapaxes(3, 4), [part.keys.swapaxes(3, 4) for part in cache.parts]).swapaxes(3, 4),
+        one_row_a_prompt(values, [part.values for part in cache.parts]),
     )
-    marks = row_by_row(marks, cache.segments[0])
-    positions = row_by_row(positions.reshape(-1)[index], cache.positions[0])
-    full = Cache((run,), marks, positions, jnp.int32(head.shape[1] + longest))
-    return full, decoder.logits(hidden.reshape(-1, hidden.shape[-1])[index[:, -1]])
+    row_segments = with_prefix_and_free_slots(marks, cache.segments[0])
+    row_positions = with_prefix_and_free_slots(positions.reshape(-1)[index], cache.positions[0])
+    length = jnp.int32(shared_prefix.shape[1] + longest)
+    last_hidden = hidden.reshape(-1, hidden.shape[-1])[index[:, -1]]
+    return KVCache((part,), row_segments, row_positions, length), decoder.logits(last_hidden)
 
 
-_apart = jax.jit(Decoder.layers_apart)
+_unrolled_layers = jax.jit(Decoder.unrolled_layers)
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "stops", "sampling", "dtype"))
-def _write(decoder, adapters, apart, cache, logits, done, seen, key, *, max_new_tokens, stops, sampling, dtype):
+def _decode(decoder, adapters, unrolled, cache, logits, done, occurred, key, *, max_new_tokens, stops, sampling, dtype):
     """Replies `[B, max_new_tokens]`, filled up with the first of `stops`.
 
-    apart: `layers_apart`, or None for a scan over them. seen: the tokens of each prompt `[B, V]`, or None if it does
-    not matter which have occurred.
+    unrolled: `unrolled_layers`, or None for a scan over the layers. logits `[B, V]`: of the first token. done `[B]`:
+    rows without a prompt. occurred `[B, V]`: the tokens that each row has so far, or None if sampling ignores them.
     """
     done = constrain(done, "batch")
-    if apart is not None:
-        cache = dataclasses.replace(cache, runs=unstacked(cache.runs, len(apart)))
-    forward = partial(decoder, adapters=adapters, dtype=dtype, apart=apart)
+    position = cache.positions[:, -max_new_tokens - 1]
+    if unrolled is not None:
+        (part,) = cache.parts
+        cache = dataclasses.replace(cache, parts=tuple(unstacked(part, len(unrolled))))
 
-    def say(step, logits, replies, done, seen):
-        token = jnp.where(done, stops[0], choose(logits, seen, jax.random.fold_in(key, step), sampling))
-        ends = functools.reduce(operator.or_, (token == stop for stop in stops))
-        if seen is not None:
-            seen = seen | (jnp.arange(seen.shape[1]) == token[:, None])
-        return token, jax.lax.dynamic_update_slice(replies, token[:, None], (0, step)), done | ends, seen
+    def append(step, logits, replies, done, occurred):
+        token = jnp.where(done, stops[0], choose(logits, occurred, jax.random.fold_in(key, step), sampling))
+        is_stop = functools.reduce(operator.or_, (token == stop for stop in stops))
+        if occurred is not None:
+            occurred = occurred | (jnp.arange(occurred.shape[1]) == token[:, None])
+        replies = jax.lax.dynamic_update_slice(replies, token[:, None], (0, step))
+        return token, replies, done | is_stop, occurred
 
     def unfinished(state):
         step, *_, done, _ = state
         return (step < max_new_tokens) & ~done.all()
 
-    def write(state):
-        step, cache, position, token, replies, done, seen = state
-        ones, position = jnp.ones_like(token)[:, None], position + 1
-        marked = _marked(cache, ones, position[:, None])
-        # Layer by layer the cache is written before it is read, or XLA copies it in between; a scan would copy it too.
-        hidden, new = forward(token[:, None], ones, position[:, None], cache=cache if apart is None else marked)
-        runs = _appended(cache, new) if apart is None else [(run,) for run in new]
-        cache = dataclasses.replace(marked, runs=runs, length=cache.length + 1)
-        return step + 1, cache, position, *say(step, decoder.logits(hidden[:, -1]), replies, done, seen)
+    def advance(state):
+        step, cache, position, token, replies, done, occurred = state
+        position = position + 1
+        hidden, cache = decoder.decode_step(token[:, None], position[:, None], cache, adapters, dtype, unrolled)
+        return step + 1, cache, position, *append(step, decoder.logits(hidden[:, -1]), replies, done, occurred)
 
     replies = jnp.full((len(done), max_new_tokens), stops[0], jnp.int32)
-    position = cache.positions[:, -max_new_tokens - 1]
-    state = (jnp.int32(1), cache, position, *say(0, logits, replies, done, seen))
-    return constrain(jax.lax.while_loop(unfinished, write, state)[-3], None, None)
+    state = (jnp.int32(1), cache, position, *append(0, logits, replies, done, occurred))
+    *_, replies, _, _ = jax.lax.while_loop(unfinished, advance, state)
+    return constrain(replies, None, None)
 
 
-def head_cache(forward, head, rows: int) -> Cache:
-    """A cache for `rows` lines, each row of which begins with `head` `[1, H]` (H may be 0).
-
-    forward: the decoder with its adapters and its `dtype` bound by keyword.
-    """
-    shape = (rows, head.shape[1])
+def prefix_cache(
+    decoder: Decoder, adapters: tuple[Adapter, ...], shared_prefix: jax.Array, rows: int, dtype: DTypeLike
+) -> KVCache:
+    """The cache of a prefix `[1, H]` that all of `rows` sequences share; H may be 0."""
+    shape = (rows, shared_prefix.shape[1])
     segments = constrain(jnp.full(shape, SHARED, jnp.int32), "batch", "length")
     positions = constrain(jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape), "batch", "length")
-    runs = (forward(head, keep_cache=True)[1],) if shape[1] else ()
-    return Cache(runs, segments, positions, jnp.int32(shape[1]))
-
-
-def _marked(cache: Cache, segments: jax.Array, positions: jax.Array) -> Cache:
-    """The cache with the next slots' segments and positions."""
-    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.length, axis=1)
-    return dataclasses.replace(cache, segments=put(cache.segments, segments), positions=put(cache.positions, positions))
-
-
-def _appended(cache: Cache, new: Run) -> tuple[Run, ...]:
-    """The cache's one run with the next slots' keys and values."""
-    return tuple(written(run, new, cache.length) for run in cast(tuple[Run, ...], cache.runs))
+    parts: tuple[KVSegment, ...] = ()
+    if shape[1]:
+        _, prefix = decoder.prefill(shared_prefix, adapters=adapters, dtype=dtype)
+        parts = (prefix,)
+    return KVCache(parts, segments, positions, jnp.int32(shape[1]))

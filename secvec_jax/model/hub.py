@@ -23,8 +23,9 @@ from secvec_jax.arguments import path as checked_path
 from secvec_jax.distributed import broadcast_from_first, is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.files import check_replaceable, whole_folder
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Adapter, Decoder, abstract_decoder
+from secvec_jax.model.decoder import Decoder, abstract_decoder
 from secvec_jax.model.families import weight_names
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.hf_config import from_hf_config

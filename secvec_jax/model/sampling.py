@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedily, or sampled as transformers samples, by a model's own settings or a caller's.
+"""How the next token is chosen: greedily, or sampled as transformers does it, by the model's or a caller's settings.
 
 The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 """
@@ -50,10 +50,10 @@ not."""
 class Sampling:
     """How the next token is chosen from its logits; the default is greedy.
 
-    temperature: 0 takes the likeliest token. top_k: sample from so many of the likeliest; 0: from all. top_p: from the
-    fewest tokens that hold this probability together. min_p: from those at least this fraction as likely as the
-    likeliest. repetition_penalty: divides the positive logits of tokens that have occurred, and multiplies the negative
-    ones; it applies to greedy decoding too.
+    temperature: 0 takes the likeliest token. top_k: sample from so many of the likeliest tokens; 0: from all. top_p:
+    from the smallest set of tokens whose probabilities add up to this. min_p: from tokens whose probability is at least
+    this fraction of the likeliest token's. repetition_penalty: divides the positive logits of tokens that have occurred
+    and multiplies the negative ones, in greedy decoding too.
 
     Raises UserError for a value outside its range.
     """
@@ -75,7 +75,7 @@ class Sampling:
 
     @classmethod
     def of(cls, generation: Mapping[str, Any], temperature: float | None = None) -> "Sampling":
-        """The settings of a generation_config.json; a temperature that is given takes the place of its own.
+        """The settings of a generation_config.json. temperature: replaces the file's, if given.
 
         Raises UserError for settings of the file that this library does not have, unless a temperature is given.
         """
@@ -115,11 +115,11 @@ GREEDY = Sampling()
 """The likeliest token, whatever the model's own settings: how models are scored."""
 
 
-def choose(logits: jax.Array, seen: jax.Array | None, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """The next tokens `[B]` from logits `[B, V]`. seen: `[B, V]`, which tokens have occurred, for a penalty."""
-    if seen is not None:
+def choose(logits: jax.Array, occurred: jax.Array | None, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next tokens `[B]` from logits `[B, V]`. occurred: `[B, V]`, which tokens a row has had, for the penalty."""
+    if occurred is not None:
         penalized = jnp.where(logits < 0, logits * sampling.repetition_penalty, logits / sampling.repetition_penalty)
-        logits = jnp.where(seen, penalized, logits)
+        logits = jnp.where(occurred, penalized, logits)
     if sampling.temperature == 0:
         return _first_largest(logits)
     return jax.random.categorical(key, _truncated(logits / sampling.temperature, sampling)).astype(jnp.int32)

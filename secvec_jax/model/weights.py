@@ -218,11 +218,11 @@ def members(name: WeightName, architecture: Architecture) -> list[str]:
 
 
 def _leaves(backbone: Decoder) -> Iterator[tuple[WeightName, list[jax.Array]]]:
-    """The decoder's leaves, those together that a checkpoint keeps in one weight, in its order."""
+    """The decoder's arrays, those together that a checkpoint keeps in one weight, in the order of its rows."""
     names = weight_names(backbone.architecture)
     found: dict[str, list[tuple[WeightName, jax.Array]]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
-        name = names[leaf_name(path)]
+    for stored_as, leaf in backbone.named_leaves():
+        name = names[stored_as]
         found.setdefault(name.hf, []).append((name, leaf))
     for parts in found.values():
         parts.sort(key=lambda part: part[0].rows or ())

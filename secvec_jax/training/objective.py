@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
-from secvec_jax.model.decoder import Decoder, Remat, as_adapters
+from secvec_jax.model.adapter import as_adapters
+from secvec_jax.model.decoder import Decoder, ForwardOptions, Remat
 from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
 
 LEARN, KEEP = "learn", "keep"
@@ -89,13 +90,10 @@ class Objective:
 
     def hidden(self, params: Params, batch: Batch) -> jax.Array:
         """Hidden states under the adapter and the vectors, `[B, T, D]`."""
-        hidden, _ = params["backbone"]["decoder"](
+        return params["backbone"]["decoder"](
             batch["tokens"],
             batch["segments"],
             batch["positions"],
             as_adapters(params["backbone"]["adapter"], params["vectors"]),
-            dtype=self.dtype,
-            remat=self.remat,
-            shared=self.shared,
+            ForwardOptions(self.dtype, self.remat, self.shared),
         )
-        return hidden

@@ -1,4 +1,4 @@
-"""The kinds of vectors: what a user shapes (the spec), and the pytree that visits the decoder."""
+"""The kinds of vectors. Each has a spec, the settings that a user gives, and vectors, the adapter made from it."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ from secvec_jax.vectors.steering import Steering, SteeringVectors
 
 Spec = LoRA | Steering | SoftPrompt
 Vectors = LoRAVectors | SteeringVectors | SoftPromptVectors
-"""An adapter with `factors`, a `spec` that made it, `axes()` and `check(architecture)`."""
+"""Adapters with `factors` (the arrays), the `spec` that they were made from, `axes()` and `check(architecture)`."""
 
 
 class Kind(NamedTuple):
-    """The two classes of a kind."""
+    """The classes of a kind's spec and of its vectors."""
 
     spec: type[Any]
     vectors: type[Any]
@@ -23,7 +23,7 @@ KINDS = {
     "steering": Kind(Steering, SteeringVectors),
     "prompt": Kind(SoftPrompt, SoftPromptVectors),
 }
-"""The name of each kind in files and settings."""
+"""By the kind's name in files and settings."""
 
 
 def kind_of(vectors: Vectors) -> str:

@@ -1,11 +1,30 @@
 """Security vectors as low-rank factors (LoRA, Hu et al. 2021), one pytree apart from the backbone.
 
-At every projection it was made for, the adapter adds `scale * (x A) B` to the frozen map's own output:
+At each target projection with weight W `[in, out]`, factors A `[in, r]` and B `[r, out]` and scale s, LoRA computes
 
-    x ──┬── W (backbone) ────────────┬──> y
-        └── A [in, r] ── B [r, out] ──┘      B starts at zero: a fresh adapter changes nothing
+    y  = x W + s (x A) B                          dx = dy Wᵀ + s (dy Bᵀ) Aᵀ
+    dA = s xᵀ (dy Bᵀ)    dB = s (x A)ᵀ dy
 
-The factors of all layers are stacked on a leading axis, as the decoder's weights are, and are scanned beside them.
+B starts at zero: a fresh adapter changes nothing. The textbook way is the formula as it stands, two thin products in
+addition to x W. Here the weight is formed first, one layer at a time, inside the scan over layers:
+
+    y  = x (W + s A B)                            dx = dy (W + s A B)ᵀ
+
+That is the same function. For N tokens the thin products cost 2 N r (in + out) FLOPs, and A B costs 2 r in out: less
+as soon as N exceeds in out / (in + out), which is half the hidden size where W is square. Training is far beyond that.
+What counts more, thin products are bound by memory: each reads or writes all N tokens once more, forward and backward.
+And for frozen vectors, as in phase 2, the backward pass has no thin products at all: dx is a single product. It was the
+faster form on a CPU and by the compiler's estimate for TPUs (benchmarks/RESULTS.md), so there is only this one.
+
+Left to itself, autodiff would derive dA and dB from dW = xᵀ dy: an array as large as the frozen weight, by a product as
+expensive as x W. So W + s A B is formed from constant factors (`LoRAVectors.kernel`), and an identity on y
+whose custom backward pass is the two formulas above hands A and B their gradients (`_with_factor_gradients`). It is
+called after the product (`LoRAVectors.linear`), keeps x, A and B, and keeps nothing where the factors are frozen. The
+backward pass forms W + s A B again and x A anew: kept, they would take as much memory as the backbone.
+
+In decoding, N is the number of rows, and W + s A B would be formed at every token: there, merge (`merge_adapters`).
+
+The factors of all layers are stacked on a leading axis, as the decoder's weights are, and are scanned along with them.
 """
 
 import dataclasses
@@ -19,8 +38,10 @@ import jax.numpy as jnp
 from secvec_jax.arguments import instance
 from secvec_jax.checks import NonZeroFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import PROJECTIONS, Architecture
-from secvec_jax.model.decoder import KERNEL_AXES, Adapter, Decoder, leaf_name
+from secvec_jax.model.decoder import Decoder, leaf_name
+from secvec_jax.model.layers import KERNEL_AXES
 from secvec_jax.sharding import constrain, shard
 from secvec_jax.trees import num_parameters
 
@@ -28,7 +49,7 @@ from secvec_jax.trees import num_parameters
 @checked
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """How low-rank vectors are shaped."""
+    """The settings of LoRA vectors; names and meanings are PEFT's `LoraConfig`'s where it has them."""
 
     rank: PositiveInt = 8
     """columns of A"""
@@ -91,20 +112,22 @@ class LoRAVectors(Adapter):
         return f"LoRAVectors({self.spec!r}, {', '.join(self.factors)}: {num_parameters(self):,} parameters)"
 
     def linear(self, projection: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """`y`, which `kernel` has had its effect on; here the factors get their gradients."""
+        """`y` itself, since `kernel` has already changed the product; in the backward pass, the factors' gradients."""
         factors = self.factors.get(projection)
-        return y if factors is None else _attached(self.spec.scale, y, x, factors["a"], factors["b"])
+        if factors is None:
+            return y
+        return _with_factor_gradients(self.spec.scale, y, x, factors["a"], factors["b"])
 
     def kernel(self, projection: str, kernel: jax.Array) -> jax.Array:
-        """`W + scale * A B` at the projections that have factors; called on one layer's slice."""
+        """`W + scale * A B` of one layer, with A and B as constants, where the projection has factors."""
         factors = self.factors.get(projection)
         if factors is None:
             return kernel
-        a, b = (jax.lax.stop_gradient(factors[name]) for name in ("a", "b"))
-        return _updated(projection, self.spec.scale, kernel, a, b)
+        a, b = jax.lax.stop_gradient((factors["a"], factors["b"]))
+        return _updated_kernel(projection, self.spec.scale, kernel, a, b)
 
     def axes(self) -> "LoRAVectors":
-        """The logical axes of the factors, in the same tree form; they are small, so only wide sides are spread."""
+        """The logical axes of the factors, in the same tree form; they are small: only heads and MLP are sharded."""
 
         def of(path: tuple, _: jax.Array) -> tuple[str, str, str]:
             projection, name = path[1].key, path[2].key
@@ -127,35 +150,42 @@ class LoRAVectors(Adapter):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attached(scale: float, y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`y`, with the gradients that `scale * x A B` in it gives to A and B, and to nothing else."""
+def _with_factor_gradients(scale: float, y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The identity on `y` `[N, out]`; its backward pass also gives A and B the gradients of `scale * (x A) B` in `y`.
+
+    x `[N, in]`, a `[in, r]`, b `[r, out]`. x gets no gradient here: it has the whole of it from the product itself.
+    """
     return y
 
 
-def _attach(scale, y, x, a, b):
+def _forward(scale, y, x, a, b):
     trained = a.perturbed or b.perturbed
     return y.value, (x.value, a.value, b.value) if trained else None
 
 
-def _detach(scale, residuals, slope):
+def _backward(scale, residuals, dy):
     if residuals is None:
-        return slope, None, None, None
+        return dy, None, None, None
     x, a, b = residuals
-    inner, outer = slope @ b.astype(x.dtype).T, x @ a.astype(x.dtype)
-    return slope, None, scale * _product(x.T, inner), scale * _product(outer.T, slope)
+    dy_b = dy @ b.astype(x.dtype).T
+    x_a = x @ a.astype(x.dtype)
+    da = scale * _float32_product(x.T, dy_b)
+    db = scale * _float32_product(x_a.T, dy)
+    return dy, None, da, db
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def _float32_product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-_attached.defvjp(_attach, _detach, symbolic_zeros=True)
+# With symbolic zeros, the forward pass learns whether the factors are differentiated at all.
+_with_factor_gradients.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:
-    """The norm-matched random control: Gaussian factors, each layer's update as large as the vectors' own.
+    """The norm-matched random control: Gaussian factors whose updates are as large as those of `vectors`.
 
-    Per projection and layer, B is scaled so that the Frobenius norm of the update A B is that of `vectors`.
+    At each projection and layer, both factors are scaled so that the Frobenius norm of A B is that of `vectors`.
 
     key: such as `jax.random.key(0)`. Raises UserError for other arguments.
     """
@@ -171,28 +201,51 @@ def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:
 
 
 def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Frobenius norm of each layer's A B, `[L, 1, 1]`, without forming it: tr(Aᵀ A B Bᵀ)."""
+    """The Frobenius norm of each layer's A B, `[L, 1, 1]`, as the root of tr(Aᵀ A B Bᵀ): A B is not formed."""
     return jnp.sqrt(jnp.einsum("lir,lis,lso,lro->l", a, a, b, b, optimize="optimal"))[:, None, None]
 
 
 def merge(backbone: Decoder, vectors: LoRAVectors) -> Decoder:
-    """The backbone with the vectors' update added to its weights: one model, no adapter.
+    """The backbone with `scale * A B` added to its weights: one model, no adapter.
 
-    For a trained task adapter, and to judge a model through its vectors; what is kept of a fine-tuning has none.
+    For a trained task adapter, and to use a model under vectors; a fine-tuned model that is kept has no vectors in it.
     """
 
     def add(path: tuple, leaf: jax.Array) -> jax.Array:
         projection = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
         factors = vectors.factors.get(projection)
-        return leaf if factors is None else _merged(projection, vectors.spec.scale, leaf, factors["a"], factors["b"])
+        if factors is None:
+            return leaf
+        return _merged_kernel(projection, vectors.spec.scale, leaf, factors["a"], factors["b"])
 
     return shard(jax.tree_util.tree_map_with_path(add, backbone))
 
 
-def _updated(projection: str, scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`W + scale * A B`, of one layer or all, spread over the mesh as W is: A B would else lie whole on each device."""
+def merge_adapters(backbone: Decoder, adapters: tuple[Adapter, ...]) -> tuple[Decoder, tuple[Adapter, ...]]:
+    """The backbone with all LoRA adapters merged into it, and the other adapters.
+
+    For decoding and judging, where the adapted weights would be formed again at each token; merged, they are a copy of
+    the adapted kernels in memory. Without LoRA adapters the backbone is returned as it is. A LoRA adapter is not merged
+    if an adapter before it changes kernels in a way of its own, since the order would change.
+    """
+    others: list[Adapter] = []
+    kernels_changed = False
+    for adapter in adapters:
+        if isinstance(adapter, LoRAVectors) and not kernels_changed:
+            backbone = merge(backbone, adapter)
+        else:
+            others.append(adapter)
+            kernels_changed |= type(adapter).kernel is not Adapter.kernel
+    return backbone, tuple(others)
+
+
+def _updated_kernel(projection: str, scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`W + scale * A B` of one layer or of all.
+
+    A B is sharded as W is: left alone, every device would hold the whole of it.
+    """
     layers = ("layers",) * (kernel.ndim - 2)
     return kernel + constrain(scale * a @ b, *layers, *KERNEL_AXES[projection])
 
 
-_merged = jax.jit(_updated, static_argnums=(0, 1))
+_merged_kernel = jax.jit(_updated_kernel, static_argnums=(0, 1))

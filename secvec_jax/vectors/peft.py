@@ -1,4 +1,4 @@
-"""Vectors as PEFT LoRA adapters, both ways: adapter_config.json and adapter_model.safetensors in a folder."""
+"""LoRA vectors to and from PEFT adapter folders (adapter_config.json, adapter_model.safetensors)."""
 
 import dataclasses
 import json
@@ -29,8 +29,9 @@ _PICKLE = "adapter_model.bin"  # PEFT's own form before 0.6
 def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str = SECURITY_VECTORS) -> None:
     """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
 
-    holds: what they are; anything but security vectors may be merged into a model to be used. Where the model computes
-    several projections in one product, A has their columns side by side, and B is block-diagonal.
+    holds: what the adapter is, in the file's metadata. Security vectors are not to be merged into a model that is used;
+    anything else may be. Where the model fuses several projections into one module (Phi-3), that module's A has the
+    projections' A side by side, and its B is block-diagonal.
     """
     from safetensors.numpy import save_file
 
@@ -71,10 +72,10 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
 
 
 def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
-    """A PEFT LoRA adapter as vectors; one of ours is checked for its backbone, others for their shapes only.
+    """The vectors in a PEFT LoRA adapter folder. Ours name their backbone, which is checked; of others, the shapes are.
 
-    Layers that it leaves out (`layers_to_transform`) get factors of zero, which change nothing.
-    Raises UserError if it is missing or corrupt, of another kind than plain LoRA, or does not fit the model.
+    Layers that the adapter leaves out (`layers_to_transform`) get factors of zeros, which change nothing.
+    Raises UserError if it is missing or corrupt, not plain LoRA, or does not fit the model.
     """
     folder = Path(folder)
     config = read_config(folder / CONFIG)

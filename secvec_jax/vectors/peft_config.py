@@ -1,4 +1,4 @@
-"""What a PEFT adapter's configuration says, and why an adapter that is not plain LoRA is refused."""
+"""Reading the configuration of a PEFT adapter, and refusing adapters that are not plain LoRA."""
 
 import json
 import math
@@ -17,10 +17,10 @@ _NO_EFFECT = frozenset({
     "lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
     "lora_ga_config", "qalora_group_size", "ensure_weight_tying", "merge_weights", "unsloth_fixed",
 })  # fmt: skip
-"""Entries that change nothing of what a trained adapter computes, whose start was the usual one."""
+"""Entries that do not change what a trained adapter computes, given one of the initializations below."""
 
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
-"""Of `init_lora_weights`, those that leave the backbone as it is; PiSSA, OLoRA and others subtract their start."""
+"""Values of `init_lora_weights` that leave the backbone as it is; PiSSA, OLoRA and others change it."""
 
 _OR_MERGE = "or merge it into its model with PEFT's merge_and_unload and give the merged model"
 
@@ -28,7 +28,7 @@ _OR_MERGE = "or merge it into its model with PEFT's merge_and_unload and give th
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration of a LoRA adapter.
 
-    Raises UserError if it cannot be read, or an entry that is used has a value of another type.
+    Raises UserError if it cannot be read, or if an entry that is used has a value of the wrong type.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -56,9 +56,9 @@ def _is_list_of(kind: type, value: Any) -> bool:
 
 
 def check_kind(config: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
-    """Raises UserError, naming the entry, if one that is not understood could change what the adapter computes.
+    """Raises UserError, naming the entries, if unsupported ones could change what the adapter computes.
 
-    ours: entries that the files we write have, with the value at which they are understood.
+    ours: further entries that are supported at one value each, which the files that we write have.
     """
     known = _READ | _NO_EFFECT
     unsupported = {key: value for key, value in config.items() if value and key not in known and value != ours.get(key)}
@@ -71,10 +71,10 @@ def check_kind(config: dict[str, Any], ours: dict[str, Any], folder: Path) -> No
 
 
 def check_layers(config: dict[str, Any], layers: dict[str, set[int]], count: int, folder: Path) -> None:
-    """Raises UserError if the modules with weights are not those that the configuration names, by PEFT's own rules.
+    """Raises UserError if the modules with weights are not those that the configuration names, by PEFT's rules.
 
-    layers: module, with a `{}` for the layer -> the layers of the model's `count` in which it has weights. Where
-    regular expressions choose the modules, nothing is checked.
+    layers: module name, with `{}` for the layer -> the layers in which it has weights. count: the layers of the model.
+    Nothing is checked where a regular expression chooses the modules.
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     if isinstance(targets, str) or isinstance(excluded, str):
@@ -109,7 +109,7 @@ def _ends_in(name: str, suffixes: list[str]) -> bool:
 
 
 def no_place(folder: Path, names: list[str]) -> str:
-    """What to say of the weights of these names, which are for no linear map of the model's layers."""
+    """The error message for weights of these names, which belong to no projection of the model's layers."""
     if not names:
         return f"{folder} has no weights for a linear map of the model: the adapter was made for another model"
     outside = [name.removeprefix("base_model.model.") for name in names if not re.search(r"\.\d+\.", name)]

@@ -1,10 +1,10 @@
 """Security vectors as a soft prompt at every layer (prefix-tuning, Li & Liang 2021).
 
-Every token also attends to `virtual_tokens` keys and values that stand for no text:
+In every layer, each token also attends to `virtual_tokens` trained keys and values:
 
-    softmax(q [K_prompt, K]) [V_prompt, V]
+    softmax(q [K_prompt, K]ᵀ) [V_prompt, V]
 
-They stand before all positions, so that the rest of the sequence is read as it would be without them.
+They have no positions, so the positions of the sequence are the same as without them.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from secvec_jax.checks import NonZeroFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Adapter, Run
+from secvec_jax.model.kv_cache import KVSegment
 from secvec_jax.sharding import shard
 from secvec_jax.trees import num_parameters
 
@@ -23,15 +24,15 @@ from secvec_jax.trees import num_parameters
 @checked
 @dataclasses.dataclass(frozen=True)
 class SoftPrompt:
-    """How a soft prompt is shaped."""
+    """The settings of a soft prompt."""
 
     virtual_tokens: PositiveInt = 16
-    """P, the keys of each head"""
+    """P, the number of keys of each head"""
     scale: NonZeroFloat = 1.0
-    """multiplies the values, whose learning rate counts for as much more"""
+    """multiplies the values, and so the effect of their learning rate"""
 
     def init(self, architecture: Architecture, key: jax.Array) -> "SoftPromptVectors":
-        """Random keys, values zero."""
+        """Random keys, and values of zeros."""
         keys, values = _shapes(architecture, self.virtual_tokens)
         return shard(SoftPromptVectors({"keys": jax.random.normal(key, keys), "values": jnp.zeros(values)}, self))
 
@@ -47,12 +48,14 @@ class SoftPromptVectors(Adapter):
     def __repr__(self) -> str:
         return f"SoftPromptVectors({self.spec!r}, {num_parameters(self):,} parameters)"
 
-    def prefix(self) -> Run:
+    def prefix(self) -> KVSegment:
         """The keys and values, the same for all rows."""
-        return self.factors["keys"][..., None, :, :, :], self.spec.scale * self.factors["values"][..., None, :, :, :]
+        keys = self.factors["keys"][..., None, :, :, :]
+        values = self.spec.scale * self.factors["values"][..., None, :, :, :]
+        return KVSegment(keys, values)
 
     def axes(self) -> "SoftPromptVectors":
-        """The logical axes: a soft prompt is small and lies whole on every device."""
+        """The logical axes: a soft prompt is small, and whole on every device."""
         return jax.tree.map(lambda _: ("layers", None, None, None), self)
 
     def check(self, architecture: Architecture) -> None:

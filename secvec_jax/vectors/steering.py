@@ -1,10 +1,10 @@
-"""Security vectors as directions: one per layer, added to the residual stream behind it.
+"""Security vectors as directions: one per layer, added to the residual stream after the layer.
 
     h_l  ->  h_l + scale * v_l
 
 Active and frozen while a model is fine-tuned, they are *preventative steering* (Chen et al. 2025, "Persona Vectors",
 arXiv 2507.21509): the stream is already where the behavior would take it. The directions are trained as any other
-vectors are, or read off the model's activations (`defenses.persona`).
+vectors are, or computed from the model's activations (`defenses.persona`).
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from secvec_jax.checks import NonZeroFloat, checked
 from secvec_jax.errors import UserError
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Adapter
 from secvec_jax.sharding import shard
 from secvec_jax.trees import num_parameters
 
@@ -23,13 +23,13 @@ from secvec_jax.trees import num_parameters
 @checked
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """How directions act."""
+    """The settings of steering vectors."""
 
     scale: NonZeroFloat = 1.0
-    """α, by which directions are multiplied; a learning rate counts for as much more"""
+    """α, by which directions are multiplied, which also multiplies the effect of a learning rate"""
 
     def init(self, architecture: Architecture, key: jax.Array) -> "SteeringVectors":
-        """Directions of length zero: the logits are unchanged."""
+        """Directions of zeros: the logits are unchanged."""
         shape = (architecture.num_layers, architecture.hidden_size)
         return shard(SteeringVectors({"direction": jnp.zeros(shape)}, self))
 
@@ -50,7 +50,7 @@ class SteeringVectors(Adapter):
         return x + (self.spec.scale * self.factors["direction"]).astype(x.dtype)
 
     def axes(self) -> "SteeringVectors":
-        """The logical axes: a direction is small and lies whole on every device."""
+        """The logical axes: a direction is small, and whole on every device."""
         return jax.tree.map(lambda _: ("layers", None), self)
 
     def check(self, architecture: Architecture) -> None:

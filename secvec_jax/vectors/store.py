@@ -1,7 +1,7 @@
 """Files of vectors: our own safetensors format for every kind, and PEFT's for LoRA.
 
-Every file of ours names the backbone it was made for by fingerprint, and is refused for another one: vectors say
-"this behavior is already there" about one set of weights and nothing about any other.
+Each of our files has the fingerprint of the backbone that its vectors were trained for, and is refused for another
+one: vectors make a behavior present in one set of weights, and mean nothing for any other.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
 
 
 def load_several(paths: Sequence[str | Path], model: Model) -> tuple[Vectors, ...] | None:
-    """The vectors in these files, to be active at once; None, and not an empty tuple, where there are none."""
+    """The vectors in these files, to be active at once; None, not an empty tuple, if there are no files."""
     return tuple(load_vectors(path, model) for path in paths) or None
 
 
@@ -94,7 +94,7 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
 
 
 def _flat(factors: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:
-    """{"projection.name": array}, or {"name": array} where there are no projections."""
+    """The factors as one dict: {"projection.name": array}, or {"name": array} for kinds without projections."""
     flat: dict[str, jax.Array] = {}
     for name, part in factors.items():
         flat |= _flat(part, f"{prefix}{name}.") if isinstance(part, dict) else {prefix + name: part}
@@ -102,12 +102,12 @@ def _flat(factors: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:
 
 
 def _fingerprint(vectors: Vectors) -> str:
-    """Of the factors and of what scales them."""
+    """The fingerprint of the factors and of their scale."""
     return fingerprint((vectors, np.float64(vectors.spec.scale)))
 
 
 def holds_security_vectors(path: str | Path) -> bool:
-    """Whether vectors at a path say that they are security vectors. Raises UserError if they cannot be read."""
+    """Whether the file at a path says that it holds security vectors. Raises UserError if it cannot be read."""
     path = find_vectors(path)
     metadata, _ = read_tensors(path / WEIGHTS if path.is_dir() else path)
     return metadata.get("format") == _FORMAT or metadata.get("holds") == SECURITY_VECTORS

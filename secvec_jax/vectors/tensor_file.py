@@ -1,4 +1,4 @@
-"""Reading a safetensors file of factors: whatever is wrong with it is one line that says what to do."""
+"""Reading safetensors files of factors; each error is one line that says what to do."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from secvec_jax.model.hub import Model
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-"""How files of torch.save begin: a zip archive since PyTorch 1.6, before that the pickle itself."""
+"""The first bytes of files of torch.save: a zip archive since PyTorch 1.6, a bare pickle before."""
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -57,7 +57,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def pickled(path: Path) -> str:
-    """Why a file of torch.save is not read, and how to convert it."""
+    """The error message for a file of torch.save: why it is not read, and how to convert it."""
     target = path.with_suffix(".safetensors")
     return (
         f"{path} is a pickle of PyTorch, which can run any code when it is opened, so it is not read: convert it with "
@@ -67,7 +67,7 @@ def pickled(path: Path) -> str:
 
 
 def check_backbone(metadata: dict[str, str], model: Model, path: Path) -> None:
-    """Raises UserError if a file says that it was made for another backbone than the model's."""
+    """Raises UserError if a file was made for another backbone than the model's, by its metadata."""
     if metadata["backbone"] != model.fingerprint:
         made_for = metadata.get("backbone_name", "another model")
         raise UserError(
@@ -77,7 +77,7 @@ def check_backbone(metadata: dict[str, str], model: Model, path: Path) -> None:
 
 
 def check_saved(vectors: Any, model: Any, kinds: tuple[type, ...]) -> None:
-    """Raises UserError if what is to be written is not vectors of these kinds and their model."""
+    """Raises UserError if `vectors` are not of one of these classes, or `model` is no model."""
     names = " or ".join(kind.__name__ for kind in kinds)
     instance("vectors", vectors, kinds, f"pass {names}, as sv.train_vectors returns them")
     instance("model", model, Model, "pass the model that the vectors were made for, as sv.load returned it")

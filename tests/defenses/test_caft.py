@@ -65,7 +65,7 @@ def test_loss_and_gradient_are_those_of_hooks(tiny_model, batch, ablated):
     totals = {"learn": jnp.float32(8)}
     (ours, _), gradient = jax.value_and_grad(Objective(), has_aux=True)(params, batch, totals)
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
-    found = gradient["backbone"]["decoder"].layers.up_proj.kernel[0]
+    found = gradient["backbone"]["decoder"].layers.mlp.up_proj.kernel[0]
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     plain = Objective()(parameters(tiny.model.backbone), batch, totals)[0]
     assert abs(float(plain - ours)) > 1e-2

@@ -74,7 +74,7 @@ def test_one_task_adapter_goes_on():
     quick = Training(optimizer="adamw", learning_rate=5e-2, max_steps=4, batch_size=1, max_seq_len=64, warmup_steps=0)
     task = LoRA(rank=2, targets=("up_proj",))
     noisy, found = successive(model, ROWS, SAFE, safe_training=quick, training=quick, task=task)
-    kernels = [np.asarray(m.backbone.layers.up_proj.kernel[0]) for m in (model, noisy, found)]
+    kernels = [np.asarray(m.backbone.layers.mlp.up_proj.kernel[0]) for m in (model, noisy, found)]
     size = np.abs(kernels[1] - kernels[0]).max()
     assert size > 1e-2 and np.abs(kernels[2] - kernels[1]).max() > 1e-2
     for kernel in kernels[1:]:

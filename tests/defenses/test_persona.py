@@ -17,7 +17,7 @@ SHOWN, HIDDEN = random_examples(5, seed=1), random_examples(3, seed=2)
 
 @jax.jit
 def states_of(backbone, tokens):
-    return backbone(tokens, watch="residual")[1]
+    return backbone.capture(tokens, state="residual")
 
 
 def mean_state(model, examples):

@@ -19,7 +19,9 @@ LAYERS = range(2)
 
 def weight(model, projection, layer):
     """As torch has it, `[outputs, inputs]`."""
-    return torch.tensor(np.asarray(getattr(model.backbone.layers, projection).kernel[layer])).T
+    layers = model.backbone.layers
+    module = layers.attention if hasattr(layers.attention, projection) else layers.mlp
+    return torch.tensor(np.asarray(getattr(module, projection).kernel[layer])).T
 
 
 def published(tuned, aligned, base):
@@ -116,7 +118,7 @@ def test_an_update_that_alignment_never_made_is_taken_away_whole():
     base = tiny_model()
 
     def add(model, half):
-        kernel = model.backbone.layers.up_proj.kernel
+        kernel = model.backbone.layers.mlp.up_proj.kernel
         update = np.zeros(kernel.shape, np.float32)
         update[..., half] = np.random.default_rng(0).normal(size=update[..., half].shape)
         leaves, structure = jax.tree.flatten(model.backbone)

@@ -65,7 +65,7 @@ def vectors(phase_1):
 @jax.jit
 def _loss_and_gradient(backbone, batch, adapters):
     def loss(backbone):
-        hidden, _ = backbone(batch["tokens"], batch["segments"], adapters=adapters)
+        hidden = backbone(batch["tokens"], batch["segments"], adapters=adapters)
         losses = token_cross_entropy(backbone, hidden, batch["targets"], batch["weights"])
         return losses.sum() / batch["weights"].sum()
 

@@ -91,7 +91,7 @@ def test_loss_and_gradient_are_those_of_the_published_trainer(tiny_model, batch,
     (value, _), found = both(params, batch, totals(batch))
     np.testing.assert_allclose(jax.jit(loss)(params, batch, totals(batch))[0], plain, rtol=1e-5)
     np.testing.assert_allclose(value, second, rtol=1e-5)
-    ours = found["backbone"]["decoder"].layers.up_proj.kernel[0]
+    ours = found["backbone"]["decoder"].layers.mlp.up_proj.kernel[0]
     np.testing.assert_allclose(ours, gradient, atol=1e-5 * np.abs(gradient).max())
 
 

@@ -20,7 +20,7 @@ _WIDTH, _NEW = 40, 10
 def _next(backbone, adapters, tokens, length):
     """The likeliest token after the first `length` of `tokens` `[1, _WIDTH]`, without a cache."""
     segments = (jnp.arange(_WIDTH) < length).astype(jnp.int32)[None]
-    hidden, _ = backbone(tokens, segments, adapters=adapters)
+    hidden = backbone(tokens, segments, adapters=adapters)
     return jnp.argmax(backbone.logits(hidden[0, length - 1]))
 
 
@@ -70,24 +70,24 @@ def test_cached_is_uncached(tiny_model, variant, head):
 
 @pytest.mark.parametrize("variant", ["llama", "mistral"])
 def test_in_a_scan_over_the_layers_as_one_by_one(tiny_model, random_vectors, variant, monkeypatch):
-    """What accelerators do; on a CPU the layers are apart."""
+    """What accelerators do; on a CPU the layers are unrolled."""
     model = tiny_model(variant).model
     adapters = (random_vectors(model, rank=4),)
     prompts = _prompts(7, 20, 12, 9, head=6)
-    apart = greedy(model.backbone, prompts, adapters)
+    unrolled = greedy(model.backbone, prompts, adapters)
     monkeypatch.setattr(generate, "platform", lambda: "tpu")
-    assert greedy(model.backbone, prompts, adapters) == apart
+    assert greedy(model.backbone, prompts, adapters) == unrolled
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 12, 16, 64])
-def test_prompts_are_dealt_out_whole(count):
+def test_prompts_are_packed_whole(count):
     rng = np.random.default_rng(count)
     tails = sorted((rng.integers(1, 99, n) for n in rng.integers(1, 40, count)), key=len)
-    [lines] = generate._dealt([tails], count, 5)
-    flat = {name: getattr(lines, name).reshape(-1) for name in ("tokens", "segments", "positions")}
-    assert (lines.segments > 0).sum() == sum(map(len, tails))
-    for tail, places, marks in zip(tails, lines.places, lines.marks, strict=True):
-        own = places[marks > 0]
+    [packed] = generate._packed([tails], count, 5)
+    flat = {name: getattr(packed, name).reshape(-1) for name in ("tokens", "segments", "positions")}
+    assert (packed.segments > 0).sum() == sum(map(len, tails))
+    for tail, index, marks in zip(tails, packed.index, packed.marks, strict=True):
+        own = index[marks > 0]
         np.testing.assert_array_equal(flat["tokens"][own], tail)
         np.testing.assert_array_equal(flat["positions"][own], 5 + np.arange(len(tail)))
         assert len(set(flat["segments"][own])) == 1 and marks[-1] == 1
@@ -95,7 +95,7 @@ def test_prompts_are_dealt_out_whole(count):
 
 @given(st.lists(st.integers(1, 1500), min_size=1, max_size=60), st.integers(1, 20))
 def test_prompts_of_like_length_are_read_together(lengths, batch_size):
-    found = generate._alike([np.zeros(length) for length in lengths], batch_size)
+    found = generate._batches_by_length([np.zeros(length) for length in lengths], batch_size)
     assert sorted(i for _, batches in found for batch in batches for i in batch) == list(range(len(lengths)))
     for rows, batches in found:
         assert all(rows - 1 <= len(batch) <= rows <= batch_size for batch in batches)
@@ -108,9 +108,9 @@ def test_prompts_of_like_length_are_read_together(lengths, batch_size):
 def test_all_batches_of_like_prompts_share_one_program(tiny_model):
     backbone = tiny_model("llama").model.backbone
     prompts = _prompts(*range(4, 40), head=3)
-    generate._write.clear_cache(), generate._read.clear_cache()
+    generate._decode.clear_cache(), generate._prefill.clear_cache()
     greedy(backbone, prompts, max_new_tokens=2, batch_size=8)
-    assert generate._write._cache_size() == generate._read._cache_size() == 1
+    assert generate._decode._cache_size() == generate._prefill._cache_size() == 1
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_all_batches_of_like_prompts_share_one_program(tiny_model):
         *(pytest.param(*case, marks=pytest.mark.release) for case in (("llama", 6), ("mistral", 0))),
     ],
 )
-def test_cached_is_uncached_with_a_guest(tiny_model, random_vectors, variant, head):
+def test_cached_is_uncached_with_adapters(tiny_model, random_vectors, variant, head):
     model = tiny_model(variant).model
     adapters = (random_vectors(model, rank=4), random_vectors(model, seed=1, rank=2, targets=("q_proj", "*down*")))
     prompts = _prompts(7, 20, 12, head=head)
@@ -195,13 +195,13 @@ def test_decoding_ends_early_once_all_have_stopped(tiny_model, monkeypatch):
         return end
 
     monkeypatch.setattr(jax.lax, "while_loop", counting)
-    generate._write.clear_cache()
+    generate._decode.clear_cache()
     stop = greedy(backbone, prompts[:1])[0][0]
     steps.clear()
     # The same prompt three times in batches of two: the second batch has one line without a prompt.
     assert greedy(backbone, [prompts[0]] * 3, stop=stop, batch_size=2) == [[], [], []]
     jax.effects_barrier()
-    generate._write.clear_cache()
+    generate._decode.clear_cache()
     assert steps == [1, 1]
 
 
@@ -238,14 +238,14 @@ def test_progress_counts_the_prompts_done(tiny_model):
 
 def test_prompts_of_a_like_width_share_one_program(tiny_model):
     first, second = tiny_model("llama").model.backbone, tiny_model("llama", seed=1).model.backbone
-    generate._write.clear_cache()
+    generate._decode.clear_cache()
     for backbone, prompts in (
         (first, _prompts(7, 12)),
         (second, _prompts(3, 16)),
         (first, _prompts(9, 10, seed=1)),
     ):
         greedy(backbone, prompts)
-    assert generate._write._cache_size() == 1
+    assert generate._decode._cache_size() == 1
 
 
 @pytest.mark.parametrize("variant", ["llama", pytest.param("mistral", marks=pytest.mark.release)])

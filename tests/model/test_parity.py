@@ -68,13 +68,15 @@ def test_architecture_survives_its_own_config(tiny_model, variant):
 def test_architecture_names_what_is_in_the_model(tiny_model):
     qwen3 = tiny_model("qwen3").model
     assert qwen3.architecture.head_dim * qwen3.architecture.num_heads != qwen3.architecture.hidden_size
+    layers = qwen3.backbone.layers
     for projection in PROJECTIONS:
-        kernel = getattr(qwen3.backbone.layers, projection).kernel[...]
+        module = layers.attention if hasattr(layers.attention, projection) else layers.mlp
+        kernel = getattr(module, projection).kernel[...]
         chex.assert_shape(kernel, (2, *qwen3.architecture.kernel_shape(projection)))
     assert tiny_model("qwen2").model.backbone.head is None
-    assert tiny_model("qwen2").model.backbone.layers.q_proj.bias is not None
-    assert tiny_model("qwen2").model.backbone.layers.o_proj.bias is None
-    assert tiny_model("llama-biases").model.backbone.layers.down_proj.bias is not None
+    assert tiny_model("qwen2").model.backbone.layers.attention.q_proj.bias is not None
+    assert tiny_model("qwen2").model.backbone.layers.attention.o_proj.bias is None
+    assert tiny_model("llama-biases").model.backbone.layers.mlp.down_proj.bias is not None
 
 
 _CONFIG = {"model_type": "llama", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 16,

@@ -58,8 +58,8 @@ def test_the_weights_are_spread_over_both_axes(tiny_model):
     folder = tiny_model("llama").folder
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
         backbone = hub.load(folder).backbone
-    assert backbone.layers.q_proj.kernel[...].sharding.spec == P(None, "fsdp", "tensor")
-    assert backbone.layers.down_proj.kernel[...].sharding.spec == P(None, "tensor", "fsdp")
+    assert backbone.layers.attention.q_proj.kernel[...].sharding.spec == P(None, "fsdp", "tensor")
+    assert backbone.layers.mlp.down_proj.kernel[...].sharding.spec == P(None, "tensor", "fsdp")
     assert backbone.embed[...].sharding.spec == P("tensor", "fsdp")
     assert backbone.embed[...].addressable_shards[0].data.shape == (160, 16)
 

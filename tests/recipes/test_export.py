@@ -79,7 +79,7 @@ def test_the_task_goes_out_apart_and_merges_into_the_same_weights(runs, tmp_path
     before = bare.model.layers[1].mlp.up_proj.weight.detach().numpy().copy()
     worn = PeftModel.from_pretrained(bare, runs / "tuned/task").merge_and_unload()
     kernel = worn.model.layers[1].mlp.up_proj.weight.detach().numpy()
-    np.testing.assert_allclose(kernel.T, np.asarray(tuned.backbone.layers.up_proj.kernel[...][1]), atol=1e-5)
+    np.testing.assert_allclose(kernel.T, np.asarray(tuned.backbone.layers.mlp.up_proj.kernel[...][1]), atol=1e-5)
     assert np.abs(kernel - before).max() > 1e-4
 
 

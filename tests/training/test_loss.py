@@ -142,7 +142,7 @@ def test_sums_and_counts_are_those_of_each_group():
 
 def naive_sum(decoder, tokens, supervised):
     """The loss of one row alone, without packing, segments, positions or chunks."""
-    hidden, _ = decoder(tokens[None, :-1])
+    hidden = decoder(tokens[None, :-1])
     log_p = jax.nn.log_softmax(decoder.logits(hidden))[0]
     return -(jnp.take_along_axis(log_p, tokens[1:, None], 1)[:, 0] * supervised[1:]).sum()
 
@@ -150,7 +150,7 @@ def naive_sum(decoder, tokens, supervised):
 @jax.jit
 def packed(decoder, batch):
     def loss(decoder):
-        hidden, _ = decoder(batch["tokens"], batch["segments"], batch["positions"])
+        hidden = decoder(batch["tokens"], batch["segments"], batch["positions"])
         losses = token_cross_entropy(decoder, hidden, batch["targets"], batch["weights"], chunk=16)
         return (losses * batch["weights"]).sum()
 
@@ -231,7 +231,7 @@ def test_tokens_below_the_floor_give_no_gradient_and_are_still_reported(two_batc
 
     @jax.jit
     def token_losses(decoder):
-        hidden, _ = decoder(batch["tokens"], batch["segments"], batch["positions"])
+        hidden = decoder(batch["tokens"], batch["segments"], batch["positions"])
         return token_cross_entropy(decoder, hidden, batch["targets"], batch["weights"])
 
     losses = token_losses(decoder)

@@ -51,7 +51,7 @@ def test_the_formula_is_what_the_compiler_counts():
     backbone = random_decoder(architecture=architecture)
 
     def loss(backbone, tokens):
-        hidden, _ = backbone(tokens)
+        hidden = backbone(tokens)
         return jax.nn.logsumexp(backbone.logits(hidden)).sum()
 
     tokens = np.arange(length, dtype=np.int32)[None] + 3

@@ -16,6 +16,7 @@ from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.evaluation.suite import Suite, outcomes
 from secvec_jax.inference import generate
 from secvec_jax.model import hub
+from secvec_jax.model.decoder import ForwardOptions
 from secvec_jax.sharding import make_mesh
 from secvec_jax.training.loss import token_cross_entropy
 from secvec_jax.trees import fingerprint
@@ -56,7 +57,9 @@ def test_a_direction_is_added_behind_its_layer(tiny_model, logits, tokens):
     direction = jax.random.normal(jax.random.key(0), (2, 32))
     vectors = dataclasses.replace(Steering(scale=3.0).init(model.architecture, jax.random.key(0)),
                                   factors={"direction": direction})  # fmt: skip
-    bare, steered = (model.backbone(tokens, adapters=adapters, watch="residual")[1] for adapters in ((), (vectors,)))
+    bare, steered = (
+        model.backbone.capture(tokens, adapters=adapters, state="residual") for adapters in ((), (vectors,))
+    )
     np.testing.assert_allclose(steered[0], bare[0] + 3 * direction[0], atol=1e-5)
     # The second layer reads the moved stream, so that it is not the plain one moved.
     assert np.abs(steered[1] - bare[1] - 3 * (direction[0] + direction[1])).max() > 1e-3
@@ -171,7 +174,7 @@ def test_gradients_reach_every_factor(tiny_model, tokens):
     @jax.jit
     def gradient(vectors):
         def loss(vectors):
-            hidden, _ = model.backbone(tokens[:, :-1], adapters=(vectors,), remat="dots")
+            hidden = model.backbone(tokens[:, :-1], adapters=(vectors,), options=ForwardOptions(remat="dots"))
             return token_cross_entropy(model.backbone, hidden, tokens[:, 1:], jnp.ones_like(tokens[:, 1:])).sum()
 
         return jax.grad(loss)(vectors)

@@ -11,10 +11,12 @@ import pytest
 
 from secvec_jax.errors import UserError
 from secvec_jax.model import hub
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import PROJECTIONS
-from secvec_jax.model.decoder import Adapter
+from secvec_jax.model.decoder import ForwardOptions
 from secvec_jax.sharding import make_mesh, shard
-from secvec_jax.vectors.lora import LoRA, LoRAVectors, _merged, merge, random_like
+from secvec_jax.vectors.lora import LoRA, LoRAVectors, _merged_kernel, merge, merge_adapters, random_like
+from secvec_jax.vectors.steering import Steering, SteeringVectors
 
 
 @pytest.mark.parametrize("targets", [("*",), ("q_proj", "v_proj")])
@@ -98,7 +100,7 @@ def test_the_update_is_scale_times_a_b(tiny_model, random_vectors, rslora):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("variant", ["llama-biases", "qwen2", "qwen3"])
-def test_merged_is_guest(tiny_model, logits, tokens, random_vectors, variant, rslora):
+def test_merged_is_adapted(tiny_model, logits, tokens, random_vectors, variant, rslora):
     model = tiny_model(variant).model
     for targets in (("*",), ("v_proj", "down_proj")):
         vectors = random_vectors(model, rank=3, alpha=5.0, rslora=rslora, targets=targets)
@@ -109,6 +111,34 @@ def test_merged_is_guest(tiny_model, logits, tokens, random_vectors, variant, rs
         assert np.abs(adapter - logits(model, tokens)).max() > 1e-2
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Doubled(Adapter):
+    """An adapter that changes kernels and does not commute with LoRA's update."""
+
+    def kernel(self, projection, kernel):
+        return 2 * kernel
+
+
+def test_merging_adapters_leaves_what_they_compute(tiny_model, logits, tokens, random_vectors):
+    model = tiny_model("llama").model
+    one, other = random_vectors(model, rank=3), random_vectors(model, seed=1, rank=2, targets=("q_proj", "*down*"))
+    steering = SteeringVectors({"direction": jnp.ones((2, 32))}, Steering())
+    for adapters, expected in (
+        ((one, other), ()),
+        ((steering, one, other), (steering,)),
+        ((one, Doubled(), other), (Doubled(), other)),
+    ):
+        merged, left = merge_adapters(model.backbone, adapters)
+        assert list(map(type, left)) == list(map(type, expected))
+        together = logits(model, tokens, adapters=adapters)
+        np.testing.assert_allclose(logits(merged, tokens, adapters=left), together, rtol=0, atol=1e-4)
+        assert np.abs(together - logits(model, tokens)).max() > 0.1
+    backbone, left = merge_adapters(model.backbone, (steering,))
+    assert backbone is model.backbone and left == (steering,)
+    assert merge_adapters(model.backbone, ())[0] is model.backbone
+
+
 def test_merging_changes_the_targets_only(tiny_model, random_vectors):
     model = tiny_model("llama-biases").model
     before = jax.tree.map(jnp.copy, model.backbone)
@@ -116,7 +146,7 @@ def test_merging_changes_the_targets_only(tiny_model, random_vectors):
     chex.assert_trees_all_equal(model.backbone, before)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), merged, model.backbone)
     assert [jax.tree_util.keystr(p) for p, c in jax.tree_util.tree_leaves_with_path(changed) if c] == [
-        ".layers.v_proj.kernel.value"
+        ".layers.attention.v_proj.kernel.value"
     ]
 
 
@@ -130,8 +160,8 @@ def test_on_a_mesh_no_device_holds_a_whole_update(tiny_model, random_vectors):
         for ours, before, plain in zip(*map(jax.tree.leaves, (merged, backbone, expected)), strict=True):
             assert ours.sharding == before.sharding
             np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-6)
-        kernel, factors = backbone.layers.up_proj.kernel[...], spread.factors["up_proj"]
-        program = _merged.lower("up_proj", vectors.spec.scale, kernel, factors["a"], factors["b"]).compile()
+        kernel, factors = backbone.layers.mlp.up_proj.kernel[...], spread.factors["up_proj"]
+        program = _merged_kernel.lower("up_proj", vectors.spec.scale, kernel, factors["a"], factors["b"]).compile()
     assert program.memory_analysis().temp_size_in_bytes < kernel.nbytes / 2
 
 
@@ -179,7 +209,7 @@ def test_gradients_reach_the_vectors_alone(tiny_model, tokens, random_vectors):
     model = tiny_model("llama").model
 
     def loss(vectors, backbone):
-        return jnp.square(backbone(tokens, adapters=(vectors,))[0]).sum()
+        return jnp.square(backbone(tokens, adapters=(vectors,))).sum()
 
     gradients = jax.jit(jax.grad(loss))(random_vectors(model, rank=2), model.backbone)
     assert gradients.spec.rank == 2 and set(gradients.factors) == set(PROJECTIONS)
@@ -210,12 +240,12 @@ def test_vectors_in_the_weights_are_thin_products(tiny_model, random_vectors, lo
 @pytest.mark.parametrize(
     "remat", ["full", *(pytest.param(name, marks=pytest.mark.release) for name in ("none", "dots"))]
 )
-def test_gradients_of_weights_and_of_two_guests_are_those_of_thin_products(tiny_model, random_vectors, tokens, remat):
+def test_gradients_of_weights_and_of_two_adapters_are_those_of_thin_products(tiny_model, random_vectors, tokens, remat):
     model = tiny_model("qwen3").model
     adapters = (random_vectors(model, rank=3), random_vectors(model, seed=1, rank=2, rslora=True))
 
     def loss(backbone, adapters):
-        return (backbone(tokens, adapters=adapters, remat=remat)[0] ** 2).mean()
+        return (backbone(tokens, adapters=adapters, options=ForwardOptions(remat=remat)) ** 2).mean()
 
     found = [
         jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(model.backbone, kind))
@@ -232,7 +262,7 @@ def test_frozen_vectors_keep_nothing_for_gradients(tiny_model, random_vectors, t
 
     def kept(adapters):
         def loss(backbone):
-            return (backbone(tokens, adapters=adapters)[0] ** 2).mean()
+            return (backbone(tokens, adapters=adapters) ** 2).mean()
 
         return jax.jit(jax.grad(loss)).lower(model.backbone).compile().memory_analysis().temp_size_in_bytes
 

@@ -169,7 +169,7 @@ def test_a_failed_save_leaves_what_was_there(file, model, random_vectors, monkey
 
 @pytest.mark.parametrize("spec", _SPECS)
 @pytest.mark.parametrize("variant", ["llama", pytest.param("qwen2", marks=pytest.mark.release)])
-def test_peft_computes_what_the_guest_does(
+def test_peft_computes_what_the_adapter_does(
     tiny_model, logits, hf_logits, tokens, random_vectors, tmp_path, variant, spec
 ):
     from peft import PeftModel
