@@ -36,7 +36,7 @@ from secvec_jax.files import whole_file
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.planning.plan import program_bytes
-from secvec_jax.training.objective import LEARN, Params, parameters
+from secvec_jax.training.objective import LEARN, Backbone, Params
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.workspace.stages import devices
 
@@ -130,7 +130,7 @@ def random_parameters(point: Point, model: Architecture) -> Params:
     fresh = [LoRA(rank=point.rank).init(architecture, key) for key in keys[: point.vectors]]
     filled = tuple(jax.tree.map(lambda leaf: leaf + 1e-3, vectors) for vectors in fresh)
     vectors = filled or None
-    return parameters(decoder, vectors=vectors)
+    return Params(Backbone(decoder), vectors)
 
 
 def random_batch(point: Point, vocabulary: int) -> dict:

@@ -33,7 +33,7 @@ from secvec_jax.defenses.security_vectors import Phase1, phase1_step
 from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.evaluation.report import environment
 from secvec_jax.files import whole_file
-from secvec_jax.training.objective import KEEP, LEARN, parameters
+from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
 from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA, random_like
 from secvec_jax.vectors.peft import load_peft, save_peft
@@ -61,7 +61,7 @@ def ours(
     model = sv.load(folder)
     fresh = TASK.init(model.architecture, jax.random.key(0))
     vectors = load_peft(adapter, model) if adapter else fresh if kind == "vectors" else None
-    params = parameters(model.backbone, fresh if kind.endswith("lora") else None, vectors)
+    params = Params(Backbone(model.backbone, fresh if kind.endswith("lora") else None), vectors)
     if kind == "vectors":
         phase, train_step = phase1_step(params, Phase1("kl" if KEEP in batches[0] else "cross_entropy"), training, 1000)
     else:

@@ -22,7 +22,7 @@ from secvec_jax.inference import generate
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import constrain, logical_axes, make_mesh, named_sharding, parse_mesh, shard
-from secvec_jax.training.objective import LEARN, Objective, parameters
+from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import TrainStep, make_train_step
@@ -136,7 +136,7 @@ class Setting(NamedTuple):
 
 def setting(name: str, architecture: Architecture | None = None, optimizer: Any = None) -> Setting:
     decoder = tiny_model().backbone if architecture is None else random_decoder(architecture=architecture)
-    params = shard(parameters(decoder, vectors=fresh_vectors(decoder.architecture)))
+    params = shard(Params(Backbone(decoder), fresh_vectors(decoder.architecture)))
     streams = {LEARN: Stream({"harmful": random_examples(40)}, 8, 48, epochs=None)}
     loss = Objective(("harmful",))
     optimizer = optimizer or make_optimizer(Training("adamw"), STEPS)
@@ -280,7 +280,7 @@ def gathered(program: Any) -> set[tuple[int, ...]]:
 def test_fsdp_gathers_one_layer_at_a_time():
     program, trained, _ = compiled("phase 2", "fsdp=8")
     shapes = gathered(program)
-    stacked = [leaf.shape for leaf in jax.tree.leaves(trained["backbone"]["decoder"].layers)]
+    stacked = [leaf.shape for leaf in jax.tree.leaves(trained.backbone.decoder.layers)]
     kernels = [shape for shape in stacked if len(shape) == 3]
     assert len(kernels) == 7 and not shapes & set(stacked)
     for layers, *kernel in kernels:
@@ -290,7 +290,7 @@ def test_fsdp_gathers_one_layer_at_a_time():
 
 def test_a_stacked_weight_that_is_gathered_whole_is_seen():
     with jax.set_mesh(make_mesh(fsdp=8)):
-        kernel = setting("phase 2", LARGER).params["backbone"]["decoder"].layers.q_proj.kernel[...]
+        kernel = setting("phase 2", LARGER).params.backbone.decoder.layers.q_proj.kernel[...]
         whole = jax.jit(lambda x: constrain(x, "layers", "hidden", "heads") * 2)
         assert gathered(whole.lower(kernel).compile()) == {kernel.shape}
 

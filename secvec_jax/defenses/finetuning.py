@@ -36,7 +36,7 @@ from secvec_jax.model.hub import Model
 from secvec_jax.sharding import platform
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.meter import metered
-from secvec_jax.training.objective import LEARN, Objective, Params, parameters
+from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import Loss, TrainStep, make_train_step
@@ -103,7 +103,7 @@ def train_model(
     checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
     if isinstance(task, LoRA):
         task = task.init(model.architecture, jax.random.key(training.seed))
-    params = parameters(model.backbone, task, vectors, anchor)
+    params = Params(Backbone(model.backbone, task), vectors, anchor)
     phase, train_step = phase2_step(params, streams[LEARN].groups, training, steps, make_step)
     train_step = metered(train_step, model.architecture, full=task is None)
     trained = fit(
@@ -115,8 +115,8 @@ def train_model(
         accumulate=training.grad_accum_steps,
         checkpoints=checkpoints,
         on_step=on_step,
-    )["backbone"]
-    decoder, adapter = trained["decoder"], trained["adapter"]
+    ).backbone
+    decoder, adapter = trained.decoder, trained.adapter
     if adapter is None:
         return model.with_backbone(decoder)
     return dataclasses.replace(model.with_backbone(merge(decoder, adapter)), adapter=adapter)
@@ -132,9 +132,9 @@ def phase2_step(
 
 
 def finetune_phase(params: Params) -> Phase:
-    """A task adapter moves where the parameters have one, else the decoder; vectors and anchors never do."""
-    moves = {"decoder": "train" if params["backbone"]["adapter"] is None else "freeze", "adapter": "train"}
-    return Phase(dict.fromkeys(params, "freeze") | {"backbone": moves})
+    """Trains the task adapter where the parameters have one, else the decoder; never the vectors and the anchor."""
+    decoder = "train" if params.backbone.adapter is None else "freeze"
+    return Phase({"backbone": {"decoder": decoder, "adapter": "train"}, "vectors": "freeze", "anchor": "freeze"})
 
 
 def forward_settings(training: Training) -> dict[str, Any]:

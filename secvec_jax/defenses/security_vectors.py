@@ -47,7 +47,7 @@ from secvec_jax.model.hub import Model
 from secvec_jax.progress import step_progress
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.meter import metered
-from secvec_jax.training.objective import KEEP, LEARN, Objective, Params, parameters
+from secvec_jax.training.objective import KEEP, LEARN, Backbone, Objective, Params
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import TrainStep, make_train_step
@@ -163,7 +163,7 @@ def train_vectors(
     made_of = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
     checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
-    params = parameters(model.backbone, vectors=vectors)
+    params = Params(Backbone(model.backbone), vectors)
     phase, train_step = phase1_step(params, phase1, training, steps)
     train_step = metered(train_step, model.architecture, full=False)
     with step_progress("train_vectors", on_step) as show:
@@ -178,7 +178,7 @@ def train_vectors(
             on_step=show,
             until=lambda metrics: metrics["loss/harmful"] < phase1.stop_loss,
         )
-    return trained["vectors"]
+    return trained.vectors
 
 
 @checked

@@ -93,11 +93,11 @@ def perturbed(loss: Objective, rho: float):
 
 def _beside(params: Params, perturbation: Perturbation) -> Params:
     """The parameters with the perturbation beside what vectors there are."""
-    return params | {"vectors": as_adapters(params["vectors"], perturbation)}
+    return dataclasses.replace(params, vectors=as_adapters(params.vectors, perturbation))
 
 
 def _shape(params: Params, batch: dict[str, Batch]) -> tuple[int, int, int]:
-    architecture = params["backbone"]["decoder"].architecture
+    architecture = params.backbone.decoder.architecture
     return architecture.num_layers, batch[LEARN]["tokens"].size, architecture.hidden_size
 
 

@@ -2,9 +2,7 @@
 
     loss = CE(f(x; θ, θs), y) + λ KL( f(x'; θ, θs) || f(x'; θ) )
 
-The parameters are `{"backbone": {"decoder", "adapter"}, "vectors"}`: the two trees of the method, the backbone
-with room for a task adapter beside its weights. Absent parts are None and cost nothing. A defense that holds the
-backbone to something, such as the model as it was, has it in a third tree, `anchor`.
+Parameters are two trees, `backbone` and `vectors` (see `Params`). Parts that are absent are None and cost nothing.
 """
 
 import dataclasses
@@ -21,22 +19,42 @@ from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
 LEARN, KEEP = "learn", "keep"
 """The streams of a step's batch: rows to learn, rows on which the vectors must not show."""
 
-Params = dict[str, Any]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """The language model: its weights, and the task adapter that is trained in place of them, if any."""
+
+    decoder: Decoder
+    adapter: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """The parameters of a train step.
+
+    vectors: an adapter, or a tuple of adapters that are active at once. anchor: a frozen tree that a defense compares
+    the backbone with, such as the decoder before fine-tuning.
+    """
+
+    backbone: Backbone
+    vectors: Any = None
+    anchor: Any = None
 
 
 TokenLosses = Callable[[jax.Array, Params, Batch], jax.Array]
 """`(losses [B, T], params, batch)` -> what takes the place of the losses of the rows to learn, `[B, T]`."""
 
 
-def parameters(decoder: Decoder, adapter: Any = None, vectors: Any = None, anchor: Any = None) -> Params:
-    """The parameter tree of a step. vectors: an adapter, or a tuple of adapters that are active at once."""
-    params = {"backbone": {"decoder": decoder, "adapter": adapter}, "vectors": vectors}
-    return params if anchor is None else params | {"anchor": anchor}
+def without_vectors(params: Params) -> Params:
+    """The same parameters with the vectors inactive."""
+    return dataclasses.replace(params, vectors=None)
 
 
 def as_it_was(params: Params) -> Params:
     """The parameters of the model whose decoder is the anchor: no adapter, no vectors, and no gradient."""
-    return jax.lax.stop_gradient(parameters(params["anchor"]))
+    return jax.lax.stop_gradient(Params(Backbone(params.anchor)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +86,9 @@ class Objective:
         if KEEP in batch:
             keep = batch[KEEP]
             divergence = token_kl(
-                params["backbone"]["decoder"],
+                params.backbone.decoder,
                 self.hidden(params, keep),
-                self.hidden(params | {"vectors": None}, keep),
+                self.hidden(without_vectors(params), keep),
                 keep["weights"],
             )
             metrics["kl"] = (jnp.sum(divergence * keep["weights"]), jnp.sum(keep["weights"]))
@@ -84,16 +102,16 @@ class Objective:
 
     def token_losses(self, params: Params, batch: Batch) -> jax.Array:
         """Cross-entropy at each supervised token, 0 elsewhere, `[B, T]`."""
-        head = params["backbone"]["decoder"]
+        head = params.backbone.decoder
         return token_cross_entropy(head, self.hidden(params, batch), batch["targets"], batch["weights"])
 
     def hidden(self, params: Params, batch: Batch) -> jax.Array:
         """Hidden states under the adapter and the vectors, `[B, T, D]`."""
-        hidden, _ = params["backbone"]["decoder"](
+        hidden, _ = params.backbone.decoder(
             batch["tokens"],
             batch["segments"],
             batch["positions"],
-            as_adapters(params["backbone"]["adapter"], params["vectors"]),
+            as_adapters(params.backbone.adapter, params.vectors),
             dtype=self.dtype,
             remat=self.remat,
             shared=self.shared,

@@ -17,7 +17,7 @@ from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.model import hub
 from secvec_jax.sharding import make_mesh
 from secvec_jax.training.loss import token_forward_kl
-from secvec_jax.training.objective import Objective, parameters
+from secvec_jax.training.objective import Backbone, Objective, Params
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.lora import LoRA, merge
 from tests import toys
@@ -135,7 +135,7 @@ def test_loss_and_gradient_are_torchs(tiny_model, tmp_path, variant):
     @jax.jit
     def ours(decoder, anchor, batch):
         def total(decoder):
-            return loss(parameters(decoder, anchor=anchor), {"learn": batch}, {"learn": batch["weights"].sum()})
+            return loss(Params(Backbone(decoder), anchor=anchor), {"learn": batch}, {"learn": batch["weights"].sum()})
 
         return jax.value_and_grad(total, has_aux=True)(decoder)
 

@@ -13,7 +13,7 @@ from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.guarded import finetune, with_safe
 from secvec_jax.defenses.mixing import SAFE
-from secvec_jax.training.objective import LEARN, Objective, parameters
+from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
 from tests import toys
@@ -43,7 +43,7 @@ def mean_loss(rows, vectors) -> float:
 @pytest.mark.parametrize("weight", [0.0, 0.3, pytest.param(2.0, marks=pytest.mark.release)])
 def test_the_loss_is_the_users_under_the_vectors_and_the_safe_rows_without(weight):
     vectors = some_vectors()
-    params = parameters(MODEL.backbone, None, vectors)
+    params = Params(Backbone(MODEL.backbone), vectors)
     batch = {LEARN: batch_of(ROWS), SAFE: batch_of(SAFE_ROWS)}
     totals = {name: part["weights"].sum() for name, part in batch.items()}
     value, metrics = jax.jit(with_safe(Objective(shared=False), weight))(params, batch, totals)
@@ -84,4 +84,6 @@ def test_the_safe_rows_are_learned_without_the_vectors_which_stay_as_they_are():
     alone = train_model(MODEL, ROWS, **options)
     batch, one = {LEARN: batch_of(SAFE_ROWS)}, {LEARN: jnp.float32(1)}
     loss = Objective(shared=False)
-    assert loss(parameters(guarded.backbone), batch, one)[0] < loss(parameters(alone.backbone), batch, one)[0]
+    assert (
+        loss(Params(Backbone(guarded.backbone)), batch, one)[0] < loss(Params(Backbone(alone.backbone)), batch, one)[0]
+    )
