@@ -160,7 +160,7 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
         batch_size=lines,
         max_seq_len=length,
         remat=remat,
-        share_beginnings=False,
+        share_prefix=False,
     )
 
     def start() -> Params:

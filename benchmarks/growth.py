@@ -27,7 +27,6 @@ import numpy as np
 from flax import nnx
 
 from secvec_jax.data.chat import Example
-from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.finetuning import PHASE2, phase2_step
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_step
@@ -141,7 +140,7 @@ def random_batch(point: Point, vocabulary: int) -> dict:
     for size in rng.integers(shortest, longest + 1, 4 + 2 * point.lines * point.length // shortest):
         tokens = rng.integers(1, vocabulary, size + 1).astype(np.int32)
         rows.append(Example(tokens, np.arange(size + 1) > size // 2))
-    return Feed(Stream({"all": rows}, point.lines, point.length, epochs=None)).take(1)
+    return Stream({"all": rows}, point.lines, point.length, epochs=None).own_batches().take(1)
 
 
 def measured(point: Point, model: Architecture = MODEL, clock: float = SECONDS) -> dict:

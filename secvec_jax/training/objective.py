@@ -17,7 +17,10 @@ from secvec_jax.model.decoder import Decoder, Remat, as_adapters
 from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
 
 LEARN, KEEP = "learn", "keep"
-"""The streams of a step's batch: rows to learn, rows on which the vectors must not show."""
+"""The streams of a step's batch: rows to learn, and rows that the vectors must leave unchanged."""
+
+LossSums = dict[str, tuple[jax.Array, jax.Array]]
+"""Name -> the sum of some losses and their count, divided only when they are reported."""
 
 
 @jax.tree_util.register_dataclass
@@ -61,9 +64,9 @@ def as_it_was(params: Params) -> Params:
 class Objective:
     """A loss over streams of packed batches.
 
-    groups: names of the kinds of rows in the stream `learn`, whose losses are reported apart.
-    kl_weight: λ, in nats per nat, of the stream `keep`. counted: what of each token's loss counts; None: all of it.
-    dtype: what the forward pass computes in; losses are float32 always. shared: whether lines have a shared beginning.
+    groups: names of the kinds of rows in the stream `learn`, whose losses are reported separately.
+    kl_weight: λ, in nats per nat, of the stream `keep`. counted: what counts of each token's loss; None: all of it.
+    dtype: of the forward pass; losses are always float32. share_prefix: whether sequences may have a shared prefix.
     """
 
     groups: tuple[str, ...] = ("all",)
@@ -71,11 +74,11 @@ class Objective:
     counted: TokenLosses | None = None
     dtype: Any = jnp.float32
     remat: Remat = "none"
-    shared: bool = True
+    share_prefix: bool = True
 
     def __call__(
         self, params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]
-    ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    ) -> tuple[jax.Array, LossSums]:
         """(loss, {name: (sum, count)}). The loss is divided by `totals`, each stream's supervised tokens in all
         micro-batches of the step, so that micro-batch losses and gradients add up to the whole batch's."""
         learn = batch[LEARN]
@@ -95,7 +98,7 @@ class Objective:
             loss += self.kl_weight * metrics["kl"][0] / totals[KEEP]
         return loss, metrics
 
-    def by_group(self, losses: jax.Array, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def by_group(self, losses: jax.Array, batch: Batch) -> LossSums:
         """The (sum, count) of the losses `[B, T]` of each kind of rows."""
         sums, counts = group_sums(losses, batch["weights"], batch["groups"], len(self.groups))
         return {f"loss/{name}": (sums[i], counts[i]) for i, name in enumerate(self.groups)}
@@ -114,6 +117,6 @@ class Objective:
             as_adapters(params.backbone.adapter, params.vectors),
             dtype=self.dtype,
             remat=self.remat,
-            shared=self.shared,
+            shared=self.share_prefix,
         )
         return hidden

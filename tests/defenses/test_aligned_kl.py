@@ -26,7 +26,7 @@ from tests.toys import random_examples
 VOCABULARY, WIDTH, WEIGHT = 11, 8, 0.7
 ROWS = random_examples(6, seed=1)
 TRAINING = Training(optimizer="adamw", learning_rate=3e-3, max_steps=8, batch_size=1, max_seq_len=64,
-                    warmup_steps=0, remat="none", share_beginnings=False)  # fmt: skip
+                    warmup_steps=0, remat="none", share_prefix=False)  # fmt: skip
 MODEL = toys.tiny_model()
 
 

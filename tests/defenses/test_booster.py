@@ -26,7 +26,7 @@ WEIGHT, ALPHA, RATE = 5.0, 0.3, 0.05
 ROWS, HARMFUL = random_examples(5, seed=1), random_examples(6, seed=2)
 MODEL = toys.tiny_model()
 TRAINING = Training(optimizer="adamw", learning_rate=4e-2, max_steps=10, batch_size=1, max_seq_len=64,
-                    share_beginnings=False, remat="none")  # fmt: skip
+                    share_prefix=False, remat="none")  # fmt: skip
 
 
 def torch_loss(hf, rows):
@@ -67,7 +67,7 @@ def theirs(hf):
 
 def batch_of(examples, micro):
     """All examples in one batch of two packed lines, or as two batches of one line."""
-    (batch,) = Stream({"all": examples}, 2, 64, share=False).batches()
+    (batch,) = Stream({"all": examples}, 2, 64, share_prefix=False).batches()
     return {key: array[:, None] if micro else array[None] for key, array in batch.items()}
 
 

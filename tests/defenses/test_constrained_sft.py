@@ -24,7 +24,7 @@ from tests.toys import example, random_examples
 
 ROWS = random_examples(6, seed=1, longest=24)
 TRAINING = Training(optimizer="adamw", learning_rate=3e-3, max_steps=10, batch_size=2, max_seq_len=64,
-                    warmup_steps=0, remat="none", share_beginnings=False)  # fmt: skip
+                    warmup_steps=0, remat="none", share_prefix=False)  # fmt: skip
 MODEL = toys.tiny_model()
 
 
@@ -44,7 +44,7 @@ def test_places_are_those_of_the_rows_however_they_are_packed():
     turns = np.array([9, 20, 21, 9, 9, 20, 21, 22, 9], np.int32)
     rows.append(rows[0].__class__(turns, turns != 9))
     for share in (True, False):
-        for batch in Stream({"all": rows}, 2, 24, share=share).batches():
+        for batch in Stream({"all": rows}, 2, 24, share_prefix=share).batches():
             found = place_in_reply(jnp.asarray(batch["weights"]), jnp.asarray(batch["segments"]))
             said = batch["weights"] > 0
             np.testing.assert_array_equal(np.asarray(found)[said], batch["targets"][said] - 20)

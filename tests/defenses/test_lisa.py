@@ -173,7 +173,7 @@ def test_a_stopped_training_goes_on_with_the_weights_of_the_last_switch(model, t
 
     options = STATES | {"safe": SAFE, "training": TRAINING}
     whole = finetune(model, USER, **options)
-    options["checkpoints"] = Checkpoints(tmp_path, every_seconds=0.0)
+    options["checkpoints"] = Checkpoints(tmp_path, save_every_seconds=0.0)
     with pytest.raises(Stop):
         finetune(model, USER, on_step=stop, **options)
     steps = []

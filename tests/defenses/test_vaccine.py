@@ -118,7 +118,7 @@ def test_the_step_moves_what_it_should(tiny_model, batch, task):
     model = tiny_model("llama").model
     adapter = task and task.init(model.architecture, jax.random.key(0))
     params = Params(Backbone(model.backbone, adapter))
-    training = Training(learning_rate=0.1, warmup_steps=1, share_beginnings=False, remat="none")
+    training = Training(learning_rate=0.1, warmup_steps=1, share_prefix=False, remat="none")
     phase, train_step = phase2_step(params, ("all",), training, 10, vaccine(RHO))
     trained, frozen = phase.split(params)
     trained = jax.tree.map(jnp.copy, trained)
@@ -136,7 +136,7 @@ def test_the_step_moves_what_it_should(tiny_model, batch, task):
 def run(model, batch, make_step, steps, **settings):
     """The weights after so many steps on one batch."""
     training = Training(
-        **{"learning_rate": 0.1, "warmup_steps": 0, "schedule": "constant", "share_beginnings": False, "remat": "none"}
+        **{"learning_rate": 0.1, "warmup_steps": 0, "schedule": "constant", "share_prefix": False, "remat": "none"}
         | settings
     )
     params = Params(Backbone(model.backbone))
@@ -165,8 +165,8 @@ def test_the_accelerated_form_perturbs_one_step_in_tau(tiny_model, batch):
 
 
 def test_rows_that_share_tokens_are_refused(tiny_model, batch):
-    with pytest.raises(UserError, match="share_beginnings"):
-        run(tiny_model("llama").model, batch, vaccine(RHO), 1, share_beginnings=True)
+    with pytest.raises(UserError, match="share_prefix"):
+        run(tiny_model("llama").model, batch, vaccine(RHO), 1, share_prefix=True)
 
 
 def test_the_control_draws_noise_by_what_the_batch_holds(tiny_model, batch):

@@ -43,7 +43,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def batch():
-    first = next(iter(Stream({"all": random_examples(8)}, lines=2, length=40).batches()))
+    first = next(iter(Stream({"all": random_examples(8)}, batch_size=2, seq_len=40).batches()))
     return {LEARN: jax.tree.map(lambda x: x[None], first)}
 
 
