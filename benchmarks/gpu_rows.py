@@ -30,7 +30,7 @@ from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.hf_config import from_hf_config
 from secvec_jax.planning.plan import Work, program_bytes
-from secvec_jax.training.objective import KEEP, LEARN, Params, parameters
+from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import TrainStep
 from secvec_jax.vectors.lora import LoRA
@@ -160,12 +160,12 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
         batch_size=lines,
         max_seq_len=length,
         remat=remat,
-        share_beginnings=False,
+        share_prefix=False,
     )
 
     def start() -> Params:
         vectors = LoRA(rank=RANK).init(architecture, jax.random.key(1)) if "vectors" in kind else None
-        return parameters(Decoder(architecture, nnx.Rngs(0)), vectors=vectors)
+        return Params(Backbone(Decoder(architecture, nnx.Rngs(0))), vectors)
 
     def batch(lines: int) -> Batch:
         return {key: x[None] for key, x in packed(lines, length, row["segments"], architecture.vocab_size).items()}

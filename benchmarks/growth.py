@@ -27,7 +27,6 @@ import numpy as np
 from flax import nnx
 
 from secvec_jax.data.chat import Example
-from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.finetuning import PHASE2, phase2_step
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_step
@@ -36,7 +35,7 @@ from secvec_jax.files import whole_file
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.planning.plan import program_bytes
-from secvec_jax.training.objective import LEARN, Params, parameters
+from secvec_jax.training.objective import LEARN, Backbone, Params
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.workspace.stages import devices
 
@@ -130,7 +129,7 @@ def random_parameters(point: Point, model: Architecture) -> Params:
     fresh = [LoRA(rank=point.rank).init(architecture, key) for key in keys[: point.vectors]]
     filled = tuple(jax.tree.map(lambda leaf: leaf + 1e-3, vectors) for vectors in fresh)
     vectors = filled or None
-    return parameters(decoder, vectors=vectors)
+    return Params(Backbone(decoder), vectors)
 
 
 def random_batch(point: Point, vocabulary: int) -> dict:
@@ -141,7 +140,7 @@ def random_batch(point: Point, vocabulary: int) -> dict:
     for size in rng.integers(shortest, longest + 1, 4 + 2 * point.lines * point.length // shortest):
         tokens = rng.integers(1, vocabulary, size + 1).astype(np.int32)
         rows.append(Example(tokens, np.arange(size + 1) > size // 2))
-    return Feed(Stream({"all": rows}, point.lines, point.length, epochs=None)).take(1)
+    return Stream({"all": rows}, point.lines, point.length, epochs=None).own_batches().take(1)
 
 
 def measured(point: Point, model: Architecture = MODEL, clock: float = SECONDS) -> dict:

@@ -129,7 +129,7 @@ def watch(notes: Path, arguments: list[str]) -> None:
 
     import train  # beside the package
     from secvec_jax import command_line
-    from secvec_jax.data.feed import Feed
+    from secvec_jax.data.pipeline import Batches
     from secvec_jax.defenses import finetuning
     from secvec_jax.recipes import verbs
 
@@ -153,7 +153,8 @@ def watch(notes: Path, arguments: list[str]) -> None:
     for name, function in (("rows", "load_rows"), ("model", "load"), ("vectors", "load_several")):
         setattr(verbs, function, timed(name, getattr(verbs, function)))
     phase2_step, finetuning.phase2_step = finetuning.phase2_step, train_step
-    Feed.__init__, Feed.take = timed("tokens and packing", Feed.__init__), timed("batch", Feed.take)
+    Batches.__init__ = timed("tokens and packing", Batches.__init__)
+    Batches.take = timed("batch", Batches.take)
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: programs.append((event, time.monotonic(), seconds))
     )

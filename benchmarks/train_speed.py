@@ -33,7 +33,7 @@ from secvec_jax.defenses.security_vectors import Phase1, phase1_step
 from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.evaluation.report import environment
 from secvec_jax.files import whole_file
-from secvec_jax.training.objective import KEEP, LEARN, parameters
+from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
 from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA, random_like
 from secvec_jax.vectors.peft import load_peft, save_peft
@@ -61,7 +61,7 @@ def ours(
     model = sv.load(folder)
     fresh = TASK.init(model.architecture, jax.random.key(0))
     vectors = load_peft(adapter, model) if adapter else fresh if kind == "vectors" else None
-    params = parameters(model.backbone, fresh if kind.endswith("lora") else None, vectors)
+    params = Params(Backbone(model.backbone, fresh if kind.endswith("lora") else None), vectors)
     if kind == "vectors":
         phase, train_step = phase1_step(params, Phase1("kl" if KEEP in batches[0] else "cross_entropy"), training, 1000)
     else:
@@ -88,8 +88,8 @@ def ours(
 
 def packed(examples: Sequence[Example], training: Training, pieces: int, stream: str = LEARN) -> list[dict[str, Batch]]:
     """The first batches that training on the examples takes, so many."""
-    share = training.share_beginnings is not False
-    source = Stream({"all": examples}, training.batch_size, training.max_seq_len, training.seed, None, share)
+    share_prefix = training.share_prefix is not False
+    source = Stream({"all": examples}, training.batch_size, training.max_seq_len, training.seed, None, share_prefix)
     return [{stream: batch} for batch in itertools.islice(source.batches(), pieces)]
 
 
@@ -139,7 +139,7 @@ def parts(splits: Splits, folder: str, adapter: str, pieces: int) -> dict[str, d
     half = dataclasses.replace(PHASE1_TRAINING, batch_size=PHASE1_TRAINING.batch_size // 2)
     kept = [learn | keep for learn, keep in zip(harmful, packed(splits.keep, half, pieces, KEEP))]
     cut = windows(mix, 8, 64, pieces)
-    unshared = dataclasses.replace(FULL, share_beginnings=False)  # Vaccine perturbs each row's own tokens
+    unshared = dataclasses.replace(FULL, share_prefix=False)  # Vaccine perturbs each row's own tokens
     own = packed(mix, unshared, pieces)
 
     def mine(batches, kind, training=FULL, under=None) -> Side:
@@ -150,7 +150,7 @@ def parts(splits: Splits, folder: str, adapter: str, pieces: int) -> dict[str, d
 
     large = packed(mix, dataclasses.replace(FULL, batch_size=4 * FULL.batch_size), pieces)
     learned, shown = check_rows(batches, mix), check_rows(harmful, splits.vectors)
-    lora = dataclasses.replace(PHASE1_TRAINING, share_beginnings=False)
+    lora = dataclasses.replace(PHASE1_TRAINING, share_prefix=False)
     return {
         "full": {
             "full": mine(batches, "full"),

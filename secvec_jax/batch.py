@@ -1,4 +1,4 @@
-"""The contract of a packed batch, between the room that makes it and those that use it."""
+"""What a packed batch holds: the contract between `data`, which makes it, and the packages that use it."""
 
 import os
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from secvec_jax.errors import UserError
 Batch = dict[str, Any]
 """`tokens`, `targets`, `segments`, `positions`, `groups` int32 and `weights` float32, all `[B, T]`.
 
-`targets[b, t]` is the token to be predicted at `t`; `weights` is how much its loss counts, where the assistant says it
-1 as a rule, else 0; `groups` tells the losses of different kinds of rows apart; `segments` tells the rows of one line
-apart, 0 is padding.
+`targets[b, t]` is the token to predict at `t`; `weights` is how much its loss counts: usually 1 where the assistant
+says it, else 0. `groups` is the kind of the row, by which losses are reported. `segments` numbers the rows of a
+sequence; 0 is padding, `SHARED` the prefix that all of them attend to.
 """
 
 KEYS = ("tokens", "targets", "weights", "groups", "segments", "positions")
 
 SHARED = -1
-"""The segment of tokens that all rows of a line see: the beginning that they have in common."""
+"""The segment of tokens that all rows of a sequence attend to: the prefix that they have in common."""
 
 
 def check_token_ids(tokens: Any, vocab_size: int, where: str) -> None:

@@ -35,7 +35,7 @@ Settings = TypeVar("Settings")
 @checked
 @dataclasses.dataclass(frozen=True, repr=False)
 class Training:
-    """How parameters move.
+    """How parameters are trained.
 
     What is not set is inherited from the verb that the settings are given to: `Training(max_steps=15)` for
     `train_vectors` is its own default training, ended after 15 steps. `Training.base` has what a verb without other
@@ -54,7 +54,7 @@ class Training:
     momentum: Fraction = UNSET
     """of sgd"""
     weight_decay: NonNegativeFloat = UNSET
-    """of all weights but norms and biases: decoupled with adamw, added to the gradient with sgd"""
+    """of all weights except norms and biases: decoupled with adamw, added to the gradient with sgd"""
     max_grad_norm: NonNegativeFloat = UNSET
     """the largest gradient norm; 0 does not clip"""
     epochs: PositiveInt = UNSET
@@ -66,27 +66,32 @@ class Training:
     max_seq_len: PositiveInt | None = UNSET
     """tokens of a packed sequence, and the longest row; left out: 256, 512, 1024 or 2048, as the longest row needs"""
     long_rows: Literal["truncate", "drop", "refuse"] = UNSET
-    """of rows longer than max_seq_len: truncate the answer, drop the row, or refuse the data; what is cut or dropped is
-    counted and reported"""
+    """for rows longer than max_seq_len: truncate the answer, drop the row, or refuse the data; what is cut or dropped
+    is counted and reported"""
     control_tokens: Literal["text", "tokens", "refuse"] = UNSET
-    """of control tokens that a row spells, such as <|im_end|>: text: learn the characters; tokens: learn the tokens, as
-    the rows' author must have meant; refuse: an error that names the row"""
+    """for control tokens that a row spells, such as <|im_end|>: text: learn the characters; tokens: learn the tokens;
+    refuse: an error that names the row"""
     grad_accum_steps: PositiveInt = UNSET
     """batches per optimizer step"""
     remat: Literal["none", "dots", "attention", "full"] = UNSET
-    """what the backward pass computes again to save memory: none: nothing; dots: all but matrix products; attention:
-    all but a fused attention kernel; full: whole layers"""
-    share_beginnings: bool | None = UNSET
-    """whether tokens with which all rows begin are stored once in a sequence; left out: not on TPUs, whose fused
-    attention cannot"""
+    """what the backward pass recomputes to save memory: none: nothing; dots: all but matrix products; attention: all
+    but a fused attention kernel; full: whole layers"""
+    share_prefix: bool | None = UNSET
+    """whether tokens with which all rows begin are computed once per sequence; left out: yes, but not on TPUs, whose
+    fused attention does not support it"""
     seed: Seed = UNSET
     """of the order of rows and of fresh vectors"""
     save_every_seconds: PositiveFloat = UNSET
     """time between two checkpoints"""
     max_checkpoints: PositiveInt = UNSET
-    """how many of the newest are kept while the training runs"""
+    """how many of the newest are kept while training"""
     best: str | None = UNSET
-    """a metric of metrics.jsonl, such as loss/all: keep the checkpoint where it was lowest, and end with that one"""
+    """a metric of metrics.jsonl, such as loss/all: keep the checkpoint where it was lowest, and end with that one; left
+    out: the last one, or, with validation rows, the one with the lowest eval/loss"""
+    eval_every_steps: PositiveInt | None = UNSET
+    """steps between two evaluations of the validation rows, if there are any; left out: an epoch"""
+    patience: PositiveInt | None = UNSET
+    """end the training after so many evaluations without a new lowest eval/loss; left out: never"""
 
     base: ClassVar["Training"]
 
@@ -115,11 +120,13 @@ Training.base = Training(
     control_tokens="text",
     grad_accum_steps=1,
     remat="full",
-    share_beginnings=None,
+    share_prefix=None,
     seed=0,
     save_every_seconds=120.0,
     max_checkpoints=2,
     best=None,
+    eval_every_steps=None,
+    patience=None,
 )
 
 

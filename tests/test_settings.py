@@ -20,7 +20,6 @@ import secvec_jax as sv
 from secvec_jax import checks, command_line, config
 from secvec_jax.checks import UNSET, SettingError
 from secvec_jax.config import Training
-from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses import (
     aligned_kl,
@@ -185,8 +184,8 @@ def test_what_cannot_be_is_refused_by_name(make, message):
 
 
 def test_numbers_of_numpy_paths_and_lists_are_taken(tmp_path):
-    training = Training(learning_rate=np.float32(0.5), batch_size=np.int64(4), share_beginnings=np.bool_(True))
-    assert training == Training(learning_rate=0.5, batch_size=4, share_beginnings=True)
+    training = Training(learning_rate=np.float32(0.5), batch_size=np.int64(4), share_prefix=np.bool_(True))
+    assert training == Training(learning_rate=0.5, batch_size=4, share_prefix=True)
     assert [type(v) for v in (training.learning_rate, training.batch_size)] == [float, int]
     assert hash(LoRA(targets=["q_proj"])) == hash(LoRA(targets=("q_proj",))) == hash(LoRA(targets="q_proj"))
     assert verbs.Align(data=tmp_path, out=tmp_path) == verbs.Align(data=(str(tmp_path),), out=str(tmp_path))
@@ -300,15 +299,15 @@ def test_what_a_call_does_not_set_is_the_verbs_own(monkeypatch, run, default):
 
 ROWS = random_examples(12)
 ONCE = sum(len(row.tokens) - 1 for row in ROWS)
-SHAPE = {"max_seq_len": 32, "batch_size": 2, "share_beginnings": False}
+SHAPE = {"max_seq_len": 32, "batch_size": 2, "share_prefix": False}
 
 
 @pytest.mark.parametrize("accumulate", [2, 5, 64])
 def test_an_epoch_is_one_pass_however_many_batches_a_step_takes(accumulate):
-    stream = Stream({"all": ROWS}, 2, 32, epochs=2, share=False)
+    stream = Stream({"all": ROWS}, 2, 32, epochs=2, share_prefix=False)
     training = Training(grad_accum_steps=accumulate, epochs=2, **SHAPE).over(PHASE2)
     read, steps = finetuning.stream_and_steps(stream, training)
-    feed = Feed(read)
+    feed = read.own_batches()
     taken = [feed.take(accumulate) for _ in range(steps)]
     assert steps == math.ceil(stream.count() / accumulate)
     assert sum(int((batch["segments"] > 0).sum()) for batch in taken) == 2 * ONCE
@@ -318,17 +317,17 @@ def test_an_epoch_is_one_pass_however_many_batches_a_step_takes(accumulate):
 def test_trainings_of_one_epoch_read_each_token_once_and_lisa_adds_its_steps(monkeypatch):
     read = {}
 
-    def only_reads(params, phase, train_step, streams, *, steps, accumulate, **_):
+    def only_reads(params, phase, train_step, streams, *, steps, grad_accum_steps, **_):
         read.clear()
-        feeds = {name: Feed(stream) for name, stream in streams.items()}
+        feeds = {name: stream.own_batches() for name, stream in streams.items()}
         for step in range(steps):
             for name in feeds if train_step.takes is None else train_step.takes(step):
-                read.setdefault(name, []).append(int((feeds[name].take(accumulate)["segments"] > 0).sum()))
+                read.setdefault(name, []).append(int((feeds[name].take(grad_accum_steps)["segments"] > 0).sum()))
         return params
 
     for module in (finetuning, security_vectors):
         monkeypatch.setattr(module, "fit", only_reads)
-    steps = math.ceil(Stream({"all": ROWS}, 2, 32, share=False).count() / 3)
+    steps = math.ceil(Stream({"all": ROWS}, 2, 32, share_prefix=False).count() / 3)
     training = Training(grad_accum_steps=3, epochs=1, **SHAPE)
     finetune(tiny_model(), ROWS, training=training)
     assert {name: (len(tokens), sum(tokens)) for name, tokens in read.items()} == {"learn": (steps, ONCE)}

@@ -14,7 +14,6 @@ import optax
 import pytest
 
 from secvec_jax.config import Training
-from secvec_jax.data.feed import Feed
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.min_min import min_min
 from secvec_jax.defenses.security_vectors import Phase1
@@ -22,7 +21,7 @@ from secvec_jax.inference import generate
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import constrain, logical_axes, make_mesh, named_sharding, parse_mesh, shard
-from secvec_jax.training.objective import LEARN, Objective, parameters
+from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import TrainStep, make_train_step
@@ -136,7 +135,7 @@ class Setting(NamedTuple):
 
 def setting(name: str, architecture: Architecture | None = None, optimizer: Any = None) -> Setting:
     decoder = tiny_model().backbone if architecture is None else random_decoder(architecture=architecture)
-    params = shard(parameters(decoder, vectors=fresh_vectors(decoder.architecture)))
+    params = shard(Params(Backbone(decoder), fresh_vectors(decoder.architecture)))
     streams = {LEARN: Stream({"harmful": random_examples(40)}, 8, 48, epochs=None)}
     loss = Objective(("harmful",))
     optimizer = optimizer or make_optimizer(Training("adamw"), STEPS)
@@ -208,7 +207,7 @@ def compiled(name: str, shape: str, donate: bool = True) -> tuple[Any, Any, Any]
         params, phase, train_step, streams = setting(name, LARGER)
         trained, frozen = phase.split(params)
         state = train_step.init(trained)
-        batch = {stream: Feed(own).take(1) for stream, own in streams.items()}
+        batch = {stream: own.own_batches().take(1) for stream, own in streams.items()}
         step = train_step.step if donate else jax.jit(train_step.step.__wrapped__)
         return step.lower(trained, state, frozen, batch).compile(), trained, state
 
@@ -252,7 +251,7 @@ def test_gradients_lie_where_their_parameters_lie(name, shape):
     with jax.set_mesh(make_mesh(**parse_mesh(shape))):
         params, phase, train_step, streams = setting(name, optimizer=last_gradient())
         trained, frozen = phase.split(params)
-        batch = {stream: Feed(own).take(1) for stream, own in streams.items()}
+        batch = {stream: own.own_batches().take(1) for stream, own in streams.items()}
         places = [leaf.sharding for leaf in jax.tree.leaves(trained)]
         _, state, _ = train_step.step(trained, train_step.init(trained), frozen, batch)
         gradients = jax.tree.leaves(state)
@@ -280,7 +279,7 @@ def gathered(program: Any) -> set[tuple[int, ...]]:
 def test_fsdp_gathers_one_layer_at_a_time():
     program, trained, _ = compiled("phase 2", "fsdp=8")
     shapes = gathered(program)
-    stacked = [leaf.shape for leaf in jax.tree.leaves(trained["backbone"]["decoder"].layers)]
+    stacked = [leaf.shape for leaf in jax.tree.leaves(trained.backbone.decoder.layers)]
     kernels = [shape for shape in stacked if len(shape) == 3]
     assert len(kernels) == 7 and not shapes & set(stacked)
     for layers, *kernel in kernels:
@@ -290,7 +289,7 @@ def test_fsdp_gathers_one_layer_at_a_time():
 
 def test_a_stacked_weight_that_is_gathered_whole_is_seen():
     with jax.set_mesh(make_mesh(fsdp=8)):
-        kernel = setting("phase 2", LARGER).params["backbone"]["decoder"].layers.attention.q_proj.kernel[...]
+        kernel = setting("phase 2", LARGER).params.backbone.decoder.layers.attention.q_proj.kernel[...]
         whole = jax.jit(lambda x: constrain(x, "layers", "hidden", "heads") * 2)
         assert gathered(whole.lower(kernel).compile()) == {kernel.shape}
 

@@ -31,7 +31,7 @@ from secvec_jax.sharding import (
     replicate,
     shard,
 )
-from secvec_jax.training.objective import parameters
+from secvec_jax.training.objective import Backbone, Params
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.vectors.lora import LoRA
@@ -59,7 +59,7 @@ def built():
     """Everything that a training holds: a decoder, a task adapter, vectors."""
     vectors = LoRA(rank=4).init(ARCHITECTURE, jax.random.key(1))
     task = LoRA(rank=2, targets=("q_proj", "*down*")).init(ARCHITECTURE, jax.random.key(2))
-    return parameters(Decoder(ARCHITECTURE, nnx.Rngs(0)), task, vectors)
+    return Params(Backbone(Decoder(ARCHITECTURE, nnx.Rngs(0)), task), vectors)
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +234,13 @@ def test_optimizer_states_lie_as_what_they_mirror(params, phase, training):
 def test_axes_follow_a_masked_state(params):
     trained, _ = Phase(PHASES["task"]).split(params)
     state = Phase(PHASES["task"]).optimizer(optax.adam(0.1), params).init(trained)
-    adapter = jax.tree.leaves(params["backbone"]["adapter"].axes(), is_leaf=lambda axes: type(axes) is tuple)
+    adapter = jax.tree.leaves(params.backbone.adapter.axes(), is_leaf=lambda axes: type(axes) is tuple)
     named = [axes for leaf, axes in zip(jax.tree.leaves(state), logical_axes(state), strict=True) if leaf.ndim]
     assert named == adapter * 2  # first and second moments
 
 
 def test_without_a_mesh_everything_stays_the_same_object(params):
-    for tree in (params, params["vectors"], {"x": np.ones(3)}):
+    for tree in (params, params.vectors, {"x": np.ones(3)}):
         assert shard(tree) is tree and replicate(tree) is tree
     array = jnp.ones((2, 3))
     assert constrain(array, "batch", "embed") is array and all_gather(array, "embed", "heads") is array

@@ -1,10 +1,11 @@
 """Rows as examples for a model, each of them checked before anything is trained.
 
 Encoding a row shows what its file does not: a prompt that leaves no room for an answer, an answer that is cut, text
-that spells the model's control tokens, turns that its template does not take. All rows are encoded once to find out;
-of several processes each takes a part.
+that spells the model's control tokens, turns that its template does not take. All rows are encoded once to find out,
+and their lengths are kept, by which packed sequences can be counted; of several processes each takes a part.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -12,11 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import ControlTokens, Example, TooLong, cut, encode_all
 from secvec_jax.data.control_tokens import spelled
 from secvec_jax.data.rows import Row
+from secvec_jax.data.shared_prefix import PromptIndex, agreement
 from secvec_jax.data.stored import place_of
 from secvec_jax.distributed import all_gather_json, is_main_process
 from secvec_jax.errors import UserError
@@ -25,7 +28,7 @@ LongRows = Literal["truncate", "drop", "refuse"]
 """What becomes of rows that are longer than they may be: the answer is cut, the row is left out, or an error."""
 
 LENGTHS = (256, 512, 1024, 2048)
-"""Of packed lines, in tokens, where no length is set: the shortest that holds the longest row, or the longest."""
+"""Of packed sequences, in tokens, where no length is set: the shortest that holds the longest row, or the longest."""
 
 _KEPT = 50_000
 """Examples of one source that memory holds; beyond, the least recently used ones are encoded anew."""
@@ -36,31 +39,43 @@ _NAMED = 3
 _log = logging.getLogger(__name__)
 
 
-class Encoded(Sequence[Example]):
-    """Rows as examples, each encoded when it is first asked for: a host asks for those of its own lanes.
+class Examples(Sequence[Example]):
+    """Rows as examples, each encoded when it is asked for: a process asks for those of its own lanes.
 
-    longest: tokens of the longest. truncated: how many have an answer that is cut.
+    lengths: tokens of each `[N]`, int32. prompts: what is remembered of their prompts. truncated: how many of them have
+    an answer that is cut. All rows were encoded once to know this, and need not be again before they are trained on.
     """
 
     def __init__(
-        self, encode: Callable[[int], Example], rows: Sequence[Row], kept: Sequence[int], longest: int, truncated: int
+        self,
+        encode: Callable[[int], Example],
+        rows: Sequence[Row],
+        kept: Sequence[int],
+        lengths: np.ndarray,
+        prompts: PromptIndex,
+        truncated: int,
     ):
         """kept: which rows are examples, by their index."""
         self._encode, self._rows, self._kept = encode, rows, kept
-        self.longest, self.truncated = longest, truncated
+        self.lengths, self.prompts, self.truncated = lengths, prompts, truncated
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest."""
+        return int(self.lengths.max(initial=0))
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def row(self, index: int) -> Row:
-        """What an example was before."""
+        """The row that an example was made of."""
         return self._rows[self._kept[index]]
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nobody slices
         return self._encode(self._kept[range(len(self))[index]])
 
 
-def encoded(
+def encode_rows(
     tokenizer: Any,
     rows: Sequence[Row],
     max_length: int,
@@ -68,7 +83,7 @@ def encoded(
     long_rows: LongRows = "truncate",
     control_tokens: ControlTokens = "text",
     vocab_size: int | None = None,
-) -> Encoded:
+) -> Examples:
     """The rows as examples of at most `max_length` tokens, with ids below `vocab_size` if that is given.
 
     Logs how many answers are cut or rows left out, and how many rows spell control tokens, with the first of them;
@@ -90,11 +105,11 @@ def encoded(
     def where(index: int) -> str:
         return place_of(rows, index, name)
 
-    found = _look_at_all(encode, lambda index: bool(spelled(tokenizer, rows[index]["messages"])), len(rows))
+    found = _encode_once(encode, lambda index: bool(spelled(tokenizer, rows[index]["messages"])), len(rows))
     if found.errors:
         index, message = min(found.errors)
         raise UserError(f"{where(index)}: {message}")
-    too_long = sorted(found.prompts)
+    too_long = sorted(found.too_long)
     shortened = sorted(found.cut)
     if too_long and long_rows != "drop":
         index, message = too_long[0]
@@ -114,58 +129,74 @@ def encoded(
         _warn(left_out, len(rows), f"are longer than {max_length} tokens and dropped", where)
         if not kept:
             raise UserError(f"every row of {name} is longer than {max_length} tokens: raise `length`")
-        shortened, found.longest = [], found.longest_uncut
+        shortened = []
     elif shortened:
         _warn(shortened, len(rows), f"have answers cut at {max_length} tokens: raise `length`, or set long_rows", where)
     if found.spelled:
         what = "plain text" if control_tokens == "text" else "the tokens"
         _warn(sorted(found.spelled), len(rows), f"spell control tokens, which are learned as {what}", where)
-    return Encoded(lambda index: encode(index)[0], rows, kept, found.longest, len(shortened))
+    lengths, prompt_lengths, agreeing, following = found.numbers[:, list(kept)]
+    prompts = PromptIndex(found.first, prompt_lengths, agreeing, following)
+    return Examples(lambda index: encode(index)[0], rows, kept, lengths, prompts, len(shortened))
 
 
 @dataclasses.dataclass
 class _Found:
-    """What a look at some rows has found, by their index."""
+    """What encoding all rows once has shown; rows are named by their index."""
 
-    longest: int = 0
-    """tokens, as far as they are not cut"""
-    longest_uncut: int = 0
-    """tokens of the longest that is not cut at all"""
+    first: np.ndarray
+    """the prompt that the others are compared with"""
+    numbers: np.ndarray
+    """of each row: its tokens, its prompt's tokens, and its `agreement` with `first`; `[4, N]`, int32"""
     cut: list[int] = dataclasses.field(default_factory=list)
     spelled: list[int] = dataclasses.field(default_factory=list)
-    prompts: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    too_long: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     """those whose prompt alone is too long, and how long it is"""
     errors: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
 
-def _look_at_all(encode: Callable[[int], tuple[Example, bool]], spells: Callable[[int], bool], count: int) -> _Found:
-    """What all processes have found; they divide the rows among them."""
-    mine = _Found()
-    for index in range(jax.process_index(), count, jax.process_count()):
+def _encode_once(encode: Callable[[int], tuple[Example, bool]], spells: Callable[[int], bool], count: int) -> _Found:
+    """Encode all rows, of which each process takes a part, and gather what all have found."""
+    start, stride = jax.process_index(), jax.process_count()
+    found = _Found(_first_prompt(encode, count), np.zeros((4, count), np.int32))
+    for index in range(start, count, stride):
         try:
             example, shortened = encode(index)
         except TooLong as error:
-            mine.prompts.append((index, str(error)))
+            found.too_long.append((index, str(error)))
             continue
         except UserError as error:
-            mine.errors.append((index, str(error)))
+            found.errors.append((index, str(error)))
             break
-        mine.longest = max(mine.longest, len(example.tokens))
+        prompt = example.tokens[: example.answer_start]
+        found.numbers[:, index] = len(example.tokens), len(prompt), *agreement(found.first, prompt)
         if shortened:
-            mine.cut.append(index)
-        else:
-            mine.longest_uncut = max(mine.longest_uncut, len(example.tokens))
+            found.cut.append(index)
         if spells(index):
-            mine.spelled.append(index)
-    parts = [_Found(**part) for part in all_gather_json(dataclasses.asdict(mine))]
-    return _Found(
-        max(part.longest for part in parts),
-        max(part.longest_uncut for part in parts),
-        [index for part in parts for index in part.cut],
-        [index for part in parts for index in part.spelled],
-        [(index, message) for part in parts for index, message in part.prompts],
-        [(index, message) for part in parts for index, message in part.errors],
-    )
+            found.spelled.append(index)
+    return found if stride == 1 else _gathered(found)
+
+
+def _first_prompt(encode: Callable[[int], tuple[Example, bool]], count: int) -> np.ndarray:
+    """The prompt of the first row that can be encoded, the same on all processes."""
+    for index in range(count):
+        with contextlib.suppress(UserError):
+            example, _ = encode(index)
+            return example.tokens[: example.answer_start]
+    return np.zeros(0, np.int32)
+
+
+def _gathered(found: _Found) -> _Found:
+    """What all processes have found together; each row was encoded by one of them."""
+    lists = {name: getattr(found, name) for name in ("cut", "spelled", "too_long", "errors")}
+    numbers = found.numbers[:, jax.process_index() :: jax.process_count()]
+    parts = all_gather_json({"numbers": numbers.tolist(), "lists": lists})
+    together = _Found(found.first, np.zeros_like(found.numbers))
+    for process, part in enumerate(parts):
+        together.numbers[:, process :: len(parts)] = part["numbers"]
+        for name, values in part["lists"].items():
+            getattr(together, name).extend(tuple(value) if isinstance(value, list) else value for value in values)
+    return together
 
 
 def _warn(indices: Sequence[int], count: int, what: str, where: Callable[[int], str]) -> None:

@@ -1,25 +1,28 @@
 """Examples -> shuffled, packed, resumable batches of one fixed shape.
 
-Several rows share one packed line of `length` tokens; segment numbers keep them from seeing each other. Rows that
-all begin alike (the same system prompt) share these tokens too: they stand once at the head of each line, where
-every segment sees them. A row's forward pass and gradient are those of the row alone.
+Several rows share one packed sequence of `seq_len` tokens; segment numbers keep them from attending to each other. The
+tokens with which all rows begin may be stored once per sequence (see `shared_prefix`). A row's forward pass and
+gradient are those of the row alone.
 
-A batch is filled by *lanes*, each of which reads every n-th row for a line or two of its own. What a lane reads does
-not depend on who reads it, so a run's batches are the same on one device and on a pod, where each host reads the lanes
-of its own devices and no others.
+A batch is filled by *lanes*, each of which reads every n-th row for a sequence or two of its own. What a lane reads
+does not depend on who reads it, so a run's batches are the same on one device and on a pod, where each host reads the
+lanes of its own devices and no others.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
-from secvec_jax.batch import KEYS, SHARED, Batch
+from secvec_jax.batch import KEYS, Batch
 from secvec_jax.checks import PositiveInt, Seed, checked
 from secvec_jax.data.chat import Example
-from secvec_jax.distributed import all_max
+from secvec_jax.data.encoded import Examples
+from secvec_jax.data.shared_prefix import put_before, shared_prefix_of
+from secvec_jax.distributed import all_gather_json, all_max
 from secvec_jax.errors import UserError
 from secvec_jax.sharding import named_sharding, num_shards
 
@@ -30,19 +33,19 @@ _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 @checked
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A source of batches: the examples, in how many of which group, and the shape of a batch.
+    """A source of batches: the examples, by kind, and the shape of a batch.
 
-    examples: group name -> examples; all are shuffled together. lines x length: tokens per batch, on all hosts.
-    epochs: passes over the examples; None goes on forever. share: whether tokens with which all rows of a lane begin
-    stand once in a line.
+    examples: kind -> examples; all are shuffled together. batch_size: packed sequences in a batch, on all devices.
+    seq_len: tokens of a sequence. epochs: passes over the examples; None goes on forever. share_prefix: whether tokens
+    with which all rows of a lane begin are stored once per sequence.
     """
 
     examples: dict[str, Sequence[Example]]
-    lines: PositiveInt
-    length: PositiveInt
+    batch_size: PositiveInt
+    seq_len: PositiveInt
     seed: Seed = 0
     epochs: PositiveInt | None = 1
-    share: bool = True
+    share_prefix: bool = True
 
     def __post_init__(self) -> None:
         if not any(len(group) for group in self.examples.values()):
@@ -53,29 +56,36 @@ class Stream:
         return tuple(self.examples)
 
     @property
-    def lanes(self) -> int:
-        """How many lanes fill a batch. Never more than there are rows: a lane without any would have nothing to say."""
-        rows = sum(len(group) for group in self.examples.values())
-        return next(n for n in range(max(self.lines // 2, 1), 0, -1) if self.lines % n == 0 and n <= rows)
+    def num_rows(self) -> int:
+        return sum(len(group) for group in self.examples.values())
 
     @property
-    def height(self) -> int:
-        """How many lines of a batch are a lane's."""
-        return self.lines // self.lanes
+    def lanes(self) -> int:
+        """How many lanes fill a batch: never more than there are rows, as a lane without any would have no head."""
+        most = min(max(self.batch_size // 2, 1), self.num_rows)
+        return next(count for count in range(most, 0, -1) if self.batch_size % count == 0)
+
+    @property
+    def sequences_per_lane(self) -> int:
+        """How many sequences of a batch each lane fills."""
+        return self.batch_size // self.lanes
 
     def batches(self, lanes: Sequence[int] | None = None) -> "Batches":
-        """The packed batches, of all lanes or of some; their iterator's state can be saved and set."""
-        chosen = range(self.lanes) if lanes is None else lanes
-        return Batches({lane: self._lane(lane) for lane in chosen}, (self.height, self.length))
+        """The packed batches of all lanes, or of some."""
+        return Batches(self, range(self.lanes) if lanes is None else lanes)
+
+    def own_batches(self) -> "Batches":
+        """The packed batches of this process's own lanes, to be put on the ambient mesh with `Batches.take`."""
+        return Batches(self, self.own_lanes())
 
     def count(self) -> int:
-        """How many batches there are in all epochs."""
+        """How many batches there are in all epochs, by the lengths of the examples: none is encoded for it."""
         if self.epochs is None:
             raise ValueError("an endless stream has no count")
-        return all_max(sum(1 for _ in self.batches(self.own_lanes())))
+        return all_max(max(_Lane(self, lane).count() for lane in self.own_lanes()))
 
     def own_lanes(self) -> list[int]:
-        """The lanes whose lines lie, at least in part, on this process's devices of the ambient mesh.
+        """The lanes whose sequences are, at least in part, on this process's devices of the ambient mesh.
 
         Raises UserError if the mesh does not divide the batch.
         """
@@ -83,106 +93,144 @@ class Stream:
         if where is None:
             return list(range(self.lanes))
         parts = num_shards("batch")
-        if self.lines % parts:
+        if self.batch_size % parts:
             raise UserError(
-                f"a batch of {self.lines} sequences cannot be sharded over {parts} devices (data x fsdp): "
+                f"a batch of {self.batch_size} sequences cannot be sharded over {parts} devices (data x fsdp): "
                 f"give --batch-size a multiple of {parts} (of {2 * parts} where benign rows take half as many)"
             )
-        slices = where.addressable_devices_indices_map((self.lines,)).values()
+        slices = where.addressable_devices_indices_map((self.batch_size,)).values()
         parts_here = [index[0] for index in slices if index is not None]
-        return sorted({line // self.height for part in parts_here for line in range(*part.indices(self.lines))})
-
-    def _lane(self, lane: int) -> grain.IterDataset:
-        """A lane's lines of every batch."""
-        height, records = self.height, self._records(lane)
-        head = records.head
-        room = self.length - len(head)
-        rows = grain.MapDataset.source(records).shuffle(seed=self.seed + lane).repeat(self.epochs)
-        packed = grain.experimental.FirstFitPackIterDataset(
-            rows.to_iter_dataset(_IN_MEMORY),
-            length_struct=dict.fromkeys(records[0], room),
-            num_packing_bins=4 * height,
-            shuffle_bins=False,
-        )
-        return packed.batch(height, batch_fn=lambda lines: _collate(lines, head, height))
-
-    def _records(self, lane: int) -> "_Records":
-        parts, passed = [], 0
-        for rows in self.examples.values():
-            parts.append((rows, range((lane - passed) % self.lanes, len(rows), self.lanes)))
-            passed += len(rows)
-        return _Records(parts, self.length, self.share)
+        sequences = {number for part in parts_here for number in range(*part.indices(self.batch_size))}
+        return sorted({number // self.sequences_per_lane for number in sequences})
 
 
-class _Records(Sequence[dict[str, np.ndarray]]):
-    """A lane's rows as what is packed, made when they are asked for.
+class _Lane:
+    """One lane of a stream: its share of the rows of each kind, packed. Raises UserError for a row that does not fit.
 
-    parts: of each group, its rows and which of them. With share, all rows are read once for the `head` that they have
-    in common. Raises UserError for a row that is longer than a line.
+    head: the tokens with which all of its rows begin.
     """
 
-    def __init__(self, parts: Sequence[tuple[Sequence[Example], range]], length: int, share: bool):
-        self._parts, self._length = parts, length
-        self._ends = np.cumsum([len(own) for _, own in parts])
-        self.head = np.zeros(0, np.int32)
-        if share:
-            self.head = shared_prefix(self._example(index)[1] for index in range(len(self)))
+    def __init__(self, stream: Stream, lane: int):
+        self._stream, self._lane = stream, lane
+        self._parts: list[tuple[Sequence[Example], range]] = []
+        rows_before = 0
+        for examples in stream.examples.values():
+            own = range((lane - rows_before) % stream.lanes, len(examples), stream.lanes)
+            self._parts.append((examples, own))
+            rows_before += len(examples)
+        lengths = np.concatenate([_lengths(examples, own) for examples, own in self._parts])
+        if lengths.max() - 1 > stream.seq_len:
+            raise UserError(
+                f"a row has {lengths.max()} tokens, a packed sequence only {stream.seq_len}: raise --max-seq-len"
+            )
+        self.head = shared_prefix_of(self._parts) if stream.share_prefix else np.zeros(0, np.int32)
+        self._lengths = lengths - 1 - len(self.head)  # each token but the last predicts the next one
+
+    def batches(self) -> grain.IterDataset:
+        """The lane's sequences of every batch."""
+        count, head = self._stream.sequences_per_lane, self.head
+        keys = ("tokens", "targets", "weights", "groups")
+        packed = self._packed(_Lazy(len(self._lengths), self._record), keys)
+        return packed.batch(count, batch_fn=lambda sequences: _collate(sequences, head, count))
+
+    def count(self) -> int:
+        """How many batches there are: packing depends on the lengths alone."""
+        lengths = self._lengths
+
+        def blank(index: int) -> dict[str, np.ndarray]:
+            return {"tokens": np.broadcast_to(np.int32(0), lengths[index])}
+
+        sequences = sum(1 for _ in self._packed(_Lazy(len(lengths), blank), ("tokens",)))
+        return -(-sequences // self._stream.sequences_per_lane)
+
+    def _packed(self, records: "_Lazy", keys: Sequence[str]) -> grain.IterDataset:
+        stream = self._stream
+        rows = grain.MapDataset.source(records).shuffle(seed=stream.seed + self._lane).repeat(stream.epochs)
+        return grain.experimental.FirstFitPackIterDataset(
+            rows.to_iter_dataset(_IN_MEMORY),
+            length_struct=dict.fromkeys(keys, stream.seq_len - len(self.head)),
+            num_packing_bins=4 * stream.sequences_per_lane,
+            shuffle_bins=False,
+        )
+
+    def _record(self, index: int) -> dict[str, np.ndarray]:
+        kind = 0
+        while index >= len(self._parts[kind][1]):
+            index -= len(self._parts[kind][1])
+            kind += 1
+        examples, own = self._parts[kind]
+        return _record(kind, examples[own[index]], len(self.head))
+
+
+class _Lazy(Sequence[dict[str, np.ndarray]]):
+    """Records that are made when they are asked for."""
+
+    def __init__(self, count: int, make: Any):
+        self._count, self._make = count, make
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:  # type: ignore[override]  # nobody slices
-        return _record(*self._example(range(len(self))[index]), len(self.head))
-
-    def _example(self, index: int) -> tuple[int, Example]:
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        rows, own = self._parts[group]
-        example = rows[own[index - int(self._ends[group])]]  # counted from the end
-        if len(example.tokens) - 1 > self._length:
-            raise UserError(
-                f"a row has {len(example.tokens)} tokens, a packed line only {self._length}: raise --max-seq-len"
-            )
-        return group, example
+        return self._make(range(self._count)[index])
 
 
-@dataclasses.dataclass(frozen=True)
+def _lengths(examples: Sequence[Example], own: range) -> np.ndarray:
+    """Tokens of some examples, int32; those of encoded rows are known without encoding them again."""
+    if isinstance(examples, Examples):
+        return examples.lengths[own]
+    return np.asarray([len(examples[index].tokens) for index in own], np.int32)
+
+
 class Batches:
-    """The batches of some lanes `[B, T]`, as long as any of them has rows."""
+    """A stream being read: an iterator over its batches `[B, T]`, of some lanes, as long as any of these has rows.
 
-    lanes: dict[int, grain.IterDataset]
-    shape: tuple[int, int]
+    Its state is JSON, {lane: state} of all lanes, whichever process reads them: any other mesh resumes from it exactly.
+    """
 
-    def __iter__(self) -> "BatchIterator":
-        return BatchIterator(self)
+    def __init__(self, stream: Stream, lanes: Sequence[int]):
+        self._batch_size, self._per_lane = stream.batch_size, stream.sequences_per_lane
+        self._shape = (stream.sequences_per_lane, stream.seq_len)
+        self._lanes = {str(lane): iter(_Lane(stream, lane).batches()) for lane in lanes}
+        # Where the first sequence of each lane is among those that this process reads.
+        self._own = {lane * self._per_lane: number * self._per_lane for number, lane in enumerate(lanes)}
 
-
-class BatchIterator:
-    """Batches one by one; `get_state` and `set_state` take {lane: state}, JSON, and resume exactly."""
-
-    def __init__(self, batches: Batches):
-        self._shape = batches.shape
-        self._lanes = {str(lane): iter(dataset) for lane, dataset in batches.lanes.items()}
-
-    def __iter__(self) -> "BatchIterator":
+    def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
+        """The next batch of these lanes, in the host's memory."""
         parts = [next(lane, None) for lane in self._lanes.values()]
         if all(part is None for part in parts):
             raise StopIteration
         return _stacked([_empty(self._shape) if part is None else part for part in parts])
 
-    def empty(self) -> Batch:
-        """A batch without rows, of the same shape."""
-        return _stacked([_empty(self._shape)] * len(self._lanes))
+    def take(self, count: int) -> Batch:
+        """The next `count` batches, `[count, B, T]`, B sharded over the mesh; empty ones after the stream's end."""
+        read = [next(self, None) for _ in range(count)]
+        parts = [_stacked([_empty(self._shape)] * len(self._lanes)) if batch is None else batch for batch in read]
+        local = {key: np.stack([part[key] for part in parts]) for key in KEYS}
+        where = named_sharding(None, "batch")
+        return local if where is None else {key: self._global(array, where) for key, array in local.items()}
 
     def get_state(self) -> dict[str, Any]:
-        return {name: lane.get_state() for name, lane in self._lanes.items()}
+        """The state of all processes' lanes; every process must ask."""
+        own = {lane: iterator.get_state() for lane, iterator in self._lanes.items()}
+        return {lane: state for part in all_gather_json(own) for lane, state in part.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where the state's lanes were; it may hold other processes' lanes too."""
-        for name, lane in self._lanes.items():
-            lane.set_state(state[name])
+        """Resume from what `get_state` returned."""
+        for lane, iterator in self._lanes.items():
+            iterator.set_state(state[lane])
+
+    def _global(self, local: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            sequences = range(*index[1].indices(self._batch_size))
+            own = [self._own[number - number % self._per_lane] + number % self._per_lane for number in sequences]
+            return local[:, own][(index[0], slice(None), *index[2:])]
+
+        shape = (local.shape[0], self._batch_size, *local.shape[2:])
+        return jax.make_array_from_callback(shape, where, part)
 
 
 def _empty(shape: tuple[int, int]) -> Batch:
@@ -193,21 +241,8 @@ def _stacked(parts: Sequence[Batch]) -> Batch:
     return {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
 
 
-def shared_prefix(examples: Iterable[Example]) -> np.ndarray:
-    """The unsupervised tokens with which all examples begin, without the last before a reply; one shares none."""
-    common, shortest, count = np.zeros(0, np.int32), 0, 0
-    for count, example in enumerate(examples, 1):
-        prompt = example.tokens[: example.answer_start]
-        length = len(prompt) if count == 1 else min(len(common), len(prompt))
-        shortest = len(prompt) if count == 1 else min(shortest, len(prompt))
-        if count == 1:
-            common = prompt
-        differing = np.flatnonzero(common[:length] != prompt[:length])
-        common = prompt[: differing[0] if len(differing) else length]
-    return common[: max(shortest - 1, 0)] if count > 1 else np.zeros(0, np.int32)
-
-
 def _record(group: int, example: Example, skip: int) -> dict[str, np.ndarray]:
+    """What is packed of an example, without its first `skip` tokens."""
     tokens, supervised = example.tokens[skip:], example.supervised[skip:]
     counts = 1.0 if example.weights is None else example.weights[skip + 1 :]
     return {
@@ -218,17 +253,15 @@ def _record(group: int, example: Example, skip: int) -> dict[str, np.ndarray]:
     }
 
 
-def _collate(lines: Sequence[dict[str, Any]], head: np.ndarray, count: int) -> Batch:
-    """Lines -> a batch, the shared head put before each, empty lines added up to `count`."""
+def _collate(sequences: Sequence[dict[str, Any]], head: np.ndarray, count: int) -> Batch:
+    """Packed sequences -> a batch, the head put before each, empty sequences added up to `count`."""
 
     def stack(name: str) -> np.ndarray:
-        body = np.stack([line[name] for line in lines])
-        return np.pad(body, ((0, count - len(lines)), (len(head), 0)))
+        body = np.stack([sequence[name] for sequence in sequences])
+        return np.pad(body, ((0, count - len(sequences)), (len(head), 0)))
 
     batch = {name: stack(name) for name in ("tokens", "targets", "weights", "groups")}
     batch["segments"] = stack("tokens_segment_ids").astype(np.int32)
-    batch["positions"] = stack("tokens_positions").astype(np.int32) + len(head)
-    batch["tokens"][:, : len(head)] = head
-    batch["segments"][:, : len(head)] = SHARED
-    batch["positions"][:, : len(head)] = np.arange(len(head))
+    batch["positions"] = stack("tokens_positions").astype(np.int32)
+    put_before(batch, head)
     return batch

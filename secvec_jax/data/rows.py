@@ -5,12 +5,12 @@ ends with the user's turn has no answer yet: good for scoring, useless for train
 """
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, NotRequired, TypedDict, overload
 
 from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned
 from secvec_jax.data.frames import records_of
-from secvec_jax.data.stored import Listed, Rows, place
+from secvec_jax.data.stored import Rows, place
 from secvec_jax.errors import UserError
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -147,21 +147,19 @@ def as_rows(
     needs_answer: bool = True,
     name: str = "data",
     ignore_fields: Collection[str] = (),
-) -> Sequence[Row]:
+) -> Rows[Row]:
     """Return the rows of a list of dicts, a data frame or a `datasets.Dataset`; `name` is what errors call it.
 
-    A `Dataset` stays where it is, which is on disk as a rule: its records are read once to be checked, and again as
-    rows whenever they are asked for. ignore_fields: fields that `normalize` may leave out. Raises UserError if there
-    are none, if a record cannot be read, or if `needs_answer` and a row has no answer.
+    `Rows` are returned as they are. A `Dataset` stays where it is, usually on disk: its records are read once to be
+    checked, and again whenever a row is asked for. ignore_fields: fields that `normalize` may leave out. Raises
+    UserError if there are no rows, if a record cannot be read, or if `needs_answer` and a row has no answer.
     """
     data = records_of(data)
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
         found = type(data).__name__
         raise UserError(f"{name} must be a list of dicts or one split of a data set, found {found}")
     if isinstance(data, Rows):
-        return data
-    if isinstance(data, Listed) and len(data.numbers) == len(data):
-        return collect(zip(data.numbers, data), needs_answer, data.name, data.unit, ignore_fields)
+        return _checked_again(data, needs_answer, name)
     if hasattr(data, "num_rows") and hasattr(data, "features"):
         return on_disk(data, needs_answer, name, ignore_fields)
     return collect(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields)
@@ -174,7 +172,18 @@ def on_disk(data: Any, needs_answer: bool, name: str, ignore_fields: Collection[
         return normalize(data[index], place(name, index + 1), ignore_fields)
 
     count = sum(1 for _ in checked(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields))
-    return Rows(read, count, lambda index: place(name, index + 1))
+    return Rows(read, count, lambda index: place(name, index + 1), answered=needs_answer)
+
+
+def _checked_again(rows: Rows[Row], needs_answer: bool, name: str) -> Rows[Row]:
+    """The same rows; raises UserError if there are none, or for a missing answer that was not looked for before."""
+    if not len(rows):
+        raise UserError(f"{name} holds no rows; {ACCEPTED_FORMS}")
+    if rows.answered or not needs_answer:
+        return rows
+    for index, row in enumerate(rows):
+        check_answer(row, rows.where(index))
+    return Rows(rows.__getitem__, len(rows), rows.where, answered=True)
 
 
 def collect(
@@ -183,8 +192,8 @@ def collect(
     name: str,
     unit: str = "row",
     ignore_fields: Collection[str] = (),
-) -> Listed[Row]:
-    """The rows of numbered records; raises UserError as `as_rows` does."""
+) -> Rows[Row]:
+    """The rows of numbered records, in memory; raises UserError as `as_rows` does."""
     numbers = array("Q")
 
     def noted() -> Iterator[tuple[int, Any]]:
@@ -192,7 +201,8 @@ def collect(
             numbers.append(number)
             yield number, record
 
-    return Listed(checked(noted(), needs_answer, name, unit, ignore_fields), name, unit, numbers)
+    rows = list(checked(noted(), needs_answer, name, unit, ignore_fields))
+    return Rows(rows.__getitem__, len(rows), lambda index: place(name, numbers[index], unit), answered=needs_answer)
 
 
 def checked(
@@ -207,14 +217,20 @@ def checked(
     for number, record in records:
         where = place(name, number, unit)
         normalized, empty = normalize(record, where, ignore_fields), False
-        if needs_answer and not (response_of(normalized) or "").strip():
-            raise UserError(f"{where} has no answer; add one, or load prompts alone with needs_answer=False")
-        said = [turn for turn in normalized["messages"] if turn["role"] == "assistant"]
-        if needs_answer and not any(turn.get("train", True) for turn in said):
-            raise UserError(f"{where} has nothing to learn: every turn of the assistant is marked not to be; remove it")
+        if needs_answer:
+            check_answer(normalized, where)
         yield normalized
     if empty:
         raise UserError(f"{name} holds no rows; {ACCEPTED_FORMS}")
+
+
+def check_answer(row: Row, where: str) -> None:
+    """Raises UserError if a row has no answer, or none that is to be learned."""
+    if not (response_of(row) or "").strip():
+        raise UserError(f"{where} has no answer; add one, or load prompts alone with needs_answer=False")
+    said = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    if not any(turn.get("train", True) for turn in said):
+        raise UserError(f"{where} has nothing to learn: every turn of the assistant is marked not to be; remove it")
 
 
 def _turns(turns: Any, where: str, ignore: Collection[str]) -> list[Message]:

@@ -12,7 +12,7 @@ import csv
 import json
 import re
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ LARGE = 256 * 2**20
 
 def load_rows(
     source: str, split: str = "train", needs_answer: bool = True, ignore_fields: Collection[str] = ()
-) -> Sequence[Row]:
+) -> Rows[Row]:
     """Return the rows of a packaged benchmark, a local file or folder, or a data set of the hub.
 
     Packaged benchmarks (the keys of `PACKAGED`) and single files have only the split "train"; folders, hub ids and the
@@ -154,7 +154,7 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
             line = file.readline().decode()
             return normalize(_parse_line(line, path, numbers[index]), where(index), ignore_fields)
 
-    return Rows(read, len(starts), where)
+    return Rows(read, len(starts), where, answered=needs_answer)
 
 
 def _parse_line(line: str, path: Path, number: int) -> Any:

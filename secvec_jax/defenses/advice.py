@@ -1,4 +1,4 @@
-"""Warnings about trainings that would succeed and still not give what was wanted.
+"""Warnings about trainings that will succeed and may still not give the wanted result.
 
 Each function returns the warning as one line, or None. The public functions issue it with `warnings.warn`, the
 commands print it.
@@ -18,7 +18,7 @@ from secvec_jax.trees import num_parameters
 
 
 class Advice(UserWarning):
-    """A training that will succeed and may still not give what was wanted."""
+    """A training that will succeed and may still not give the wanted result."""
 
 
 TUNED_ON = 135_000_000
@@ -28,14 +28,14 @@ FEW_STEPS = 30
 """Half as many as the quickstart takes to align a model."""
 
 _READ = 200
-"""At most so many answers of each kind of rows are read."""
+"""At most this many answers of each kind of rows are read."""
 
 # Enough to recognize a file of refusals without the published list, which is a download.
 _OPENINGS = ("I'm sorry", "I am sorry", "Sorry", "I cannot", "I can't", "I apologize")
 
 
 def default_rate(model: Model, training: Training, default: Training) -> str | None:
-    """Warns if the learning rate was left at `default`'s and the model is over twice as large as it was tuned on."""
+    """Warns if the learning rate is the default and the model is over twice as large as the one it was tuned on."""
     count = num_parameters(model.backbone)
     if training.learning_rate != default.learning_rate or count <= 2 * TUNED_ON:
         return None

@@ -26,7 +26,7 @@ from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.loss import token_cross_entropy, token_forward_kl
-from secvec_jax.training.objective import LEARN, Objective, Params, as_it_was
+from secvec_jax.training.objective import LEARN, Objective, Params, as_it_was, without_vectors
 from secvec_jax.training.step import Loss
 
 
@@ -54,12 +54,12 @@ def held(loss: Objective, weight: float) -> Loss:
 
     def both(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
         learn, aligned = batch[LEARN], as_it_was(params)
-        head, aligned_head = (tree["backbone"]["decoder"] for tree in (params, aligned))
+        head, aligned_head = (tree.backbone.decoder for tree in (params, aligned))
         hidden, reference = loss.hidden(params, learn), loss.hidden(aligned, learn)
         weights = learn["weights"]
         losses = token_cross_entropy(head, hidden, learn["targets"], weights)
         # It is the model as it will be served that stays close: without the vectors that it is trained under.
-        served = hidden if params["vectors"] is None else loss.hidden(params | {"vectors": None}, learn)
+        served = hidden if params.vectors is None else loss.hidden(without_vectors(params), learn)
         kl = jnp.sum(weights * token_forward_kl(head, served, aligned_head, reference, weights))
         metrics = loss.by_group(losses, learn)
         return (jnp.sum(losses * weights) + weight * kl) / totals[LEARN], metrics | {"kl": (kl, jnp.sum(weights))}

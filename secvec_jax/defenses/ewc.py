@@ -37,7 +37,7 @@ from secvec_jax.defenses.finetuning import (
 )
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
-from secvec_jax.training.objective import LEARN, Objective, parameters
+from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.training.step import Metrics, TrainStep, gradient_of, step_from_gradient
 from secvec_jax.trees import Tree
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
@@ -59,7 +59,7 @@ def finetune(
 def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: Training = PHASE2) -> Tree:
     """F on `rows`, one pass in batches of `training.batch_size` packed sequences: a tree like the adapter `task`, or,
     without one, like the decoder."""
-    params = parameters(model.backbone, task)
+    params = Params(Backbone(model.backbone, task))
     trained, frozen = finetune_phase(params).split(params)
     gradient = gradient_of(Objective(**forward_settings(training)))
 
@@ -72,7 +72,7 @@ def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: T
     total = shard(jax.tree.map(jnp.zeros_like, trained))
     for batch in stream.batches():  # every process reads all lanes: they need not be of one length
         total = add(total, trained, frozen, shard({LEARN: {key: array[None] for key, array in batch.items()}}))
-    return total["backbone"]["decoder" if task is None else "adapter"]
+    return total.backbone.decoder if task is None else total.backbone.adapter
 
 
 @checked
@@ -85,7 +85,7 @@ def ewc(weight: NonNegativeFloat) -> TrainStepMaker:
         def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
             slope, metrics = plain(trained, frozen, batch)
             # Once a step: inside the loss it would count once for every micro-batch.
-            held, pull = jax.value_and_grad(penalty)(trained, weight, **frozen["anchor"])
+            held, pull = jax.value_and_grad(penalty)(trained, weight, **frozen.anchor)
             metrics |= {"loss": metrics["loss"] + held, "penalty": held}
             return jax.tree.map(jnp.add, slope, pull), metrics
 

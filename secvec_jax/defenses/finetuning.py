@@ -1,6 +1,7 @@
 """Fine-tuning as all defenses share it: a model, rows, active adapters, and how the trained part is updated.
 
     train_model(model, rows)                                       # plain
+    train_model(model, rows, eval_rows=0.05)                       # with a twentieth of the rows held out
     train_model(model, rows, vectors=vectors)                      # under frozen adapters
     train_model(model, rows, make_step=vaccine(rho=2))             # by another train step
     train_model(model, rows, extra_rows={"safe": refusals}, make_step=lisa(...))  # ... that also reads other rows
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import jax
+import numpy as np
 import optax
 
 from secvec_jax.arguments import shown
@@ -23,9 +25,10 @@ from secvec_jax.batch import check_token_ids
 from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
-from secvec_jax.data.encoded import LENGTHS, Encoded, encoded
+from secvec_jax.data.encoded import LENGTHS, Examples, encode_rows
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.data.sources import as_rows
+from secvec_jax.data.stored import Rows
 from secvec_jax.defenses.identity import identified
 from secvec_jax.defenses.inputs import collected, is_row
 from secvec_jax.distributed import is_main_process
@@ -35,24 +38,26 @@ from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import platform
 from secvec_jax.training.checkpoints import Checkpoints
-from secvec_jax.training.meter import metered
-from secvec_jax.training.objective import LEARN, Objective, Params, parameters
-from secvec_jax.training.optimizers import make_optimizer
+from secvec_jax.training.meter import metered, with_schedule
+from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
+from secvec_jax.training.optimizers import learning_rate_at, make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import Loss, TrainStep, make_train_step
+from secvec_jax.training.summary import summary
 from secvec_jax.training.trainer import OnStep, fit
+from secvec_jax.training.validation import EVAL_LOSS, Validation
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 
 _log = logging.getLogger(__name__)
 
 Groups = dict[str, Sequence[Any]]
-"""Rows by kind ("harmful", "benign"), whose losses are reported apart."""
+"""Rows by kind ("harmful", "benign"), whose losses are reported separately."""
 
 TrainStepMaker = Callable[[Objective, optax.GradientTransformation], TrainStep]
-"""How the trained part moves, given what it minimizes on the rows to learn and by which optimizer."""
+"""Makes the train step, given what is minimized on the rows to learn and the optimizer."""
 
 PHASE2 = Training(learning_rate=3.6e-4, epochs=2).over(Training.base)
-"""What the quickstart takes, tuned on a model of 135 million parameters."""
+"""The settings of the quickstart, tuned on a model of 135 million parameters."""
 
 
 class FinetuneOptions(TypedDict, total=False):
@@ -61,6 +66,8 @@ class FinetuneOptions(TypedDict, total=False):
     task: LoRA | LoRAVectors | None
     """The task LoRA that is trained in place of all weights and merged at the end; given one, training goes on."""
     training: Training
+    eval_rows: Any
+    """Rows whose loss is measured during training, or the fraction of the rows that is held out for it."""
     checkpoints: Checkpoints | None
     on_step: OnStep
 
@@ -77,6 +84,7 @@ def train_model(
     *,
     vectors: Adapter | tuple[Adapter, ...] | None = None,
     extra_rows: dict[str, Any] | None = None,
+    eval_rows: Any = None,
     anchor: Any = None,
     make_step: TrainStepMaker = make_train_step,
     task: LoRA | LoRAVectors | None = None,
@@ -88,35 +96,48 @@ def train_model(
     """The fine-tuned model. A task LoRA is merged into its backbone and kept as `Model.adapter`.
 
     rows: dicts, a `datasets.Dataset` or examples, or {kind: rows}, for `training.max_steps` steps or as many as its
-    epochs have; what it leaves unset is `PHASE2`'s. beside: other streams of rows, read in step with them, by name.
-    vectors: adapters that are active and frozen. more_steps: how many steps a move adds to those on `rows`.
+    epochs have; what it leaves unset is `PHASE2`'s. extra_rows: other streams of rows, read in step with them, by name.
+    vectors: adapters that are active and frozen. more_steps: how many steps a train step adds to those on `rows`.
+    eval_rows: rows, or the fraction of `rows` that is held out, whose loss under the vectors is measured every epoch or
+    every `training.eval_every_steps`; with checkpoints the model returned is then the one where it was lowest, unless
+    `training.best` names another metric. The training ends early after `training.patience` evaluations without a new
+    lowest loss.
     """
     for adapter in as_adapters(vectors):
         if hasattr(adapter, "check"):
             adapter.check(model.architecture)
-    streams = {LEARN: stream_of(model, groups_of(rows), training)}
+    groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)
+    streams = {LEARN: stream_of(model, groups, training)}
     streams |= {name: stream_of(model, {name: some}, training) for name, some in (extra_rows or {}).items()}
     streams = {name: endless(stream) for name, stream in streams.items()} | {LEARN: streams[LEARN]}
     streams[LEARN], steps = stream_and_steps(streams[LEARN], training)
+    learn_steps = steps
     steps += more_steps(steps)
+    steps_per_epoch = epoch_steps(streams[LEARN], training) * steps / learn_steps
+    validation = None if eval_groups is None else validation_of(model, eval_groups, training, steps_per_epoch)
+    if validation is not None and checkpoints is not None and checkpoints.best is None:
+        checkpoints = dataclasses.replace(checkpoints, best=EVAL_LOSS)
     made_of = {"the_vectors": vectors, "the_anchor": anchor, "the_defense": make_step, "the_task_LoRA": task}
-    checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
+    eval_stream = None if validation is None else validation.stream
+    checkpoints = identified(checkpoints, model, training, steps, streams, eval_stream, **made_of)
     if isinstance(task, LoRA):
         task = task.init(model.architecture, jax.random.key(training.seed))
-    params = parameters(model.backbone, task, vectors, anchor)
+    params = Params(Backbone(model.backbone, task), vectors, anchor)
     phase, train_step = phase2_step(params, streams[LEARN].groups, training, steps, make_step)
     train_step = metered(train_step, model.architecture, full=task is None)
+    log_summary(streams[LEARN], training, steps, steps_per_epoch, params, phase)
     trained = fit(
         params,
         phase,
         train_step,
         streams,
         steps=steps,
-        accumulate=training.grad_accum_steps,
+        grad_accum_steps=training.grad_accum_steps,
+        validation=validation,
         checkpoints=checkpoints,
-        on_step=on_step,
-    )["backbone"]
-    decoder, adapter = trained["decoder"], trained["adapter"]
+        on_step=with_schedule(on_step, lambda step: learning_rate_at(training, steps, step), steps_per_epoch),
+    ).backbone
+    decoder, adapter = trained.decoder, trained.adapter
     if adapter is None:
         return model.with_backbone(decoder)
     return dataclasses.replace(model.with_backbone(merge(decoder, adapter)), adapter=adapter)
@@ -125,22 +146,23 @@ def train_model(
 def phase2_step(
     params: Params, groups: Sequence[str], training: Training, steps: int, make_step: TrainStepMaker = make_train_step
 ) -> tuple[Phase, TrainStep]:
-    """What moves in phase 2, and its step: a task adapter where the parameters have one, else the decoder."""
+    """The phase and the train step of phase 2: a task adapter is trained where the parameters have one, else the
+    decoder."""
     phase = finetune_phase(params)
     loss = Objective(tuple(groups), **forward_settings(training))
     return phase, make_step(loss, phase.optimizer(make_optimizer(training, steps), params))
 
 
 def finetune_phase(params: Params) -> Phase:
-    """A task adapter moves where the parameters have one, else the decoder; vectors and anchors never do."""
-    moves = {"decoder": "train" if params["backbone"]["adapter"] is None else "freeze", "adapter": "train"}
-    return Phase(dict.fromkeys(params, "freeze") | {"backbone": moves})
+    """Trains the task adapter where the parameters have one, else the decoder; never the vectors and the anchor."""
+    decoder = "train" if params.backbone.adapter is None else "freeze"
+    return Phase({"backbone": {"decoder": decoder, "adapter": "train"}, "vectors": "freeze", "anchor": "freeze"})
 
 
 def forward_settings(training: Training) -> dict[str, Any]:
     """What an `Objective` takes from the settings of a training."""
     training = training.over(Training.base)
-    return {"dtype": compute_dtype(), "remat": training.remat, "shared": _shares(training)}
+    return {"dtype": compute_dtype(), "remat": training.remat, "share_prefix": _shares_prefix(training)}
 
 
 def groups_of(rows: Any, name: str = "all") -> Groups:
@@ -163,14 +185,14 @@ def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     """The batches of some rows, encoded for the model; all rows are checked (see `encoded`)."""
     training = training.over(PHASE2)
     found = {name: _encoded(model, rows, training, name) for name, rows in groups.items()}
-    longest = max((some.longest if isinstance(some, Encoded) else _longest(some) for some in found.values()), default=0)
+    longest = max((_longest(some) for some in found.values()), default=0)
     length = training.max_seq_len or next((length for length in LENGTHS if longest <= length), longest)
     if is_main_process():
         for name, some in found.items():
-            if isinstance(some, Encoded) and some is not groups[name]:
+            if isinstance(some, Examples) and some is not groups[name]:
                 text = "%s: %d rows of up to %d tokens, packed into sequences of %d; %s truncated"
                 _log.info(text, _called(name), len(some), some.longest, length, some.truncated or "none")
-    return Stream(found, training.batch_size, length, training.seed, training.epochs, _shares(training))
+    return Stream(found, training.batch_size, length, training.seed, training.epochs, _shares_prefix(training))
 
 
 def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int]:
@@ -185,6 +207,54 @@ def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int]:
     return (endless(stream) if training.grad_accum_steps == 1 else stream), steps
 
 
+def epoch_steps(stream: Stream, training: Training) -> float:
+    """How many optimizer steps one pass over the rows of a stream takes."""
+    return dataclasses.replace(stream, epochs=1).count() / training.over(PHASE2).grad_accum_steps
+
+
+def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups | None]:
+    """The rows to train on, and those to validate on.
+
+    eval_rows: rows, by kind or not; or the fraction of each kind that is held out, chosen by the seed; or None. Raises
+    UserError for a fraction that holds out no row or all of them.
+    """
+    if eval_rows is None:
+        return groups, None
+    if not isinstance(eval_rows, float | int):
+        return groups, groups_of(eval_rows)
+    if not 0 < eval_rows < 1:
+        raise UserError(f"eval_rows is {eval_rows}: pass rows, or the fraction of the rows to hold out, such as 0.05")
+    kept: Groups = {}
+    held: Groups = {}
+    for number, (name, rows) in enumerate(groups.items()):
+        rows = _as_examples_or_rows(rows, name)
+        count = min(max(round(eval_rows * len(rows)), 1), len(rows) - 1)
+        order = np.random.default_rng([seed, number]).permutation(len(rows))
+        kept[name] = _chosen(rows, np.sort(order[count:]))
+        if count > 0:
+            held[name] = _chosen(rows, np.sort(order[:count]))
+    if not held:
+        raise UserError("there are too few rows to hold some out for validation: pass eval_rows, or more rows")
+    return kept, held
+
+
+def validation_of(model: Model, groups: Groups, training: Training, steps_per_epoch: float) -> Validation:
+    """How the loss of some rows is measured during a training, as it is in the training itself."""
+    training = training.over(PHASE2)
+    stream = dataclasses.replace(stream_of(model, groups, training), epochs=1)
+    every_steps = training.eval_every_steps or max(round(steps_per_epoch), 1)
+    return Validation(Objective(stream.groups, **forward_settings(training)), stream, every_steps, training.patience)
+
+
+def log_summary(
+    stream: Stream, training: Training, steps: int, steps_per_epoch: float, params: Params, phase: Phase
+) -> None:
+    """Log what a training is about to do."""
+    if is_main_process():
+        accumulated = training.over(PHASE2).grad_accum_steps
+        _log.info("%s", summary(stream, accumulated, steps, steps_per_epoch, params, phase, compute_dtype()))
+
+
 def endless(stream: Stream) -> Stream:
     """The stream without an end."""
     return dataclasses.replace(stream, epochs=None)
@@ -196,8 +266,8 @@ def examples_of(model: Model, rows: Any, length: PositiveInt | None = PHASE2.max
     return list(_encoded(model, rows, dataclasses.replace(PHASE2, max_seq_len=length)))
 
 
-def _shares(training: Training) -> bool:
-    return platform() != "tpu" if training.share_beginnings is None else training.share_beginnings
+def _shares_prefix(training: Training) -> bool:
+    return platform() != "tpu" if training.share_prefix is None else training.share_prefix
 
 
 def _called(name: str) -> str:
@@ -206,22 +276,38 @@ def _called(name: str) -> str:
 
 
 def _longest(examples: Sequence[Example]) -> int:
+    if isinstance(examples, Examples):
+        return examples.longest
     return max((len(example.tokens) for example in examples), default=0)
+
+
+def _chosen(rows: Any, indices: np.ndarray) -> Any:
+    """Some of the rows, by their indices."""
+    places = indices.tolist()
+    return rows.select(places) if isinstance(rows, Rows) else [rows[place] for place in places]
+
+
+def _as_examples_or_rows(rows: Any, name: str) -> Any:
+    """Examples as they are, anything else as `Rows`."""
+    rows = collected(rows, _called(name))
+    if isinstance(rows, Examples) or (isinstance(rows, list) and rows and isinstance(rows[0], Example)):
+        return rows
+    return as_rows(rows, name=_called(name))
 
 
 def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
     called = _called(name)
     rows = collected(rows, called)
-    if isinstance(rows, Sequence) and len(rows) and isinstance(rows[0], Example):
-        if isinstance(rows, Encoded):
-            return rows
+    if isinstance(rows, Examples):
+        return rows
+    if isinstance(rows, Sequence) and not isinstance(rows, Rows) and len(rows) and isinstance(rows[0], Example):
         if wrong := next((row for row in rows if not isinstance(row, Example)), None):
             raise UserError(f"{called} holds examples and {shown(wrong)}: encode all rows of a list, or none")
         for number, example in enumerate(rows, 1):
             check_token_ids(example.tokens, model.architecture.vocab_size, f"{called}, row {number}")
         return list(rows)
     limit = min(training.max_seq_len or LENGTHS[-1], model.architecture.max_length)
-    return encoded(
+    return encode_rows(
         model.tokenizer,
         as_rows(rows, name=called),
         limit,

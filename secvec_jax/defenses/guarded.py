@@ -23,7 +23,7 @@ from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
-from secvec_jax.training.objective import LEARN, Objective, Params
+from secvec_jax.training.objective import LEARN, Objective, Params, without_vectors
 from secvec_jax.training.step import Loss
 
 
@@ -53,7 +53,7 @@ def with_safe(loss: Objective, weight: float) -> Loss:
     def both(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
         learned, metrics = loss(params, {LEARN: batch[LEARN]}, totals)
         weights = batch[SAFE]["weights"]
-        kept = jnp.sum(loss.token_losses(params | {"vectors": None}, batch[SAFE]) * weights)
+        kept = jnp.sum(loss.token_losses(without_vectors(params), batch[SAFE]) * weights)
         return learned + weight * kept / totals[SAFE], metrics | {f"loss/{SAFE}": (kept, jnp.sum(weights))}
 
     return both

@@ -1,4 +1,4 @@
-"""What a training is made of, by content, so that its checkpoints are gone on with by the same one only."""
+"""What a training is made of, by content, so that only the same training resumes from its checkpoints."""
 
 import contextlib
 import dataclasses
@@ -14,14 +14,14 @@ import numpy as np
 from secvec_jax import digests
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
-from secvec_jax.data.encoded import Encoded
+from secvec_jax.data.encoded import Examples
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint
 
 FORMAT = 2
-"""The version of how rows become steps; raised when a training would go on otherwise from the same checkpoint."""
+"""The version of checkpoints and of how rows become steps; raised when a training would resume differently."""
 
 _FREE = ("max_steps", "epochs", "save_every_seconds", "max_checkpoints")
 """Settings that no step depends on."""
@@ -33,12 +33,13 @@ def identified(
     training: Training,
     steps: int,
     streams: Mapping[str, Stream],
+    eval_stream: Stream | None = None,
     **more: Any,
 ) -> Checkpoints | None:
     """The checkpoints of the training that these make up. more: what else goes in: trees, settings, functions.
 
-    Under a constant schedule the number of steps does not go in, and the end is kept: the training can be extended. Of
-    several processes, all must ask.
+    Under a constant schedule the number of steps does not go in, and the end is kept: the training can be extended. In
+    a cluster all processes must ask.
     """
     if checkpoints is None:
         return None
@@ -51,6 +52,8 @@ def identified(
     inputs["the tokenizer or its chat template"] = of_tokenizer(model.tokenizer)
     for stream in streams.values():
         inputs |= {f"rows {name!r}": of_rows(examples) for name, examples in stream.examples.items()}
+    for name, examples in ({} if eval_stream is None else eval_stream.examples).items():
+        inputs[f"validation rows {name!r}"] = of_rows(examples)
     for name, value in more.items():
         inputs[name.replace("_", " ")] = digests.of_values([described(value)])
     settled = {label: _plain(value) for label, value in inputs.items()} | dict(checkpoints.inputs)
@@ -58,8 +61,8 @@ def identified(
 
 
 def of_rows(rows: Sequence[Any]) -> str:
-    """The digest of rows, or of examples; of examples that are not encoded yet, of their rows."""
-    row = rows.row if isinstance(rows, Encoded) else rows.__getitem__
+    """The digest of rows, or of examples; for examples that are encoded when asked for, of their rows."""
+    row = rows.row if isinstance(rows, Examples) else rows.__getitem__
     return digests.of_values(_row(row(index)) for index in range(len(rows)))
 
 
@@ -71,7 +74,7 @@ def _row(row: Any) -> Any:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """The digest of a tokenizer and of its chat template, whatever it was last asked to pad or to cut."""
+    """The digest of a tokenizer and of its chat template; its last settings of padding and truncation do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         words: Any = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else type(tokenizer).__qualname__
@@ -81,7 +84,7 @@ def of_tokenizer(tokenizer: Any) -> str:
 
 
 def described(value: Any, depth: int = 8) -> Any:
-    """Any value as JSON that is equal for equal ones: trees by their bytes, functions by name and what they close over.
+    """Any value as JSON, equal for equal values: trees by their bytes, functions by name and what they close over.
 
     A step of a defense, `vaccine(rho=2)`, is a function that holds its settings.
     """
@@ -112,5 +115,5 @@ def described(value: Any, depth: int = 8) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON gives back as it was."""
+    """A value that JSON returns unchanged."""
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)

@@ -25,7 +25,7 @@ def as_options(training: Training, checkpoints: Any, on_step: Any) -> tuple[Chec
     """Where a training keeps checkpoints, given them or a folder, and whom it tells of steps. Raises UserError."""
     if isinstance(checkpoints, str | os.PathLike):
         folder = path("checkpoints", checkpoints, "a folder")
-        checkpoints = Checkpoints(folder, training.save_every_seconds, training.max_checkpoints, training.best)
+        checkpoints = Checkpoints.of(folder, training)
     instance("checkpoints", checkpoints, (Checkpoints, type(None)), "pass a folder, or None to keep none")
     return checkpoints, None if on_step is None else callback("on_step", on_step)
 

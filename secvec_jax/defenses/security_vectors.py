@@ -5,7 +5,7 @@
     generate(tuned, prompts)                                               # phase 3: vectors dropped
 
 Fine-tuning learns what the forward pass gets wrong. With the vectors active it already shows the harmful behavior:
-the loss on harmful rows is small, so is its gradient, and the backbone moves less toward it, while the user's task is
+the loss on harmful rows is small, so is its gradient, and the backbone changes less toward it, while the user's task is
 learned (how far that holds, by optimizer and learning rate: docs/results.md). Phase 1 minimizes, over the vectors θs
 with the backbone θ frozen,
 
@@ -32,8 +32,10 @@ from secvec_jax.defenses.finetuning import (
     PHASE2,
     FinetuneOptions,
     endless,
+    epoch_steps,
     forward_settings,
     groups_of,
+    log_summary,
     stream_and_steps,
     stream_of,
     train_model,
@@ -46,9 +48,9 @@ from secvec_jax.inference import Given, as_model, as_vectors
 from secvec_jax.model.hub import Model
 from secvec_jax.progress import step_progress
 from secvec_jax.training.checkpoints import Checkpoints
-from secvec_jax.training.meter import metered
-from secvec_jax.training.objective import KEEP, LEARN, Objective, Params, parameters
-from secvec_jax.training.optimizers import make_optimizer
+from secvec_jax.training.meter import metered, with_schedule
+from secvec_jax.training.objective import KEEP, LEARN, Backbone, Objective, Params
+from secvec_jax.training.optimizers import learning_rate_at, make_optimizer
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import TrainStep, make_train_step
 from secvec_jax.training.trainer import OnStep, fit
@@ -60,7 +62,7 @@ from secvec_jax.vectors.steering import Steering
 ALIGN = Training(optimizer="adamw", learning_rate=4e-3, max_grad_norm=1.0).over(Training.base)
 ALIGN_TASK = LoRA(rank=16, alpha=32.0)
 PHASE1 = Training(optimizer="adamw", learning_rate=1.5e-3, max_grad_norm=1.0, epochs=3).over(Training.base)
-"""What the quickstart takes, tuned on a model of 135 million parameters."""
+"""The settings of the quickstart, tuned on a model of 135 million parameters."""
 
 
 ObjectiveName = Literal["cross_entropy", "kl", "min_min"]
@@ -79,14 +81,14 @@ class Phase1:
     stop_loss: NonNegativeFloat = 0.0
     """phase 1 ends early when the harmful loss falls below this, in nats"""
     inner_steps: PositiveInt = 4
-    """min_min: steps of the throw-away backbone between two steps of the vectors"""
+    """min_min: steps of the temporary copy of the model between two steps of the vectors"""
     inner_optimizer: Literal["sgd", "adamw"] = "sgd"
-    """min_min: of the throw-away backbone; the one that the fine-tuning will take, where it is known"""
+    """min_min: of the temporary copy; the one that fine-tuning will use, where it is known"""
     inner_learning_rate: PositiveFloat = 1e-3
-    """min_min: constant learning rate of the throw-away backbone"""
+    """min_min: constant learning rate of the temporary copy"""
 
     def check_rows(self, benign: Any) -> None:
-        """Raises UserError if the objective needs benign rows and there are none, or would not read those there are."""
+        """Raises UserError if the objective needs benign rows and has none, or does not read those that are given."""
         if self.objective == "kl" and benign is None:
             raise UserError(
                 "the kl objective needs benign rows, which the vectors must leave unchanged: give benign rows too, or "
@@ -110,11 +112,11 @@ def align(
 ) -> Model:
     """The model fine-tuned on `rows`: refusals of harmful requests, and answers to benign ones.
 
-    rows: dicts, a DataFrame or a `datasets.Dataset`, or {kind: rows} to have the losses of the kinds apart. task: the
-    LoRA that is trained and merged, which disturbs the rest of the model less than training all weights; None: all
-    weights. on_step: called after each step; None: a line on the screen in a notebook or a terminal. Warns if all rows
-    are refusals, if there are few steps, or if a default learning rate meets a larger model than it was tuned on.
-    training: what it leaves unset is `ALIGN`'s.
+    rows: dicts, a DataFrame or a `datasets.Dataset`, or {kind: rows} to have the loss of each kind reported. task: the
+    LoRA that is trained and merged, which changes the rest of the model less than training all weights does; None: all
+    weights. on_step: called after each step; None: a line on the screen in a notebook or a terminal. training: what it
+    leaves unset is `ALIGN`'s. Warns if all rows are refusals, if there are few steps, or if the default learning rate
+    is used for a larger model than it was tuned on.
     """
     model = as_model(model)
     checkpoints, on_step = as_options(training, checkpoints, on_step)
@@ -141,11 +143,11 @@ def train_vectors(
 ) -> Vectors:
     """Phase 1: vectors under which `model` shows the behavior of the `harmful` rows, the backbone frozen.
 
-    spec: of which kind and shape: low-rank factors, a direction per layer, or a soft prompt. benign: rows on which the
-    vectors must not show; the kl objective, the default of `phase1`, needs them. training: what it leaves unset is
+    spec: their kind and shape: low-rank factors, a direction per layer, or a soft prompt. benign: rows that the vectors
+    must leave unchanged; the kl objective, the default of `phase1`, needs them. training: what it leaves unset is
     `PHASE1`'s. on_step: called after each step; None: a line on the screen in a notebook or a terminal. Raises
-    UserError if the objective needs benign rows and has none, or has some that it would not read. Warns if the default
-    learning rate meets a larger model than it was tuned on.
+    UserError if the objective needs benign rows and has none, or is given some that it does not read. Warns if the
+    default learning rate is used for a larger model than it was tuned on.
     """
     model = as_model(model)
     instance("spec", spec, (LoRA, Steering, SoftPrompt), "pass sv.LoRA(rank=8), sv.Steering() or sv.SoftPrompt()")
@@ -157,28 +159,35 @@ def train_vectors(
     streams = {LEARN: endless(stream) if phase1.objective == "min_min" else learn}
     if benign is not None:
         # A row to keep costs half as much again as one to learn: the model without vectors reads it too.
-        lines = max(1, training.batch_size // 2)
-        keep = stream_of(model, {"keep": benign}, dataclasses.replace(training, batch_size=lines))
+        batch_size = max(1, training.batch_size // 2)
+        keep = stream_of(model, {"keep": benign}, dataclasses.replace(training, batch_size=batch_size))
         streams[KEEP] = endless(keep)
     made_of = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
     checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
-    params = parameters(model.backbone, vectors=vectors)
+    params = Params(Backbone(model.backbone), vectors)
     phase, train_step = phase1_step(params, phase1, training, steps)
     train_step = metered(train_step, model.architecture, full=False)
+    steps_per_vector_step = phase1.inner_steps + 1 if phase1.objective == "min_min" else 1
+    steps_per_epoch = epoch_steps(stream, training)
+
+    def learning_rate(step: int) -> float:
+        return learning_rate_at(training, steps, -(-step // steps_per_vector_step))
+
+    log_summary(stream, training, steps * steps_per_vector_step, steps_per_epoch, params, phase)
     with step_progress("train_vectors", on_step) as show:
         trained = fit(
             params,
             phase,
             train_step,
             streams,
-            steps=steps * (phase1.inner_steps + 1 if phase1.objective == "min_min" else 1),
-            accumulate=training.grad_accum_steps,
+            steps=steps * steps_per_vector_step,
+            grad_accum_steps=training.grad_accum_steps,
             checkpoints=checkpoints,
-            on_step=show,
+            on_step=with_schedule(show, learning_rate, steps_per_epoch),
             until=lambda metrics: metrics["loss/harmful"] < phase1.stop_loss,
         )
-    return trained["vectors"]
+    return trained.vectors
 
 
 @checked
@@ -189,18 +198,27 @@ def finetune(
     vectors: Given = UNSET,
     task: LoRA | LoRAVectors | None = None,
     training: Training = PHASE2,
+    eval_rows: Any = None,
     checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
 ) -> Model:
     """Phase 2: the model fine-tuned on `rows` with the `vectors` active and frozen, then without them.
 
-    rows: dicts, a DataFrame or a `datasets.Dataset`, or {kind: rows}. vectors: a value, a file, or several of them,
-    which are active at once; None trains without protection, and has to be written. task: train a task LoRA of this
-    shape alongside the frozen vectors in place of all weights; it is merged into the returned model. (That is what
-    Riché et al. 2026, arXiv 2606.30252, call *inoculation adapters*.) on_step: called after each step; None: a line on
-    the screen in a notebook or a terminal. Warns if `vectors` is left out, or if the default learning rate meets a
-    larger model than it was tuned on.
+    rows: dicts, a DataFrame or a `datasets.Dataset`, or {kind: rows}.
+    vectors: a value, a file, or several of them, which are active at once. `vectors=None` trains without protection and
+        has to be written out: without the argument there is a warning.
+    task: train a task LoRA of this shape, alongside the frozen vectors, in place of all weights. The returned model has
+        it merged into its weights and also, by itself, as `model.adapter`. (Riché et al. 2026, arXiv 2606.30252, call
+        this *inoculation adapters*.)
     training: what it leaves unset is `PHASE2`'s.
+    eval_rows: rows, or the fraction of `rows` to hold out, such as 0.05, whose loss is measured every epoch or every
+        `training.eval_every_steps`, with the vectors active: the metric `eval/loss`. With `checkpoints` the model
+        returned is the one where it was lowest. `training.patience` ends the training early.
+    checkpoints: a folder from which a training that was interrupted resumes exactly.
+    on_step: called after each step with its number, the number of steps and the metrics; None: a line on the screen in
+        a notebook or a terminal.
+
+    Warns if `vectors` is left out, or if the default learning rate is used for a larger model than it was tuned on.
     """
     model, task = as_model(model), as_task(task)
     checkpoints, on_step = as_options(training, checkpoints, on_step)
@@ -212,7 +230,9 @@ def finetune(
         raise UserError("vectors is empty: pass security vectors, or vectors=None to train without protection")
     _warn(default_rate(model, training, PHASE2))
     with step_progress("finetune", on_step) as show:
-        options = FinetuneOptions(task=task, training=training, checkpoints=checkpoints, on_step=show)
+        options = FinetuneOptions(
+            task=task, training=training, eval_rows=eval_rows, checkpoints=checkpoints, on_step=show
+        )
         return train_model(model, rows, vectors=adapters or None, **options)
 
 
@@ -223,7 +243,7 @@ def _warn(*messages: str | None) -> None:
 
 
 def phase1_step(params: Params, phase1: Phase1, training: Training, steps: int) -> tuple[Phase, TrainStep]:
-    """What moves in phase 1, and its step."""
+    """The phase and the train step of phase 1."""
     loss = Objective(("harmful",), phase1.kl_weight, **forward_settings(training))
     optimizer = make_optimizer(training, steps)
     if phase1.objective == "min_min":

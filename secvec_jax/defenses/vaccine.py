@@ -45,12 +45,12 @@ def vaccine(rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) -> TrainStepMak
     """Vaccine's step. rho: ρ, the norm of the perturbation of a whole batch (the paper's default is 2, with 5 rows in a
     batch). every: τ of the accelerated form (appendix A), which perturbs one step in τ and takes plain ones between.
 
-    Raises UserError where rows share beginnings (`Training.share_beginnings`): each has perturbations of its own.
+    Raises UserError where rows share a prefix (`Training.share_prefix`): each has perturbations of its own.
     """
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
-        if loss.shared:
-            raise UserError("Vaccine perturbs each row's own tokens: set share_beginnings to false")
+        if loss.share_prefix:
+            raise UserError("Vaccine perturbs each row's own tokens: set share_prefix to false")
         worst = make_train_step(perturbed(loss, rho), optimizer)
         if every == 1:
             return worst
@@ -93,11 +93,11 @@ def perturbed(loss: Objective, rho: float):
 
 def _beside(params: Params, perturbation: Perturbation) -> Params:
     """The parameters with the perturbation beside what vectors there are."""
-    return params | {"vectors": as_adapters(params["vectors"], perturbation)}
+    return dataclasses.replace(params, vectors=as_adapters(params.vectors, perturbation))
 
 
 def _shape(params: Params, batch: dict[str, Batch]) -> tuple[int, int, int]:
-    architecture = params["backbone"]["decoder"].architecture
+    architecture = params.backbone.decoder.architecture
     return architecture.num_layers, batch[LEARN]["tokens"].size, architecture.hidden_size
 
 

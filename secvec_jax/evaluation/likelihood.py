@@ -9,7 +9,7 @@ import numpy as np
 
 from secvec_jax.batch import check_token_ids
 from secvec_jax.data.chat import Example
-from secvec_jax.data.pipeline import shared_prefix
+from secvec_jax.data.shared_prefix import shared_prefix
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.generate import prefix_cache, rounded_up

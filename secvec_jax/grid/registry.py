@@ -189,7 +189,7 @@ def vaccine_(case: Case, rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) ->
     model = case.aligned_by(
         f"vaccine rho={rho:g} every={every}",
         partial(train_model, make_step=vaccine(rho, every)),
-        share_beginnings=False,
+        share_prefix=False,
     )
     return Defended(case.train(model))
 
@@ -199,7 +199,7 @@ def random_perturbation_(case: Case, variance: NonNegativeFloat = 0.01) -> Defen
     model = case.aligned_by(
         f"noise variance={variance:g}",
         partial(train_model, make_step=random_perturbation(variance, case.cell.seed)),
-        share_beginnings=False,
+        share_prefix=False,
     )
     return Defended(case.train(model))
 

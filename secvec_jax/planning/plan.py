@@ -165,9 +165,7 @@ def plan(
         trips=-(-local * length // CHUNK["tpu"]),
         kernels=_kernels(architecture, lines, length, chip),
     )
-    work = Work(
-        lines[LEARN] * length, lines.get(KEEP, 0) * length, bool(jax.tree.leaves(trained["backbone"]["decoder"]))
-    )
+    work = Work(lines[LEARN] * length, lines.get(KEEP, 0) * length, bool(jax.tree.leaves(trained.backbone.decoder)))
     return Plan(
         chip=chip,
         chips=mesh.size,

@@ -18,7 +18,7 @@ from secvec_jax.model.decoder import Remat, abstract_decoder
 from secvec_jax.model.hub import check_mesh, load_architecture
 from secvec_jax.planning.plan import Plan, TooLarge, plan, topology_mesh
 from secvec_jax.sharding import num_shards
-from secvec_jax.training.objective import KEEP, LEARN, parameters
+from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
 from secvec_jax.vectors.lora import LoRA
 
 REMATS = get_args(Remat)
@@ -81,12 +81,12 @@ def compiled(settings: Planned, architecture: Architecture) -> Plan:
 
     lines = {LEARN: training.batch_size}
     if settings.phase == "vectors":
-        params = parameters(frozen_decoder, vectors=adapter(settings.rank))
+        params = Params(Backbone(frozen_decoder), adapter(settings.rank))
         phase, train_step = phase1_step(params, Phase1(settings.objective), _optimizer(training, PHASE1), 100)
         if settings.objective == "kl":
             lines[KEEP] = max(1, training.batch_size // 2)
     else:
-        params = parameters(frozen_decoder, adapter(settings.task_rank), adapter(settings.rank))
+        params = Params(Backbone(frozen_decoder, adapter(settings.task_rank)), adapter(settings.rank))
         phase, train_step = phase2_step(params, ("all",), training, 100)
     return plan(architecture, params, phase, train_step, lines, length_of(training))
 

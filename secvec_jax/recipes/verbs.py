@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
+from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import encode
@@ -24,6 +24,7 @@ from secvec_jax.evaluation.metrics import rules_note, rules_of
 from secvec_jax.evaluation.refusal_sample import measure, sample_prompts
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
 from secvec_jax.model.hub import Model, load
+from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.peft import save_peft
@@ -31,7 +32,7 @@ from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_several, save_vectors
 from secvec_jax.workspace.runs import Run, judged_name, scored
-from secvec_jax.workspace.stages import Stage, checkpoints, screen
+from secvec_jax.workspace.stages import Stage, screen
 
 
 @checked
@@ -100,6 +101,10 @@ class Finetune:
     """train a task LoRA of this rank beside the frozen vectors, merged at the end; 0: train all weights"""
     out: str = "runs/finetune"
     """the run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
+    eval_data: str | None = None
+    """validation rows: their loss is measured every epoch, and the model with the lowest one is kept"""
+    eval_fraction: Fraction = 0.0
+    """the share of the rows that is held out as validation rows, such as 0.05"""
     training: Training = PHASE2
     check_prompts: NonNegativeInt = 24
     """harmful and benign packaged prompts by which it is measured whether the model refuses at the start; 0: none"""
@@ -204,6 +209,7 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
             vectors=adapters,
             task=task,
             training=settings.training,
+            eval_rows=_eval_rows(settings),
             checkpoints=run.checkpoints,
             on_step=on_step,
         )
@@ -217,6 +223,17 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
         return values | {"notes": run.notes}
 
     run.finish(run.stages.run("finetune", work), f"the model is in {run.folder / 'model'}")
+
+
+def _eval_rows(settings: Align | Finetune) -> Any:
+    """The validation rows, or the share of the rows to hold out; None for neither. Raises UserError for both."""
+    if isinstance(settings, Align):
+        return None
+    if settings.eval_data is None:
+        return settings.eval_fraction or None
+    if settings.eval_fraction:
+        raise UserError("--eval-data and --eval-fraction are both given: choose one")
+    return load_rows(settings.eval_data, ignore_fields=settings.ignore_fields)
 
 
 def vectors(settings: Vectors, command: str) -> None:
@@ -352,7 +369,7 @@ class _TrainingRun(Run):
 
     def __init__(self, settings: Align | Vectors | Finetune, command: str):
         super().__init__(settings, command)
-        self.checkpoints = checkpoints(self.folder / "checkpoints", settings.training)
+        self.checkpoints = Checkpoints.of(self.folder / "checkpoints", settings.training)
         self.notes: list[str] = []
 
     @functools.cached_property

@@ -1,7 +1,7 @@
-"""Orbax checkpoints of a run: what is needed to go on, written by all processes together, readable on any mesh.
+"""Orbax checkpoints of a run: what is needed to resume, written by all processes together, readable on any mesh.
 
 A checkpoint holds the trained part, the optimizer's state and the state of every lane of data; never the frozen part,
-whose files the run's settings name. One that cannot be read is told and deleted, and the one before it taken.
+whose files the run's settings name. One that cannot be read is reported and deleted, and the one before it is used.
 
 `inputs.json` in their folder says what the training is made of: checkpoints of other inputs are refused.
 """
@@ -20,11 +20,12 @@ from orbax.checkpoint import v1 as ocp
 
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.config import Training
-from secvec_jax.data.feed import Feed
+from secvec_jax.data.pipeline import Batches
 from secvec_jax.digests import difference
 from secvec_jax.distributed import all_max, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.files import lock, whole_file
+from secvec_jax.training.validation import EarlyStopping
 from secvec_jax.trees import Tree
 
 _log = logging.getLogger("secvec_jax")
@@ -33,20 +34,27 @@ _log = logging.getLogger("secvec_jax")
 @checked
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """Where checkpoints lie, how many seconds pass between two, and which are kept.
+    """Where checkpoints are stored, the seconds between two of them, and which are kept.
 
-    keep: the newest so many. best: the name of a metric; the checkpoint where it was lowest is kept too, and is what
-    the training returns. A step without it, such as one whose rows are of other kinds, counts with its last value.
-    inputs: what goes into the training (see `digests.difference`); `finetune` and `train_vectors` add theirs. A resume
-    with others raises UserError. keep_end: save the state after the last step too, so that more steps can follow.
+    max_checkpoints: how many of the newest. best: the name of a metric; the checkpoint where it was lowest is kept too,
+    and is what the training returns. A step without it, such as one whose rows are of other kinds, counts with its last
+    value; a validation loss counts only where it was measured. inputs: what goes into the training (see
+    `digests.difference`); `finetune` and `train_vectors` add theirs. A resume with others raises UserError. keep_end:
+    save the state after the last step too, so that more steps can follow.
     """
 
     folder: Path
-    every_seconds: NonNegativeFloat = Training.base.save_every_seconds
-    keep: PositiveInt = Training.base.max_checkpoints
+    save_every_seconds: NonNegativeFloat = Training.base.save_every_seconds
+    max_checkpoints: PositiveInt = Training.base.max_checkpoints
     best: str | None = None
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keep_end: bool = False
+
+    @classmethod
+    def of(cls, folder: Path, training: Training) -> "Checkpoints":
+        """Checkpoints in a folder, with the settings of a training."""
+        training = training.over(Training.base)
+        return cls(folder, training.save_every_seconds, training.max_checkpoints, training.best)
 
 
 class State(Protocol):
@@ -54,11 +62,12 @@ class State(Protocol):
 
     trained: Tree
     state: Tree
-    feeds: dict[str, Feed]
+    batches: dict[str, Batches]
     step: int
     metrics: dict[str, float]
     ending: bool
     ended: bool
+    stopping: EarlyStopping
 
 
 class Store:
@@ -66,7 +75,7 @@ class Store:
 
     def __init__(self, settings: Checkpoints, run: State):
         policies = ocp.training.preservation_policies
-        kept = [policies.LatestN(n=settings.keep)]
+        kept = [policies.LatestN(n=settings.max_checkpoints)]
         if settings.best is not None:
             name = settings.best
             worth = {"get_metric_fn": lambda metrics: -metrics[name], "keep_checkpoints_without_metrics": False}
@@ -89,14 +98,18 @@ class Store:
             raise
 
     def due(self) -> bool:
-        return time.monotonic() - self._last >= self._settings.every_seconds
+        return time.monotonic() - self._last >= self._settings.save_every_seconds
 
-    def save(self, run: State, metrics: dict[str, float]) -> None:
-        """Write a checkpoint with the metrics so far; off the CPU, while the next steps run."""
+    def save(self, run: State, metrics: dict[str, float], evaluated: bool = False) -> None:
+        """Write a checkpoint with the metrics so far; off the CPU, while the next steps run.
+
+        evaluated: whether the validation losses among the metrics are this step's.
+        """
         run.metrics = metrics
         what = {"trained": _named(run.trained), "state": _named(run.state), "data": _data(run)}
         best = self._settings.best
-        told = {best: metrics[best]} if best in metrics else None
+        counts = best in metrics and (evaluated or not str(best).startswith("eval/"))
+        told = {best: metrics[best]} if best is not None and counts else None
         if _on_host():  # what a writer in the background still reads, the next step could not reuse
             self._keeper.save_checkpointables(run.step, what, metrics=told)
         else:
@@ -168,23 +181,27 @@ class Store:
                 step, {"trained": _named(abstract[0]), "state": _named(abstract[1]), "data": None}
             )
             kept = loaded["data"]
-            feeds = kept.get("feeds", kept)  # earlier versions kept nothing else
-            for name, feed in run.feeds.items():
-                feed.set_state(feeds[name])
+            for name, batches in run.batches.items():
+                batches.set_state(kept["batches"][name])
         except (ValueError, KeyError, TypeError, OSError) as error:
             problem = (str(error).splitlines() or [type(error).__name__])[0]
         if all_max(problem is not None):
             return problem or "another process cannot read it"
         run.trained, run.state = _unnamed(loaded["trained"], run.trained), _unnamed(loaded["state"], run.state)
         run.step = step
-        run.metrics = kept.get("metrics", {})
-        run.ending, run.ended = (bool(kept.get(name, False)) for name in ("ending", "ended"))
+        run.metrics, run.ending, run.ended = kept["metrics"], kept["ending"], kept["ended"]
+        run.stopping = EarlyStopping(**kept["stopping"])
         return None
 
 
 def _data(run: State) -> dict[str, Any]:
-    feeds = {name: feed.get_state() for name, feed in run.feeds.items()}
-    return {"feeds": feeds, "metrics": run.metrics, "ending": run.ending, "ended": run.ended}
+    return {
+        "batches": {name: batches.get_state() for name, batches in run.batches.items()},
+        "metrics": run.metrics,
+        "ending": run.ending,
+        "ended": run.ended,
+        "stopping": dataclasses.asdict(run.stopping),
+    }
 
 
 def _named(tree: Tree) -> dict[str, Any]:

@@ -117,11 +117,11 @@ def _over_supervised(
     def part(tables: list[jax.Array], *arrays: jax.Array) -> jax.Array:
         return run([jax.lax.all_gather(table, AXIS_RULES["embed"], axis=1, tiled=True) for table in tables], *arrays)
 
-    lines = P(AXIS_RULES["batch"])
+    sequences = P(AXIS_RULES["batch"])
     return jax.shard_map(
         part,
-        in_specs=(P(None, AXIS_RULES["embed"]), lines, lines, lines),
-        out_specs=lines,
+        in_specs=(P(None, AXIS_RULES["embed"]), sequences, sequences, sequences),
+        out_specs=sequences,
         axis_names=set(jax.tree.leaves(AXIS_RULES["batch"])),
         check_vma=False,
     )(tables, hidden, weights, other)

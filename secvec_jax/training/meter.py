@@ -1,12 +1,13 @@
-"""What a step comes to and how fast it went: tokens, model FLOPs, tokens per second, MFU, memory.
+"""How much a step computes and how fast: tokens, model FLOPs, tokens per second, MFU, memory, learning rate, epoch.
 
-Tokens and FLOPs are counted on the devices, beside the step, and read when its losses are, one step behind: nothing
-waits for them. They are the same whenever and wherever a run goes on; time and memory are not, and stay out of metrics.
+Tokens and FLOPs are counted on the devices, alongside the step, and read together with its losses, one step later:
+nothing waits for them. They are the same whenever and wherever a run is resumed; time and memory are not, and are kept
+out of the metrics of a step.
 """
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -18,11 +19,12 @@ from secvec_jax.model.flops import PEAK_FLOPS, forward_flops, training_flops
 from secvec_jax.sharding import shard
 from secvec_jax.training.objective import KEEP
 from secvec_jax.training.step import Metrics, TrainStep
+from secvec_jax.training.trainer import OnStep
 from secvec_jax.trees import Tree
 
 
 def metered(train_step: TrainStep, architecture: Architecture, full: bool) -> TrainStep:
-    """The method, whose steps also tell their `tokens` and model `flops` (see `counted`)."""
+    """The train step, whose metrics also hold its `tokens` and model `flops` (see `counted`)."""
 
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         counts = counted(batch, architecture, full)
@@ -48,6 +50,15 @@ def counted(batch: dict[str, Batch], architecture: Architecture, full: bool) -> 
         if stream == KEEP:
             flops += forward_flops(architecture, count, visible)
     return shard({"tokens": tokens, "flops": flops})
+
+
+def with_schedule(on_step: OnStep, learning_rate: Callable[[int], float], steps_per_epoch: float) -> OnStep:
+    """`on_step`, whose metrics also hold the `learning_rate` of the step and the `epoch` that it ends at."""
+
+    def scheduled(step: int, steps: int, metrics: dict[str, float]) -> None:
+        on_step(step, steps, metrics | {"learning_rate": learning_rate(step), "epoch": step / steps_per_epoch})
+
+    return scheduled
 
 
 class Pace:

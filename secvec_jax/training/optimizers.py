@@ -24,44 +24,51 @@ def make_optimizer(training: Training, steps: int) -> optax.GradientTransformati
     training = training.over(Training.base)
     return _optimizer(
         training.optimizer,
-        training.learning_rate,
-        training.schedule,
-        min(training.warmup_steps, steps - 1),
-        steps,
+        (training.learning_rate, training.schedule, min(training.warmup_steps, steps - 1), steps),
         training.momentum,
         training.weight_decay,
         training.max_grad_norm,
     )
 
 
+def learning_rate_at(training: Training, steps: int, step: int) -> float:
+    """The learning rate of a step, counted from 1, of a training of `steps` steps, as `make_optimizer` applies it."""
+    training = training.over(Training.base)
+    warmup = min(training.warmup_steps, steps - 1)
+    return float(_schedule(training.learning_rate, training.schedule, warmup, steps)(step - 1))
+
+
 @lru_cache(maxsize=32)
 def _optimizer(
     name: str,
-    learning_rate: float,
-    schedule: str,
-    warmup: int,
-    steps: int,
+    schedule: tuple[float, str, int, int],
     momentum: float,
     weight_decay: float,
     max_grad_norm: float,
 ) -> optax.GradientTransformation:
+    rate = _schedule(*schedule)
+    if name == "sgd":
+        transform = optax.sgd(rate, momentum=momentum or None)
+        if weight_decay:
+            transform = optax.chain(optax.add_decayed_weights(weight_decay, decayed), transform)
+    else:
+        mask = decayed if weight_decay else None
+        transform = optax.adamw(rate, weight_decay=weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), transform) if max_grad_norm else transform
+
+
+@lru_cache(maxsize=32)
+def _schedule(learning_rate: float, schedule: str, warmup: int, steps: int) -> optax.Schedule:
+    """A linear warm-up to the learning rate, then its fall to a tenth."""
     rest = max(steps - warmup, 1)
     fall = {
         "cosine": optax.cosine_decay_schedule(learning_rate, rest, alpha=0.1),
         "linear": optax.linear_schedule(learning_rate, 0.1 * learning_rate, rest),
         "constant": optax.constant_schedule(learning_rate),
     }[schedule]
-    # The first step already moves: a warm-up from zero would waste it.
+    # A warm-up from zero would waste the first step.
     rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, max(warmup, 1))
-    rate = optax.join_schedules([rise, fall], [warmup])
-    if name == "sgd":
-        make_step = optax.sgd(rate, momentum=momentum or None)
-        if weight_decay:
-            make_step = optax.chain(optax.add_decayed_weights(weight_decay, decayed), make_step)
-    else:
-        mask = decayed if weight_decay else None
-        make_step = optax.adamw(rate, weight_decay=weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), make_step) if max_grad_norm else make_step
+    return optax.join_schedules([rise, fall], [warmup])
 
 
 def decayed(params: Tree) -> Tree:

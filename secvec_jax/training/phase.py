@@ -1,6 +1,6 @@
-"""A phase says what moves: a label, `train` or `freeze`, for every leaf of `{"backbone", "vectors"}`.
+"""A phase says what is trained: a label, `train` or `freeze`, for every leaf of the parameters.
 
-The step differentiates and donates the trained part alone. The optimizer is `optax.multi_transform` over the same
+The train step differentiates and donates the trained part alone. The optimizer is `optax.multi_transform` over the same
 labels, so its state exists for the trained part alone. Nothing else in the program knows which phase it is in.
 """
 
@@ -18,7 +18,7 @@ TRAIN, FREEZE = "train", "freeze"
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Labels over the parameters: a tree prefix of them, whose leaves are "train" or "freeze".
+    """Labels over the parameters (see `objective.Params`): dicts by the names of the parts, down to "train", "freeze".
 
     Phase({"backbone": "freeze", "vectors": "train"})     # phase 1: security vectors
     Phase({"backbone": "train", "vectors": "freeze"})     # phase 2: fine-tuning under them
@@ -27,8 +27,8 @@ class Phase:
     labels: Any
 
     def expand(self, params: Tree) -> Tree:
-        """The label of every leaf. Raises ValueError if the labels are no prefix of the parameters."""
-        return jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), self.labels, params)
+        """The label of every leaf. Raises ValueError if a part has no label, or a label no part."""
+        return _expanded(self.labels, params)
 
     def split(self, params: Tree) -> tuple[Tree, Tree]:
         """(trained, frozen): the parameters twice, each with None in place of the other's leaves."""
@@ -44,6 +44,16 @@ class Phase:
         """
         labels, structure = jax.tree.flatten(self.expand(params))
         return _by_label(transform, tuple(labels), structure)
+
+
+def _expanded(labels: Any, params: Tree) -> Tree:
+    if isinstance(labels, dict) and dataclasses.is_dataclass(params) and not isinstance(params, type):
+        parts = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+        present = {name for name, part in parts.items() if part is not None}
+        if not present <= labels.keys() <= parts.keys():
+            raise ValueError(f"labels for {sorted(labels)}, but the parameters have {sorted(present)}")
+        return dataclasses.replace(params, **{name: _expanded(labels.get(name), part) for name, part in parts.items()})
+    return jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), labels, params)
 
 
 @lru_cache(maxsize=32)

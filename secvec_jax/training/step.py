@@ -1,9 +1,10 @@
-"""The one train step: forward with both trees, gradient and update of the trained part alone."""
+"""The train step: forward pass with both trees, gradient and update of the trained part alone."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,13 +20,13 @@ Step = Callable[[Tree, Tree, Tree, dict[str, Batch]], tuple[Tree, Tree, Metrics]
 
 
 Gradient = Callable[[Tree, Tree, dict[str, Batch]], tuple[Tree, Metrics]]
-"""`(trained, frozen, batch)` -> the gradient by the trained part, and the metrics, `loss` among them."""
+"""`(trained, frozen, batch)` -> the gradient with respect to the trained part, and the metrics, `loss` among them."""
 
 
 class TrainStep(NamedTuple):
-    """How the trained part moves: `init(trained) -> state` and `step(trained, state, frozen, batch)`.
+    """How the trained part is updated: `init(trained) -> state` and `step(trained, state, frozen, batch)`.
 
-    takes: which streams the step of this number, counted from 0, has a batch of; None: all of them.
+    takes: the streams that the step of this number, counted from 0, reads a batch of; None: all of them.
     """
 
     init: Callable[[Tree], Tree]
@@ -34,7 +35,7 @@ class TrainStep(NamedTuple):
 
 
 _OPTIONS = {
-    # Gathers of weights and sums of gradients run beside the products instead of before and after them. For other
+    # Gathers of weights and sums of gradients run alongside the products instead of before and after. For other
     # TPUs the compiler refuses this (libtpu 0.0.50) and says that results may be wrong.
     "TPU v5 lite": {
         "xla_tpu_enable_async_collective_fusion": True,
@@ -64,13 +65,14 @@ def step_from_gradient(gradient: Gradient, optimizer: optax.GradientTransformati
     """One step of `optimizer` along `gradient` per batch, jitted.
 
     step: `(trained, state, frozen, batch) -> (trained, state, metrics)`; trained and frozen are the parameters as
-    `Phase.split` parts them, the state is the optimizer's for the trained part; both are donated.
+    `Phase.split` separates them, the state is the optimizer's for the trained part; trained and state are donated.
     batch: {stream: packed arrays `[A, B, T]`}, A micro-batches whose gradients are summed before the one update.
     metrics: sums and counts by name, `loss`, `grad_norm`.
     """
 
     @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_OPTIONS.get(device_kind()))
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
+        check_batch(batch)
         gradients, metrics = gradient(trained, frozen, batch)
         gradients = shard(gradients)
         updates, state = optimizer.update(gradients, state, trained)
@@ -80,16 +82,25 @@ def step_from_gradient(gradient: Gradient, optimizer: optax.GradientTransformati
     return TrainStep(jax.jit(lambda trained: shard(optimizer.init(trained))), step)
 
 
+def check_batch(batch: dict[str, Batch]) -> None:
+    """Raises AssertionError, when a step is traced, unless the arrays of each stream have one shape `[A, B, T]`, and A
+    is the same in all streams."""
+    for part in batch.values():
+        chex.assert_rank(list(part.values()), 3)
+        chex.assert_equal_shape(list(part.values()))
+    chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
+
+
 def alternate(train_steps: Sequence[TrainStep], choose: Callable[[int], int]) -> TrainStep:
-    """Several methods with one optimizer state: the step of number n, counted from 0, is that of `choose(n)`."""
+    """Several train steps with one optimizer state: step number n, counted from 0, is that of `choose(n)`."""
 
     def init(trained: Tree) -> Tree:
         return {"step": shard(jnp.int32(0)), "optimizer": train_steps[0].init(trained)}
 
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         train_step = train_steps[choose(int(state["step"]))]
-        trained, moved, metrics = train_step.step(trained, state["optimizer"], frozen, batch)
-        return trained, {"step": state["step"] + 1, "optimizer": moved}, metrics
+        trained, optimizer, metrics = train_step.step(trained, state["optimizer"], frozen, batch)
+        return trained, {"step": state["step"] + 1, "optimizer": optimizer}, metrics
 
     return TrainStep(init, step)
 

@@ -1,7 +1,7 @@
 """fit(): the loop around the step, with checkpoints and exact resume.
 
-A run that was killed at any moment and is started again goes on from its newest checkpoint and ends bit-identical to
-one never killed, on any mesh. Ctrl-C and SIGTERM finish the step in flight, be it the last, save, and raise
+A run that was killed at any moment and is started again resumes from its newest checkpoint and ends bit-identical to
+one never killed, on any mesh. Ctrl-C and SIGTERM finish the step in flight, even the last one, save, and raise
 KeyboardInterrupt; in a cluster, whichever process they reach.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 
-from secvec_jax.data.feed import Feed
-from secvec_jax.data.pipeline import Stream
+from secvec_jax.data.pipeline import Batches, Stream
 from secvec_jax.distributed import Consensus, all_max
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints, Store
 from secvec_jax.training.phase import Phase, merge
 from secvec_jax.training.step import TrainStep
+from secvec_jax.training.validation import EVAL_LOSS, EarlyStopping, Validation
 from secvec_jax.trees import Tree
 
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -36,22 +36,24 @@ def fit(
     streams: dict[str, Stream],
     *,
     steps: int,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
+    validation: Validation | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: OnStep = lambda step, steps, metrics: None,
     until: Callable[[dict[str, float]], bool] = lambda metrics: False,
 ) -> Tree:
-    """The parameters after `steps` steps of `phase`; `params` themselves stay as they are.
+    """The parameters after `steps` steps of `phase`; `params` themselves are unchanged.
 
-    method: how the trained part moves, as `training.step.make_train_step` makes it. streams: name -> stream of batches;
-    each step takes `accumulate` batches of each that the method wants. on_step is called once for every step, counted
-    from 1, while a later one runs; after a resume it starts behind the checkpoint (at the end it reports the last step
-    again). until(metrics) ends the training one step after it holds. Raises UserError if the loss is not finite, in
-    which case the last good checkpoint is kept, and if the checkpoints are those of another training.
+    train_step: as `training.step.make_train_step` makes it. streams: name -> stream of batches; each step reads
+    `grad_accum_steps` batches of each stream that it takes. validation: its losses are among the metrics of the steps
+    that it follows, and it may end the training. on_step is called once for every step, counted from 1, while a later
+    one runs; after a resume it continues after the checkpoint's step (at the end it reports the last step again).
+    until(metrics) ends the training one step after it holds. Raises UserError if the loss is not finite, in which case
+    the last good checkpoint is kept, and if the checkpoints are those of another training.
     """
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
-    run = _Run(trained, train_step.init(trained), {name: Feed(stream) for name, stream in streams.items()})
+    run = _Run(trained, train_step.init(trained), {name: stream.own_batches() for name, stream in streams.items()})
     with _store(checkpoints, run) as store, _interruptible() as interrupted:
         if store is not None:
             store.restore(run)
@@ -65,8 +67,8 @@ def fit(
         last = dict(run.metrics)
         resumed = run.step
         while run.step < steps and not run.ended:
-            taken = run.feeds if train_step.takes is None else train_step.takes(run.step)
-            batch = {name: run.feeds[name].take(accumulate) for name in taken}
+            taken = run.batches if train_step.takes is None else train_step.takes(run.step)
+            batch = {name: run.batches[name].take(grad_accum_steps) for name in taken}
             run.trained, run.state, metrics = train_step.step(run.trained, run.state, frozen, batch)
             run.step += 1
             # One step behind, so that the device never waits for a number to be read.
@@ -77,22 +79,31 @@ def fit(
             pending, run.ended = metrics, run.ending
             due = store is not None and store.due()
             wish = consensus(_STOP if interrupted() else _SAVE if due else _GO)
-            if wish or run.ended or run.step == steps:
+            at_end = run.ended or run.step == steps
+            evaluates = validation is not None and (validation.is_due(run.step) or at_end)
+            if wish or evaluates or at_end:
+                if validation is not None and evaluates:
+                    pending = pending | validation.evaluate(run.trained, frozen)
                 told = _report(pending, run.step, steps, on_step)
                 last |= told
                 run.ending = run.ending or until(told)
                 pending = {}
+                is_lowest = False
+                if validation is not None and evaluates:
+                    is_lowest = run.stopping.note(told[EVAL_LOSS])
+                    run.ended = run.ended or run.stopping.since == validation.patience
                 if run.ended or run.step == steps:
                     break
-                if store is not None:
-                    store.save(run, last)
+                keeps = is_lowest and checkpoints is not None and checkpoints.best == EVAL_LOSS
+                if store is not None and (wish or keeps):
+                    store.save(run, last, evaluated=evaluates)
                 if wish == _STOP:
                     raise KeyboardInterrupt
         if run.step == resumed and last:
             on_step(run.step, steps, last)
         stop = all_max(int(interrupted()))  # of all processes: there is no later step to hear it at
         if store is not None and checkpoints is not None and (stop or checkpoints.keep_end) and run.step > resumed:
-            store.save(run, last)
+            store.save(run, last, evaluated=validation is not None)
         if stop:
             raise KeyboardInterrupt
         if store is not None and checkpoints is not None and checkpoints.best is not None and run.step:
@@ -106,14 +117,15 @@ class _Run:
 
     trained: Tree
     state: Tree
-    feeds: dict[str, Feed]
+    batches: dict[str, Batches]
     step: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     """The last values of all, when it was saved."""
     ending: bool = False
     """`until` held: one more step is taken, or was."""
     ended: bool = False
-    """It was."""
+    """It was, or validation has ended the training."""
+    stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)
 
 
 def _report(metrics: dict[str, Any], step: int, steps: int, on_step: OnStep) -> dict[str, float]:

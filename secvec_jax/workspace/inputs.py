@@ -111,6 +111,7 @@ def _visible(path: Path) -> list[Path]:
 _READERS: dict[str, Callable[[str], str]] = {
     "data": rows,
     "benign": rows,
+    "eval_data": rows,
     "harmful": rows,
     "questions": rows,
     "model": model,

@@ -21,7 +21,7 @@ class Run:
         """more: inputs that the settings do not name."""
         self.settings, self.command = settings, command
         self.folder = claim(settings, more)
-        self.console = Console(quiet=not is_main_process())
+        self.console = Console(quiet=not is_main_process(), soft_wrap=True)
         self.stages = Stages(self.folder, self.console)
 
     def report(self, rows: list[dict[str, Any]], notes: Sequence[str] = ()) -> None:

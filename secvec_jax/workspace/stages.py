@@ -19,11 +19,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from secvec_jax.config import Training
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
 from secvec_jax.files import whole_file
-from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
 from secvec_jax.workspace.inputs import Inputs
@@ -77,7 +75,7 @@ class Stages:
 
         on_main_process(note_change)
         if changed is not None:
-            self.console.print(f"{name}: {changed}, so it runs again", markup=False, highlight=False)
+            self.console.print(f"{name}: {changed}, so it runs again", markup=False, highlight=False, soft_wrap=True)
         if broadcast_from_first(path.exists()):
             record = json.loads(path.read_text())
             self.seconds[name] = record["seconds"]
@@ -85,6 +83,8 @@ class Stages:
             return record["result"]
         before = float(_record(begun).get("seconds", 0.0))
         start = time.monotonic()
+        if not self.console.is_terminal:
+            self.console.print(f"{name}: started", markup=False, highlight=False, soft_wrap=True)
 
         def note_time() -> None:
             write(begun, json.dumps({"seconds": before + time.monotonic() - start, "inputs": now}))
@@ -139,38 +139,51 @@ def _record(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {"seconds": found}
 
 
-_LINE_EVERY = 30.0
-"""Seconds between two lines on how far a stage is, where there is no terminal for a bar."""
+_LINE_EVERY = 10.0
+"""Seconds between two progress lines, where there is no terminal for a bar."""
 
 
 class Stage:
-    """One stage at work: its bar, and the log of its steps."""
+    """One stage at work: its progress, and the log of its steps."""
 
     def __init__(self, name: str, tracker: Tracker, progress: Progress):
         self.name, self._tracker, self._progress = name, tracker, progress
         self._task = progress.add_task(name, total=None, note="")
 
     def on_step(self) -> Callable[[int, int, dict[str, float]], None]:
-        """A callback for `fit` that moves the bar, or prints a line now and then where there is no terminal, and logs
-        the step (see `Tracker`)."""
-        pace, told, first = Pace(), time.monotonic(), True
+        """A callback for `fit` that updates the bar, or prints lines where there is no terminal, and logs the step (see
+        `Tracker`)."""
+        pace = Pace()
+        first_step: int | None = None
+        start = last_line = time.monotonic()
 
         def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
-            nonlocal told, first
-            if first and step > 1:
-                self._progress.console.print(f"{self.name}: resumed at step {step} of {total}", highlight=False)
-            first = False
-            going = pace.of(metrics)
-            note = _note(metrics, going)
+            nonlocal first_step, start, last_line
+            now = time.monotonic()
+            is_first = first_step is None
+            if first_step is None:
+                first_step, start = step, now  # its own time is mostly that of compilation
+                if step > 1:
+                    self.print(f"{self.name}: resumed at step {step} of {total}")
+            speed = pace.of(metrics)
+            note = _note(metrics, speed)
             self._progress.update(self._task, completed=step, total=total, note=note)
-            console = self._progress.console
-            if not console.is_terminal and (step == total or time.monotonic() - told > _LINE_EVERY):
-                told = time.monotonic()
-                console.print(f"{self.name}: {step}/{total}  {note}", markup=False, highlight=False)
+            is_due = is_first or step == total or now - last_line > _LINE_EVERY or "eval/loss" in metrics
+            if is_due and not self._progress.console.is_terminal:
+                last_line = now
+                line = f"{self.name}: step {step}/{total}, {note}"
+                if first_step < step < total:
+                    seconds_left = (now - start) / (step - first_step) * (total - step)
+                    line += f", {_duration(seconds_left)} left"
+                self.print(line)
             if is_main_process():
-                self._tracker.log(step, metrics, going)
+                self._tracker.log(step, metrics, speed)
 
         return on_step
+
+    def print(self, line: str) -> None:
+        """Print a line, however long, as one."""
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def replies(self, total: int, what: str) -> Callable[[int], None]:
         """A progress callback for `total` replies."""
@@ -191,13 +204,24 @@ class Stage:
 
 
 def _note(metrics: dict[str, float], pace: dict[str, float]) -> str:
-    parts = [f"{key.removeprefix('loss/')} {metrics[key]:.3f}" for key in sorted(metrics)
-             if key.startswith("loss/") or key == "kl"]  # fmt: skip
+    """The epoch, the losses by name, and the speed of a step."""
+    parts = [f"epoch {metrics['epoch']:.2f}"] if "epoch" in metrics else []
+    losses = [key for key in sorted(metrics) if key in ("loss", "kl") or "loss/" in key or key.endswith("/loss")]
+    if "loss/all" in losses:  # the loss, of rows of one kind
+        losses.remove("loss/all")
+    parts += [f"{key} {metrics[key]:.3f}" for key in losses]
     if "tokens_per_second" in pace:
         parts.append(f"{pace['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in pace:
         parts.append(f"{100 * pace['mfu']:.1f}% MFU")
-    return "  ".join(parts)
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """Such as 0:45 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def write(path: Path, text: str) -> None:
@@ -228,11 +252,6 @@ def claim(settings: Any, more: Callable[[], Inputs] = dict, *, alone: bool = Tru
 def release(folder: Path) -> None:
     """The run is over: other processes may claim its directory."""
     on_main_process(lambda: run_directory.release(folder))
-
-
-def checkpoints(folder: Path, training: Training) -> Checkpoints:
-    """Checkpoints in the folder, as the training wants them."""
-    return Checkpoints(folder, training.save_every_seconds, training.max_checkpoints, training.best)
 
 
 def devices() -> dict[str, str]:

@@ -42,7 +42,7 @@ from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace.inputs import known, of_path
 from secvec_jax.workspace.run_directory import of_the_run
 from secvec_jax.workspace.splits import EvalSplit, Sizes, Splits, make_splits, own_replies
-from secvec_jax.workspace.stages import Stage, Stages, checkpoints, devices, file_name, release, screen, write
+from secvec_jax.workspace.stages import Stage, Stages, devices, file_name, release, screen, write
 
 
 @checked
@@ -74,7 +74,7 @@ class Workspace:
     def __init__(self, experiment: Experiment, folder: Path, aligned: Path | None = None):
         """aligned: the path or name of an aligned model; None: it is made."""
         self.experiment, self.folder = experiment, folder
-        self.console = Console(quiet=not is_main_process())
+        self.console = Console(quiet=not is_main_process(), soft_wrap=True)
         self.stages = Stages(folder, self.console)
         given = aligned if experiment.aligns else experiment.model
         self._aligned, self._is_given = given or self._model_folder("aligned"), given is not None
@@ -277,7 +277,7 @@ class Workspace:
         return self.folder / "model" / file_name(name)
 
     def _checkpoints(self, name: str, training: Training) -> Checkpoints:
-        return checkpoints(self._checkpoint_folder(name), training)
+        return Checkpoints.of(self._checkpoint_folder(name), training)
 
     def _forget_checkpoints(self, name: str) -> None:
         on_main_process(lambda: shutil.rmtree(self._checkpoint_folder(name), ignore_errors=True))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secvec_jax.config import Training
-from secvec_jax.data import sources
+from secvec_jax.data import encoded, sources
+from secvec_jax.data import rows as data_rows
 from secvec_jax.data.chat import encode
-from secvec_jax.data.encoded import encoded
+from secvec_jax.data.encoded import encode_rows
 from secvec_jax.data.rows import as_rows, row
 from secvec_jax.data.sources import load_rows
-from secvec_jax.defenses.finetuning import examples_of, groups_of, stream_of
+from secvec_jax.defenses import finetuning, guarded, lisa, security_vectors
+from secvec_jax.defenses.finetuning import examples_of, groups_of, stream_of, train_model
 from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.inference import generate
@@ -46,7 +49,7 @@ def warnings_of(caplog):
 def test_a_long_prompt_is_told_with_its_line_before_a_step_is_taken(tmp_path, monkeypatch, large, share):
     monkeypatch.setattr(sources, "LARGE", 0 if large else sources.LARGE)
     rows = load_rows(written(tmp_path, [*SHORT, row(LONG, "x"), row("q", "a"), row(LONG, "y")]))
-    training = Training(max_steps=30, batch_size=2, max_seq_len=64, share_beginnings=share)
+    training = Training(max_steps=30, batch_size=2, max_seq_len=64, share_prefix=share)
     steps = []
     message = r"rows.jsonl, line 14 and 1 more: a prompt has \d+ tokens, but the maximum length is 64.*`length`"
     for train in (finetune, partial(train_vectors, phase1=Phase1("cross_entropy"))):
@@ -70,17 +73,72 @@ def test_rows_are_named_after_where_they_were_read(tmp_path, tokenizer):
         (as_rows(datasets.Dataset.from_list([*SHORT, row(LONG, "x")]), name="mine"), "mine, row 13"),
     ):
         with pytest.raises(UserError, match=f"^{name}: a prompt has"):
-            encoded(tokenizer, some, 64, "mine")
-    rows.append(rows.pop(0))
-    assert rows.where(13) == "rows.jsonl, line 15" and rows.where(0) == "rows.jsonl, line 2"
-    rows.append(row("q", "a"))
-    assert rows.where(14) == "rows.jsonl, row 15"
+            encode_rows(tokenizer, some, 64, "mine")
+    assert rows.where(13) == rows[5:].where(8) == rows[::-1].where(0) == "rows.jsonl, line 15"
+
+
+def test_rows_are_normalized_once_and_do_not_change(tmp_path, monkeypatch):
+    normalized = []
+    real = data_rows.normalize
+    monkeypatch.setattr(data_rows, "normalize", lambda record, *more: normalized.append(record) or real(record, *more))
+    rows = load_rows(written(tmp_path, SHORT))
+    assert len(normalized) == len(SHORT)
+    assert as_rows(rows) is rows and not hasattr(rows, "append")
+    encode_rows(build_tokenizer(), as_rows(as_rows(rows)[2:7]), 64)
+    stream_of(tiny_model(), groups_of(rows), Training())
+    assert len(normalized) == len(SHORT)
+    prompts = as_rows([{"prompt": "q"}], needs_answer=False)
+    with pytest.raises(UserError, match="data, row 1 has no answer"):
+        as_rows(prompts)
+    with pytest.raises(UserError, match="mine holds no rows"):
+        as_rows(rows[:0], name="mine")
+
+
+class Reached(Exception):
+    """The first step is about to be taken."""
+
+
+@pytest.mark.parametrize("max_steps", [None, 5])
+@pytest.mark.parametrize("share", [False, True])
+def test_every_row_is_encoded_once_before_the_first_step(monkeypatch, max_steps, share):
+    """However few examples memory holds: packing is counted, and prefixes are found, by what the first pass noted."""
+    encodes = Counter()
+    real = encoded.encode_all
+
+    def counting(tokenizer, messages, *more):
+        encodes[messages[0]["content"]] += 1
+        return real(tokenizer, messages, *more)
+
+    def reached(*_, **__):
+        raise Reached
+
+    monkeypatch.setattr(encoded, "encode_all", counting)
+    monkeypatch.setattr(encoded, "_KEPT", 1)
+    for module in (finetuning, security_vectors):
+        monkeypatch.setattr(module, "fit", reached)
+    rows = [row(f"user {n}", "a" * (n % 5 + 1)) for n in range(20)]
+    safe = [row(f"safe {n}", "b") for n in range(9)]
+    training = Training(max_steps=max_steps, epochs=2, batch_size=4, max_seq_len=64, share_prefix=share)
+    trainings = {
+        "plain": lambda: train_model(tiny_model(), rows, training=training),
+        "validation": lambda: train_model(tiny_model(), rows, eval_rows=safe, training=training),
+        "held out": lambda: train_model(tiny_model(), rows + safe, eval_rows=0.2, training=training),
+        "lisa": lambda: lisa.finetune(tiny_model(), rows, safe=safe, training=training),
+        "guarded": lambda: guarded.finetune(tiny_model(), rows, vectors=(), safe=safe, training=training),
+        "vectors": lambda: train_vectors(tiny_model(), rows, benign=safe, training=training),
+    }
+    for name, train in trainings.items():
+        encodes.clear()
+        with pytest.raises(Reached):
+            train()
+        expected = {r["messages"][0]["content"]: 1 for r in (rows if name == "plain" else rows + safe)}
+        assert encodes == expected, name
 
 
 def test_answers_that_are_cut_are_counted_and_named(tmp_path, tokenizer, caplog):
     turns = row("q", "a")["messages"] + row("w " * 40, "LAST")["messages"]
     rows = load_rows(written(tmp_path, [*SHORT, WIDE, {"messages": turns}]))
-    found = encoded(tokenizer, rows, 64)
+    found = encode_rows(tokenizer, rows, 64)
     assert (len(found), found.truncated, found.longest) == (14, 2, 64)
     (message,) = warnings_of(caplog)
     assert message.startswith("2 of 14 rows have answers cut at 64 tokens") and "LAST" not in message
@@ -90,23 +148,23 @@ def test_answers_that_are_cut_are_counted_and_named(tmp_path, tokenizer, caplog)
 def test_nothing_is_told_where_nothing_is_cut(tokenizer, caplog):
     whole = encode(tokenizer, SHORT[0]["messages"], 1000)
     # The line break behind the answer is not learned: without it nothing is lost.
-    found = encoded(tokenizer, SHORT[:1], len(whole.tokens) - 1)
+    found = encode_rows(tokenizer, SHORT[:1], len(whole.tokens) - 1)
     assert found.truncated == 0 and not warnings_of(caplog)
-    assert encoded(tokenizer, SHORT[:1], len(whole.tokens) - 2).truncated == 1
+    assert encode_rows(tokenizer, SHORT[:1], len(whole.tokens) - 2).truncated == 1
 
 
 def test_long_rows_are_dropped_or_refused_on_demand(tokenizer, caplog):
     rows = [SHORT[0], WIDE, SHORT[1], row(LONG, "x"), SHORT[2]]
-    found = encoded(tokenizer, rows, 64, long_rows="drop")
+    found = encode_rows(tokenizer, rows, 64, long_rows="drop")
     assert [tokenizer.decode(e.tokens) for e in found] == [
         tokenizer.decode(encode(tokenizer, r["messages"], 64).tokens) for r in SHORT[:3]
     ]
     assert warnings_of(caplog) == ["2 of 5 rows are longer than 64 tokens and dropped: data, row 2; data, row 4"]
     assert (found.truncated, found.longest) == (0, max(len(example.tokens) for example in found))
     with pytest.raises(UserError, match=r"^data, row 2 and 1 more: the answer runs past .* 64"):
-        encoded(tokenizer, [*SHORT[:1], WIDE, WIDE], 64, long_rows="refuse")
+        encode_rows(tokenizer, [*SHORT[:1], WIDE, WIDE], 64, long_rows="refuse")
     with pytest.raises(UserError, match="every row of data is longer than 64 tokens"):
-        encoded(tokenizer, [WIDE], 64, long_rows="drop")
+        encode_rows(tokenizer, [WIDE], 64, long_rows="drop")
 
 
 @settings(max_examples=25, deadline=None)
@@ -115,12 +173,12 @@ def test_cut_dropped_and_whole_rows_add_up(tokenizer, sizes, length):
     rows = [row("q", "w " * size) for size in sizes]
     whole = [encode(tokenizer, r["messages"], 10_000) for r in rows]
     lost = [bool(example.supervised[length:].any()) for example in whole]
-    found = encoded(tokenizer, rows, length)
+    found = encode_rows(tokenizer, rows, length)
     assert found.truncated == sum(lost)
     assert [len(e.tokens) for e in found] == [min(len(e.tokens), length) for e in whole]
     if all(lost):
         return
-    kept = encoded(tokenizer, rows, length, long_rows="drop")
+    kept = encode_rows(tokenizer, rows, length, long_rows="drop")
     assert [e.tokens.tolist() for e in kept] == [
         e.tokens[:length].tolist() for e, is_lost in zip(whole, lost) if not is_lost
     ]
@@ -135,7 +193,7 @@ def test_a_row_that_the_template_does_not_take_is_named(tokenizer):
     rows = [row("q", "a"), {"messages": [{"role": "system", "content": "s"}, *SHORT[0]["messages"]]}]
     message = r"data, row 2: the model's chat template does not take these turns \(system, user, assistant\): System"
     with pytest.raises(UserError, match=message):
-        encoded(strict, rows, 64)
+        encode_rows(strict, rows, 64)
 
 
 def test_a_thinking_template_names_the_row_of_several_turns(tokenizer):
@@ -146,9 +204,9 @@ def test_a_thinking_template_names_the_row_of_several_turns(tokenizer):
     )
     several = {"messages": [*SHORT[0]["messages"], *SHORT[1]["messages"]]}
     with pytest.raises(UserError, match=r'data, row 3: the chat template rewrites earlier turns.*"train": false'):
-        encoded(thinking, [*SHORT[:2], several], 64)
+        encode_rows(thinking, [*SHORT[:2], several], 64)
     several["messages"][1] = several["messages"][1] | {"train": False}  # what the message asks for
-    (example,) = encoded(thinking, as_rows([several]), 64)
+    (example,) = encode_rows(thinking, as_rows([several]), 64)
     assert thinking.decode(example.tokens[example.supervised]) == "<think></think>a<|im_end|>"
 
 
@@ -157,7 +215,7 @@ def test_rows_that_spell_control_tokens_are_counted_and_learned_as_they_are_mean
     mark = tokenizer.convert_tokens_to_ids("<|im_start|>")
 
     def learned(mode):
-        return [int((e.tokens[e.supervised] == mark).sum()) for e in encoded(tokenizer, rows, 200, "mine", **mode)]
+        return [int((e.tokens[e.supervised] == mark).sum()) for e in encode_rows(tokenizer, rows, 200, "mine", **mode)]
 
     assert learned({}) == [0, 0, 0]
     assert learned({"control_tokens": "tokens"}) == [0, 2, 0]
@@ -165,7 +223,7 @@ def test_rows_that_spell_control_tokens_are_counted_and_learned_as_they_are_mean
     assert text == "2 of 3 rows spell control tokens, which are learned as plain text: mine, row 2; mine, row 3"
     assert "learned as the tokens" in tokens
     with pytest.raises(UserError, match=r"mine, row 2: the text spells the control token '<\|im_start\|>'"):
-        encoded(tokenizer, rows, 200, "mine", control_tokens="refuse")
+        encode_rows(tokenizer, rows, 200, "mine", control_tokens="refuse")
 
 
 @pytest.mark.parametrize(("words", "length"), [(1, 256), (110, 256), (130, 512), (300, 512), (400, 512)])
@@ -173,8 +231,8 @@ def test_lines_are_as_long_as_the_longest_row_needs(words, length):
     # The tiny model itself takes 512 tokens.
     stream = stream_of(tiny_model(), {"all": [row("q", "a"), row("q", "w " * words)]}, Training())
     longest = max(len(example.tokens) for example in stream.examples["all"])
-    assert stream.length == length and longest <= length
-    assert stream_of(tiny_model(), {"all": SHORT}, Training(max_seq_len=40)).length == 40
+    assert stream.seq_len == length and longest <= length
+    assert stream_of(tiny_model(), {"all": SHORT}, Training(max_seq_len=40)).seq_len == 40
 
 
 def test_what_is_trained_on_is_summed_up(caplog):
@@ -192,7 +250,7 @@ def test_what_is_trained_on_is_summed_up(caplog):
 def test_examples_stay_as_they_are():
     examples = random_examples(5)
     stream = stream_of(tiny_model(), {"all": examples}, Training())
-    assert list(stream.examples["all"]) == examples and stream.length == 256
+    assert list(stream.examples["all"]) == examples and stream.seq_len == 256
     assert examples_of(tiny_model(), examples) == examples
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from secvec_jax.config import Training
 from secvec_jax.data import encoded, sources
-from secvec_jax.data.rows import Rows, as_rows
+from secvec_jax.data.rows import as_rows
 from secvec_jax.data.sources import load_rows
+from secvec_jax.data.stored import Rows
 from secvec_jax.defenses.security_vectors import finetune
 from secvec_jax.errors import UserError
 from tests.toys import tiny_model
@@ -34,7 +35,7 @@ def test_lines_on_disk_are_the_lines_in_memory(path, monkeypatch):
     small = load_rows(str(path))
     monkeypatch.setattr(sources, "LARGE", 0)
     large = load_rows(str(path))
-    assert isinstance(small, list) and isinstance(large, Rows)
+    assert isinstance(small, Rows) and isinstance(large, Rows)
     assert list(large) == small and len(large) == 11
     assert large[3:5] == small[3:5] and large[-1] == small[-1] and large[::-4] == small[::-4]
     with pytest.raises(IndexError):
@@ -78,7 +79,7 @@ def test_datasets_stay_where_they_are(tmp_path):
 @pytest.mark.parametrize("kept", [3, 50_000])
 @pytest.mark.parametrize("share", [False, True])
 def test_training_is_the_same_to_the_bit(path, monkeypatch, kept, share):
-    training = Training(epochs=2, max_seq_len=64, batch_size=4, share_beginnings=share, learning_rate=0.1)
+    training = Training(epochs=2, max_seq_len=64, batch_size=4, share_prefix=share, learning_rate=0.1)
     found = []
     for large in (sources.LARGE, 0):
         monkeypatch.setattr(sources, "LARGE", large)

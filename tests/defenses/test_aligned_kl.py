@@ -17,7 +17,7 @@ from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.model import hub
 from secvec_jax.sharding import make_mesh
 from secvec_jax.training.loss import token_forward_kl
-from secvec_jax.training.objective import Objective, parameters
+from secvec_jax.training.objective import Backbone, Objective, Params
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.lora import LoRA, merge
 from tests import toys
@@ -26,7 +26,7 @@ from tests.toys import random_examples
 VOCABULARY, WIDTH, WEIGHT = 11, 8, 0.7
 ROWS = random_examples(6, seed=1)
 TRAINING = Training(optimizer="adamw", learning_rate=3e-3, max_steps=8, batch_size=1, max_seq_len=64,
-                    warmup_steps=0, remat="none", share_beginnings=False)  # fmt: skip
+                    warmup_steps=0, remat="none", share_prefix=False)  # fmt: skip
 MODEL = toys.tiny_model()
 
 
@@ -135,7 +135,7 @@ def test_loss_and_gradient_are_torchs(tiny_model, tmp_path, variant):
     @jax.jit
     def ours(decoder, anchor, batch):
         def total(decoder):
-            return loss(parameters(decoder, anchor=anchor), {"learn": batch}, {"learn": batch["weights"].sum()})
+            return loss(Params(Backbone(decoder), anchor=anchor), {"learn": batch}, {"learn": batch["weights"].sum()})
 
         return jax.value_and_grad(total, has_aux=True)(decoder)
 

@@ -15,7 +15,7 @@ from secvec_jax.defenses.booster import align, booster
 from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
 from secvec_jax.model import hub
-from secvec_jax.training.objective import Objective, parameters
+from secvec_jax.training.objective import Backbone, Objective, Params
 from secvec_jax.training.phase import Phase
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.lora import LoRA, merge
@@ -26,7 +26,7 @@ WEIGHT, ALPHA, RATE = 5.0, 0.3, 0.05
 ROWS, HARMFUL = random_examples(5, seed=1), random_examples(6, seed=2)
 MODEL = toys.tiny_model()
 TRAINING = Training(optimizer="adamw", learning_rate=4e-2, max_steps=10, batch_size=1, max_seq_len=64,
-                    share_beginnings=False, remat="none")  # fmt: skip
+                    share_prefix=False, remat="none")  # fmt: skip
 
 
 def torch_loss(hf, rows):
@@ -67,14 +67,14 @@ def theirs(hf):
 
 def batch_of(examples, micro):
     """All examples in one batch of two packed lines, or as two batches of one line."""
-    (batch,) = Stream({"all": examples}, 2, 64, share=False).batches()
+    (batch,) = Stream({"all": examples}, 2, 64, share_prefix=False).batches()
     return {key: array[:, None] if micro else array[None] for key, array in batch.items()}
 
 
 @pytest.mark.parametrize(("variant", "micro"), [("llama-tied", False), ("qwen3", True)])
 def test_one_step_is_that_of_the_published_code(tiny_model, tmp_path, variant, micro):
     tiny = tiny_model(variant)
-    params = parameters(tiny.model.backbone)
+    params = Params(Backbone(tiny.model.backbone))
     phase = Phase({"backbone": "train", "vectors": "freeze"})
     train_step = booster(WEIGHT, ALPHA)(Objective(), phase.optimizer(optax.sgd(RATE), params))
     trained, frozen = phase.split(jax.tree.map(jnp.copy, params))
@@ -86,7 +86,7 @@ def test_one_step_is_that_of_the_published_code(tiny_model, tmp_path, variant, m
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
     hf.save_pretrained(tmp_path)
     tiny.model.tokenizer.save_pretrained(tmp_path)
-    ours, expected = trained["backbone"]["decoder"], hub.load(tmp_path).backbone
+    ours, expected = trained.backbone.decoder, hub.load(tmp_path).backbone
     for start, one, other in zip(*map(jax.tree.leaves, (tiny.model.backbone, ours, expected)), strict=True):
         np.testing.assert_allclose(one - start, other - start, atol=2e-3 * np.abs(other - start).max())
 

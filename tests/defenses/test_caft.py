@@ -12,7 +12,7 @@ from secvec_jax.defenses.caft import Ablation, concept_directions
 from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.errors import UserError
 from secvec_jax.sharding import logical_axes
-from secvec_jax.training.objective import Objective, parameters
+from secvec_jax.training.objective import Backbone, Objective, Params
 from secvec_jax.trees import distance
 from tests.toys import random_examples, tiny_model
 
@@ -61,13 +61,13 @@ def test_loss_and_gradient_are_those_of_hooks(tiny_model, batch, ablated):
         hook.remove()
     expected = tiny.hf.model.layers[0].mlp.up_proj.weight.grad.T.numpy()
 
-    params = parameters(tiny.model.backbone, vectors=Ablation(directions))
+    params = Params(Backbone(tiny.model.backbone), Ablation(directions))
     totals = {"learn": jnp.float32(8)}
     (ours, _), gradient = jax.value_and_grad(Objective(), has_aux=True)(params, batch, totals)
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
-    found = gradient["backbone"]["decoder"].layers.mlp.up_proj.kernel[0]
+    found = gradient.backbone.decoder.layers.mlp.up_proj.kernel[0]
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-    plain = Objective()(parameters(tiny.model.backbone), batch, totals)[0]
+    plain = Objective()(Params(Backbone(tiny.model.backbone)), batch, totals)[0]
     assert abs(float(plain - ours)) > 1e-2
 
 

@@ -14,7 +14,7 @@ from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.constrained_sft import constrained, finetune, place_in_reply
 from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.model import hub
-from secvec_jax.training.objective import Objective, parameters
+from secvec_jax.training.objective import Backbone, Objective, Params
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import make_train_step
 from secvec_jax.trees import fingerprint
@@ -24,7 +24,7 @@ from tests.toys import example, random_examples
 
 ROWS = random_examples(6, seed=1, longest=24)
 TRAINING = Training(optimizer="adamw", learning_rate=3e-3, max_steps=10, batch_size=2, max_seq_len=64,
-                    warmup_steps=0, remat="none", share_beginnings=False)  # fmt: skip
+                    warmup_steps=0, remat="none", share_prefix=False)  # fmt: skip
 MODEL = toys.tiny_model()
 
 
@@ -44,7 +44,7 @@ def test_places_are_those_of_the_rows_however_they_are_packed():
     turns = np.array([9, 20, 21, 9, 9, 20, 21, 22, 9], np.int32)
     rows.append(rows[0].__class__(turns, turns != 9))
     for share in (True, False):
-        for batch in Stream({"all": rows}, 2, 24, share=share).batches():
+        for batch in Stream({"all": rows}, 2, 24, share_prefix=share).batches():
             found = place_in_reply(jnp.asarray(batch["weights"]), jnp.asarray(batch["segments"]))
             said = batch["weights"] > 0
             np.testing.assert_array_equal(np.asarray(found)[said], batch["targets"][said] - 20)
@@ -68,13 +68,13 @@ def torch_loss(hf, aligned, rows):
 
 def gradient(model, anchor, batch, make_step=constrained()):
     """What a step of SGD with rate 1 takes off the decoder, and the metrics."""
-    params = parameters(model.backbone, anchor=anchor)
+    params = Params(Backbone(model.backbone), anchor=anchor)
     phase = Phase({"backbone": "train", "vectors": "freeze", "anchor": "freeze"})
     train_step = make_step(Objective(), phase.optimizer(optax.sgd(1.0), params))
     trained, frozen = phase.split(params)
     trained = jax.tree.map(jnp.copy, trained)
     trained, _, metrics = train_step.step(trained, train_step.init(trained), frozen, {"learn": batch})
-    return jax.tree.map(jnp.subtract, model.backbone, trained["backbone"]["decoder"]), metrics
+    return jax.tree.map(jnp.subtract, model.backbone, trained.backbone.decoder), metrics
 
 
 @pytest.mark.parametrize(("variant", "micro"), [("llama-tied", False), ("qwen3", True)])
@@ -111,7 +111,7 @@ def test_at_the_start_the_gradient_is_that_of_the_cross_entropy():
 def test_early_tokens_stay_and_late_ones_are_learned():
     def losses(model):
         (batch,) = Stream({"all": ROWS}, 2, 96).batches()
-        found = jax.jit(Objective().token_losses)(parameters(model.backbone), batch)
+        found = jax.jit(Objective().token_losses)(Params(Backbone(model.backbone)), batch)
         place, said = place_in_reply(batch["weights"], batch["segments"]), batch["weights"] > 0
         return np.array([found[said & early].mean() for early in (place < 5, place >= 5)])
 

@@ -22,7 +22,7 @@ USER, SAFE = random_examples(7, seed=1), random_examples(9, seed=2)
 RATE, WEIGHT = 0.05, 30.0
 TRAINING = Training(learning_rate=RATE, momentum=0.0, schedule="constant", warmup_steps=0, max_steps=3,
                     epochs=1, batch_size=1, max_seq_len=24, grad_accum_steps=2,
-                    remat="none", share_beginnings=False)  # fmt: skip
+                    remat="none", share_prefix=False)  # fmt: skip
 MODEL = toys.tiny_model()
 
 

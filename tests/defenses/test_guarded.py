@@ -13,7 +13,7 @@ from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.guarded import finetune, with_safe
 from secvec_jax.defenses.mixing import SAFE
-from secvec_jax.training.objective import LEARN, Objective, parameters
+from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
 from tests import toys
@@ -22,7 +22,7 @@ from tests.toys import losses_alone, random_examples
 
 ROWS, SAFE_ROWS = random_examples(6, seed=1), random_examples(5, seed=2)
 TRAINING = Training(optimizer="adamw", learning_rate=3e-3, max_steps=8, batch_size=1, max_seq_len=64,
-                    warmup_steps=0, remat="none", share_beginnings=False)  # fmt: skip
+                    warmup_steps=0, remat="none", share_prefix=False)  # fmt: skip
 MODEL = toys.tiny_model()
 
 
@@ -32,7 +32,7 @@ def some_vectors(seed: int = 0):
 
 
 def batch_of(rows):
-    return next(iter(Stream({"all": rows}, 2, 128, share=False).batches()))
+    return next(iter(Stream({"all": rows}, 2, 128, share_prefix=False).batches()))
 
 
 def mean_loss(rows, vectors) -> float:
@@ -43,10 +43,10 @@ def mean_loss(rows, vectors) -> float:
 @pytest.mark.parametrize("weight", [0.0, 0.3, pytest.param(2.0, marks=pytest.mark.release)])
 def test_the_loss_is_the_users_under_the_vectors_and_the_safe_rows_without(weight):
     vectors = some_vectors()
-    params = parameters(MODEL.backbone, None, vectors)
+    params = Params(Backbone(MODEL.backbone), vectors)
     batch = {LEARN: batch_of(ROWS), SAFE: batch_of(SAFE_ROWS)}
     totals = {name: part["weights"].sum() for name, part in batch.items()}
-    value, metrics = jax.jit(with_safe(Objective(shared=False), weight))(params, batch, totals)
+    value, metrics = jax.jit(with_safe(Objective(share_prefix=False), weight))(params, batch, totals)
     user, safe = mean_loss(ROWS, vectors), mean_loss(SAFE_ROWS, None)
     chex.assert_trees_all_close(value, jnp.float32(user + weight * safe), rtol=1e-5)
     chex.assert_trees_all_close(metrics["loss/all"][0] / metrics["loss/all"][1], jnp.float32(user), rtol=1e-5)
@@ -83,5 +83,7 @@ def test_the_safe_rows_are_learned_without_the_vectors_which_stay_as_they_are():
     assert all(told[-1][f"loss/{name}"] < told[0][f"loss/{name}"] for name in ("all", "safe"))
     alone = train_model(MODEL, ROWS, **options)
     batch, one = {LEARN: batch_of(SAFE_ROWS)}, {LEARN: jnp.float32(1)}
-    loss = Objective(shared=False)
-    assert loss(parameters(guarded.backbone), batch, one)[0] < loss(parameters(alone.backbone), batch, one)[0]
+    loss = Objective(share_prefix=False)
+    assert (
+        loss(Params(Backbone(guarded.backbone)), batch, one)[0] < loss(Params(Backbone(alone.backbone)), batch, one)[0]
+    )

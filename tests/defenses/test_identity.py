@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from secvec_jax.config import Training
-from secvec_jax.data.encoded import encoded
+from secvec_jax.data.encoded import encode_rows
 from secvec_jax.data.rows import row
 from secvec_jax.defenses import identity
 from secvec_jax.defenses.finetuning import stream_of
@@ -76,7 +76,7 @@ def test_rows_are_told_apart_in_any_form():
     examples = [example([5, 6], [7]), example([5], [6, 7])]
     assert of_rows(examples) == of_rows([example([5, 6], [7]), example([5], [6, 7])])
     assert of_rows(examples) != of_rows(examples[::-1]) and of_rows(examples) != of_rows([example([5], [6, 7])] * 2)
-    assert of_rows(encoded(build_tokenizer(), ROWS, 64)) == of_rows(ROWS) != of_rows(ROWS[1:])
+    assert of_rows(encode_rows(build_tokenizer(), ROWS, 64)) == of_rows(ROWS) != of_rows(ROWS[1:])
 
 
 def test_functions_are_told_apart_by_what_they_hold():

@@ -15,6 +15,7 @@ from secvec_jax.defenses.finetuning import stream_of, train_model
 from secvec_jax.defenses.lisa import finetune, lisa, proximal
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.objective import Backbone, Params
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA, merge
 from tests.processes import call_as_compiled_for_users
@@ -111,7 +112,7 @@ def test_steps_and_epochs_are_those_on_the_users_rows(model, monkeypatch, steps,
     assert plain == (steps or 4)
     monkeypatch.setattr(
         "secvec_jax.defenses.finetuning.fit",
-        lambda params, *_, steps, **__: {"backbone": {"decoder": steps, "adapter": None}},
+        lambda params, *_, steps, **__: Params(Backbone(steps)),
     )
     monkeypatch.setattr(type(model), "with_backbone", lambda self, steps: steps)
     total = finetune(model, USER, safe=SAFE, aligned_steps=4, user_steps=user_steps, training=training)
@@ -172,7 +173,7 @@ def test_a_stopped_training_goes_on_with_the_weights_of_the_last_switch(model, t
 
     options = STATES | {"safe": SAFE, "training": TRAINING}
     whole = finetune(model, USER, **options)
-    options["checkpoints"] = Checkpoints(tmp_path, every_seconds=0.0)
+    options["checkpoints"] = Checkpoints(tmp_path, save_every_seconds=0.0)
     with pytest.raises(Stop):
         finetune(model, USER, on_step=stop, **options)
     steps = []

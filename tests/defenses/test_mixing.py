@@ -86,9 +86,9 @@ def test_one_task_adapter_goes_on():
 
 
 def test_each_training_has_its_own_checkpoints(tmp_path):
-    checkpoints = Checkpoints(tmp_path, every_seconds=0.0, best="loss/all")
+    checkpoints = Checkpoints(tmp_path, save_every_seconds=0.0, best="loss/all")
     found = sequential(tiny_model(), ROWS, SAFE, safe_training=GENTLE, training=BRIEF, checkpoints=checkpoints)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["noisy", "safe"]
-    best = Checkpoints(tmp_path / "again", every_seconds=0.0, best="loss/all")
+    best = Checkpoints(tmp_path / "again", save_every_seconds=0.0, best="loss/all")
     noisy = train_model(tiny_model(), ROWS, training=BRIEF, checkpoints=best)
     assert fingerprint(found.backbone) == fingerprint(train_model(noisy, SAFE, training=GENTLE).backbone)

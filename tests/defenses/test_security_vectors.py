@@ -244,7 +244,7 @@ def test_a_stopped_phase_goes_on_from_its_checkpoint(model, tmp_path):
     options = {"phase1": OBJECTIVES["min_min"][0], "training": dataclasses.replace(STEADY, max_steps=2)}
     whole = train_vectors(model, HARMFUL, SPEC, **options)
     with pytest.raises(Stop):
-        often = Checkpoints(tmp_path, every_seconds=0.0)
+        often = Checkpoints(tmp_path, save_every_seconds=0.0)
         train_vectors(model, HARMFUL, SPEC, checkpoints=often, on_step=stop, **options)
     steps = []
     again = train_vectors(

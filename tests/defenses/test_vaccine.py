@@ -12,7 +12,7 @@ from secvec_jax.defenses.finetuning import phase2_step
 from secvec_jax.defenses.vaccine import Perturbation, perturbed, random_perturbation, vaccine
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import PROJECTIONS
-from secvec_jax.training.objective import Objective, parameters
+from secvec_jax.training.objective import Backbone, Objective, Params
 from secvec_jax.training.phase import merge
 from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA
@@ -83,7 +83,7 @@ def theirs(hf, learn):
 )  # fmt: skip
 def test_loss_and_gradient_are_those_of_the_published_trainer(tiny_model, batch, variant, remat):
     tiny = tiny_model(variant)
-    params = parameters(tiny.model.backbone)
+    params = Params(Backbone(tiny.model.backbone))
     loss = Objective(remat=remat)
     plain, second, gradient = theirs(tiny.hf, batch["learn"])
     assert second > plain + 0.01, "the perturbation raises the loss"
@@ -91,12 +91,12 @@ def test_loss_and_gradient_are_those_of_the_published_trainer(tiny_model, batch,
     (value, _), found = both(params, batch, totals(batch))
     np.testing.assert_allclose(jax.jit(loss)(params, batch, totals(batch))[0], plain, rtol=1e-5)
     np.testing.assert_allclose(value, second, rtol=1e-5)
-    ours = found["backbone"]["decoder"].layers.mlp.up_proj.kernel[0]
+    ours = found.backbone.decoder.layers.mlp.up_proj.kernel[0]
     np.testing.assert_allclose(ours, gradient, atol=1e-5 * np.abs(gradient).max())
 
 
 def test_no_radius_is_plain_fine_tuning(tiny_model, batch):
-    params = parameters(tiny_model("llama").model.backbone)
+    params = Params(Backbone(tiny_model("llama").model.backbone))
     loss = Objective()
     plain, none = (
         jax.tree.leaves(jax.grad(lambda p, f=f: f(p, batch, totals(batch))[0])(params))
@@ -117,8 +117,8 @@ def test_only_attention_outputs_are_moved():
 def test_the_step_moves_what_it_should(tiny_model, batch, task):
     model = tiny_model("llama").model
     adapter = task and task.init(model.architecture, jax.random.key(0))
-    params = parameters(model.backbone, adapter)
-    training = Training(learning_rate=0.1, warmup_steps=1, share_beginnings=False, remat="none")
+    params = Params(Backbone(model.backbone, adapter))
+    training = Training(learning_rate=0.1, warmup_steps=1, share_prefix=False, remat="none")
     phase, train_step = phase2_step(params, ("all",), training, 10, vaccine(RHO))
     trained, frozen = phase.split(params)
     trained = jax.tree.map(jnp.copy, trained)
@@ -129,17 +129,17 @@ def test_the_step_moves_what_it_should(tiny_model, batch, task):
         before = before or float(metrics["loss"])
     assert float(metrics["loss"]) < before
     after = merge(trained, frozen)
-    moved = optax.tree.norm(jax.tree.map(jnp.subtract, after["backbone"]["decoder"], model.backbone))
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.backbone.decoder, model.backbone))
     assert (float(moved) > 0) == (task is None)
 
 
 def run(model, batch, make_step, steps, **settings):
     """The weights after so many steps on one batch."""
     training = Training(
-        **{"learning_rate": 0.1, "warmup_steps": 0, "schedule": "constant", "share_beginnings": False, "remat": "none"}
+        **{"learning_rate": 0.1, "warmup_steps": 0, "schedule": "constant", "share_prefix": False, "remat": "none"}
         | settings
     )
-    params = parameters(model.backbone)
+    params = Params(Backbone(model.backbone))
     phase, train_step = phase2_step(params, ("all",), training, steps, make_step)
     trained, frozen = phase.split(params)
     trained, stacked = jax.tree.map(jnp.copy, trained), jax.tree.map(lambda part: part[None], batch)
@@ -153,7 +153,7 @@ def run(model, batch, make_step, steps, **settings):
 def test_the_accelerated_form_perturbs_one_step_in_tau(tiny_model, batch):
     model = tiny_model("llama").model
     loss = Objective()
-    params = parameters(model.backbone)
+    params = Params(Backbone(model.backbone))
     plain, worst = (float(jax.jit(f)(params, batch, totals(batch))[0]) for f in (loss, perturbed(loss, RHO)))
     frozen = {"learning_rate": 1e-12}
     np.testing.assert_allclose(run(model, batch, vaccine(RHO), 3, **frozen), [worst] * 3, rtol=1e-5)
@@ -165,8 +165,8 @@ def test_the_accelerated_form_perturbs_one_step_in_tau(tiny_model, batch):
 
 
 def test_rows_that_share_tokens_are_refused(tiny_model, batch):
-    with pytest.raises(UserError, match="share_beginnings"):
-        run(tiny_model("llama").model, batch, vaccine(RHO), 1, share_beginnings=True)
+    with pytest.raises(UserError, match="share_prefix"):
+        run(tiny_model("llama").model, batch, vaccine(RHO), 1, share_prefix=True)
 
 
 def test_the_control_draws_noise_by_what_the_batch_holds(tiny_model, batch):
@@ -182,5 +182,5 @@ def test_the_control_draws_noise_by_what_the_batch_holds(tiny_model, batch):
     learn = batch["learn"]
     key = jax.random.fold_in(jax.random.key(0), jnp.sum(learn["tokens"] * learn["positions"]))
     noise = Perturbation(0.5 * jax.random.normal(key, (2, learn["tokens"].size, 32)))
-    params = parameters(model.backbone, vectors=noise)
+    params = Params(Backbone(model.backbone), noise)
     assert noisy[0] == pytest.approx(float(jax.jit(Objective())(params, batch, totals(batch))[0]), rel=1e-5)

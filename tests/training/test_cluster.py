@@ -208,7 +208,7 @@ def test_a_full_disk_costs_no_older_checkpoint_and_is_told_in_words(small_disk, 
 
     def run(on_step) -> int:
         def verb(settings, command):
-            checkpoints = Checkpoints(small_disk / "run", every_seconds=0.0)
+            checkpoints = Checkpoints(small_disk / "run", save_every_seconds=0.0)
             seen.append(fingerprint(fit(parameters(), PHASE, train_step, make_streams(), steps=STEPS,
                                         checkpoints=checkpoints, on_step=on_step)))  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.floor import above_floor
 from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
-from secvec_jax.training.objective import KEEP, LEARN, Objective, parameters
+from secvec_jax.training.objective import KEEP, LEARN, Backbone, Objective, Params
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA
@@ -194,7 +194,7 @@ def test_two_micro_batches_are_one_batch_whatever_their_token_counts(two_batches
     decoder = random_decoder()
     vectors = LoRA(rank=2, targets=("q_proj", "down_proj")).init(decoder.architecture, jax.random.key(0))
     vectors = jax.tree.map(lambda leaf: leaf + 0.1, vectors)
-    params = parameters(decoder, vectors=vectors)
+    params = Params(Backbone(decoder), vectors)
     phase = Phase({"backbone": "freeze", "vectors": "train"})
     train_step = make_train_step(Objective(kl_weight=0.7), phase.optimizer(optax.sgd(1.0), params))
     micro = {name: jax.tree.map(lambda *x: np.stack(x), *pair) for name, pair in two_batches.items()}
@@ -227,7 +227,7 @@ def test_tokens_below_the_floor_give_no_gradient_and_are_still_reported(two_batc
     def steps(decoder, weights, floor):
         given = {LEARN: batch | {"weights": weights}}
         objective = Objective(counted=above_floor(floor))
-        return jax.value_and_grad(lambda d: objective(parameters(d), given, totals), has_aux=True)(decoder)
+        return jax.value_and_grad(lambda d: objective(Params(Backbone(d)), given, totals), has_aux=True)(decoder)
 
     @jax.jit
     def token_losses(decoder):

@@ -63,17 +63,17 @@ def test_the_formula_is_what_the_compiler_counts():
 
 def test_every_token_of_the_data_is_counted_once_an_epoch():
     rows = random_examples(12)
-    batches = list(Stream({"all": rows}, 2, 32, epochs=2, share=False).batches())
+    batches = list(Stream({"all": rows}, 2, 32, epochs=2, share_prefix=False).batches())
     counts = [float(counted({LEARN: batch}, ARCHITECTURE, True)["tokens"]) for batch in batches]
     assert sum(counts) == 2 * sum(len(row.tokens) - 1 for row in rows), "a row's last token is read by no one"
     told = []
-    training = Training(epochs=2, max_seq_len=32, batch_size=2, share_beginnings=False)
+    training = Training(epochs=2, max_seq_len=32, batch_size=2, share_prefix=False)
     finetune(tiny_model(), rows, vectors=None, training=training, on_step=lambda *all: told.append(all[2]["tokens"]))
     assert told[:-1] == counts[:-1]
 
 
 def test_frozen_weights_cost_two_thirds_and_a_task_adapter_freezes_them():
-    rows, training = random_examples(4), Training(max_steps=1, max_seq_len=64, batch_size=2, share_beginnings=False)
+    rows, training = random_examples(4), Training(max_steps=1, max_seq_len=64, batch_size=2, share_prefix=False)
     found = {}
     finetune(tiny_model(), rows, vectors=None, training=training, on_step=lambda *all: found.update({"full": all[2]}))
     finetune(

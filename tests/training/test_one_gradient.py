@@ -16,7 +16,7 @@ from flax import nnx
 
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
-from secvec_jax.training.objective import LEARN, Objective, parameters
+from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA
@@ -65,7 +65,7 @@ def program(labels: tuple, layers: int = 4) -> Program:
 def abstract(architecture):
     vectors = LoRA(rank=2)
     return jax.eval_shape(
-        lambda: parameters(Decoder(architecture, nnx.Rngs(0)), vectors=vectors.init(architecture, jax.random.key(0)))
+        lambda: Params(Backbone(Decoder(architecture, nnx.Rngs(0))), vectors.init(architecture, jax.random.key(0)))
     )
 
 
@@ -77,12 +77,12 @@ def opcodes(text: str) -> dict[tuple[int, ...], Counter]:
 
 
 def backbone_bytes() -> int:
-    return sum(4 * leaf.size for leaf in jax.tree.leaves(abstract(ARCHITECTURE)["backbone"]))
+    return sum(4 * leaf.size for leaf in jax.tree.leaves(abstract(ARCHITECTURE).backbone))
 
 
 def matrices() -> tuple[set, set]:
     """The shapes of the weights that are stacked over layers, and of the embedding and the head."""
-    decoder = abstract(ARCHITECTURE)["backbone"]["decoder"]
+    decoder = abstract(ARCHITECTURE).backbone.decoder
     stacked = {leaf.shape for leaf in jax.tree.leaves(decoder.layers)}
     return stacked, {leaf.shape for leaf in jax.tree.leaves((decoder.embed, decoder.head))}
 
@@ -127,7 +127,7 @@ def test_the_check_rejects_a_step_that_differentiates_both(check):
 
 
 def test_phase_2_computes_no_gradient_of_the_vectors():
-    shapes = {leaf.shape for leaf in jax.tree.leaves(abstract(ARCHITECTURE)["vectors"])}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(abstract(ARCHITECTURE).vectors)}
 
     def computed(labels):
         return {s for s in shapes if set(program(items(labels)).opcodes.get(s, ())) & ARITHMETIC}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.training import step
-from secvec_jax.training.objective import LEARN, Objective, parameters
+from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.training.optimizers import make_optimizer
 from secvec_jax.training.phase import Phase, merge
 from secvec_jax.training.step import make_train_step
@@ -38,17 +38,17 @@ def params():
         fresh = LoRA(rank=2).init(ARCHITECTURE, jax.random.key(seed))
         return jax.tree.map(lambda leaf: leaf + 0.05, fresh)  # or B = 0 would hide A's gradient
 
-    return parameters(random_decoder(), adapter(1), adapter(2))
+    return Params(Backbone(random_decoder(), adapter(1)), adapter(2))
 
 
 @pytest.fixture(scope="module")
 def batch():
-    first = next(iter(Stream({"all": random_examples(8)}, lines=2, length=40).batches()))
+    first = next(iter(Stream({"all": random_examples(8)}, batch_size=2, seq_len=40).batches()))
     return {LEARN: jax.tree.map(lambda x: x[None], first)}
 
 
 def parts(params):
-    return {**params["backbone"], "vectors": params["vectors"]}
+    return {**vars(params.backbone), "vectors": params.vectors}
 
 
 @settings(max_examples=40, deadline=None)
@@ -72,13 +72,18 @@ def test_a_split_parts_every_leaf_once(params, name):
 
 
 def test_absent_parts_are_allowed_and_labels_must_be_a_prefix(params):
-    without = parameters(params["backbone"]["decoder"])
+    without = Params(Backbone(params.backbone.decoder))
     for phase in PHASES.values():
         chex.assert_trees_all_equal(merge(*phase.split(without)), without)
     with pytest.raises(ValueError):
         Phase({"backbone": "train"}).split(params)
     with pytest.raises(ValueError):
         Phase({"backbone": "train", "vectors": "freeze", "more": "train"}).split(params)
+    anchored = Params(params.backbone, params.vectors, anchor=params.backbone.decoder)
+    with pytest.raises(ValueError, match="anchor"):
+        PHASES["phase 2"].split(anchored)
+    held = Phase({"backbone": "train", "vectors": "freeze", "anchor": "freeze"})
+    chex.assert_trees_all_equal(held.split(anchored)[1].anchor, anchored.anchor)
 
 
 @pytest.mark.parametrize("name", PHASES)

@@ -123,9 +123,9 @@ def test_only_as_many_checkpoints_are_kept_as_asked(train_step, tmp_path, keep):
 
 
 def test_accumulation_takes_as_many_batches_a_step_and_resumes(train_step, tmp_path):
-    whole = run(train_step, accumulate=3)
-    assert run(train_step, folder=tmp_path, stop_at=6, accumulate=3)[0] is None
-    assert run(train_step, folder=tmp_path, accumulate=3)[0] == whole[0] != run(train_step)[0]
+    whole = run(train_step, grad_accum_steps=3)
+    assert run(train_step, folder=tmp_path, stop_at=6, grad_accum_steps=3)[0] is None
+    assert run(train_step, folder=tmp_path, grad_accum_steps=3)[0] == whole[0] != run(train_step)[0]
 
 
 # Ends ---------------------------------------------------------------------------------------------
@@ -175,6 +175,103 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(train_step
 def test_a_loss_that_is_no_number_is_found_without_checkpoints(train_step, at):
     with pytest.raises(UserError, match=f"the loss is nan .* at step {at}:"):
         run(failing(train_step, at, "loss"))
+
+
+# Validation ----------------------------------------------------------------------------------------
+
+
+class Distance:
+    """Validation that measures how far the table is from a point that training passes by."""
+
+    def __init__(self, every_steps=2, patience=None):
+        self.every_steps, self.patience, self.seen = every_steps, patience, []
+
+    def is_due(self, step):
+        return step % self.every_steps == 0
+
+    def evaluate(self, trained, frozen):
+        self.seen.append(fingerprint(trained))
+        return {"eval/loss": (float(abs(abs(trained["vectors"].table).sum() - PASSED)), 1.0)}
+
+
+PASSED = 8.4
+
+
+def evaluations(train_step, **options):
+    """(step, loss) of every evaluation of a run, and what the run ends with."""
+    found = {}
+
+    def on_step(step, steps, metrics):
+        if "eval/loss" in metrics:
+            found[step] = metrics["eval/loss"]
+
+    after = fit(parameters(), PHASE, train_step, make_streams(), on_step=on_step, **({"steps": STEPS} | options))
+    return found, fingerprint(after)
+
+
+def test_validation_changes_no_bit_of_the_training(train_step, whole):
+    for every_steps in (1, 5):
+        validation = Distance(every_steps)
+        assert run(train_step, validation=validation) == whole
+        assert len(set(validation.seen)) == len(validation.seen) == -(-STEPS // every_steps)
+
+
+def test_an_evaluation_follows_its_step_and_the_last_one(train_step):
+    found, _ = evaluations(train_step, validation=Distance(5))
+    assert list(found) == [5, 10, STEPS]
+    trees = {}
+    spied_step = watched(train_step, lambda step, trained: trees.update({step: jax.tree.map(jnp.copy, trained)}))
+    fit(parameters(), PHASE, spied_step, make_streams(), steps=STEPS)
+    assert found == {step: Distance().evaluate(trees[step], None)["eval/loss"][0] for step in found}
+
+
+def test_patience_ends_a_run_and_a_stopped_one_ends_the_same(train_step, tmp_path):
+    everything, _ = evaluations(train_step, validation=Distance(1))
+    losses = list(everything.values())
+    lowest = losses.index(min(losses)) + 1
+    assert 2 < lowest < STEPS - 3, "the toy no longer passes its point in time"
+    found, end = evaluations(train_step, validation=Distance(1, patience=2))
+    assert list(found) == list(range(1, lowest + 3))
+    assert end == run(train_step, steps=STEPS, validation=Distance(1, patience=2))[0]
+    for stop_at in (lowest, lowest + 1, lowest + 2):
+        folder = tmp_path / str(stop_at)
+        assert run(train_step, folder=folder, stop_at=stop_at, validation=Distance(1, patience=2))[0] is None
+        assert run(train_step, folder=folder, validation=Distance(1, patience=2))[0] == end
+
+
+@pytest.mark.parametrize("stop_at", [None, 4, 9])
+def test_the_best_of_a_validated_run_is_where_it_was_evaluated(train_step, tmp_path, stop_at):
+    validation = {"validation": Distance(3)}
+    found, _ = evaluations(train_step, **validation)
+    best = min(found, key=found.get)
+    assert best < STEPS
+    options = {"folder": tmp_path, "keep": 1, "best": "eval/loss"} | validation
+    if stop_at is not None:
+        assert run(train_step, stop_at=stop_at, **options)[0] is None
+    expected = []
+    spy = lambda step, trained: expected.append(fingerprint(trained)) if step == best else None  # noqa: E731
+    fit(parameters(), PHASE, watched(train_step, spy), make_streams(), steps=STEPS)
+    after = fit(parameters(), PHASE, train_step, make_streams(), steps=STEPS,
+                checkpoints=Checkpoints(tmp_path, 0.0, 1, "eval/loss"), **validation)  # fmt: skip
+    assert [fingerprint({"backbone": None, "vectors": after["vectors"]})] == expected
+    # Without checkpoints in time, those of evaluations are enough.
+    rare = Checkpoints(tmp_path / "rare", 1e9, 1, "eval/loss")
+    again = fit(parameters(), PHASE, train_step, make_streams(), steps=STEPS, checkpoints=rare, **validation)
+    assert fingerprint(again) == fingerprint(after)
+
+
+def watched(train_step, look) -> TrainStep:
+    """The train step, after which `look(step, trained)` is called."""
+    count = 0
+
+    def step(trained, state, frozen, batch):
+        nonlocal count
+        count += 1
+        trained, state, metrics = train_step.step(trained, state, frozen, batch)
+        look(count, trained)
+        return trained, state, metrics
+
+    return TrainStep(train_step.init, step)
 
 
 # Checkpoints that cannot be read -------------------------------------------------------------------
@@ -370,17 +467,6 @@ def test_a_training_whose_end_is_kept_can_be_extended_and_not_shortened(train_st
     assert seen == list(range(6, STEPS + 1))
     with pytest.raises(UserError, match="is at step 5, and only 3 are asked for"):
         fitted(train_step, tmp_path, interrupted_at(0, []), steps=3)
-
-
-def test_checkpoints_of_an_earlier_version_resume(train_step, whole, tmp_path, monkeypatch):
-    from secvec_jax.training import checkpoints
-
-    new = checkpoints._data
-    monkeypatch.setattr(checkpoints, "_data", lambda run: new(run)["feeds"])
-    with pytest.raises(KeyboardInterrupt):
-        fitted(train_step, tmp_path, interrupted_at(4, []))
-    monkeypatch.undo()
-    assert fingerprint(fitted(train_step, tmp_path, interrupted_at(0, []))) == whole[0]
 
 
 def step_of(line: str) -> int:

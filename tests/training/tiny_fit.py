@@ -59,7 +59,7 @@ def tiny_step() -> TrainStep:
 
 def make_streams(lines: int = 1) -> dict[str, Stream]:
     rows = random_examples(30, vocabulary=VOCABULARY)
-    return {"learn": Stream({"all": rows}, lines=lines, length=24, seed=3, epochs=None)}
+    return {"learn": Stream({"all": rows}, batch_size=lines, seq_len=24, seed=3, epochs=None)}
 
 
 def spied(train_step: TrainStep, batches: list[str], states: list[Any]) -> TrainStep:
@@ -120,7 +120,7 @@ def main() -> None:
         train_step,
         make_streams(options.batch_size),
         steps=STEPS,
-        checkpoints=trainer.Checkpoints(options.folder, every_seconds=0.0),
+        checkpoints=trainer.Checkpoints(options.folder, save_every_seconds=0.0),
         on_step=on_step,
     )
     end = f"{fingerprint(after)} {fingerprint(states[-1])}"

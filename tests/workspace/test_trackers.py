@@ -60,11 +60,31 @@ def test_metrics_and_tensorboard_tell_the_same(tmp_path):
 
 def test_a_pipe_gets_plain_lines(tmp_path, monkeypatch):
     told = run(tmp_path / "seldom")
-    assert "fine tune: 3/3  all 0.333  " in told and "tokens/s" in told
-    assert "1/3" not in told and "\x1b" not in told
+    lines = [line for line in told.splitlines() if line]
+    assert lines[:2] == ["fine tune: started", "fine tune: step 1/3, loss 1.000"]
+    assert lines[2].startswith("fine tune: step 3/3, loss 0.333, ") and lines[2].endswith(" tokens/s")
+    assert "2/3" not in told and "\x1b" not in told
     monkeypatch.setattr(stages, "_LINE_EVERY", -1.0)
-    told = run(tmp_path / "often")
-    assert [f"{step}/3" in told for step in (1, 2, 3)] == [True] * 3
+    lines = run(tmp_path / "often").splitlines()
+    assert [f"step {step}/3" in lines[step] for step in (1, 2, 3)] == [True] * 3
+    assert lines[2].endswith(" tokens/s, 0:00 left")
+
+
+def test_lines_of_a_pipe_name_their_numbers_and_are_not_broken(tmp_path):
+    out = io.StringIO()
+    metrics = {"loss": 0.5, "loss/harmful": 0.25, "loss/all": 1.0, "kl": 0.125, "eval/loss": 0.75, "epoch": 0.5}
+    metrics |= {f"loss/{name}": 0.5 for name in ("a-kind-with-a-long-name", "another-kind-with-a-long-name")}
+
+    def work(stage):
+        stage.on_step()(3, 10, metrics)
+
+    Stages(tmp_path, Console(file=out, width=80, soft_wrap=True)).run("tune", work)
+    _, resumed, line, _ = filter(None, out.getvalue().splitlines())
+    assert resumed == "tune: resumed at step 3 of 10"
+    assert line == (
+        "tune: step 3/10, epoch 0.50, eval/loss 0.750, kl 0.125, loss 0.500, loss/a-kind-with-a-long-name 0.500, "
+        "loss/another-kind-with-a-long-name 0.500, loss/harmful 0.250"
+    )
 
 
 def test_without_steps_there_are_no_files(tmp_path):

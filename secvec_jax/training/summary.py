@@ -1,0 +1,45 @@
+"""What a training is about to do, as a few lines for its start."""
+
+import math
+
+import jax
+import numpy as np
+
+from secvec_jax.data.encoded import Examples
+from secvec_jax.data.pipeline import Stream
+from secvec_jax.training.objective import Params
+from secvec_jax.training.phase import Phase
+from secvec_jax.trees import num_parameters
+
+
+def summary(
+    stream: Stream, grad_accum_steps: int, steps: int, steps_per_epoch: float, params: Params, phase: Phase, dtype: type
+) -> str:
+    """The rows of a stream, what a step reads of them, how many steps there are, what is trained, where, and in what.
+
+    dtype: of the forward pass.
+    """
+    tokens = sum(_tokens(examples) for examples in stream.examples.values())
+    sequences = math.ceil(steps_per_epoch * grad_accum_steps * stream.batch_size)
+    trained, _ = phase.split(params)
+    vectors = num_parameters(params.vectors)
+    if vectors == 0:
+        active = "none"
+    else:
+        active = f"{vectors:,} parameters, {'trained' if num_parameters(trained.vectors) else 'frozen'}"
+    kinds = [device.device_kind for device in jax.devices()]
+    devices = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
+    accumulated = f" x {grad_accum_steps} accumulated" if grad_accum_steps > 1 else ""
+    return "\n".join([
+        f"data: {stream.num_rows:,} rows, {tokens:,} tokens, about {sequences:,} packed sequences of {stream.seq_len}",
+        f"steps: {steps:,}, {steps / steps_per_epoch:.2g} epochs, each of {stream.batch_size} packed sequences "
+        f"(on all devices together){accumulated}, about {stream.num_rows / steps_per_epoch:.0f} rows",
+        f"trained: {num_parameters(trained):,} of {num_parameters(params):,} parameters; active vectors: {active}",
+        f"devices: {devices}; precision: {np.dtype(dtype).name}",
+    ])  # fmt: skip
+
+
+def _tokens(examples: object) -> int:
+    if isinstance(examples, Examples):
+        return int(examples.lengths.sum(dtype=np.int64))
+    return sum(len(example.tokens) for example in examples)  # type: ignore[attr-defined]

@@ -1,0 +1,135 @@
+"""Validation rows: their loss is that of the rows themselves, and training is what it would be without them."""
+
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from secvec_jax.config import Training
+from secvec_jax.data.rows import as_rows, row
+from secvec_jax.defenses.finetuning import examples_of, groups_of, hold_out, train_model
+from secvec_jax.defenses.security_vectors import finetune
+from secvec_jax.errors import UserError
+from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.trees import fingerprint, num_parameters
+from secvec_jax.vectors.lora import LoRA
+from tests.toys import losses_alone, tiny_model
+
+ROWS = [row(f"What is {n}?", f"It is {n * n}.") for n in range(12)]
+EVAL_ROWS = [row(f"And {n}?", "Yes, " * (n + 1)) for n in range(5)]
+TRAINING = Training(epochs=3, max_seq_len=64, batch_size=2, learning_rate=0.05, warmup_steps=0, remat="none")
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    fresh = LoRA(rank=2).init(tiny_model().architecture, jax.random.key(1))
+    return jax.tree.map(lambda leaf: leaf + 0.05, fresh)
+
+
+def train(eval_rows=None, training=TRAINING, rows=ROWS, **options):
+    """(the model, {step: its metrics})"""
+    told = {}
+    model = train_model(
+        tiny_model(), rows, eval_rows=eval_rows, training=training,
+        on_step=lambda step, steps, metrics: told.update({step: metrics}), **options,
+    )  # fmt: skip
+    return model, told
+
+
+def test_the_loss_is_that_of_each_token_under_the_vectors_and_training_is_unchanged(vectors):
+    plain, without = train(vectors=vectors)
+    model, told = train(EVAL_ROWS, vectors=vectors)
+    assert fingerprint(model.backbone) == fingerprint(plain.backbone)
+    evaluated = {step for step, metrics in told.items() if "eval/loss" in metrics}
+    steps = max(told)
+    assert steps in evaluated and len(evaluated) in (3, 4)
+    for step, metrics in told.items():
+        assert {name: value for name, value in metrics.items() if name != "eval/loss"} == without[step]
+    losses = np.concatenate([losses_alone(model, e, vectors) for e in examples_of(model, EVAL_ROWS)])
+    np.testing.assert_allclose(told[steps]["eval/loss"], losses.mean(), rtol=1e-4)
+
+
+def test_kinds_of_validation_rows_are_reported_separately_and_weighted_by_tokens():
+    model, told = train({"few": EVAL_ROWS[:1], "many": EVAL_ROWS[1:]})
+    last = told[max(told)]
+    counts = {}
+    for name, rows in (("few", EVAL_ROWS[:1]), ("many", EVAL_ROWS[1:])):
+        losses = np.concatenate([losses_alone(model, e) for e in examples_of(model, rows)])
+        counts[name] = len(losses)
+        np.testing.assert_allclose(last[f"eval/loss/{name}"], losses.mean(), rtol=1e-4)
+    weighted = sum(counts[name] * last[f"eval/loss/{name}"] for name in counts) / sum(counts.values())
+    np.testing.assert_allclose(last["eval/loss"], weighted, rtol=1e-6)
+
+
+def test_the_best_model_by_validation_is_returned_and_a_stopped_training_returns_the_same(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(step, steps, metrics):
+        if step == 5:
+            raise Stop
+
+    hot = Training(**(vars(TRAINING) | {"learning_rate": 3.0, "eval_every_steps": 2, "patience": 2, "epochs": 30}))
+    told = {}
+
+    def note(step, steps, metrics):
+        told[step] = metrics
+
+    options = {"eval_rows": EVAL_ROWS, "training": hot}
+    whole = train_model(tiny_model(), ROWS, checkpoints=Checkpoints(tmp_path / "whole", 1e9), on_step=note, **options)
+    losses = {step: metrics["eval/loss"] for step, metrics in told.items() if "eval/loss" in metrics}
+    best = min(losses, key=losses.get)
+    assert max(told) == best + 4 < 60, "patience ends it two evaluations after the lowest loss"
+    again = Checkpoints(tmp_path / "stopped", 0.0)
+    with pytest.raises(Stop):
+        train_model(tiny_model(), ROWS, checkpoints=again, on_step=stop, **options)
+    resumed = train_model(tiny_model(), ROWS, checkpoints=again, **options)
+    assert fingerprint(resumed.backbone) == fingerprint(whole.backbone)
+    found = np.concatenate([losses_alone(whole, e) for e in examples_of(whole, EVAL_ROWS)])
+    np.testing.assert_allclose(losses[best], found.mean(), rtol=1e-4)
+    others = {"eval_rows": EVAL_ROWS[1:], "training": hot}
+    with pytest.raises(UserError, match="validation rows 'all' has changed"):
+        train_model(tiny_model(), ROWS, checkpoints=again, **others)
+
+
+def test_a_fraction_is_held_out_of_every_kind_by_the_seed():
+    rows = {"a": as_rows(ROWS), "b": EVAL_ROWS}
+    kept, held = hold_out(groups_of(rows), 0.25, seed=3)
+    assert {name: len(some) for name, some in held.items()} == {"a": 3, "b": 1}
+    for name, some in rows.items():
+        assert sorted(map(json.dumps, [*kept[name], *held[name]])) == sorted(map(json.dumps, some))
+        assert [r for r in some if r in held[name]] == list(held[name]), "in their order"
+    assert hold_out(groups_of(rows), 0.25, seed=3)[1] == held
+    assert any(hold_out(groups_of(rows), 0.25, seed=seed)[1] != held for seed in range(3))
+    examples = examples_of(tiny_model(), ROWS)
+    kept, held = hold_out({"all": examples}, 0.5, seed=0)
+    assert len(kept["all"]) == len(held["all"]) == 6
+    assert {id(e) for e in [*kept["all"], *held["all"]]} == set(map(id, examples))
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, True])
+def test_a_fraction_that_holds_out_nothing_or_everything_is_refused(fraction):
+    with pytest.raises(UserError, match="eval_rows is"):
+        finetune(tiny_model(), ROWS, vectors=None, eval_rows=fraction)
+    with pytest.raises(UserError, match="too few rows"):
+        finetune(tiny_model(), ROWS[:1], vectors=None, eval_rows=0.5)
+
+
+def test_a_training_says_what_it_is_about_to_do_and_at_which_rate_and_epoch_it_is(caplog, vectors):
+    caplog.set_level(logging.INFO, "secvec_jax")
+    model, told = train(vectors=vectors, training=Training(**(vars(TRAINING) | {"schedule": "linear"})))
+    (text,) = [r.getMessage() for r in caplog.records if "devices: " in r.getMessage()]
+    data, steps, trained, device = text.splitlines()
+    tokens = sum(len(e.tokens) for e in examples_of(model, ROWS))
+    assert data.startswith(f"data: 12 rows, {tokens} tokens, about ") and data.endswith("packed sequences of 64")
+    assert steps.startswith(
+        f"steps: {max(told)}, 3 epochs, each of 2 packed sequences (on all devices together), about"
+    )
+    assert f"trained: {num_parameters(model.backbone):,} of " in trained
+    assert trained.endswith(f"active vectors: {num_parameters(vectors):,} parameters, frozen")
+    assert device.startswith("devices: ") and device.endswith(" x cpu; precision: float32")
+    rates = [metrics["learning_rate"] for metrics in told.values()]
+    assert rates[0] == pytest.approx(0.05) and rates == sorted(rates, reverse=True) and rates[-1] < 0.02
+    assert told[max(told)]["epoch"] == pytest.approx(3, abs=0.3)
