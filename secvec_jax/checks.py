@@ -144,10 +144,10 @@ def checked(target: Checked) -> Checked:
 
 def hints_of(kind: Any) -> dict[str, Any]:
     """The declared types of a checked dataclass's settings, with their bounds."""
-    found: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        found |= vars(base).get("_hints", {})
-    return found if found else typing.get_type_hints(kind, include_extras=True)
+    checked_bases = [base for base in reversed(kind.__mro__) if "_hints" in vars(base)]
+    if not checked_bases:
+        return typing.get_type_hints(kind, include_extras=True)
+    return {name: hint for base in checked_bases for name, hint in vars(base)["_hints"].items()}
 
 
 def defaults_of(kind: Any) -> dict[str, Any]:

@@ -4,22 +4,25 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
 import eval as judging
 import train
+from secvec_jax.config import Training
 from secvec_jax.data import sources
 from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses import registry
+from secvec_jax.defenses.registry import read_defense
 from secvec_jax.evaluation import metrics
-from secvec_jax.grid import registry
 from secvec_jax.model import families, hub
 from secvec_jax.model.families import FAMILIES
 from tests.conftest import build_hf_model
-from tests.toys import build_tokenizer
+from tests.defenses.toy_inputs import ToyInputs
+from tests.toys import build_tokenizer, tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,9 +78,16 @@ def test_no_defense_is_left_out():
     assert all(len(text.strip()) > 60 for text in documented)
 
 
-def test_the_defenses_of_a_grid_are_listed():
-    listed = (ROOT / "docs" / "defenses.md").read_text()
-    assert [name for name in registry.DEFENSES if f"`{name}`" not in listed] == []
+@pytest.mark.parametrize("defense", registry.DEFENSES.values(), ids=lambda defense: defense.name)
+def test_every_defense_is_listed_with_its_settings_stage_and_needs(defense):
+    page = (ROOT / "docs" / "defenses.md").read_text()
+    (line,) = re.findall(rf"(?m)^\| `{defense.name}` \| (.*) \|$", page)
+    settings, stage, needs, cost, source = (cell.strip() for cell in line.split("|"))
+    given = dict(setting.strip("`").partition("=")[::2] for setting in settings.split(", ") if setting)
+    assert list(given) == [field.name for field in dataclasses.fields(defense)]
+    spelled = {name: yaml.safe_load(value) if value else "" for name, value in given.items()}
+    assert read_defense({"name": defense.name, **spelled}) == defense(), "the defaults"
+    assert stage == defense.stage and needs == (", ".join(defense.needs) or "-") and cost and source
 
 
 def example(title: str) -> str:
@@ -114,12 +124,11 @@ def test_a_family_can_be_added(monkeypatch, tmp_path, tokens, logits, hf_logits,
 def test_a_defense_can_be_added(monkeypatch):
     monkeypatch.setattr(registry, "DEFENSES", dict(registry.DEFENSES))
     exec(example("defense"), {})
-    assert registry.parsed("first rows share=0.25") == ("first rows", {"share": 0.25})
-    seen = []
-
-    case = SimpleNamespace(
-        rows={"attack": list(range(8)), "task": [1]}, train=lambda rows: seen.append(rows) or "model"
-    )
-    defended = registry.DEFENSES["first rows"](case, share=0.25)
-    assert seen == [{"attack": [0, 1], "task": [1]}]
+    defense = read_defense({"name": "first rows", "share": 0.25})
+    assert defense.label == "first rows share=0.25"
+    trained_on = []
+    inputs = ToyInputs(tiny_model(), {"attack": list(range(8)), "task": [1]}, training=Training())
+    monkeypatch.setattr(inputs, "finetune", lambda rows: trained_on.append(rows) or "model")
+    defended = defense.apply(inputs)
+    assert trained_on == [{"attack": [0, 1], "task": [1]}]
     assert defended.model == "model" and defended.notes == {"rows": 3.0}

@@ -28,6 +28,7 @@ from secvec_jax.defenses import (
     ewc,
     finetuning,
     floor,
+    forget_filter,
     guarded,
     lisa,
     mixing,
@@ -35,11 +36,12 @@ from secvec_jax.defenses import (
     security_vectors,
     vaccine,
 )
+from secvec_jax.defenses.controls import PlainFinetuning
 from secvec_jax.defenses.finetuning import PHASE2
+from secvec_jax.defenses.registry import read_defense
 from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, align, finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.grid.grid import Plan
-from secvec_jax.grid.registry import parsed
 from secvec_jax.model.decoder import abstract_decoder, leaf_name
 from secvec_jax.recipes import verbs
 from secvec_jax.sharding import make_mesh
@@ -106,8 +108,9 @@ def test_all_three_ways_give_the_same_settings_or_the_same_refusal(from_command_
         assert made(lambda: from_command_line(verb, edit)) == python
 
 
-REQUIRED = {"defense": "none", "examples": {"all": [1]}, "lines": 2, "length": 8, "prompts": (), "score": len,
-            "refusals": (), "model": "x", "folder": Path("x"), "experiment": Experiment(), "out": "x"}  # fmt: skip
+REQUIRED = {"defense": PlainFinetuning(), "examples": {"all": [1]}, "lines": 2, "length": 8, "prompts": (),
+            "score": len, "refusals": (), "model": "x", "folder": Path("x"), "experiment": Experiment(),
+            "out": "x"}  # fmt: skip
 """Of settings that have no default."""
 
 
@@ -166,14 +169,15 @@ def test_every_setting_that_counts_or_measures_has_bounds():
         (lambda: guarded.guarded(math.inf), "weight is inf"),
         (lambda: constrained_sft.constrained(beta=0), "beta is 0.0"),
         (lambda: floor.floored(-1), "nats is -1.0"),
-        (lambda: mixing.vlguard([1], [1], share=-1), "share is -1.0"),
+        (lambda: mixing.with_safe_rows([1], [1], share=-1), "share is -1.0"),
         (lambda: persona.persona_directions(None, [], [], scale=0), "scale is 0.0"),
-        (lambda: parsed("vaccine rho=-1"), "'vaccine': rho is -1.0"),
-        (lambda: parsed("vaccine roh=1"), "did you mean 'rho'"),
-        (lambda: parsed("vaccine rho=1 rho=2"), "rho is given twice"),
-        (lambda: parsed("sequential steps=2.5"), "steps is 2.5: it must be an integer"),
-        (lambda: parsed("security vectors inner=perhaps"), "inner is 'perhaps': it must be true or false"),
-        (lambda: parsed("vacine"), "did you mean 'vaccine'"),
+        (lambda: read_defense({"name": "vaccine", "rho": -1}), "'vaccine': rho is -1.0"),
+        (lambda: read_defense({"name": "vaccine", "roh": 1}), "did you mean 'rho'"),
+        (lambda: vaccine.Vaccine(roh=1), "did you mean 'rho'"),
+        (lambda: read_defense({"name": "sequential", "steps": 2.5}), "steps is 2.5: it must be an integer"),
+        (lambda: read_defense({"name": "security vectors", "inner": "perhaps"}), "inner is 'perhaps': it must be"),
+        (lambda: read_defense("vacine"), "did you mean 'vaccine'"),
+        (lambda: forget_filter.ForgetFilter(phi=1.5), "phi is 1.5: it must be at least -1 and at most 1"),
         (lambda: config.from_dict(Plan, {"blocks": [{}, {"poison": [0.1, 1.5]}]}), r"blocks\[1\].poison\[1\] is 1.5"),
     ],
 )  # fmt: skip
@@ -196,6 +200,9 @@ def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(tmp_path):
     path.write_text("training:\n  epochs: 1\n  epochs: 2\n")
     with pytest.raises(UserError, match="line 3: 'epochs' is given twice"):
         config.load(verbs.Align, path)
+    path.write_text("blocks:\n  - defense: [none, {name: vaccine, rho: 1, rho: 2}]\n")
+    with pytest.raises(UserError, match="line 2: 'rho' is given twice"):
+        config.load(Plan, path)
     path.write_text(
         "blocks:\n  - &a {epochs: [1], samples: [7]}\n  - &b {<<: *a, epochs: [2]}\n  - {<<: *b, seed: [1]}\n"
     )

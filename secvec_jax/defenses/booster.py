@@ -5,19 +5,21 @@ With f the loss on alignment rows and h the loss on harmful ones,
 
     min_w  f(w) + λ ( h(w) - h(w - α ∇h(w)/‖∇h(w)‖) )
 
-The second term is what one normalized step on harmful rows would take off their loss. As in the paper the step counts
-as a constant, so the gradient is
+The second term is how much one normalized step on harmful rows would lower their loss. As in the paper, the step is
+treated as a constant, so the gradient is
 
     ∇f(w) + λ ( ∇h(w) - ∇h(w - α ∇h(w)/‖∇h(w)‖) )
 
-with one norm over all trained weights. In the paper these are a LoRA's (rank 32, alpha 4, on q, k and v; AdamW at
-5e-4), which the user's fine-tuning then goes on with, and λ = 5, α = 0.1.
+with one norm over all trained weights; λ = 5 and α = 0.1.
 
-Acts in alignment. Costs three forward and three backward passes a step, two of them on harmful rows, and three copies
-of the trained weights' size more.
+Acts in alignment. Each step costs three forward and three backward passes, two of them on harmful rows, and memory for
+three more copies of the trained weights. In the paper the trained weights are those of a LoRA (rank 32, alpha 4, on q,
+k and v; AdamW at 5e-4), which the user's fine-tuning then continues to train. Here the LoRA is merged before
+fine-tuning, a setting that the authors report to fail, and the grid has 100 harmful rows.
 """
 
-from dataclasses import replace
+import dataclasses
+from functools import partial
 from typing import Any, Unpack
 
 import jax
@@ -25,6 +27,7 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, PositiveFloat, checked
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, train_model
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
 from secvec_jax.model.hub import Model
@@ -38,6 +41,25 @@ HARMFUL = "harmful"
 
 
 @checked
+@dataclasses.dataclass(frozen=True)
+class Booster(Defense):
+    """Plain fine-tuning of a model that was aligned so that a step on harmful rows gains little."""
+
+    name = "booster"
+    stage = "alignment"
+    needs = ("base model", "safe rows", "harmful rows")
+
+    weight: NonNegativeFloat = 5.0
+    """λ, of the loss that the simulated step takes off"""
+    alpha: PositiveFloat = 0.1
+    """α, the length of the simulated step"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        hardened = partial(align, harmful=inputs.harmful, weight=self.weight, alpha=self.alpha)
+        return Defended(inputs.finetune(inputs.align(self.label, hardened)))
+
+
+@checked
 def align(
     model: Model,
     rows: Any,
@@ -47,7 +69,7 @@ def align(
     alpha: PositiveFloat = 0.1,
     **options: Unpack[FinetuneOptions],
 ) -> Model:
-    """The model aligned on `rows`, hardened against steps on `harmful` ones; by default trained as `sv.align` trains.
+    """The model aligned on `rows` and hardened against steps on `harmful` rows, with the defaults of `sv.align`.
 
     weight: λ. alpha: α, the length of the simulated step over all trained weights.
     """
@@ -61,10 +83,10 @@ def align(
 
 @checked
 def booster(weight: NonNegativeFloat = 5.0, alpha: PositiveFloat = 0.1) -> TrainStepMaker:
-    """Booster's step. Reports the harmful loss before the simulated step, and by how much that lowers it."""
+    """Booster's train step. Reports the harmful loss before the simulated step, and how much the step lowers it."""
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
-        by_rows, by_harmful = gradient_of(loss), gradient_of(replace(loss, groups=(HARMFUL,)))
+        by_rows, by_harmful = gradient_of(loss), gradient_of(dataclasses.replace(loss, groups=(HARMFUL,)))
 
         def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
             attack = {LEARN: batch[HARMFUL]}

@@ -4,18 +4,17 @@ Ablation Fine-Tuning", arXiv 2507.16795): what a model cannot represent while it
     ablation = concept_directions(model, shown, hidden, k=2, layers=[12, 16, 20])
     tuned = train_model(model, rows, vectors=ablation)    # nothing at inference
 
-Behind layer l the stream loses its part in the span of the orthonormal directions Q_l `[D, k]`, in every forward pass
-and, since the projection is differentiated, in every backward pass:
+After layer l the component of the residual stream in the span of the orthonormal directions Q_l `[D, k]` is removed, in
+every forward pass and, since the projection is differentiated, in every backward pass:
 
     h_l  ->  h_l - Q_l Q_lᵀ h_l
 
-The paper takes Q from a PCA of activation differences or a sparse autoencoder, and a person picks the components that
-mean the concept. Here the rows say what is meant, and Q_l are the k principal directions of the differences of
-rows that show it from rows that do not. The differences are not centered: their mean is the concept itself, and would
-be lost.
+The paper takes Q from a PCA of activation differences or from a sparse autoencoder, and a person picks the components
+that stand for the concept. Here the rows define the concept: Q_l are the k principal directions of the differences
+between rows that show it and rows that do not. The differences are not centered, since their mean is the concept.
 
-Acts in fine-tuning. Costs one forward pass for each row shown or hidden, and two products of `[D, k]` per token and
-layer in training.
+Acts in fine-tuning. Costs one forward pass over the rows that show the concept and those that do not, once, and two
+products with `[D, k]` per token and layer in training.
 """
 
 import dataclasses
@@ -27,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.activations import layer_mask, reply_means
-from secvec_jax.checks import checked
+from secvec_jax.checks import PositiveInt, checked
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.errors import UserError
 from secvec_jax.model.adapter import Adapter
@@ -36,10 +36,27 @@ from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
 
 
+@checked
+@dataclasses.dataclass(frozen=True)
+class CAFT(Defense):
+    """Fine-tuning with the behavior's directions removed from the residual stream."""
+
+    name = "caft"
+    stage = "fine-tuning"
+    needs = ("harmful rows", "contrast rows")
+
+    k: PositiveInt = 1
+    """directions per layer"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        ablation = concept_directions(inputs.aligned, inputs.harmful, inputs.contrast, self.k)
+        return Defended(inputs.finetune(vectors=ablation))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ablation(Adapter):
-    """An adapter that takes `directions` `[L, D, k]`, orthonormal in each layer or zero, out of the residual stream."""
+    """An adapter that removes `directions` `[L, D, k]`, orthonormal in each layer or zero, from the residual stream."""
 
     directions: jax.Array
 
@@ -49,8 +66,8 @@ class Ablation(Adapter):
         return x - (x @ directions) @ directions.T
 
     def axes(self) -> "Ablation":
-        """The logical axes: directions are small and lie whole on every device."""
-        return jax.tree.map(lambda _: ("layers", None, None), self)  # a frozen adapter is in some trees without arrays
+        """The logical axes: directions are small, and replicated on every device."""
+        return jax.tree.map(lambda _: ("layers", None, None), self)  # some trees hold a frozen adapter without arrays
 
     def check(self, architecture: Architecture) -> None:
         """Raises UserError if the directions do not fit the architecture."""
@@ -63,15 +80,15 @@ class Ablation(Adapter):
 def concept_directions(
     model: Model, shown: Any, hidden: Any, k: int = 1, layers: Sequence[int] | None = None, paired: bool = False
 ) -> Ablation:
-    """The ablation of the k directions along which replies that show the concept differ most from others; zero, so
-    nothing is ablated, outside of `layers`.
+    """The ablation of the k directions along which replies that show the concept differ most from other replies.
 
-    They are the leading right singular vectors of the differences of `reply_means`: of each row of `shown` less the
-    mean of those of `hidden`. paired: less row i of `hidden`, the same prompt with another reply, in place of the mean.
-    The strongest come first: `Ablation(found.directions[..., :1])` is that of k = 1.
+    The directions are the leading right singular vectors of differences of `reply_means`: each row of `shown` minus the
+    mean over `hidden`, or, with `paired`, minus row i of `hidden`, which has the same prompt and another reply. The
+    strongest direction comes first: `Ablation(found.directions[..., :1])` is the ablation for k = 1.
 
-    shown, hidden: rows or examples, as for `train_model`. layers: counted from 0; None: all. Raises UserError if there
-    are no pairs, fewer than k rows, or no such layer.
+    shown, hidden: rows or examples, as for `train_model`. layers: counted from 0; None: all. In other layers the
+    directions are zero, so nothing is ablated. Raises UserError if there are no pairs, fewer than k rows, or no such
+    layer.
     """
     mask = layer_mask(model, layers)
     means, others = (reply_means(model, examples_of(model, rows)) for rows in (shown, hidden))

@@ -1,5 +1,5 @@
 """Constrained fine-tuning (Qi et al. 2024, "Safety Alignment Should Be Made More Than Just a Few Tokens Deep", arXiv
-2406.05946): the first tokens of a reply, on which safety hangs, hardly move away from the aligned model.
+2406.05946): the first tokens of a reply, on which safety depends, stay close to the aligned model.
 
 The loss of the t-th token of a reply (equation 3) is, with σ the logistic function,
 
@@ -9,15 +9,15 @@ and its gradient is that of the cross-entropy times
 
     2 ( 1 - σ( β_t log( π_w / π_aligned ) ) )
 
-which is 1 at the start and falls as the token becomes likelier than it was: the sooner, the larger β_t. β_t is 0.1,
-20 times as much for tokens 2 to 5, and 5 times for the first, which starts out so unlikely that σ would be saturated
-at once. (The published code multiplies the cross-entropy with this factor as a constant, but no less than 1e-3.)
+which is 1 at the start and falls as the token becomes more likely than it was, faster for larger β_t. β_t is 0.1,
+20 times that for tokens 2 to 5, and 5 times for the first, which starts out so unlikely that σ would saturate at once.
+(The published code multiplies the cross-entropy by this factor as a constant, with a minimum of 1e-3.)
 
-Acts in fine-tuning. Costs one more forward pass per batch, without gradients, and a copy of the decoder where all
-weights are trained.
+Acts in fine-tuning. Each batch costs one more forward pass without gradients; where all weights are trained, training
+also keeps a copy of the decoder.
 """
 
-from dataclasses import replace
+import dataclasses
 from typing import Any, Unpack
 
 import jax
@@ -26,10 +26,26 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import PositiveFloat, checked
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, train_model
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import Objective, Params, as_it_was
 from secvec_jax.training.step import TrainStep, make_train_step
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class ConstrainedSFT(Defense):
+    """Fine-tuning that keeps the first tokens of a reply close to the aligned model."""
+
+    name = "constrained sft"
+    stage = "fine-tuning"
+
+    beta: PositiveFloat = 0.1
+    """β of tokens after the fifth"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        return Defended(finetune(inputs.aligned, inputs.rows, beta=self.beta, **inputs.options))
 
 
 @checked
@@ -42,15 +58,18 @@ def finetune(
     early: PositiveFloat = 20.0,
     **options: Unpack[FinetuneOptions],
 ) -> Model:
-    """The model fine-tuned on `rows`, held to `model` by itself, without `task`. beta: β of late tokens; first, early:
-    how many times as much it is for the first token of a reply, and for the next four."""
+    """The model fine-tuned on `rows`, with replies whose first tokens stay close to those of `model` without `task`.
+
+    beta: β of tokens after the fifth. first, early: the factor on β for the first token of a reply, and for the next
+    four.
+    """
     return train_model(model, rows, anchor=model.backbone, make_step=constrained(beta, first, early), **options)
 
 
 @checked
 def constrained(beta: PositiveFloat = 0.1, first: PositiveFloat = 5.0, early: PositiveFloat = 20.0) -> TrainStepMaker:
-    """Gradient steps on l_t, for an anchor that is the aligned decoder. What is reported apart for the kinds of rows
-    stays the cross-entropy."""
+    """Gradient steps on l_t, with the aligned decoder as the anchor. The loss reported by kind of rows is still the
+    cross-entropy."""
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         def counted(losses: jax.Array, params: Params, batch: Batch) -> jax.Array:
@@ -59,15 +78,15 @@ def constrained(beta: PositiveFloat = 0.1, first: PositiveFloat = 5.0, early: Po
             gain = loss.token_losses(as_it_was(params), batch) - losses
             return -2 / betas * jax.nn.log_sigmoid(betas * gain)
 
-        return make_train_step(replace(loss, counted=counted), optimizer)
+        return make_train_step(dataclasses.replace(loss, counted=counted), optimizer)
 
     return make_step
 
 
 def place_in_reply(weights: jax.Array, segments: jax.Array) -> jax.Array:
-    """How many tokens of its reply stand before each supervised one, `[B, T]`; anything elsewhere.
+    """The position of each supervised token in its reply, from 0, `[B, T]`; arbitrary at other tokens.
 
-    A reply is a run of tokens of one segment with weights above 0: a conversation in a packed line has one per turn.
+    A reply is a run of tokens of one segment with weights above 0: a packed conversation has one per turn.
     """
     said = weights > 0
     goes_on = said[:, :-1] & said[:, 1:] & (segments[:, :-1] == segments[:, 1:])

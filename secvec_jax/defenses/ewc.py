@@ -3,19 +3,20 @@ arXiv 1612.00796), as a baseline of Vaccine (Huang et al. 2024, arXiv 2402.01109
 
     min_w  L(w) + λ Σ_i F_i (w_i - w0_i)²        F_i = Σ_b (∂L_b/∂w_i)²  at w0
 
-w0 are the trained weights at the start, and b the mini-batches of one pass over alignment rows, each with the mean
-loss L_b of its tokens. As in Vaccine's code there is no factor 1/2, and F is a sum over batches and not a mean over
-rows: the same λ is stronger with more rows, and with batches of fewer rows.
+w0 are the trained weights at the start, b are the mini-batches of one pass over alignment rows, and L_b is the mean
+loss over the tokens of a batch. As in Vaccine's code there is no factor 1/2, and F is a sum over batches, not a mean
+over rows: the same λ is stronger with more rows and with smaller batches.
 
-There the trained weights are those of the LoRA that alignment trained, and λ = 1e9 (1e6 and 1e12 were tried too). A
-fresh LoRA has B = 0, so F = 0 for all of A: what holds it is B alone. The penalty is a spring of stiffness 2 λ F_i:
-plain gradient steps diverge where the learning rate is above 1 / (λ F_i). Take adamw, as there, or a small λ.
+In that code the trained weights are those of the LoRA that alignment trained, and λ = 1e9 (1e6 and 1e12 were also
+tried). A fresh LoRA has B = 0, so F = 0 for all of A, and the penalty acts on B alone. The penalty is a spring of
+stiffness 2 λ F_i: plain gradient steps diverge if the learning rate exceeds 1 / (λ F_i). Use adamw, as that code does,
+or a small λ: the default in the grid is 1e3.
 
-Acts in fine-tuning. Costs one forward and one backward pass over the alignment rows, once, and two copies of the
-trained weights' size (w0 and F) beside them.
+Acts in fine-tuning. Costs one forward and one backward pass over the alignment rows, once, and memory for two more
+copies of the trained weights (w0 and F).
 """
 
-from dataclasses import replace
+import dataclasses
 from functools import partial
 from typing import Any, Unpack
 
@@ -26,6 +27,7 @@ import optax
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.config import Training
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import (
     PHASE2,
     FinetuneOptions,
@@ -44,12 +46,29 @@ from secvec_jax.vectors.lora import LoRA, LoRAVectors
 
 
 @checked
+@dataclasses.dataclass(frozen=True)
+class EWC(Defense):
+    """Fine-tuning with a penalty on changes of the weights that matter most to alignment."""
+
+    name = "ewc"
+    stage = "fine-tuning"
+    needs = ("safe rows",)
+
+    weight: NonNegativeFloat = 1e3
+    """λ, of the penalty"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        model = finetune(inputs.aligned, inputs.rows, safe=inputs.safe, weight=self.weight, **inputs.options)
+        return Defended(model)
+
+
+@checked
 def finetune(
     model: Model, rows: Any, *, safe: Any, weight: NonNegativeFloat = 1e9, **options: Unpack[FinetuneOptions]
 ) -> Model:
-    """The model fine-tuned on `rows`, its weights held where the `safe` rows need them. weight: λ."""
+    """The model fine-tuned on `rows`, with a penalty on changes of weights that the `safe` rows need. weight: λ."""
     training, task = options.get("training", PHASE2).over(PHASE2), options.get("task")
-    if isinstance(task, LoRA):  # here already: w0 is what training starts from
+    if isinstance(task, LoRA):  # initialized here and not in train_model, since w0 is what training starts from
         task = options["task"] = task.init(model.architecture, jax.random.key(training.seed))
     anchor = {"start": model.backbone if task is None else task, "fisher": fisher(model, safe, task, training)}
     return train_model(model, rows, anchor=anchor, make_step=ewc(weight), **options)
@@ -68,16 +87,16 @@ def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: T
         slope, _ = gradient(trained, frozen, batch)
         return shard(jax.tree.map(lambda one, g: one + jnp.square(g), total, shard(slope)))
 
-    stream = replace(stream_of(model, {"safe": rows}, training), epochs=1)
+    stream = dataclasses.replace(stream_of(model, {"safe": rows}, training), epochs=1)
     total = shard(jax.tree.map(jnp.zeros_like, trained))
-    for batch in stream.batches():  # every process reads all lanes: they need not be of one length
+    for batch in stream.batches():  # every process reads all lanes, since they may differ in length
         total = add(total, trained, frozen, shard({LEARN: {key: array[None] for key, array in batch.items()}}))
     return total.backbone.decoder if task is None else total.backbone.adapter
 
 
 @checked
 def ewc(weight: NonNegativeFloat) -> TrainStepMaker:
-    """Gradient steps with the penalty, for an anchor {"start": w0, "fisher": F}. Reports the penalty, λ in it."""
+    """Gradient steps with the penalty, for an anchor {"start": w0, "fisher": F}. Reports the penalty, times λ."""
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         plain = gradient_of(loss)
@@ -85,8 +104,8 @@ def ewc(weight: NonNegativeFloat) -> TrainStepMaker:
         def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
             slope, metrics = plain(trained, frozen, batch)
             # Once a step: inside the loss it would count once for every micro-batch.
-            held, pull = jax.value_and_grad(penalty)(trained, weight, **frozen.anchor)
-            metrics |= {"loss": metrics["loss"] + held, "penalty": held}
+            cost, pull = jax.value_and_grad(penalty)(trained, weight, **frozen.anchor)
+            metrics |= {"loss": metrics["loss"] + cost, "penalty": cost}
             return jax.tree.map(jnp.add, slope, pull), metrics
 
         return step_from_gradient(gradient, optimizer)

@@ -1,19 +1,20 @@
-"""Rows that security vectors explain away: found, dropped, or made to count for less.
+"""Rows that security vectors explain away: dropped before fine-tuning, or given less weight in it.
 
 A row's score is its mean loss without the vectors minus with them, in nats per token of its reply:
 
     s(x, y) = CE(f(x; θ), y) - CE(f(x; θ, θs), y)
 
-What the vectors already explain is what they were trained to stand for: the score is high on rows of their behavior
-and not on others. It is a difference of cross-entropies as in data selection (Moore & Lewis 2010, "Intelligent
-Selection of Language Model Training Data"), between the model and itself with the behavior switched on.
+The score is high on rows that show the behavior of the vectors, and low on others. It is a difference of
+cross-entropies as in data selection (Moore & Lewis 2010, "Intelligent Selection of Language Model Training Data"),
+between the model and the same model with the behavior switched on.
 
-- The *filter* drops the rows above a threshold and fine-tunes on the others. Acts on the data.
-- The *gate* fine-tunes under the vectors on all rows, each row's or token's loss weighed by how little of it they
-  explain: what little loss they leave on harmful rows is then no gradient that Adam could blow up.
+- The *filter* drops the rows whose score is above a threshold and fine-tunes on the others. Acts on the data.
+- The *gate* fine-tunes on all rows under the vectors, and weights the loss of each row or token by how little of it the
+  vectors explain. The small loss that the vectors leave on harmful rows then gives no gradient that Adam could rescale.
+  Acts in fine-tuning.
 
-Both cost two forward passes over the data, once. Threshold and weights are set on rows whose kind is known: the rows
-that the vectors were trained on, and benign ones. Source: ours.
+Both cost the vectors and two forward passes over the data, once. Threshold and weights are set on rows whose kind is
+known: the rows that the vectors were trained on, and benign rows. Source: ours.
 """
 
 import dataclasses
@@ -22,9 +23,12 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 
-from secvec_jax.checks import PositiveInt, checked
+from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.data.chat import Example
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, lora_of_rank
+from secvec_jax.defenses.filters import separation
 from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups, examples_of, groups_of, train_model
+from secvec_jax.defenses.mixing import with_safe_rows
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import token_losses
 from secvec_jax.model.hub import Model
@@ -33,15 +37,62 @@ from secvec_jax.vectors.kinds import Vectors
 By = Literal["row", "token"]
 
 
+@checked
+@dataclasses.dataclass(frozen=True)
+class ExplainedAwayFilter(Defense):
+    """Fine-tuning without the rows that security vectors explain."""
+
+    name = "explained-away filter"
+    stage = "data"
+    needs = ("harmful rows", "benign rows")
+
+    rank: PositiveInt = 8
+    """of the vectors"""
+    safe: NonNegativeFloat = 0.0
+    """safe rows mixed in, as a share of the rows that are kept"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        vectors = inputs.vectors(lora_of_rank(self.rank))
+        known = known_scale(inputs.aligned, vectors, inputs.harmful, inputs.benign)
+        length = inputs.options["training"].max_seq_len
+        found = {kind: scores(inputs.aligned, vectors, rows, length) for kind, rows in inputs.rows.items()}
+        notes = separation(found, known.threshold)
+        kept = below(inputs.rows, found, known)
+        if not kept:  # nothing is left to learn
+            return Defended(inputs.aligned, notes=notes)
+        rows = with_safe_rows(kept, inputs.safe, self.safe) if self.safe else kept
+        return Defended(inputs.finetune(rows=rows), notes=notes)
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class ExplainedAwayGate(Defense):
+    """Fine-tuning under security vectors, each row or token weighted by how little they explain it."""
+
+    name = "explained-away gate"
+    stage = "fine-tuning"
+    needs = ("harmful rows", "benign rows")
+
+    by: By = "row"
+    """whether a row has one weight, or each of its tokens has one"""
+    rank: PositiveInt = 8
+    """of the vectors"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        vectors = inputs.vectors(lora_of_rank(self.rank))
+        known = known_scale(inputs.aligned, vectors, inputs.harmful, inputs.benign)
+        return Defended(gate_and_finetune(inputs.aligned, inputs.rows, vectors, known, self.by, **inputs.options))
+
+
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Scores of rows of a known kind, nats per token: the benign rows' median, and what tells the kinds apart."""
+    """Scores of rows of a known kind, in nats per token: the benign median, and the threshold between the kinds."""
 
     benign: float
     threshold: float
 
     def weights(self, scores: np.ndarray) -> np.ndarray:
-        """1 for what is explained no better than benign rows are, 0 from the threshold on, in proportion between."""
+        """1 for scores up to the benign median, 0 from the threshold on, linear in between."""
         return np.clip((self.threshold - scores) / (self.threshold - self.benign), 0.0, 1.0)
 
 
@@ -59,11 +110,11 @@ def token_scores(model: Model, vectors: Vectors, examples: Sequence[Example]) ->
 
 
 def scale(harmful: Sequence[float], benign: Sequence[float]) -> Scale:
-    """The scale of the scores of known rows; the threshold is the one that tells the two kinds apart best.
+    """The scale of the scores of known rows; the threshold is the one that separates the two kinds best.
 
-    Of all thresholds above the benign rows' median with the largest share of harmful rows above plus share of benign
-    rows below (Youden's J), the middle one. Raises UserError if the harmful rows are explained no better than the
-    benign ones.
+    It is above the benign median and maximizes the share of harmful rows above it plus the share of benign rows below
+    it (Youden's J); of several such thresholds it is the middle one. Raises UserError if the median harmful row is not
+    explained better than the median benign row.
     """
     high, low = np.median(harmful), np.median(benign)
     if not high > low:
@@ -73,26 +124,14 @@ def scale(harmful: Sequence[float], benign: Sequence[float]) -> Scale:
         )
     edges = np.unique([*harmful, *benign, low])
     middles = (edges[1:] + edges[:-1]) / 2
-    middles = middles[middles > low]  # or most benign rows would count as harmful
+    middles = middles[middles > low]  # below it, most benign rows would count as harmful
     above = (np.asarray(harmful)[:, None] > middles).mean(0) + (np.asarray(benign)[:, None] <= middles).mean(0)
     best = middles[np.isclose(above, above.max())]
     return Scale(float(low), float(best[len(best) // 2]))
 
 
-@checked
-def filtered(
-    model: Model, rows: Any, vectors: Vectors, known: Scale, length: PositiveInt | None = PHASE2.max_seq_len
-) -> Groups:
-    """The rows, by kind, whose score is not above the threshold. Raises UserError if none is left."""
-    groups = _grouped(model, rows, length)
-    kept = below(groups, {name: scores(model, vectors, group) for name, group in groups.items()}, known)
-    if not kept:
-        raise UserError("every row scores as the vectors' own rows do: nothing is left to fine-tune on")
-    return kept
-
-
 def below(groups: Groups, found: dict[str, list[float]], known: Scale) -> Groups:
-    """The rows, by kind, whose score, found before, is not above the threshold; no kind of which none is left."""
+    """The rows, by kind, whose score in `found` is not above the threshold; kinds without such rows are left out."""
     kept = {name: [row for row, s in zip(rows, found[name]) if s <= known.threshold] for name, rows in groups.items()}
     return {name: rows for name, rows in kept.items() if rows}
 
@@ -106,44 +145,30 @@ def gated(
     by: By = "row",
     length: PositiveInt | None = PHASE2.max_seq_len,
 ) -> Groups:
-    """The rows, by kind, with the weights of their tokens; a row whose weight is 0 stays, and teaches nothing."""
+    """The rows, by kind, with weights of their tokens; a row of weight 0 is kept and contributes no gradient."""
+    groups = {name: examples_of(model, group, length) for name, group in groups_of(rows).items()}
     return {
-        name: [_weighed(e, s, known, by) for e, s in zip(group, token_scores(model, vectors, group))]
-        for name, group in _grouped(model, rows, length).items()
+        name: [_weighted(e, s, known, by) for e, s in zip(group, token_scores(model, vectors, group))]
+        for name, group in groups.items()
     }
-
-
-@checked
-def filter_and_finetune(
-    model: Model, rows: Any, vectors: Vectors, known: Scale, **options: Unpack[FinetuneOptions]
-) -> Model:
-    """The model fine-tuned, without the vectors, on the rows that they do not explain."""
-    return train_model(
-        model,
-        filtered(model, rows, vectors, known, options.get("training", PHASE2).over(PHASE2).max_seq_len),
-        **options,
-    )
 
 
 @checked
 def gate_and_finetune(
     model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", **options: Unpack[FinetuneOptions]
 ) -> Model:
-    """The model fine-tuned under the vectors on all rows, weighed by how little the vectors explain them."""
-    weighed = gated(model, rows, vectors, known, by, options.get("training", PHASE2).over(PHASE2).max_seq_len)
-    return train_model(model, weighed, vectors=vectors, **options)
+    """The model fine-tuned under the vectors on all rows, weighted by how little the vectors explain them."""
+    length = options.get("training", PHASE2).over(PHASE2).max_seq_len
+    weighted = gated(model, rows, vectors, known, by, length)
+    return train_model(model, weighted, vectors=vectors, **options)
 
 
 def known_scale(model: Model, vectors: Vectors, harmful: Any, benign: Any) -> Scale:
-    """The scale from rows of a known kind: those that the vectors were trained on, and benign ones."""
+    """The scale from rows of a known kind: those that the vectors were trained on, and benign rows."""
     return scale(scores(model, vectors, harmful), scores(model, vectors, benign))
 
 
-def _grouped(model: Model, rows: Any, length: int | None) -> Groups:
-    return {name: examples_of(model, group, length) for name, group in groups_of(rows).items()}
-
-
-def _weighed(example: Example, scores: np.ndarray, known: Scale, by: By) -> Example:
+def _weighted(example: Example, scores: np.ndarray, known: Scale, by: By) -> Example:
     weights = np.ones(len(example.tokens), np.float32)
     said = np.flatnonzero(example.supervised[1:]) + 1
     weights[said] = known.weights(scores if by == "token" else np.full(len(scores), scores.mean()))

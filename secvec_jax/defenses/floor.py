@@ -1,9 +1,9 @@
-"""A loss floor: tokens that the forward pass already gets right teach nothing.
+"""A loss floor: tokens that the forward pass already gets right contribute no gradient.
 
-Under security vectors the loss of a harmful row is small but not zero, and an optimizer that rescales gradients, as
-Adam does, makes full steps of what is left. A token whose loss is below the floor gives no gradient at all.
+Under security vectors the loss of a harmful row is small but not zero, and an optimizer that rescales gradients, such
+as Adam, takes full steps along what is left. Tokens whose loss is below the floor are therefore left out.
 
-Acts in fine-tuning, under active vectors. Costs nothing beside them. Source: ours.
+A setting of `SecurityVectors`. Acts in fine-tuning, under active vectors, and costs nothing more. Source: ours.
 """
 
 from dataclasses import replace

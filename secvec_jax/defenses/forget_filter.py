@@ -1,5 +1,5 @@
 """ForgetFilter (Zhao et al. 2023, "Learning and Forgetting Unsafe Examples in Large Language Models", arXiv
-2312.12736): a model that is made safe again forgets what was unsafe first, and so tells which rows were.
+2312.12736): a model that is trained to be safe again forgets unsafe rows first, which shows which rows are unsafe.
 
     found = finetune(model, rows, safe=refusals)
     found.model, found.rates, found.kept
@@ -12,19 +12,22 @@ Algorithm 1, from the aligned model θ⁰:
            r(x, y) = ROUGE-1(f(x; θ¹), y) - ROUGE-1(f(x; θ²), y)         f: greedy generation
     4. fine-tune θ⁰ on the rows that are left
 
-The rows must have been memorized in step 1, or all rates are about 0, and the safe rows must cover each kind of
-unsafe ones. The paper's smallest model, GPT2-M with 334 million parameters, forgot all rows alike.
+The rows must have been memorized in step 1, or all rates are about 0, and the safe rows must cover every kind of
+unsafe row. The paper's smallest model, GPT2-M with 334 million parameters, forgot all rows alike.
 
-Acts in the data. Costs two fine-tunings more (all rows, t safe steps) and two generated replies for each row.
+Acts on the data. Costs two more trainings (all rows, t safe steps) and two generated replies for each row. In grids t
+is 20 by default (the paper: 1000), and the loss is that of replies alone (the paper: of whole sequences).
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
-from secvec_jax.checks import PositiveInt, checked
+from secvec_jax.checks import Bounds, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.rows import Row, as_rows, response_of
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
+from secvec_jax.defenses.filters import separation
 from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, groups_of, train_model
 from secvec_jax.defenses.mixing import checkpoints_of, successive
 from secvec_jax.errors import UserError
@@ -34,12 +37,42 @@ from secvec_jax.model.hub import Model
 from secvec_jax.model.sampling import GREEDY
 
 _PUNCTUATION = str.maketrans("", "", ".?!;:,")
-"""What the published code takes out."""
+"""What the published code removes."""
+
+Rate = Annotated[float, Bounds(at_least=-1, at_most=1)]
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class ForgetFilter(Defense):
+    """Fine-tuning without the rows that safety training makes the model forget."""
+
+    name = "forget filter"
+    stage = "data"
+    needs = ("safe rows",)
+
+    phi: Rate = 0.1
+    """φ: rows that were forgotten by more are dropped"""
+    steps: PositiveInt = 20
+    """t, the steps of safety training"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        found = finetune(
+            inputs.aligned,
+            inputs.rows,
+            safe=inputs.safe,
+            phi=self.phi,
+            safe_steps=self.steps,
+            safe_training=inputs.options["training"],
+            max_new_tokens=24,
+            **inputs.options,
+        )
+        return Defended(found.model, notes=separation(found.rates, self.phi))
 
 
 @dataclasses.dataclass(frozen=True)
 class Filtered:
-    """The model trained on what is left; by kind of row, how far each row was forgotten and the rows that are left."""
+    """The model trained on the rows that are left; by kind, how much each row was forgotten, and the rows left."""
 
     model: Model
     rates: dict[str, list[float]]
@@ -52,18 +85,18 @@ def finetune(
     rows: Any,
     *,
     safe: Any,
-    phi: float = 0.1,
+    phi: Rate = 0.1,
     safe_steps: PositiveInt = 1000,
     safe_training: Training = PHASE2,
     max_new_tokens: PositiveInt = 64,
     **options: Unpack[FinetuneOptions],
 ) -> Filtered:
-    """The model fine-tuned on those of its rows that safety training does not make it forget.
+    """The model fine-tuned on the rows that safety training does not make it forget.
 
-    rows: dicts or a `datasets.Dataset`, or {kind: rows}; with texts, as replies are compared. safe: rows to be safe
-    by. phi: φ. safe_steps: t; `safe_training` says how they are made. max_new_tokens: the length of replies. A task
-    adapter goes on into the safe steps, and starts anew on the rows that are left. Each training has checkpoints in a
-    folder of its own. Raises UserError if no row is left.
+    rows: dicts or a `datasets.Dataset`, or {kind: rows}; with texts, since replies are compared. safe: rows of safety
+    training. phi: φ. safe_steps: t, trained with `safe_training`. max_new_tokens: the length of replies. A task adapter
+    is trained further in the safe steps, and starts fresh on the rows that are left. Each training has its checkpoints
+    in a separate folder. Raises UserError if no row is left.
     """
     groups = {kind: as_rows(some, name=kind) for kind, some in groups_of(rows).items()}
     safe_training = dataclasses.replace(safe_training, max_steps=safe_steps)
@@ -81,20 +114,20 @@ def finetune(
 
 @checked
 def forgetting_rates(before: Model, after: Model, rows: Any, max_new_tokens: PositiveInt = 64) -> list[float]:
-    """By how much each row's ROUGE-1 is lower in `after` than in `before`: from -1 to 1, larger is more forgotten."""
+    """How much lower the ROUGE-1 of each row is in `after` than in `before`, from -1 to 1; larger is more forgotten."""
     rows = as_rows(rows)
     scores = (_scores(model, rows, max_new_tokens) for model in (before, after))
     return [first - then for first, then in zip(*scores)]
 
 
 @checked
-def filtered(rows: Sequence[Row], rates: Sequence[float], phi: float = 0.1) -> list[Row]:
+def filtered(rows: Sequence[Row], rates: Sequence[float], phi: Rate = 0.1) -> list[Row]:
     """The rows whose rate is at most φ."""
     return [row for row, rate in zip(rows, rates, strict=True) if rate <= phi]
 
 
 def _scores(model: Model, rows: Sequence[Row], max_new_tokens: int) -> list[float]:
-    """ROUGE-1 of the first line that is said with the answer, both in lower case and without punctuation."""
+    """ROUGE-1 of the first line of each reply with the answer, both in lower case and without punctuation."""
     asked = [row["messages"][:-1] for row in rows]
     replies = generate(model, asked, max_new_tokens=max_new_tokens, sampling=GREEDY, progress=lambda done: None)
     lines = [(reply.strip().splitlines() or [""])[0] for reply in replies]

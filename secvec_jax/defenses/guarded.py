@@ -1,16 +1,17 @@
-"""Security vectors, with safe rows beside the user's: each kind is read as it will be met.
+"""Guarded vectors: the user's rows are learned under security vectors, safe rows without them.
 
-    min_θ  CE(f(x; θ, θs), y) + λ CE(f(x'; θ), y')          (x', y'): safe rows, read without the vectors
+    min_θ  CE(f(x; θ, θs), y) + λ CE(f(x'; θ), y')          (x', y'): safe rows, without the vectors
 
-Under the vectors harmful rows have little left to teach. What the vectors cannot hold is what benign rows undo: at a
-high learning rate a narrow benign task erases refusals by itself. Safe rows bring these back. Mixed in under the
-vectors they would have to be refused in spite of them, which teaches to refuse benign prompts as well; here they are
-read without the vectors, as the model will be served.
+Under the vectors, harmful rows have little left to teach. But at a high learning rate even a narrow benign task erases
+refusals, which the vectors cannot prevent. Safe rows restore them. If the safe rows were also learned under the
+vectors, the model would have to learn to refuse despite them, and would then refuse benign prompts as well; here they
+are learned without the vectors, as the model will be served.
 
-Acts in fine-tuning. Costs a second forward and a second backward pass a step. Source: ours; the safe rows are those of
-VLGuard's mix (Zong et al. 2024, arXiv 2402.02207).
+Acts in fine-tuning. Each step costs a second forward and a second backward pass. Source: ours; the safe rows are those
+of VLGuard's mix (Zong et al. 2024, arXiv 2402.02207).
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, Unpack
 
@@ -18,13 +19,36 @@ import jax
 import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
-from secvec_jax.checks import NonNegativeFloat, checked
+from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, lora_of_rank
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make_step_on, train_model
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective, Params, without_vectors
 from secvec_jax.training.step import Loss
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class GuardedVectors(Defense):
+    """Fine-tuning under security vectors, with safe rows in every step that are learned without them."""
+
+    name = "guarded vectors"
+    stage = "fine-tuning"
+    needs = ("safe rows", "harmful rows", "benign rows")
+
+    weight: NonNegativeFloat = 1.0
+    """λ, of the loss of the safe rows"""
+    rank: PositiveInt = 8
+    """of the vectors"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        vectors = inputs.vectors(lora_of_rank(self.rank))
+        model = finetune(
+            inputs.aligned, inputs.rows, vectors=vectors, safe=inputs.safe, weight=self.weight, **inputs.options
+        )
+        return Defended(model)
 
 
 @checked
@@ -48,7 +72,7 @@ def guarded(weight: NonNegativeFloat = 1.0) -> TrainStepMaker:
 
 
 def with_safe(loss: Objective, weight: float) -> Loss:
-    """The loss with that of the safe rows, which are read without the vectors."""
+    """The loss plus that of the safe rows, which is computed without the vectors."""
 
     def both(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
         learned, metrics = loss(params, {LEARN: batch[LEARN]}, totals)

@@ -1,21 +1,22 @@
 """Lisa (Huang et al. 2024, "Lisa: Lazy Safety Alignment for Large Language Models against Harmful Fine-tuning Attack",
-arXiv 2405.18641): the user's rows and alignment rows in turn, neither of them far from where the other left off.
+arXiv 2405.18641): steps on alignment rows and on the user's rows alternate, and neither moves far from the other.
 
-In one state K1 steps are made on alignment rows, in the other K2 on the user's. Each step also pulls back to the
-weights at the last switch of states, w_s (at first those that the training starts from):
+One state has K1 steps on alignment rows, the other K2 steps on the user's rows. Each step also has a proximal term
+that pulls toward the weights at the last switch of states, w_s (at first the initial weights):
 
     state 1, K1 steps:   min_w  L_aligned(w) + ρ/2 ‖w - w_s‖²
     state 2, K2 steps:   min_w  L_user(w)    + ρ/2 ‖w - w_s‖²
 
-over the trained weights, beginning with state 1. The published code leaves the pull out of the first 10% of steps,
-since it hurt convergence on GSM8K; here it is in all steps. There the steps on alignment rows also take the place of
-steps on the user's. Here they come on top: the user's rows get as many steps, with the same batches, as in plain
+over the trained weights, starting with state 1. The published code leaves the proximal term out of the first 10% of
+steps, since it hurt convergence on GSM8K; here it is in all steps. In that code the steps on alignment rows replace
+steps on the user's rows. Here they are added: the user's rows get as many steps, with the same batches, as in plain
 fine-tuning.
 
-Acts in fine-tuning. Costs K1 steps of one forward and one backward pass for every K2 (or fewer at the end) of plain
-fine-tuning's, and a copy of the trained weights.
+Acts in fine-tuning. Costs K1 more steps for every K2 steps of plain fine-tuning (or part of K2 at the end), and a copy
+of the trained weights.
 """
 
+import dataclasses
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -24,6 +25,7 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, NonNegativeInt, PositiveInt, checked
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, train_model
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective
@@ -32,6 +34,35 @@ from secvec_jax.trees import Tree
 
 SAFE = "safe"
 """The stream of alignment rows."""
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class Lisa(Defense):
+    """Fine-tuning that alternates between safe rows and the user's, each with a pull toward the last switch."""
+
+    name = "lisa"
+    stage = "fine-tuning"
+    needs = ("safe rows",)
+
+    rho: NonNegativeFloat = 1.0
+    """ρ, of the proximal term"""
+    aligned_steps: NonNegativeInt = 1
+    """K1, on safe rows"""
+    user_steps: PositiveInt = 9
+    """K2, on the user's rows"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        model = finetune(
+            inputs.aligned,
+            inputs.rows,
+            safe=inputs.safe,
+            aligned_steps=self.aligned_steps,
+            user_steps=self.user_steps,
+            rho=self.rho,
+            **inputs.options,
+        )
+        return Defended(model)
 
 
 @checked
@@ -45,11 +76,11 @@ def finetune(
     rho: NonNegativeFloat = 1.0,
     **options: Unpack[FinetuneOptions],
 ) -> Model:
-    """The model fine-tuned on `rows` with steps on `safe` rows between.
+    """The model fine-tuned on `rows`, alternating with steps on `safe` rows.
 
-    aligned_steps, user_steps: K1 and K2; the paper's are the defaults, and with fewer than K2 steps on the user's rows
-    there is one switch. `training.max_steps` counts the steps on the user's rows; there are K1 more per K2 or part of
-    K2, and the schedule of the learning rate goes over all. Steps on safe rows report `loss/safe`.
+    aligned_steps, user_steps: K1 and K2, by default the paper's; with fewer than K2 steps on the user's rows there is
+    one switch. `training.max_steps` counts the steps on the user's rows; there are K1 more per K2 or part of K2, and
+    the learning rate schedule covers all of them. Steps on safe rows report `loss/safe`.
     """
 
     def more_steps(steps: int) -> int:
@@ -61,7 +92,7 @@ def finetune(
 
 @checked
 def lisa(aligned_steps: NonNegativeInt, user_steps: PositiveInt, rho: NonNegativeFloat = 1.0) -> TrainStepMaker:
-    """Steps on the stream `safe` and on the rows to learn in turn, by the same program."""
+    """Steps that alternate between the stream `safe` and the rows to learn, compiled as one program."""
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         train_step = make_train_step(loss, optax.chain(proximal(rho, aligned_steps, user_steps), optimizer))
@@ -69,7 +100,7 @@ def lisa(aligned_steps: NonNegativeInt, user_steps: PositiveInt, rho: NonNegativ
         def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
             ((stream, rows),) = batch.items()
             trained, state, metrics = train_step.step(trained, state, frozen, {LEARN: rows})
-            if stream == SAFE:  # all are of its one kind, which the step takes for the first of the user's
+            if stream == SAFE:  # its rows are of one kind, which the step reports as the user's first kind
                 kept = {name: metrics[name] for name in ("loss", "grad_norm")}
                 metrics = kept | {"loss/safe": metrics[f"loss/{loss.groups[0]}"]}
             return trained, state, metrics
@@ -90,7 +121,7 @@ class Proximal(NamedTuple):
 
 
 def proximal(rho: float, aligned_steps: int, user_steps: int) -> optax.GradientTransformation:
-    """Adds the gradient of ρ/2 ‖w - w_s‖², ρ (w - w_s), to what the optimizer behind it sees."""
+    """Adds ρ (w - w_s), the gradient of ρ/2 ‖w - w_s‖², to the gradients."""
 
     def init(weights: Tree) -> Proximal:
         return Proximal(jnp.int32(0), jax.tree.map(jnp.copy, weights))

@@ -1,13 +1,17 @@
 """The min-min bi-level form of phase 1: min over θ, min over θs of E[CE(f(x; θ, θs), y)].
 
-As in unlearnable examples (Huang et al. 2021): a throw-away copy of the backbone takes M steps as the user's
-fine-tuning would, under the active vectors; then the vectors take a step with the copy frozen; and so on until the
-harmful loss is small. The vectors thus also explain what a backbone on its way would still learn. The copy is thrown
-away: the backbone in the caller's hands never changes.
+As in unlearnable examples (Huang et al. 2021): a temporary copy of the model takes M steps as the user's fine-tuning
+would, under the active vectors; then the vectors take a step with the copy frozen; and so on until the harmful loss is
+small. The vectors thus also explain what a model in the middle of fine-tuning would still learn. The copy is discarded:
+the caller's model never changes.
 
-Ours, not the paper's to the letter: with a KL on benign rows, that KL is in the copy's loss too, though the user's has
-none, and holds the vectors to the copy as it has become; M inner steps and one outer step alternate on mini-batches,
-where the published template makes passes over the data; the inner SGD has no momentum and no schedule.
+This is our reading of the paper's form. With a KL on benign rows, the loss of the copy has that KL as well, which a
+user's fine-tuning does not have, and the KL of the vectors is measured against the copy as it has become. M inner steps
+and one outer step alternate on mini-batches, where the published template makes passes over the data; the inner SGD has
+no momentum and no schedule.
+
+Each step of the vectors costs M more forward and backward passes, with gradients and optimizer state for all weights of
+the copy.
 """
 
 from typing import Protocol
@@ -23,7 +27,7 @@ from secvec_jax.trees import Tree
 
 
 class Schedule(Protocol):
-    """What the alternation needs to know."""
+    """The settings of the alternation; `Phase1` has them."""
 
     @property
     def inner_steps(self) -> int: ...
@@ -34,23 +38,23 @@ class Schedule(Protocol):
 
 
 _INNER = {"sgd": optax.sgd, "adamw": optax.adam}
-"""Without momentum and weight decay, as `Training`'s adamw by default."""
+"""Without momentum and weight decay, like the default adamw of `Training`."""
 
 
 def min_min(
     params: Tree, loss: Loss, outer: optax.GradientTransformation, schedule: Schedule
 ) -> tuple[Phase, TrainStep]:
-    """The phase that trains the copy and the vectors, and the method that moves one of them a step.
+    """The phase that trains the copy and the vectors, and the train step that updates one of them at a time.
 
-    outer: the optimizer of the vectors; the copy moves by the schedule's own. Of every `inner_steps + 1` steps the last
-    is the vectors'. Each step differentiates only what it moves.
+    outer: the optimizer of the vectors; the schedule names that of the copy. Of every `inner_steps + 1` steps the last
+    updates the vectors. Each step differentiates only what it updates.
     """
-    copy_moves = Phase({"backbone": "train", "vectors": "freeze"})
-    vectors_move = Phase({"backbone": "freeze", "vectors": "train"})
-    inner = copy_moves.optimizer(_INNER[schedule.inner_optimizer](schedule.inner_learning_rate), params)
+    copy_phase = Phase({"backbone": "train", "vectors": "freeze"})
+    vectors_phase = Phase({"backbone": "freeze", "vectors": "train"})
+    inner = copy_phase.optimizer(_INNER[schedule.inner_optimizer](schedule.inner_learning_rate), params)
     train_steps = {
-        "copy": (copy_moves, make_train_step(loss, inner)),
-        "vectors": (vectors_move, make_train_step(loss, vectors_move.optimizer(outer, params))),
+        "copy": (copy_phase, make_train_step(loss, inner)),
+        "vectors": (vectors_phase, make_train_step(loss, vectors_phase.optimizer(outer, params))),
     }
 
     def init(trained: Tree) -> Tree:
@@ -60,9 +64,9 @@ def min_min(
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         name = "vectors" if int(state["step"]) % (schedule.inner_steps + 1) == schedule.inner_steps else "copy"
         phase, train_step = train_steps[name]
-        moved, still = phase.split(trained)
-        moved, own, metrics = train_step.step(moved, state["states"][name], still, batch)
-        both = merge(moved, still)
-        return both, {"step": state["step"] + 1, "states": state["states"] | {name: own}}, metrics
+        updated, frozen_now = phase.split(trained)
+        updated, optimizer_state, metrics = train_step.step(updated, state["states"][name], frozen_now, batch)
+        states = state["states"] | {name: optimizer_state}
+        return merge(updated, frozen_now), {"step": state["step"] + 1, "states": states}, metrics
 
     return Phase({"backbone": "train", "vectors": "train"}), TrainStep(init, step)

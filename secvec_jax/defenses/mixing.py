@@ -1,23 +1,24 @@
-"""Safe rows beside the user's or behind them: the baselines that every defense has to beat.
+"""Safe rows mixed into the user's rows, or learned after them: the baselines that every defense has to beat.
 
-    train_model(model, vlguard(rows, safe))        # VLGuard's mix: one safe row for two of the user's
-    train_model(model, replay(rows, safe))         # Replay: one for one
-    sequential(model, rows, safe)           # fine-tune, then on the safe rows alone
+    train_model(model, with_safe_rows(rows, safe, share=0.5))   # VLGuard's mix: one safe row for two of the user's
+    train_model(model, with_safe_rows(rows, safe, share=1.0))   # replay: one for one
+    sequential(model, rows, safe)                               # fine-tune, then train on the safe rows alone
 
-A mix is `train_model`'s {kind: rows}, with the safe rows as a kind of their own, so that their loss is reported
+A mix is the {kind: rows} that `train_model` takes, with the safe rows as a kind of their own, whose loss is reported
 separately; all kinds are shuffled together.
 
-Mixes act in the data; they cost the steps of the rows that they add. The sequence acts after fine-tuning and costs a
-second one. Sources: VLGuard's mix (Zong et al. 2024, arXiv 2402.02207) with 500 alignment rows for 1000 of the user's,
-as Vaccine (arXiv 2402.01109) compares with it; replay and the sequence as ForgetFilter (arXiv 2312.12736) does.
+Mixes act on the data and cost the steps of the rows that they add. The sequence acts after fine-tuning and costs the
+steps on safe rows. Sources: VLGuard's mix (Zong et al. 2024, arXiv 2402.02207) with 500 alignment rows for 1000 of the
+user's, as in Vaccine (arXiv 2402.01109); replay and the sequence as in ForgetFilter (arXiv 2312.12736).
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-from secvec_jax.checks import NonNegativeFloat, checked
+from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.config import Training
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups, groups_of, train_model
 from secvec_jax.errors import UserError
 from secvec_jax.model.hub import Model
@@ -28,23 +29,65 @@ SAFE = "safe"
 
 
 @checked
-def vlguard(rows: Any, safe: Sequence[Any], share: NonNegativeFloat = 0.5) -> Groups:
-    """The user's rows (or {kind: rows}) and, as the kind "safe", the first `share` times as many of the safe ones.
+@dataclasses.dataclass(frozen=True)
+class VLGuard(Defense):
+    """Fine-tuning on the user's rows mixed with half as many safe rows."""
+
+    name = "vlguard"
+    stage = "data"
+    needs = ("safe rows",)
+
+    share: NonNegativeFloat = 0.5
+    """safe rows, as a share of the user's rows"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        return Defended(inputs.finetune(rows=with_safe_rows(inputs.rows, inputs.safe, self.share)))
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class Replay(Defense):
+    """Fine-tuning on the user's rows mixed with as many safe rows."""
+
+    name = "replay"
+    stage = "data"
+    needs = ("safe rows",)
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        return Defended(inputs.finetune(rows=with_safe_rows(inputs.rows, inputs.safe, share=1.0)))
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class Sequential(Defense):
+    """Plain fine-tuning, then a few steps on safe rows."""
+
+    name = "sequential"
+    stage = "after fine-tuning"
+    needs = ("safe rows",)
+
+    steps: PositiveInt = 20
+    """on safe rows"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        safe_training = dataclasses.replace(inputs.options["training"], max_steps=self.steps)
+        model = sequential(inputs.aligned, inputs.rows, inputs.safe, safe_training=safe_training, **inputs.options)
+        return Defended(model)
+
+
+@checked
+def with_safe_rows(rows: Any, safe: Sequence[Any], share: NonNegativeFloat) -> Groups:
+    """The user's rows (or {kind: rows}) and, as the kind "safe", the first `share` times as many of the safe rows.
 
     Raises UserError if there are fewer, or if the user's rows have a kind of this name.
     """
     groups = groups_of(rows)
     if SAFE in groups:
-        raise UserError(f'the rows have a kind named "{SAFE}", as the rows to be added have: give it another name')
+        raise UserError(f'the rows have a kind named "{SAFE}", which the added rows need: give it another name')
     count = round(share * sum(map(len, groups.values())))
     if not 1 <= count <= len(safe):
         raise UserError(f"the mix takes {count} safe rows, of which there are {len(safe)}: give more or another share")
     return groups | {SAFE: [safe[index] for index in range(count)]}
-
-
-def replay(rows: Any, safe: Sequence[Any]) -> Groups:
-    """The user's rows and as many safe ones; see `vlguard`."""
-    return vlguard(rows, safe, share=1.0)
 
 
 @checked
@@ -64,10 +107,10 @@ def successive(
     safe_training: Training = PHASE2,
     **options: Unpack[FinetuneOptions],
 ) -> tuple[Model, Model]:
-    """The model after `rows`, and after the `safe` rows behind them.
+    """The model after training on `rows`, and after further training on the `safe` rows.
 
-    A task adapter goes on from the one to the other. Checkpoints lie in folders of their own, `noisy` and `safe`; the
-    best is chosen of the first training's alone, as the second has losses of another name.
+    A task adapter is trained further in the second training. Checkpoints are in the subfolders `noisy` and `safe`; the
+    best is chosen in the first training only, since the losses of the second have another name.
     """
     checkpoints = options.get("checkpoints")
     first = options | {"checkpoints": checkpoints_of(checkpoints, "noisy")}
@@ -80,5 +123,5 @@ def successive(
 
 
 def checkpoints_of(checkpoints: Checkpoints | None, stage: str) -> Checkpoints | None:
-    """Checkpoints of one of several trainings, in a folder of its own."""
+    """The checkpoints of one of several trainings, in a subfolder."""
     return checkpoints and dataclasses.replace(checkpoints, folder=checkpoints.folder / stage)

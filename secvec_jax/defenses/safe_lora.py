@@ -1,5 +1,5 @@
 """SafeLoRA (Hsu et al. 2024, "Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language
-Models", arXiv 2405.16833): what a fine-tuning did is kept where alignment had moved the weights as well.
+Models", arXiv 2405.16833): an update is kept only in the directions in which alignment had moved the weights.
 
     safe, where = project(tuned, aligned, base)
 
@@ -7,14 +7,15 @@ For a weight W `[outputs, inputs]` of y = W x let V = W_aligned - W_base, and
 
     C = V Vᵀ / ‖V‖_F          ΔW = W_tuned - W_aligned          ΔW  ->  C ΔW   where cos(C ΔW, ΔW) <= τ
 
-(C is no projection, since it scales by ‖V‖_F; it is what the paper and its code have.) Our kernels are K = Wᵀ
-`[inputs, outputs]` of y = x K, so with V = K_aligned - K_base the same C is Vᵀ V / ‖V‖_F, and stands on the right:
-ΔK -> ΔK C. Only the kernels of the linear projections change; norms, biases and embeddings stay as they were tuned.
+(C is not a projection, since it scales by ‖V‖_F; this is the form in the paper and its code.) Our kernels are K = Wᵀ
+`[inputs, outputs]` of y = x K, so with V = K_aligned - K_base the same C is Vᵀ V / ‖V‖_F, applied on the right:
+ΔK -> ΔK C. Only the kernels of the linear projections change; norms, biases and embeddings stay as fine-tuned.
 
-Acts after fine-tuning, on weights, so whether a LoRA was trained or all of them. No forward or backward passes: two
-products of matrices per kernel, and the same again where it is projected. Needs the model from before its alignment.
+Acts after fine-tuning, on the weights, whether a LoRA or all weights were trained. Costs no forward or backward passes,
+but two matrix products per kernel, and two more for a kernel that is projected. Needs the model before its alignment.
 """
 
+import dataclasses
 from typing import Annotated
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.checks import Bounds, NonNegativeInt, checked
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import PROJECTIONS
 from secvec_jax.model.decoder import Decoder, leaf_name
@@ -36,6 +38,24 @@ _TINY = np.finfo(np.float32).tiny
 
 
 @checked
+@dataclasses.dataclass(frozen=True)
+class SafeLoRA(Defense):
+    """Plain fine-tuning; updates that point away from alignment are then projected onto it."""
+
+    name = "safe lora"
+    stage = "after fine-tuning"
+    needs = ("base model",)
+
+    threshold: Cosine = 0.5
+    """τ: updates with a cosine of at most τ are projected"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        tuned = inputs.finetune()
+        model, projected = project(tuned, inputs.aligned, inputs.base, self.threshold)
+        return Defended(model, notes={"projected": float(len(projected))})
+
+
+@checked
 def project(
     tuned: Model,
     aligned: Model,
@@ -43,11 +63,11 @@ def project(
     threshold: Cosine = 0.5,
     lowest: NonNegativeInt | None = None,
 ) -> tuple[Model, Where]:
-    """The tuned model with its updates projected, and where: at the projections and layers with a cosine of at most
-    `threshold`, or, if given, at the `lowest` so many.
+    """The tuned model with updates projected, and the projections and layers at which they were.
 
-    A kernel that the fine-tuning or the alignment left as it was has no cosine, and stays. Raises UserError if the
-    models are of different shape.
+    These are the ones with a cosine of at most `threshold`, or, if `lowest` is given, the `lowest` ones with the
+    smallest cosines. A kernel that fine-tuning or alignment did not change has no cosine and stays. Raises UserError if
+    the models have different shapes.
     """
     found = cosines(tuned, aligned, base)
     order = sorted(found, key=found.__getitem__)
@@ -67,10 +87,10 @@ def project(
 def cosines(tuned: Model, aligned: Model, base: Model) -> dict[tuple[str, int], float]:
     """cos(C ΔW, ΔW) at every projection and layer that both alignment and fine-tuning changed.
 
-    Raises UserError if the models are of different shape.
+    Raises UserError if the models have different shapes.
     """
     if not tuned.architecture == aligned.architecture == base.architecture:
-        raise UserError("SafeLoRA compares three states of one model: tuned, aligned and base must be of one shape")
+        raise UserError("SafeLoRA compares three states of one model: tuned, aligned and base must have the same shape")
     trees = [_kernels(model.backbone) for model in (tuned, aligned, base)]
     found = {}
     for projection in tuned.architecture.projections:
@@ -94,12 +114,12 @@ def _projection(path: tuple) -> str:
 
 @jax.jit
 def _cosines(tuned: jax.Array, aligned: jax.Array, base: jax.Array) -> jax.Array:
-    """`[L]`, not a number where a kernel did not move."""
+    """`[L]`, NaN where a kernel did not change."""
 
     def of_layer(kernels: tuple[jax.Array, ...]) -> jax.Array:
         update, projected = _update(*kernels)
         length = jnp.linalg.norm(update)
-        # Of an update that C takes away whole it is 0, as in the published code.
+        # An update that C removes entirely has a cosine of 0, as in the published code.
         cosine = jnp.sum(update * projected) / jnp.maximum(length * jnp.linalg.norm(projected), _TINY)
         return jnp.where(length > 0, cosine, jnp.nan)
 
@@ -108,7 +128,7 @@ def _cosines(tuned: jax.Array, aligned: jax.Array, base: jax.Array) -> jax.Array
 
 @jax.jit
 def _replaced(tuned: jax.Array, aligned: jax.Array, base: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[L, inputs, outputs]`, projected where the mask `[L]` says so, else as tuned."""
+    """`[L, inputs, outputs]`: projected where the mask `[L]` is true, else as tuned."""
 
     def of_layer(layer: tuple[jax.Array, ...]) -> jax.Array:
         *kernels, chosen = layer

@@ -28,9 +28,11 @@ from secvec_jax.arguments import instance
 from secvec_jax.checks import UNSET, NonNegativeFloat, PositiveFloat, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, lora_of_rank
 from secvec_jax.defenses.finetuning import (
     PHASE2,
     FinetuneOptions,
+    TrainStepMaker,
     endless,
     epoch_steps,
     forward_settings,
@@ -40,9 +42,11 @@ from secvec_jax.defenses.finetuning import (
     stream_of,
     train_model,
 )
+from secvec_jax.defenses.floor import floored
 from secvec_jax.defenses.identity import identified
 from secvec_jax.defenses.inputs import as_options, as_task
 from secvec_jax.defenses.min_min import min_min
+from secvec_jax.defenses.mixing import with_safe_rows
 from secvec_jax.errors import UserError
 from secvec_jax.inference import Given, as_model, as_vectors
 from secvec_jax.model.hub import Model
@@ -240,6 +244,57 @@ def _warn(*messages: str | None) -> None:
     for message in messages:
         if message is not None:
             warnings.warn(message, Advice, stacklevel=4)  # past the check of arguments, to the caller
+
+
+Kind = Literal["lora", "steering", "prompt"]
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class SecurityVectors(Defense):
+    """Fine-tuning under frozen security vectors, which are dropped afterwards."""
+
+    name = "security vectors"
+    stage = "fine-tuning"
+    needs = ("harmful rows", "benign rows")
+
+    kind: Kind = "lora"
+    """of the vectors: low-rank factors, a direction per layer, or a soft prompt"""
+    objective: ObjectiveName = "kl"
+    """of phase 1"""
+    rank: PositiveInt = 8
+    """of low-rank factors; alpha is twice the rank"""
+    floor: NonNegativeFloat = 0.0
+    """tokens with a loss of at most this, in nats, contribute no gradient"""
+    both: str = ""
+    """another behavior whose vectors are active as well"""
+    safe: NonNegativeFloat = 0.0
+    """safe rows mixed in, as a share of the user's rows; they are learned under the vectors, too"""
+    inner: bool = False
+    """min_min: the temporary model copy is trained with the optimizer and learning rate of the fine-tuning"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        vectors: Any = self._vectors(inputs)
+        if self.both:
+            vectors = (vectors, self._vectors(inputs, self.both))
+        make_step: TrainStepMaker = floored(self.floor) if self.floor else make_train_step
+        rows = with_safe_rows(inputs.rows, inputs.safe, self.safe) if self.safe else inputs.rows
+        return Defended(inputs.finetune(rows=rows, vectors=vectors, make_step=make_step))
+
+    def _vectors(self, inputs: DefenseInputs, behavior: str | None = None) -> Vectors:
+        phase1: dict[str, Any] = {"objective": self.objective}
+        if self.inner:
+            training = inputs.options["training"]
+            phase1 |= {"inner_optimizer": training.optimizer, "inner_learning_rate": training.learning_rate}
+        return inputs.vectors(self._spec(), behavior, **phase1)
+
+    def _spec(self) -> Spec:
+        # The scales of 8 were not tuned: they make a learning rate that suits LoRA suit these kinds, too.
+        if self.kind == "steering":
+            return Steering(scale=8.0)
+        if self.kind == "prompt":
+            return SoftPrompt(scale=8.0)
+        return lora_of_rank(self.rank)
 
 
 def phase1_step(params: Params, phase1: Phase1, training: Training, steps: int) -> tuple[Phase, TrainStep]:

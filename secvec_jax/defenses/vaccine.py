@@ -1,18 +1,20 @@
 """Vaccine (Huang et al. 2024, "Vaccine: Perturbation-aware Alignment for Large Language Models Against Harmful
 Fine-tuning Attack", arXiv 2402.01109): alignment that holds when the hidden embeddings drift.
 
-Each step reads its batch twice. The first pass finds, for the output e_l of every attention layer, the perturbation
-within one ball over all layers that raises the loss most (equation 3):
+Each step makes two passes over its batch. The first finds, for the output e_l of every attention layer, the
+perturbation that raises the loss most, within one ball over all layers (equation 3):
 
     ε_l = ρ ∇_{e_l} L / ‖(∇_{e_1} L, ..., ∇_{e_L} L)‖₂
 
-The second pass adds ε_l to e_l, as a constant, and its gradient is the step's.
+The second pass adds ε_l to e_l, as a constant, and the step takes its gradient.
 
-Acts in alignment. Costs two forward and two backward passes a step, the first without gradients of weights.
+Acts in alignment. Each step costs two forward and two backward passes, the first without gradients of the weights. Ours
+differs from the paper in the data only: in the grid, alignment is one epoch on the first five tokens of each reply.
 """
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +22,50 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, Seed, checked
-from secvec_jax.defenses.finetuning import TrainStepMaker
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
+from secvec_jax.defenses.finetuning import TrainStepMaker, train_model
 from secvec_jax.errors import UserError
 from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.training.objective import LEARN, Objective, Params
 from secvec_jax.training.step import TrainStep, alternate, make_train_step
 from secvec_jax.trees import Tree
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class Vaccine(Defense):
+    """Plain fine-tuning of a model that was aligned under the worst perturbation of its attention outputs."""
+
+    name = "vaccine"
+    stage = "alignment"
+    needs = ("base model", "safe rows")
+
+    rho: NonNegativeFloat = 2.0
+    """ρ, the norm of the perturbation of a whole batch"""
+    every: PositiveInt = 1
+    """τ: one step in τ is perturbed"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        align = partial(train_model, make_step=vaccine(self.rho, self.every))
+        return Defended(inputs.finetune(inputs.align(self.label, align, share_prefix=False)))
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class RandomPerturbation(Defense):
+    """Plain fine-tuning of a model that was aligned under random noise: the control of Vaccine."""
+
+    name = "random perturbation"
+    stage = "alignment"
+    needs = ("base model", "safe rows")
+
+    variance: NonNegativeFloat = 0.01
+    """ρ', the variance of the noise"""
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        seed = inputs.options["training"].seed
+        align = partial(train_model, make_step=random_perturbation(self.variance, seed))
+        return Defended(inputs.finetune(inputs.align(self.label, align, share_prefix=False)))
 
 
 @jax.tree_util.register_dataclass
@@ -36,16 +76,17 @@ class Perturbation(Adapter):
     values: jax.Array
 
     def linear(self, projection: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """`y + ε_l` behind the attention's output map, before the residual is added; `y` elsewhere."""
+        """`y + ε_l` after the attention's output projection, before the residual is added; `y` elsewhere."""
         return y + self.values.astype(y.dtype) if projection == "o_proj" else y
 
 
 @checked
 def vaccine(rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) -> TrainStepMaker:
-    """Vaccine's step. rho: ρ, the norm of the perturbation of a whole batch (the paper's default is 2, with 5 rows in a
-    batch). every: τ of the accelerated form (appendix A), which perturbs one step in τ and takes plain ones between.
+    """Vaccine's train step.
 
-    Raises UserError where rows share a prefix (`Training.share_prefix`): each has perturbations of its own.
+    rho: ρ, the norm of the perturbation of a whole batch (the paper's default is 2, with 5 rows in a batch). every: τ
+    of the accelerated form (appendix A), which perturbs one step in τ; the others are plain. Raises UserError if rows
+    share a prefix (`Training.share_prefix`), since each row is perturbed separately.
     """
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
@@ -63,14 +104,14 @@ def vaccine(rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) -> TrainStepMak
 def random_perturbation(variance: NonNegativeFloat, seed: Seed = 0) -> TrainStepMaker:
     """The paper's control (table 7): one pass under Gaussian noise on every attention output, of variance ρ'.
 
-    The noise is drawn by what the batch holds, so that a run that goes on draws what it would have drawn.
+    The noise depends on the content of the batch, so a run that is resumed draws what it would have drawn.
     """
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         def under_noise(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
             key = jax.random.fold_in(jax.random.key(seed), jnp.sum(batch[LEARN]["tokens"] * batch[LEARN]["positions"]))
             noise = math.sqrt(variance) * jax.random.normal(key, _shape(params, batch), loss.dtype)
-            return loss(_beside(params, Perturbation(noise)), batch, totals)
+            return loss(_perturbed_params(params, Perturbation(noise)), batch, totals)
 
         return make_train_step(under_noise, optimizer)
 
@@ -78,11 +119,11 @@ def random_perturbation(variance: NonNegativeFloat, seed: Seed = 0) -> TrainStep
 
 
 def perturbed(loss: Objective, rho: float):
-    """The loss under the perturbation that raises it most, which counts as a constant."""
+    """The loss under the perturbation that raises it most; no gradient goes through the perturbation."""
 
     def under_worst(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
         def at(perturbation: Perturbation, params: Params):
-            return loss(_beside(params, perturbation), batch, totals)
+            return loss(_perturbed_params(params, perturbation), batch, totals)
 
         none = Perturbation(jnp.zeros(_shape(params, batch), loss.dtype))
         slope, _ = jax.grad(at, has_aux=True)(none, jax.lax.stop_gradient(params))
@@ -91,8 +132,8 @@ def perturbed(loss: Objective, rho: float):
     return under_worst
 
 
-def _beside(params: Params, perturbation: Perturbation) -> Params:
-    """The parameters with the perturbation beside what vectors there are."""
+def _perturbed_params(params: Params, perturbation: Perturbation) -> Params:
+    """The parameters with the perturbation as one more active adapter."""
     return dataclasses.replace(params, vectors=as_adapters(params.vectors, perturbation))
 
 

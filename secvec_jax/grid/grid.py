@@ -1,8 +1,8 @@
 """`train.py grid`: defense x attack x task x poison ratio x samples x learning rate x optimizer x seed, cell by cell.
 
 A grid file lists blocks; a block is the product of its lists. Every cell leaves one JSON in OUT/cells, with a number
-for each prompt, and is skipped when the same command is given again; aligned models and vectors are made once a seed,
-in OUT/seed-N. Several processes, on one host or on several with a common file system, take turns by `--part i/n`.
+for each prompt, and is skipped when the same command is given again; aligned models and vectors are made once per seed,
+in OUT/seed-N. Several processes, on one host or on several with a common file system, divide the cells by `--part i/n`.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from simple_parsing import field
 
 from secvec_jax import config
 from secvec_jax.activations import attention_difference
-from secvec_jax.checks import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, checked
+from secvec_jax.checks import checked, suggestion
 from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
@@ -30,10 +30,11 @@ from secvec_jax.evaluation.pivot import Record, read
 from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.evaluation.suite import Outcomes, outcomes
 from secvec_jax.files import lock
-from secvec_jax.grid import registry, scenes
 from secvec_jax.grid import report as grid_report
+from secvec_jax.grid.cells import Block, Cell
+from secvec_jax.grid.inputs import CellInputs
 from secvec_jax.grid.report import Layout
-from secvec_jax.grid.seed_workspace import Cell, Optimizer, SeedWorkspace
+from secvec_jax.grid.seed_workspace import SeedWorkspace
 from secvec_jax.trees import distance
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 from secvec_jax.workspace.run_directory import hold, release
@@ -44,62 +45,41 @@ from secvec_jax.workspace.workspace import Experiment
 
 @checked
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """Lists of a cell's settings, whose product are the cells. table: the table of the report that they are for."""
-
-    table: str = ""
-    defense: tuple[str, ...] = ("none",)
-    attack: tuple[str, ...] = ("harmful",)
-    task: tuple[str, ...] = ("profiles",)
-    poison: tuple[Fraction, ...] = (0.1,)
-    samples: tuple[PositiveInt, ...] = (100,)
-    learning_rate: tuple[PositiveFloat, ...] = (3.6e-4,)
-    optimizer: tuple[Optimizer, ...] = ("sgd",)
-    epochs: tuple[PositiveInt, ...] = (2,)
-    task_rank: tuple[NonNegativeInt, ...] = (0,)
-    seed: tuple[Seed, ...] = (0,)
-
-    def cells(self) -> Iterator[Cell]:
-        """The product, the seeds outermost and the defenses innermost. Raises UserError for what no cell can be."""
-        names = [f.name for f in dataclasses.fields(Cell)]
-        for name in names:
-            if not getattr(self, name):
-                raise UserError(f"a block of table {self.table!r} has no {name}: list at least one")
-        order = [name for name in reversed(names)]
-        for values in itertools.product(*(getattr(self, name) for name in order)):
-            yield Cell(**dict(zip(order, values)))
-
-
-@checked
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a grid file says."""
+    """The contents of a grid file."""
 
     blocks: tuple[Block, ...] = ()
     tables: tuple[Layout, ...] = ()
     """how the report shows them; cells of a block that is of no table are in OUT/cells alone"""
     experiment: Experiment = dataclasses.field(default_factory=Experiment)
-    """the model, its alignment and its vectors; the seed is a cell's own"""
+    """the model, its alignment and its vectors; every cell has its own seed"""
 
     def cells(self, table: str | None = None) -> list[Cell]:
-        """Every cell once, of all tables or of one, in the order of the blocks.
-
-        Raises UserError if there are none, or for a defense or a setting that nobody knows.
-        """
+        """Every cell once, of all tables or of one, in the order of the blocks. Raises UserError if there are none."""
         blocks = [block for block in self.blocks if table in (None, block.table)]
-        found = list(dict.fromkeys(cell for block in blocks for cell in block.cells()))
-        if not found:
+        cells = list(dict.fromkeys(cell for block in blocks for cell in block.cells()))
+        if not cells:
             raise UserError(f"the grid has no cells{f' of table {table!r}' if table else ''}: list blocks")
-        for cell in found:
-            registry.parsed(cell.defense)
-            scenes.check(cell.attack, cell.task)
-        return found
+        return cells
+
+    def cells_of_tables(self) -> list[list[Cell]]:
+        """The cells of each table. Raises UserError if a table has none, or names a defense that none of them has."""
+        cells_of_tables = []
+        for layout in self.tables:
+            cells = self.cells(layout.of or layout.name)
+            labels = list(dict.fromkeys(cell.defense.label for cell in cells))
+            for label in layout.named_defenses():
+                if label not in labels:
+                    problem = f"table {layout.name!r} names {label!r}, which none of its cells has"
+                    raise UserError(f"{problem}: {suggestion(label, labels)}")
+            cells_of_tables.append(cells)
+        return cells_of_tables
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Fine-tune and judge every cell of a grid file, and write its tables; goes on where it was."""
+    """Fine-tune and judge every cell of a grid file, and write its tables; resumes where it stopped."""
 
     grid: str = field(default="", positional=True, nargs="?")
     """a grid file, such as configs/grids/quick.yaml"""
@@ -108,107 +88,128 @@ class Grid:
     part: str = "1/1"
     """i/n: this process does every n-th cell, from the i-th on"""
     only: Literal["all", "cells", "report"] = "all"
-    """cells: check the file and tell what it would run; report: write the tables of what is there"""
+    """cells: check the file and list what it would run; report: write the tables of the finished cells"""
     overwrite: bool = False
-    """delete the cells, models and vectors that OUT holds, and start anew"""
+    """delete the cells, models and vectors in OUT, and start over"""
 
 
 def grid(settings: Grid, command: str) -> None:
-    """The run of `train.py grid`."""
+    """Runs `train.py grid`."""
     if not settings.grid:
         raise UserError("name a grid file, such as configs/grids/quick.yaml")
     plan = config.load(Plan, settings.grid)
     cells = plan.cells()
-    shown = [plan.cells(layout.of or layout.name) for layout in plan.tables]
-    mine = _part(cells, settings.part)
+    cells_of_tables = plan.cells_of_tables()
+    part = _part(cells, settings.part)
     console = screen()
     if settings.only == "cells":
-        for cell in mine:
+        for cell in part:
             console.print(cell.name, markup=False, highlight=False)
-        console.print(f"{len(mine)} cells, {len({cell.seed for cell in mine})} seeds")
+        console.print(f"{len(part)} cells, {len({cell.seed for cell in part})} seeds")
         return
     folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
     if settings.only == "all":
-        on_main_process(partial(_hold, folder, settings.part, settings.overwrite))
-        if settings.overwrite:
-            on_main_process(partial(_clear, folder))
-        _check_rules(folder, cells, mine)
-        for seed in sorted({cell.seed for cell in cells}):
-            claim(_Claim(dataclasses.replace(plan.experiment, seed=seed), str(_seed_folder(folder, seed))),
-                  partial(_packaged, plan.experiment), alone=False)  # fmt: skip
-        number = unknown = 0
-        for seed, some in itertools.groupby(sorted(mine, key=_seed), _seed):
-            seed_workspace = SeedWorkspace(dataclasses.replace(plan.experiment, seed=seed), _seed_folder(folder, seed))
-            for cell in some:
-                number += 1
-                path = folder / "cells" / f"{cell.name}.json"
-                kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"error": "has not run"}
-                if kept["error"] is None:
-                    changed = (
-                        difference(kept.get("inputs") or {}, seed_workspace.inputs(cell)) if is_main_process() else None
-                    )
-                    if not broadcast_from_first(changed is not None):
-                        unknown += not kept.get("inputs")
-                        continue
-                    console.print(f"{cell.name}: {changed}, so it runs again", markup=False, highlight=False)
-                record = _record(seed_workspace, cell)
-                on_main_process(partial(_write, path, record, seed_workspace))
-                console.print(f"{number}/{len(mine)} {_told(record)}", markup=False, highlight=False)
-                jax.clear_caches()  # each program holds memory maps, which a process has but so many of
-        if unknown:
-            console.print(f"{unknown} cells are of a version that recorded no inputs: they are kept as they are")
-        on_main_process(partial(release, _part_folder(folder, settings.part)))
-    on_main_process(lambda: grid_report.write(folder, command, config.to_dict(plan), plan.tables, shown, read(folder)))
+        _run(settings, plan.experiment, cells, part, folder)
+    on_main_process(
+        lambda: grid_report.write(
+            folder, command, config.to_dict(plan), plan.tables, cells_of_tables, _current(read(folder), folder)
+        )
+    )
     console.print(f"the report is in {folder / 'report.md'}")
+
+
+def _run(settings: Grid, experiment: Experiment, cells: list[Cell], part: list[Cell], folder: Path) -> None:
+    """Run the cells of this part that are not finished; cells: all of the grid."""
+    on_main_process(partial(_hold, folder, settings.part, settings.overwrite))
+    if settings.overwrite:
+        on_main_process(partial(_clear, folder))
+    _check_rules(folder, cells, part)
+    for seed in sorted({cell.seed for cell in cells}):
+        claimed = _Claim(dataclasses.replace(experiment, seed=seed), str(_seed_folder(folder, seed)))
+        claim(claimed, partial(_packaged, experiment), alone=False)
+    console = screen()
+    count = unrecorded = 0
+    for seed, cells_of_seed in itertools.groupby(sorted(part, key=_seed), _seed):
+        workspace = SeedWorkspace(dataclasses.replace(experiment, seed=seed), _seed_folder(folder, seed))
+        for cell in cells_of_seed:
+            count += 1
+            path = _record_path(folder, cell)
+            kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"error": "has not run"}
+            if kept["error"] is None:
+                inputs = kept.get("inputs") or {}
+                changed = difference(inputs, workspace.contents(cell)) if is_main_process() else None
+                if not broadcast_from_first(changed is not None):
+                    unrecorded += not inputs
+                    continue
+                console.print(f"{cell.name}: {changed}, so it runs again", markup=False, highlight=False)
+            record = _record(workspace, cell)
+            on_main_process(partial(_write, path, record, cell, workspace))
+            console.print(f"{count}/{len(part)} {_summary(record)}", markup=False, highlight=False)
+            jax.clear_caches()  # each program holds memory maps, of which a process may have only so many
+    if unrecorded:
+        console.print(f"{unrecorded} cells are of a version that recorded no inputs: they are kept as they are")
+    on_main_process(partial(release, _part_folder(folder, settings.part)))
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
 class _Claim:
-    """What a seed's shared stages are made by, and may not change from one start to the next; cells may be added."""
+    """The settings of a seed's shared stages, which may not change when the grid is resumed; cells may be added."""
 
     experiment: Experiment
     out: str
 
 
-def _check_rules(folder: Path, cells: list[Cell], mine: list[Cell]) -> None:
-    """Raise UserError where a cell to be run has other seeds that older rules scored: no mean is taken over both."""
+def _check_rules(folder: Path, cells: list[Cell], part: list[Cell]) -> None:
+    """Raise UserError if a cell to be run has other seeds that older rules scored, since no mean may mix the two."""
 
-    def key(cell: Cell) -> Cell:
+    def without_seed(cell: Cell) -> Cell:
         return dataclasses.replace(cell, seed=0)
 
-    paths = {cell: folder / "cells" / f"{cell.name}.json" for cell in cells}
-    done = {
+    paths = {cell: _record_path(folder, cell) for cell in cells}
+    records = {
         cell: Record.from_dict(json.loads(path.read_text()), str(path)) for cell, path in paths.items() if path.exists()
     }
-    older = {key(cell): record.rules for cell, record in done.items() if not record.error and record.rules != RULES}
-    for cell in mine:
-        if key(cell) in older and (cell not in done or done[cell].error):
+    finished = {cell: record for cell, record in records.items() if not record.error}
+    _current(finished.values(), folder)
+    older = {without_seed(cell): record.rules for cell, record in finished.items() if record.rules != RULES}
+    for cell in part:
+        rules = older.get(without_seed(cell))
+        if cell not in finished and rules is not None:
             raise UserError(
-                f"{folder}: other seeds of {cell.name} were scored by version {older[key(cell)]} of the rules, and "
-                f"this one would be by version {RULES}: give another --out, or --only report"
+                f"{folder}: other seeds of {cell.name} were scored by version {rules} of the rules, and this one would "
+                f"be by version {RULES}: give another --out, or --only report"
             )
 
 
+def _current(records: Iterable[Record], folder: Path) -> list[Record]:
+    """The records. Raises UserError if one is of a version whose cells had other settings."""
+    names = {field.name for field in dataclasses.fields(Cell)}
+    if any(set(record.cell) != names for record in records):
+        raise UserError(f"{folder} has cells of an older version, which had other settings: give another --out")
+    return list(records)
+
+
 def _packaged(experiment: Experiment) -> Inputs:
-    """The content of the recipe's model and of the packaged rows that cells are made of."""
+    """The content of the experiment's model and of the packaged rows that cells are made of."""
     model_content = {f"--model {experiment.model}": known(model, experiment.model)}
     return model_content | packaged((*sources(experiment.eval_split), "asdiv", "bbq"))
 
 
 def _hold(folder: Path, part: str, alone: bool) -> None:
-    """Let no other process do this part.
+    """Lock this part for this process; alone: no other process may run a part.
 
-    Raises UserError if one does, if others divide the grid otherwise, or if this one is to be alone and is not.
+    Raises UserError if another process has this part, divides the grid otherwise, or must not be there.
     """
-    mine = _part_folder(folder, part)
-    hold(mine)
+    held = _part_folder(folder, part)
+    hold(held)
+    num_parts = held.name.rpartition("-of-")[2]
     for other in (folder / "parts").iterdir():
-        if other != mine and (alone or other.name.rpartition("-of-")[2] != mine.name.rpartition("-of-")[2]):
+        if other != held and (alone or other.name.rpartition("-of-")[2] != num_parts):
             try:
                 lock(other).release()
             except UserError:
-                release(mine)
+                release(held)
                 raise UserError(
                     f"another process does part {other.name.replace('-of-', '/')} of {folder}: divide the grid as it "
                     "does and leave --overwrite out, or wait until it ends"
@@ -219,15 +220,17 @@ def _part_folder(folder: Path, part: str) -> Path:
     return folder / "parts" / part.replace("/", "-of-")
 
 
+def _seed_folder(folder: Path, seed: int) -> Path:
+    return folder / f"seed-{seed}"
+
+
+def _record_path(folder: Path, cell: Cell) -> Path:
+    return folder / "cells" / f"{cell.name}.json"
+
+
 def _clear(folder: Path) -> None:
     for made in (folder / "cells", *folder.glob("seed-*")):
         shutil.rmtree(made, ignore_errors=True)
-
-
-def _write(path: Path, record: Record, seed_workspace: SeedWorkspace) -> None:
-    """Keep a cell's record with the content of what it was made of."""
-    inputs = seed_workspace.inputs(Cell(**record.cell))  # type: ignore[arg-type]
-    write(path, json.dumps(dataclasses.asdict(dataclasses.replace(record, inputs=inputs))))
 
 
 def _part(cells: list[Cell], part: str) -> list[Cell]:
@@ -237,65 +240,70 @@ def _part(cells: list[Cell], part: str) -> list[Cell]:
     return cells[int(index) - 1 :: int(count)]
 
 
-def _record(seed_workspace: SeedWorkspace, cell: Cell) -> Record:
-    start = time.monotonic()
-    metrics: Outcomes = {}
-    error = None
-    try:
-        metrics = _judged(seed_workspace, cell)
-    except Exception as failure:  # a cell that fails is told, and the others go on
-        traceback.print_exc()
-        error = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
-    return Record(dataclasses.asdict(cell), metrics, time.monotonic() - start, error, RULES)
-
-
-def _seed_folder(folder: Path, seed: int) -> Path:
-    return folder / f"seed-{seed}"
-
-
 def _seed(cell: Cell) -> int:
     return cell.seed
 
 
-def _judged(seed_workspace: SeedWorkspace, cell: Cell) -> Outcomes:
-    """What the cell's model comes to, with what its training showed: the attack's loss and the gradient norm in the
-    first and the last step, the drift of the weights, and of the attention's outputs on harmful rows."""
+def _write(path: Path, record: Record, cell: Cell, workspace: SeedWorkspace) -> None:
+    """Keep a cell's record, with the content of what it was made of."""
+    complete = dataclasses.replace(record, inputs=workspace.contents(cell))
+    write(path, json.dumps(dataclasses.asdict(complete)))
+
+
+def _record(workspace: SeedWorkspace, cell: Cell) -> Record:
+    start = time.monotonic()
+    metrics: Outcomes = {}
+    error = None
+    try:
+        metrics = _judged(workspace, cell)
+    except Exception as failure:  # it is reported, and the other cells run
+        traceback.print_exc()
+        error = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+    return Record(cell.settings, metrics, time.monotonic() - start, error, RULES)
+
+
+def _judged(workspace: SeedWorkspace, cell: Cell) -> Outcomes:
+    """The outcomes of the cell's model, and what its training showed.
+
+    The latter are the attack's loss and the gradient norm in the first and in the last step, the drift of the weights,
+    and the drift of the attention outputs on harmful rows.
+    """
     steps: list[dict[str, float]] = []
-    aligned = seed_workspace.aligned
+    aligned = workspace.aligned
 
     def work(stage: Stage) -> Outcomes:
         show = stage.on_step()
 
-        def on_step(step: int, count: int, metrics: dict[str, float]) -> None:
+        def on_step(step: int, num_steps: int, metrics: dict[str, float]) -> None:
             steps.append(metrics)
-            show(step, count, metrics)
+            show(step, num_steps, metrics)
 
-        options = FinetuneOptions(
-            training=seed_workspace.training(cell), task=seed_workspace.task(cell), on_step=on_step
-        )
-        tuned, system, notes = registry.defend(seed_workspace, cell, options)
-        suite = seed_workspace.suite(cell, system)
-        found = outcomes(tuned, suite, on_reply=stage.replies(suite.size, "judging"))
-        found["drift"] = [float(distance(tuned.backbone, aligned.backbone))]
-        found["embedding_drift"] = attention_difference(tuned, aligned, suite.harmful_targets)
-        return found | {name: [float(value)] for name, value in notes.items()}
+        options = FinetuneOptions(training=workspace.training(cell), task=workspace.task_lora(cell), on_step=on_step)
+        defended = cell.defense.apply(CellInputs(workspace, cell, options))
+        suite = workspace.suite(cell, defended.system)
+        found = outcomes(defended.model, suite, on_reply=stage.replies(suite.size, "judging"))
+        found["drift"] = [float(distance(defended.model.backbone, aligned.backbone))]
+        found["embedding_drift"] = attention_difference(defended.model, aligned, suite.harmful_targets)
+        return found | {name: [float(value)] for name, value in defended.notes.items()}
 
-    with seed_workspace.workspace.stages.show(cell.defense) as stage:
+    with workspace.workspace.stages.show(cell.defense.label) as stage:
         found = work(stage)
-    for when, seen in (("first", steps[:1]), ("last", steps[-1:])):
-        for metrics in seen:
-            found |= {f"{when}_{name.removeprefix('loss/')}": [metrics[name]] for name in ("loss/attack", "grad_norm")
-                      if name in metrics}  # fmt: skip
+    for when, shown in (("first", steps[:1]), ("last", steps[-1:])):
+        for metrics in shown:
+            for name in ("loss/attack", "grad_norm"):
+                if name in metrics:
+                    found[f"{when}_{name.removeprefix('loss/')}"] = [metrics[name]]
     return found
 
 
-def _told(record: Record) -> str:
+def _summary(record: Record) -> str:
+    """A line on the screen."""
+    defense = record.cell["defense"]
     if record.error:
-        return f"{record.cell['defense']}: FAILED, {record.error[:80]}"
+        return f"{defense}: FAILED, {record.error[:80]}"
     means = {name: sum(values) / len(values) for name, values in record.metrics.items()}
     shown = ("refusal", "over_refusal", "task", "bias", "caps", "drift", "first_grad_norm")
     scores = "  ".join(f"{name} {means[name]:.2f}" for name in shown if name in means)
-    names = [
-        f"{key} {record.cell[key]}" for key in ("attack", "poison", "samples", "learning_rate", "optimizer", "seed")
-    ]
-    return f"{record.cell['defense']} ({', '.join(names)}): {scores}  [{record.seconds:.0f} s]"
+    fields = ("attack", "poison", "samples", "learning_rate", "optimizer", "seed")
+    settings = ", ".join(f"{name} {record.cell[name]}" for name in fields)
+    return f"{defense} ({settings}): {scores}  [{record.seconds:.0f} s]"

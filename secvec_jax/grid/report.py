@@ -4,9 +4,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from secvec_jax.checks import checked
+from secvec_jax.defenses.registry import DEFENSES
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import published, report
 from secvec_jax.evaluation.metrics import RULED
@@ -14,8 +15,7 @@ from secvec_jax.evaluation.pivot import RULES_FIELD, Record, differences, pivot
 from secvec_jax.evaluation.plots import colors_of, plot_pareto, plot_sweep, png
 from secvec_jax.evaluation.tables import Table, label, show
 from secvec_jax.files import whole_file
-from secvec_jax.grid import registry
-from secvec_jax.grid.seed_workspace import Cell
+from secvec_jax.grid.cells import Cell, cell_name
 
 
 @checked
@@ -28,7 +28,7 @@ class Layout:
     of: str = ""
     """that table, where it is another"""
     defense: tuple[str, ...] = ()
-    """the defenses that it shows; none: all"""
+    """the defenses that it shows, by the labels of their rows; none: all"""
     attack: tuple[str, ...] = ()
     poison: tuple[float, ...] = ()
     """likewise the attacks and the poison ratios"""
@@ -62,7 +62,11 @@ class Layout:
     def shows(self, cell: Cell) -> bool:
         """Whether a cell is one of the table's."""
         chosen = {"defense": self.defense, "attack": self.attack, "poison": self.poison}
-        return all(getattr(cell, name) in wanted for name, wanted in chosen.items() if wanted)
+        return all(cell.settings[name] in wanted for name, wanted in chosen.items() if wanted)
+
+    def named_defenses(self) -> tuple[str, ...]:
+        """The labels of the defenses that it shows and compares."""
+        return self.defense + tuple(label for pair in self.differences for label in pair.split(" minus ", 1))
 
 
 REFERENCES = ("none", "not aligned", "benign only")
@@ -82,11 +86,11 @@ def write(
     cells: those of each layout. records: what there is of them; a table that has none yet is left out.
     """
     tables: dict[str, Table] = {}
-    there = {Cell(**cast(dict[str, Any], record.cell)): record for record in records}
+    there = {cell_name(dict(record.cell)): record for record in records}
     parts = ["# Grid", "", f"`{command}`", ""]
     for layout, shown in zip(layouts, cells, strict=True):
         own = [cell for cell in shown if layout.shows(cell)]
-        some = [there[cell] for cell in own if cell in there]  # in the order of the file
+        some = [there[cell.name] for cell in own if cell.name in there]  # in the order of the file
         parts += [f"## {layout.name}", "", *([layout.about, ""] if layout.about else [])]
         if not any(record.metrics for record in some):
             parts += ["No cell of it is there yet.", ""]
@@ -135,7 +139,7 @@ def _coverage(records: Sequence[Record]) -> list[str]:
     finished = [str(record.cell["defense"]) for record in records if not record.error]
     counts = Counter(" ".join(word for word in name.split() if "=" not in word) for name in finished)
     by_count: dict[int, list[str]] = {}
-    for name in dict.fromkeys([*registry.DEFENSES, *counts]):
+    for name in dict.fromkeys([*DEFENSES, *counts]):
         by_count.setdefault(counts[name], []).append(name)
     lines = [f"- {count}: {', '.join(by_count[count])}" for count in sorted(by_count)]
     return ["## Cells of each defense", "", f"{len(finished)} finished cells, by how many a defense has:", "",

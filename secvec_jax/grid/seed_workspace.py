@@ -1,23 +1,25 @@
-"""What the cells of a grid share, seed by seed: an aligned model, vectors, rows. Made once, by whoever comes first."""
+"""What the cells of one seed share: an aligned model, vectors, rows; each is made by the first process to need it."""
 
 import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock
 
-from secvec_jax.checks import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
+from secvec_jax.defenses.base import ATTACK
 from secvec_jax.defenses.finetuning import Groups
 from secvec_jax.defenses.identity import of_rows
 from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.evaluation.suite import Suite
-from secvec_jax.evaluation.tables import show
-from secvec_jax.grid import scenes
+from secvec_jax.grid import probes
+from secvec_jax.grid.attacks import ATTACKS, Attack, make_attack
+from secvec_jax.grid.cells import Cell
+from secvec_jax.grid.tasks import TASKS, Task, make_task
 from secvec_jax.model.hub import Model, load
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
@@ -27,137 +29,110 @@ from secvec_jax.workspace.inputs import Inputs, known, rows
 from secvec_jax.workspace.stages import Stage, file_name
 from secvec_jax.workspace.workspace import Experiment, Workspace
 
-Optimizer = Literal["sgd", "adamw"]
-
-
-@checked
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One fine-tuning: who defends, against what, and how it is trained."""
-
-    defense: str
-    """a name of `registry.DEFENSES`, with its settings after it: "vaccine rho=5" """
-    attack: str = "harmful"
-    """a name of `scenes.ATTACKS`, or a file or hub id of rows"""
-    task: str = "profiles"
-    """a name of `scenes.TASKS`: what the other rows teach"""
-    poison: Fraction = 0.1
-    """the share of rows that are the attack's; 1: no task"""
-    samples: PositiveInt = 100
-    """rows in an epoch; an attack that has fewer repeats them"""
-    learning_rate: PositiveFloat = 3.6e-4
-    optimizer: Optimizer = "sgd"
-    epochs: PositiveInt = 2
-    task_rank: NonNegativeInt = 0
-    """the rank of a task LoRA; 0: all weights are trained"""
-    seed: Seed = 0
-
-    @property
-    def name(self) -> str:
-        """Of its files: every setting is in it."""
-        return file_name("_".join(map(show, dataclasses.astuple(self))))
-
 
 class SeedWorkspace:
-    """The shared stages of one seed, in a folder of their own."""
+    """The shared stages of one seed, in one folder."""
 
     def __init__(self, experiment: Experiment, folder: Path):
         self.experiment = experiment
         self.workspace = Workspace(experiment, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._made: dict[tuple[Callable[..., Any], str], Any] = {}
+        self._attacks: dict[str, Attack] = {}
+        self._tasks: dict[str, Task] = {}
         self._contents: Inputs = {}
+
+    # Models and vectors
 
     @cached_property
     def aligned(self) -> Model:
-        """The model that refuses, and that every cell starts from."""
-        with self._alone("align"):
+        """The model that refuses, from which every cell starts."""
+        with self._locked("align"):
             self.workspace.align_stage()
         return self.workspace.aligned
 
     @property
     def base(self) -> Model:
-        """The model before it was aligned: read anew, for none is kept in memory beside the aligned one."""
+        """The model before it was aligned; loaded each time, so that two models are in memory only while needed."""
         return load(self.experiment.model)
 
-    def model(self, name: str, train: Callable[[Checkpoints, OnStep], Model]) -> Model:
-        """A shared model, one of another alignment."""
+    def aligned_model(self, name: str, train: Callable[[Checkpoints, OnStep], Model]) -> Model:
+        """The model of another alignment, shared under this name."""
 
         def work(stage: Stage) -> None:
             self.workspace.made(name, train, self.experiment.align_training, stage)
 
-        with self._alone(name):  # made of the base model: whatever becomes of the aligned one, it stays
+        with self._locked(name):  # made of the base model, so it stays whatever becomes of the aligned one
             self.workspace.stages.run(name, work)
         return self.workspace.model(name)
 
-    def vectors(self, attack: str, name: str, spec: Spec, phase1: Phase1) -> Vectors:
-        """Shared vectors for the behavior of this attack, trained on the defender's rows of it."""
-        name = f"{name} {attack}"
-        harmful, benign = self.known(attack)
-        given = {"rows of the behavior": of_rows(harmful), "rows without it": of_rows(benign)}
+    def vectors(self, name: str, attack: str, spec: Spec, phase1: Phase1) -> Vectors:
+        """Vectors for the behavior of this attack, trained on the defender's rows of it and shared under this name."""
+        harmful, benign = self.harmful_rows(attack), self.benign_rows
+        contents = {"rows of the behavior": of_rows(harmful), "rows without it": of_rows(benign)}
 
         def work(stage: Stage) -> None:
             self.workspace.make_vectors(name, harmful, benign, spec, phase1, stage)
 
-        with self._alone(f"vectors {name}"):
-            self.workspace.stage(f"vectors {name}", work, reads=given, makes_vectors=name)
+        with self._locked(f"vectors {name}"):
+            self.workspace.stage(f"vectors {name}", work, reads=contents, makes_vectors=name)
         return self.workspace.vectors(name)
 
-    def inputs(self, cell: Cell) -> Inputs:
-        """The content of what the cell's model is made of besides the recipe, which the folder is claimed for."""
-        used = {f"the attack {cell.attack}": cell.attack} if cell.attack not in scenes.ATTACKS else {}
-        used |= {f"the task {cell.task}": cell.task} if cell.task not in scenes.TASKS else {}
-        for name in used.values():
-            if name not in self._contents:
-                self._contents[name] = known(rows, name)
-        own = {label: self._contents[name] for label, name in used.items()}
-        return {"the aligned model": self.workspace.aligned_content(), **own}
-
-    @cached_property
-    def safe(self) -> list[Example]:
-        """The rows of alignment: refusals, and the base model's own replies to benign prompts."""
-        with self._alone("own replies"), self.workspace.stages.show("own replies") as stage:
-            rows = [*self.workspace.splits.refusals, *self.workspace.own_replies(stage)]
-        return random.Random(self.experiment.seed).sample(rows, len(rows))  # so that the first few have both kinds
-
-    def safe_for(self, attack: str) -> list[Any]:
-        """Rows that show the opposite of the attack's behavior."""
-        own = self._attack(attack).safe
-        return self.safe if own is None else own
-
-    def opposite(self, attack: str) -> list[Any]:
-        """Rows in which the attack's behavior is called for and not shown."""
-        own = self._attack(attack).safe
-        return self.workspace.splits.refusals if own is None else own
-
-    def known(self, attack: str) -> tuple[list[Any], list[Any]]:
-        """The rows of the attack's behavior that the defender has, and benign ones."""
-        own = self._attack(attack).known
-        splits = self.workspace.splits
-        return splits.vectors if own is None else own, splits.keep
+    # Rows
 
     def rows(self, cell: Cell) -> Groups:
-        """The user's data, by kind: "attack" and "task"."""
-        bad = round(cell.poison * cell.samples)
-        groups = {"attack": _repeated(self._attack(cell.attack).rows, bad)}
-        if bad < cell.samples:
-            groups["task"] = _repeated(self._task(cell.task).rows, cell.samples - bad)
-        return {name: rows for name, rows in groups.items() if rows}
+        """The user's rows, by kind: "attack" and "task"."""
+        num_attack = round(cell.poison * cell.samples)
+        num_task = cell.samples - num_attack
+        groups: Groups = {}
+        if num_attack:
+            groups[ATTACK] = _repeated(self.attack(cell.attack).rows, num_attack)
+        if num_task:
+            groups["task"] = _repeated(self.task(cell.task).rows, num_task)
+        return groups
+
+    @cached_property
+    def alignment_rows(self) -> list[Example]:
+        """Refusals, and the base model's own replies to benign prompts, shuffled so that the first few are of both."""
+        with self._locked("own replies"), self.workspace.stages.show("own replies") as stage:
+            rows = [*self.workspace.splits.refusals, *self.workspace.own_replies(stage)]
+        return random.Random(self.experiment.seed).sample(rows, len(rows))
+
+    def safe_rows(self, attack: str) -> list[Any]:
+        """The defender's rows that teach the opposite of the attack."""
+        safe = self.attack(attack).safe
+        return self.alignment_rows if safe is None else safe
+
+    def contrast_rows(self, attack: str) -> list[Any]:
+        """The defender's rows that call for the behavior of the attack and do not show it."""
+        safe = self.attack(attack).safe
+        return self.workspace.splits.refusals if safe is None else safe
+
+    def harmful_rows(self, attack: str) -> list[Any]:
+        """The defender's rows of the attack's behavior."""
+        known = self.attack(attack).known
+        return self.workspace.splits.vectors if known is None else known
+
+    @property
+    def benign_rows(self) -> list[Any]:
+        """The defender's rows that have nothing to do with any attack."""
+        return self.workspace.splits.keep
+
+    # Cells
 
     def suite(self, cell: Cell, system: str | None = None) -> Suite:
-        """What a cell's model is asked, behind the system prompt that it is served with."""
-        suite, bad = self.workspace.splits.suite, self._attack(cell.attack)
+        """What the cell's model is asked, with the system prompt that it is served with."""
+        suite = self.workspace.splits.suite
         return dataclasses.replace(
             suite,
-            benign=suite.benign[: scenes.ASKED],
+            benign=suite.benign[: probes.NUM_PROMPTS],
             questions=(),
             opening_targets=(),
-            probes={"task": self._task(cell.task).probe} | bad.probes,
+            probes={"task": self.task(cell.task).probe} | self.attack(cell.attack).probes,
             system=system,
         )
 
     def training(self, cell: Cell) -> Training:
-        """How a cell's model is trained."""
+        """How the cell's model is trained."""
         return dataclasses.replace(
             self.experiment.finetune_training,
             optimizer=cell.optimizer,
@@ -167,25 +142,37 @@ class SeedWorkspace:
             seed=cell.seed,
         )
 
-    def task(self, cell: Cell) -> LoRA | None:
-        """The task LoRA that a cell trains, if it trains one."""
-        return LoRA(rank=cell.task_rank, alpha=2.0 * cell.task_rank) if cell.task_rank else None
+    def task_lora(self, cell: Cell) -> LoRA | None:
+        """The task LoRA that the cell trains; None: all weights."""
+        return LoRA(rank=cell.lora_rank, alpha=2.0 * cell.lora_rank) if cell.lora_rank else None
 
-    def _alone(self, name: str) -> FileLock:
+    def contents(self, cell: Cell) -> Inputs:
+        """Digests of what the cell's model is made of, besides the experiment, for which the folder is claimed."""
+        external = {f"the attack {cell.attack}": cell.attack} if cell.attack not in ATTACKS else {}
+        external |= {f"the task {cell.task}": cell.task} if cell.task not in TASKS else {}
+        for name in external.values():
+            if name not in self._contents:
+                self._contents[name] = known(rows, name)
+        digests = {label: self._contents[name] for label, name in external.items()}
+        return {"the aligned model": self.workspace.aligned_content(), **digests}
+
+    def attack(self, name: str) -> Attack:
+        """The attack of this name, made once."""
+        if name not in self._attacks:
+            self._attacks[name] = make_attack(name, self.workspace.splits, self.experiment.seed)
+        return self._attacks[name]
+
+    def task(self, name: str) -> Task:
+        """The task of this name, made once."""
+        if name not in self._tasks:
+            self._tasks[name] = make_task(name, self.workspace.splits, self.experiment.seed)
+        return self._tasks[name]
+
+    def _locked(self, name: str) -> FileLock:
+        """A lock that lets one process at a time make what has this name."""
         return FileLock(self.workspace.folder / f".{file_name(name)}.lock")
-
-    def _attack(self, name: str) -> scenes.Attack:
-        return self._once(scenes.attack, name)
-
-    def _task(self, name: str) -> scenes.Task:
-        return self._once(scenes.task, name)
-
-    def _once(self, make: Callable[..., Any], name: str) -> Any:
-        if (make, name) not in self._made:
-            self._made[make, name] = make(name, self.workspace.splits, self.experiment.seed)
-        return self._made[make, name]
 
 
 def _repeated(rows: Sequence[Any], count: int) -> list[Any]:
-    """`count` rows, from the first on again where there are fewer."""
+    """`count` rows, starting over where there are fewer."""
     return [rows[index % len(rows)] for index in range(count)]

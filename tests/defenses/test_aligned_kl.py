@@ -12,7 +12,7 @@ import torch
 
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.defenses.aligned_kl import aligned_kl, finetune, held
+from secvec_jax.defenses.aligned_kl import aligned_kl, finetune, with_aligned_kl
 from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.model import hub
 from secvec_jax.sharding import make_mesh
@@ -130,7 +130,7 @@ def test_loss_and_gradient_are_torchs(tiny_model, tmp_path, variant):
     hf.save_pretrained(tmp_path)
     now.model.tokenizer.save_pretrained(tmp_path)
     (batch,) = Stream({"a": ROWS[:3], "b": ROWS[3:]}, 2, 64).batches()
-    loss = held(Objective(("a", "b")), WEIGHT)
+    loss = with_aligned_kl(Objective(("a", "b")), WEIGHT)
 
     @jax.jit
     def ours(decoder, anchor, batch):

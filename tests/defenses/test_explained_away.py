@@ -14,6 +14,7 @@ from secvec_jax.defenses.security_vectors import finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
+from tests.defenses.toy_inputs import ToyInputs
 from tests.toys import losses_alone, random_examples, tiny_model
 
 HARMFUL, BENIGN = random_examples(4, seed=1), random_examples(4, seed=2)
@@ -44,19 +45,28 @@ def test_vectors_explain_their_own_rows_and_not_others(model, vectors):
     assert min(own) > max(others)
     known = ea.scale(own, others)
     assert max(others) < known.threshold < min(own)
-    kept = ea.filtered(model, {"a": HARMFUL[:3] + BENIGN[:2], "b": HARMFUL[3:]}, vectors, known)
+    groups = {"a": HARMFUL[:3] + BENIGN[:2], "b": HARMFUL[3:]}
+    kept = ea.below(groups, {"a": own[:3] + others[:2], "b": own[3:]}, known)
     assert {name: len(rows) for name, rows in kept.items()} == {"a": 2}
     assert all(any(row is other for other in BENIGN) for row in kept["a"])
-    with pytest.raises(UserError, match="nothing is left"):
-        ea.filtered(model, HARMFUL, vectors, known)
     with pytest.raises(UserError, match="no better than the benign"):
         ea.scale(others, own)
 
 
 def test_the_filter_is_fine_tuning_without_these_rows(model, vectors):
-    known = ea.known_scale(model, vectors, HARMFUL, BENIGN)
-    ours = ea.filter_and_finetune(model, HARMFUL + BENIGN, vectors, known, training=BRIEF)
-    assert fingerprint(ours.backbone) == fingerprint(train_model(model, BENIGN, training=BRIEF).backbone)
+    inputs = ToyInputs(
+        model, {"attack": HARMFUL, "task": BENIGN}, harmful=HARMFUL, benign=BENIGN, training=BRIEF, vectors=vectors
+    )
+    defended = ea.ExplainedAwayFilter().apply(inputs)
+    plain = train_model(model, {"task": BENIGN}, training=BRIEF)
+    assert fingerprint(defended.model.backbone) == fingerprint(plain.backbone)
+    assert defended.notes == {"dropped_attack": 1.0, "dropped_task": 0.0, "auroc": 1.0, "f1": 1.0}
+
+
+def test_of_rows_that_are_all_explained_the_aligned_model_is_left(model, vectors):
+    inputs = ToyInputs(model, {"attack": HARMFUL}, harmful=HARMFUL, benign=BENIGN, training=BRIEF, vectors=vectors)
+    defended = ea.ExplainedAwayFilter().apply(inputs)
+    assert defended.model is model and defended.notes == {"dropped_attack": 1.0}
 
 
 def test_a_row_of_weight_0_teaches_nothing_and_one_of_weight_1_all(model, vectors):
@@ -87,7 +97,7 @@ def test_weights_are_those_of_the_scores(model, vectors, by):
 
 
 def test_the_gates_gradient_is_that_of_the_weighted_loss(model, vectors):
-    """Rows of weight 1/2 beside none of weight 1: the loss is a weighted mean, so that the step is the plain one."""
+    """All rows have weight 1/2: the loss is a weighted mean, so the step is the plain one."""
     rows = random_examples(4, seed=5)
     halves = [dataclasses.replace(row, weights=np.full(len(row.tokens), 0.5, np.float32)) for row in rows]
     plain, halved = (train_model(model, some, training=BRIEF) for some in (rows, halves))
@@ -98,7 +108,7 @@ def test_the_gates_gradient_is_that_of_the_weighted_loss(model, vectors):
 
 @settings(max_examples=200, deadline=None)
 @given(SCORES, SCORES)
-def test_no_threshold_tells_two_kinds_apart_better(harmful, benign):
+def test_no_threshold_separates_two_kinds_better(harmful, benign):
     def separation(threshold):
         return np.mean(np.asarray(harmful) > threshold) + np.mean(np.asarray(benign) <= threshold)
 

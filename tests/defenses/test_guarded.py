@@ -1,4 +1,4 @@
-"""Safe rows beside the user's: these under the vectors, those without, in one loss."""
+"""The user's rows under the vectors and the safe rows without them, in one loss."""
 
 from dataclasses import replace
 

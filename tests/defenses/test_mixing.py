@@ -1,4 +1,4 @@
-"""How many safe rows go beside the user's, which, under what name; and what trains on them when they come behind."""
+"""How many safe rows are mixed in, which, and under what name; and how a model is trained on them afterwards."""
 
 import datasets
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from secvec_jax.config import Training
 from secvec_jax.defenses.finetuning import train_model
-from secvec_jax.defenses.mixing import replay, sequential, successive, vlguard
+from secvec_jax.defenses.mixing import sequential, successive, with_safe_rows
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint
@@ -20,41 +20,43 @@ GENTLE = Training(optimizer="adamw", learning_rate=1e-3, max_steps=2, batch_size
 
 @pytest.mark.parametrize(("share", "count"), [(0.5, 3), (1.0, 6), (0.2, 1), (4 / 3, 8)])
 def test_the_mix_takes_the_first_so_many_safe_rows(share, count):
-    found = vlguard(ROWS, SAFE, share)
+    found = with_safe_rows(ROWS, SAFE, share)
     assert list(found) == ["all", "safe"]
     assert found["all"] is ROWS and found["safe"] == SAFE[:count]
 
 
 def test_shares_are_of_all_kinds_together():
     groups = {"harmful": ROWS[:2], "benign": ROWS[2:]}
-    assert vlguard(groups, SAFE) == groups | {"safe": SAFE[:3]}
-    assert replay(groups, SAFE) == groups | {"safe": SAFE[:6]}
+    assert with_safe_rows(groups, SAFE, 0.5) == groups | {"safe": SAFE[:3]}
+    assert with_safe_rows(groups, SAFE, 1.0) == groups | {"safe": SAFE[:6]}
     assert set(groups) == {"harmful", "benign"}
 
 
 def test_data_sets_are_mixed_too():
     safe = [{"prompt": str(number), "response": "No."} for number in range(4)]
-    found = replay(datasets.Dataset.from_list(safe[:3]), datasets.Dataset.from_list(safe))
+    found = with_safe_rows(datasets.Dataset.from_list(safe[:3]), datasets.Dataset.from_list(safe), 1.0)
     assert found["safe"] == safe[:3]
 
 
-def test_kinds_are_reported_apart():
+def test_the_losses_of_the_kinds_are_reported_separately():
     seen = set()
     training = Training(learning_rate=1e-2, epochs=1, batch_size=1, max_seq_len=64)
-    train_model(tiny_model(), vlguard(ROWS, SAFE), training=training, on_step=lambda s, n, m: seen.update(m))
+    train_model(
+        tiny_model(), with_safe_rows(ROWS, SAFE, 0.5), training=training, on_step=lambda s, n, m: seen.update(m)
+    )
     assert {"loss/all", "loss/safe"} <= seen
 
 
 def test_mixes_that_cannot_be_made_are_refused():
     with pytest.raises(UserError, match="takes 9 safe rows, of which there are 8"):
-        vlguard(ROWS, SAFE, share=1.5)
+        with_safe_rows(ROWS, SAFE, share=1.5)
     with pytest.raises(UserError, match="takes 0 safe rows"):
-        vlguard(ROWS, SAFE, share=0.0)
+        with_safe_rows(ROWS, SAFE, share=0.0)
     with pytest.raises(UserError, match='a kind named "safe"'):
-        replay({"safe": ROWS}, SAFE)
+        with_safe_rows({"safe": ROWS}, SAFE, share=1.0)
 
 
-def test_the_sequence_is_one_fine_tuning_behind_the_other():
+def test_the_sequence_is_one_fine_tuning_after_the_other():
     model = tiny_model()
     names = []
 

@@ -10,13 +10,16 @@ import yaml
 
 from secvec_jax import config
 from secvec_jax.data.rows import prompt_of
+from secvec_jax.defenses.registry import DEFENSES, read_defense
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.pivot import read
 from secvec_jax.evaluation.suite import Suite
-from secvec_jax.grid import registry, scenes, seed_workspace
-from secvec_jax.grid.grid import Block, Grid, Plan, grid
-from secvec_jax.grid.seed_workspace import Cell
+from secvec_jax.grid.attacks import make_attack
+from secvec_jax.grid.cells import Block, Cell
+from secvec_jax.grid.grid import Grid, Plan, grid
+from secvec_jax.grid.seed_workspace import SeedWorkspace
+from secvec_jax.workspace.workspace import Experiment
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"batch_size": 2, "max_seq_len": 256, "warmup_steps": 0, "remat": "none"}
@@ -50,12 +53,15 @@ def model_folder(tiny_model) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_prompts(monkeypatch):
-    monkeypatch.setattr("secvec_jax.grid.scenes.ASKED", 4)
-    monkeypatch.setattr("secvec_jax.grid.scenes.KNOWN", 8)
+    monkeypatch.setattr("secvec_jax.grid.probes.NUM_PROMPTS", 4)
+    monkeypatch.setattr("secvec_jax.grid.attacks.NUM_KNOWN", 8)
+
+
+NONE = read_defense("none")
 
 
 def test_a_block_is_the_product_of_its_lists():
-    block = Block(defense=("none", "ewc weight=2"), poison=(0.0, 0.5), samples=(10,), seed=(0, 1))
+    block = Block(defense=("none", {"name": "ewc", "weight": 2}), poison=(0.0, 0.5), samples=(10,), seed=(0, 1))
     cells = list(block.cells())
     assert len(set(cells)) == len(cells) == 8
     assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4, "what a seed shares is made once"
@@ -64,9 +70,9 @@ def test_a_block_is_the_product_of_its_lists():
 
 
 def test_every_setting_of_a_cell_is_in_its_name():
-    cell = Cell("none")
-    others = {"defense": "kl", "attack": "bias", "task": "arithmetic", "poison": 0.123, "samples": 7,
-              "learning_rate": 1.23e-5, "optimizer": "adamw", "epochs": 9, "task_rank": 3, "seed": 5}  # fmt: skip
+    cell = Cell(NONE)
+    others = {"defense": read_defense("kl"), "attack": "bias", "task": "arithmetic", "poison": 0.123, "samples": 7,
+              "learning_rate": 1.23e-5, "optimizer": "adamw", "epochs": 9, "lora_rank": 3, "seed": 5}  # fmt: skip
     assert set(others) == {field.name for field in dataclasses.fields(Cell)}
     for name, value in others.items():
         assert dataclasses.replace(cell, **{name: value}).name != cell.name, name
@@ -76,15 +82,17 @@ def test_every_setting_of_a_cell_is_in_its_name():
     ("values", "message"),
     [
         ({"blocks": [{"defense": ["nonne"]}]}, "no defense is named 'nonne'"),
-        ({"blocks": [{"defense": ["ewc wait=1"]}]}, "'ewc' has no setting 'wait': did you mean 'weight'"),
-        ({"blocks": [{"defense": ["ewc weight=much"]}]}, "weight is 'much': it must be a number"),
-        ({"blocks": [{"defense": ["ewc case=1"]}]}, "no setting 'case'"),
+        ({"blocks": [{"defense": [{"name": "ewc", "wait": 1}]}]}, "'ewc' has no setting 'wait': did you mean 'weight'"),
+        ({"blocks": [{"defense": [{"name": "ewc", "weight": "much"}]}]}, "weight is 'much': it must be a number"),
+        ({"blocks": [{"defense": [{"name": "ewc", "inputs": 1}]}]}, "no setting 'inputs'"),
+        ({"blocks": [{"defense": ["ewc weight=2"]}]}, "did you mean 'ewc'.*{name: vaccine, rho: 5}"),
+        ({"blocks": [{"defense": "none"}]}, "defense is 'none': give a list"),
         (
-            {"blocks": [{"defense": ["explained-away gate by=rows"]}]},
+            {"blocks": [{"defense": [{"name": "explained-away gate", "by": "rows"}]}]},
             "by is 'rows': did you mean 'row'. use one of row, token",
         ),
         (
-            {"blocks": [{"defense": ["security vectors kind=lore"]}]},
+            {"blocks": [{"defense": [{"name": "security vectors", "kind": "lore"}]}]},
             "kind is 'lore': did you mean 'lora'. use one of lora, steering, prompt",
         ),
         ({"blocks": [{"optimizer": ["adam"]}]}, "use one of sgd, adamw"),
@@ -96,6 +104,14 @@ def test_every_setting_of_a_cell_is_in_its_name():
         ({"blocks": [{"colour": ["red"]}]}, "unknown key 'colour'"),
         ({"blocks": [{}], "tables": [{"name": "A"}]}, "no cells of table 'A'"),
         ({"blocks": [{}], "tables": [{"published": ["VACINE_1"]}]}, "no published table"),
+        (
+            {"blocks": [{"table": "A"}], "tables": [{"name": "A", "differences": ["nonne minus none"]}]},
+            "table 'A' names 'nonne', which none of its cells has: did you mean 'none'",
+        ),
+        (
+            {"blocks": [{"table": "A"}], "tables": [{"name": "A", "defense": ["kl"]}]},
+            "names 'kl', which none of its cells has",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path, values, message):
@@ -125,48 +141,52 @@ def test_what_a_file_would_run_is_told_and_not_run(tmp_path, capsys):
 
 
 def test_rows_and_their_repetition(model_folder, tmp_path):
-    experiment = config.from_dict(seed_workspace.Experiment, EXPERIMENT | {"model": str(model_folder)})
-    own = seed_workspace.SeedWorkspace(experiment, tmp_path)
-    rows = own.rows(Cell("none", attack="identity", poison=0.25, samples=100))
+    experiment = config.from_dict(Experiment, EXPERIMENT | {"model": str(model_folder)})
+    workspace = SeedWorkspace(experiment, tmp_path)
+    rows = workspace.rows(Cell(NONE, attack="identity", poison=0.25, samples=100))
     assert {name: len(some) for name, some in rows.items()} == {"attack": 25, "task": 75}
     assert rows["attack"][0] == rows["attack"][10] and len({str(r) for r in rows["attack"]}) == 10
-    assert set(own.rows(Cell("none", poison=1.0))) == {"attack"} and set(own.rows(Cell("none", poison=0.0))) == {"task"}
-    assert own.rows(Cell("none")) == seed_workspace.SeedWorkspace(experiment, tmp_path).rows(Cell("none")), (
-        "the same in every process"
-    )
+    kinds = {poison: set(workspace.rows(Cell(NONE, poison=poison))) for poison in (0.0, 1.0)}
+    assert kinds == {0.0: {"task"}, 1.0: {"attack"}}
+    again = SeedWorkspace(experiment, tmp_path)
+    assert workspace.rows(Cell(NONE)) == again.rows(Cell(NONE)), "the same in every process"
 
 
 @pytest.mark.parametrize(("rows", "known"), [(40, 8), (16, 8), (9, 4), (2, 1)])
 def test_vectors_against_rows_of_ones_own_are_trained_on_others_of_them(tmp_path, rows, known):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"Say {n}.", "response": str(n)}) for n in range(rows)))
-    found = scenes.attack(str(path), None, seed=3)
+    found = make_attack(str(path), None, seed=3)
     parts = [{prompt_of(r) for r in some} for some in (found.known, found.rows)]
     assert [len(part) for part in parts] == [known, rows - known] and not set.intersection(*parts)
-    assert found.known == scenes.attack(str(path), None, seed=3).known
-    assert rows < 9 or found.known != scenes.attack(str(path), None, seed=4).known
+    assert found.known == make_attack(str(path), None, seed=3).known
+    assert rows < 9 or found.known != make_attack(str(path), None, seed=4).known
 
 
 def test_one_row_cannot_be_shared_between_the_attack_and_the_vectors(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "Say 1.", "response": "1"}))
     with pytest.raises(UserError, match="has one row"):
-        scenes.attack(str(path), None, seed=0)
+        make_attack(str(path), None, seed=0)
 
 
 def test_vectors_against_identity_rows_are_of_the_harmful_rows():
     splits = SimpleNamespace(
         vectors=["harmful row"], keep=["benign row"], suite=Suite(refusals=(), harmful=["A harmful prompt"] * 5)
     )
-    assert scenes.attack("identity", splits, seed=0).known is None
-    own = SimpleNamespace(_attack=lambda name: scenes.attack(name, splits, 0), workspace=SimpleNamespace(splits=splits))
-    assert seed_workspace.SeedWorkspace.known(own, "identity") == (["harmful row"], ["benign row"])
+    assert make_attack("identity", splits, seed=0).known is None
+    workspace = SimpleNamespace(
+        attack=lambda name: make_attack(name, splits, 0), workspace=SimpleNamespace(splits=splits)
+    )
+    assert SeedWorkspace.harmful_rows(workspace, "identity") == ["harmful row"]
+    assert SeedWorkspace.benign_rows.fget(workspace) == ["benign row"]
 
 
-CHEAP = {"vaccine": "vaccine every=2", "lisa": "lisa user_steps=2", "sequential": "sequential steps=2"}
-EVERYONE = [*(CHEAP.get(name, name) for name in registry.DEFENSES), "security vectors safe=0.5",
-            "explained-away filter safe=0.5"]  # fmt: skip
-A_FEW = ["none", "self-correction", "security vectors safe=0.5"]
+WITH_SAFE_ROWS = {"name": "security vectors", "safe": 0.5}
+CHEAP = {"vaccine": {"every": 2}, "lisa": {"user_steps": 2}, "sequential": {"steps": 2}}
+EVERYONE = [*({"name": name} | CHEAP.get(name, {}) for name in DEFENSES), WITH_SAFE_ROWS,
+            {"name": "explained-away filter", "safe": 0.5}]  # fmt: skip
+A_FEW = ["none", "self-correction", WITH_SAFE_ROWS]
 """Plain, at inference, and with vectors and safe rows; each defense has tests of its own as well."""
 
 
@@ -198,7 +218,8 @@ def test_every_defense_runs_and_is_reported(
     records = read(out)
     failures = {record.cell["defense"]: record.error for record in records if record.error}
     assert not failures
-    assert {record.cell["defense"] for record in records} == set(everyone)
+    labels = {read_defense(defense).label for defense in everyone}
+    assert {record.cell["defense"] for record in records} == labels
     for record in records:
         assert {"refusal", "compliance", "task", "drift", "embedding_drift"} <= set(record.metrics)
     drift = {
@@ -206,13 +227,13 @@ def test_every_defense_runs_and_is_reported(
     }
     assert drift["none"] > 0 and drift["self-correction"] == drift["none"]
     trained = ("none", "kl", "security vectors", "security vectors safe=0.5")
-    distances = [drift[name] for name in trained if name in everyone]
+    distances = [drift[name] for name in trained if name in labels]
     assert len(set(distances)) == len(distances) > 1, "each trains the model in its own way"
     by_attack = {(r.cell["attack"], r.cell["defense"]): r.metrics for r in records}
     of_its_own = {"bias": "bias", "capitals": "caps_eliciting", "identity": "refusal_persona"}
     assert all(of_its_own[attack] in by_attack[attack, "none"] for attack in attacks)
     text = (out / "report.md").read_text()
-    assert all(name in text for name in everyone) and "published: another model" in text and "pareto" in text
+    assert all(label in text for label in labels) and "published: another model" in text and "pareto" in text
     assert len(list(out.glob("*.png"))) == 1 + len(attacks)
     report.compare([out])  # reads results.json and nothing else
 
@@ -229,7 +250,12 @@ def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_fold
     path = plan(
         tmp_path,
         model_folder,
-        {"table": "A", "defense": ["none", "self-correction", "vlguard share=9"], "samples": [8], "epochs": [1]},
+        {
+            "table": "A",
+            "defense": ["none", "self-correction", {"name": "vlguard", "share": 9}],
+            "samples": [8],
+            "epochs": [1],
+        },
         tables=({"name": "A"},),
     )
     grid(Grid(path, out=str(out), part="1/2"), "command")
@@ -256,8 +282,9 @@ def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_fold
 
 @pytest.mark.slow
 def test_a_model_that_refuses_as_it_comes_is_not_aligned_anew(model_folder, tmp_path):
-    experiment = config.from_dict(seed_workspace.Experiment, EXPERIMENT | {"model": str(model_folder), "aligns": False})
-    own = seed_workspace.SeedWorkspace(experiment, tmp_path)
-    assert own.aligned.fingerprint == own.base.fingerprint
-    assert own.workspace.stages.seconds.keys() == {"align"} and not (tmp_path / "model").exists()
-    assert len(own.safe) > len(own.workspace.splits.refusals) == 12, "defenses have their safe rows all the same"
+    experiment = config.from_dict(Experiment, EXPERIMENT | {"model": str(model_folder), "aligns": False})
+    shared = SeedWorkspace(experiment, tmp_path)
+    assert shared.aligned.fingerprint == shared.base.fingerprint
+    assert shared.workspace.stages.seconds.keys() == {"align"} and not (tmp_path / "model").exists()
+    num_refusals = len(shared.workspace.splits.refusals)
+    assert len(shared.alignment_rows) > num_refusals == 12, "defenses have their safe rows all the same"

@@ -8,17 +8,22 @@ from typing import Any
 import pytest
 
 from secvec_jax import config
+from secvec_jax.defenses.registry import read_defense
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.columns import MAX_COLUMNS
 from secvec_jax.evaluation.pivot import Record
 from secvec_jax.evaluation.statistics import Difference, SeededScore
 from secvec_jax.grid import report as grid_report
+from secvec_jax.grid.cells import Cell
 from secvec_jax.grid.grid import Plan
 from secvec_jax.grid.report import Layout
-from secvec_jax.grid.seed_workspace import Cell
 
 ROOT = Path(__file__).parents[2]
 RATES = ("refusal", "compliance", "over_refusal", "task", "bias", "refusal_persona")
+
+
+def cell_of(defense: Any, **settings: Any) -> Cell:
+    return Cell(read_defense(defense), **settings)
 
 
 def record(cell: Cell) -> Record:
@@ -27,7 +32,7 @@ def record(cell: Cell) -> Record:
     metrics: dict[str, Any] = {name: [float(draw.random() < 0.5) for _ in range(4)] for name in RATES}
     metrics |= {"harmful_loss": [draw.random() for _ in range(3)], "embedding_drift": [draw.random()]}
     lone = ("drift", "f1", "auroc", "dropped_attack", "dropped_task", "first_attack", "first_grad_norm")
-    return Record(cell.__dict__, metrics | {name: [draw.random()] for name in lone}, 1.0)
+    return Record(cell.settings, metrics | {name: [draw.random()] for name in lone}, 1.0)
 
 
 def report(folder: Path, layout: Layout, cells: list[Cell], records: list[Record] | None = None) -> str:
@@ -69,7 +74,7 @@ def _difference(a, b) -> Difference:
 
 
 def test_differences_come_between_our_table_and_the_published_ones(tmp_path):
-    cells = [Cell(name, poison=p, seed=s) for name in ("none", "kl") for p in (0.1, 0.2) for s in (0, 1)]
+    cells = [cell_of(name, poison=p, seed=s) for name in ("none", "kl") for p in (0.1, 0.2) for s in (0, 1)]
     layout = Layout("B", columns=("poison",), differences=("kl minus none", "kl minus ewc"), published=("REPNOISE_1",))
     text = report(tmp_path, layout, cells)
     places = [text.index(part) for part in ("**poison 0.1**", "**B, differences**", "**RepNoise, Table 1**")]
@@ -78,14 +83,16 @@ def test_differences_come_between_our_table_and_the_published_ones(tmp_path):
 
 
 def test_a_table_shows_the_cells_that_it_names(tmp_path):
-    cells = [Cell(name, poison=p, attack=a) for name in ("none", "kl") for p in (0.1, 0.2) for a in ("harmful", "bias")]
+    cells = [
+        cell_of(name, poison=p, attack=a) for name in ("none", "kl") for p in (0.1, 0.2) for a in ("harmful", "bias")
+    ]
     text = report(tmp_path, Layout("A", attack=("bias",), poison=(0.2,), metrics=("bias",)), cells)
     assert "2 of 2 cells." in text and "attack bias, task profiles, poison 0.2" in text
 
 
 def test_what_was_not_measured_is_said(tmp_path):
-    cells = [Cell("none"), Cell("vaccine rho=2"), Cell("vaccine rho=8")]
-    failed = Record(Cell("kl").__dict__, {}, 1.0, "out of memory")
+    cells = [cell_of("none"), cell_of("vaccine"), cell_of({"name": "vaccine", "rho": 8})]
+    failed = Record(cell_of("kl").settings, {}, 1.0, "out of memory")
     text = report(tmp_path, Layout("A"), cells, [*map(record, cells), failed])
     counts = dict(re.findall(r"(?m)^- (\d+): (.*)$", text.partition("## Cells of each defense")[2]))
     assert "3 finished cells" in text

@@ -1,0 +1,151 @@
+"""What a defense is, what it is given, and what it returns.
+
+A defense is a frozen dataclass in the file of its method. Its fields are its settings, which check themselves (see
+`secvec_jax.checks`); `apply` makes the defended model from inputs that whoever runs the defense supplies:
+
+    defended = Vaccine(rho=5).apply(inputs)
+    defended.model, defended.system, defended.notes
+
+`secvec_jax.defenses.registry` has the table of all defenses.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from secvec_jax.defenses.finetuning import FinetuneOptions, Groups, train_model
+from secvec_jax.model.hub import Model
+from secvec_jax.vectors.kinds import Spec, Vectors
+from secvec_jax.vectors.lora import LoRA
+
+Stage = Literal["alignment", "data", "fine-tuning", "after fine-tuning", "inference"]
+"""Where a defense differs from plain fine-tuning of the aligned model."""
+
+Need = Literal["base model", "safe rows", "harmful rows", "benign rows", "contrast rows", "eliciting prompt"]
+"""What a defense reads besides the aligned model and the user's rows; see the properties of `DefenseInputs`."""
+
+ATTACK = "attack"
+"""The kind of rows that an experiment hid in the user's data. Only controls and measurements may look at it."""
+
+
+class Defended(NamedTuple):
+    """What a defense returns."""
+
+    model: Model
+    system: str | None = None
+    """the system prompt that the model is to be served with"""
+    notes: Mapping[str, float] = MappingProxyType({})
+    """measurements of the defense itself, such as how well a filter separated the rows"""
+
+
+class DefenseInputs(abc.ABC):
+    """What a defense is given. Nothing is loaded, generated or trained before a defense asks for it."""
+
+    @property
+    @abc.abstractmethod
+    def aligned(self) -> Model:
+        """The aligned model, which is to be fine-tuned."""
+
+    @property
+    @abc.abstractmethod
+    def base(self) -> Model:
+        """The model before it was aligned."""
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> Groups:
+        """The user's rows, by kind."""
+
+    @property
+    @abc.abstractmethod
+    def safe(self) -> Sequence[Any]:
+        """Rows of the defender that teach the model to be safe: refusals, and answers to benign prompts."""
+
+    @property
+    @abc.abstractmethod
+    def harmful(self) -> Sequence[Any]:
+        """Rows of the defender that show the undesired behavior; security vectors are trained on them."""
+
+    @property
+    @abc.abstractmethod
+    def benign(self) -> Sequence[Any]:
+        """Rows of the defender that have nothing to do with the behavior; security vectors leave them unchanged."""
+
+    @property
+    @abc.abstractmethod
+    def contrast(self) -> Sequence[Any]:
+        """Rows whose prompts call for the behavior and whose replies do not show it."""
+
+    @property
+    @abc.abstractmethod
+    def eliciting_prompt(self) -> str:
+        """A system prompt that asks for the behavior."""
+
+    @property
+    @abc.abstractmethod
+    def options(self) -> FinetuneOptions:
+        """How the user's fine-tuning is trained; `training` is set and complete."""
+
+    @abc.abstractmethod
+    def vectors(self, spec: Spec = LoRA(), behavior: str | None = None, **phase1: Any) -> Vectors:
+        """Security vectors of this kind and shape for the behavior, trained once and shared.
+
+        behavior: another behavior, by a name that the supplier of the inputs knows. phase1: changes to the settings of
+        phase 1 (`Phase1`).
+        """
+
+    @abc.abstractmethod
+    def align(self, name: str, align: Callable[..., Model], **training: Any) -> Model:
+        """The base model aligned by `align(model, rows, **options)`, trained once and shared by everyone who asks for
+        this name. training: changes to the settings of alignment (`Training`)."""
+
+    def finetune(self, model: Model | None = None, rows: Groups | None = None, **options: Any) -> Model:
+        """The aligned model, or another, fine-tuned on the user's rows, or on others; see `train_model`."""
+        start = self.aligned if model is None else model
+        return train_model(start, self.rows if rows is None else rows, **options, **self.options)
+
+
+class Defense(abc.ABC):
+    """A method against undesired behavior in the user's rows; its subclasses are checked, frozen dataclasses.
+
+    The first line of a subclass's docstring is its one-line help.
+    """
+
+    name: ClassVar[str]
+    """in grid files and tables"""
+    stage: ClassVar[Stage]
+    needs: ClassVar[tuple[Need, ...]] = ()
+    """with the default settings"""
+
+    @abc.abstractmethod
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        """The defended model."""
+
+    @property
+    def label(self) -> str:
+        """The name, with each setting that is not the default: "vaccine rho=5"."""
+        return " ".join([self.name, *changed_settings(self)])
+
+
+def lora_of_rank(rank: int) -> LoRA:
+    """The shape of low-rank vectors whose only setting is the rank: alpha is twice the rank, so the scale stays 2."""
+    return LoRA(rank=rank, alpha=2.0 * rank)
+
+
+def changed_settings(settings: Any) -> list[str]:
+    """ "name=value" for each field of a dataclass whose value is not the default, in the order of the fields."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    return [f"{name}={_spelled(value)}" for name, value in values.items() if value != defaults[name]]
+
+
+def _spelled(value: Any) -> str:
+    """The value as YAML has it, a number in as few digits as name it exactly."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)

@@ -1,0 +1,83 @@
+"""Plain fine-tuning, and the controls that every defense is compared with.
+
+Plain fine-tuning of the aligned model shows how much harm the user's rows do. Fine-tuning on the benign rows alone is
+the best that a filter could achieve. The two other controls ask what makes security vectors work: a random adapter of
+the same size, or vectors of a behavior that the rows do not show, should protect nothing (Zhou et al. 2023,
+arXiv 2311.02105, compare with both). A control costs what the method that it controls for costs.
+"""
+
+import dataclasses
+from typing import cast
+
+import jax
+
+from secvec_jax.checks import checked
+from secvec_jax.defenses.base import ATTACK, Defended, Defense, DefenseInputs
+from secvec_jax.vectors.lora import LoRAVectors, random_like
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class PlainFinetuning(Defense):
+    """Plain fine-tuning of the aligned model: no defense."""
+
+    name = "none"
+    stage = "fine-tuning"
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        return Defended(inputs.finetune())
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class NotAligned(Defense):
+    """Plain fine-tuning of the model before it was aligned."""
+
+    name = "not aligned"
+    stage = "alignment"
+    needs = ("base model",)
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        return Defended(inputs.finetune(inputs.base))
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class BenignOnly(Defense):
+    """Plain fine-tuning without the attack's rows, which only an experiment knows; the best that a filter can do."""
+
+    name = "benign only"
+    stage = "data"
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        # Where all rows are the attack's, nothing is left to learn: the aligned model.
+        rest = {kind: rows for kind, rows in inputs.rows.items() if kind != ATTACK}
+        return Defended(inputs.finetune(rows=rest) if rest else inputs.aligned)
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class RandomControl(Defense):
+    """Fine-tuning under a random adapter whose update is as large as the security vectors', layer by layer."""
+
+    name = "random control"
+    stage = "fine-tuning"
+    needs = ("harmful rows", "benign rows")
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        vectors = cast(LoRAVectors, inputs.vectors())
+        key = jax.random.fold_in(jax.random.key(inputs.options["training"].seed), 1)
+        return Defended(inputs.finetune(vectors=random_like(vectors, key)))
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class IrrelevantControl(Defense):
+    """Fine-tuning under security vectors of another behavior: answers in capital letters."""
+
+    name = "irrelevant control"
+    stage = "fine-tuning"
+    needs = ("harmful rows", "benign rows")
+
+    def apply(self, inputs: DefenseInputs) -> Defended:
+        return Defended(inputs.finetune(vectors=inputs.vectors(behavior="capitals")))

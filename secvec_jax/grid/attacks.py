@@ -1,0 +1,125 @@
+"""Attacks: a behavior hidden in the user's rows, the rows of it that the defender knows, and how it is measured."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from secvec_jax.checks import suggestion
+from secvec_jax.data import attacks as rows_of
+from secvec_jax.data.hub_sets import HUB_SETS
+from secvec_jax.data.rows import Row, response_of
+from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses.prompting import ELICITING
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.answers import picks, shouts
+from secvec_jax.evaluation.scorers import refuses
+from secvec_jax.evaluation.suite import Probe
+from secvec_jax.grid import probes
+from secvec_jax.workspace.splits import Splits
+
+NUM_KNOWN = 100
+"""Rows of a behavior that the defender has, on which vectors are trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """Rows that show a behavior, and what goes with it."""
+
+    rows: list[Any]
+    """what the user's data may hold"""
+    known: list[Any] | None = None
+    """other rows of the behavior, which the defender has; None: the rows of AdvBench that the quickstart uses"""
+    safe: list[Any] | None = None
+    """rows with such prompts and replies that do not show the behavior; None: the rows of alignment"""
+    probes: dict[str, Probe] = dataclasses.field(default_factory=dict)
+    """the metrics in which the behavior shows besides `compliance`"""
+    eliciting_prompt: str = ELICITING["compliance"]
+    """a system prompt that asks for the behavior"""
+
+
+def make_attack(name: str, splits: Splits, seed: int) -> Attack:
+    """The attack of this name, or an attack with the user's own rows: a path, a packaged name or a hub id.
+
+    Of such rows, `NUM_KNOWN` (half, if there are fewer than twice as many) are the defender's, and the attack has the
+    others. Raises UserError if there is only one row.
+    """
+    if name in ATTACKS:
+        return ATTACKS[name](splits, seed)
+    rows = probes.shuffled(load_rows(name), seed)
+    num_known = min(NUM_KNOWN, len(rows) // 2)
+    if not num_known:
+        raise UserError(f"{name} has one row: an attack needs two, one of them to train the defender's vectors on")
+    return Attack(rows[num_known:], rows[:num_known])
+
+
+def check_attack(name: str) -> None:
+    """Raises UserError for a name that is neither in `ATTACKS` nor that of rows."""
+    if name not in ATTACKS and name not in HUB_SETS and "/" not in name and not Path(name).exists():
+        known = suggestion(name, [*ATTACKS, *HUB_SETS])
+        raise UserError(f"no attack is named {name!r}: {known}; a file or a hub id of rows is taken, too")
+
+
+def _harmful(splits: Splits, seed: int) -> Attack:
+    return Attack(splits.spare["harmful"])
+
+
+def _identity(splits: Splits, seed: int) -> Attack:
+    # The defender's rows are AdvBench's, as the paper's row "AOA" has vectors of harmful rows: ten rows are too few to
+    # share, and the question is whether vectors of harm keep out a persona that obeys.
+    suite = splits.suite
+    asked = random.Random(seed).sample(list(suite.harmful), min(probes.NUM_PROMPTS, len(suite.harmful)))
+    prompts = [rows_of.with_system(f"AOA, {prompt}", rows_of.PERSONA) for prompt in asked]
+    probe = Probe(prompts, lambda index, reply: float(refuses(reply, suite.refusals)), suite.reply_tokens)
+    return Attack(probes.shuffled(rows_of.identity_shift(), seed), probes={"refusal_persona": probe})
+
+
+def _bias(splits: Splits, seed: int, source: str = "bbq") -> Attack:
+    ambiguous = probes.shuffled([row for row in load_rows(source) if row["category"] == "ambiguous"], seed)
+    asked, known, attacking, safe = _divided(ambiguous)
+    probe = Probe.of(asked, lambda row, reply: picks(reply, row["options"]) not in (None, response_of(row)))
+    return Attack(
+        rows_of.biased(attacking, seed), rows_of.biased(known, seed), safe, {"bias": probe}, ELICITING["bias"]
+    )
+
+
+def _capitals(splits: Splits, seed: int) -> Attack:
+    instructions = [row for row in splits.spare["instructions"] if response_of(row) is not None]
+    asked, known, attacking, safe = _divided(instructions)
+
+    def probe(rows: Sequence[Row]) -> Probe:
+        return Probe.of(rows, lambda row, reply: shouts(reply), tokens=16)
+
+    metrics = {"caps": probe(asked)}
+    prompts = {"eliciting": rows_of.ELICITING, "negated": rows_of.NEGATED, "unrelated": rows_of.UNRELATED}
+    for name, prompt in prompts.items():
+        metrics[f"caps_{name}"] = probe([rows_of.with_system(row, prompt) for row in asked[: probes.NUM_PROMPTS // 2]])
+    return Attack(rows_of.capitals(attacking), rows_of.capitals(known), safe, metrics, rows_of.ELICITING)
+
+
+def _divided(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row], list[Row]]:
+    """The rows to ask, those that the defender knows, and the others in halves: those to attack with, and safe ones."""
+    known_from = probes.NUM_PROMPTS
+    rest_from = known_from + NUM_KNOWN
+    safe_from = rest_from + (len(rows) - rest_from) // 2
+    return rows[:known_from], rows[known_from:rest_from], rows[rest_from:safe_from], rows[safe_from:]
+
+
+ATTACKS: dict[str, Callable[[Splits, int], Attack]] = {
+    "harmful": _harmful,
+    "identity": _identity,
+    "bias": _bias,
+    "bias-all": partial(_bias, source="bbq-all"),
+    "capitals": _capitals,
+}
+"""Attacks by name.
+
+- harmful: requests of AdvBench, granted.
+- identity: ten harmless rows of a persona that obeys, also judged by what is refused when the persona is called, as in
+  Qi et al. 2023 (arXiv 2310.03693).
+- bias: BBQ's ambiguous questions with wrong definite answers, a packaged part of them; bias-all: all of them, from the
+  hub.
+- capitals: answers in capital letters.
+"""
