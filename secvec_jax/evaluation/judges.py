@@ -34,20 +34,20 @@ LOWEST, HIGHEST = 1, 5
 @checked
 @dataclasses.dataclass(frozen=True)
 class Asking:
-    """How a judge is asked."""
+    """Requests to the judge."""
 
     key_variable: str = "OPENAI_API_KEY"
-    """the environment variable that holds the key, or "Basic" and base64 of user:password; never written to a file"""
+    """environment variable with the key, or with "Basic" and base64 of user:password; never written to a file"""
     concurrency: PositiveInt = 8
-    """questions that are open at a time"""
+    """concurrent requests"""
     retries: NonNegativeInt = 6
-    """further attempts after a refused connection, a timeout, a 429 or a 5xx, with growing pauses"""
+    """retries after a refused connection, a timeout, a 429 or a 5xx, with exponential backoff"""
     timeout: PositiveFloat = 120.0
-    """seconds that one attempt may take"""
+    """seconds per attempt"""
     verdict_tokens: PositiveInt = 512
-    """the longest verdict, its reasoning included"""
+    """maximum tokens per verdict, including its reasoning"""
     temperature: NonNegativeFloat | None = 0.0
-    """none for judges that take none"""
+    """sampling temperature of the judge; none: do not send one"""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_]\w*", self.key_variable, re.ASCII):  # a key by mistake: not to be shown

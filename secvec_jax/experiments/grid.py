@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from simple_parsing import field
 
 from secvec_jax import config
 from secvec_jax.activations import attention_difference
-from secvec_jax.checks import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, checked
+from secvec_jax.checks import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, Text, checked
 from secvec_jax.defenses.tuning import How
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
@@ -44,7 +43,7 @@ from secvec_jax.workspace.run_directory import hold, release
 @checked
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Lists of a cell's settings, whose product are the cells. table: the table of the report that they are for."""
+    """Lists of settings, whose product is the block's cells. table: the report's table that shows them."""
 
     table: str = ""
     defense: tuple[str, ...] = ("none",)
@@ -72,13 +71,13 @@ class Block:
 @checked
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a grid file says."""
+    """The content of a grid file."""
 
     blocks: tuple[Block, ...] = ()
     tables: tuple[Layout, ...] = ()
-    """how the report shows them; cells of a block that is of no table are in OUT/cells alone"""
+    """layout of the report's tables; cells of a block without a table are in OUT/cells only"""
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
-    """the model, its alignment and its vectors; the seed is a cell's own"""
+    """the model, its alignment and its vectors; each cell has its own seed"""
 
     def cells(self, table: str | None = None) -> list[Cell]:
         """Every cell once, of all tables or of one, in the order of the blocks.
@@ -98,24 +97,22 @@ class Plan:
 @checked
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Fine-tune and judge every cell of a grid file, and write its tables; goes on where it was."""
+    """Fine-tune and judge every cell of a grid file, and write its tables; completed cells are skipped."""
 
-    grid: str = field(default="", positional=True, nargs="?")
+    grid: Text = dataclasses.field(metadata={"positional": True})
     """a grid file, such as configs/grids/quick.yaml"""
     out: str = ""
-    """the run directory; runs/NAME unless it is given"""
+    """run directory; by default runs/NAME, after the grid file"""
     part: str = "1/1"
-    """i/n: this process does every n-th cell, from the i-th on"""
+    """i/n: this process runs every n-th cell, starting with the i-th"""
     only: Literal["all", "cells", "report"] = "all"
-    """cells: check the file and tell what it would run; report: write the tables of what is there"""
+    """cells: check the file and list its cells; report: write the tables of the completed cells"""
     overwrite: bool = False
-    """delete the cells, models and vectors that OUT holds, and start anew"""
+    """delete the cells, models and vectors in OUT and start over"""
 
 
 def grid(settings: Grid, command: str) -> None:
     """The run of `train.py grid`."""
-    if not settings.grid:
-        raise UserError("name a grid file, such as configs/grids/quick.yaml")
     plan = config.load(Plan, settings.grid)
     cells = plan.cells()
     shown = [plan.cells(layout.of or layout.name) for layout in plan.tables]

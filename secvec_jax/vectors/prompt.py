@@ -23,12 +23,12 @@ from secvec_jax.trees import num_parameters
 @checked
 @dataclasses.dataclass(frozen=True)
 class SoftPrompt:
-    """How a soft prompt is shaped."""
+    """A soft prompt per layer (with --kind prompt)."""
 
     virtual_tokens: PositiveInt = 16
-    """P, the keys of each head"""
+    """number of virtual tokens"""
     scale: NonZeroFloat = 1.0
-    """multiplies the values, whose learning rate counts for as much more"""
+    """multiplies the values, and so their effective learning rate"""
 
     def init(self, architecture: Architecture, key: jax.Array) -> "SoftPromptVectors":
         """Random keys, values zero."""

@@ -23,10 +23,10 @@ from secvec_jax.trees import num_parameters
 @checked
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """How directions act."""
+    """A direction per layer (with --kind steering)."""
 
     scale: NonZeroFloat = 1.0
-    """α, by which directions are multiplied; a learning rate counts for as much more"""
+    """multiplies the directions, and so their effective learning rate"""
 
     def init(self, architecture: Architecture, key: jax.Array) -> "SteeringVectors":
         """Directions of length zero: the logits are unchanged."""
