@@ -51,6 +51,9 @@ class Unset:
 
 UNSET: Any = Unset()
 
+MISSING = " is required"
+"""The problem of a `SettingError` for a setting that was not given and has no default."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
@@ -86,7 +89,7 @@ class NonEmpty:
         return len(value) > 0
 
     def __str__(self) -> str:
-        return "not empty"
+        return "non-empty"
 
 
 PositiveInt = Annotated[int, Bounds(at_least=1)]
@@ -253,7 +256,7 @@ def arguments_of(kind: Any, given: dict[str, Any], hints: dict[str, Any]) -> dic
         elif is_settings(default):
             given[name] = complete(default)
         elif name not in defaults:
-            raise SettingError(name, " is required")
+            raise SettingError(name, MISSING)
     return given
 
 

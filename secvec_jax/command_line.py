@@ -25,7 +25,7 @@ from rich.console import Console
 import secvec_jax
 from secvec_jax import config, flags
 from secvec_jax.assets import cache_dir
-from secvec_jax.checks import SettingError, suggestion
+from secvec_jax.checks import MISSING, SettingError, suggestion
 from secvec_jax.distributed import Cluster, start_cluster
 from secvec_jax.errors import UserError
 from secvec_jax.redaction import redact
@@ -209,9 +209,6 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
     values = flags.mapping(given)
     if path is not None:
         values = _with_file(path, values)
-    for flag in flags.required(settings):
-        if flag.key not in values:
-            parser.error(f"{flag.name or flag.metavar} is required: {flag.help}")
     made = _checked(settings, values, given, path)
     return made, _checked(Cluster, devices, argparse.Namespace(**devices), None) if verb.on_devices else None
 
@@ -253,7 +250,11 @@ def _checked(settings: type, values: dict[str, Any], given: argparse.Namespace, 
         key = error.name.removeprefix(f"{path}.")
         for group in flags.groups(settings):
             for flag in group.flags:
-                if flag.key == re.sub(r"\[\d+\].*", "", key) and flag.key in vars(given):
+                if flag.key != re.sub(r"\[\d+\].*", "", key):
+                    continue
+                if error.problem == MISSING:
+                    raise UserError(f"{flag.name or flag.metavar}{MISSING}: {flag.help}") from None
+                if flag.key in vars(given):
                     raise UserError(f"{flag.name or flag.metavar}{error.problem}") from None
         raise
 

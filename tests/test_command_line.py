@@ -189,7 +189,7 @@ def test_a_file_is_named_for_its_own_mistakes_only(tmp_path):
 def test_a_required_setting_may_come_from_a_file(tmp_path):
     (tmp_path / "c.yaml").write_text("what: beef\n")
     assert roast("--config", str(tmp_path / "c.yaml")) == Roast("beef")
-    with pytest.raises(UserError, match="^--what is required: what to roast$"):
+    with pytest.raises(UserError, match=r"^--what is required: what to roast$"):
         roast("--minutes", "3")
 
 
@@ -238,7 +238,8 @@ def test_the_overview_lists_the_verbs_and_the_version(capsys):
     assert "no verb: use one of quickstart, " in capsys.readouterr().err
 
 
-def test_a_percent_sign_and_a_default_are_shown(capsys):
+def test_a_percent_sign_and_a_default_are_shown(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     text = help_text(capsys, "roast", "--help", verbs={"roast": Verb("", lambda: (Roast, None))})
     assert "50% faster" in text and "time; by default until it is done (default: 60)" in text
     assert "--what WHAT ..." in text.splitlines()[0]
