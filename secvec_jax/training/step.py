@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -98,6 +99,9 @@ def gradient_of(loss: Loss) -> Gradient:
     """The gradient of `loss` over all micro-batches of a batch."""
 
     def of_batch(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
+        for part in batch.values():
+            chex.assert_rank(part["tokens"], 3)
+            chex.assert_equal_shape(list(part.values()))
         totals = {stream: jnp.maximum(part["weights"].sum(), 1.0) for stream, part in batch.items()}
 
         def gradient(micro: dict[str, Batch]) -> tuple[Tree, tuple[jax.Array, Metrics]]:
