@@ -297,7 +297,7 @@ def _answer(client: Any, judge: Judge, question: str, cache: Path) -> tuple[str,
         what = "did not answer in time" if isinstance(error, openai.APITimeoutError) else "could not be reached"
         raise UserError(
             f"the judge at {judge.url} {what}, in {judge.asking.retries + 1} attempts: see that it runs; "
-            "the same command goes on where it was"
+            "rerun the same command to resume"
         ) from None
     except openai.APIStatusError as error:
         raise UserError(_told(judge, error)) from None
@@ -332,7 +332,7 @@ def _told(judge: Judge, error: Any) -> str:
     if status == 429 or status >= 500:
         return (
             f"the judge at {judge.url} fails with {status} after {judge.asking.retries + 1} attempts: try again later, "
-            "or with less --concurrency; the same command goes on where it was"
+            "or lower --concurrency; rerun the same command to resume"
         )
     said = clip(redact(str(error), *_secrets(judge.asking)), 100)  # in this order: a clipped key is a part of it
     return f"the judge at {judge.url} refuses the question ({status}): {said}"
