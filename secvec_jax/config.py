@@ -190,7 +190,7 @@ def load(kind: type[Settings], path: str | Path) -> Settings:
 def read(path: str | Path) -> Any:
     """The content of a YAML file; an empty file is an empty mapping. Raises UserError if it cannot be read."""
     try:
-        values = yaml.load(Path(path).read_text(), _Loader)
+        values = yaml.load(Path(path).read_text(), Loader)
     except OSError as error:
         raise UserError(f"cannot read the config file {path} ({error.strerror}): check --config") from error
     except UnicodeDecodeError as error:
@@ -200,7 +200,7 @@ def read(path: str | Path) -> Any:
     return {} if values is None else values
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML that refuses duplicate keys, of which PyYAML silently keeps the last, and reads 1e-3 as a number."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -216,7 +216,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
 )
 

@@ -21,6 +21,7 @@ from secvec_jax.checks import (
     check,
     suggestion,
 )
+from secvec_jax.config import Loader
 from secvec_jax.data import attacks
 from secvec_jax.defenses import (
     aligned_kl,
@@ -71,7 +72,7 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
             known = suggestion(key, takes) if takes else "it takes none"
             raise UserError(f"{name!r} has no setting {key!r}: {known}")
         try:
-            read = value if takes[key] is str or not value else yaml.safe_load(value)
+            read = value if takes[key] is str or not value else yaml.load(value, Loader)
             settings[key] = check(takes[key], read, key)
         except UserError as error:
             raise UserError(f"{name!r}: {error}") from None
