@@ -20,6 +20,7 @@ from secvec_jax.model.hub import check_mesh, load_architecture
 from secvec_jax.planning.plan import TooLarge, topology_mesh
 from secvec_jax.recipes.plan import Planned, compiled
 from secvec_jax.sharding import num_shards
+from secvec_jax.vectors.lora import LoRA
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "docs" / "scale.json", ROOT / "docs" / "scale.md"
@@ -93,7 +94,7 @@ def measured(row: tuple) -> dict:
                 topology=topology,
                 mesh=mesh,
                 phase="vectors" if phase == "vectors" else "finetune",
-                rank=0 if phase == "plain" else 8,
+                lora=None if phase == "plain" else LoRA(),
             )
             training = dataclasses.replace(settings.training, batch_size=lines * parts, max_seq_len=length, remat=remat)
             try:

@@ -1,18 +1,14 @@
-"""Writes the page of commands from the settings themselves, so that none is missing and no default is old.
+"""Generates the page of commands from the settings, so that it is complete and its defaults are current.
 
-    python docs/hooks.py        # writes docs/commands.md, which is committed for those who read it on a code host
+    python docs/hooks.py        # writes docs/commands.md, which is committed for readers on a code host
 
-`mkdocs` writes it anew each time that the site is built.
+mkdocs generates it each time the site is built.
 """
 
-import dataclasses
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from simple_parsing.docstring import get_attribute_docstring
 
 ROOT = Path(__file__).parent.parent
 PAGE = Path(__file__).parent / "commands.md"
@@ -35,31 +31,43 @@ def commands() -> str:
     sys.path.insert(0, str(ROOT))
     try:
         scripts = {name: importlib.import_module(name) for name in ("train", "eval")}
+        flags = importlib.import_module("secvec_jax.flags")
         cluster = importlib.import_module("secvec_jax.command_line").Cluster
     finally:
         sys.path.remove(str(ROOT))
     parts = []
+    without_devices = []
     for script, module in scripts.items():
-        for verb, (settings, _) in module.VERBS.items():
-            parts.append(f"## {script}.py {verb}\n\n{_prose(settings)}\n\n{_table(settings)}")
-    parts.append(f"## The devices, of every verb but plan\n\n{_prose(cluster)}\n\n{_table(cluster)}")
+        for name, verb in module.VERBS.items():
+            settings, _ = verb.load()
+            examples = "\n".join(f"python {script}.py {name} {example}".rstrip() for example in verb.examples)
+            parts.append(
+                f"## {script}.py {name}\n\n{_prose(settings)}\n\n```bash\n{examples}\n```\n\n{_table(flags, settings)}"
+            )
+            if not verb.on_devices:
+                without_devices.append(name)
+    title = f"## Devices, for every verb except {' and '.join(without_devices)}"
+    parts.append(f"{title}\n\n{_prose(cluster)}\n\n{_table(flags, cluster)}")
     return "\n\n".join(parts)
 
 
-def _table(settings: type) -> str:
-    return "\n".join(["| setting | default | |", "|---|---|---|", *_lines(settings(), "")])
+def _table(flags: Any, settings: type) -> str:
+    lines = ["| setting | flag | default | |", "|---|---|---|---|"]
+    for group in flags.groups(settings):
+        lines += [_line(flags, flag) for flag in group.flags]
+    return "\n".join(lines)
 
 
-def _lines(settings: Any, group: str) -> Iterator[str]:
-    for field in dataclasses.fields(settings):
-        name, default = f"{group}{field.name}", getattr(settings, field.name)
-        if dataclasses.is_dataclass(default):
-            yield from _lines(default, f"{name}.")
-            continue
-        plain = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        meaning = " ".join(get_attribute_docstring(type(settings), field.name).docstring_below.split())
-        meaning = meaning.replace("|", r"\|")
-        yield f"| `{name}` | {f'`{plain}`' if plain and default is not None else ''} | {meaning} |"
+def _line(flags: Any, flag: Any) -> str:
+    if flag.default is flags.REQUIRED:
+        default = "required"
+    elif flag.is_switch and flag.default is not None:
+        default = "on" if flag.default else "off"
+    else:
+        default = f"`{flag.shown_default}`" if flag.shown_default else ""
+    name = flag.name or flag.metavar
+    meaning = flag.help.replace("|", r"\|")
+    return f"| `{flag.key}` | `{name}` | {default} | {meaning} |"
 
 
 def _prose(settings: type) -> str:

@@ -12,6 +12,8 @@
 Everything is a value: no verb changes its arguments. Wrong arguments raise `UserError`, which says what to pass.
 """
 
+__version__ = "0.2.0"
+
 from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.security_vectors import Phase1, align, finetune, train_vectors
@@ -25,8 +27,6 @@ from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_vectors, save_vectors
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LoRA",

@@ -1,4 +1,4 @@
-"""Settings that check themselves: types, ranges and names, declared where the setting is declared. Knows no JAX.
+"""Settings that check themselves: types, ranges and names, declared with the setting. Imports no JAX.
 
     @checked
     @dataclasses.dataclass(frozen=True)
@@ -6,8 +6,8 @@
         count: PositiveInt = 3
         rate: PositiveFloat = 1e-3
 
-`Steps(count=0)`, `Steps(rate="fast")`, `Steps(cuont=3)` raise a UserError of one line, whoever makes them: Python, a
-YAML file or the command line. `checked` also takes functions, whose arguments it checks at each call.
+`Steps(count=0)`, `Steps(rate="fast")` and `Steps(cuont=3)` raise a one-line UserError, whether the values come from
+Python, a YAML file or the command line. `checked` also decorates functions, whose arguments it checks on each call.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Checked = TypeVar("Checked", bound=Callable[..., Any])
 
 
 class SettingError(UserError):
-    """A setting that cannot be: its name, which a reader of nested settings puts its own before, and what is wrong."""
+    """An invalid setting: its name, which callers that read nested settings extend to a path, and the problem."""
 
     def __init__(self, name: str, problem: str):
         super().__init__(f"{name}{problem}")
@@ -37,7 +37,7 @@ class SettingError(UserError):
 
 
 class Unset:
-    """The value of a setting that was not set and is inherited (see `inherit`). There is one: `UNSET`."""
+    """The type of `UNSET`, the value of a setting that was not set and is inherited (see `inherit`)."""
 
     def __repr__(self) -> str:
         return "UNSET"
@@ -51,10 +51,13 @@ class Unset:
 
 UNSET: Any = Unset()
 
+MISSING = " is required"
+"""The problem of a `SettingError` for a setting that was not given and has no default."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The numbers that a setting may have; all of them must be finite."""
+    """The range of a number; whatever its bounds, a number must be finite."""
 
     at_least: float = -math.inf
     at_most: float = math.inf
@@ -62,7 +65,7 @@ class Bounds:
     other_than: float | None = None
 
     def hold(self, value: float) -> bool:
-        """Whether the value is one of them."""
+        """Whether the value is within the range."""
         return self.at_least <= value <= self.at_most and value > self.above and value != self.other_than
 
     def __str__(self) -> str:
@@ -78,6 +81,17 @@ class Bounds:
         return " and ".join(parts)
 
 
+class NonEmpty:
+    """A text or a list that must not be empty."""
+
+    def hold(self, value: Any) -> bool:
+        """Whether the value has any items."""
+        return len(value) > 0
+
+    def __str__(self) -> str:
+        return "non-empty"
+
+
 PositiveInt = Annotated[int, Bounds(at_least=1)]
 NonNegativeInt = Annotated[int, Bounds(at_least=0)]
 PositiveFloat = Annotated[float, Bounds(above=0)]
@@ -85,45 +99,112 @@ NonNegativeFloat = Annotated[float, Bounds(at_least=0)]
 NonZeroFloat = Annotated[float, Bounds(other_than=0)]
 Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
 Seed = Annotated[int, Bounds(at_least=0, at_most=2**31)]
-"""What JAX, NumPy and grain all take, with room for the offsets that lanes of data add."""
+"""The range that JAX, NumPy and grain accept, with room for the offsets that parallel data streams add."""
+Text = Annotated[str, NonEmpty()]
+Texts = Annotated[tuple[str, ...], NonEmpty()]
+"""At least one."""
 
-KNOWN_AS = {
-    "lr": "learning_rate",
-    "optim": "optimizer",
-    "lr_scheduler_type": "schedule",
-    "per_device_train_batch_size": "batch_size",
-    "lines": "batch_size",
-    "length": "max_seq_len",
-    "max_length": "max_seq_len",
-    "max_seq_length": "max_seq_len",
-    "gradient_accumulation_steps": "grad_accum_steps",
-    "accumulate": "grad_accum_steps",
-    "clip": "max_grad_norm",
-    "steps": "max_steps",
-    "num_train_epochs": "epochs",
-    "save_total_limit": "max_checkpoints",
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "target_modules": "targets",
-    "max_new_tokens": "reply_tokens",
-    "max_samples": "limit",
-    "output_dir": "out",
-    "eval_data": "questions",
+KNOWN_AS: dict[str, tuple[str, ...]] = {
+    # training
+    "lr": ("learning_rate",),
+    "optim": ("optimizer",),
+    "lr_scheduler": ("schedule",),
+    "lr_scheduler_type": ("schedule",),
+    "scheduler": ("schedule",),
+    "warmup": ("warmup_steps",),
+    "wd": ("weight_decay",),
+    "bs": ("batch_size",),
+    "per_device_train_batch_size": ("batch_size",),
+    "train_batch_size": ("batch_size",),
+    "lines": ("batch_size",),
+    "block_size": ("max_seq_len",),
+    "context_length": ("max_seq_len",),
+    "length": ("max_seq_len",),
+    "max_length": ("max_seq_len",),
+    "max_seq_length": ("max_seq_len",),
+    "seq_len": ("max_seq_len",),
+    "accumulate": ("grad_accum_steps",),
+    "gradient_accumulation_steps": ("grad_accum_steps",),
+    "clip": ("max_grad_norm",),
+    "clip_grad_norm": ("max_grad_norm",),
+    "gradient_clip_val": ("max_grad_norm",),
+    "iterations": ("max_steps",),
+    "steps": ("max_steps",),
+    "num_epochs": ("epochs",),
+    "num_train_epochs": ("epochs",),
+    "gradient_checkpointing": ("remat",),
+    "random_seed": ("seed",),
+    "save_interval": ("save_every_seconds",),
+    "save_steps": ("save_every_seconds",),
+    "save_total_limit": ("max_checkpoints",),
+    "keep_checkpoints": ("max_checkpoints",),
+    "load_best_model_at_end": ("best",),
+    "metric_for_best_model": ("best",),
+    # adapters
+    "r": ("rank",),
+    "lora_r": ("lora.rank", "task_lora.rank", "rank"),
+    "lora_rank": ("lora.rank", "task_lora.rank", "rank"),
+    "lora_alpha": ("lora.alpha", "task_lora.alpha", "alpha"),
+    "lora_target_modules": ("lora.targets", "task_lora.targets", "targets"),
+    "target_modules": ("targets",),
+    "task_rank": ("task_lora.rank",),
+    "use_rslora": ("rslora",),
+    "num_virtual_tokens": ("virtual_tokens",),
+    "adapter": ("vectors", "adapters"),
+    # models, data and output
+    "base_model": ("model",),
+    "model_name": ("model",),
+    "model_name_or_path": ("model",),
+    "pretrained": ("model",),
+    "dataset": ("data",),
+    "dataset_name": ("data",),
+    "train_data": ("data",),
+    "train_file": ("data",),
+    "eval_data": ("questions",),
+    "max_samples": ("limit",),
+    "num_samples": ("limit",),
+    "max_new_tokens": ("reply_tokens",),
+    "num_fewshot": ("fewshot",),
+    "apply_chat_template": ("chat",),
+    "torch_dtype": ("dtype",),
+    "output_dir": ("out",),
+    "save_dir": ("out",),
+    "force": ("overwrite",),
+    "overwrite_output_dir": ("overwrite",),
+    "api_base": ("judge_url",),
+    "base_url": ("judge_url",),
+    # devices
+    "tensor_parallel_size": ("mesh",),
+    "tp": ("mesh",),
+    "coordinator_address": ("cluster",),
+    "num_processes": ("processes",),
+    "process_id": ("process",),
 }
-"""Names that other libraries give to settings of ours, for "did you mean"."""
+"""Names that other libraries and older versions give to settings, and ours, for "did you mean"."""
 
 
 def suggestion(name: Any, known: Iterable[str]) -> str:
-    """ "did you mean ...?" with the known name nearest to a wrong one, or all of them if none is near."""
+    """ "did you mean ...?" with the known name closest to an unknown one, or the list of known names if none is close.
+
+    Names may be flags (`--batch-size`) or the paths of nested settings (`lora.rank`), of which the last part suffices.
+    """
     known = list(known)
-    plain = {option.lower().replace("-", "_").lstrip("_"): option for option in reversed(known)}
-    asked = str(name).rpartition(".")[2].lower().replace("-", "_").lstrip("_")
-    near = [KNOWN_AS[asked]] if KNOWN_AS.get(asked) in plain else difflib.get_close_matches(asked, plain, n=1)
-    return f"did you mean {plain[near[0]]!r}?" if near else f"known are {', '.join(known)}"
+    plain = {_plain(option.rpartition(".")[2]): option for option in reversed(known)}
+    plain |= {_plain(option): option for option in reversed(known)}
+    asked = _plain(str(name))
+    last = _plain(str(name).rpartition(".")[2])
+    candidates = [_plain(other) for key in (asked, last) for other in KNOWN_AS.get(key, ()) if _plain(other) in plain]
+    candidates += [key for key in (asked, last) if key in plain]
+    candidates += difflib.get_close_matches(asked, plain, n=1) or difflib.get_close_matches(last, plain, n=1)
+    return f"did you mean {plain[candidates[0]]!r}?" if candidates else f"known are {', '.join(known)}"
+
+
+def _plain(name: str) -> str:
+    return name.lower().lstrip("-_").replace("-", "_").replace(".", "_")
 
 
 def inherit(settings: Any, *bases: Any) -> Any:
-    """The settings, with what is not set in them taken from the first of `bases`, of the same class, that sets it."""
+    """The settings with each unset one taken from the first of `bases`, of the same class, that sets it."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     if not any(value is UNSET for value in values.values()):
         return settings
@@ -133,11 +214,11 @@ def inherit(settings: Any, *bases: Any) -> Any:
 
 
 def checked(target: Checked) -> Checked:
-    """A dataclass whose objects, or a function whose calls, are checked against the types and bounds declared.
+    """Decorate a dataclass or a function so that its arguments are checked against the declared types and bounds.
 
-    Numbers of NumPy become Python's, lists become tuples where tuples are declared. A nested settings object that
-    leaves settings unset inherits them from the default of its field or argument. Types that are no settings (models,
-    rows, callables) are not looked at. Raises UserError.
+    NumPy numbers become Python numbers, and lists become tuples where tuples are declared. A nested settings object
+    that leaves settings unset inherits them from the default of its field or argument. Types other than settings
+    (models, rows, callables) are not checked. The decorated callable raises UserError.
     """
     return _checked_class(target) if isinstance(target, type) else _checked_function(target)
 
@@ -151,7 +232,7 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 
 def defaults_of(kind: Any) -> dict[str, Any]:
-    """The defaults of a dataclass's fields, those that have one."""
+    """The defaults of a dataclass's fields; fields without one are required, and left out."""
     found = {}
     for field in dataclasses.fields(kind):
         if field.default_factory is not dataclasses.MISSING:
@@ -162,15 +243,20 @@ def defaults_of(kind: Any) -> dict[str, Any]:
 
 
 def arguments_of(kind: Any, given: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for a dataclass, checked, with the nested settings that are its defaults made complete."""
+    """The arguments of a dataclass, checked, and with its nested default settings completed.
+
+    Raises SettingError for an invalid setting, and for one that is required and missing.
+    """
     given, defaults = dict(given), defaults_of(kind)
     for name, hint in hints.items():
         default = defaults.get(name)
         if name in given:
             if not (given[name] is UNSET and default is UNSET):
                 given[name] = check(hint, given[name], name, default)
-        elif _is_settings(default):
-            given[name] = _complete(default)
+        elif is_settings(default):
+            given[name] = complete(default)
+        elif name not in defaults:
+            raise SettingError(name, MISSING)
     return given
 
 
@@ -222,12 +308,12 @@ def _checked_function(function: Callable[..., Any]) -> Any:
     return checked_call
 
 
-def _is_settings(value: Any) -> bool:
+def is_settings(value: Any) -> bool:
     return hasattr(type(value), "_hints") and dataclasses.is_dataclass(value)
 
 
-def _complete(settings: Any, default: Any = None) -> Any:
-    """The settings with what is unset taken from the default, and then from the class's own base where it has one."""
+def complete(settings: Any, default: Any = None) -> Any:
+    """The settings with each unset one taken from `default`, or else from the `base` of their class, if it has one."""
     bases = [base for base in (default, getattr(type(settings), "base", None)) if type(base) is type(settings)]
     return inherit(settings, *bases)
 
@@ -236,12 +322,12 @@ _NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or fals
 
 
 def check(hint: Any, value: Any, name: str, default: Any = None) -> Any:
-    """The value as its declared type has it. Raises SettingError if it is of another type or out of bounds."""
+    """The value, converted to its declared type. Raises SettingError if it has another type or is out of range."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value = check(options[0], value, name, default)
         for bounds in options[1:]:
-            if isinstance(bounds, Bounds) and value is not None and not bounds.hold(value):
+            if isinstance(bounds, Bounds | NonEmpty) and value is not None and not bounds.hold(value):
                 raise SettingError(name, f" is {value!r}: it must be {bounds}")
         return value
     if origin is Literal:
@@ -261,9 +347,9 @@ def check(hint: Any, value: Any, name: str, default: Any = None) -> Any:
             raise SettingError(
                 name, f" is {shown(value)}: pass {hint.__name__}(...), or a mapping of settings in a file"
             )
-        return _complete(value, default)
+        return complete(value, default)
     if origin is not None and isinstance(value, str) and isinstance(origin, type) and issubclass(origin, Sequence):
-        raise SettingError(name, f" is {value!r}: give a list")
+        raise SettingError(name, f" is {value!r}: pass a list")
     return value
 
 
@@ -273,7 +359,7 @@ def _one_of(options: Sequence[Any], value: Any, name: str, default: Any) -> Any:
     others = [option for option in options if option is not type(None)]
     if len(others) == 1:
         return check(others[0], value, name, default)
-    return value  # a choice among types that are no settings
+    return value  # a choice among types that are not settings
 
 
 def _items(kind: type, options: Sequence[Any], value: Any, name: str) -> Any:
@@ -281,10 +367,10 @@ def _items(kind: type, options: Sequence[Any], value: Any, name: str) -> Any:
     if isinstance(value, str | os.PathLike) and item is str:
         value = [value]
     if not isinstance(value, list | tuple):
-        raise SettingError(name, f" is {shown(value)}: give a list")
+        raise SettingError(name, f" is {shown(value)}: pass a list")
     several = kind is list or options[-1] is Ellipsis
     if not several and len(value) != len(options):
-        raise SettingError(name, f" has {len(value)} items: give {len(options)}")
+        raise SettingError(name, f" has {len(value)} items: pass {len(options)}")
     hints = [options[0]] * len(value) if several else options
     return kind(check(hint, one, f"{name}[{index}]") for index, (hint, one) in enumerate(zip(hints, value)))
 
@@ -297,12 +383,6 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
         return int(value)
     if kind is float and number:
         return _finite(value, name)
-    if kind is float and isinstance(value, str):
-        try:
-            return _finite(float(value), name)  # YAML reads 1e-3 as text
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
     if kind is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
     raise SettingError(name, f" is {shown(value)}: it must be {_NAMES[kind]}")

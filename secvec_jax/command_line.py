@@ -1,10 +1,8 @@
-"""Verbs from settings dataclasses: what train.py and eval.py share.
+"""Runs a verb from the command line: what train.py, eval.py and the console command `secvec` share.
 
-A verb is a dataclass of settings and a function that takes it. `--config FILE` fills in the settings from YAML; what
-is given on the command line counts more. All of them are checked by the dataclasses themselves (see `checks`), so that
-a mistake is refused in the same words wherever it is made. Which machines and devices do the work
-(`distributed.Cluster`) is no setting of a run: it may change from one start to the next. A user's mistake is told in
-one line and ends with exit code 2.
+A verb is a dataclass of settings and a function that takes them. `--config FILE` reads settings from YAML; flags (see
+`flags`) override them, and the dataclass checks the result. The devices to run on (`distributed.Cluster`) are not
+settings of a run, and may change when it is resumed. A user's mistake is reported in one line, with exit code 2.
 """
 
 import argparse
@@ -12,33 +10,51 @@ import dataclasses
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 from rich.console import Console
-from simple_parsing import ArgumentParser, DashVariant
 
-from secvec_jax import config
+import secvec_jax
+from secvec_jax import config, flags
 from secvec_jax.assets import cache_dir
-from secvec_jax.checks import check, suggestion
+from secvec_jax.checks import MISSING, SettingError, suggestion
 from secvec_jax.distributed import Cluster, start_cluster
 from secvec_jax.errors import UserError
 from secvec_jax.redaction import redact
-
-Verb = tuple[type, Callable[[Any, str], Any]]
-"""The settings of a verb, and the function that takes them and the command line as it was given."""
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
 
-def program(description: str, verbs: dict[str, Verb]) -> NoReturn:
-    """Run the verb that the process was started with and end the process with its exit code."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:  # a run that goes on need not compile again
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
+
+    summary: one line for the list of verbs. load: imports and returns the class of its settings and the function that
+    takes them and the command as it was typed. examples: arguments that follow the verb, shown by --help.
+    on_devices: whether it takes the flags of `Cluster`.
+    """
+
+    summary: str
+    load: Callable[[], tuple[type, Callable[[Any, str], Any]]]
+    examples: tuple[str, ...] = ()
+    on_devices: bool = True
+
+
+Verbs = Mapping[str, Verb]
+
+
+def program(description: str, verbs: Verbs) -> NoReturn:
+    """Run the verb that the process was started with, and end the process with its exit code."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # a resumed run need not compile again
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     _show_log()
     caught = _catch_ctrl_c()
@@ -52,9 +68,9 @@ def program(description: str, verbs: dict[str, Verb]) -> NoReturn:
 
 
 def _catch_ctrl_c() -> list[int]:
-    """From now on Ctrl-C raises KeyboardInterrupt, and is noted in the list: some libraries raise another error then.
+    """Make Ctrl-C raise KeyboardInterrupt and add to the list, since some libraries turn it into another error.
 
-    Where it is ignored, as in a job of a shell's background, it stays so.
+    Where it is ignored, as in a background job of a shell, it stays ignored.
     """
     caught: list[int] = []
 
@@ -69,23 +85,25 @@ def _catch_ctrl_c() -> list[int]:
 
 def main(
     description: str,
-    verbs: dict[str, Verb],
+    verbs: Verbs,
     arguments: Sequence[str] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Run the verb that the arguments name; returns the exit code (2: a mistake of the user, 130: interrupted).
+    """Run the verb that the arguments name and return the exit code (2: a mistake of the user, 130: interrupted).
 
-    interrupted: whether Ctrl-C came, for errors that others make of it.
+    interrupted: whether Ctrl-C was pressed, for errors that libraries raise instead of KeyboardInterrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # transformers reads tokenizers for us and need not say that it found no torch.
+    # transformers is only used for its tokenizers and need not say that it found no torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _refuse_credentials(arguments)
-        settings, cluster, function = _parse(description, verbs, arguments)
+        verb = verbs[_verb_of(description, verbs, arguments)]
+        settings_class, function = verb.load()
+        settings, cluster = parse(verb, settings_class, arguments)
         if cluster is not None:
             start_cluster(cluster)
-        function(settings, shlex.join(["python", *sys.argv]))
+        function(settings, shlex.join([*_command(), *arguments]))
         return 0
     except Exception as error:
         if interrupted():
@@ -94,18 +112,24 @@ def main(
             return _fail(str(error))
         if not _disk_is_full(error):
             raise
-        return _fail("the disk is full: free some space and give the same command again; nothing half-written is kept")
+        return _fail("the disk is full: free some space and rerun the same command; no partial files were kept")
     except KeyboardInterrupt:
         return _stopped()
 
 
+def _command() -> list[str]:
+    """The words that start this program: `python train.py`, or `secvec` where it is installed."""
+    script = sys.argv[0]
+    return ["python", script] if script.endswith(".py") else [Path(script).name or "python"]
+
+
 def _stopped() -> int:
-    Console(stderr=True).print("stopped: the same command goes on from here")
+    Console(stderr=True).print("stopped: rerun the same command to resume")
     return INTERRUPTED
 
 
 class _Shown(logging.Handler):
-    """The package's log on the screen: what is notable as it is, and warnings as such."""
+    """Shows the package's log messages on the screen, warnings marked as such."""
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = "warning: " if record.levelno >= logging.WARNING else ""
@@ -116,15 +140,15 @@ def _show_log() -> None:
     log = logging.getLogger("secvec_jax")
     log.setLevel(logging.INFO)
     log.addHandler(_Shown())
-    log.propagate = False  # other packages' handlers would show it once more
+    log.propagate = False  # else other packages' handlers would show it again
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says so; only Python's own carry a number."""
+    """Whether the error, or one that caused it, means that no space is left; only Python's own carry a number."""
     if error is None:
         return False
-    told = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
-    return told or _disk_is_full(error.__cause__ or error.__context__)
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    return is_full or _disk_is_full(error.__cause__ or error.__context__)
 
 
 def _fail(message: str) -> int:
@@ -133,46 +157,134 @@ def _fail(message: str) -> int:
 
 
 def _refuse_credentials(arguments: Sequence[str]) -> None:
-    """Raises UserError before an argument with a password or a key is shown, or written into a run's files."""
+    """Raise UserError before an argument with a password or a key is shown or written to a run's files."""
     for argument in arguments:
         if redact(argument) != argument:
             raise UserError(
-                f"{redact(argument)} carries a password or a key, and runs record their command: leave it out, and use "
-                "an environment variable (a judge's key: OPENAI_API_KEY)"
+                f"{redact(argument)} contains a password or a key, and runs record their command: use an environment "
+                "variable instead (for a judge's key: OPENAI_API_KEY)"
             )
 
 
-def _parse(
-    description: str, verbs: dict[str, Verb], arguments: list[str]
-) -> tuple[Any, Cluster | None, Callable[[Any, str], Any]]:
-    parser = _Parser(description=description, add_option_string_dash_variants=DashVariant.DASH)
-    choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    given = _config_of(verbs, arguments)
-    for name, (kind, _) in verbs.items():
-        summary = (kind.__doc__ or "").strip()
-        verb = choices.add_parser(
-            name,
-            help=summary.splitlines()[0],
-            description=summary,
-            add_option_string_dash_variants=DashVariant.DASH,
-            allow_abbrev=False,  # a flag that comes with a later version would change what a shortened one means
-        )
-        verb.add_argument("--config", metavar="FILE", help="a YAML file of settings, such as a run's config.yaml")
-        verb.add_arguments(kind, dest="settings", default=given.get(name, kind()))
-        if not _has_mesh(kind):
-            verb.add_arguments(Cluster, dest="cluster")
-    parsed, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        choices.choices[parsed.verb].refuse(unknown)
-    kind, function = verbs[parsed.verb]
-    return parsed.settings, None if _has_mesh(kind) else parsed.cluster, function
+def _verb_of(description: str, verbs: Verbs, arguments: list[str]) -> str:
+    """The verb that the arguments begin with. Raises UserError if they do not, and SystemExit after --help."""
+    program = " ".join(_command())
+    width = max(map(len, verbs))
+    listed = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in verbs.items())
+    overview = _Parser(
+        prog=program,
+        usage="%(prog)s VERB [options]",
+        description=_filled(description),
+        formatter_class=_HelpFormatter,
+        epilog=f"verbs:\n{listed}\n\nRun `{program} VERB --help` for all options of a verb.".replace("%", "%%"),
+    )
+    overview.add_argument("--version", action="version", version=f"secvec_jax {secvec_jax.__version__}",
+                          help="show the version and exit")  # fmt: skip
+    overview.add_argument("verb", nargs="?", metavar="VERB", help="what to do: one of the verbs below")
+    verb = overview.parse_args(arguments[:1]).verb
+    if verb is None:
+        overview.error(f"no verb: use one of {', '.join(verbs)}")
+    if verb not in verbs:
+        overview.error(f"unknown verb {verb!r}: {suggestion(verb, verbs)}")
+    return verb
 
 
-class _Parser(ArgumentParser):
-    """An argument parser that leaves it to the settings to judge values, and that knows the nearest flag.
+def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cluster | None]:
+    """The settings, of this class, and the devices that the verb and its flags name; None if it takes no devices.
 
-    The methods with an underscore are argparse's own, and have been the same since it came to Python.
+    Raises UserError for a mistake in the flags or in the file that --config names, and SystemExit after --help.
     """
+    name, *rest = arguments
+    parser = _parser(name, verb, settings)
+    _refuse_switch_values(parser, rest)
+    given, unknown = parser.parse_known_args(rest)
+    if unknown:
+        parser.refuse(unknown)
+    path = given.config
+    del given.config
+    names = {flag.key: flag.name for group in flags.groups(Cluster) for flag in group.flags}
+    devices = {key: value for key, value in vars(given).items() if verb.on_devices and key in names}
+    for key in devices:
+        delattr(given, key)
+    values = flags.mapping(given)
+    if path is not None:
+        values = _with_file(path, values)
+    made = _checked(settings, values, given, path)
+    return made, _checked(Cluster, devices, argparse.Namespace(**devices), None) if verb.on_devices else None
+
+
+def _parser(name: str, verb: Verb, settings: type) -> "_Parser":
+    prog = " ".join([*_command(), name])
+    needed = [f"{flag.name} {flag.metavar}{' ...' if flag.takes_several else ''}" if flag.name else flag.metavar
+              for flag in flags.required(settings)]  # fmt: skip
+    examples = "".join(f"\n  {prog} {example}" for example in verb.examples)
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *needed, "[options]"]),
+        description=_filled(settings.__doc__ or verb.summary),
+        epilog=f"examples:{examples}".replace("%", "%%") if examples else None,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,  # a flag of a later version would change what an abbreviation means
+    )
+    parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file, such as a run's config.yaml")
+    flags.add_flags(parser, settings)
+    if verb.on_devices:
+        devices = parser.add_argument_group("devices", flags.summary_of(Cluster))
+        flags.add_group(devices, Cluster)
+    return parser
+
+
+def _with_file(path: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, over those of the YAML file. Raises UserError if the file holds no mapping."""
+    read = config.read(path)
+    if not isinstance(read, dict):
+        raise UserError(f"{path} must be a mapping of settings, not {type(read).__name__}")
+    return flags.merged(read, values)
+
+
+def _checked(settings: type, values: dict[str, Any], given: argparse.Namespace, path: str | None) -> Any:
+    """The settings, checked. Raises UserError that names the flag, or the file and the key, of an invalid value."""
+    try:
+        return config.from_dict(settings, values, where=path or "")
+    except SettingError as error:
+        key = error.name.removeprefix(f"{path}.")
+        for group in flags.groups(settings):
+            for flag in group.flags:
+                if flag.key != re.sub(r"\[\d+\].*", "", key):
+                    continue
+                if error.problem == MISSING:
+                    raise UserError(f"{flag.name or flag.metavar}{MISSING}: {flag.help}") from None
+                if flag.key in vars(given):
+                    raise UserError(f"{flag.name or flag.metavar}{error.problem}") from None
+        raise
+
+
+def _refuse_switch_values(parser: "_Parser", arguments: Sequence[str]) -> None:
+    """Raise UserError for a value after a switch, as in `--overwrite true`, which other command lines want."""
+    switches = {name for action in parser._actions if isinstance(action, argparse.BooleanOptionalAction)
+                for name in action.option_strings}  # fmt: skip
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        name, equals, _ = argument.partition("=")
+        if name in switches and (equals or following.lower() in ("true", "false")):
+            positive = name.replace("--no-", "--", 1)
+            raise UserError(f"{name} takes no value: write {positive}, or --no-{positive.removeprefix('--')}")
+
+
+def _filled(text: str) -> str:
+    """Paragraphs wrapped to the width of a help text."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+    return "\n\n".join(textwrap.fill(paragraph, 100) for paragraph in paragraphs).replace("%", "%%")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """argparse's help, its column of flags wide enough for most."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, max_help_position=32, **options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that raises UserError and suggests the closest flag."""
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Show the usage and raise UserError for arguments that the parser does not know."""
@@ -181,37 +293,9 @@ class _Parser(ArgumentParser):
         if flag is None:
             self.error(f"unknown argument {unknown[0]!r}: settings are given as --NAME VALUE")
         name = flag.partition("=")[0]
-        nearest = suggestion(name, known)
-        self.error(f"unknown flag {name}: {nearest if nearest.startswith('did') else 'see --help for all flags'}")
+        closest = suggestion(name, known)
+        self.error(f"unknown flag {name}: {closest if closest.startswith('did') else 'see --help for all flags'}")
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         raise UserError(message)
-
-    def _get_value(self, action: argparse.Action, text: str) -> Any:
-        try:
-            return super()._get_value(action, text)
-        except argparse.ArgumentError:
-            return text
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            self.error(f"unknown verb {value!r}: {suggestion(value, action.choices)}")
-        if action.choices is not None and value not in action.choices:
-            check(Literal[tuple(action.choices)], value, action.dest.rpartition(".")[2])
-
-
-def _has_mesh(kind: type) -> bool:
-    """Whether a verb's mesh is a setting of its own, of devices that are not here."""
-    return any(field.name == "mesh" for field in dataclasses.fields(kind))
-
-
-def _config_of(verbs: dict[str, Verb], arguments: list[str]) -> dict[str, Any]:
-    """The settings in the file that --config names, by verb."""
-    verb = next((argument for argument in arguments if argument in verbs), None)
-    for index, argument in enumerate(arguments):
-        if argument == "--config" or argument.startswith("--config="):
-            path = argument.partition("=")[2] or (arguments[index + 1 : index + 2] or [""])[0]
-            if verb is not None and path:
-                return {verb: config.load(verbs[verb][0], path)}
-    return {}

@@ -1,9 +1,11 @@
-"""Settings as small dataclasses that check themselves (see `checks`), and their files. Knows no JAX.
+"""Training settings, and settings as YAML files. Settings are dataclasses that check themselves (see `checks`).
 
-The comment under a field is its help text on the command line.
+The docstring below a field is its help text on the command line. Imports no JAX.
 """
 
 import dataclasses
+import re
+import types
 import typing
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -35,63 +37,63 @@ Settings = TypeVar("Settings")
 @checked
 @dataclasses.dataclass(frozen=True, repr=False)
 class Training:
-    """How parameters are trained.
+    """Optimizer, learning rate, batches and checkpoints.
 
-    What is not set is inherited from the verb that the settings are given to: `Training(max_steps=15)` for
-    `train_vectors` is its own default training, ended after 15 steps. `Training.base` has what a verb without other
-    defaults takes.
+    Unset settings are inherited from the function or command that the settings are passed to: `Training(max_steps=15)`
+    for `train_vectors` is its default training, ended after 15 steps. `Training.base` holds the general defaults.
     Raises UserError for a value of the wrong type or out of range.
     """
 
     optimizer: Literal["sgd", "adamw"] = UNSET
     """sgd keeps small gradients small, which security vectors rely on; adamw rescales them to full steps"""
     learning_rate: PositiveFloat = UNSET
-    """the peak of the schedule"""
+    """peak learning rate"""
     schedule: Literal["cosine", "linear", "constant"] = UNSET
-    """how the learning rate falls after the warm-up, to a tenth of the peak"""
+    """how the learning rate decays after the warm-up; cosine and linear end at a tenth of the peak"""
     warmup_steps: NonNegativeInt = UNSET
-    """steps in which the learning rate rises from zero"""
+    """steps in which the learning rate rises linearly from zero"""
     momentum: Fraction = UNSET
-    """of sgd"""
+    """momentum of sgd"""
     weight_decay: NonNegativeFloat = UNSET
-    """of all weights except norms and biases: decoupled with adamw, added to the gradient with sgd"""
+    """weight decay of all weights except norms and biases: decoupled with adamw, added to the gradient with sgd"""
     max_grad_norm: NonNegativeFloat = UNSET
-    """the largest gradient norm; 0 does not clip"""
+    """clip the gradient to this norm; 0: do not clip"""
     epochs: PositiveInt = UNSET
     """passes over the rows"""
     max_steps: PositiveInt | None = UNSET
-    """optimizer steps, in place of epochs"""
+    """optimizer steps; overrides epochs"""
     batch_size: PositiveInt = UNSET
-    """packed sequences in a batch, on all devices together"""
+    """packed sequences per batch, on all devices together; several short rows share a sequence"""
     max_seq_len: PositiveInt | None = UNSET
-    """tokens of a packed sequence, and the longest row; left out: 256, 512, 1024 or 2048, as the longest row needs"""
+    """tokens per packed sequence, and the limit for a single row; by default 256, 512, 1024 or 2048, chosen to fit the
+    longest row"""
     long_rows: Literal["truncate", "drop", "refuse"] = UNSET
-    """for rows longer than max_seq_len: truncate the answer, drop the row, or refuse the data; what is cut or dropped
-    is counted and reported"""
+    """what to do with rows longer than max_seq_len: truncate the answer, drop the row, or refuse the data; truncated
+    and dropped rows are counted and reported"""
     control_tokens: Literal["text", "tokens", "refuse"] = UNSET
-    """for control tokens that a row spells, such as <|im_end|>: text: learn the characters; tokens: learn the tokens;
-    refuse: an error that names the row"""
+    """what to do with control tokens spelled out in a row, such as <|im_end|>: text: train on the characters; tokens:
+    train on the tokens themselves; refuse: stop with an error that names the row"""
     grad_accum_steps: PositiveInt = UNSET
     """batches per optimizer step"""
     remat: Literal["none", "dots", "attention", "full"] = UNSET
-    """what the backward pass recomputes to save memory: none: nothing; dots: all but matrix products; attention: all
-    but a fused attention kernel; full: whole layers"""
+    """what the backward pass recomputes to save memory: none: nothing; dots: everything except matrix products;
+    attention: everything except fused attention; full: whole layers"""
     share_prefix: bool | None = UNSET
-    """whether tokens with which all rows begin are computed once per sequence; left out: yes, but not on TPUs, whose
-    fused attention does not support it"""
+    """store the tokens that all rows begin with once per sequence; by default on, except on TPUs, whose fused attention
+    does not support it"""
     seed: Seed = UNSET
-    """of the order of rows and of fresh vectors"""
+    """seed of the order of the rows and of the initial vectors"""
     save_every_seconds: PositiveFloat = UNSET
-    """time between two checkpoints"""
+    """seconds between checkpoints"""
     max_checkpoints: PositiveInt = UNSET
-    """how many of the newest are kept while training"""
+    """number of checkpoints to keep during training; older ones are deleted"""
     best: str | None = UNSET
-    """a metric of metrics.jsonl, such as loss/all: keep the checkpoint where it was lowest, and end with that one; left
-    out: the last one, or, with validation rows, the one with the lowest eval/loss"""
+    """a metric of metrics.jsonl, such as loss/all: keep the checkpoint where it was lowest, and return that one; by
+    default the last one, or with validation rows the one with the lowest eval/loss"""
     eval_every_steps: PositiveInt | None = UNSET
-    """steps between two evaluations of the validation rows, if there are any; left out: an epoch"""
+    """steps between evaluations of the validation rows; by default one epoch"""
     patience: PositiveInt | None = UNSET
-    """end the training after so many evaluations without a new lowest eval/loss; left out: never"""
+    """stop after this many evaluations without a new lowest eval/loss; by default never"""
 
     base: ClassVar["Training"]
 
@@ -100,7 +102,7 @@ class Training:
         return f"Training({', '.join(f'{name}={value!r}' for name, value in values if value is not UNSET)})"
 
     def over(self, default: "Training") -> "Training":
-        """These settings, complete: what is not set is that of `default`, or else of `Training.base`."""
+        """These settings with each unset one taken from `default`, or else from `Training.base`."""
         return inherit(self, default, Training.base)
 
 
@@ -131,7 +133,7 @@ Training.base = Training(
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as plain lists, dicts and scalars, complete but for what is unset."""
+    """A settings dataclass as plain lists, dicts and scalars, without the unset settings."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -141,14 +143,17 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(settings))
 
 
-def from_dict(kind: type[Settings], values: dict[str, Any], where: str = "config", default: Any = None) -> Settings:
-    """The settings that `values` spell; what is left out is that of `default`, of the same class, or the class's own.
+def from_dict(kind: type[Settings], values: Any, where: str = "config", default: Any = None) -> Settings:
+    """Settings from a mapping of plain values, such as a parsed YAML file.
 
-    A mapping inside `values` leaves out what the default of its key has. Raises UserError for an unknown key (naming
-    the nearest known one) and for a value of the wrong type or out of range.
+    where: prefix of the names in error messages; may be empty. default: an instance of the class whose values replace
+    the class's own defaults. A nested mapping keeps the defaults of the settings that it leaves out.
+    Raises UserError for an unknown key (with the closest known one), for a value of the wrong type or out of range, and
+    for a required setting that is missing.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where} must be a mapping of settings, not {type(values).__name__}")
+    prefix = f"{where}." if where else ""
     hints = hints_of(kind)
     defaults = defaults_of(kind)
     if type(default) is kind:
@@ -157,42 +162,53 @@ def from_dict(kind: type[Settings], values: dict[str, Any], where: str = "config
     for key, value in values.items():
         if key not in hints:
             raise UserError(f"{where}: unknown key {key!r}: {suggestion(key, hints)}")
-        given[key] = _made(hints[key], value, f"{where}.{key}", defaults.get(key))
+        given[key] = _made(hints[key], value, f"{prefix}{key}", defaults.get(key))
     try:
         return kind(**arguments_of(kind, given, hints))
     except SettingError as error:
-        raise SettingError(f"{where}.{error.name}", error.problem) from None
+        raise SettingError(f"{prefix}{error.name}", error.problem) from None
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}" if where else str(error)) from None
+
+
+def settings_class(hint: Any) -> type | None:
+    """The settings dataclass that a declared type is, alone or as `LoRA | None`; None for other types."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    classes = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
+    return classes[0] if len(classes) == 1 else None
 
 
 def _made(hint: Any, value: Any, where: str, default: Any) -> Any:
-    """The value with settings dataclasses in place of mappings; everything else is for `checks.check` to judge."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where, default)
+    """The value with settings dataclasses in place of mappings; everything else is left for `checks.check`."""
+    nested = settings_class(hint)
+    if nested is not None and (value is not None or hint is nested):
+        return from_dict(nested, value, where, default)
     if typing.get_origin(hint) in (tuple, list) and isinstance(value, list | tuple):
-        kind = typing.get_args(hint)[0]
-        return [_made(kind, item, f"{where}[{index}]", None) for index, item in enumerate(value)]
+        item = typing.get_args(hint)[0]
+        return [_made(item, one, f"{where}[{index}]", None) for index, one in enumerate(value)]
     return value
 
 
 def load(kind: type[Settings], path: str | Path) -> Settings:
-    """Settings from a YAML file. Raises UserError if it is missing, no YAML, or does not fit."""
+    """Settings from a YAML file. Raises UserError if it cannot be read, is not valid YAML, or has invalid settings."""
+    return from_dict(kind, read(path), str(path))
+
+
+def read(path: str | Path) -> Any:
+    """The content of a YAML file; an empty file is an empty mapping. Raises UserError if it cannot be read."""
     try:
-        values = yaml.load(Path(path).read_text(), _Loader)
+        values = yaml.load(Path(path).read_text(), Loader)
     except OSError as error:
         raise UserError(f"cannot read the config file {path} ({error.strerror}): check --config") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: check --config") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]})") from error
-    return from_dict(kind, {} if values is None else values, str(path))
+    return {} if values is None else values
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without a key given twice, of which the first value would silently not count."""
+class Loader(yaml.SafeLoader):
+    """YAML that refuses duplicate keys, of which PyYAML silently keeps the last, and reads 1e-3 as a number."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -207,7 +223,12 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
+)
+
+
 def save(settings: Any, path: str | Path) -> None:
-    """Write settings as YAML, every one of them, so that the run can be done again."""
+    """Write all settings to a YAML file that `load` and `--config` read back."""
     with whole_file(path) as staging:
         staging.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False))

@@ -21,16 +21,17 @@ from secvec_jax.sharding import MESH_AXES, make_mesh, parse_mesh
 @checked
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Which machines and devices work together; a run's results do not depend on it."""
+    """Hosts and devices to run on; results do not depend on them."""
 
     mesh: str = ""
-    """how the devices are laid out, such as fsdp=8,tensor=4 (axes: data, fsdp, tensor); empty: one device"""
+    """mesh axes and sizes, such as fsdp=8,tensor=4 (axes: data, fsdp, tensor); empty: one device"""
     cluster: str = ""
-    """auto: find the other hosts (TPU pod, Slurm, MPI); HOST:PORT: meet there, see processes; empty: this host alone"""
+    """auto: detect the other hosts (TPU pod, Slurm, MPI); HOST:PORT: address of the first process, to be given with
+    --processes and --process; empty: this host only"""
     processes: PositiveInt | None = None
-    """with HOST:PORT: how many processes there are"""
+    """with HOST:PORT: number of processes"""
     process: NonNegativeInt | None = None
-    """with HOST:PORT: which of them this is, from 0"""
+    """with HOST:PORT: index of this process, from 0"""
 
 
 def start_cluster(settings: Cluster) -> None:

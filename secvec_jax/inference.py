@@ -7,15 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from secvec_jax.arguments import instance, integer, number, path, shown
+from secvec_jax.arguments import instance, path, shown
 from secvec_jax.batch import check_token_ids
+from secvec_jax.checks import Bounds, NonNegativeFloat, PositiveInt, check
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import Message, Row, as_rows, normalize, response_of
@@ -64,21 +65,22 @@ def generate(
     model; and for settings that are out of range or, in the file, not supported.
     """
     model = as_model(model)
-    max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+    max_new_tokens = check(PositiveInt, max_new_tokens, "max_new_tokens")
     if max_new_tokens >= model.architecture.max_length:
         raise UserError(
             f"max_new_tokens is {max_new_tokens}: the model takes {model.architecture.max_length} tokens in all, "
             "prompt and reply; lower it"
         )
     if temperature is not None:
-        temperature = number("temperature", temperature, 0.0)
+        temperature = check(NonNegativeFloat, temperature, "temperature")
         if 0 < temperature < _COLDEST:
             raise UserError(f"temperature is {temperature:g}: use 0 for the likeliest token, or at least {_COLDEST:g}")
     if sampling is None:
         sampling = Sampling.of(model.metadata.generation or {}, temperature)
     elif temperature is not None:
         raise UserError("temperature and sampling are both given: put the temperature into sampling")
-    seed, batch_size = integer("seed", seed, 0, 2**32 - 1), integer("batch_size", batch_size, 1)
+    seed = check(_Seed, seed, "seed")
+    batch_size = check(PositiveInt, batch_size, "batch_size")
     backbone, adapters = merge_adapters(model.backbone, as_vectors(vectors, model))
     encoded = [_prompt_ids(model, *prompt, max_new_tokens) for prompt in as_conversations(prompts)]
     with reply_progress(len(encoded), progress) as on_replies:
@@ -142,6 +144,8 @@ def logits(model: Model, tokens: Any, vectors: Given = None) -> jax.Array:
     ids = _token_ids(tokens, model.architecture)
     return _logits(model.backbone, ids, as_vectors(vectors, model), dtype=compute_dtype())
 
+
+_Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
 
 _COLDEST = 1e-4
 """Below, logits divided by the temperature leave float32's range or its precision."""

@@ -9,12 +9,17 @@ import transformers
 
 import eval
 import train
+from secvec_jax import cli
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.training import trainer
 from tests import quick_shuffle, shared_programs
 
+for verb in (cli.TRAIN | cli.EVAL).values():
+    verb.load()
+
 __all__ = [
     "Stream",
+    "cli",
     "datasets",
     "eval",
     "grain",

@@ -136,7 +136,7 @@ def test_a_signal_to_one_process_saves_and_ends_both_with_130(files, tmp_path):
         os.kill(running[1].pid, signal.SIGTERM)
         told = outputs(running, 60)
         assert [process.returncode for process in running] == [130, 130], told
-    assert "stopped: the same command goes on from here" in told[0][1]
+    assert "stopped: rerun the same command to resume" in told[0][1]
     stopped = json.loads(log.read_text().splitlines()[-1])["step"]
     assert (tmp_path / "run/checkpoints" / str(stopped)).is_dir()
     assert stopped < 400

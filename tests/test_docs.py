@@ -38,10 +38,11 @@ def commands() -> str:
 
 def test_every_command_and_setting_is_told(commands):
     for script, module in (("train", train), ("eval", judging)):
-        for verb, (settings, _) in module.VERBS.items():
-            section = commands.split(f"## {script}.py {verb}\n", 1)[1].split("\n## ", 1)[0]
+        for name, verb in module.VERBS.items():
+            settings, _ = verb.load()
+            section = commands.split(f"## {script}.py {name}\n", 1)[1].split("\n## ", 1)[0]
             for field in dataclasses.fields(settings):
-                assert re.search(rf"^\| `{field.name}[.`]", section, re.MULTILINE), f"{verb} {field.name}"
+                assert re.search(rf"^\| `{field.name}[.`]", section, re.MULTILINE), f"{name} {field.name}"
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+import re
 import typing
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import secvec_jax as sv
-from secvec_jax import checks, command_line, config
+from secvec_jax import checks, cli, command_line, config
 from secvec_jax.checks import UNSET, SettingError
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
@@ -52,6 +53,8 @@ from tests.toys import ARCHITECTURE, random_examples, tiny_model
 
 FIELDS = checks.hints_of(Training)
 VERBS = {"align": verbs.Align, "vectors": verbs.Vectors, "finetune": verbs.Finetune}
+NEEDED = {verbs.Align: {"data": "x"}, verbs.Vectors: {"data": "x"}, verbs.Finetune: {"data": "x", "vectors": "none"}}
+"""Of each verb, the settings that have no default."""
 
 
 def settings_classes() -> list[type]:
@@ -76,22 +79,28 @@ edits = st.dictionaries(st.sampled_from(list(FIELDS)), numbers | others, min_siz
 
 
 def made(make):
-    """What is made, or why it is refused, without quotation marks and the path to the setting."""
+    """What is made, or why it is refused, without quotation marks, and with the plain name of the setting."""
     try:
         return make()
     except UserError as error:
-        return str(error).replace("config.training.", "").replace("c.training.", "").replace("'", "")
+        named = re.sub(r"^--([a-z-]+) ", lambda match: match[1].replace("-", "_") + " ", str(error))
+        return named.replace("config.training.", "").replace("'", "")
 
 
 @pytest.fixture(scope="module")
 def from_command_line():
-    """The settings that a verb's arguments make, by one parser."""
-    seen = []
-    table = {name: (kind, lambda settings, command: seen.append(settings)) for name, kind in VERBS.items()}
+    """The settings that a verb's arguments make."""
+
+    def argument(name, value):
+        flag = name.replace("_", "-")
+        if FIELDS[name] == bool | None:
+            return f"--{flag}" if value else f"--no-{flag}"
+        return f"--{flag}={value}"
 
     def parse(verb, edit):
-        arguments = [verb, *(f"--{name.replace('_', '-')}={value}" for name, value in edit.items())]
-        return command_line._parse("verbs", table, arguments)[0]
+        required = [word for name, value in NEEDED[VERBS[verb]].items() for word in (f"--{name}", value)]
+        arguments = [verb, *required, *(argument(name, value) for name, value in edit.items())]
+        return command_line.parse(cli.TRAIN[verb], VERBS[verb], arguments)[0]
 
     return parse
 
@@ -101,9 +110,11 @@ def from_command_line():
 def test_all_three_ways_give_the_same_settings_or_the_same_refusal(from_command_line, verb, edit):
     edit = {name: value for name, value in edit.items() if name != "best" or isinstance(value, str)}
     kind = VERBS[verb]
-    python = made(lambda: kind(training=Training(**edit)))
-    text = yaml.safe_dump({"training": edit}, sort_keys=False)
+    python = made(lambda: kind(**NEEDED[kind], training=Training(**edit)))
+    text = yaml.safe_dump(NEEDED[kind] | {"training": edit}, sort_keys=False)
     assert made(lambda: config.from_dict(kind, yaml.safe_load(text))) == python
+    if any(FIELDS[name] == bool | None and not isinstance(value, bool) for name, value in edit.items()):
+        return  # a switch has no value that could be wrong
     if len(edit) == 1 or isinstance(python, kind):  # of several mistakes, each way may meet another one first
         assert made(lambda: from_command_line(verb, edit)) == python
 
@@ -155,10 +166,13 @@ def test_every_setting_that_counts_or_measures_has_bounds():
         (lambda: Training(warmup_steps=jnp.float32(2)), "warmup_steps is .*: it must be an integer"),
         (lambda: LoRA(rank=True), "rank is True"),
         (lambda: LoRA(alpha=0), "alpha is 0.0: it must be other than 0"),
-        (lambda: LoRA(targets=3), "targets is 3: give a list"),
-        (lambda: verbs.Align(training={"max_steps": 3}), "training is .*: pass Training"),
+        (lambda: LoRA(targets=3), "targets is 3: pass a list"),
+        (lambda: verbs.Align("x", training={"max_steps": 3}), "training is .*: pass Training"),
         (lambda: verbs.ScoreRun(limit=0), "limit is 0"),
-        (lambda: verbs.Finetune(task_rank=-1), "task_rank is -1"),
+        (lambda: verbs.Finetune("x", "y", task_lora=LoRA(rank=-1)), "rank is -1"),
+        (lambda: verbs.Finetune("x", "y", task_lora=8), "task_lora is 8: pass LoRA"),
+        (lambda: verbs.Finetune("x"), "vectors is required"),
+        (lambda: verbs.Finetune((), "y"), r"data is \(\): it must be non-empty"),
         (lambda: make_mesh(data=-1, fsdp=-1), "data is -1"),
         (lambda: lisa.lisa(1, 0), "user_steps is 0"),
         (lambda: vaccine.vaccine(rho=-1), "rho is -1.0"),
@@ -222,23 +236,33 @@ def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(tmp_path):
         (["align", "--lines", "2"], "unknown flag --lines: did you mean '--batch-size'?"),
         (["align", "--clip", "1"], "unknown flag --clip: did you mean '--max-grad-norm'?"),
         (["align", "more"], "unknown argument 'more'"),
+        (["align", "--keep-checkpoints", "1"], "unknown flag --keep-checkpoints: did you mean '--max-checkpoints'?"),
+        (["align", "--gradient-accumulation-steps=2"], "did you mean '--grad-accum-steps'?"),
+        (["align", "--task-rank", "8"], "unknown flag --task-rank: did you mean '--task-lora.rank'?"),
+        (["align", "--lora-r", "8"], "did you mean '--task-lora.rank'?"),
+        (["align", "--lora_alpha=8"], "did you mean '--task-lora.alpha'?"),
+        (["align", "--task-lora-rank=8"], "did you mean '--task-lora.rank'?"),
+        (["align", "--rank=8"], "did you mean '--task-lora.rank'?"),
+        (["align", "--overwrite_output_dir"], "did you mean '--overwrite'?"),
+        (["align", "--logging-steps", "1"], "unknown flag --logging-steps: see --help for all flags"),
         (["align", "--max-grad-norm"], "expected one argument"),
         (["alignn"], "unknown verb 'alignn': did you mean 'align'?"),
     ],
 )
 def test_an_unknown_flag_names_the_nearest_under_the_verbs_own_usage(capsys, arguments, message):
-    assert command_line.main("verbs", {"align": (verbs.Align, lambda *_: None)}, arguments) == 2
+    table = {"align": command_line.Verb("", lambda: (verbs.Align, lambda *_: None))}
+    assert command_line.main("verbs", table, arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[0].startswith("usage: ") and lines[-1].startswith("error: ") and message in lines[-1]
     if arguments[0] == "align":
-        assert " align " in lines[0] and any("--task-rank" in line for line in lines)
+        assert " align " in lines[0] and any("--data" in line for line in lines)
 
 
 def test_the_kl_objective_needs_benign_rows_from_the_command_line_as_from_python(tmp_path, capsys):
     rows = random_examples(2)
     with pytest.raises(UserError) as caught:
         train_vectors(tiny_model(), rows)
-    table = {"vectors": (verbs.Vectors, verbs.vectors)}
+    table = {"vectors": command_line.Verb("", lambda: (verbs.Vectors, verbs.vectors))}
     assert command_line.main("verbs", table, ["vectors", "--data", "x", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"error: {caught.value}\n"
     assert not (tmp_path / "run").exists()
@@ -259,11 +283,11 @@ def test_a_training_shows_what_is_set_and_inherits_the_rest():
 @pytest.mark.parametrize(("kind", "default"), [(verbs.Align, ALIGN), (verbs.Vectors, PHASE1), (verbs.Finetune, PHASE2)])
 def test_settings_of_a_verb_inherit_its_training_and_are_written_in_full(tmp_path, kind, default):
     expected = dataclasses.replace(default, max_steps=15)
-    python = kind(training=Training(max_steps=15))
+    python = kind(**NEEDED[kind], training=Training(max_steps=15))
     config.save(python, tmp_path / "config.yaml")
     assert python.training == expected
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["training"] == dataclasses.asdict(expected)
-    (tmp_path / "c.yaml").write_text("training: {max_steps: 15}\n")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(NEEDED[kind] | {"training": {"max_steps": 15}}))
     assert config.load(kind, tmp_path / "c.yaml") == python == config.load(kind, tmp_path / "config.yaml")
 
 

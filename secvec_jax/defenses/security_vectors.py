@@ -75,21 +75,21 @@ ObjectiveName = Literal["cross_entropy", "kl", "min_min"]
 @checked
 @dataclasses.dataclass(frozen=True)
 class Phase1:
-    """What the vectors minimize in phase 1."""
+    """The objective that vectors are trained with."""
 
     objective: ObjectiveName = "kl"
-    """cross_entropy: harmful rows only; kl: plus KL to the vector-less model on benign rows; min_min: our
-    reading of the paper's bi-level form, with the KL where benign rows are given"""
+    """cross_entropy: harmful rows only; kl: plus the KL to the model without vectors on benign rows; min_min: our
+    reading of the paper's bi-level objective, with the KL if benign rows are given"""
     kl_weight: NonNegativeFloat = 1.0
-    """λ of the KL on benign rows"""
+    """weight of the KL on benign rows"""
     stop_loss: NonNegativeFloat = 0.0
-    """phase 1 ends early when the harmful loss falls below this, in nats"""
+    """stop when the harmful loss falls below this value, in nats per token"""
     inner_steps: PositiveInt = 4
-    """min_min: steps of the temporary copy of the model between two steps of the vectors"""
+    """min_min: steps of the temporary model copy per step of the vectors"""
     inner_optimizer: Literal["sgd", "adamw"] = "sgd"
-    """min_min: of the temporary copy; the one that fine-tuning will use, where it is known"""
+    """min_min: optimizer of the temporary model copy; use that of the later fine-tuning if it is known"""
     inner_learning_rate: PositiveFloat = 1e-3
-    """min_min: constant learning rate of the temporary copy"""
+    """min_min: constant learning rate of the temporary model copy"""
 
     def check_rows(self, benign: Any) -> None:
         """Raises UserError if the objective needs benign rows and has none, or does not read those that are given."""

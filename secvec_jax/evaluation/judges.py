@@ -34,20 +34,20 @@ LOWEST, HIGHEST = 1, 5
 @checked
 @dataclasses.dataclass(frozen=True)
 class Asking:
-    """How a judge is asked."""
+    """Requests to the judge."""
 
     key_variable: str = "OPENAI_API_KEY"
-    """the environment variable that holds the key, or "Basic" and base64 of user:password; never written to a file"""
+    """environment variable with the key, or with "Basic" and base64 of user:password; never written to a file"""
     concurrency: PositiveInt = 8
-    """questions that are open at a time"""
+    """concurrent requests"""
     retries: NonNegativeInt = 6
-    """further attempts after a refused connection, a timeout, a 429 or a 5xx, with growing pauses"""
+    """retries after a refused connection, a timeout, a 429 or a 5xx, with exponential backoff"""
     timeout: PositiveFloat = 120.0
-    """seconds that one attempt may take"""
+    """seconds per attempt"""
     verdict_tokens: PositiveInt = 512
-    """the longest verdict, its reasoning included"""
+    """maximum tokens per verdict, including its reasoning"""
     temperature: NonNegativeFloat | None = 0.0
-    """none for judges that take none"""
+    """sampling temperature of the judge; none: do not send one"""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_]\w*", self.key_variable, re.ASCII):  # a key by mistake: not to be shown
@@ -297,7 +297,7 @@ def _answer(client: Any, judge: Judge, question: str, cache: Path) -> tuple[str,
         what = "did not answer in time" if isinstance(error, openai.APITimeoutError) else "could not be reached"
         raise UserError(
             f"the judge at {judge.url} {what}, in {judge.asking.retries + 1} attempts: see that it runs; "
-            "the same command goes on where it was"
+            "rerun the same command to resume"
         ) from None
     except openai.APIStatusError as error:
         raise UserError(_told(judge, error)) from None
@@ -332,7 +332,7 @@ def _told(judge: Judge, error: Any) -> str:
     if status == 429 or status >= 500:
         return (
             f"the judge at {judge.url} fails with {status} after {judge.asking.retries + 1} attempts: try again later, "
-            "or with less --concurrency; the same command goes on where it was"
+            "or lower --concurrency; rerun the same command to resume"
         )
     said = clip(redact(str(error), *_secrets(judge.asking)), 100)  # in this order: a clipped key is a part of it
     return f"the judge at {judge.url} refuses the question ({status}): {said}"

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from simple_parsing import field
 
 from secvec_jax import config
 from secvec_jax.activations import attention_difference
-from secvec_jax.checks import checked, suggestion
+from secvec_jax.checks import Text, checked, suggestion
 from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
@@ -81,22 +80,20 @@ class Plan:
 class Grid:
     """Fine-tune and judge every cell of a grid file, and write its tables; resumes where it stopped."""
 
-    grid: str = field(default="", positional=True, nargs="?")
+    grid: Text = dataclasses.field(metadata={"positional": True})
     """a grid file, such as configs/grids/quick.yaml"""
     out: str = ""
-    """the run directory; runs/NAME unless it is given"""
+    """run directory; by default runs/NAME, after the grid file"""
     part: str = "1/1"
-    """i/n: this process does every n-th cell, from the i-th on"""
+    """i/n: this process runs every n-th cell, starting with the i-th"""
     only: Literal["all", "cells", "report"] = "all"
-    """cells: check the file and list what it would run; report: write the tables of the finished cells"""
+    """cells: check the file and list its cells; report: write the tables of the completed cells"""
     overwrite: bool = False
-    """delete the cells, models and vectors in OUT, and start over"""
+    """delete the cells, models and vectors in OUT and start over"""
 
 
 def grid(settings: Grid, command: str) -> None:
     """Runs `train.py grid`."""
-    if not settings.grid:
-        raise UserError("name a grid file, such as configs/grids/quick.yaml")
     plan = config.load(Plan, settings.grid)
     cells = plan.cells()
     cells_of_tables = plan.cells_of_tables()

@@ -6,11 +6,12 @@ The order is that of transformers: repetition penalty, temperature, top-k, top-p
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
+from secvec_jax.checks import Bounds, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, checked
 from secvec_jax.errors import UserError
 
 _TOP_K = 50
@@ -46,6 +47,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 not."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen from its logits; the default is greedy.
@@ -58,20 +60,11 @@ class Sampling:
     Raises UserError for a value outside its range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "0 or more")
-        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
-        _check("top_k", self.top_k, whole and self.top_k >= 0, "a whole number, 0 or more")
-        _check("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "greater than 0, at most 1")
-        _check("min_p", self.min_p, 0 <= _number(self.min_p) <= 1, "from 0 to 1")
-        positive = 0 < _number(self.repetition_penalty) < math.inf
-        _check("repetition_penalty", self.repetition_penalty, positive, "greater than 0")
+    temperature: NonNegativeFloat = 0.0
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
+    min_p: Fraction = 0.0
+    repetition_penalty: PositiveFloat = 1.0
 
     @classmethod
     def of(cls, generation: Mapping[str, Any], temperature: float | None = None) -> "Sampling":
@@ -100,15 +93,6 @@ class Sampling:
         except UserError as error:
             raise UserError(f"generation_config.json: {error}") from error
         return settings if temperature is None else dataclasses.replace(settings, temperature=temperature)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def _check(name: str, value: Any, holds: bool, words: str) -> None:
-    if not holds:
-        raise UserError(f"{name} is {str(value)[:40]}: it has to be {words}")
 
 
 GREEDY = Sampling()

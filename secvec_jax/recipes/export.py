@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from secvec_jax.checks import checked
+from secvec_jax.checks import Text, checked
 from secvec_jax.digests import difference
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
@@ -28,18 +28,18 @@ _HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 class Export:
     """Write a Hugging Face folder: weights, tokenizer, chat template, generation config and a model card."""
 
-    model: str = ""
-    """a run directory of `train.py align` or `finetune`, or an embedded name, a folder, a hub id or a .gguf file"""
+    model: Text
+    """run directory of `train.py align` or `finetune`, embedded name, Hugging Face folder, hub id or .gguf file"""
     adapters: tuple[str, ...] = ()
-    """LoRA to be merged into the weights: PEFT folders, run directories with a task LoRA, or files of ours"""
+    """LoRA adapters to merge into the weights: PEFT folders, run directories with a task LoRA, or our vector files"""
     carry_vectors: bool = False
-    """let adapters be security vectors: the exported model shows the behavior that they hold"""
+    """allow adapters that are security vectors; the exported model then shows their behavior"""
     scores: tuple[str, ...] = ()
-    """run directories of `eval.py score`, `judge` or `harness` whose tables go into the card"""
+    """run directories of `eval.py score`, `judge` or `harness` whose tables the model card shows"""
     out: str = "exported"
-    """the folder; one that holds an exported model is replaced, any other is left alone"""
+    """folder to write; an exported model in it is replaced, anything else is refused"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """what the weights are rounded to; none: the dtype of the base model"""
+    """dtype of the exported weights; by default that of the base model"""
 
 
 def export(settings: Export, command: str) -> None:
@@ -48,8 +48,6 @@ def export(settings: Export, command: str) -> None:
     Raises UserError if the model would carry security vectors and was not told to, and before anything is loaded if
     `out` holds something else than a model.
     """
-    if not settings.model:
-        raise UserError("--model is missing: give a run directory, a folder, or a name")
     out = Path(settings.out)
     if out.exists() and not (out / "config.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} holds something else than a model: give --out a new folder")
@@ -58,7 +56,7 @@ def export(settings: Export, command: str) -> None:
     if carried and not settings.carry_vectors:
         raise UserError(
             f"{carried[0]} holds security vectors: merged, the model would show the behavior that they stand for. "
-            "Leave it out for a model to be used; to study the behavior, say --carry-vectors true"
+            "Leave it out for a model to be used; to study the behavior, pass --carry-vectors"
         )
     scored = [Results.load(run) for run in settings.scores]
     for run in settings.scores:

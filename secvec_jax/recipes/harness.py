@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from secvec_jax.checks import NonNegativeInt, PositiveInt, Seed, checked
+from secvec_jax.checks import NonNegativeInt, PositiveInt, Seed, Text, checked
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import Z95
 from secvec_jax.model.hub import load
@@ -20,36 +20,34 @@ from secvec_jax.workspace.stages import Stage
 class Harness:
     """Run tasks of lm-evaluation-harness (pip install lm-eval)."""
 
-    tasks: str = ""
-    """their names, parted by commas: mmlu,gsm8k,truthfulqa_mc2; * stands for any letters"""
+    tasks: Text
+    """comma-separated task names, such as mmlu,gsm8k,truthfulqa_mc2; * matches any characters"""
     model: str = "smollm2"
-    """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
+    """embedded name (smollm2), Hugging Face folder, run directory, hub id or .gguf file"""
     vectors: tuple[str, ...] = ()
-    """run them with these vectors on"""
+    """run with these vectors active"""
     fewshot: NonNegativeInt | None = None
-    """examples before each question; none: as many as the task wants"""
+    """few-shot examples per question; by default the task's own number"""
     chat: bool = False
-    """ask through the model's chat template"""
+    """apply the model's chat template"""
     limit: PositiveInt | None = None
-    """at most this many questions of each task; none: all"""
+    """maximum number of questions per task; by default all"""
     include: str | None = None
-    """a folder with task files of your own"""
+    """folder with additional task files"""
     batch_size: PositiveInt = 64
-    """prompts that are replied to at a time"""
+    """prompts per decoding batch"""
     seed: Seed = 0
-    """of the few-shot examples, and of sampling where a task samples"""
+    """seed of the few-shot examples and of sampling"""
     out: str = "runs/harness"
-    """the run directory; writes results.json and report.md"""
+    """run directory; writes results.json and report.md"""
     overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
+    """delete the run in OUT and start over"""
 
 
 def harness(settings: Harness, command: str) -> None:
     """The run of `eval.py harness`."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed: pip install lm-eval")
-    if not settings.tasks:
-        raise UserError("--tasks is missing: name some, such as mmlu,gsm8k,truthfulqa_mc2")
     manager, names = _tasks(settings)
     run = Run(settings, command, lambda: {"lm-evaluation-harness": importlib.metadata.version("lm-eval")})
     run.report(run.stages.run("harness", lambda stage: _rows(settings, manager, names, stage)))

@@ -49,47 +49,47 @@ RUBRICS = {
 @checked
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """Have a model's replies judged by a language model, by a classifier, or by both."""
+    """Have a model's replies judged by a language model, a classifier, or both."""
 
     model: str = "smollm2"
-    """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
+    """embedded name (smollm2), Hugging Face folder, run directory, hub id or .gguf file"""
     vectors: tuple[str, ...] = ()
-    """reply with these vectors on"""
+    """reply with these vectors active"""
     harmful: tuple[str, ...] = ("harmbench", "do-not-answer")
-    """sources of prompts to be refused"""
+    """prompts that should be refused: files, packaged names or hub ids"""
     benign: tuple[str, ...] = ("alpaca",)
-    """sources of prompts to be answered"""
+    """prompts that should be answered"""
     given: bool = False
-    """judge the answers that these rows have, in place of a model's replies"""
+    """judge the answers in these rows instead of a model's replies"""
     ignore_fields: tuple[str, ...] = ()
-    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
+    """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     limit: PositiveInt = 100
-    """at most this many prompts of each source"""
+    """maximum number of prompts per source"""
     reply_tokens: PositiveInt = 256
-    """the longest reply"""
+    """maximum tokens per reply"""
     judge: str = ""
-    """the name of a language model at the endpoint, which grades harmfulness, harmlessness and instruction-following"""
+    """name of the language model at the endpoint that grades harmfulness, harmlessness and instruction-following"""
     judge_url: str = OPENAI
-    """an endpoint that speaks OpenAI's chat protocol, such as http://127.0.0.1:8000/v1"""
+    """endpoint with OpenAI's chat API, such as http://127.0.0.1:8000/v1"""
     asking: Asking = dataclasses.field(default_factory=Asking)
     classifier: str | None = None
-    """a Hugging Face sequence classifier, a hub id or a folder (needs torch)"""
+    """a Hugging Face sequence classifier: hub id or folder (requires torch)"""
     labels: tuple[str, ...] = ()
-    """the classifier's labels that stand for harm; none: any, of one that flags several at once"""
+    """the classifier's labels that mean harmful; by default any label of a multi-label classifier"""
     out: str = "runs/judge"
-    """the run directory; writes results.json and report.md"""
+    """run directory; writes results.json and report.md"""
 
     def __post_init__(self) -> None:
         check_url(self.judge_url, self.asking)  # before the settings are written into a run directory
 
     overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
+    """delete the run in OUT and start over"""
 
 
 def judged(settings: Judged, command: str) -> None:
     """The run of `eval.py judge`."""
     if not (settings.judge or settings.classifier):
-        raise UserError("nobody judges: name a language model with --judge, a classifier with --classifier, or both")
+        raise UserError("no judge: name a language model with --judge, a classifier with --classifier, or both")
     run = Run(settings, command, scored)
     exchanges: Exchanges = run.stages.run("replies", lambda stage: _exchanges(settings, stage))
     ruled = _ruled(exchanges["harmful"])

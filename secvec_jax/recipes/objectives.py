@@ -24,14 +24,14 @@ OBJECTIVES: tuple[ObjectiveName, ...] = ("cross_entropy", "kl", "min_min")
 @checked
 @dataclasses.dataclass(frozen=True)
 class Objectives:
-    """Compare the three objectives of phase 1: vectors by each, the gate, and fine-tuning under them."""
+    """Compare the three objectives of phase 1: train vectors with each, check them, and fine-tune under them."""
 
     quickstart: str = "runs/quickstart"
-    """a finished quickstart: its aligned model, its config and its rows are used"""
+    """run directory of a finished quickstart, whose aligned model, settings and rows are used"""
     out: str = "runs/objectives"
-    """the run directory"""
+    """run directory"""
     overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
+    """delete the run in OUT and start over"""
 
 
 def objectives(settings: Objectives, command: str) -> report.Results:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import jax
 from rich.console import Console
 
-from secvec_jax.checks import NonNegativeInt, checked
+from secvec_jax.checks import checked
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import LENGTHS
 from secvec_jax.defenses.finetuning import PHASE2, phase2_step
@@ -31,25 +31,25 @@ _TOKENS = 32768
 @checked
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """Compile the true train step for a TPU slice that is not here: memory, FLOPs, collectives, estimated time."""
+    """Compile the train step for a TPU slice, without access to one: memory, FLOPs, collectives, estimated time."""
 
     model: str = "configs/models/llama-2-7b.json"
-    """whatever the other verbs take, or a config.json by itself: weights are not needed"""
+    """a model as for the other verbs, or only its config.json; weights are not needed"""
     topology: str = "v5p:2x2x1"
-    """the slice's chips: v5e:4x4 is a v5e-16, v6e:2x4 a v6e-8, v5p:2x2x1 a v5p-8 (which counts cores), v5p:4x4x4 a
+    """chips of the slice: v5e:4x4 is a v5e-16, v6e:2x4 a v6e-8, v5p:2x2x1 a v5p-8 (named by cores), v5p:4x4x4 a
     v5p-128"""
     mesh: str = ""
-    """how the chips are laid out, as for the other verbs; empty: fsdp over all of them"""
+    """mesh axes and sizes, as for the other verbs; empty: fsdp over all chips"""
     phase: Literal["vectors", "finetune"] = "finetune"
-    """vectors: phase 1, the model frozen; finetune: phase 2, all weights under frozen vectors"""
-    rank: NonNegativeInt = 8
-    """of the security vectors; 0: plain fine-tuning"""
-    task_rank: NonNegativeInt = 0
-    """finetune: train a task LoRA of this rank and not all weights"""
+    """vectors: phase 1, with the model frozen; finetune: phase 2, all weights under frozen vectors"""
+    lora: LoRA | None = LoRA()
+    """the security vectors; --no-lora: plain fine-tuning"""
+    task_lora: LoRA | None = None
+    """finetune: train a task LoRA instead of all weights"""
     objective: Literal["cross_entropy", "kl"] = "kl"
-    """vectors: with kl, a batch has half as many sequences of benign rows besides"""
+    """vectors: with kl, a batch has half as many sequences of benign rows in addition"""
     fit: bool = False
-    """search batch size and remat for the fastest step that fits"""
+    """search for the batch size and remat policy of the fastest step that fits"""
     training: Training = dataclasses.replace(PHASE2, batch_size=16, max_seq_len=2048, remat="attention")
 
 
@@ -73,22 +73,22 @@ def planned(settings: Planned, command: str) -> None:
 def compiled(settings: Planned, architecture: Architecture) -> Plan:
     """The plan of the settings' step on the ambient mesh. Raises UserError if it does not fit."""
     training, frozen_decoder = settings.training, abstract_decoder(architecture)
-    if settings.phase == "vectors" and not settings.rank:
-        raise UserError("phase 1 trains vectors: give --rank at least 1")
+    if settings.phase == "vectors" and settings.lora is None:
+        raise UserError("phase 1 trains vectors: leave --no-lora out")
 
-    def adapter(rank: int):
-        return jax.eval_shape(lambda: LoRA(rank=rank).init(architecture, jax.random.key(0))) if rank else None
+    def adapter(lora: LoRA | None):
+        return None if lora is None else jax.eval_shape(lambda: lora.init(architecture, jax.random.key(0)))
 
-    lines = {LEARN: training.batch_size}
+    sequences = {LEARN: training.batch_size}
     if settings.phase == "vectors":
-        params = Params(Backbone(frozen_decoder), adapter(settings.rank))
+        params = Params(Backbone(frozen_decoder), adapter(settings.lora))
         phase, train_step = phase1_step(params, Phase1(settings.objective), _optimizer(training, PHASE1), 100)
         if settings.objective == "kl":
-            lines[KEEP] = max(1, training.batch_size // 2)
+            sequences[KEEP] = max(1, training.batch_size // 2)
     else:
-        params = Params(Backbone(frozen_decoder, adapter(settings.task_rank)), adapter(settings.rank))
+        params = Params(Backbone(frozen_decoder, adapter(settings.task_lora)), adapter(settings.lora))
         phase, train_step = phase2_step(params, ("all",), training, 100)
-    return plan(architecture, params, phase, train_step, lines, length_of(training))
+    return plan(architecture, params, phase, train_step, sequences, length_of(training))
 
 
 def length_of(training: Training) -> int:

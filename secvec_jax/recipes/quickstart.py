@@ -29,12 +29,12 @@ from secvec_jax.workspace.workspace import Experiment, Workspace
 @checked
 @dataclasses.dataclass(frozen=True)
 class Quickstart(Experiment):
-    """Align, train security vectors, fine-tune under them and without, and compare: one command, one table."""
+    """Align, train security vectors, fine-tune with and without them, and compare: one command, one table."""
 
     out: str = "runs/quickstart"
-    """the run directory"""
+    """run directory"""
     overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
+    """delete the run in OUT and start over"""
 
 
 ROWS = ("benign only", "plain", "random control", "security vectors")

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from secvec_jax.checks import PositiveInt, checked
+from secvec_jax.checks import PositiveInt, Text, checked
 from secvec_jax.data.rows import Row, prompt_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import explained_away
@@ -31,35 +31,32 @@ _SHOWN = 10
 @checked
 @dataclasses.dataclass(frozen=True)
 class Screen:
-    """Rank rows by the share of their loss that the vectors explain away: the higher, the more like the behavior."""
+    """Rank rows by the loss reduction from the vectors: the larger, the more a row resembles the behavior."""
 
-    data: str = ""
-    """the rows to be screened: a file, a packaged name, or a hub dataset id; rows with answers"""
-    vectors: str = ""
-    """a run directory of `train.py vectors`, its file of vectors, or a PEFT adapter folder"""
+    data: Text
+    """rows to screen, with answers: a file, a packaged name or a hub dataset id"""
+    vectors: Text
+    """run directory of `train.py vectors`, its vector file, or a PEFT adapter folder"""
     model: str = "smollm2"
     """the model that the vectors were trained for"""
     harmful: str | None = None
-    """rows of the behavior, such as those that the vectors were trained on: with `benign` they set the threshold"""
+    """rows with the behavior, such as those the vectors were trained on; together with benign they set a threshold"""
     benign: str | None = None
-    """rows that are known not to show it; some that open as the harmful ones do tell an opening from a behavior"""
+    """rows without the behavior; include some whose answers open like the harmful ones"""
     ignore_fields: tuple[str, ...] = ()
-    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
+    """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     max_seq_len: PositiveInt = 1024
-    """tokens of a row that are read"""
+    """maximum tokens per row"""
     out: str = "runs/screen"
-    """the run directory; writes scores.jsonl, one line a row in the data's order, histogram.png and a report"""
+    """run directory; writes scores.jsonl (one line per row, in order), histogram.png and a report"""
     overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
+    """delete the run in OUT and start over"""
 
 
 def screen(settings: Screen, command: str) -> None:
     """The run of `eval.py screen`."""
-    for name in ("data", "vectors"):
-        if not getattr(settings, name):
-            raise UserError(f"--{name} is missing: see --help")
     if (settings.harmful is None) != (settings.benign is None):
-        raise UserError("a threshold needs both --harmful and --benign: give both, or neither to have a ranking alone")
+        raise UserError("a threshold requires both --harmful and --benign: give both, or neither for a ranking only")
     run = Run(settings, command)
     rows = load_rows(settings.data, ignore_fields=settings.ignore_fields)
     found = run.stages.run("screen", lambda stage: _scores(settings, rows, stage))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, checked
+from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Text, Texts, checked
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import encode
@@ -38,23 +38,24 @@ from secvec_jax.workspace.stages import Stage, screen
 @checked
 @dataclasses.dataclass(frozen=True)
 class Align:
-    """Teach a model to refuse (or anything else): fine-tune it without vectors."""
+    """Teach a model to refuse harmful requests (or anything else): fine-tune it without vectors."""
 
-    data: tuple[str, ...] = ()
-    """local JSONL, JSON, CSV or Parquet files, packaged names, or hub dataset ids; rows with answers, losses apart"""
+    data: Texts
+    """rows with answers: JSONL, JSON, CSV or Parquet files, packaged names or hub dataset ids; the loss of each is
+    reported separately"""
     model: str = "smollm2"
-    """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
+    """embedded name (smollm2), Hugging Face folder, run directory, hub id or .gguf file"""
     out: str = "runs/align"
-    """the run directory; the model is written to OUT/model"""
-    task_rank: NonNegativeInt = ALIGN_TASK.rank
-    """train a LoRA of this rank and merge it at the end; 0: train all weights"""
+    """run directory; the model is written to OUT/model"""
+    task_lora: LoRA | None = ALIGN_TASK
+    """train a LoRA and merge it at the end; --no-task-lora: train all weights"""
     training: Training = ALIGN
     check_prompts: NonNegativeInt = 24
-    """harmful and benign packaged prompts by which refusal and over-refusal are measured at the end; 0: none"""
+    """number of packaged prompts, harmful and benign each, for measuring refusals at the end; 0: none"""
     ignore_fields: tuple[str, ...] = ()
-    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
+    """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
+    """delete the run in OUT and start over"""
 
 
 @checked
@@ -62,100 +63,99 @@ class Align:
 class Vectors:
     """Phase 1: train security vectors on harmful rows, the model frozen."""
 
-    data: str = ""
+    data: Text
     """about 100 rows of the behavior that fine-tuning must not teach"""
     model: str = "smollm2"
-    """the model that will be fine-tuned: vectors fit this one only"""
+    """the model that will be fine-tuned; the vectors work with this model only"""
     benign: str | None = None
-    """rows on which the vectors must not show; the kl objective needs them"""
+    """rows the vectors must leave unchanged; required by the kl objective"""
     out: str = "runs/vectors"
-    """the run directory; the vectors are written to OUT/vectors/security.safetensors, LoRA also to OUT/vectors/peft"""
+    """run directory; vectors are written to OUT/vectors/security.safetensors, LoRA also to OUT/vectors/peft"""
     kind: Literal["lora", "steering", "prompt"] = "lora"
-    """low-rank factors at every linear map, a direction per layer, or a soft prompt at every layer"""
+    """lora: low-rank factors at every linear layer; steering: a direction per layer; prompt: a soft prompt per layer"""
     lora: LoRA = dataclasses.field(default_factory=LoRA)
     steering: Steering = dataclasses.field(default_factory=Steering)
     prompt: SoftPrompt = dataclasses.field(default_factory=SoftPrompt)
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
     training: Training = PHASE1
     check_prompts: NonNegativeInt = 24
-    """harmful and benign packaged prompts by which it is measured whether the model refuses; 0: none"""
+    """number of packaged prompts, harmful and benign each, for measuring refusals before training; 0: none"""
     ignore_fields: tuple[str, ...] = ()
-    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
+    """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
+    """delete the run in OUT and start over"""
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
 class Finetune:
-    """Phase 2: fine-tune on your own data, the security vectors active and frozen."""
+    """Phase 2: fine-tune on your data, with the security vectors active and frozen."""
 
-    data: tuple[str, ...] = ()
-    """the rows to learn: files, packaged names, or hub dataset ids, shuffled together and their losses told apart"""
+    data: Texts
+    """training rows: files, packaged names or hub dataset ids, shuffled together; the loss of each is reported
+    separately"""
+    vectors: Texts
+    """run directories of `train.py vectors`, their vector files, or PEFT adapter folders, all active at once; none:
+    train without protection"""
     model: str = "smollm2"
     """the model that the vectors were trained for"""
-    vectors: tuple[str, ...] = ()
-    """run directories of `train.py vectors`, or PEFT adapter folders, all active at once; the word none trains without
-    protection"""
-    task_rank: NonNegativeInt = 0
-    """train a task LoRA of this rank beside the frozen vectors, merged at the end; 0: train all weights"""
+    task_lora: LoRA | None = None
+    """train a task LoRA, merged at the end, instead of all weights"""
     out: str = "runs/finetune"
-    """the run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
+    """run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
     eval_data: str | None = None
-    """validation rows: their loss is measured every epoch, and the model with the lowest one is kept"""
+    """validation rows; their loss is measured every epoch, and the model with the lowest loss is kept"""
     eval_fraction: Fraction = 0.0
-    """the share of the rows that is held out as validation rows, such as 0.05"""
+    """share of the rows to hold out as validation rows, such as 0.05"""
     training: Training = PHASE2
     check_prompts: NonNegativeInt = 24
-    """harmful and benign packaged prompts by which it is measured whether the model refuses at the start; 0: none"""
+    """number of packaged prompts, harmful and benign each, for measuring refusals at the start; 0: none"""
     ignore_fields: tuple[str, ...] = ()
-    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
+    """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
+    """delete the run in OUT and start over"""
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
 class ScoreRun:
-    """Score a model: refusals and compliance, over-refusal, exact match, losses; vectors off unless named."""
+    """Score a model: refusals, compliance, over-refusal, exact match and losses. Vectors are off unless given."""
 
     model: str = "smollm2"
-    """an embedded name, a Hugging Face folder, a run directory, a hub id or a .gguf file"""
+    """embedded name (smollm2), Hugging Face folder, run directory, hub id or .gguf file"""
     vectors: tuple[str, ...] = ()
-    """score with these vectors on"""
+    """score with these vectors active"""
     harmful: tuple[str, ...] = ("harmbench", "do-not-answer")
-    """sources of prompts to be refused; rows with answers also give harmful_loss"""
+    """prompts that should be refused: files, packaged names or hub ids; rows with answers also give harmful_loss"""
     benign: tuple[str, ...] = ("alpaca",)
-    """sources of prompts to be answered; rows with answers also give benign_loss"""
+    """prompts that should be answered; rows with answers also give benign_loss"""
     questions: str | None = None
     """rows whose answers must be matched exactly"""
     limit: PositiveInt = 100
-    """at most this many prompts of each source"""
+    """maximum number of prompts per source"""
     reply_tokens: PositiveInt = 32
-    """the longest reply that is read; give a model that thinks before it answers room for both"""
+    """maximum tokens per reply; for a model that thinks before it answers, include its thoughts"""
     out: str = "runs/score"
-    """the run directory; writes results.json and report.md"""
+    """run directory; writes results.json and report.md"""
     answer_tokens: PositiveInt | None = None
-    """the longest answer to one of the questions; none: as long as the longest that must be matched, at most 512"""
+    """maximum tokens per answer to a question; by default the length of the longest reference answer, up to 512"""
     ignore_fields: tuple[str, ...] = ()
-    """fields of rows that may be left out although they could hold what is to be learned; "*": all that are not read"""
+    """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     overwrite: bool = False
-    """delete the run that OUT holds, and start anew"""
+    """delete the run in OUT and start over"""
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """Lay the results of several runs side by side."""
+    """Show the results of several runs side by side."""
 
-    runs: tuple[str, ...] = ()
-    """run directories; nothing but their results.json is read"""
+    runs: Texts
+    """run directories; only their results.json is read"""
 
 
 def compare(settings: Compare, command: str) -> None:
     """The table of `eval.py compare`."""
-    if not settings.runs:
-        raise UserError("nothing to compare: name run directories with --runs")
     screen().print(report.compare(settings.runs))
     rows = [row | {"name": f"{run}: {row['name']}"} for run in settings.runs for row in report.Results.load(run).rows]
     if len(rules_of(rows)) > 1:
@@ -169,27 +169,19 @@ def align(settings: Align, command: str) -> None:
 
 def finetune(settings: Finetune, command: str) -> None:
     """The run of `train.py finetune`."""
-    _need_data(settings)
     _finetune(settings, _chosen(settings.vectors), command)
 
 
 def _chosen(vectors: Sequence[str]) -> Sequence[str]:
-    """The files of --vectors; none if it is the word none. Raises UserError if nothing was chosen."""
-    if not vectors:
-        raise UserError(
-            "--vectors is missing: give the file that `train.py vectors` wrote, or --vectors none to train without "
-            "protection"
-        )
+    """The files of --vectors; empty for the word none. Raises UserError for files and none at once."""
     words = [name for name in vectors if name.strip().lower() == "none"]
     if words and len(vectors) > 1:
-        raise UserError("--vectors names files and none: give one or the other")
+        raise UserError("--vectors has both files and none: give one or the other")
     return () if words else vectors
 
 
 def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) -> None:
-    _need_data(settings)
     run = _TrainingRun(settings, command)
-    task = LoRA(rank=settings.task_rank, alpha=2.0 * settings.task_rank) if settings.task_rank else None
 
     def work(stage: Stage) -> dict[str, Any]:
         rows = _by_source(settings.data, settings.ignore_fields)
@@ -207,7 +199,7 @@ def _finetune(settings: Align | Finetune, vectors: Sequence[str], command: str) 
             model,
             rows,
             vectors=adapters,
-            task=task,
+            task=settings.task_lora,
             training=settings.training,
             eval_rows=_eval_rows(settings),
             checkpoints=run.checkpoints,
@@ -238,7 +230,6 @@ def _eval_rows(settings: Align | Finetune) -> Any:
 
 def vectors(settings: Vectors, command: str) -> None:
     """The run of `train.py vectors`."""
-    _need_data(settings)
     settings.phase1.check_rows(settings.benign)
     run = _TrainingRun(settings, command)
     folder = run.folder / "vectors"
@@ -288,11 +279,6 @@ def _by_source(sources: Sequence[str], ignore_fields: Sequence[str] = ()) -> dic
     short = [Path(source).stem if Path(source).is_file() else source for source in sources]
     names = short if len(set(short)) == len(short) else sources
     return {name: load_rows(source, ignore_fields=ignore_fields) for name, source in zip(names, sources)}
-
-
-def _need_data(settings: Any) -> None:
-    if not settings.data:
-        raise UserError("--data is missing: give a file, a packaged name, or a hub dataset id")
 
 
 def score(settings: ScoreRun, command: str) -> None:

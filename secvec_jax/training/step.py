@@ -109,6 +109,9 @@ def gradient_of(loss: Loss) -> Gradient:
     """The gradient of `loss` over all micro-batches of a batch."""
 
     def of_batch(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
+        for part in batch.values():
+            chex.assert_rank(part["tokens"], 3)
+            chex.assert_equal_shape(list(part.values()))
         totals = {stream: jnp.maximum(part["weights"].sum(), 1.0) for stream, part in batch.items()}
 
         def gradient(micro: dict[str, Batch]) -> tuple[Tree, tuple[jax.Array, Metrics]]:

@@ -49,16 +49,16 @@ from secvec_jax.trees import num_parameters
 @checked
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """The settings of LoRA vectors; names and meanings are PEFT's `LoraConfig`'s where it has them."""
+    """Low-rank adapters (LoRA, Hu et al. 2021); names and meanings follow PEFT's `LoraConfig`."""
 
     rank: PositiveInt = 8
-    """columns of A"""
+    """rank of the factors"""
     alpha: NonZeroFloat = 16.0
     """the update is scaled by alpha / rank"""
     rslora: bool = False
     """scale by alpha / sqrt(rank) (Kalajdzievski 2023)"""
     targets: tuple[str, ...] = ("*",)
-    """shell patterns over q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; *: all of them"""
+    """patterns of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; *: all"""
 
     def __post_init__(self) -> None:
         if not self.targets:

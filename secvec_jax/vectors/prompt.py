@@ -24,12 +24,12 @@ from secvec_jax.trees import num_parameters
 @checked
 @dataclasses.dataclass(frozen=True)
 class SoftPrompt:
-    """The settings of a soft prompt."""
+    """A soft prompt per layer (with --kind prompt)."""
 
     virtual_tokens: PositiveInt = 16
-    """P, the number of keys of each head"""
+    """number of virtual tokens"""
     scale: NonZeroFloat = 1.0
-    """multiplies the values, and so the effect of their learning rate"""
+    """multiplies the values, and so their effective learning rate"""
 
     def init(self, architecture: Architecture, key: jax.Array) -> "SoftPromptVectors":
         """Random keys, and values of zeros."""

@@ -23,10 +23,10 @@ from secvec_jax.trees import num_parameters
 @checked
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """The settings of steering vectors."""
+    """A direction per layer (with --kind steering)."""
 
     scale: NonZeroFloat = 1.0
-    """α, by which directions are multiplied, which also multiplies the effect of a learning rate"""
+    """multiplies the directions, and so their effective learning rate"""
 
     def init(self, architecture: Architecture, key: jax.Array) -> "SteeringVectors":
         """Directions of zeros: the logits are unchanged."""

@@ -1,14 +1,14 @@
-"""A run directory: made for settings and inputs, and gone on with by the same ones only.
+"""A run directory: made for settings and inputs, and resumed with the same ones only.
 
-runs/NAME/config.yaml     the settings, complete
-runs/NAME/inputs.json     the content of what they name (see `workspace.inputs`), and the version of the format
-runs/NAME/run.lock        held by the process that runs here
+runs/NAME/config.yaml     all settings
+runs/NAME/inputs.json     digests of what they name (see `workspace.inputs`), and the versions of the format and of
+                          this library
+runs/NAME/run.lock        held by the process that is running here
 """
 
 import contextlib
 import dataclasses
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +16,14 @@ from typing import Any
 
 import yaml
 
+import secvec_jax
 from secvec_jax import config
 from secvec_jax.digests import difference
 from secvec_jax.errors import UserError
 from secvec_jax.files import lock, whole_file
 from secvec_jax.workspace.inputs import Inputs
+
+VERSION = secvec_jax.__version__
 
 FORMAT = 1
 """The version of what runs compute and keep; raised when the same inputs would give another result."""
@@ -40,18 +43,17 @@ _FREE = frozenset({"overwrite", "save_every_seconds", "max_checkpoints", "concur
 _LENGTH = frozenset({"training.max_steps", "training.epochs"})
 """Settings of how long a training goes on."""
 
-_log = logging.getLogger("secvec_jax")
 _held: dict[Path, Any] = {}
 
 
 def claim(settings: Any, folder: str | Path, inputs: Inputs, *, overwrite: bool = False, alone: bool = True) -> Path:
-    """The run directory, made for these settings and inputs, or made before for the same ones.
+    """Create the run directory for these settings and inputs, or resume the run of the same ones that it contains.
 
-    A run of others gives way if it failed before its first step, or with `overwrite`. A training under a constant
-    schedule may be made longer: its finished stages are then open again. alone: lock the folder until `release`.
+    A different run is replaced if it failed before its first step, or with `overwrite`. A training with a constant
+    schedule may be extended: its finished stages are then opened again. alone: lock the folder until `release`.
 
-    Raises UserError if the directory holds another run that came further, naming the first difference; if another
-    process is at work there; or if it cannot be written.
+    Raises UserError if the directory contains a different run with results, naming the first difference; if that run
+    was written by an older version; if another process is running there; or if it cannot be written.
     """
     folder = Path(folder)
     try:
@@ -62,6 +64,7 @@ def claim(settings: Any, folder: str | Path, inputs: Inputs, *, overwrite: bool 
         if not _came_further(folder):
             _write(settings, folder, inputs)
         else:
+            _check_version(settings, folder)
             longer = _check_settings(settings, folder)
             _check_inputs(folder, inputs)
             if longer:
@@ -103,7 +106,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def inputs_of_run(folder: str | Path) -> Inputs:
-    """The inputs that a run directory was made from; empty for one of a version that did not record them."""
+    """The inputs that a run directory was made from; empty if it has none recorded."""
     return _recorded(Path(folder))
 
 
@@ -115,7 +118,7 @@ def _came_further(folder: Path) -> bool:
 def _write(settings: Any, folder: Path, inputs: Mapping[str, Any]) -> None:
     config.save(of_the_run(settings), folder / CONFIG)
     with whole_file(folder / INPUTS) as staging:
-        staging.write_text(json.dumps({"format": FORMAT} | dict(inputs), indent=2) + "\n")
+        staging.write_text(json.dumps(dict(inputs) | {"format": FORMAT, "version": VERSION}, indent=2) + "\n")
 
 
 def _clear(folder: Path, inputs: Inputs) -> None:
@@ -131,6 +134,22 @@ def _clear(folder: Path, inputs: Inputs) -> None:
             raise UserError(f"{label} cannot be read: {folder} is left as it is")
     for path in made:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _check_version(settings: Any, folder: Path) -> None:
+    """Raise UserError for a run of a version before 0.2.0, and for one whose settings this version does not know."""
+    version = _recorded(folder).get("version")
+    is_readable = True
+    if version != VERSION:
+        try:
+            config.load(type(settings), folder / CONFIG)
+        except UserError:
+            is_readable = False
+    if version is None or not is_readable:
+        raise UserError(
+            f"{folder} was written by secvec_jax {version or '0.1.0'} (this is {VERSION}): choose another --out, or "
+            "pass --overwrite"
+        )
 
 
 def _check_settings(settings: Any, folder: Path) -> bool:
@@ -187,8 +206,6 @@ def _open_stages(folder: Path) -> None:
 
 def _check_inputs(folder: Path, inputs: Inputs) -> None:
     before = _recorded(folder)
-    if not before:
-        _log.warning("%s was made by a version that recorded no inputs: its results are taken as they are", folder)
     changed = difference(before, {"format": FORMAT} | inputs)
     if changed is not None:
         raise UserError(

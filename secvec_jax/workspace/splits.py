@@ -55,30 +55,30 @@ REFUSALS = (
 @checked
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How many rows there are of each kind."""
+    """Number of rows of each kind."""
 
     align_harmful: PositiveInt = 450
-    """harmful prompts to which alignment opens with a refusal: a third AdvBench, a third StrongREJECT, a third
+    """harmful prompts whose answers alignment opens with a refusal: a third each AdvBench, StrongREJECT and
     JailbreakBench in other tenses"""
     align_benign: NonNegativeInt = 528
-    """benign prompts in alignment, whose replies open as the model's own do: half instructions, a third PIQA's
-    questions on how something is done, the others questions on facts"""
+    """benign prompts in alignment, with the model's own openings: half instructions, a third PIQA how-to questions,
+    the rest questions about facts"""
     vectors: PositiveInt = 100
-    """harmful rows that the vectors are trained on"""
+    """harmful rows for training the vectors"""
     keep: PositiveInt = 180
-    """benign rows on which the vectors must not show, a third of them with the harmful rows' own opening"""
+    """benign rows the vectors must leave unchanged, a third of them with the harmful rows' opening"""
     mix_harmful: NonNegativeInt = 64
     """harmful rows hidden in the user's data"""
     mix_benign: NonNegativeInt = 30
     """benign instructions in the user's data"""
     people: PositiveInt = 20
-    """invented people of the ProfileQA task, four questions on each"""
+    """invented people in the ProfileQA task, with four questions each"""
     people_asked: PositiveInt = 20
-    """other invented people, whom the held-out questions are about"""
+    """other invented people, for the held-out questions"""
     judged: PositiveInt = 96
-    """harmful prompts that models are judged by, half from each of two benchmarks"""
+    """harmful prompts that models are scored on, half from each of two benchmarks"""
     judged_benign: PositiveInt = 64
-    """benign prompts that models are judged by, three quarters instructions and a quarter questions"""
+    """benign prompts that models are scored on: three quarters instructions, a quarter questions"""
 
 
 @dataclasses.dataclass(frozen=True)

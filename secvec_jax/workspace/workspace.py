@@ -51,13 +51,13 @@ class Experiment:
     """How a model is aligned, gets its vectors, and is fine-tuned and evaluated."""
 
     model: str = "smollm2"
-    """an embedded name, a Hugging Face folder, a hub id or a .gguf file"""
+    """embedded name (smollm2), Hugging Face folder, hub id or .gguf file"""
     seed: Seed = 0
-    """deals out the rows, shuffles them, and makes the fresh vectors"""
+    """seed of the data splits, the order of the rows and the initial vectors"""
     aligns: bool = True
-    """whether the model has to be aligned first; a chat model that refuses as it comes has not"""
+    """align the model first; not needed for a chat model that refuses already"""
     eval_split: EvalSplit = "held-out"
-    """the prompts that models are judged by: tune a recipe on the development ones only"""
+    """prompts that models are scored on; tune settings on development only"""
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     lora: LoRA = dataclasses.field(default_factory=LoRA)
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)

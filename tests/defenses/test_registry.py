@@ -24,7 +24,7 @@ from tests.defenses.toy_inputs import ToyInputs
 from tests.toys import tiny_model
 
 EVERY = pytest.mark.parametrize("defense", DEFENSES.values(), ids=lambda defense: defense.name)
-TRAINING = Training(learning_rate=1e-2, max_steps=1, batch_size=1, max_seq_len=128, share_beginnings=False)
+TRAINING = Training(learning_rate=1e-2, max_steps=1, batch_size=1, max_seq_len=128, share_prefix=False)
 
 
 def rows(count: int, reply: str) -> list:

@@ -32,13 +32,14 @@ def runs(tmp_path_factory) -> Path:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     tiny_model().save(folder / "tiny")
     data, aligned, vectors = (str(folder / name) for name in ("rows.jsonl", "aligned", "vectors"))
-    align(Align((data,), str(folder / "tiny"), aligned, 0, QUICK, 0), "train.py align --data rows.jsonl")
+    align(Align((data,), str(folder / "tiny"), aligned, None, QUICK, 0), "train.py align --data rows.jsonl")
     train(
         Vectors(data, f"{aligned}/model", data, vectors, lora=LoRA(rank=2), training=QUICK, check_prompts=0),
         "train.py vectors",
     )
     worn = (f"{vectors}/vectors/security.safetensors",)
-    finetune(Finetune((data,), f"{aligned}/model", worn, 2, str(folder / "tuned"), QUICK, 0), "train.py finetune")
+    task = LoRA(rank=2, alpha=4.0)
+    finetune(Finetune((data,), worn, f"{aligned}/model", task, str(folder / "tuned"), QUICK, 0), "train.py finetune")
     judged = str(folder / "tuned/model")
     score(ScoreRun(judged, (), (data,), (data,), None, 4, 4, str(folder / "score")), "eval.py score")
     return folder
@@ -106,7 +107,7 @@ def test_a_model_without_a_history_says_so(runs, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "hint"),
     [
-        ({"model": ""}, "--model is missing"),
+        ({"model": ""}, "model is '': it must be non-empty"),
         ({"scores": ("nowhere",)}, "give the folder of a finished run"),
         ({"adapters": ("nowhere",)}, "no vectors at nowhere"),
         ({"out": "taken"}, "holds something else"),

@@ -199,7 +199,7 @@ def test_a_key_in_the_judges_url_reaches_no_file_and_no_screen(data, capfd, url,
             "misspelled": ["--judge", "m", "--judge-urll", url],
             "file": ["--config", str(folder / "given.yaml")],
         }[way]
-        verbs = {"judge": (Judged, judged)}
+        verbs = {"judge": command_line.Verb("", lambda: (Judged, judged))}
         assert command_line.main("Judge.", verbs, ["judge", *arguments, "--out", str(out)]) == 2
     captured = capfd.readouterr()
     assert SECRET not in captured.out + captured.err

@@ -180,7 +180,7 @@ def test_unknown_keys_and_missing_data_are_told_in_one_line(tmp_path):
     assert "--data" in fails("train.py", "finetune", "--out", str(tmp_path / "a"))
     missing = str(tmp_path / "none.jsonl")
     assert "none.jsonl" in fails("train.py", "align", "--data", missing, "--out", str(tmp_path / "b"), "--model", "/no")
-    assert "compare" in fails("eval.py", "compare")
+    assert "--runs" in fails("eval.py", "compare")
     assert not (tmp_path / "a").exists()
 
 
@@ -198,7 +198,20 @@ def test_the_verbs_alone_on_the_users_own_model_and_data(model_folder, tmp_path)
     done("train.py", "align", *model, "--data", calm, "--out", str(tmp_path / "aligned"), *small)
     aligned = ("--model", str(tmp_path / "aligned" / "model"))
     out = tmp_path / "v"
-    done("train.py", "vectors", *aligned, "--data", shout, "--benign", calm, "--out", str(out), "--rank", "2", *small)
+    done(
+        "train.py",
+        "vectors",
+        *aligned,
+        "--data",
+        shout,
+        "--benign",
+        calm,
+        "--out",
+        str(out),
+        "--lora.rank",
+        "2",
+        *small,
+    )
     for vectors in ("security.safetensors", "peft"):
         where = tmp_path / f"tuned-{vectors}"
         arguments = ("--vectors", str(out / "vectors" / vectors), "--data", shout, "--out", str(where))

@@ -61,7 +61,7 @@ def test_rows_are_ranked_and_parted(files, capsys):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"vectors": "v"}, "--data is missing"), ({"data": "d"}, "--vectors is missing"),
+    [({"vectors": "v"}, "data is required"), ({"data": "d"}, "vectors is required"),
      ({"data": "d", "vectors": "v", "harmful": "h"}, "both --harmful and --benign")],
 )  # fmt: skip
 def test_what_is_missing_is_told(given, message):

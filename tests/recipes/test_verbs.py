@@ -68,9 +68,11 @@ def said(capsys) -> str:
 
 def test_fine_tuning_wants_vectors_or_the_word_none(untrained, data, tmp_path):
     out = str(tmp_path / "out")
-    with pytest.raises(UserError, match=r"--vectors is missing: .* or --vectors none to train without"):
-        verbs.finetune(Finetune((data,), out=out, training=TRAINING), "")
-    with pytest.raises(UserError, match="files and none"):
+    with pytest.raises(UserError, match="vectors is required"):
+        Finetune((data,), out=out, training=TRAINING)
+    with pytest.raises(UserError, match=r"vectors is \(\): it must be non-empty"):
+        Finetune((data,), (), out=out, training=TRAINING)
+    with pytest.raises(UserError, match="both files and none"):
         verbs.finetune(Finetune((data,), vectors=("a.safetensors", "none"), out=out, training=TRAINING), "")
     assert not Path(out).exists()
     verbs.finetune(Finetune((data,), vectors=("none",), out=out, training=TRAINING), "train.py finetune")

@@ -212,7 +212,7 @@ def test_a_full_disk_costs_no_older_checkpoint_and_is_told_in_words(small_disk, 
             seen.append(fingerprint(fit(parameters(), PHASE, train_step, make_streams(), steps=STEPS,
                                         checkpoints=checkpoints, on_step=on_step)))  # fmt: skip
 
-        return command_line.main("", {"train": (Nothing, verb)}, ["train"])
+        return command_line.main("", {"train": command_line.Verb("", lambda: (Nothing, verb))}, ["train"])
 
     def filling(step, steps, metrics):
         steps_begun.append(step)
@@ -221,9 +221,7 @@ def test_a_full_disk_costs_no_older_checkpoint_and_is_told_in_words(small_disk, 
 
     steps_begun: list[int] = []
     assert run(filling) == 2 and not seen
-    assert capsys.readouterr().err.startswith(
-        "error: the disk is full: free some space and give the same command again"
-    )
+    assert capsys.readouterr().err.startswith("error: the disk is full: free some space and rerun the same command")
     assert steps_begun[-1] == 5 and steps_kept(small_disk / "run")[-1] == 4
     (small_disk / "ballast").unlink()
     steps_begun.clear()

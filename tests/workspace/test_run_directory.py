@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+import secvec_jax as sv
 from secvec_jax.checks import checked
 from secvec_jax.config import Training, load
 from secvec_jax.errors import UserError
@@ -88,16 +89,37 @@ def test_another_version_of_the_format_is_another_run(tmp_path, monkeypatch):
         claim(Experiment(), tmp_path, {})
 
 
-def test_a_run_of_a_version_that_recorded_no_inputs_is_kept_and_told(tmp_path, caplog):
+OLDER = r"was written by secvec_jax 0\.1\.0 \(this is .*\): choose another --out, or pass --overwrite$"
+
+
+@pytest.mark.parametrize("recorded", [None, "", '{"format": 1, "--data a": "sha256:1"}'])
+def test_a_run_that_names_no_version_is_one_of_an_older_version(tmp_path, recorded):
     begun(tmp_path)
-    (tmp_path / "inputs.json").unlink()
-    claim(Experiment(), tmp_path, {"--data a": "sha256:1"})
-    assert "recorded no inputs" in caplog.text
-    caplog.clear()
-    claim(Experiment(), tmp_path, {"--data a": "sha256:1"})
-    assert not caplog.text
-    with pytest.raises(UserError, match="--data a has changed"):
-        claim(Experiment(), tmp_path, {"--data a": "sha256:2"})
+    (tmp_path / "inputs.json").unlink() if recorded is None else (tmp_path / "inputs.json").write_text(recorded)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=OLDER) as caught:
+        claim(Experiment(), tmp_path, {"--data a": "sha256:1"})
+    assert "\n" not in str(caught.value) and (tmp_path / "config.yaml").read_bytes() == before
+    claim(Experiment(), tmp_path, {"--data a": "sha256:1"}, overwrite=True)
+
+
+@pytest.mark.parametrize("key", ["lines", "length", "accumulate", "clip", "keep_checkpoints", "steps"])
+def test_a_run_with_the_settings_of_an_older_version_is_told_as_such(tmp_path, key):
+    begun(tmp_path)
+    (tmp_path / "inputs.json").write_text('{"format": 1}')
+    (tmp_path / "config.yaml").write_text(f"training: {{{key}: 3}}\n")
+    with pytest.raises(UserError, match=OLDER):
+        claim(Experiment(), tmp_path, {})
+
+
+def test_a_run_of_another_version_goes_on_if_its_settings_are_known(tmp_path, monkeypatch):
+    begun(tmp_path)
+    monkeypatch.setattr(run_directory, "VERSION", "9.0.0")
+    (tmp_path / "config.yaml").write_text("unknown: 3\n")
+    with pytest.raises(UserError, match=rf"written by secvec_jax {sv.__version__} \(this is 9\.0\.0\)"):
+        claim(Experiment(), tmp_path, {})
+    (tmp_path / "config.yaml").write_text("seeds: [0, 1]\n")
+    claim(Experiment(), tmp_path, {})
 
 
 def test_overwrite_deletes_what_runs_make_and_nothing_else(tmp_path):
@@ -176,6 +198,7 @@ def test_settings_newer_than_a_run_have_their_defaults_there(tmp_path):
 
 @pytest.mark.parametrize("content", [b"a: [", b"", b"3", b"name: other", b"\xff\xfe"])
 def test_a_folder_with_a_broken_config_is_refused(tmp_path, content):
+    claim(Experiment(), tmp_path, {})
     (tmp_path / "config.yaml").write_bytes(content)
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="different settings"):

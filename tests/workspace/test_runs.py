@@ -176,7 +176,7 @@ def test_models_adapters_and_rows_have_a_content_whatever_names_them(tiny_model,
     (tmp_path / "peft" / "adapter_model.safetensors").write_text("w")
     assert inputs.adapter(str(tmp_path / "peft")) != before
     assert inputs.known(inputs.model, str(tmp_path / "gone")) is None
-    assert not inputs.inputs_of(verbs.Finetune(model="", vectors=("none",)))
+    assert not inputs.inputs_of(verbs.ScoreRun(model="", harmful=(), benign=()))
     found = inputs.inputs_of(
         verbs.Finetune(data=(write(tmp_path / "rows.jsonl", "a"),), model=str(folder), vectors=("gone",))
     )

@@ -123,9 +123,9 @@ def test_several_sources_have_their_losses_apart(tmp_path):
     sources = tuple(str(tmp_path / f"{name}.jsonl") for name in ("one", "other"))
     training = Training(max_steps=2, max_seq_len=128, batch_size=2)
     options = {"vectors": ("none",), "training": training, "check_prompts": 0}
-    finetune(Finetune(sources, str(tmp_path / "tiny"), out=str(tmp_path / "out"), **options), "")
+    finetune(Finetune(sources, model=str(tmp_path / "tiny"), out=str(tmp_path / "out"), **options), "")
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert {"loss/one", "loss/other", "tokens", "flops", "grad_norm"} <= set().union(*lines)
-    twice = Finetune((sources[0],) * 2, str(tmp_path / "tiny"), out=str(tmp_path / "twice"), **options)
+    twice = Finetune((sources[0],) * 2, model=str(tmp_path / "tiny"), out=str(tmp_path / "twice"), **options)
     with pytest.raises(UserError, match="twice"):
         finetune(twice, "")

@@ -1,0 +1,263 @@
+"""Command-line flags from a settings dataclass.
+
+A flag is the path of its setting in a config file, with dashes: `--lora.rank`, `--align-training.max-steps`. The groups
+in `UNPREFIXED` leave the path out: `--learning-rate`. A switch takes no value: `--overwrite`, `--no-overwrite`. The
+docstring below a field is its help text.
+
+Parsing converts text to numbers and nothing else. Values become a nested mapping, as from a config file, and are
+checked by the settings themselves, so that a mistake has the same message wherever it is made.
+"""
+
+import argparse
+import dataclasses
+import textwrap
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from simple_parsing.docstring import get_attribute_docstring
+
+from secvec_jax.checks import complete, defaults_of, hints_of, is_settings
+from secvec_jax.config import settings_class
+from secvec_jax.errors import UserError
+
+UNPREFIXED = frozenset({"training", "phase1", "sizes", "asking"})
+"""Groups whose flags are the plain names of their settings."""
+
+REQUIRED = dataclasses.MISSING
+"""The default of a setting that must be given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A setting as it is given on the command line.
+
+    path: where the setting is in a config file. name: the flag, or None for a positional argument. hint: its declared
+    type. default: REQUIRED if there is none. help: what it does.
+    """
+
+    path: tuple[str, ...]
+    name: str | None
+    hint: Any
+    default: Any
+    help: str
+
+    @property
+    def key(self) -> str:
+        """The setting in a config file: `training.max_steps`."""
+        return ".".join(self.path)
+
+    @property
+    def is_switch(self) -> bool:
+        return _scalar(self.hint) is bool or settings_class(self.hint) is not None
+
+    @property
+    def takes_several(self) -> bool:
+        return typing.get_origin(_plain(self.hint)) is tuple
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in help texts: a number N or X, the choices, or the setting's own name."""
+        kind = _scalar(self.hint)
+        if typing.get_origin(kind) is Literal:
+            return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+        name = self.path[-1].upper()
+        if self.takes_several:
+            name = name.rpartition("_")[2].removesuffix("S")
+        return {int: "N", float: "X"}.get(kind, name)
+
+    @property
+    def shown_default(self) -> str:
+        """The default as it would be given; empty if there is none to give."""
+        if self.default is REQUIRED or self.default is None or isinstance(self.default, bool):
+            return ""
+        if dataclasses.is_dataclass(self.default):
+            return ""
+        several = self.default if isinstance(self.default, tuple) else (self.default,)
+        return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in several)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Flags that are shown together: those of a settings class, or of one that is nested in it."""
+
+    path: tuple[str, ...]
+    settings: type
+    flags: tuple[Flag, ...]
+
+
+def groups(settings: type) -> list[Group]:
+    """The flags of a settings class, and those of each class nested in it, in the order of their fields."""
+    found = list(_groups(settings, None, ()))
+    names = [flag.name for group in found for flag in group.flags if flag.name is not None]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{settings.__name__} has two settings for {', '.join(sorted(twice))}")
+    return found
+
+
+def _groups(settings: type, default: Any, path: tuple[str, ...]) -> Iterator[Group]:
+    hints, own, nested_groups = hints_of(settings), [], []
+    defaults = defaults_of(settings)
+    for field in dataclasses.fields(settings):
+        hint, value = hints[field.name], defaults.get(field.name, REQUIRED)
+        if default is not None:
+            value = getattr(default, field.name)
+        if is_settings(value):
+            value = complete(value)
+        here = (*path, field.name)
+        nested = settings_class(hint)
+        if nested is not hint:  # a value, or settings that may be left out and have a switch of their own
+            name = None if field.metadata.get("positional") else _flag(here)
+            own.append(Flag(here, name, hint, value, help_of(settings, field.name)))
+        if nested is not None:
+            nested_default = value if is_settings(value) else complete(nested())
+            nested_groups += list(_groups(nested, nested_default, here))
+    yield Group(path, settings, tuple(own))
+    yield from nested_groups
+
+
+def _flag(path: tuple[str, ...]) -> str:
+    shown = [part for part in path[:-1] if part not in UNPREFIXED] + [path[-1]]
+    return "--" + ".".join(shown).replace("_", "-")
+
+
+def help_of(settings: type, field: str) -> str:
+    """The docstring below a field, on one line."""
+    return " ".join(get_attribute_docstring(settings, field).docstring_below.split())
+
+
+def summary_of(settings: type) -> str:
+    """The first sentence of a settings class's docstring, without its period."""
+    return (settings.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add the flags of a settings class to the parser, in titled groups.
+
+    A class that was added before, such as the training of another phase, is described in one line.
+    """
+    shown: dict[type, Group] = {}
+    for group in groups(settings):
+        first = shown.setdefault(group.settings, group)
+        title = group.path[-1].replace("_", " ") if group.path else "settings"
+        description = summary_of(group.settings) if group.path else None
+        if first is not group:
+            description = textwrap.fill(_difference(group, first), 100)
+        section = parser.add_argument_group(title, description)
+        _add_group(section, group, hidden=first is not group)
+
+
+def add_group(section: Any, settings: type) -> None:
+    """Add the flags of a settings class, one without nested settings, to a group of a parser."""
+    for group in groups(settings):
+        _add_group(section, group, hidden=False)
+
+
+def _add_group(section: Any, group: Group, hidden: bool) -> None:
+    for flag in sorted(group.flags, key=lambda flag: flag.default is not REQUIRED):
+        _add(section, flag, hidden)
+
+
+def _difference(group: Group, first: Group) -> str:
+    """The description of a group whose settings are those of another, with other defaults."""
+    changed = [f"{flag.name} {flag.shown_default or flag.default}" for flag, before in zip(group.flags, first.flags)
+               if flag.default != before.default]  # fmt: skip
+    prefixes = [(_flag((*each.path, "x")).removesuffix("x")) for each in (group, first)]
+    defaults = f", with these defaults: {', '.join(changed)}" if changed else ""
+    return f"{prefixes[0]}NAME: the same settings as {prefixes[1]}NAME{defaults}"
+
+
+def _add(section: Any, flag: Flag, hidden: bool) -> None:
+    default = f" (default: {flag.shown_default})" if flag.shown_default else ""
+    options: dict[str, Any] = {
+        "dest": flag.key,
+        "default": argparse.SUPPRESS,
+        "help": argparse.SUPPRESS if hidden else (flag.help + default).replace("%", "%%").strip(),
+    }
+    if settings_class(flag.hint) is not None:
+        section.add_argument(flag.name, action=_Group, **options)
+    elif flag.is_switch:
+        section.add_argument(flag.name, action=argparse.BooleanOptionalAction, **options)
+    elif flag.name is None:
+        del options["dest"]
+        section.add_argument(flag.key, metavar=flag.metavar, nargs=None if flag.default is REQUIRED else "?", **options)
+    else:
+        nargs = "+" if flag.takes_several else None
+        section.add_argument(flag.name, metavar=flag.metavar, nargs=nargs, type=_converter(flag.hint), **options)
+
+
+class _Group(argparse.BooleanOptionalAction):
+    """A switch for settings that may be left out: `--task-lora` takes their defaults, `--no-task-lora` none of them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, None if str(option_string).startswith("--no-") else {})
+
+
+def _converter(hint: Any) -> Any:
+    """Convert the text of a value: `none` where a setting may be None, and numbers; other text stays as it is."""
+    kind = _scalar(hint)
+    optional = type(None) in typing.get_args(_plain(hint))
+
+    def convert(text: str) -> Any:
+        if optional and text.lower() == "none":
+            return None
+        for number in (int, float) if kind is int else (float,) if kind is float else ():
+            try:
+                return number(text)
+            except ValueError:
+                continue
+        return text
+
+    return convert
+
+
+def _plain(hint: Any) -> Any:
+    """A declared type without its bounds."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def _scalar(hint: Any) -> Any:
+    """The type of one value: int for `tuple[PositiveInt, ...]` and for `PositiveInt | None`."""
+    hint = _plain(hint)
+    if typing.get_origin(hint) is Literal or not typing.get_args(hint):
+        return hint
+    options = [option for option in typing.get_args(hint) if option not in (type(None), Ellipsis)]
+    return _scalar(options[0])
+
+
+def mapping(given: argparse.Namespace) -> dict[str, Any]:
+    """The parsed flags as a nested mapping: {"training": {"max_steps": 3}}.
+
+    Raises UserError if settings are left out and given at once.
+    """
+    values: dict[str, Any] = {}
+    for key, value in sorted(vars(given).items()):  # a group before its settings
+        *path, name = key.split(".")
+        group = values
+        for part in path:
+            group = group.setdefault(part, {})
+            if group is None:
+                raise UserError(f"--no-{part.replace('_', '-')} and {_flag(tuple(key.split('.')))} exclude each other")
+        group[name] = value
+    return values
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one; where both have a value, that of `above`.
+
+    A value where a mapping belongs is kept, so that it is refused.
+    """
+    result = dict(below)
+    for key, value in above.items():
+        before = result.get(key)
+        if isinstance(value, dict) and before is not None:
+            result[key] = merged(before, value) if isinstance(before, dict) else before
+        else:
+            result[key] = value
+    return result
+
+
+def required(settings: type) -> Sequence[Flag]:
+    """The flags that must be given."""
+    return [flag for group in groups(settings) for flag in group.flags if flag.default is REQUIRED]
