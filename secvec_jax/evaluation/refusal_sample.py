@@ -81,7 +81,7 @@ def sample_prompts(count: int) -> Suite:
 
 
 def measure(model: Model, suite: Suite) -> RefusalSample:
-    """Measure refusal, compliance and over-refusal on `sample_prompts`, or on another suite with both kinds of prompt."""
+    """Measure the rates on `sample_prompts`, or on another suite that has harmful and benign prompts."""
     by_metric = scores(outcomes(model, suite))
     return RefusalSample(by_metric["refusal"], by_metric["compliance"], by_metric["over_refusal"])
 
