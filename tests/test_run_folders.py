@@ -92,5 +92,5 @@ def test_models_and_vectors_load_from_run_directories(tiny_model, random_vectors
     assert load_architecture(tmp_path / "tuned") == model.architecture
     chex.assert_trees_all_equal(load_vectors(tmp_path / "v", model), vectors)
     assert holds_security_vectors(tmp_path / "v")
-    with pytest.raises(UserError, match="holds security vectors"):
+    with pytest.raises(UserError, match="contains security vectors"):
         export(Export(str(tmp_path / "tuned"), (str(tmp_path / "v"),), out=str(tmp_path / "other")), "command")

@@ -162,7 +162,7 @@ def test_the_verb(tiny_model, tmp_path, capsys, few_tasks):
 @pytest.mark.parametrize(
     ("given", "message"),
     [({}, "--tasks is missing"), ({"tasks": "no_such_task"}, "no task 'no_such_task'"),
-     ({"tasks": "mmlu", "include": "nowhere"}, "there is no folder nowhere")],
+     ({"tasks": "mmlu", "include": "nowhere"}, "No such directory: nowhere")],
 )  # fmt: skip
 def test_what_is_wrong_is_told(given, message, tmp_path, few_tasks):
     with pytest.raises(UserError, match=message):

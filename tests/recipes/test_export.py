@@ -109,7 +109,7 @@ def test_a_model_without_a_history_says_so(runs, tmp_path):
         ({"model": ""}, "--model is missing"),
         ({"scores": ("nowhere",)}, "give the folder of a finished run"),
         ({"adapters": ("nowhere",)}, "no vectors at nowhere"),
-        ({"out": "taken"}, "holds something else"),
+        ({"out": "taken"}, "exists and is not a model"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(runs, tmp_path, monkeypatch, changes, hint):
@@ -126,7 +126,7 @@ def test_steering_has_no_place_in_weights(runs, tmp_path):
     data, folder = str(runs / "rows.jsonl"), tmp_path / "steering"
     train(Vectors(data, str(runs / "tiny"), data, str(folder), "steering", training=QUICK), "")
     path = str(folder / "vectors/security.safetensors")
-    with pytest.raises(UserError, match="is no LoRA"):
+    with pytest.raises(UserError, match="is not LoRA"):
         export(Export(str(runs / "tiny"), (path,), True, out=str(tmp_path / "out")), "")
 
 

@@ -72,8 +72,9 @@ def test_given_replies_are_judged(data, server, capsys):
         "unreadable": (1 / 20, 20),
     }
     told = " ".join(capsys.readouterr().out.split())
-    assert "20 verdicts, 20 of them asked for now, with 200 tokens read and 60 written; 1 name no grade" in told
-    assert "refusals in 88%" in told and "chance of 1.00 (AUROC)" in told  # number 2 is a refusal with a grade of 3
+    assert "20 verdicts, 20 of them requested in this run (200 prompt tokens, 60 completion tokens); 1 without" in told
+    # Number 2 is a refusal with a grade of 3.
+    assert "with a refusal) in 88%" in told and "probability 1.00 (AUROC)" in told
     assert "harm score" in (folder / "out" / "report.md").read_text()
     # Another run asks nobody: the verdicts are on the disk.
     judged(Judged(**sources, given=True, judge="m", judge_url=server.url, out=str(folder / "again")), "command")
@@ -172,7 +173,7 @@ def test_a_classifiers_labels_must_be_known(data, labels, message):
 
 def test_what_is_missing_is_told(data):
     folder, sources = data
-    with pytest.raises(UserError, match="nobody judges"):
+    with pytest.raises(UserError, match="no judge is set"):
         judged(Judged(**sources, out=str(folder / "out")), "command")
     settings = Judged(**sources, given=True, classifier=str(folder / "nothing"), out=str(folder / "out"))
     with pytest.raises(UserError, match="cannot load a classifier"):
