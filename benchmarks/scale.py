@@ -138,7 +138,7 @@ def save(name: str, found: dict) -> None:
 def table(results: dict[str, dict], rows: list[tuple] = ROWS) -> str:
     """A table a model, so that none has more than eight columns."""
     head = [
-        "| slice | phase | batch, remat | HBM of chip | step (against plain) | waiting | MFU | tokens/s |",
+        "| slice | phase | batch, remat | HBM per chip | step (vs. plain) | waiting | MFU | tokens/s |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     phases = {"finetune": "2, all weights", "plain": "plain, all weights", "vectors": "1, vectors"}
@@ -167,7 +167,7 @@ def table(results: dict[str, dict], rows: list[tuple] = ROWS) -> str:
 
 def remat_table(results: dict[str, dict]) -> str:
     lines = [
-        "| remat | HBM of chip | of it activations | step | MFU |",
+        "| remat | HBM per chip | activations | step | MFU |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in REMAT_ROWS:
