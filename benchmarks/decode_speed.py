@@ -70,13 +70,13 @@ def main() -> None:
         for cache in ("dynamic", "static"):
             kept = f"{scratch}/{cache}"
             sides[f"transformers, {cache}"] = Side(rival.decoding, (folder, plain, NEW_TOKENS, cache, kept))
-        found = alternate(sides, arguments.rounds, 1, fork=arguments.toy)
+        side_times = alternate(sides, arguments.rounds, 1, fork=arguments.toy)
         mine, theirs = (
             np.asarray(ast.literal_eval(Path(f"{scratch}/{side}").read_text())) for side in ("ours", "dynamic")
         )
-    rivals = {name: times for name, times in found.items() if name != "ours"}
+    rivals = {name: times for name, times in side_times.items() if name != "ours"}
     best = min(rivals, key=lambda name: sorted(rivals[name].rounds)[len(rivals[name].rounds) // 2])
-    measured = ratio(found[best], found["ours"])
+    measured = ratio(side_times[best], side_times["ours"])
     results = {
         "command": "python benchmarks/decode_speed.py",
         "environment": environment() | machine(),
@@ -85,11 +85,11 @@ def main() -> None:
         "faster cache of transformers": best,
         "equal tokens": float((mine == theirs).mean()),
         "equal replies": float((mine == theirs).all(axis=1).mean()),
-        "sides": {name: times.as_dict(1) for name, times in found.items()},
+        "sides": {name: times.as_dict(1) for name, times in side_times.items()},
     }
     with whole_file(arguments.json) as staging:
         staging.write_text(json.dumps(results, indent=1))
-    for name, times in found.items():
+    for name, times in side_times.items():
         summary = times.as_dict(1)
         rate = len(prompts) / summary["seconds"]
         print(f"{name:26} {summary['seconds']:7.3f} s  {rate:6.2f} prompts/s  {summary['peak_gib']:5.2f} GiB")

@@ -175,18 +175,18 @@ def measured(row: Row | Kernels, deadline: float, start: Start = started) -> dic
         seconds = deadline - time.monotonic()
         if seconds < LEAST:
             return {"status": "skipped", "error": "its part had no time left", "too_large": too_large}
-        found = start(row, left, seconds)
-        if "skipped" in found:
-            return {"status": "skipped", "error": found["skipped"], "too_large": too_large}
-        if "error" in found:
-            return {"status": "failed", "error": found["error"], "too_large": too_large}
-        begun = found["out_of_memory"] + 1 if "out_of_memory" in found else found["attempt"]
+        result = start(row, left, seconds)
+        if "skipped" in result:
+            return {"status": "skipped", "error": result["skipped"], "too_large": too_large}
+        if "error" in result:
+            return {"status": "failed", "error": result["error"], "too_large": too_large}
+        begun = result["out_of_memory"] + 1 if "out_of_memory" in result else result["attempt"]
         too_large, left = too_large + left[:begun], left[begun:]
-        if "out_of_memory" not in found:
-            shapes = found.get("shapes", {}).values()
+        if "out_of_memory" not in result:
+            shapes = result.get("shapes", {}).values()
             if shapes and all("error" in shape for shape in shapes):
                 return {"status": "failed", "error": next(iter(shapes))["error"]}
-            return {"status": "measured", "too_large": too_large} | found
+            return {"status": "measured", "too_large": too_large} | result
     return {"status": "failed", "error": "does not fit, even with a single sequence", "too_large": too_large}
 
 
@@ -237,11 +237,11 @@ def measure(rows: list[Row | Kernels], file: Path, share: bool = False) -> dict[
         for number, row in enumerate(part):
             if results["rows"].get(row.key, {}).get("status") == "measured":
                 continue
-            found = measured(row, deadline, here if share and number else started)
-            results["rows"][row.key] = dataclasses.asdict(row) | found | where
+            result = measured(row, deadline, here if share and number else started)
+            results["rows"][row.key] = dataclasses.asdict(row) | result | where
             with whole_file(file) as staging:
                 staging.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{row.key}: {found['status']} {found.get('error', '')}", flush=True)
+            print(f"{row.key}: {result['status']} {result.get('error', '')}", flush=True)
     return results
 
 
@@ -278,9 +278,9 @@ def _kernel_table(rows: list[dict[str, Any]]) -> str:
     shapes = list(dict.fromkeys(shape for row in rows for shape in row["shapes"]))
     lines = [f"| kernel | {' | '.join(shapes)} | difference |", f"| --- | {'---: | ' * len(shapes)}---: |"]
     for row in rows:
-        found = [row["shapes"].get(shape, {}) for shape in shapes]
-        cells = [f"{1e3 * x['seconds']:.2f} ms, {x['tflops']:.0f} TFLOP/s" if "seconds" in x else "-" for x in found]
-        differences = [x["difference"] for x in found if x.get("difference") is not None]
+        cases = [row["shapes"].get(shape, {}) for shape in shapes]
+        cells = [f"{1e3 * x['seconds']:.2f} ms, {x['tflops']:.0f} TFLOP/s" if "seconds" in x else "-" for x in cases]
+        differences = [x["difference"] for x in cases if x.get("difference") is not None]
         lines.append(f"| {row['kind']} | {' | '.join(cells)} | {f'{max(differences):.1e}' if differences else '-'} |")
     return "\n".join(lines) if rows else ""
 
@@ -337,8 +337,8 @@ def main() -> int:
     if options.share and not (options.toy and os.environ.get("JAX_PLATFORMS") == "cpu"):
         parser.error("--share is for --toy under JAX_PLATFORMS=cpu: rows on a GPU must not hold each other's memory")
     rows = [row for tier_rows in known.values() for row in tier_rows if row.part in chosen]
-    found = measure(rows, options.json, options.share)["rows"]
-    return 0 if any(found[row.key]["status"] == "measured" for row in rows) else 1
+    row_results = measure(rows, options.json, options.share)["rows"]
+    return 0 if any(row_results[row.key]["status"] == "measured" for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -105,14 +105,14 @@ KERNELS: dict[str, Kernel] = {
 
 def attention(row: Row) -> dict[str, Any]:
     """Measure the row's kernel for every model and length; `error` gives the reason where it is not available."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for model, length in row["cases"]:
         problem = Problem(from_hf_config(config(model)), row["tokens"] // length, length, row["segments"])
         try:
-            found[f"{model} {length}"] = times(row["kind"], problem)
+            results[f"{model} {length}"] = times(row["kind"], problem)
         except Exception as error:  # kernels and their compilers fail with many kinds of errors
-            found[f"{model} {length}"] = {"error": (str(error).strip().splitlines() or [repr(error)])[0][:300]}
-    return {"attempt": 0, "shapes": found, "device": jax.devices()[0].device_kind}
+            results[f"{model} {length}"] = {"error": (str(error).strip().splitlines() or [repr(error)])[0][:300]}
+    return {"attempt": 0, "shapes": results, "device": jax.devices()[0].device_kind}
 
 
 def times(kind: str, problem: Problem) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def shape(kind: str, marks: Marks) -> tuple[int, int]:
     return marks["lengths"].size, -(-int(marks["lengths"].max()) // 128) * 128
 
 
-def difference(found: tuple[jax.Array, ...], marks: Marks, inputs: list[jax.Array]) -> float:
+def difference(results: tuple[jax.Array, ...], marks: Marks, inputs: list[jax.Array]) -> float:
     """Return the largest difference from XLA in float32 of the first sequence's output and gradients.
 
     Differences are relative to the largest value of each array.
@@ -158,4 +158,4 @@ def difference(found: tuple[jax.Array, ...], marks: Marks, inputs: list[jax.Arra
     first = [x[:1].astype(jnp.float32) for x in inputs]
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(partial(both_passes, masked))({"mask": marks["mask"][:1]}, *first)
-    return max(float(jnp.abs(x[:1] - y).max() / jnp.abs(y).max()) for x, y in zip(found, exact))
+    return max(float(jnp.abs(x[:1] - y).max() / jnp.abs(y).max()) for x, y in zip(results, exact))

@@ -199,14 +199,14 @@ def run_part(part: Part, measure: Callable[[Point], dict]) -> dict:
     for size in part.sizes:
         points.append({"size": size} | measure(part.point(size)))
         print(f"{part.size} {size}: {points[-1]['seconds']:.3f} s", flush=True)
-    found = {name: fits(list(part.sizes), [point[name] for point in points]) for name in ("seconds", "bytes")}
-    return {"environment": environment() | devices(), "title": part.title, "points": points, "fits": found}
+    results = {name: fits(list(part.sizes), [point[name] for point in points]) for name in ("seconds", "bytes")}
+    return {"environment": environment() | devices(), "title": part.title, "points": points, "fits": results}
 
 
-def tables(found: dict[str, dict]) -> str:
+def tables(results: dict[str, dict]) -> str:
     """Return one table of points per part, and one of all fits."""
     lines = []
-    for name, part in found.items():
+    for name, part in results.items():
         lines += [f"**{name}**: {part['title']}", ""]
         lines += [f"| {PARTS[name].size} | step | memory | temporary memory | compilation |", "| ---: " * 5 + "|"]
         for point in part["points"]:
@@ -218,7 +218,7 @@ def tables(found: dict[str, dict]) -> str:
         lines.append("")
     lines += ["| part | time exponent | linear fit of time | max error | memory exponent | linear fit | max error |"]
     lines += ["| --- " + "| ---: " * 6 + "|"]
-    for name, part in found.items():
+    for name, part in results.items():
         cells = []
         for key, scale, unit in (("seconds", 1e3, "ms"), ("bytes", 2**-20, "MiB")):
             fit = part["fits"][key]
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="smoke test: the smallest points of a narrow model")
     options = parser.parse_args()
     known = {name: smallest(part) if options.toy else part for name, part in PARTS.items()}
-    found = json.loads(options.json.read_text()) if options.json.exists() else {}
+    results = json.loads(options.json.read_text()) if options.json.exists() else {}
     if not options.table:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
@@ -249,11 +249,11 @@ def main() -> None:
         measure = functools.cache(functools.partial(measured, **chosen))  # parts share points
         for name in [options.part] if options.part else PARTS:
             print(f"{name}: {known[name].title}", flush=True)
-            found = {key: found.get(key) for key in PARTS} | {name: run_part(known[name], measure)}
-            found = {key: part for key, part in found.items() if part is not None}
+            results = {key: results.get(key) for key in PARTS} | {name: run_part(known[name], measure)}
+            results = {key: part for key, part in results.items() if part is not None}
             with whole_file(options.json) as staging:
-                staging.write_text(json.dumps(found, indent=1) + "\n")
-    print(tables(found))
+                staging.write_text(json.dumps(results, indent=1) + "\n")
+    print(tables(results))
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ def load() -> dict[str, dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def save(name: str, found: dict) -> None:
-    everything = load() | {name: found}
+def save(name: str, result: dict) -> None:
+    everything = load() | {name: result}
     with whole_file(RESULTS) as staging:
         staging.write_text(json.dumps(everything, indent=1) + "\n")
 
@@ -144,23 +144,23 @@ def table(results: dict[str, dict], rows: list[tuple] = ROWS) -> str:
     phases = {"finetune": "2, all weights", "plain": "plain, all weights", "vectors": "1, vectors"}
     lines: dict[str, list[str]] = {}
     for row in sorted(rows, key=lambda row: (row[0], list(SLICES).index(row[1]), list(phases).index(row[2]))):
-        found = results.get(key(row))
-        if found is None:
+        result = results.get(key(row))
+        if result is None:
             continue
         model, slice_name, phase, _, length, remat = row
         model_lines = lines.setdefault(model, [f"**{model}**", "", *head])
-        if not found["fits"]:
+        if not result["fits"]:
             model_lines.append(f"| {slice_name} | {phases[phase]} | {remat} | does not fit | | | | |")
             continue
         plain = results.get(key((model, slice_name, "plain", *row[3:])))
-        step = f"{found['seconds']:.2f} s"
-        if phase == "finetune" and plain is not None and plain.get("lines") == found["lines"]:
-            step += f" ({100 * (found['seconds'] / plain['seconds'] - 1):+.1f}%)"
+        step = f"{result['seconds']:.2f} s"
+        if phase == "finetune" and plain is not None and plain.get("lines") == result["lines"]:
+            step += f" ({100 * (result['seconds'] / plain['seconds'] - 1):+.1f}%)"
         model_lines.append(
-            f"| {slice_name} | {phases[phase]} | {found['lines']} x {length}, {remat} | "
-            f"{found['total_gib']:.1f} of {found['memory_gib']:.0f} GiB | {step} | "
-            f"{100 * found['exposed_seconds'] / found['seconds']:.0f}% | {100 * found['mfu']:.1f}% | "
-            f"{found['tokens_per_second']:,.0f} |"
+            f"| {slice_name} | {phases[phase]} | {result['lines']} x {length}, {remat} | "
+            f"{result['total_gib']:.1f} of {result['memory_gib']:.0f} GiB | {step} | "
+            f"{100 * result['exposed_seconds'] / result['seconds']:.0f}% | {100 * result['mfu']:.1f}% | "
+            f"{result['tokens_per_second']:,.0f} |"
         )
     return "\n\n".join("\n".join(model_lines) for model_lines in lines.values())
 
@@ -171,11 +171,11 @@ def remat_table(results: dict[str, dict]) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in REMAT_ROWS:
-        found = results.get(key(row))
-        if found is not None:
+        result = results.get(key(row))
+        if result is not None:
             lines.append(
-                f"| `{row[-1]}` | {found['total_gib']:.1f} GiB | {found['activations_gib']:.1f} GiB | "
-                f"{found['seconds']:.3f} s | {100 * found['mfu']:.1f}% |"
+                f"| `{row[-1]}` | {result['total_gib']:.1f} GiB | {result['activations_gib']:.1f} GiB | "
+                f"{result['seconds']:.3f} s | {100 * result['mfu']:.1f}% |"
             )
     return "\n".join(lines)
 
@@ -204,9 +204,9 @@ def main() -> None:
         for row in (ROWS + REMAT_ROWS)[part::parts]:
             if key(row) not in load():
                 print(key(row), flush=True)
-                found = measured(row)
-                save(key(row), found)
-                print(f"  {found}", flush=True)
+                result = measured(row)
+                save(key(row), result)
+                print(f"  {result}", flush=True)
     write("table", table(load()))
     write("remat", remat_table(load()))
 

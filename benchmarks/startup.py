@@ -101,9 +101,9 @@ def measured(work: Path, toy: bool = False) -> dict[str, Any]:
     finetune = ["finetune", *base, "--vectors", str(vectors)]
 
     def times(name: str, cache: Path) -> dict[str, float]:
-        found = run([*train, *finetune], cache, work / name)
-        print(f"{name}: first step after {found['first_step']:.1f} s", flush=True)
-        return {key: found[key] for key in ("first_step", "end")}
+        results = run([*train, *finetune], cache, work / name)
+        print(f"{name}: first step after {results['first_step']:.1f} s", flush=True)
+        return {key: results[key] for key in ("first_step", "end")}
 
     caches = [new_cache(work / f"cache-{n}") for n in range(COLD)]
     cold = [times(f"cold-{n}", cache) for n, cache in enumerate(caches)]
@@ -127,7 +127,7 @@ def watch(notes: Path, arguments: list[str]) -> None:
     """Run a train.py command in a child process; record when its parts begin and end, and what JAX compiles."""
     import jax
 
-    import train  # beside the package
+    import train  # from the repository root
     from secvec_jax import command_line
     from secvec_jax.data.feed import Feed
     from secvec_jax.defenses import finetuning
@@ -194,18 +194,18 @@ def imports(account: str) -> dict[str, float]:
     return dict(seconds.most_common())
 
 
-def tables(found: dict[str, Any]) -> str:
+def tables(results: dict[str, Any]) -> str:
     """Return the tables of cold and warm starts, of the parts of a warm start, and of its imports."""
     lines = ["| start | time to first step | time to end of the two-step run | runs |", "| --- | ---: | ---: | ---: |"]
     for name in ("cold", "warm"):
-        first, end = (statistics.median(one[key] for one in found[name]) for key in ("first_step", "end"))
-        lines.append(f"| {name} | {first:.1f} s | {end:.1f} s | {len(found[name])} |")
-    watched = found["watched"]
+        first, end = (statistics.median(one[key] for one in results[name]) for key in ("first_step", "end"))
+        lines.append(f"| {name} | {first:.1f} s | {end:.1f} s | {len(results[name])} |")
+    watched = results["watched"]
     lines += ["", f"| part of a warm start of {watched['first_step']:.1f} s | seconds |", "| --- | ---: |"]
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in watched["seconds"].items()]
     lines += ["", "| JAX event | count | seconds |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {sums['count']} | {sums['seconds']:.2f} |" for name, sums in watched["compiling"].items()]
-    packages = list(found["imports"].items())
+    packages = list(results["imports"].items())
     rest = sum(seconds for _, seconds in packages[SHOWN:])
     lines += ["", f"| imports of {len(packages)} packages | seconds |", "| --- | ---: |"]
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in [*packages[:SHOWN], ("all others", rest)]]
@@ -220,11 +220,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         with tempfile.TemporaryDirectory() as work:
-            found = measured(Path(work), options.toy)
+            results = measured(Path(work), options.toy)
         from secvec_jax.files import whole_file
 
         with whole_file(options.json) as staging:
-            staging.write_text(json.dumps(found, indent=1) + "\n")
+            staging.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(json.loads(options.json.read_text())))
 
 

@@ -200,12 +200,12 @@ RATIOS = {
 SAME_LOSS = [pair for name, pair in RATIOS.items() if name.endswith("_vs_peft")]
 
 
-def check_losses(found: dict[str, Times]) -> float:
+def check_losses(side_times: dict[str, Times]) -> float:
     """Return the largest difference between the losses before the first step. Raises RuntimeError above 1e-3."""
     worst = 0.0
     for one, other in SAME_LOSS:
-        if one in found:
-            losses = zip(found[one].facts["losses"], found[other].facts["losses"])
+        if one in side_times:
+            losses = zip(side_times[one].facts["losses"], side_times[other].facts["losses"])
             worst = max(worst, *(abs(a - b) for a, b in losses))
     if worst > 1e-3:
         raise RuntimeError(f"the sides do not compute the same loss: they differ by {worst:.2g}")
@@ -230,10 +230,10 @@ def main() -> None:
         del model, shape, ones
         pieces = 1 if arguments.toy else PIECES
         chosen = parts(splits, folder, adapter, pieces)
-        found: dict[str, Times] = {}
+        side_times: dict[str, Times] = {}
         for name in [arguments.part] if arguments.part else chosen:
-            found |= alternate(chosen[name], arguments.rounds, pieces, fork=arguments.toy)
-            results = summary(found, chosen, pieces)
+            side_times |= alternate(chosen[name], arguments.rounds, pieces, fork=arguments.toy)
+            results = summary(side_times, chosen, pieces)
             with whole_file(arguments.json) as staging:
                 staging.write_text(json.dumps(results, indent=1))
     for name, side in results["sides"].items():
@@ -242,13 +242,13 @@ def main() -> None:
         print(f"{name:26} {value['median']:6.3f}  [{value['least']:.3f}, {value['largest']:.3f}]  n={value['n']}")
 
 
-def summary(found: dict[str, Times], chosen: dict[str, dict[str, Side]], pieces: int) -> dict[str, Any]:
+def summary(side_times: dict[str, Times], chosen: dict[str, dict[str, Side]], pieces: int) -> dict[str, Any]:
     """Return the results of the finished parts, as written to the file. Raises RuntimeError if the losses differ."""
     useful = {
         name: sum(len(tokens) for rows in side.arguments[2] for tokens, _ in rows) / pieces
         for sides in chosen.values() for name, side in sides.items() if name.endswith("PEFT")
     }  # fmt: skip
-    ratios = {name: ratio(found[a], found[b]) for name, (a, b) in RATIOS.items() if a in found}
+    ratios = {name: ratio(side_times[a], side_times[b]) for name, (a, b) in RATIOS.items() if a in side_times}
     medians = {name: value["median"] for name, value in ratios.items()}
     if "frozen_vectors" in medians:
         medians["frozen_vectors_overhead"] = medians.pop("frozen_vectors") - 1
@@ -257,9 +257,9 @@ def summary(found: dict[str, Times], chosen: dict[str, dict[str, Side]], pieces:
         "environment": environment() | machine(),
         "ratios": medians,
         "ranges": ratios,
-        "largest difference of losses": check_losses(found),
+        "largest difference of losses": check_losses(side_times),
         "useful tokens per step": useful,
-        "sides": {name: times.as_dict(pieces) for name, times in found.items()},
+        "sides": {name: times.as_dict(pieces) for name, times in side_times.items()},
     }
 
 

@@ -26,10 +26,10 @@ def find_model(source: str | Path) -> Path:
             f"{path} is an adapter, not a model: name the model it was trained for, and pass the adapter with "
             "--vectors (to merge it into the model: eval.py export --adapters)"
         )
-    if several := sorted(
-        str(found.parent) for found in (*path.glob("model/*/config.json"), *path.glob("*/config.json"))
+    if candidates := sorted(
+        str(config.parent) for config in (*path.glob("model/*/config.json"), *path.glob("*/config.json"))
     ):
-        raise UserError(f"{path} contains {len(several)} models: use one of {', '.join(several)}")
+        raise UserError(f"{path} contains {len(candidates)} models: use one of {', '.join(candidates)}")
     return path
 
 
@@ -44,11 +44,11 @@ def find_vectors(source: str | Path) -> Path:
     for folder in (path / "vectors", path):
         if (folder / _VECTORS).is_file():
             return folder / _VECTORS
-    several = sorted(str(found) for found in path.glob("vectors/*.safetensors"))
-    if len(several) == 1:
-        return Path(several[0])
-    if several:
-        raise UserError(f"{path} contains {len(several)} files of vectors: use one of {', '.join(several)}")
+    candidates = sorted(str(file) for file in path.glob("vectors/*.safetensors"))
+    if len(candidates) == 1:
+        return Path(candidates[0])
+    if candidates:
+        raise UserError(f"{path} contains {len(candidates)} files of vectors: use one of {', '.join(candidates)}")
     raise UserError(
         f"{path} contains no vectors: use a run directory of `train.py vectors`, a file that it wrote, or a PEFT "
         f"adapter folder, which has an {_ADAPTER}"
