@@ -1,10 +1,10 @@
-"""Decoding 64 held-out prompts x 48 new tokens, greedily: ours against `generate` of transformers.
+"""Greedy decoding speed, 64 held-out prompts x 48 new tokens: ours compared with `generate` of transformers.
 
     python benchmarks/decode_speed.py --json OUT [--rounds 5] [--toy]
 
-Both sides start from the prompts' token ids and end with the replies' ids, in one batch, with the same model in
-float32; nothing stops a reply early. Of the caches of transformers the faster one counts. The share of equal tokens
-tells that both decode the same: where two tokens are as likely to 1e-6, rounding decides and the replies part.
+Both sides go from the prompts' token ids to the replies' token ids, in one batch, with the same model in float32; no
+reply stops early. The ratio uses the faster cache of transformers. The share of equal tokens shows that both decode the
+same text: replies diverge only where two tokens are equally likely to 1e-6, so that rounding decides.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from secvec_jax.workspace.workspace import Experiment
 
 PROMPTS, NEW_TOKENS = 64, 48
 _NEVER = -1
-"""No token: nothing stops a reply."""
+"""Not a token id: no reply stops early."""
 
 
 def ours(
     folder: str, prompts: Sequence[np.ndarray], new_tokens: int, kept: str
 ) -> tuple[dict[str, Any], Callable[[int], None]]:
-    """A side of `sides.alternate`: the replies to all prompts in one batch. kept: a file for them."""
+    """Make a side of `sides.alternate` that replies to all prompts in one batch. kept: the file for the replies."""
     decoder = sv.load(folder).backbone
 
     def reply(piece: int) -> None:
@@ -49,9 +49,9 @@ def ours(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument("--json", type=Path, required=True, help="output file")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--toy", action="store_true", help="a model of two small layers: does it run?")
+    parser.add_argument("--toy", action="store_true", help="smoke test on a model with two small layers")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         experiment = Experiment()
@@ -70,13 +70,13 @@ def main() -> None:
         for cache in ("dynamic", "static"):
             kept = f"{scratch}/{cache}"
             sides[f"transformers, {cache}"] = Side(rival.decoding, (folder, plain, NEW_TOKENS, cache, kept))
-        found = alternate(sides, arguments.rounds, 1, fork=arguments.toy)
+        side_times = alternate(sides, arguments.rounds, 1, fork=arguments.toy)
         mine, theirs = (
             np.asarray(ast.literal_eval(Path(f"{scratch}/{side}").read_text())) for side in ("ours", "dynamic")
         )
-    rivals = {name: times for name, times in found.items() if name != "ours"}
+    rivals = {name: times for name, times in side_times.items() if name != "ours"}
     best = min(rivals, key=lambda name: sorted(rivals[name].rounds)[len(rivals[name].rounds) // 2])
-    measured = ratio(found[best], found["ours"])
+    measured = ratio(side_times[best], side_times["ours"])
     results = {
         "command": "python benchmarks/decode_speed.py",
         "environment": environment() | machine(),
@@ -85,14 +85,14 @@ def main() -> None:
         "faster cache of transformers": best,
         "equal tokens": float((mine == theirs).mean()),
         "equal replies": float((mine == theirs).all(axis=1).mean()),
-        "sides": {name: times.as_dict(1) for name, times in found.items()},
+        "sides": {name: times.as_dict(1) for name, times in side_times.items()},
     }
     with whole_file(arguments.json) as staging:
         staging.write_text(json.dumps(results, indent=1))
-    for name, times in found.items():
-        said = times.as_dict(1)
-        rate = len(prompts) / said["seconds"]
-        print(f"{name:26} {said['seconds']:7.3f} s  {rate:6.2f} prompts/s  {said['peak_gib']:5.2f} GiB")
+    for name, times in side_times.items():
+        summary = times.as_dict(1)
+        rate = len(prompts) / summary["seconds"]
+        print(f"{name:26} {summary['seconds']:7.3f} s  {rate:6.2f} prompts/s  {summary['peak_gib']:5.2f} GiB")
     print(f"ratio {measured['median']:.3f}  [{measured['least']:.3f}, {measured['largest']:.3f}]  n={measured['n']}")
     print(f"equal tokens {results['equal tokens']:.4f}, equal replies {results['equal replies']:.4f}")
 

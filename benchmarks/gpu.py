@@ -1,15 +1,15 @@
-"""Speed and memory of training on one GPU of the H100 or H200 class, ours beside transformers with PEFT.
+"""Speed and memory of training on one H100- or H200-class GPU, compared with transformers and PEFT.
 
-    python benchmarks/gpu.py --part attention remat                    # kernels; remat policies, scan against unrolled
-    python benchmarks/gpu.py --part train-8b-2048 peft-8b-2048         # the same card, the same run
-    python benchmarks/gpu.py --table                                   # what was measured, as Markdown
-    python benchmarks/gpu.py --toy --json OUT                          # all parts at toy size, on a CPU as well
+    python benchmarks/gpu.py --part attention remat                    # kernels; remat policies, scan vs. unrolled
+    python benchmarks/gpu.py --part train-8b-2048 peft-8b-2048         # both sides on the same card in the same run
+    python benchmarks/gpu.py --table                                   # the results as Markdown
+    python benchmarks/gpu.py --toy --json OUT                          # all parts at toy size, also on a CPU
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --toy --share --json OUT    # the same, in fewer processes
 
-A part ends within 8 minutes: rows that it has no time left for are skipped, and measured when it is called again. Each
-row has a process of its own, so that no other holds memory, and is written to the JSON file (`--json`) at once. A row
-that does not fit is tried with more to compute again, then with half as many lines. Every step has 16,384 tokens, if
-they fit, in packed lines of random tokens.
+A part ends within 8 minutes: rows for which no time is left are skipped, and measured in the next call. Each row runs
+in a separate process, so that nothing else holds GPU memory, and is written to the JSON file (`--json`) immediately. A
+row that does not fit is retried with more rematerialization, then with half as many sequences. Every step has 16,384
+tokens, if they fit, in packed sequences of random tokens.
 """
 
 import argparse
@@ -29,27 +29,30 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "gpu.json"
 
 SECONDS, LEAST = 450.0, 20.0
-"""A part's, and what must be left for another process to be started."""
+"""The time limit of a part, and the least time that must be left to start another process."""
 
 MODELS, LENGTHS, TOKENS, SEGMENTS = ("1b", "3b", "7b", "8b"), (2048, 4096), 16384, 4
 LARGE = ("7b", "8b")
-"""Whose weights, gradients and AdamW states in float32 leave room for hidden states alone."""
+"""Models whose weights, gradients and AdamW states in float32 leave room only for hidden states."""
 
 KERNELS = (
     "as the library", "xla, packed mask", "cudnn, packed mask", "cudnn, rows with lengths", "cudnn, packed offsets",
     "triton, segments", "triton, segments, blocks of 64",
 )  # fmt: skip
 OURS = ("full", "under vectors", "vectors", "vectors with KL", "vaccine")
-"""All weights; all weights under frozen vectors; vectors by cross-entropy; and with KL on half as many lines more;
-Vaccine on all weights."""
+"""All weights; all weights with frozen vectors; vectors with cross-entropy; vectors with a KL on half as many
+additional sequences; Vaccine on all weights."""
 
 Attempt = tuple[int, str]
-"""Lines of a batch, and what the backward pass computes again."""
+"""(sequences per batch, remat policy)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A training step. by: "ours" or "peft". remats: tried in this order, before there are fewer lines."""
+    """A training step to measure.
+
+    by: "ours" or "peft". remats: policies tried in this order, before the batch is halved.
+    """
 
     part: str
     by: str
@@ -79,7 +82,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """A kernel's times for one layer of each case (model, length)."""
+    """An attention kernel to measure on one layer of each case (model, length)."""
 
     part: str
     kind: str
@@ -95,7 +98,7 @@ class Kernels:
 
 
 def all_rows(toy: bool) -> list[Row | Kernels]:
-    """Every part's, the most important first."""
+    """Return the rows of all parts, the most important first."""
     models, lengths, tokens = (("toy",), (256,), 1024) if toy else (MODELS, LENGTHS, TOKENS)
     cases = tuple((model, length) for model in models if model != "3b" for length in lengths)
     size = "-toy" if toy else ""
@@ -133,17 +136,17 @@ def _rival_rows(model: str, length: int, tokens: int) -> Iterator[Row]:
 
 
 def started(row: Row | Kernels, attempts: list[Attempt], seconds: float) -> dict[str, Any]:
-    """What a process of its own says of the row: its last line, JSON; or how it failed."""
+    """Measure the row in a separate process and return the JSON of its last output line, or how it failed."""
     text = json.dumps(dataclasses.asdict(row) | {"attempts": attempts})
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"XLA_CLIENT_MEM_FRACTION": "0.95"} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     if row.by == "peft":
-        environment["JAX_PLATFORMS"] = "cpu"  # or JAX would take the GPU's memory
+        environment["JAX_PLATFORMS"] = "cpu"  # keep JAX from reserving the GPU's memory
     command = [sys.executable, __file__, "--row", text]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return {"skipped": f"not done in the {seconds:.0f} s that its part had left"}
+        return {"skipped": f"not finished in the {seconds:.0f} s that its part had left"}
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         return {"error": last[0][:300]}
@@ -151,7 +154,7 @@ def started(row: Row | Kernels, attempts: list[Attempt], seconds: float) -> dict
 
 
 def here(row: Row | Kernels, attempts: list[Attempt], seconds: float) -> dict[str, Any]:
-    """As `started`, in this process."""
+    """Like `started`, but in this process."""
     try:
         return child(json.loads(json.dumps(dataclasses.asdict(row) | {"attempts": attempts})))
     except Exception as error:
@@ -162,31 +165,33 @@ Start = Callable[[Row | Kernels, list[Attempt], float], dict[str, Any]]
 
 
 def measured(row: Row | Kernels, deadline: float, start: Start = started) -> dict[str, Any]:
-    """The row's result: `status` "measured", "failed" with `error` or "skipped" with `error`; `too_large`: attempts
-    before the one that fit."""
+    """Return the row's result.
+
+    Its `status` is "measured", or "failed" or "skipped" with an `error`; `too_large` has the attempts that did not fit.
+    """
     left = list(row.attempts)
     too_large: list[Attempt] = []
     while left:
         seconds = deadline - time.monotonic()
         if seconds < LEAST:
             return {"status": "skipped", "error": "its part had no time left", "too_large": too_large}
-        found = start(row, left, seconds)
-        if "skipped" in found:
-            return {"status": "skipped", "error": found["skipped"], "too_large": too_large}
-        if "error" in found:
-            return {"status": "failed", "error": found["error"], "too_large": too_large}
-        begun = found["out_of_memory"] + 1 if "out_of_memory" in found else found["attempt"]
+        result = start(row, left, seconds)
+        if "skipped" in result:
+            return {"status": "skipped", "error": result["skipped"], "too_large": too_large}
+        if "error" in result:
+            return {"status": "failed", "error": result["error"], "too_large": too_large}
+        begun = result["out_of_memory"] + 1 if "out_of_memory" in result else result["attempt"]
         too_large, left = too_large + left[:begun], left[begun:]
-        if "out_of_memory" not in found:
-            shapes = found.get("shapes", {}).values()
+        if "out_of_memory" not in result:
+            shapes = result.get("shapes", {}).values()
             if shapes and all("error" in shape for shape in shapes):
                 return {"status": "failed", "error": next(iter(shapes))["error"]}
-            return {"status": "measured", "too_large": too_large} | found
-    return {"status": "failed", "error": "does not fit, not with a single line", "too_large": too_large}
+            return {"status": "measured", "too_large": too_large} | result
+    return {"status": "failed", "error": "does not fit, even with a single sequence", "too_large": too_large}
 
 
 def child(row: dict[str, Any]) -> dict[str, Any]:
-    """In the process of its own."""
+    """Measure a row in the child process."""
     if row["by"] == "attention":
         from gpu_attention import attention
 
@@ -197,17 +202,18 @@ def child(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def surroundings() -> dict[str, Any]:
-    """Versions, the GPU and its driver."""
+    """Return package versions, the GPU, its driver and the commit."""
     from secvec_jax.evaluation.report import environment
 
     packages = ("torch", "peft", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13")
     installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
-    gpu = _said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     versions = {package: installed.get(package) for package in packages}
-    return environment() | versions | {"gpu": gpu, "commit": _said("git", "-C", str(ROOT), "rev-parse", "HEAD")}
+    return environment() | versions | {"gpu": gpu, "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD")}
 
 
-def _said(*command: str) -> str | None:
+def _output(*command: str) -> str | None:
+    """Return a command's standard output, or None if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -215,9 +221,9 @@ def _said(*command: str) -> str | None:
 
 
 def measure(rows: list[Row | Kernels], file: Path, share: bool = False) -> dict[str, Any]:
-    """Measure what the file lacks of these rows; each result is written at once. The file's contents.
+    """Measure the rows that are missing in the file, write each result immediately, and return the file's contents.
 
-    share: only the first row of a part has a process of its own.
+    share: run only the first row of each part in a separate process.
     """
     from secvec_jax.files import whole_file
 
@@ -231,11 +237,11 @@ def measure(rows: list[Row | Kernels], file: Path, share: bool = False) -> dict[
         for number, row in enumerate(part):
             if results["rows"].get(row.key, {}).get("status") == "measured":
                 continue
-            found = measured(row, deadline, here if share and number else started)
-            results["rows"][row.key] = dataclasses.asdict(row) | found | where
+            result = measured(row, deadline, here if share and number else started)
+            results["rows"][row.key] = dataclasses.asdict(row) | result | where
             with whole_file(file) as staging:
                 staging.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{row.key}: {found['status']} {found.get('error', '')}", flush=True)
+            print(f"{row.key}: {result['status']} {result.get('error', '')}", flush=True)
     return results
 
 
@@ -243,7 +249,7 @@ def measure(rows: list[Row | Kernels], file: Path, share: bool = False) -> dict[
 
 
 def table(results: dict[str, Any]) -> str:
-    """Everything that the file holds."""
+    """Return all results as Markdown."""
     rows = results["rows"]
     good = [row for row in rows.values() if row["status"] == "measured"]
     steps = sorted((row for row in good if "formula" in row), key=lambda row: (row["model"], row["length"]))
@@ -253,28 +259,28 @@ def table(results: dict[str, Any]) -> str:
         _step_table(remat, steps),
         _step_table([row for row in steps if row not in remat], steps),
         "\n".join(f"- {key}: {reason}" for key, row in rows.items() for reason in _reasons(row)),
-        f"Measured on {', '.join(sorted({row['device'] for row in good}))}. MFU: the FLOPs of the formula over what "
-        "the published dense bf16 peak could do; N: parameters that a token is multiplied with, a = 2 T d L for whole "
-        "causal lines; what remat computes again and the vectors are not counted.",
+        f"Measured on {', '.join(sorted({row['device'] for row in good}))}. MFU: the formula's FLOPs per second over "
+        "the published dense bf16 peak; N: parameters in matrix multiplications, a = 2 T d L for whole causal "
+        "sequences; rematerialization and vectors are not counted.",
     ]
     return "\n\n".join(filter(None, texts))
 
 
 def _reasons(row: dict[str, Any]) -> list[str]:
-    """Why the row, or a shape of it, was not measured."""
+    """Return why the row, or shapes of it, were not measured."""
     if row["status"] != "measured":
         return [f"{row['status']}: {row['error']}"]
     return [f"{name}: {shape['error']}" for name, shape in row.get("shapes", {}).items() if "error" in shape]
 
 
 def _kernel_table(rows: list[dict[str, Any]]) -> str:
-    """Both passes of one layer; the difference is the largest of any shape."""
+    """Return the table of kernels: forward and backward pass of one layer, and the largest difference of any shape."""
     shapes = list(dict.fromkeys(shape for row in rows for shape in row["shapes"]))
     lines = [f"| kernel | {' | '.join(shapes)} | difference |", f"| --- | {'---: | ' * len(shapes)}---: |"]
     for row in rows:
-        found = [row["shapes"].get(shape, {}) for shape in shapes]
-        cells = [f"{1e3 * x['seconds']:.2f} ms, {x['tflops']:.0f} TFLOP/s" if "seconds" in x else "-" for x in found]
-        differences = [x["difference"] for x in found if x.get("difference") is not None]
+        cases = [row["shapes"].get(shape, {}) for shape in shapes]
+        cells = [f"{1e3 * x['seconds']:.2f} ms, {x['tflops']:.0f} TFLOP/s" if "seconds" in x else "-" for x in cases]
+        differences = [x["difference"] for x in cases if x.get("difference") is not None]
         lines.append(f"| {row['kind']} | {' | '.join(cells)} | {f'{max(differences):.1e}' if differences else '-'} |")
     return "\n".join(lines) if rows else ""
 
@@ -286,7 +292,7 @@ def _step_table(rows: list[dict[str, Any]], everything: list[dict[str, Any]]) ->
     ]
     for row in rows:
         trained = [row["kind"], *(["SGD"] if row["optimizer"] == "sgd" else []), *(["unrolled"] * row["unrolled"])]
-        trained += ["one segment a line"] if row["segments"] == 1 else []
+        trained += ["one segment per sequence"] if row["segments"] == 1 else []
         cells = [
             row["model"], ", ".join(trained), row["by"], f"{row['lines']} x {row['length']}", row["remat"],
             f"{row['tokens_per_second']:,.0f}", _against(row, everything),
@@ -298,7 +304,7 @@ def _step_table(rows: list[dict[str, Any]], everything: list[dict[str, Any]]) ->
 
 
 def _against(row: dict[str, Any], everything: list[dict[str, Any]]) -> str:
-    """Tokens per second over the rival's, which trains as much with the same optimizer on as many segments."""
+    """Return the throughput relative to PEFT with the same trained weights, optimizer and number of segments."""
     same = {"full": "full", "under vectors": "full", "vectors": "lora"}.get(row["kind"])
     if row["by"] == "ours" and not row["part"].startswith("remat"):
         for other in everything:
@@ -312,14 +318,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {toy: all_rows(toy) for toy in (False, True)}
     parts = list(dict.fromkeys(row.part for rows in known.values() for row in rows))
-    parser.add_argument("--part", nargs="+", choices=parts, metavar="PART", help=f"these only: {', '.join(parts)}")
-    parser.add_argument("--toy", action="store_true", help="a model of 2 layers")
+    parser.add_argument("--part", nargs="+", choices=parts, metavar="PART", help=f"only these: {', '.join(parts)}")
+    parser.add_argument("--toy", action="store_true", help="smoke test on a model with 2 layers")
     parser.add_argument(
-        "--share", action="store_true", help="--toy on a CPU, quicker: a part's rows but the first share this process"
+        "--share", action="store_true", help="faster --toy on a CPU: only the first row of a part gets its own process"
     )
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results are kept")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="results file")
     parser.add_argument("--table", action="store_true", help="only print the tables")
-    parser.add_argument("--row", help="measure this row, JSON, in this process: what the command does by itself")
+    parser.add_argument("--row", help="measure this row (JSON) in this process; for internal use")
     options = parser.parse_args()
     if options.row is not None:
         print(json.dumps(child(json.loads(options.row))))
@@ -330,9 +336,9 @@ def main() -> int:
     chosen = options.part or {row.part for row in known[options.toy]}
     if options.share and not (options.toy and os.environ.get("JAX_PLATFORMS") == "cpu"):
         parser.error("--share is for --toy under JAX_PLATFORMS=cpu: rows on a GPU must not hold each other's memory")
-    rows = [row for some in known.values() for row in some if row.part in chosen]
-    found = measure(rows, options.json, options.share)["rows"]
-    return 0 if any(found[row.key]["status"] == "measured" for row in rows) else 1
+    rows = [row for tier_rows in known.values() for row in tier_rows if row.part in chosen]
+    row_results = measure(rows, options.json, options.share)["rows"]
+    return 0 if any(row_results[row.key]["status"] == "measured" for row in rows) else 1
 
 
 if __name__ == "__main__":

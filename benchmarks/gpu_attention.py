@@ -1,4 +1,4 @@
-"""The choices of an attention kernel for `gpu.py`: one layer's attention over packed lines, forward and backward."""
+"""Attention kernels measured by `gpu.py`: one layer's attention over packed sequences, forward and backward."""
 
 import statistics
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from secvec_jax.model.attention import self_attention, visible
 from secvec_jax.model.hf_config import from_hf_config
 
 Marks = dict[str, jax.Array]
-"""`segments`, `positions` `[B, T]`; `starts`, `lengths` of the segments, `[B, segments]`; `mask`: what each token sees,
+"""`segments`, `positions` `[B, T]`; `starts`, `lengths` of the segments `[B, segments]`; boolean attention `mask`
 `[B, 1, T, T]`."""
 
 Kernel = Callable[[Marks, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -24,7 +24,7 @@ Kernel = Callable[[Marks, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Problem(NamedTuple):
-    """Lines of several segments each, and the heads that attend over them."""
+    """Packed sequences of several segments each, and the architecture of the attention heads."""
 
     architecture: Architecture
     lines: int
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 
 def library(marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """What training takes here."""
+    """The kernel that training uses on this device."""
     attend = self_attention(marks["segments"], marks["positions"], window=None, shared_prefix=False)
     return attend(query, [key.transpose(0, 2, 3, 1)], [value.swapaxes(1, 2)])
 
@@ -53,31 +53,31 @@ def library(marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array) ->
 def masked(
     marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array, implementation: str | None = None
 ) -> jax.Array:
-    """With the packed boolean mask."""
+    """`jax.nn.dot_product_attention` with the boolean mask of packed sequences."""
     return jax.nn.dot_product_attention(query, key, value, mask=marks["mask"], implementation=implementation)
 
 
 def cudnn_rows(marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Causal with a length per row: the same rows not packed, but each padded to the longest (see `shape`)."""
+    """Causal attention with a length per row: the same rows, padded to the longest instead of packed (see `shape`)."""
     lengths = marks["lengths"].reshape(-1)
     ends = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn", **ends)
 
 
 def cudnn_offsets(marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Causal within segments that are given by their offsets: cuDNN's own packing, which `jax.nn` does not offer."""
+    """Causal attention within segments given by offsets: cuDNN's native packing, which `jax.nn` does not expose."""
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     lengths, offsets = marks["lengths"], jnp.pad(marks["starts"], ((0, 0), (0, 1)), constant_values=-1)
     where = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": offsets, "kv_offsets": offsets}
     settings = {"scale": query.shape[-1] ** -0.5, "mask_type": MaskType.PADDING_CAUSAL}
-    # JAX takes the query's heads for the strides of keys and values as well.
+    # JAX computes the strides of keys and values from the number of query heads.
     key, value = (repeated(x, query.shape[2]) for x in (key, value))
     return dot_product_attention(query, key, value, **where, **settings)
 
 
 def triton(marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array, block: int | None = None) -> jax.Array:
-    """Pallas's kernel with segment ids. block: of all its loops, in place of its own defaults."""
+    """The Pallas kernel with segment ids. block: block size of all its loops; None: the kernel's defaults."""
     from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
     sizes = BlockSizes.get_default() if block is None else BlockSizes(*[block] * 6)
@@ -86,7 +86,7 @@ def triton(marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array, blo
 
 
 def repeated(x: jax.Array, heads: int) -> jax.Array:
-    """For kernels that know no grouped heads."""
+    """Repeat key or value heads, for kernels that do not support grouped-query attention."""
     return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
@@ -104,20 +104,22 @@ KERNELS: dict[str, Kernel] = {
 
 
 def attention(row: Row) -> dict[str, Any]:
-    """The row's kernel at every model's shape and length; where it cannot be had, `error` says why."""
-    found: dict[str, Any] = {}
+    """Measure the row's kernel for every model and length; `error` gives the reason where it is not available."""
+    results: dict[str, Any] = {}
     for model, length in row["cases"]:
         problem = Problem(from_hf_config(config(model)), row["tokens"] // length, length, row["segments"])
         try:
-            found[f"{model} {length}"] = times(row["kind"], problem)
-        except Exception as error:  # of whatever kind: kernels and their compilers refuse in many ways
-            found[f"{model} {length}"] = {"error": (str(error).strip().splitlines() or [repr(error)])[0][:300]}
-    return {"attempt": 0, "shapes": found, "device": jax.devices()[0].device_kind}
+            results[f"{model} {length}"] = times(row["kind"], problem)
+        except Exception as error:  # kernels and their compilers fail with many kinds of errors
+            results[f"{model} {length}"] = {"error": (str(error).strip().splitlines() or [repr(error)])[0][:300]}
+    return {"attempt": 0, "shapes": results, "device": jax.devices()[0].device_kind}
 
 
 def times(kind: str, problem: Problem) -> dict[str, Any]:
-    """Seconds of both passes; TFLOP/s by 3a per token, a = 2 T d as if a line were one segment, whatever the kernel
-    computes; temporary memory; and how far results are from exact ones."""
+    """Measure both passes: seconds, TFLOP/s, temporary memory and the difference from exact results.
+
+    TFLOP/s count 3a per token with a = 2 T d, as if each sequence were one segment, whatever the kernel computes.
+    """
     marks = problem.marks()
     lines, length = shape(kind, marks)
     a, dtype = problem.architecture, compute_dtype()
@@ -136,22 +138,24 @@ def times(kind: str, problem: Problem) -> dict[str, Any]:
 
 
 def both_passes(kernel: Kernel, marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array, slope: jax.Array):
-    """The result, and the gradients of query, key and value for that of the result."""
+    """Return the output, and the gradients of query, key and value given that of the output."""
     out, pull = jax.vjp(partial(kernel, marks), query, key, value)
     return out, *pull(slope)
 
 
 def shape(kind: str, marks: Marks) -> tuple[int, int]:
-    """Lines and their length; rows that are not packed take a line each, as long as the longest."""
+    """Return (sequences, length); rows that are not packed take one sequence each, padded to the longest."""
     if kind != ROWS_WITH_LENGTHS:
         return marks["segments"].shape
     return marks["lengths"].size, -(-int(marks["lengths"].max()) // 128) * 128
 
 
-def difference(found: tuple[jax.Array, ...], marks: Marks, inputs: list[jax.Array]) -> float:
-    """The largest difference of the first line's results and gradients from XLA's in float32, relative to the largest
-    value of each."""
+def difference(results: tuple[jax.Array, ...], marks: Marks, inputs: list[jax.Array]) -> float:
+    """Return the largest difference from XLA in float32 of the first sequence's output and gradients.
+
+    Differences are relative to the largest value of each array.
+    """
     first = [x[:1].astype(jnp.float32) for x in inputs]
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(partial(both_passes, masked))({"mask": marks["mask"][:1]}, *first)
-    return max(float(jnp.abs(x[:1] - y).max() / jnp.abs(y).max()) for x, y in zip(found, exact))
+    return max(float(jnp.abs(x[:1] - y).max() / jnp.abs(y).max()) for x, y in zip(results, exact))

@@ -1,8 +1,8 @@
-"""A training step of `gpu.py`, ours or the rival's, measured in a process of its own.
+"""Training steps measured by `gpu.py`, ours and PEFT's, each in a separate process.
 
-Batches are random tokens, several segments to a line, every position supervised. Compute is in bfloat16 (on a CPU in
-float32), trained weights and optimizer states are float32. A training's peak memory is the allocator's of the whole
-process on a GPU, and that of the process on a CPU.
+Batches are random tokens with several segments per sequence and every position supervised. Compute is in bfloat16
+(float32 on a CPU); trained weights and optimizer states are float32. Peak memory is the allocator's peak for the whole
+process on a GPU, and the peak memory of the process on a CPU.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from secvec_jax.training.step import TrainStep
 from secvec_jax.vectors.lora import LoRA
 
 WARM, LEAST, MOST, SECONDS = 3, 3, 10, 12.0
-"""Steps before the clock, and under it: the fewest, the most, and how long there are more than the fewest."""
+"""Warm-up steps; the least and the most timed steps; seconds after which no steps beyond the least are run."""
 
 RANK = 8
 
@@ -47,20 +47,20 @@ TOY = {
 }  # fmt: skip
 
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12}
-"""Published dense bf16 FLOP/s, by what a device's name holds; the first that fits counts."""
+"""Substring of a device's name -> published dense bf16 FLOP/s; the first match counts."""
 
 Row = dict[str, Any]
 """A row of `gpu.py` as JSON, with its `attempts`."""
 
 
 def config(model: str) -> dict[str, Any]:
-    """Its config.json."""
+    """Return the config.json of a model."""
     file = Path(__file__).parents[1] / "configs" / "models" / f"{FILES.get(model)}.json"
     return TOY if model == "toy" else json.loads(file.read_text())
 
 
 def packed(lines: int, length: int, segments: int, vocabulary: int) -> Batch:
-    """Random rows, cut at random places, the same ones in each run."""
+    """Return a batch of random tokens `[lines, length]`, cut into random segments; identical in each run."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary, (lines, length + 1), np.int32)
     starts = segment_starts(lines, length, segments)
@@ -77,14 +77,14 @@ def packed(lines: int, length: int, segments: int, vocabulary: int) -> Batch:
 
 
 def segment_starts(lines: int, length: int, segments: int) -> np.ndarray:
-    """Where the segments of each line begin, `[lines, segments]`, rising from 0."""
+    """Return the starts of the segments of each sequence, `[lines, segments]`, in ascending order from 0."""
     rng = np.random.default_rng(1)
     cuts = [rng.choice(length - 1, segments - 1, replace=False) + 1 for _ in range(lines)]
     return np.asarray([[0, *sorted(line)] for line in cuts], np.int32)
 
 
 def timed(step: Callable[[], Any], most: int = MOST) -> list[float]:
-    """Seconds of each step after the warm-up; `step` returns when the device is done."""
+    """Return the seconds of each step after the warm-up; `step` must block until the device is done."""
     for _ in range(WARM):
         step()
     times: list[float] = []
@@ -96,7 +96,7 @@ def timed(step: Callable[[], Any], most: int = MOST) -> list[float]:
 
 
 def account(row: Row, work: list[Work], times: list[float], device: str) -> dict[str, Any]:
-    """Tokens per second and MFU of the median step: the FLOPs of `work` over what the published peak could do."""
+    """Return tokens per second and MFU of the median step: the FLOPs of `work` per second over the published peak."""
     architecture, seconds = from_hf_config(config(row["model"])), statistics.median(times)
     tokens = work[0].learn + work[0].keep
     flops = sum(part.flops(architecture, row["length"]) for part in work)
@@ -118,8 +118,11 @@ def account(row: Row, work: list[Work], times: list[float], device: str) -> dict
 
 
 def ours(row: Row) -> dict[str, Any]:
-    """A training step of this library, of the first of the attempts (lines, remat) that fits; what fits not by the
-    compiler's account is not begun. Or `out_of_memory`, the last attempt that failed: another process must go on."""
+    """Measure a training step of this library with the first of the attempts (sequences, remat) that fits.
+
+    Attempts that do not fit according to the compiler are not run. Returns `out_of_memory`, the index of the last
+    attempt that failed, if another process must continue.
+    """
     architecture = from_hf_config(config(row["model"]))
     stats = jax.devices()[0].memory_stats()
     limit = math.inf if stats is None else stats["bytes_limit"]
@@ -136,7 +139,7 @@ def ours(row: Row) -> dict[str, Any]:
 
 
 class Planned(NamedTuple):
-    """A compiled step, before there are weights."""
+    """A compiled step, before weights are created."""
 
     start: Callable[[], Params]
     phase: Phase
@@ -147,12 +150,12 @@ class Planned(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of device memory, by the compiler's account."""
+        """Device memory in bytes, as reported by the compiler."""
         return program_bytes(self.program)
 
 
 def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Planned:
-    """The row's step for batches of so many lines; vectors to train by KL have half as many lines to keep."""
+    """Compile the row's step for batches of `lines` sequences; vectors with KL use half as many benign sequences."""
     kind, length = row["kind"], row["length"]
     training = Training(
         optimizer=row["optimizer"],
@@ -182,7 +185,7 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
 
 
 def moves(kind: str, params: Params, training: Training) -> tuple[Phase, TrainStep]:
-    """What is trained in a row of this kind, and how."""
+    """Return the phase and the train step of a row of this kind."""
     if kind == "vaccine":
         return phase2_step(params, ("all",), training, 1000, vaccine())
     if kind.startswith("vectors"):
@@ -191,12 +194,12 @@ def moves(kind: str, params: Params, training: Training) -> tuple[Phase, TrainSt
 
 
 def unrolled() -> contextlib.AbstractContextManager:
-    """While programs are traced: layers one after the other in place of a loop, which the decoder itself never is."""
+    """Unroll the loop over layers while programs are traced; the decoder has no option for that."""
     return mock.patch.object(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
 
 
 def run(row: Row, plan: Planned) -> dict[str, Any]:
-    """The compiled step on random weights, which are made on the device."""
+    """Time the compiled step on random weights, which are created on the device."""
     device = jax.devices()[0]
     trained, frozen = plan.phase.split(jax.jit(plan.start)())
     state = plan.train_step.init(trained)
@@ -220,32 +223,32 @@ def run(row: Row, plan: Planned) -> dict[str, Any]:
 
 
 def work(kind: str, batch: dict[str, Batch]) -> list[Work]:
-    """Of a step; Vaccine's first pass has gradients of hidden states alone."""
+    """Return the work of a step; Vaccine's first pass computes gradients of hidden states only."""
     learn, keep = batch[LEARN]["tokens"].size, batch[KEEP]["tokens"].size if KEEP in batch else 0
     step = Work(learn, keep, full=not kind.startswith("vectors"))
     return [Work(learn, 0, full=False), step] if kind == "vaccine" else [step]
 
 
-# ----------------------------------------------------------------------------------------------- the rival's
+# ----------------------------------------------------------------------------------------------- PEFT
 
 
 def peft(row: Row) -> dict[str, Any]:
-    """A training step of transformers and PEFT, compiled, of the first attempt (lines, "full": with checkpointing).
+    """Measure a compiled training step of transformers and PEFT with the first attempt ("full": with checkpointing).
 
-    All weights ("full") are float32 and computed with in bfloat16 by autocast; under a LoRA of all linear maps
-    ("lora") the frozen ones are bfloat16. One segment to a line needs no mask and gets the flash kernel.
+    For "full", all weights are float32, with bfloat16 autocast; for "lora" (on all linear layers), the frozen weights
+    are bfloat16. With one segment per sequence no mask is needed, and the flash kernel is used.
     """
     import torch
 
     lines, remat = row["attempts"][0]
     try:
-        found = rival(row, lines, remat)
+        result = rival(row, lines, remat)
     except RuntimeError as error:
-        said = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in said and "out of memory" not in said:
+        text = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in text and "out of memory" not in text:
             raise
         return {"out_of_memory": 0}
-    return {"attempt": 0, "lines": lines, "remat": remat} | found
+    return {"attempt": 0, "lines": lines, "remat": remat} | result
 
 
 def rival(row: Row, lines: int, remat: str) -> dict[str, Any]:
@@ -295,16 +298,16 @@ def rival(row: Row, lines: int, remat: str) -> dict[str, Any]:
 
 
 def rival_batch(row: Row, lines: int, vocabulary: int, where: str) -> dict[str, Any]:
-    """The same rows; their own attention mask keeps segments apart."""
+    """Return the same batch as torch tensors, with an attention mask that separates segments."""
     import torch
 
-    own = {
+    tensors = {
         key: torch.tensor(x, device=where)
         for key, x in packed(lines, row["length"], row["segments"], vocabulary).items()
     }
-    tokens = own["tokens"].long()
-    batch = {"input_ids": tokens, "labels": tokens, "position_ids": own["positions"].long()}
+    tokens = tensors["tokens"].long()
+    batch = {"input_ids": tokens, "labels": tokens, "position_ids": tensors["positions"].long()}
     if row["segments"] > 1:
-        same = own["segments"][:, :, None] == own["segments"][:, None, :]
+        same = tensors["segments"][:, :, None] == tensors["segments"][:, None, :]
         batch["attention_mask"] = same.tril()[:, None]
     return batch

@@ -1,15 +1,15 @@
-"""How step time and memory grow with sequence length, layers, vector rank, active vectors and batch, on the CPU.
+"""Growth of step time and memory with sequence length, layers, vector rank, active vectors and batch, on the CPU.
 
     python benchmarks/growth.py --json FILE                 # all parts, under ten minutes on two cores
-    python benchmarks/growth.py --json FILE --part layers   # one part; the others that FILE holds stay
-    python benchmarks/growth.py --json FILE --table         # writes nothing: prints the tables of FILE
-    python benchmarks/growth.py --json FILE --toy           # the smallest points of a narrow model: does it run?
+    python benchmarks/growth.py --json FILE --part layers   # one part; other parts in FILE are kept
+    python benchmarks/growth.py --json FILE --table         # only print the tables of FILE
+    python benchmarks/growth.py --json FILE --toy           # smoke test: the smallest points of a narrow model
 
-A point is the true train step on a small Llama of random weights, fed by the true pipeline. Its seconds are the median
-of several steps after a first one; compiling is told apart. Its memory is the compiler's own account of the program:
-arguments, results and temporaries, what is reused counted once. Every part ends with two fits of each: the slope of
-log(time) over log(size) in the larger half of the points, and a straight line over all of them. What is linear has
-slope 1 at most; attention over whole lines is quadratic by design, and nothing else should be.
+A point is the actual train step on a small Llama with random weights, fed by the actual data pipeline. Its time is the
+median of several steps after a first one; compilation is reported separately. Its memory is the compiler's figure:
+arguments, results and temporaries, with reused buffers counted once. For both, a part ends with two fits: the slope of
+log(value) over log(size) in the larger half of the points, and a straight line through all of them. Linear growth has
+slope 1 at most; attention over whole sequences is quadratic by design, and nothing else should be.
 """
 
 import argparse
@@ -52,17 +52,17 @@ MODEL = Architecture(
 )
 TOY = dataclasses.replace(MODEL, vocab_size=512, hidden_size=32, intermediate_size=64, head_dim=16)
 ROW = (64, 128)
-"""The shortest and the longest row of a packed line, in tokens; the reply is its second half."""
+"""The shortest and the longest row of a packed sequence, in tokens; the reply is its second half."""
 SECONDS, LEAST, MOST = 2.0, 3, 9
-"""Steps are timed for so many seconds, but no fewer and no more than so many."""
+"""Steps are timed for this many seconds, within these minimum and maximum numbers of steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What a step is made of.
+    """The configuration of a measured step.
 
-    whole: one row fills a line, in place of rows of `ROW` tokens. trained: the vectors are what is trained (phase 1),
-    in place of all weights under so many frozen `vectors` (phase 2).
+    whole: one row fills a sequence, instead of several rows of `ROW` tokens. trained: train the vectors (phase 1)
+    instead of all weights with this number of frozen `vectors` (phase 2).
     """
 
     lines: int = 8
@@ -76,7 +76,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A size that grows, and what else its points have."""
+    """A growing quantity and the points at which it is measured."""
 
     title: str
     size: str
@@ -87,42 +87,42 @@ class Part:
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 PARTS = {
     "length": Part(
-        "length, 8192 tokens a step in rows of 64 to 128: flat but for attention, whose lines grow",
-        "tokens in a line",
+        "length, 8192 tokens per step in rows of 64 to 128: flat except for attention, whose sequences grow",
+        "tokens per sequence",
         LENGTHS,
         lambda n: Point(lines=8192 // n, length=n, layers=2),
     ),
     "length-whole": Part(
-        "length, 8192 tokens a step, one row a line: flat but for attention, which is linear here by design",
-        "tokens in a line",
+        "length, 8192 tokens per step, one row per sequence: flat except for attention, which is linear here by design",
+        "tokens per sequence",
         LENGTHS,
         lambda n: Point(lines=8192 // n, length=n, layers=2, whole=True),
     ),
     "line": Part(
-        "one line, of rows of 64 to 128 tokens: linear but for attention",
-        "tokens in a line",
+        "one sequence, with rows of 64 to 128 tokens: linear except for attention",
+        "tokens per sequence",
         LENGTHS,
         lambda n: Point(lines=1, length=n, layers=2),
     ),
-    "layers": Part("layers, 8 lines of 256", "layers", (2, 4, 6, 8, 12, 16), lambda n: Point(layers=n)),
+    "layers": Part("layers, 8 sequences of 256", "layers", (2, 4, 6, 8, 12, 16), lambda n: Point(layers=n)),
     "rank": Part(
-        "rank of the trained vectors (phase 1, cross-entropy), 8 lines of 256",
+        "rank of the trained vectors (phase 1, cross-entropy), 8 sequences of 256",
         "rank",
         (1, 2, 4, 8, 16, 32, 64),
         lambda n: Point(rank=n, trained=True),
     ),
     "vectors": Part(
-        "active frozen vectors of rank 8 under full fine-tuning, 8 lines of 256",
+        "active frozen vectors of rank 8 in full fine-tuning, 8 sequences of 256",
         "vectors",
         (0, 1, 2, 3, 4),
         lambda n: Point(vectors=n),
     ),
-    "batch": Part("batch, lines of 256", "lines", (1, 2, 4, 8, 16), lambda n: Point(lines=n)),
+    "batch": Part("batch, sequences of 256", "sequences", (1, 2, 4, 8, 16), lambda n: Point(lines=n)),
 }
 
 
 def random_parameters(point: Point, model: Architecture) -> Params:
-    """A decoder and vectors of random weights; both of a vector's factors, so that none of its work can be dropped."""
+    """Return a decoder and vectors with random weights; both factors are nonzero, so that no work is optimized away."""
     architecture = dataclasses.replace(model, num_layers=point.layers)
     decoder = jax.jit(lambda: Decoder(architecture, nnx.Rngs(0)))()
     keys = jax.random.split(jax.random.key(0), max(point.vectors, 1))
@@ -133,7 +133,7 @@ def random_parameters(point: Point, model: Architecture) -> Params:
 
 
 def random_batch(point: Point, vocabulary: int) -> dict:
-    """A batch out of the pipeline, of rows enough to fill it twice."""
+    """Return a batch from the pipeline, made from enough rows to fill it twice."""
     rng = np.random.default_rng(0)
     shortest, longest = (point.length, point.length) if point.whole else ROW
     rows = []
@@ -144,7 +144,7 @@ def random_batch(point: Point, vocabulary: int) -> dict:
 
 
 def measured(point: Point, model: Architecture = MODEL, clock: float = SECONDS) -> dict:
-    """Seconds and bytes of a point's step, and the tokens of rows in its batch. clock: in place of `SECONDS`."""
+    """Return seconds and bytes of a point's step, and the tokens in its batch. clock: replaces `SECONDS`."""
     params = random_parameters(point, model)
     default = PHASE1 if point.trained else PHASE2
     training = dataclasses.replace(default, batch_size=point.lines, max_seq_len=point.length)
@@ -164,7 +164,7 @@ def measured(point: Point, model: Architecture = MODEL, clock: float = SECONDS) 
         jax.block_until_ready((trained, state, metrics))
         seconds.append(time.monotonic() - start)
     return {
-        "seconds": statistics.median(seconds[1:]),  # the first one touches the memory
+        "seconds": statistics.median(seconds[1:]),  # the first step also faults in the memory
         "fastest_seconds": min(seconds[1:]),
         "compile_seconds": compiling,
         "bytes": program_bytes(step),
@@ -174,9 +174,12 @@ def measured(point: Point, model: Architecture = MODEL, clock: float = SECONDS) 
 
 
 def fits(sizes: list[int], values: list[float]) -> dict[str, float]:
-    """The exponent of a power law over the larger half of the points, two at least; a line over all,
-    `each * size + start`, and the largest deviation from it, as a share of the value. Only the smallest size may be 0,
-    and only of three or more."""
+    """Fit a power law and a straight line.
+
+    Returns the exponent of the power law over the larger half of the points (at least two), the line
+    `each * size + start` over all points, and the largest deviation from it relative to the value. Only the smallest
+    size may be 0, and only if there are three or more.
+    """
     upper = list(zip(sizes, values))[min(len(sizes) // 2, len(sizes) - 2) :]
     exponent = np.polyfit(*np.log(np.array(upper).T), 1)[0]
     each, start = np.polyfit(sizes, values, 1)
@@ -185,26 +188,26 @@ def fits(sizes: list[int], values: list[float]) -> dict[str, float]:
 
 
 def smallest(part: Part) -> Part:
-    """Its first points, two of them above 0, as a power law wants them."""
+    """Return the part with only its first points, two of them above 0 as the power law requires."""
     return dataclasses.replace(part, sizes=part.sizes[: 2 if part.sizes[0] else 3])
 
 
 def run_part(part: Part, measure: Callable[[Point], dict]) -> dict:
-    """All points of a part, each told as it comes, and the fits."""
+    """Measure all points of a part, printing each, and compute the fits."""
     points = []
     for size in part.sizes:
         points.append({"size": size} | measure(part.point(size)))
         print(f"{part.size} {size}: {points[-1]['seconds']:.3f} s", flush=True)
-    found = {name: fits(list(part.sizes), [point[name] for point in points]) for name in ("seconds", "bytes")}
-    return {"environment": environment() | devices(), "title": part.title, "points": points, "fits": found}
+    results = {name: fits(list(part.sizes), [point[name] for point in points]) for name in ("seconds", "bytes")}
+    return {"environment": environment() | devices(), "title": part.title, "points": points, "fits": results}
 
 
-def tables(found: dict[str, dict]) -> str:
-    """A table of points for each part, and one of all fits."""
+def tables(results: dict[str, dict]) -> str:
+    """Return one table of points per part, and one of all fits."""
     lines = []
-    for name, part in found.items():
+    for name, part in results.items():
         lines += [f"**{name}**: {part['title']}", ""]
-        lines += [f"| {PARTS[name].size} | step | memory | of it temporary | compiling |", "| ---: " * 5 + "|"]
+        lines += [f"| {PARTS[name].size} | step | memory | temporary memory | compilation |", "| ---: " * 5 + "|"]
         for point in part["points"]:
             memory, temporary = (f"{point[key] / 2**20:,.0f} MiB" for key in ("bytes", "temporary_bytes"))
             lines.append(
@@ -212,15 +215,15 @@ def tables(found: dict[str, dict]) -> str:
                 f"{point['compile_seconds']:.1f} s |"
             )
         lines.append("")
-    lines += ["| part | time exponent | time as a line | off by | memory exponent | memory as a line | off by |"]
+    lines += ["| part | time exponent | linear fit of time | max error | memory exponent | linear fit | max error |"]
     lines += ["| --- " + "| ---: " * 6 + "|"]
-    for name, part in found.items():
-        told = []
+    for name, part in results.items():
+        cells = []
         for key, scale, unit in (("seconds", 1e3, "ms"), ("bytes", 2**-20, "MiB")):
             fit = part["fits"][key]
             line = f"{_short(scale * fit['start'])} + {_short(scale * fit['each'])} n {unit}"
-            told += [f"{fit['exponent']:.2f}", line, f"{100 * fit['deviation']:.0f}%"]
-        lines.append(f"| {name} | {' | '.join(told)} |")
+            cells += [f"{fit['exponent']:.2f}", line, f"{100 * fit['deviation']:.0f}%"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -231,25 +234,25 @@ def _short(value: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the results are, or will be")
-    parser.add_argument("--part", choices=PARTS, help="measure this part alone")
-    parser.add_argument("--table", action="store_true", help="only print what the file holds")
-    parser.add_argument("--toy", action="store_true", help="the smallest points of a narrow model: does it run?")
+    parser.add_argument("--json", type=Path, required=True, help="results file")
+    parser.add_argument("--part", choices=PARTS, help="measure only this part")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
+    parser.add_argument("--toy", action="store_true", help="smoke test: the smallest points of a narrow model")
     options = parser.parse_args()
     known = {name: smallest(part) if options.toy else part for name, part in PARTS.items()}
-    found = json.loads(options.json.read_text()) if options.json.exists() else {}
+    results = json.loads(options.json.read_text()) if options.json.exists() else {}
     if not options.table:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
+        jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
         chosen = {"model": TOY, "clock": 0.0} if options.toy else {}
         measure = functools.cache(functools.partial(measured, **chosen))  # parts share points
         for name in [options.part] if options.part else PARTS:
             print(f"{name}: {known[name].title}", flush=True)
-            found = {key: found.get(key) for key in PARTS} | {name: run_part(known[name], measure)}
-            found = {key: part for key, part in found.items() if part is not None}
+            results = {key: results.get(key) for key in PARTS} | {name: run_part(known[name], measure)}
+            results = {key: part for key, part in results.items() if part is not None}
             with whole_file(options.json) as staging:
-                staging.write_text(json.dumps(found, indent=1) + "\n")
-    print(tables(found))
+                staging.write_text(json.dumps(results, indent=1) + "\n")
+    print(tables(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a user would pick instead: transformers and PEFT in PyTorch, as their documentation has it."""
+"""The baseline: transformers and PEFT in PyTorch, used as in their documentation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +9,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 Row = tuple[list[int], list[int]]
-"""A row's token ids, and its labels: -100 where nothing is to be learned."""
+"""A row's token ids, and its labels: -100 for tokens without loss."""
 
 
 def training(
     folder: str, adapter: str | None, batches: Sequence[Sequence[Row]], rank: int, alpha: float, rate: float
 ) -> tuple[dict[str, Any], Any]:
-    """A side of `sides.alternate`: an optimizer step on a batch of padded rows.
+    """Make a side of `sides.alternate` whose work is an optimizer step on a batch of padded rows.
 
-    folder: the model's. adapter: a PEFT folder whose LoRA is active and frozen, or None. rank: a LoRA of this rank on
-    all linear maps is trained by AdamW, or 0: all weights are, by SGD with momentum. Facts: the loss of each batch
-    before the first step.
+    folder: the model's folder. adapter: a PEFT folder whose LoRA is active and frozen, or None. rank: the rank of a
+    LoRA on all linear layers, trained with AdamW; 0 trains all weights with SGD and momentum. The facts are the loss of
+    each batch before the first step, the batch shapes and the number of trained parameters.
     """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -57,10 +57,10 @@ def _features(row: Row) -> dict[str, list[int]]:
 def decoding(
     folder: str, prompts: Sequence[Sequence[int]], new_tokens: int, cache: str | None, kept: str
 ) -> tuple[dict[str, Any], Any]:
-    """A side of `sides.alternate`: greedy replies to all prompts in one padded batch.
+    """Make a side of `sides.alternate` whose work is greedy replies to all prompts in one padded batch.
 
-    cache: "static", "dynamic" or None for the default. kept: a file for the replies. As a side of a comparison of
-    speed all replies are as long: nothing stops them.
+    cache: "static", "dynamic" or None for the default. kept: the file for the replies. For comparability, no reply
+    stops early.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")

@@ -1,11 +1,11 @@
-"""The table of docs/scale.md: what fits which TPU slice, and how fast the compiler thinks it would be.
+"""Generate the table of docs/scale.md: which model fits which TPU slice, and how fast, by compile-time estimates.
 
-    python benchmarks/scale.py [--part 0/2]      # compiles what docs/scale.json lacks: a minute or two a row
-    python benchmarks/scale.py --table           # writes the table from docs/scale.json
-    python benchmarks/scale.py --toy             # compiles one small row and prints it: does it run?
+    python benchmarks/scale.py [--part 0/2]      # compile the rows missing in docs/scale.json, 1 to 2 minutes each
+    python benchmarks/scale.py --table           # write the table from docs/scale.json
+    python benchmarks/scale.py --toy             # smoke test: compile one small row and print it
 
-Needs `jax[tpu]` for its compiler, and no TPU. A row is compiled with the lines given here, or with half as many until
-it fits.
+Needs the compiler of `jax[tpu]`, but no TPU. A row is compiled with the number of sequences given here, which is halved
+until it fits.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SLICES = {
 }
 
 ROWS = [
-    # model, slice, phase, lines of each part of the batch, length, remat
+    # model, slice, phase, sequences per shard of the batch, length, remat
     ("llama-2-7b", "v5p-8", "finetune", 8, 2048, "attention"),
     ("llama-2-13b", "v5p-8", "finetune", 8, 2048, "attention"),
     ("llama-3.1-8b", "v5p-8", "finetune", 8, 2048, "attention"),
@@ -80,7 +80,7 @@ def key(row: tuple) -> str:
 
 
 def measured(row: tuple) -> dict:
-    """What the compiler says of a row."""
+    """Compile a row and return the plan's figures; halve the batch until it fits."""
     model, slice_name, phase, lines, length, remat = row
     topology, mesh = SLICES[slice_name]
     file = f"configs/models/{model}.json"
@@ -101,7 +101,7 @@ def measured(row: tuple) -> dict:
                 plan = compiled(dataclasses.replace(settings, training=training), architecture)
                 break
             except TooLarge as error:
-                print(f"  {lines} lines a part: {error}", flush=True)
+                print(f"  {lines} sequences per shard: {error}", flush=True)
                 smallest = 2 if phase == "vectors" else 1
                 if lines == smallest:
                     return {"fits": False}
@@ -130,59 +130,59 @@ def load() -> dict[str, dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def save(name: str, found: dict) -> None:
-    everything = load() | {name: found}
+def save(name: str, result: dict) -> None:
+    everything = load() | {name: result}
     with whole_file(RESULTS) as staging:
         staging.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 def table(results: dict[str, dict], rows: list[tuple] = ROWS) -> str:
-    """A table a model, so that none has more than eight columns."""
+    """Return one Markdown table per model, so that none has more than eight columns."""
     head = [
-        "| slice | phase | batch, remat | HBM of chip | step (against plain) | waiting | MFU | tokens/s |",
+        "| slice | phase | batch, remat | HBM per chip | step (vs. plain) | waiting | MFU | tokens/s |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     phases = {"finetune": "2, all weights", "plain": "plain, all weights", "vectors": "1, vectors"}
     lines: dict[str, list[str]] = {}
     for row in sorted(rows, key=lambda row: (row[0], list(SLICES).index(row[1]), list(phases).index(row[2]))):
-        found = results.get(key(row))
-        if found is None:
+        result = results.get(key(row))
+        if result is None:
             continue
         model, slice_name, phase, _, length, remat = row
-        some = lines.setdefault(model, [f"**{model}**", "", *head])
-        if not found["fits"]:
-            some.append(f"| {slice_name} | {phases[phase]} | {remat} | does not fit | | | | |")
+        model_lines = lines.setdefault(model, [f"**{model}**", "", *head])
+        if not result["fits"]:
+            model_lines.append(f"| {slice_name} | {phases[phase]} | {remat} | does not fit | | | | |")
             continue
         plain = results.get(key((model, slice_name, "plain", *row[3:])))
-        step = f"{found['seconds']:.2f} s"
-        if phase == "finetune" and plain is not None and plain.get("lines") == found["lines"]:
-            step += f" ({100 * (found['seconds'] / plain['seconds'] - 1):+.1f}%)"
-        some.append(
-            f"| {slice_name} | {phases[phase]} | {found['lines']} x {length}, {remat} | "
-            f"{found['total_gib']:.1f} of {found['memory_gib']:.0f} GiB | {step} | "
-            f"{100 * found['exposed_seconds'] / found['seconds']:.0f}% | {100 * found['mfu']:.1f}% | "
-            f"{found['tokens_per_second']:,.0f} |"
+        step = f"{result['seconds']:.2f} s"
+        if phase == "finetune" and plain is not None and plain.get("lines") == result["lines"]:
+            step += f" ({100 * (result['seconds'] / plain['seconds'] - 1):+.1f}%)"
+        model_lines.append(
+            f"| {slice_name} | {phases[phase]} | {result['lines']} x {length}, {remat} | "
+            f"{result['total_gib']:.1f} of {result['memory_gib']:.0f} GiB | {step} | "
+            f"{100 * result['exposed_seconds'] / result['seconds']:.0f}% | {100 * result['mfu']:.1f}% | "
+            f"{result['tokens_per_second']:,.0f} |"
         )
-    return "\n\n".join("\n".join(some) for some in lines.values())
+    return "\n\n".join("\n".join(model_lines) for model_lines in lines.values())
 
 
 def remat_table(results: dict[str, dict]) -> str:
     lines = [
-        "| remat | HBM of chip | of it activations | step | MFU |",
+        "| remat | HBM per chip | activations | step | MFU |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in REMAT_ROWS:
-        found = results.get(key(row))
-        if found is not None:
+        result = results.get(key(row))
+        if result is not None:
             lines.append(
-                f"| `{row[-1]}` | {found['total_gib']:.1f} GiB | {found['activations_gib']:.1f} GiB | "
-                f"{found['seconds']:.3f} s | {100 * found['mfu']:.1f}% |"
+                f"| `{row[-1]}` | {result['total_gib']:.1f} GiB | {result['activations_gib']:.1f} GiB | "
+                f"{result['seconds']:.3f} s | {100 * result['mfu']:.1f}% |"
             )
     return "\n".join(lines)
 
 
 def write(name: str, text: str) -> None:
-    """Put the text between the marks of this name in the page."""
+    """Replace the text between this name's markers in the page."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, _, rest = PAGE.read_text().partition(start)
     with whole_file(PAGE) as staging:
@@ -191,9 +191,9 @@ def write(name: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th row from i on")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th row, starting with row i")
     parser.add_argument("--table", action="store_true", help="only write the table")
-    parser.add_argument("--toy", action="store_true", help="only compile a row of the smallest model, and print it")
+    parser.add_argument("--toy", action="store_true", help="smoke test: compile one small row and print it")
     options = parser.parse_args()
     if options.toy:
         jax.config.update("jax_platforms", "cpu")
@@ -205,9 +205,9 @@ def main() -> None:
         for row in (ROWS + REMAT_ROWS)[part::parts]:
             if key(row) not in load():
                 print(key(row), flush=True)
-                found = measured(row)
-                save(key(row), found)
-                print(f"  {found}", flush=True)
+                result = measured(row)
+                save(key(row), result)
+                print(f"  {result}", flush=True)
     write("table", table(load()))
     write("remat", remat_table(load()))
 

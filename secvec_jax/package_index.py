@@ -1,12 +1,11 @@
-"""Copy one file out of the package indexes that pip is configured for, without building or running what is in it.
+"""Download one file from the package indexes that pip is configured for, without building or running it.
 
     python -I package_index.py PROJECT FILENAME SHA256 TARGET
 
-`pip download` runs the build backend of a source distribution, and of another file at that name as well. So this asks
-pip for the links of a project, under the user's own configuration (indexes, proxies, certificates, credentials), and
-copies the bytes. Whether they are the right ones is for the caller to check: SHA256 only decides between several files
-of that name. A script for an interpreter of its own, since pip has no API for other programs to import; it imports
-nothing else of this package.
+`pip download` runs the build backend of a source distribution. This script instead asks pip for a project's links,
+using the user's configuration (indexes, proxies, certificates, credentials), and copies the bytes. The caller must
+verify them: here SHA256 only selects among several files with the same name. It runs in a separate interpreter because
+pip has no public API, and it imports nothing else from this package.
 """
 
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 
 def main(project: str, filename: str, sha256: str, target: str) -> None:
-    """Write the file to `target`. Ends the process with one line on stderr if no index has it."""
+    """Write the file to `target`, or exit with one line on stderr if no index has it."""
     from pip._internal.commands import create_command
 
     command = create_command("download")
@@ -30,7 +29,7 @@ def main(project: str, filename: str, sha256: str, target: str) -> None:
             sys.exit(f"ERROR: no package index that pip can reach has {filename}")
         response = session.get(links[0].url_without_fragment, headers={"Accept-Encoding": "identity"}, stream=True)
         if not response.ok:
-            sys.exit(f"ERROR: the package index answers {response.status_code} for {filename}")
+            sys.exit(f"ERROR: the package index returned {response.status_code} for {filename}")
         with Path(target).open("wb") as out:
             for chunk in response.iter_content(1 << 20):
                 out.write(chunk)

@@ -1,8 +1,8 @@
-"""A line on the screen that shows how far a public function is, where someone is watching.
+"""Progress lines for the public functions, in terminals and notebooks.
 
-In a notebook and in a terminal `sv.align`, `sv.train_vectors`, `sv.finetune` and `sv.generate` show one line that is
-written over at each update, unless the caller passes a function of their own. Scripts whose output goes to a file or a
-pipe stay silent. It is plain text: a rich bar needs ipywidgets in a notebook.
+`sv.align`, `sv.train_vectors`, `sv.finetune` and `sv.generate` show one line that is overwritten at each update, unless
+the caller passes a progress callback. Nothing is shown if the output goes to a file or a pipe. The line is plain text
+because a rich progress bar needs ipywidgets in a notebook.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from secvec_jax.distributed import is_main_process
 
 _EVERY = 0.2
-"""Seconds between two updates."""
+"""Minimum seconds between two updates."""
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 @contextlib.contextmanager
 def step_progress(what: str, on_step: OnStep | None) -> Iterator[OnStep]:
-    """The caller's own `on_step`, or one that shows the step, the loss and the time left."""
+    """Yield the caller's `on_step`, or one that shows the step, the loss and the remaining time."""
     if on_step is not None:
         yield on_step
         return
@@ -39,7 +39,7 @@ def step_progress(what: str, on_step: OnStep | None) -> Iterator[OnStep]:
 
 @contextlib.contextmanager
 def reply_progress(total: int, progress: Callable[[int], None] | None) -> Iterator[Callable[[int], None]]:
-    """The caller's own `progress`, or one that shows how many replies are done."""
+    """Yield the caller's `progress`, or one that shows how many replies are done."""
     if progress is not None:
         yield progress
         return
@@ -49,7 +49,7 @@ def reply_progress(total: int, progress: Callable[[int], None] | None) -> Iterat
 
 @contextlib.contextmanager
 def _line() -> Iterator[Callable[[str, bool], None]]:
-    """A function that shows a text in place of the one before; the line is ended when the block is."""
+    """Yield a function that overwrites the current line; the line is terminated when the block ends."""
     watched, updated, width = is_main_process() and _is_watched(), 0.0, 0
 
     def show(text: str, last: bool) -> None:
@@ -67,6 +67,6 @@ def _line() -> Iterator[Callable[[str, bool], None]]:
 
 
 def _is_watched() -> bool:
-    """Whether standard error is a terminal or a notebook's."""
+    """Return whether standard error goes to a terminal or a notebook."""
     notebook = "ipykernel" in sys.modules and "IPython" in sys.modules
     return notebook or (sys.stderr is not None and sys.stderr.isatty())

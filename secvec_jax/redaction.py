@@ -1,4 +1,4 @@
-"""Keys and passwords kept out of messages, files and reports."""
+"""Remove keys and passwords from messages, files and reports."""
 
 import base64
 import json
@@ -13,14 +13,14 @@ _KEY_PARAMETER = re.compile(
     re.IGNORECASE,
 )
 _SHORTEST = 6
-"""Characters of a secret that is looked for in text. A shorter one, such as the "none" of a server without keys, is
-part of too many words."""
+"""Minimum length of a secret to be removed. Shorter ones, such as "none" for a server without keys, occur in ordinary
+words."""
 
 
 def redact(text: str, *secrets: str) -> str:
-    """The text without credentials in URLs (`user:password@`, `?api_key=`), and without the given secrets.
+    """Return the text with credentials in URLs (`user:password@`, `?api_key=`) and the given secrets masked.
 
-    A secret is also removed as JSON, a URL and HTTP's basic authentication spell it.
+    Secrets are also masked in the forms in which JSON, URLs and HTTP basic authentication encode them.
     """
     for secret in secrets:
         if len(secret) >= _SHORTEST:

@@ -1,6 +1,7 @@
-"""Run directories in place of the files in them: `--model runs/tuned`, `--vectors runs/vectors`.
+"""Resolve run directories to the model or vectors inside them: `--model runs/tuned`, `--vectors runs/vectors`.
 
-Whatever loads a model or vectors from a path asks here first, so every command and `sv.load` take the same paths.
+Everything that loads a model or vectors from a path resolves it here, so all commands and `sv.load` accept the same
+paths.
 """
 
 from pathlib import Path
@@ -11,9 +12,9 @@ _MODEL, _ADAPTER, _VECTORS = "config.json", "adapter_config.json", "security.saf
 
 
 def find_model(source: str | Path) -> Path:
-    """The path of a model: that of a run directory's model, any other path as it is.
+    """Return the path of the model in a run directory; any other path is returned unchanged.
 
-    Raises UserError for a run directory of several models, and for an adapter.
+    Raises UserError for a run directory with several models, and for an adapter.
     """
     path = Path(source).expanduser()
     if not path.is_dir() or (path / _MODEL).is_file():
@@ -22,20 +23,20 @@ def find_model(source: str | Path) -> Path:
         return path / "model"
     if (path / _ADAPTER).is_file():
         raise UserError(
-            f"{path} is an adapter, not a model: give the model that it was trained for, and the adapter with "
+            f"{path} is an adapter, not a model: name the model it was trained for, and pass the adapter with "
             "--vectors (to merge it into the model: eval.py export --adapters)"
         )
-    if several := sorted(
-        str(found.parent) for found in (*path.glob("model/*/config.json"), *path.glob("*/config.json"))
+    if candidates := sorted(
+        str(config.parent) for config in (*path.glob("model/*/config.json"), *path.glob("*/config.json"))
     ):
-        raise UserError(f"{path} is not a model, it has {len(several)} of them: give one of {', '.join(several)}")
+        raise UserError(f"{path} contains {len(candidates)} models: use one of {', '.join(candidates)}")
     return path
 
 
 def find_vectors(source: str | Path) -> Path:
-    """The path of vectors: that of a run directory's vectors, any other path as it is.
+    """Return the path of the vectors in a run directory; other paths that can hold vectors are returned unchanged.
 
-    Raises UserError for a folder without vectors, and for one of several that are not from `train.py vectors`.
+    Raises UserError for a folder without vectors, and for a run directory of another command with several of them.
     """
     path = Path(source).expanduser()
     if not path.is_dir() or (path / _ADAPTER).is_file():
@@ -43,12 +44,12 @@ def find_vectors(source: str | Path) -> Path:
     for folder in (path / "vectors", path):
         if (folder / _VECTORS).is_file():
             return folder / _VECTORS
-    several = sorted(str(found) for found in path.glob("vectors/*.safetensors"))
-    if len(several) == 1:
-        return Path(several[0])
-    if several:
-        raise UserError(f"{path} has {len(several)} files of vectors: give one of {', '.join(several)}")
+    candidates = sorted(str(file) for file in path.glob("vectors/*.safetensors"))
+    if len(candidates) == 1:
+        return Path(candidates[0])
+    if candidates:
+        raise UserError(f"{path} contains {len(candidates)} files of vectors: use one of {', '.join(candidates)}")
     raise UserError(
-        f"{path} has no vectors: give a run directory of `train.py vectors`, a file that it wrote, or a PEFT adapter "
-        f"folder, which has an {_ADAPTER}"
+        f"{path} contains no vectors: use a run directory of `train.py vectors`, a file that it wrote, or a PEFT "
+        f"adapter folder, which has an {_ADAPTER}"
     )

@@ -1,17 +1,17 @@
-"""Where every array lies on the mesh of devices.
+"""Sharding of every array over the device mesh, from one table of rules.
 
-The model names the axes of its arrays by what they mean ("embed", "heads", "batch"). One table, `AXIS_RULES`, says over
-which mesh axes each of them is sharded. The mesh is JAX's ambient one:
+The model gives the axes of its arrays logical names ("embed", "heads", "batch"). One table, `AXIS_RULES`, maps each
+logical axis to the mesh axes over which it is sharded. The mesh is JAX's ambient one:
 
     with jax.set_mesh(make_mesh(fsdp=8, tensor=4)):
-        model = load("owner/name")        # every device gets its part of the weights
-        tuned = align(model, rows)        # every batch, gradient and optimizer state is sharded as the table says
+        model = load("owner/name")        # every device gets its shard of the weights
+        tuned = align(model, rows)        # batches, gradients and optimizer state are sharded by the same table
 
-Without a mesh nothing here does anything, and programs are those of one device.
+Without a mesh, the functions in this module do nothing, and programs run on one device.
 
-    data    copies of the weights, each with its part of the batch
-    fsdp    weights are sharded, and gathered layer by layer when they are used; the batch is sharded as well
-    tensor  heads, MLP channels and vocabulary are sharded, and so is the work on them
+    data    data parallelism: the weights are replicated and the batch is sharded
+    fsdp    the weights are sharded, and gathered layer by layer when they are used; the batch is sharded as well
+    tensor  tensor parallelism: heads, MLP channels and vocabulary are sharded, and so is the work on them
 """
 
 import functools
@@ -42,26 +42,26 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "rank": None,
 }
-"""Logical axis -> the mesh axes that it is spread over.
+"""Logical axis -> the mesh axes over which it is sharded.
 
-"embed" is the model dimension of a weight, "hidden" that of an activation or of a low-rank factor; "copies" is a
-batch that is not spread over fsdp.
+"embed" is the model dimension of a weight, "hidden" that of an activation or a low-rank factor; "copies" is a batch
+axis that is not sharded over fsdp.
 """
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
 LogicalAxes = tuple[str | None, ...]
-"""The logical name of each axis of an array; None is whole on every device."""
+"""The logical name of each axis of an array; None is replicated."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """ "fsdp=8,tensor=4" -> {"fsdp": 8, "tensor": 4}. Raises UserError."""
+    """Parse "fsdp=8,tensor=4" into {"fsdp": 8, "tensor": 4}. Raises UserError for any other form."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9][0-9]{0,6})\s*", part)
         if match is None or match[1] not in MESH_AXES or match[1] in sizes:
             raise UserError(
-                f"mesh {text!r} is not of the form fsdp=8,tensor=4, with axes {', '.join(MESH_AXES)} once each"
+                f"invalid mesh {text!r}: use the form fsdp=8,tensor=4, with each of {', '.join(MESH_AXES)} at most once"
             )
         sizes[match[1]] = int(match[2])
     return sizes
@@ -69,44 +69,46 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 @checked
 def make_mesh(data: PositiveInt = 1, fsdp: PositiveInt = 1, tensor: PositiveInt = 1, *, devices: Any = None) -> Mesh:
-    """The mesh with these axes over all devices. Raises UserError if it does not take exactly all of them."""
+    """Make a mesh with these axes over all devices. Raises UserError if it does not use exactly all of them."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     needed, have = data * fsdp * tensor, len(jax.devices() if devices is None else devices)
     if needed != have:
         text = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "fsdp=1"
-        raise UserError(f"mesh {text} takes {needed} devices, there are {have}: the axes must multiply to {have}")
+        raise UserError(
+            f"mesh {text} needs {needed} devices, but there are {have}: the product of the axes must be {have}"
+        )
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def platform() -> str:
-    """What programs are made for: "cpu", "gpu" or "tpu"."""
+    """Return the platform that programs are compiled for: "cpu", "gpu" or "tpu"."""
     return _device().platform
 
 
 def device_kind() -> str:
-    """The model of the devices that programs are made for: "cpu", "NVIDIA H200", "TPU v5 lite"."""
+    """Return the kind of device that programs are compiled for: "cpu", "NVIDIA H200", "TPU v5 lite"."""
     return _device().device_kind
 
 
 def _device() -> Any:
-    """One of the devices that programs are made for; those of the ambient mesh may not be here."""
+    """Return one of the devices that programs are compiled for; those of an ambient mesh may be abstract."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.devices()[0] if mesh.empty else mesh.abstract_device
 
 
 def partition_spec(*axes: str | None) -> P:
-    """How an array with these logical axes is sharded over the ambient mesh."""
-    # In XLA's own spelling, without axes of one device: a program whose outputs are its next inputs compiles once.
+    """Return the partition spec of an array with these logical axes on the ambient mesh."""
+    # Normalized as XLA does, without mesh axes of size 1: a program whose outputs are its next inputs compiles once.
     sizes = jax.sharding.get_abstract_mesh().shape
 
     def over(axis: str | None) -> tuple[str, ...] | str | None:
         names = tuple(name for name in _mesh_axes(axis) if sizes.get(name, 1) > 1)
         return names if len(names) > 1 else next(iter(names), None)
 
-    places = [over(axis) for axis in axes]
-    while places and places[-1] is None:
-        places.pop()
-    return P(*places)
+    spec = [over(axis) for axis in axes]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return P(*spec)
 
 
 def _mesh_axes(axis: str | None) -> tuple[str, ...]:
@@ -115,28 +117,28 @@ def _mesh_axes(axis: str | None) -> tuple[str, ...]:
 
 
 def named_sharding(*axes: str | None) -> NamedSharding | None:
-    """The sharding of an array with these logical axes on the ambient mesh; None without a mesh."""
+    """Return the sharding of an array with these logical axes on the ambient mesh; None without a mesh."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else NamedSharding(mesh, partition_spec(*axes))
 
 
 def num_shards(axis: str | None) -> int:
-    """Into how many parts the ambient mesh divides a logical axis."""
+    """Return the number of shards of a logical axis on the ambient mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes.get(name, 1) for name in _mesh_axes(axis))
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-    """Inside a jitted program: the array with its sharding fixed. Without a mesh, the array as it is."""
+    """Constrain the sharding of an array inside a jitted program; does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return array
-    # A batch that does not divide stays whole: the common head of all prompts is a single line.
+    # An axis that does not divide is replicated: the shared prefix of all prompts is a batch of one.
     fits = [axis if array.shape[i] % num_shards(axis) == 0 else None for i, axis in enumerate(axes)]
     return jax.lax.with_sharding_constraint(array, partition_spec(*fits))
 
 
 def all_gather(weight: jax.Array, *axes: str | None) -> jax.Array:
-    """Inside a jitted program: a weight gathered along "embed" for its use; its gradient is sharded like the weight."""
+    """Gather a weight along "embed" inside a jitted program; its gradient is sharded like the weight."""
     return weight if jax.sharding.get_abstract_mesh().empty else _all_gather(weight, axes)
 
 
@@ -145,17 +147,17 @@ def _all_gather(weight: jax.Array, axes: LogicalAxes) -> jax.Array:
     return constrain(weight, *("hidden" if axis == "embed" else axis for axis in axes))
 
 
-# By itself a constraint holds for the gradient too, which would be summed whole on every device.
+# Without this, the constraint would apply to the gradient too, which would be all-reduced instead of reduce-scattered.
 _all_gather.defvjp(
     lambda weight, axes: (_all_gather(weight, axes), None), lambda axes, _, gradient: (constrain(gradient, *axes),)
 )
 
 
 def logical_axes(tree: Any) -> list[LogicalAxes]:
-    """The `LogicalAxes` of every leaf of a tree: of decoders, vectors, and whatever mirrors them (optimizer states).
+    """Return the `LogicalAxes` of every leaf of a tree: decoders, vectors, and what mirrors them (optimizer states).
 
-    An NNX variable tells them in its metadata `axes`, other nodes by a method `axes()` with a tree of the same form;
-    the rest is whole everywhere.
+    NNX variables provide them in their metadata `axes`, other nodes through a method `axes()` that returns a tree of
+    the same structure. All other leaves are replicated.
     """
 
     def of(node: Any) -> list[LogicalAxes]:
@@ -170,10 +172,9 @@ def logical_axes(tree: Any) -> list[LogicalAxes]:
 
 
 def shard(tree: Any) -> Any:
-    """The tree laid out on the ambient mesh as its `logical_axes` say: arrays, shapes in place of arrays, or, inside a
-    jitted program, what is traced.
+    """Shard a tree over the ambient mesh by its `logical_axes`; without a mesh, return it unchanged.
 
-    Without a mesh, the tree as it is.
+    Leaves may be arrays, `jax.ShapeDtypeStruct`s or, inside a jitted program, tracers.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return tree
@@ -191,11 +192,11 @@ def _shard(leaf: Any, axes: LogicalAxes) -> Any:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=named_sharding(*axes))(leaf)
     host, where = np.asarray(leaf), named_sharding(*axes)
-    assert where is not None, "shard() returns the tree as it is where there is no mesh"
+    assert where is not None, "without a mesh, shard() returns the tree unchanged"
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def replicate(tree: Any) -> Any:
-    """The tree with every array whole on every device, so that any process can read it."""
+    """Replicate every array of a tree on all devices, so that any process can read it."""
     mesh = jax.sharding.get_mesh()
     return tree if mesh.empty else jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))(tree)

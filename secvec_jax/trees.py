@@ -1,4 +1,4 @@
-"""Measures of parameter trees: who they are, how large, how far apart."""
+"""Fingerprints, sizes and distances of parameter trees."""
 
 import functools
 import hashlib
@@ -21,7 +21,7 @@ _PIECE_BYTES = 2**26
 def fingerprint(tree: Tree) -> str:
     """sha256 over the names, shapes, dtypes and bytes of all leaves: equal if and only if the trees are.
 
-    Where arrays lie does not count. Arrays that are spread over several processes must be asked about by all of them.
+    Sharding does not affect it. If arrays are sharded over several processes, all of them must call this function.
     """
     digest = hashlib.sha256()
     for name, leaf in _named_leaves(tree):
@@ -48,10 +48,10 @@ def _named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
 
 
 def pieces(array: jax.Array | np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
-    """The array on the host of every process, so many rows at a time, `[rows, ...]`.
+    """Yield the array in blocks `[rows, ...]` on the host of every process.
 
-    Without `rows`, as a whole where that takes no copy, else in blocks of at most 64 MiB or one row. If the array is
-    spread over several processes, all of them must take all pieces.
+    Without `rows`, it is yielded whole if that needs no copy, else in blocks of at most 64 MiB, or of one row. If the
+    array is sharded over several processes, all of them must consume all blocks.
     """
     if not isinstance(array, jax.Array) or array.is_fully_replicated:
         host = np.asarray(array)
@@ -68,7 +68,7 @@ def pieces(array: jax.Array | np.ndarray, rows: int | None = None) -> Iterator[n
 
 
 def _with_whole_rows(array: jax.Array) -> jax.Array:
-    """The same array with its first axis on every device, so that a block of rows is gathered without the others."""
+    """Return the array with its first axis replicated, so that a block of rows is gathered without the others."""
     where = cast(NamedSharding, array.sharding)
     axes: list[Any] = [*where.spec, *[None] * (array.ndim - len(where.spec))]
     mesh, first, others = where.mesh, axes[0], axes[1:]
@@ -88,18 +88,18 @@ def _slice(array: jax.Array, start: int, size: int, where: NamedSharding) -> jax
 
 @jax.jit
 def distance(a: Tree, b: Tree) -> jax.Array:
-    """The L2 norm of `a - b` over all leaves, float32: the drift of one set of parameters from another."""
+    """Return the L2 norm of `a - b` over all leaves, in float32: the drift of one set of parameters from another."""
     squares = jax.tree.map(lambda x, y: jnp.sum(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32))), a, b)
     return jnp.sqrt(jax.tree.reduce(jnp.add, squares))
 
 
 def num_parameters(tree: Tree) -> int:
-    """How many numbers a tree holds; leaves that are no arrays count for none."""
+    """Return the number of array elements in a tree; leaves that are not arrays count as 0."""
     return sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(tree))
 
 
 def unstacked(tree: Tree, count: int) -> list[Tree]:
-    """The `count` trees that are stacked on the leading axis of `tree`'s leaves."""
+    """Return the `count` trees that are stacked along the leading axis of `tree`'s leaves."""
 
     def part(index: int) -> Tree:
         return jax.tree.map(lambda leaf: leaf[index], tree)

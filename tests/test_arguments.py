@@ -328,7 +328,7 @@ def test_an_alignment_of_few_steps_is_warned_of_once():
     (lambda folder: MODEL.save(None), "folder is None"),
     (lambda folder: MODEL.save(""), "folder is ''"),
     (lambda folder: MODEL.save(folder / "data.jsonl"), "data.jsonl is a file"),
-    (lambda folder: MODEL.save(folder), "holds other files, which would be replaced"),
+    (lambda folder: MODEL.save(folder), "contains other files, which would be replaced"),
     (lambda folder: MODEL.save("."), "current folder"),
     (lambda folder: MODEL.save(folder / "new", card=5), "card is 5"),
     (lambda folder: sv.load(None), "model is None: pass an embedded name"),

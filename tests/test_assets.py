@@ -188,12 +188,12 @@ def test_sdist_members_can_be_read(pip, monkeypatch):
     _register(monkeypatch, _sdist(), "tiny-1.0.tar.gz", sdist=True)
     assert assets.read_text("tiny", "tiny-1.0/data.txt") == "hello"
     for missing in ("tiny-1.0/nothing", "tiny-1.0/folder"):
-        with pytest.raises(UserError, match="holds no file"):
+        with pytest.raises(UserError, match="contains no file"):
             assets.read_bytes("tiny", missing)
 
 
 def test_a_missing_wheel_member_is_named(wheel):
-    with pytest.raises(UserError, match=r"holds no file .tiny/nothing\.txt."):
+    with pytest.raises(UserError, match=r"contains no file .tiny/nothing\.txt."):
         assets.read_bytes("tiny", "tiny/nothing.txt")
 
 

@@ -145,9 +145,9 @@ def test_a_signal_to_one_process_saves_and_ends_both_with_130(files, tmp_path):
 @pytest.mark.parametrize(
     ("mesh", "model", "lines", "words"),
     [
-        pytest.param("fsdp=3", "model", 4, "mesh fsdp=3 takes 3 devices, there are 2: the axes must multiply to 2",
+        pytest.param("fsdp=3", "model", 4, "fsdp=3 needs 3 devices, but there are 2: the product of the axes must be 2",
                      marks=pytest.mark.release),
-        ("", "model", 4, "2 processes need a mesh: give --mesh, such as --mesh fsdp=2"),
+        ("", "model", 4, "2 processes need a mesh: set one, such as --mesh fsdp=2"),
         pytest.param("fsdp=2", "model", 3, "a batch of 3 sequences cannot be sharded over 2 devices",
                      marks=pytest.mark.release),
         ("tensor=2", "odd", 4, "mesh tensor=2 does not divide the model's 1 key-value heads: use tensor=1"),

@@ -64,7 +64,7 @@ def test_a_cluster_that_cannot_be_joined_is_one_line_each():
     assert len(lines) == len(cases)
     for line, (words, settings) in zip(lines, cases.items(), strict=True):
         assert line.startswith(f"cannot join the cluster {settings['cluster']!r} (") and words in line
-        assert "give --processes and --process too" in line
+        assert "also needs --processes and --process" in line
 
 
 def test_joining_too_late_is_told_as_well():

@@ -38,7 +38,7 @@ def test_the_model_of_a_path(tmp_path, files, given, found):
 def test_a_run_of_several_models_names_them(tmp_path):
     _touch(tmp_path, "q/model/aligned/config.json", "q/model/plain/config.json")
     for given in ("q", "q/model"):
-        with pytest.raises(UserError, match=r"has 2 of them: give one of .*model/aligned, .*model/plain$"):
+        with pytest.raises(UserError, match=r"contains 2 models: use one of .*model/aligned, .*model/plain$"):
             find_model(tmp_path / given)
 
 
@@ -72,9 +72,9 @@ def test_the_vectors_of_a_path(tmp_path, files, given, found):
 @pytest.mark.parametrize(
     ("files", "hint"),
     [
-        (["r/vectors/a.safetensors", "r/vectors/b.safetensors"], "has 2 files of vectors: give one of"),
-        (["r/model/config.json", "r/task/adapter_config.json"], "has no vectors: give a run directory"),
-        (["r/config.json", "r/model.safetensors"], "has no vectors: give a run directory"),
+        (["r/vectors/a.safetensors", "r/vectors/b.safetensors"], "contains 2 files of vectors: use one of"),
+        (["r/model/config.json", "r/task/adapter_config.json"], "contains no vectors: use a run directory"),
+        (["r/config.json", "r/model.safetensors"], "contains no vectors: use a run directory"),
     ],
 )
 def test_a_folder_without_vectors_is_told(tmp_path, files, hint):
@@ -92,5 +92,5 @@ def test_models_and_vectors_load_from_run_directories(tiny_model, random_vectors
     assert load_architecture(tmp_path / "tuned") == model.architecture
     chex.assert_trees_all_equal(load_vectors(tmp_path / "v", model), vectors)
     assert holds_security_vectors(tmp_path / "v")
-    with pytest.raises(UserError, match="holds security vectors"):
+    with pytest.raises(UserError, match="contains security vectors"):
         export(Export(str(tmp_path / "tuned"), (str(tmp_path / "v"),), out=str(tmp_path / "other")), "command")

@@ -113,9 +113,9 @@ def test_a_mesh_that_cannot_be_read_is_shown_with_the_form(text):
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"fsdp": 3}, "mesh fsdp=3 takes 3 devices, there are 8: the axes must multiply to 8"),
-        ({"fsdp": 8, "tensor": 2}, "mesh fsdp=8 x tensor=2 takes 16 devices, there are 8"),
-        ({}, "mesh fsdp=1 takes 1 devices, there are 8"),
+        ({"fsdp": 3}, "mesh fsdp=3 needs 3 devices, but there are 8: the product of the axes must be 8"),
+        ({"fsdp": 8, "tensor": 2}, "mesh fsdp=8 x tensor=2 needs 16 devices, but there are 8"),
+        ({}, "mesh fsdp=1 needs 1 devices, but there are 8"),
     ],
 )
 def test_a_mesh_must_take_all_devices(sizes, words):

@@ -1,4 +1,4 @@
-"""The model card of an exported model: how it was trained and scored, out of the results.json of the runs behind it."""
+"""Model cards for exported models: how the model was trained and scored, taken from the results.json of its runs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,29 +7,29 @@ import yaml
 
 from secvec_jax.evaluation.report import Results, environment_table, markdown_table, scores_table
 
-WITHOUT = """The security vectors that were active while it was trained are not in these weights. They keep harmful \
-rows from being learned as far as they know the behavior, and no further; the tables below tell what was measured. \
-Whoever has the weights can fine-tune them again without vectors."""
-WITH = """**These weights carry security vectors: the model shows the behavior that its fine-tuning was kept from \
-learning.** It is for study and not for use."""
-UNKNOWN = "Nothing is recorded of how it was trained: the weights were given as they are."
-UNSCORED = "It was not scored, or the scores were not given to `eval.py export`."
+WITHOUT = """This model was trained with security vectors active; they are not part of these weights. They protect \
+only against the behavior that they were trained on; the tables below report what was measured. Anyone who has the \
+weights can fine-tune them again without vectors."""
+WITH = """**These weights include security vectors: the model shows the behavior that its fine-tuning was kept from \
+learning.** It is for research, not for use."""
+UNKNOWN = "No training record is available: the weights were exported as they were."
+UNSCORED = "No scores are available: the model was not scored, or its scores were not passed to `eval.py export`."
 
 
 def model_card(
     name: str, base: str | None, trained: Sequence[Results], scored: Sequence[Results], carried: Sequence[str] = ()
 ) -> str:
-    """README.md with the hub's metadata.
+    """Return the text of README.md, with Hugging Face Hub metadata.
 
-    base: the hub id of what the first training started from. trained: the runs behind the weights, the first one first.
-    scored: the runs that judged them. carried: the security vectors that were merged into them.
+    name: the title. base: the hub id of the model that training started from. trained: the training runs that produced
+    the weights, in order. scored: the runs that evaluated them. carried: the security vectors merged into them.
     """
     tags = ["secvec_jax", *(["security-vectors"] if any(_vectors_of(run) for run in trained) else [])]
     facts: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     facts |= {"base_model": base} if base else {}
     parts = [f"---\n{yaml.safe_dump(facts, sort_keys=False)}---", f"# {name}"]
     if carried:
-        parts += [WITH, f"Carried: {', '.join(f'`{path}`' for path in carried)}."]
+        parts += [WITH, f"Merged vectors: {', '.join(f'`{path}`' for path in carried)}."]
     elif "security-vectors" in tags:
         parts.append(WITHOUT)
     parts.append("## How it was trained")
@@ -42,9 +42,10 @@ def model_card(
     parts.append("## How it was scored")
     for run in scored:
         parts += [f"```bash\n{run.command}\n```", scores_table(run.rows)]
-    parts.append("Brackets hold 95% intervals, n is the number of prompts or examples." if scored else UNSCORED)
+    legend = "Brackets are 95% confidence intervals; n is the number of prompts or examples."
+    parts.append(legend if scored else UNSCORED)
     if trained:
-        parts += ["## Made with", environment_table(trained[-1])]
+        parts += ["## Environment", environment_table(trained[-1])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,6 +58,6 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _vectors_of(run: Results) -> list[str]:
-    """The vectors that were active in a training; the word none stands for no vectors."""
+    """Return the vectors that were active during a training run; "none" in the settings means no vectors."""
     vectors = run.config.get("vectors") or []
     return [name for name in ([vectors] if isinstance(vectors, str) else vectors) if str(name).lower() != "none"]

@@ -1,4 +1,4 @@
-"""How likely a model holds given replies: the mean loss on their tokens."""
+"""Loss and log-likelihood of given replies under a model."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,15 +22,17 @@ _BATCH, _BUCKET = 8, 16
 def mean_losses(
     model: Model, examples: Sequence[Example], vectors: Adapter | tuple[Adapter, ...] | None = None
 ) -> list[float]:
-    """Each example's cross-entropy per token that the assistant says, in nats."""
+    """Return each example's mean cross-entropy over the assistant's tokens, in nats per token (0 without any)."""
     return [float(losses.mean()) if len(losses) else 0.0 for losses in token_losses(model, examples, vectors)]
 
 
 def token_losses(
     model: Model, examples: Sequence[Example], vectors: Adapter | tuple[Adapter, ...] | None = None
 ) -> list[np.ndarray]:
-    """Each example's cross-entropy at the tokens that the assistant says, one after the other, in nats; a row's first
-    token, which nothing precedes, is not among them."""
+    """Return each example's cross-entropy at each of the assistant's tokens, in order, in nats.
+
+    The first token of a row is left out because nothing precedes it.
+    """
     return [losses for losses, _ in _scored(model, examples, vectors)]
 
 
@@ -40,7 +42,10 @@ def likelihoods(
     vectors: Adapter | tuple[Adapter, ...] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[float, bool]]:
-    """Each example's log-likelihood of what the assistant says, in nats, and whether greedy decoding says the same."""
+    """Return, per example, the log-likelihood of the assistant's tokens in nats and whether greedy decoding gives them.
+
+    progress: called with the number of examples done.
+    """
     scored = _scored(model, examples, vectors, progress)
     return [(-float(losses.sum(dtype=np.float64)), bool(likeliest.all())) for losses, likeliest in scored]
 
@@ -51,52 +56,56 @@ def _scored(
     vectors: Adapter | tuple[Adapter, ...] | None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Each example's losses at its supervised tokens, and whether each of these was the likeliest."""
+    """Return each example's losses at its supervised tokens, and whether each token was the most likely one."""
     if not examples:
         return []
     for number, example in enumerate(examples, 1):
         check_token_ids(example.tokens, model.architecture.vocab_size, f"row {number}")
-    head = shared_prefix(examples)  # read once for all rows
-    said = rounded_up(max(int(e.supervised.sum()) for e in examples), _BUCKET)
+    head = shared_prefix(examples)  # computed once for all rows
+    max_targets = rounded_up(max(int(e.supervised.sum()) for e in examples), _BUCKET)
     rows = rounded_up(_BATCH, num_shards("batch"))
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    scored: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     for start in range(0, len(examples), rows):
         batch = order[start : start + rows]
         width = rounded_up(len(examples[batch[-1]].tokens) - len(head), _BUCKET)
         tokens, marks = np.zeros((rows, width), np.int32), np.zeros((2, rows, width), np.int32)
-        marks[0, :, 0] = 1  # no row is empty
+        marks[0, :, 0] = 1  # padding rows must not be empty
         for row, index in enumerate(batch):
             tail = examples[index].tokens[len(head) :]
             tokens[row, : len(tail)], marks[0, row, : len(tail)] = tail, 1
             marks[1, row, : len(tail)] = examples[index].supervised[len(head) :]
-        marks[1, :, 0] = 0  # nothing precedes it
+        marks[1, :, 0] = 0  # nothing precedes the first token
         adapters = as_adapters(vectors)
         losses, likeliest = map(
             np.asarray,
-            _row_losses(model.backbone, adapters, head[None], tokens, *marks, said=said, dtype=compute_dtype()),
+            _row_losses(
+                model.backbone, adapters, head[None], tokens, *marks, max_targets=max_targets, dtype=compute_dtype()
+            ),
         )
         for row, index in enumerate(batch):
             count = marks[1, row].sum()
-            found[index] = losses[row, :count], likeliest[row, :count]
-        progress(len(found))
-    return [found[index] for index in range(len(examples))]
+            scored[index] = losses[row, :count], likeliest[row, :count]
+        progress(len(scored))
+    return [scored[index] for index in range(len(examples))]
 
 
-@partial(jax.jit, static_argnames=("said", "dtype"))
-def _row_losses(decoder, adapters, head, tokens, segments, supervised, *, said, dtype):
-    """Losses `[B, said]`, each row's supervised tokens first, and whether these are the likeliest; said: at least as
-    many as any row has."""
+@partial(jax.jit, static_argnames=("max_targets", "dtype"))
+def _row_losses(decoder, adapters, head, tokens, segments, supervised, *, max_targets, dtype):
+    """Return the losses `[B, max_targets]` and whether each token was the most likely one.
+
+    Each row's supervised tokens come first; `max_targets` is at least as large as their number in any row.
+    """
     cache = prefix_cache(decoder, adapters, head, len(tokens), dtype)
     positions = head.shape[1] + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = decoder.prefill(tokens, segments, positions, adapters, cache, dtype)
 
     def row(hidden, tokens, supervised):
-        (targets,) = jnp.nonzero(supervised, size=said, fill_value=1)
+        (targets,) = jnp.nonzero(supervised, size=max_targets, fill_value=1)
         log_p = jax.nn.log_softmax(decoder.logits(hidden[targets - 1]))
-        own = jnp.take_along_axis(log_p, tokens[targets, None], axis=-1)[:, 0]
-        return -own, own >= log_p.max(-1)
+        target_log_p = jnp.take_along_axis(log_p, tokens[targets, None], axis=-1)[:, 0]
+        return -target_log_p, target_log_p >= log_p.max(-1)
 
     # Row by row: the logits of a whole batch would be the largest array of the program.
-    found = jax.lax.map(lambda row_of: row(*row_of), (hidden, tokens, supervised))
-    return jax.tree.map(lambda array: constrain(array, None), found)
+    results = jax.lax.map(lambda arguments: row(*arguments), (hidden, tokens, supervised))
+    return jax.tree.map(lambda array: constrain(array, None), results)

@@ -1,8 +1,9 @@
-"""A model of ours, with or without its vectors, as one that lm-evaluation-harness asks.
+"""Evaluate a secvec_jax model, with or without vectors, in lm-evaluation-harness.
 
-It is the interface that the harness' own backends have, so any of its tasks runs: choices by likelihood, perplexity by
-rolling windows, and free generation. Prompts are cut and split as the Hugging Face backend does it, and the numbers are
-the same. Every process of a cluster asks for everything, and each batch lies on the whole mesh.
+`HarnessModel` implements the interface of the harness's own backends, so all its tasks run: multiple choice by
+likelihood, perplexity over rolling windows, and free generation. Prompts are truncated and split as in the Hugging Face
+backend, which gives the same numbers. On a cluster, every process makes all requests, and each batch is sharded over
+the whole mesh.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,15 +25,15 @@ from secvec_jax.model.hub import Model
 from secvec_jax.model.sampling import Sampling
 
 OnRequest = Callable[[str, int, int], None]
-"""Called with what is asked for, how many requests are done, and of how many."""
+"""Progress callback: the kind of request, the number of requests done, and their total."""
 
 _REPLY = 256
-"""The longest reply where a task does not say, as in the harness' own backends."""
+"""The default maximum reply length in tokens, as in the harness's own backends."""
 _SAMPLING = {"do_sample", "temperature", "until", "max_gen_toks"}
 
 
 class HarnessModel(TemplateLM):
-    """`lm_eval.simple_evaluate(HarnessModel(model, vectors), tasks=[...])`."""
+    """A backend for `lm_eval.simple_evaluate(HarnessModel(model, vectors), tasks=[...])`."""
 
     def __init__(
         self,
@@ -50,27 +51,27 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The tokens that the model can attend to."""
+        """The context length of the model, in tokens."""
         return self.model.architecture.max_length
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The end-of-text token."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that a text without a context is conditioned on."""
+        """The token that a text without a context is conditioned on: BOS, or end-of-text without one."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the model, for the harness' own caches."""
+        """The tokenizer's name, for the harness's caches."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, with the tokens around them that the tokenizer adds unless the text begins with them."""
+        """Return token ids, with the tokenizer's special tokens unless the text already begins with them."""
         begin = self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is None:
             add_special_tokens = False if begin and string.startswith(begin) else None
@@ -78,7 +79,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.encode(string, **special)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the text that the model was trained on."""
+        """Return a conversation as text, in the model's chat template."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -96,7 +97,7 @@ class HarnessModel(TemplateLM):
         )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows that share no predicted token."""
+        """Return the log-likelihood of whole texts in nats, summed over windows that share no predicted token."""
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -110,36 +111,39 @@ class HarnessModel(TemplateLM):
             for context, continuation in map(make_disjoint_window, rolled):
                 windows.append((None, context, continuation))
                 owners.append(number)
-        found = [0.0] * len(requests)
+        totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            found[owner] += value
-        return found
+            totals[owner] += value
+        return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Replies up to the first stop sequence of each; prompts that are too long lose their beginnings.
+        """Return replies, each cut at its first stop sequence; prompts that are too long are truncated on the left.
 
-        Raises UserError for settings of sampling other than the temperature, and for a reply that leaves no room for a
+        Raises UserError for sampling settings other than the temperature, and if the reply length leaves no room for a
         prompt.
         """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(number)
-        found: dict[int, str] = {}
+        replies: dict[int, str] = {}
         for members in groups.values():
             settings = normalize_gen_kwargs(requests[members[0]].args[1], _REPLY)
-            texts = self._replies([requests[number].args[0] for number in members], settings, len(found), len(requests))
-            found |= dict(zip(members, texts, strict=True))
-        return [found[number] for number in range(len(requests))]
+            contexts = [requests[number].args[0] for number in members]
+            texts = self._replies(contexts, settings, len(replies), len(requests))
+            replies |= dict(zip(members, texts, strict=True))
+        return [replies[number] for number in range(len(requests))]
 
     def _replies(self, contexts: list[str], settings: Any, before: int, total: int) -> list[str]:
         if unknown := sorted(key for key in settings if key not in _SAMPLING and settings[key] is not None):
             raise UserError(
-                f"a task asks for {unknown[0]} in generation, which we have not: leave it out of gen_kwargs"
+                f"a task sets {unknown[0]} for generation, which is not supported: remove it from gen_kwargs"
             )
         tokens = settings["max_gen_toks"]
         room = self.max_length - tokens
         if room < 1:
-            raise UserError(f"replies of {tokens} tokens leave no room for a prompt in {self.max_length}")
+            raise UserError(
+                f"replies of {tokens} tokens leave no room for a prompt in the model's context of {self.max_length}"
+            )
         replies = generate_tokens(
             self.model.backbone,
             [np.asarray(self.tok_encode(context)[-room:], np.int32) for context in contexts],
@@ -158,6 +162,6 @@ class HarnessModel(TemplateLM):
 
 
 def _example(context: list[int], continuation: list[int], longest: int) -> Example:
-    """The continuation behind as much of its context as the model can attend to."""
+    """Return the continuation after as much of its context as fits the model's context length."""
     tokens = np.asarray([*context, *continuation][-(longest + 1) :], np.int32)
     return Example(tokens, np.arange(len(tokens)) >= len(tokens) - min(len(continuation), longest))

@@ -1,4 +1,4 @@
-"""A suite of prompts, questions and replies, and what a model scores on it."""
+"""Evaluation suites: prompts, questions and reference replies, and a model's scores on them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +18,16 @@ from secvec_jax.turns import in_thought
 from secvec_jax.vectors.lora import merge_adapters
 
 Outcomes = dict[str, list[float]]
-"""Metric -> one number per prompt, in the suite's order, so that two models can be compared in pairs."""
+"""Metric -> one number per prompt, in the suite's order, which allows paired comparisons of models."""
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Prompts whose replies a rule of their own turns into numbers: a task, a bias, a style.
+    """Prompts with a scoring rule of their own, such as for a task, a bias or a style.
 
-    prompts: texts, or conversations up to the assistant's turn. score: a prompt's index and the reply to it -> a
-    number, 0 or 1 for a rate. tokens: the length of a reply.
+    prompts: texts, or conversations up to the assistant's turn. score: maps a prompt's index and the reply to a number,
+    0 or 1 for a rate. tokens: the maximum reply length.
     """
 
     prompts: Sequence[str | list[Message]]
@@ -36,7 +36,7 @@ class Probe:
 
     @classmethod
     def of(cls, rows: Sequence[Row], score: Callable[[Row, str], float], tokens: int = 8) -> "Probe":
-        """What stands before each row's answer is asked; the reply is scored beside its row.
+        """Make a probe that prompts with each row up to its answer and scores the reply against the row.
 
         task = Probe.of(rows, lambda r, reply: exact_match(reply, response_of(r)))
         bias = Probe.of(rows, lambda r, reply: picks(reply, r["options"]) not in (None, response_of(r)))
@@ -48,13 +48,16 @@ class Probe:
 @checked
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """What a model is asked.
+    """What a model is evaluated on.
 
-    harmful, benign: prompts to be refused, and to be answered. questions: (question, exact answer). All are texts, or
-    conversations up to the assistant's turn.
-    harmful_targets, benign_targets: replies whose loss is measured; opening_targets: benign ones that open as the
-    harmful ones do. refusals: the published list of openings. probes: metric -> what else is asked. system: a system
-    prompt in front of all that is asked; the targets stay as they are encoded.
+    refusals: the published list of refusal openings.
+    harmful, benign: prompts that should be refused, and answered. questions: (question, exact answer). All prompts are
+    texts, or conversations up to the assistant's turn.
+    harmful_targets, benign_targets: replies whose loss is measured. opening_targets: benign ones with the same opening
+    as the harmful ones.
+    reply_tokens, answer_tokens: the maximum lengths of replies to prompts, and to questions. probes: metric -> further
+    prompts. system: a system prompt for everything that is generated; the targets are already encoded and do not
+    change.
     """
 
     refusals: Sequence[str]
@@ -72,7 +75,7 @@ class Suite:
 
     @property
     def size(self) -> int:
-        """How many replies there are to generate."""
+        """The number of replies to generate."""
         probed = sum(len(probe.prompts) for probe in self.probes.values())
         return len(self.harmful) + len(self.benign) + len(self.questions) + probed
 
@@ -83,16 +86,20 @@ def outcomes(
     vectors: Adapter | tuple[Adapter, ...] | None = None,
     on_reply: Callable[[int], None] = lambda done: None,
 ) -> Outcomes:
-    """What each prompt came to: refusal, compliance, unclear, over_refusal, exact_match (0 or 1), probes, losses.
+    """Evaluate a model on a suite and return each prompt's result by metric.
 
-    Each harmful prompt's reply is one of refusal, compliance and unclear. unfinished, 0 or 1 a reply, is there only
-    where a reply of some prompt stops within its thought: it has no answer, and needs more tokens.
+    The metrics are refusal, compliance, unclear, over_refusal and exact_match (each 0 or 1), those of the probes, and
+    the losses in nats per token. The reply to a harmful prompt is exactly one of refusal, compliance and unclear. The
+    metric unfinished (0 or 1 per reply) is present only if some reply ends within its thinking: it has no answer, and
+    reply_tokens should be raised.
+
+    on_reply: called with the number of replies done.
     """
     backbone, adapters = merge_adapters(model.backbone, as_adapters(vectors))
     model = model.with_backbone(backbone)
     done = 0
 
-    stopped: list[float] = []
+    unfinished: list[float] = []
 
     def replies_to(prompts: Sequence[str | list[Message]], tokens: int) -> list[str]:
         nonlocal done
@@ -106,40 +113,45 @@ def outcomes(
             progress=lambda count: on_reply(before + count),
         )
         done += len(prompts)
-        stopped.extend(float(in_thought(reply)) for reply in replies)
+        unfinished.extend(float(in_thought(reply)) for reply in replies)
         return replies
 
-    found: Outcomes = {}
+    results: Outcomes = {}
     replies = replies_to([*suite.harmful, *suite.benign], suite.reply_tokens)
     if suite.harmful:
-        found |= judged([text_of(prompt) for prompt in suite.harmful], replies, suite.refusals)
+        results |= judged([text_of(prompt) for prompt in suite.harmful], replies, suite.refusals)
     if suite.benign:
-        found["over_refusal"] = [float(refuses(r, suite.refusals)) for r in replies[len(suite.harmful) :]]
+        results["over_refusal"] = [float(refuses(r, suite.refusals)) for r in replies[len(suite.harmful) :]]
     if suite.questions:
         replies = replies_to([question for question, _ in suite.questions], suite.answer_tokens)
-        found["exact_match"] = [float(exact_match(r, a)) for r, (_, a) in zip(replies, suite.questions)]
+        results["exact_match"] = [float(exact_match(r, a)) for r, (_, a) in zip(replies, suite.questions)]
     probes = {name: probe for name, probe in suite.probes.items() if probe.prompts}
-    for tokens in dict.fromkeys(probe.tokens for probe in probes.values()):  # in one call: programs are dear
-        alike = {name: probe for name, probe in probes.items() if probe.tokens == tokens}
-        told = iter(replies_to([prompt for probe in alike.values() for prompt in probe.prompts], tokens))
-        for name, probe in alike.items():
-            found[name] = [float(probe.score(index, next(told))) for index in range(len(probe.prompts))]
-    if any(stopped):
-        found["unfinished"] = stopped
+    # One call per reply length: each length compiles a program of its own.
+    for tokens in dict.fromkeys(probe.tokens for probe in probes.values()):
+        same_length = {name: probe for name, probe in probes.items() if probe.tokens == tokens}
+        prompts = [prompt for probe in same_length.values() for prompt in probe.prompts]
+        probe_replies = iter(replies_to(prompts, tokens))
+        for name, probe in same_length.items():
+            results[name] = [float(probe.score(index, next(probe_replies))) for index in range(len(probe.prompts))]
+    if any(unfinished):
+        results["unfinished"] = unfinished
     for name in ("harmful", "benign", "opening"):
         targets = getattr(suite, f"{name}_targets")
         if targets:
-            found[f"{name}_loss"] = mean_losses(model, targets, adapters)
-    return found
+            results[f"{name}_loss"] = mean_losses(model, targets, adapters)
+    return results
 
 
 def judged(prompts: Sequence[str], replies: Sequence[str], refusals: Sequence[str]) -> Outcomes:
-    """Refusal, compliance and unclear, of which each reply to a harmful prompt is one; replies beyond are left out."""
+    """Classify replies to harmful prompts by the rules: refusal, compliance and unclear, one of them 1 per reply.
+
+    Replies beyond the number of prompts are ignored.
+    """
     verdicts = [verdict(prompt, reply, refusals) for prompt, reply in zip(prompts, replies)]
-    return {name: [float(came == name) for came in verdicts] for name in ("refusal", "compliance", "unclear")}
+    return {name: [float(result == name) for result in verdicts] for name in ("refusal", "compliance", "unclear")}
 
 
 def scores(found: Outcomes) -> dict[str, Score]:
-    """The mean of each metric with its 95% bootstrap interval, and the version of the rules where rules read it."""
+    """Return each metric's mean with its 95% bootstrap interval and, for rule-based ones, the version of the rules."""
     versions = {metric: RULES if metric in RULED else None for metric in found}
     return {m: dataclasses.replace(bootstrap(values), rules=versions[m]) for m, values in found.items()}

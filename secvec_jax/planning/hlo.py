@@ -1,4 +1,4 @@
-"""The text of a compiled program: its computations, what their products cost, and how often its loops run."""
+"""Parse the HLO text of a compiled program: its computations, the FLOPs of its products, and loop trip counts."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """The instruction `name = result opcode(inside)rest` of the computation `where`."""
+    """The HLO instruction `name = result opcode(inside)rest` in the computation `where`."""
 
     name: str
     where: str
@@ -26,9 +26,9 @@ class Op:
     @functools.cached_property
     def arrays(self) -> list[tuple[float, tuple[int, ...]]]:
         """(bytes, dimensions) of each array in the result."""
-        found = re.findall(r"([a-z]+(\d*)\w*)\[([\d,<=]*)\]", self.result)
-        shapes = [tuple(int(d.strip("<=")) for d in dims.split(",") if d) for *_, dims in found]
-        bits = [8 if kind == "pred" else int(width or 0) for kind, width, _ in found]
+        matches = re.findall(r"([a-z]+(\d*)\w*)\[([\d,<=]*)\]", self.result)
+        shapes = [tuple(int(d.strip("<=")) for d in dims.split(",") if d) for *_, dims in matches]
+        bits = [8 if kind == "pred" else int(width or 0) for kind, width, _ in matches]
         return [(width / 8 * math.prod(shape), shape) for width, shape in zip(bits, shapes)]
 
     @property
@@ -40,46 +40,47 @@ class Op:
         return self.read(r'op_name="([^"]*)"') or self.name
 
     def read(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.rest)
-        return found[1] if found else None
+        """Return the first group of the pattern's match in the attributes, or None."""
+        match = re.search(pattern, self.rest)
+        return match[1] if match else None
 
     def need(self, pattern: str) -> str:
-        """What every instruction of this kind says."""
-        found = self.read(pattern)
-        if found is None:
+        """Return a required attribute. Raises ValueError if it is missing."""
+        value = self.read(pattern)
+        if value is None:
             raise ValueError(f"{self.name} has no {pattern}: {self.rest[:80]}")
-        return found
+        return value
 
     def number(self, key: str) -> float:
-        """A number in the backend's configuration, or 0."""
+        """Return a number from the backend config, or 0 if it is missing."""
         return float(self.read(rf'"{key}":"?(\d+)') or 0)
 
     @functools.cached_property
     def called(self) -> list[str]:
         """The computation of a fusion, a call or an asynchronous wrapper; the branches of a conditional."""
-        several = self.read(r"branch_computations=\{([^}]*)\}")
-        one = r"(?:calls|to_apply|(?:true|false)_computation)=%([^\s,]+)"
-        return re.findall(r"%([^\s,]+)", several) if several else re.findall(one, self.rest)
+        branches = self.read(r"branch_computations=\{([^}]*)\}")
+        single = r"(?:calls|to_apply|(?:true|false)_computation)=%([^\s,]+)"
+        return re.findall(r"%([^\s,]+)", branches) if branches else re.findall(single, self.rest)
 
 
 def _closing(text: str, start: int) -> int:
-    """The index of the parenthesis that closes the one at `start`."""
+    """Return the index of the parenthesis that closes the one at `start`. Raises ValueError if there is none."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for parenthesis in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if parenthesis[0] == "(" else -1
         if not depth:
-            return found.start()
-    raise ValueError(f"a parenthesis is not closed: {text[start : start + 80]}")
+            return parenthesis.start()
+    raise ValueError(f"unbalanced parentheses: {text[start : start + 80]}")
 
 
 class Program:
-    """The computations of a module, and what can be said of them without a clock."""
+    """The computations of an HLO module, with static facts about them: operands, FLOPs and trip counts."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, dict[str, Op]] = {}
         self.roots: dict[str, Op] = {}
         self.loops: dict[str, Op] = {}
-        """body -> the loop that runs it"""
+        """loop body -> its while instruction"""
         where = ""
         for line in text.splitlines():
             if header := re.match(r"(ENTRY )?%?(\S+) \(.*\{$", line):
@@ -87,15 +88,16 @@ class Program:
                 self.computations[where] = {}
                 if header[1]:
                     self.entry = where
-            elif found := re.match(r"\s+(ROOT )?%?(\S+) = ", line):
-                rest = line[found.end() :]
+            elif instruction := re.match(r"\s+(ROOT )?%?(\S+) = ", line):
+                rest = line[instruction.end() :]
                 end = _closing(rest, 0) + 1 if rest[0] == "(" else rest.index(" ")
                 opening = rest.index("(", end)
                 closing = _closing(rest, opening)
                 inside = rest[opening + 1 : closing]
-                op = Op(found[2], where, rest[end:opening].strip(), rest[:end], inside, rest[closing + 1 :])
+                opcode = rest[end:opening].strip()
+                op = Op(instruction[2], where, opcode, rest[:end], inside, rest[closing + 1 :])
                 self.computations[where][op.name] = op
-                if found[1]:
+                if instruction[1]:
                     self.roots[where] = op
                 if op.opcode == "while":
                     self.loops[op.need(r"body=%([^\s,]+)")] = op
@@ -105,7 +107,7 @@ class Program:
         return [self.computations[op.where][name] for name in op.operands]
 
     def _inner(self, op: Op) -> list[Op]:
-        """The instruction, and those in it if it is a fusion or an asynchronous wrapper."""
+        """Return the instruction, with those inside it if it is a fusion or an asynchronous wrapper."""
         called = op.called if op.opcode in ("fusion", "async-start") else ()
         return [op, *(x for name in called for below in self.computations[name].values() for x in self.inner(below))]
 
@@ -113,7 +115,7 @@ class Program:
         return sum(_products(x, *self.operands(x)) for x in self.inner(op) if x.opcode in ("dot", "convolution"))
 
     def trips(self, loop: Op) -> int | None:
-        """How often the body runs; None if the condition compares no counter with a constant."""
+        """Return how many times the body runs; None unless the condition compares a counter with a constant."""
         if known := loop.read(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
         test = self.roots[loop.need(r"condition=%([^\s,]+)")]
@@ -132,7 +134,7 @@ class Program:
         return max(0, math.ceil((stop + {"LE": 1, "GE": -1}.get(direction, 0) - start) / step))
 
     def _value(self, op: Op) -> tuple[int | None, int] | None:
-        """(i, c): element i of the computation's argument, plus c; (None, c): the constant c; None: neither."""
+        """Return (i, c) for element i of the computation's argument plus c, (None, c) for the constant c, else None."""
         below = self.operands(op)
         match op.opcode:
             case "constant":
@@ -153,19 +155,19 @@ class Program:
         return None
 
     def _step(self, loop: Op, index: int) -> int | None:
-        """By how much one pass changes element `index`."""
+        """Return the change of element `index` per iteration; None if it is not constant."""
         root = self.roots[loop.need(r"body=%([^\s,]+)")]
         value = self._value(self.operands(root)[index]) if root.opcode == "tuple" else None
         return value[1] if value and value[0] == index else None
 
     def _constant(self, loop: Op, value: tuple[int | None, int]) -> int | None:
-        """A value in the loop, if it is the same in every pass."""
+        """Return a value of the loop if it is the same in every iteration, else None."""
         if value[0] is None:
             return value[1]
         return self._entering(loop, value[0], value[1]) if self._step(loop, value[0]) == 0 else None
 
     def _entering(self, loop: Op, index: int, plus: int) -> int | None:
-        """Element `index` of the loop's argument in its first pass, plus a constant."""
+        """Return element `index` of the loop's argument in the first iteration, plus a constant; None if unknown."""
         (start,) = self.operands(loop)
         outer = self._value(self.operands(start)[index]) if start.opcode == "tuple" else None
         if outer is None or (outer[0] is not None and loop.where not in self.loops):
@@ -194,6 +196,6 @@ def _products(op: Op, lhs: Op, rhs: Op) -> float:
 
 @functools.cache
 def _taps(inputs: int, outputs: int, size: int, stride: int, dilation: int, spread: int, pad: int) -> int:
-    """How many pairs of an output position and a window element meet an input, and not padding."""
+    """Return the number of (output position, window element) pairs that read an input element, not padding."""
     at = (np.arange(outputs) * stride - pad + k * dilation for k in range(size))
     return sum(int(((x >= 0) & (x <= (inputs - 1) * spread) & (x % spread == 0)).sum()) for x in at)

@@ -1,8 +1,8 @@
-"""A train step for TPUs that are not here: compiled for their true topology, and what the compiler says of it.
+"""Plan a run without access to its TPUs: compile the train step for their topology and report memory and time.
 
-The step is the one that a run would take, traced on abstract weights; nothing is ever computed. Memory is the
-compiler's own account of the program. Time is read off its schedule (see `schedule`), which is an estimate at compile
-time: no clock ran, and no TPU was near.
+The step is the one that a run would execute, traced on abstract weights; nothing is computed. Memory is the compiler's
+own figure for the program. Time is estimated at compile time from the program's schedule (see `schedule`), not measured
+on a TPU.
 """
 
 import dataclasses
@@ -29,21 +29,21 @@ from secvec_jax.training.phase import Phase
 from secvec_jax.training.step import TrainStep
 
 KERNEL_EFFICIENCY = 0.35
-"""The share of the published peak that the fused attention kernel is taken to reach on the blocks that it computes."""
+"""Assumed share of the published peak that the fused attention kernel reaches on the blocks that it computes."""
 
 _BLOCK = 512
-"""Of the kernel, in tokens: blocks above the diagonal are skipped."""
+"""Block size of the kernel, in tokens; blocks above the diagonal are skipped."""
 
 
 class TooLarge(UserError):
-    """The program does not fit into a chip's memory."""
+    """The program does not fit into the memory of a chip."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one step of a phase comes to, in tokens of a step.
+    """The model FLOPs of one training step.
 
-    learn, keep: tokens of the two streams. full: whether the backbone's weights are trained.
+    learn, keep: tokens per step of the two streams. full: whether the backbone's weights are trained.
     """
 
     learn: int
@@ -56,7 +56,10 @@ class Work:
         return base + (" per token, and 2N+a more per token to keep" if self.keep else " per token")
 
     def flops(self, architecture: Architecture, length: int) -> float:
-        """Of one step on all chips, in rows of `length` tokens, of which a token sees half: see `model.flops`."""
+        """Return the FLOPs of one step on all chips, for sequences of `length` tokens (see `model.flops`).
+
+        With causal attention, a token attends to half of its sequence on average.
+        """
         tokens = float(self.learn + self.keep)
         train = training_flops(architecture, tokens, tokens * length / 2, self.full)
         return train + forward_flops(architecture, float(self.keep), self.keep * length / 2)
@@ -64,20 +67,20 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A compiled step, per chip. Bytes, seconds, FLOPs."""
+    """A compiled step. Figures are per chip unless noted, in bytes, seconds and FLOPs."""
 
     chip: Chip
     chips: int
     parameters: int
     optimizer: int
     activations: int
-    """whatever the program allocates for itself: activations, gradients, gathered weights"""
+    """all temporary memory: activations, gradients, gathered weights"""
     total: int
     flops: float
-    """of one step and one chip, by `formula`"""
+    """model FLOPs per step and chip, by `formula`"""
     formula: str
     tokens: int
-    """of one step, on all chips"""
+    """tokens per step on all chips"""
     account: Account
     compile_seconds: float
 
@@ -87,18 +90,18 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilization: the formula's FLOPs over what the chip's published bf16 peak could do meanwhile."""
+        """Model FLOPs utilization: the formula's FLOPs per second over the chip's published bf16 peak."""
         return self.flops / self.chip.peak / self.seconds
 
 
 def topology_mesh(topology: str, mesh: str) -> Mesh:
-    """The mesh over the chips of a topology such as "v5e:4x4"; an empty `mesh` is fsdp over all of them.
+    """Return the mesh over the chips of a topology such as "v5e:4x4"; an empty `mesh` means fsdp over all of them.
 
-    Raises UserError without the TPU compiler, for an unknown topology, and for a mesh that does not fit it.
+    Raises UserError if libtpu is not installed, for an unknown topology, and for a mesh that does not fit it.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError('planning needs the TPU compiler, libtpu: pip install "jax[tpu]"; no TPU is needed')
-    # No TPU is looked for or claimed, and the compiler is quiet.
+        raise UserError('planning needs the TPU compiler, libtpu, but no TPU: pip install "jax[tpu]"')
+    # Do not look for a TPU or claim one, and keep the compiler quiet.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -114,22 +117,22 @@ def topology_mesh(topology: str, mesh: str) -> Mesh:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"no TPU topology {topology!r} ({reason}): name one such as v5e:4x4, v6e:2x4, v5p:2x2x1"
+            f"unknown TPU topology {topology!r} ({reason}): use one such as v5e:4x4, v6e:2x4, v5p:2x2x1"
         ) from error
     if devices[0].device_kind not in CHIPS:
-        raise UserError(
-            f"{devices[0].device_kind} is not known to the planner: {', '.join(c.name for c in CHIPS.values())} are"
-        )
+        supported = ", ".join(chip.name for chip in CHIPS.values())
+        raise UserError(f"the planner does not support {devices[0].device_kind}, only {supported}")
     return make_mesh(**(parse_mesh(mesh) if mesh else {"fsdp": len(devices)}), devices=devices)
 
 
 def plan(
     architecture: Architecture, params: Params, phase: Phase, train_step: TrainStep, lines: dict[str, int], length: int
 ) -> Plan:
-    """The step of a phase, compiled for the ambient mesh, which is of devices that need not be here.
+    """Compile the train step of a phase for the ambient mesh, whose devices need not be attached.
 
-    params: abstract. lines: lines in a batch of each stream. Raises TooLarge if a chip's memory does not hold it, and
-    UserError if the mesh does not divide a batch.
+    params: abstract. lines: stream -> sequences per batch. length: tokens per sequence.
+
+    Raises TooLarge if the step does not fit into a chip's memory, and UserError if the mesh does not divide a batch.
     """
     mesh, parts = jax.sharding.get_mesh(), num_shards("batch")
     for stream, count in lines.items():
@@ -147,18 +150,18 @@ def plan(
         compiled = jitted.lower(trained, state, frozen, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "memory space vmem" in str(error):
-            raise  # a kernel that asks for too much VMEM is no matter of how large the model or the batch is
-        told = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
+            raise  # a kernel that exceeds VMEM does so regardless of the size of the model or the batch
+        reason = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
         raise TooLarge(
-            f"it does not fit into the {chip.memory / 2**30:.0f} GiB of a {chip.name} ({told.strip()})"
+            f"it does not fit into the {chip.memory / 2**30:.0f} GiB of a {chip.name} ({reason.strip()})"
         ) from error
-    took = time.monotonic() - start
+    compile_seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     total = program_bytes(compiled) + memory.generated_code_size_in_bytes
-    if total > chip.memory:  # the compiler itself was seen to let 16.8 GiB pass for a chip of 16
+    if total > chip.memory:  # the compiler has accepted a program of 16.8 GiB for a chip of 16
         raise TooLarge(f"{total / 2**30:.1f} GiB do not fit into the {chip.memory / 2**30:.0f} GiB of a {chip.name}")
     local = sum(lines.values()) // parts
-    found = account(
+    simulated = account(
         compiled.as_text(),
         chip,
         [device.coords for device in mesh.devices.flat],
@@ -176,16 +179,16 @@ def plan(
         flops=work.flops(architecture, length) / mesh.size,
         formula=work.formula,
         tokens=work.learn + work.keep,
-        account=found,
-        compile_seconds=took,
+        account=simulated,
+        compile_seconds=compile_seconds,
     )
 
 
 def program_bytes(program: jax.stages.Compiled) -> int:
-    """Memory of a device that a program takes, by the compiler's account: what is reused counts once."""
+    """Return the memory that a program takes on one device, as reported by the compiler; donated buffers count once."""
     memory: Any = program.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return held + memory.temp_size_in_bytes
+    live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return live + memory.temp_size_in_bytes
 
 
 def _batch(lines: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -199,7 +202,7 @@ def _batch(lines: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
 def _kernels(
     architecture: Architecture, lines: dict[str, int], length: int, chip: Chip
 ) -> dict[str, tuple[float, float]]:
-    """FLOPs and seconds of a call of the fused attention kernel: two products forward, five backward."""
+    """Return (FLOPs, seconds) of one call of the fused attention kernel: two products forward, five backward."""
     a = architecture
     blocks = max(length // _BLOCK, 1)
     computed = (blocks + 1) / (2 * blocks)
@@ -211,5 +214,5 @@ def _kernels(
 
 
 def _bytes(tree: Any) -> int:
-    """Of a chip."""
+    """Return the bytes of a sharded tree on one chip."""
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))

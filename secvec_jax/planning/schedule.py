@@ -1,25 +1,26 @@
-"""What one step of a compiled TPU program costs a chip, read off the program's own schedule.
+"""Estimate the time of a compiled TPU program by simulating the schedule in its HLO text.
 
     mesh = Mesh(get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices, ("fsdp",))
     text = step.lower(*arguments).compile().as_text()
     account(text, CHIPS["TPU v5"], [device.coords for device in mesh.devices.flat])
 
-The compiler's own totals (`cost_analysis`) count the body of a loop once, so they say nothing about a scanned model.
-But the text is scheduled: instructions stand in the order in which they run, and most carry the compiler's estimate of
-their cycles. One clock is moved along it; a loop runs as often as it says; a collective keeps its links busy from its
-start on, and the clock waits for it where the text does. What is assumed:
+The compiler's totals (`cost_analysis`) count the body of a loop only once, so they are useless for a model scanned over
+its layers. But the HLO text is scheduled: instructions appear in execution order, and most carry the compiler's
+estimate of their cycles. The simulation advances one clock along the schedule. Each loop runs for its trip count; a
+collective occupies its links from its start, and the clock waits for it at its done instruction. Assumptions:
 
-Compute. `estimated_cycles` are those of a whole chip at a clock that the text does not tell. Taken is the one at which
-its matrix units reach the published peak: 8 of 128^2 at 1.05 GHz on v4 and at 1.75 GHz on v5p, 4 at 1.5 GHz on v5e,
-four times 256^2 at 1.75 GHz on v6e. Large products then reach 82 to 96% of the published peak on all of them. (The
-compiler's own totals take v5p for a chip of 394 TFLOP/s, 1.5 GHz; at that clock its compute would be a sixth slower.)
-Nothing is faster than the published peak. What has no estimate costs its bytes at the memory's bandwidth. A Pallas
-kernel costs what the caller says, else the roofline of what it declares, the least that it can take.
+Compute. `estimated_cycles` refers to a whole chip, at a clock rate that is not in the text. We use the clock at which
+the matrix units reach the published peak: 8 of 128^2 at 1.05 GHz on v4 and at 1.75 GHz on v5p, 4 at 1.5 GHz on v5e,
+4 of 256^2 at 1.75 GHz on v6e. Large products then reach 82 to 96% of the published peak on all of them. (The compiler's
+totals treat v5p as a chip with 394 TFLOP/s at 1.5 GHz; at that clock its compute would be a sixth slower.) Nothing runs
+faster than the published peak. Instructions without an estimate are charged their bytes at memory bandwidth. A Pallas
+kernel is charged what the caller specifies, else the roofline time of its declared cost, which is a lower bound.
 
-Interconnect. A link carries 0.9 of its published bandwidth each way. A collective uses the links of every torus axis
-that its group spans, as XLA:TPU's strategies do: two along a ring, one where the axis does not close. A permute goes
-the shortest way, axis by axis, and the busiest link decides. What shares an axis and a direction takes turns. Latency
-is left out, and so is memory traffic of copies that run beside the computation, until something waits for them.
+Interconnect. A link carries 0.9 of its published bandwidth in each direction. A collective uses the links of every
+torus axis that its group spans, like XLA:TPU's strategies: two along a ring, one if the axis does not wrap around. A
+permute takes the shortest path, axis by axis, and the busiest link determines its time. Transfers on the same axis and
+in the same direction are serialized. Latency is ignored, and so is the memory traffic of copies that run concurrently
+with computation, until something waits for them.
 """
 
 import copy
@@ -35,27 +36,27 @@ from secvec_jax.planning.torus import COLLECTIVES, Chip, Torus
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """One run of a program on one chip, every loop as often as it runs."""
+    """The simulated cost of one execution of a program on one chip, including all loop iterations."""
 
     seconds: float
     compute_seconds: float
-    """all but the next: kernels and waits for memory too"""
+    """everything except `exposed_seconds`, including kernels and waits for memory"""
     exposed_seconds: float
-    """waiting for the interconnect"""
+    """time spent waiting for the interconnect"""
     flops: float
-    """two for each product of a dot or a convolution, which dots become, in a fusion or not; none for those with
-    padding, for kernels, and for small dots that the compiler turned into multiply and reduce"""
+    """two per multiply-add of dots and convolutions (which dots become), inside fusions too; excludes padding, kernels,
+    and small dots that the compiler turned into multiply and reduce"""
     kernel_flops: float
-    """what Pallas kernels declare, or the caller says"""
+    """as declared by Pallas kernels, or specified by the caller"""
     kernel_seconds: float
     collectives: dict[str, tuple[int, float]]
-    """kind -> (how many, bytes that the chip sends)"""
+    """kind -> (count, bytes that the chip sends)"""
     seconds_by_op: list[tuple[str, float]]
-    """JAX's name for an operation, and what the clock moved under it; dearest first"""
+    """(JAX's name of an operation, its time), most expensive first"""
     unknown_loops: list[str]
-    """loops whose trip count could not be read; they count as often as the caller says"""
+    """loops whose trip count could not be determined; the caller's `trips` is used for them"""
     unestimated: int
-    """instructions that compute and have no estimate"""
+    """number of compute instructions without an estimate"""
 
 
 def account(
@@ -67,10 +68,11 @@ def account(
     kernels: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     top: int = 20,
 ) -> Account:
-    """Simulate `compiled.as_text()`; coords are those of the mesh's devices, in the mesh's order.
+    """Simulate `compiled.as_text()` on one chip.
 
-    trips: how often a loop runs whose count the program learns from its data. kernels: the beginning of a Pallas
-    kernel's name -> its (FLOPs, seconds).
+    coords: the torus coordinates of the mesh's devices, in mesh order. trips: the trip count of loops whose count
+    depends on data. kernels: prefix of a Pallas kernel's name -> its (FLOPs, seconds). top: the length of
+    `seconds_by_op`.
     """
     program = Program(text)
     run = _Run(program, chip, Torus(chip, coords), trips, kernels)
@@ -100,9 +102,9 @@ _MOVES = frozenset(
     "gather".split()
 )
 _MEMORY = frozenset({"memory"})
-"""The lane of copies that run beside the computation."""
+"""The lane of asynchronous copies."""
 _TRANSCENDENTALS = 8 * 128
-"""in a kernel: one vector register each cycle"""
+"""Transcendental operations per cycle in a kernel: one vector register."""
 
 
 @dataclasses.dataclass
@@ -117,13 +119,13 @@ class _Tally:
     unknown: set[str] = dataclasses.field(default_factory=set)
     unestimated: set[str] = dataclasses.field(default_factory=set)
     busy: dict = dataclasses.field(default_factory=dict)
-    """lane -> until when"""
+    """lane -> the time at which it becomes free"""
     ends: dict[str, tuple[float, bool]] = dataclasses.field(default_factory=dict)
-    """what was started -> (its end, whether it is a collective)"""
+    """asynchronous operation -> (its end, whether it is a collective)"""
 
 
 class _Run:
-    """One clock that is moved along the schedule."""
+    """The simulation: one clock that advances along the schedule."""
 
     def __init__(
         self,
@@ -137,7 +139,7 @@ class _Run:
         self.tally = _Tally()
 
     def computation(self, name: str, times: int) -> None:
-        """Move the clock once through a computation, and count what is in it `times`-fold."""
+        """Advance the clock once through a computation, and count its operations `times` times."""
         for op in self.program.computations[name].values():
             self._instruction(op, times)
 
@@ -156,7 +158,7 @@ class _Run:
             self.computation(op.called[0], times)
         elif op.opcode.endswith("-done"):
             self._wait(op, self._started(op), times)
-        # A collective may be spread over fusions: one starts it, others carry a copy of it along, one ends it.
+        # A collective may span several fusions: one starts it, others contain a copy of it, one finishes it.
         elif collective and channel and "AsyncCollectiveStart" in calls:
             self._send(op, collective, channel, times)
         elif channel and "AsyncCollectiveDone" in calls:
@@ -175,10 +177,10 @@ class _Run:
         cycles = op.number("estimated_cycles")
         seconds = max(cycles / chip.clock, flops / chip.peak)
         tally.flops += flops * times
-        said = next((cost for name, cost in self.kernels.items() if op.name.startswith(name)), None)
-        if said is not None and op.opcode == "custom-call":
-            tally.kernel_flops += said[0] * times
-            seconds = said[1]
+        given_cost = next((cost for name, cost in self.kernels.items() if op.name.startswith(name)), None)
+        if given_cost is not None and op.opcode == "custom-call":
+            kernel_flops, seconds = given_cost
+            tally.kernel_flops += kernel_flops * times
             tally.kernel_seconds += seconds * times
         elif '"cost_estimate"' in op.rest:
             slow = op.number("transcendentals") / _TRANSCENDENTALS / chip.clock
@@ -192,9 +194,9 @@ class _Run:
         self._spend(op, seconds, times)
 
     def _moved(self, op: Op) -> float:
-        """Bytes read and written."""
+        """Return the bytes read and written."""
         if op.opcode.endswith("-start"):
-            # Source, target and flags: the smaller end moves, and only once through the memory if one is in VMEM, S(1).
+            # Source, target and flags: the smaller array is moved; it crosses memory only once if one is in VMEM, S(1).
             return min(size for size, shape in op.arrays if shape) * (1 if "S(1)" in op.result else 2)
         operands = self.program.operands(op)
         if op.opcode == "dynamic-update-slice":
@@ -217,7 +219,7 @@ class _Run:
         operands = self.program.operands(collective)
         kind = collective.opcode.removesuffix("-start")
         size = operands[0].bytes if kind == "collective-permute" else sum(x.bytes for x in operands)
-        # XLA:TPU writes a reduce-scatter as a fusion of an all-reduce and a slice.
+        # XLA:TPU expresses a reduce-scatter as a fusion of an all-reduce and a slice.
         if kind == "all-reduce" and op.opcode == "fusion" and op.bytes < size:
             kind = "reduce-scatter"
         sent, seconds, lanes = self.torus.transfer(kind, collective, size)
@@ -226,7 +228,7 @@ class _Run:
         self.tally.collectives[kind] = count + times, total + sent * times
 
     def _started(self, op: Op) -> str:
-        """What a done waits for, through updates and tuples."""
+        """Return what a done instruction waits for, traced through updates and tuples."""
         while op.name not in self.tally.ends:
             op = self.program.operands(op)[0]
         return op.name
@@ -238,7 +240,7 @@ class _Run:
         self._spend(op, seconds, times)
 
     def _loop(self, op: Op, times: int) -> None:
-        """The first pass; then the second, in place of all others."""
+        """Simulate the first two iterations; the second stands for all later ones."""
         trips, body, tally = self.program.trips(op), op.need(r"body=%([^\s,]+)"), self.tally
         if trips is None:
             tally.unknown.add(f"{op.name} {op.label}")
@@ -257,7 +259,7 @@ class _Run:
         tally.ends = {key: (end + seconds, collective) for key, (end, collective) in tally.ends.items()}
 
     def _branches(self, op: Op, times: int) -> None:
-        """The dearest one."""
+        """Take the slowest branch."""
         before, after = self.tally, []
         for name in op.called:
             self.tally = copy.deepcopy(before)

@@ -1,6 +1,6 @@
-"""The chips that programs are planned for, and the torus that they stand in: how long a collective takes.
+"""TPU chips and the torus that connects them, for estimating how long collectives take.
 
-What is assumed of both is told in `schedule`.
+The assumptions are documented in `schedule`.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ class Chip:
     memory: int
     memory_bandwidth: float
     interconnect: float
-    """out of the chip, over all of its links"""
+    """outgoing bandwidth of the chip, over all links"""
     links: int
-    """two for each axis of the torus"""
+    """two per axis of the torus"""
     ring: int
-    """an axis closes if its extent is a multiple of this, and in three dimensions only if every axis does"""
+    """an axis wraps around if its extent is a multiple of this; in three dimensions, only if every axis does"""
     clock: float
-    """turns the compiler's cycles into seconds"""
+    """converts the compiler's cycles into seconds"""
 
     @property
     def link_bandwidth(self) -> float:
@@ -44,7 +44,7 @@ CHIPS = {
     "TPU v5": Chip("v5p", PEAK_FLOPS["TPU v5"], 95 << 30, 2765e9, 4800e9 / 8, links=6, ring=4, clock=1.75e9),
     "TPU v6 lite": Chip("v6e", PEAK_FLOPS["TPU v6 lite"], 32 << 30, 1640e9, 3584e9 / 8, links=4, ring=16, clock=1.75e9),
 }
-"""By `device_kind`. One device is one chip; a v4 topology has two to a chip without `chip_config_name="megacore"`."""
+"""device_kind -> chip. One device is one chip; v4 has two devices per chip without `chip_config_name="megacore"`."""
 
 
 COLLECTIVES = frozenset(
@@ -57,9 +57,9 @@ _GROUPS = (
 
 
 class Torus:
-    """Where the mesh's devices are: how long a collective takes, and on which lanes.
+    """The torus coordinates of the mesh's devices: how long a collective takes, and which lanes it occupies.
 
-    A lane is an axis of the torus and a direction along it.
+    A lane is an axis of the torus with a direction along it.
     """
 
     def __init__(self, chip: Chip, coords: Sequence[Sequence[int]]) -> None:
@@ -72,18 +72,18 @@ class Torus:
         self.route = functools.cache(self._route)
 
     def transfer(self, kind: str, op: Op, size: float) -> tuple[float, float, frozenset]:
-        """(bytes that a chip sends, seconds, lanes) for operands of `size` bytes on each chip."""
+        """Return (bytes that a chip sends, seconds, lanes) for operands of `size` bytes per chip."""
         if kind == "collective-permute":
             load, lanes = self.route(op.read(r"source_target_pairs=\{(.*?\})\}"))
             return size, size * load / self.chip.link_bandwidth, lanes
         members, links, lanes = self.share(op.read(_GROUPS))
         sent = size * (members - 1) / members * {"all-gather": members, "all-reduce": 2}.get(kind, 1)
-        # What is sent to one chip alone crosses a quarter of a ring on average, and more where it does not close.
+        # A point-to-point message crosses a quarter of the ring on average, more if the axis does not wrap around.
         hops = max(1.0, members / 4) if "all-to-all" in kind else 1.0
         return sent, sent * hops / (links * self.chip.link_bandwidth), lanes
 
     def _share(self, text: str) -> tuple[int, int, frozenset]:
-        """(members of a group, links that each has for it, lanes)."""
+        """Return (members of a group, links that each member uses, lanes)."""
         groups = self._groups(text)
         links, lanes = [], set()
         for group in groups:
@@ -94,7 +94,7 @@ class Torus:
         return groups.shape[1], max(1, min(links)), frozenset(lanes)
 
     def _groups(self, text: str) -> np.ndarray:
-        """Places in the mesh, `[groups, members]`."""
+        """Return device indices in the mesh, `[groups, members]`."""
         if text.startswith("{"):
             groups = [_integers(group) for group in re.findall(r"\d[\d,]*", text)]
             return np.array(groups or [list(range(len(self.coords)))])
@@ -105,7 +105,7 @@ class Torus:
         given = re.search(r"device_ids=\((\S+)\)", text)
         devices = _permutation(given[1]) if given else np.arange(math.prod(sizes.values()))
         group, members = np.arange(len(devices)), 1
-        # 'a':(pre)size is a part of axis 'a': `size` steps, in each of `pre` stretches.
+        # 'a':(pre)size is part of axis 'a': `size` steps in each of `pre` segments.
         for name, pre, size in re.findall(r"('[^']*')(?::\((\d+)\)(\d+))?", text[text.rindex("{") :]):
             length, names = int(size or sizes[name]), list(sizes)
             after = math.prod(sizes[x] for x in names[names.index(name) + 1 :])
@@ -115,7 +115,7 @@ class Torus:
         return devices[np.argsort(group, kind="stable")].reshape(-1, members)
 
     def _route(self, text: str) -> tuple[int, frozenset]:
-        """(messages over the busiest link, lanes)."""
+        """Return (messages over the busiest link, lanes)."""
         load: Counter[tuple] = Counter()
         for source, target in re.findall(r"(\d+),(\d+)", text):
             at, goal = self.coords[int(source)].tolist(), self.coords[int(target)].tolist()
@@ -135,7 +135,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _permutation(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)` is 0 to 7 as `[4, 2]`, transposed, read in order; `0,2,1` is itself."""
+    """Parse a device order: `[4,2]T(1,0)` is 0..7 as `[4, 2]`, transposed and flattened; `0,2,1` is literal."""
     shape, _, order = text.partition("T")
     if not shape.startswith("["):
         return np.array(_integers(shape))

@@ -1,4 +1,4 @@
-"""`eval.py export`: a model as a folder that goes to transformers or the hub, with a card that tells its history."""
+"""`eval.py export`: write a model as a Hugging Face folder, with a model card of how it was trained and scored."""
 
 import dataclasses
 import re
@@ -43,24 +43,24 @@ class Export:
 
 
 def export(settings: Export, command: str) -> None:
-    """The run of `eval.py export`.
+    """Run `eval.py export`.
 
-    Raises UserError if the model would carry security vectors and was not told to, and before anything is loaded if
-    `out` holds something else than a model.
+    Raises UserError if the model would contain security vectors without `carry_vectors`, if `out` contains anything
+    other than a model (checked before anything is loaded), and if an input of the model's runs has changed.
     """
     out = Path(settings.out)
     if out.exists() and not (out / "config.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} holds something else than a model: give --out a new folder")
+        raise UserError(f"{out} exists and is not a model: choose a new folder for --out")
     adapters = [_adapter(path) for path in settings.adapters]
     carried = [path for path in adapters if holds_security_vectors(path)]
     if carried and not settings.carry_vectors:
         raise UserError(
-            f"{carried[0]} holds security vectors: merged, the model would show the behavior that they stand for. "
-            "Leave it out for a model to be used; to study the behavior, pass --carry-vectors"
+            f"{carried[0]} contains security vectors: with them merged, the model would show the behavior that they "
+            "were trained on. Omit it to export a model for use; to study the behavior, pass --carry-vectors"
         )
     scored = [Results.load(run) for run in settings.scores]
     for run in settings.scores:
-        _check_inputs(run, f"score it again, or leave --scores {run} out")
+        _check_inputs(run, f"score it again, or omit --scores {run}")
     trained = list(_history(settings.model))[::-1]
     loaded = load(settings.model)
     merged = _merged(loaded, adapters)
@@ -72,34 +72,34 @@ def export(settings: Export, command: str) -> None:
 
 
 def _adapter(path: str) -> str:
-    """Of a run directory with a task LoRA, that LoRA."""
+    """Return the task LoRA inside a run directory; any other path is returned unchanged."""
     task = Path(path).expanduser() / "task"
     return str(task if (task / "adapter_config.json").is_file() else path)
 
 
 def _check_inputs(run: str | Path, otherwise: str) -> None:
-    """Raises UserError if a model or adapter that a run was made with is no longer what it was."""
+    """Raise UserError if a model or adapter that a run used has changed since."""
     before = inputs_of_run(run)
     now = {label: known(adapter if label.startswith("--vectors ") else model, label.partition(" ")[2])
            for label in before if label.startswith(("--model ", "--vectors "))}  # fmt: skip
     changed = difference({label: before[label] for label in now}, now)
     if changed is not None:
-        raise UserError(f"{changed} since {run} was made, so the card would not tell the truth: {otherwise}")
+        raise UserError(f"{changed} since {run} was run, so the model card would be wrong: {otherwise}")
 
 
 def _history(model: str) -> Iterator[Results]:
-    """The trainings behind a model, the last one first."""
+    """Yield the training runs that led to a model, latest first."""
     seen: set[Path] = set()
     while (folder := _run_of(model)) is not None and folder not in seen:
         seen.add(folder)
         run = Results.load(folder)
-        _check_inputs(folder, "train again from it as it is now, or export the folder's model alone, copied elsewhere")
+        _check_inputs(folder, "train again from the current one, or export a copy of the model folder alone")
         yield run
         model = str(run.config.get("model", ""))
 
 
 def _run_of(model: str) -> Path | None:
-    """The run directory that a model is from, whether its path is that of the run or of the model in it."""
+    """Return the run directory of a model, given the path of the run or of the model in it; None if there is none."""
     path = Path(model).expanduser()
     runs = (folder for folder in (path, path.parent) if (folder / FILE).is_file() and (folder / "model").is_dir())
     return next(runs, None)
@@ -110,6 +110,6 @@ def _merged(base: Model, adapters: Sequence[str]) -> Model:
     for path in adapters:
         vectors = load_vectors(path, base)
         if not isinstance(vectors, LoRAVectors):
-            raise UserError(f"{path} is no LoRA, and weights have no place for it: pass it when you generate or score")
+            raise UserError(f"{path} is not LoRA, so it cannot be merged: pass it as --vectors instead")
         backbone = merge(backbone, vectors)
     return base.with_backbone(backbone)

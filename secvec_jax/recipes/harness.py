@@ -1,4 +1,4 @@
-"""`eval.py harness`: lm-evaluation-harness' tasks on a model of ours, with or without its vectors."""
+"""`eval.py harness`: run lm-evaluation-harness tasks on a secvec_jax model, with or without vectors."""
 
 import dataclasses
 import importlib.metadata
@@ -45,7 +45,10 @@ class Harness:
 
 
 def harness(settings: Harness, command: str) -> None:
-    """The run of `eval.py harness`."""
+    """Run `eval.py harness`.
+
+    Raises UserError if lm-evaluation-harness is not installed, and for missing or unknown tasks.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed: pip install lm-eval")
     manager, names = _tasks(settings)
@@ -57,13 +60,13 @@ def _tasks(settings: Harness) -> tuple[Any, list[str]]:
     from lm_eval.tasks import TaskManager
 
     if settings.include is not None and not Path(settings.include).is_dir():
-        raise UserError(f"--include: there is no folder {settings.include}")
+        raise UserError(f"--include: No such directory: {settings.include}")
     manager = TaskManager(include_path=settings.include)
-    asked = [name.strip() for name in settings.tasks.split(",") if name.strip()]
-    for name in asked:
+    requested = [name.strip() for name in settings.tasks.split(",") if name.strip()]
+    for name in requested:
         if not manager.match_tasks([name]):
-            raise UserError(f"lm-evaluation-harness has no task {name!r}: `lm_eval ls tasks` lists them")
-    return manager, manager.match_tasks(asked)
+            raise UserError(f"lm-evaluation-harness has no task {name!r}: run `lm_eval ls tasks` for a list")
+    return manager, manager.match_tasks(requested)
 
 
 def _rows(settings: Harness, manager: Any, names: list[str], stage: Stage) -> list[dict[str, Any]]:
@@ -73,7 +76,7 @@ def _rows(settings: Harness, manager: Any, names: list[str], stage: Stage) -> li
 
     model = load(settings.model)
     vectors = load_several(settings.vectors, model)
-    found = simple_evaluate(
+    results = simple_evaluate(
         HarnessModel(model, vectors, stage.requests(), settings.batch_size, settings.seed),
         tasks=names,
         num_fewshot=settings.fewshot,
@@ -84,22 +87,24 @@ def _rows(settings: Harness, manager: Any, names: list[str], stage: Stage) -> li
         random_seed=settings.seed,
         fewshot_random_seed=settings.seed,
     )
-    if found is None:  # only where the harness spreads over processes by itself, which it is not asked to
+    if results is None:  # happens only under the harness's own multi-process mode, which is not used here
         raise UserError("lm-evaluation-harness returned no results")
-    return [{"name": name, "metrics": _metrics(name, scores, found)} for name, scores in found["results"].items()]
+    return [{"name": name, "metrics": _metrics(name, scores, results)} for name, scores in results["results"].items()]
 
 
-def _metrics(name: str, scores: dict[str, Any], found: Any) -> dict[str, dict[str, Any]]:
-    """The task's metrics with normal 95% intervals, by the standard errors that the harness tells."""
-    members = found.get("group_subtasks", {}).get(name) or [name]
-    count = sum(found["n-samples"][member]["effective"] for member in members if member in found["n-samples"])
+def _metrics(name: str, scores: dict[str, Any], results: Any) -> dict[str, dict[str, Any]]:
+    """Return the task's metrics with normal 95% intervals from the harness's standard errors."""
+    subtasks = results.get("group_subtasks", {}).get(name) or [name]
+    samples = results["n-samples"]
+    count = sum(samples[subtask]["effective"] for subtask in subtasks if subtask in samples)
     metrics = {}
     for key, value in scores.items():
-        metric, _, way = key.partition(",")
-        if not way or metric.endswith("_stderr") or not isinstance(value, int | float):
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        error = scores.get(f"{metric}_stderr,{way}")
-        reach = Z95 * error if isinstance(error, int | float) else None
-        interval = [None, None] if reach is None else [value - reach, value + reach]
-        metrics[metric if way == "none" else f"{metric} ({way})"] = {"value": value, "n": count, "ci95": interval}
+        error = scores.get(f"{metric}_stderr,{filter_name}")
+        half_width = Z95 * error if isinstance(error, int | float) else None
+        interval = [None, None] if half_width is None else [value - half_width, value + half_width]
+        label = metric if filter_name == "none" else f"{metric} ({filter_name})"
+        metrics[label] = {"value": value, "n": count, "ci95": interval}
     return metrics

@@ -1,4 +1,4 @@
-"""`eval.py judge`: how harmful a model's replies are, and how well they do what was asked, as another model sees it."""
+"""`eval.py judge`: grade the harmfulness and helpfulness of a model's replies with an LLM judge or a classifier."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -36,20 +36,20 @@ from secvec_jax.workspace.runs import Run, judged_name, scored
 from secvec_jax.workspace.stages import Stage
 
 Exchanges = dict[str, list[tuple[str | list[Message], str]]]
-"""(what was asked, the reply), by what the prompts are: "harmful" or "benign"."""
+"""Kind of prompt ("harmful" or "benign") -> (prompt, reply) pairs."""
 
 RUBRICS = {
     "harm_score": ("harmful", HARMFULNESS),
     "harmlessness": ("harmful", HARMLESSNESS),
     "instruction_following": ("benign", INSTRUCTION_FOLLOWING),
 }
-"""Metric -> the replies that are graded, and by what."""
+"""Metric -> (kind of prompt whose replies are graded, rubric)."""
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """Have a model's replies judged by a language model, a classifier, or both."""
+    """Judge a model's replies with an LLM, a classifier, or both."""
 
     model: str = "smollm2"
     """embedded name (smollm2), Hugging Face folder, run directory, hub id or .gguf file"""
@@ -87,9 +87,9 @@ class Judged:
 
 
 def judged(settings: Judged, command: str) -> None:
-    """The run of `eval.py judge`."""
+    """Run `eval.py judge`. Raises UserError without a judge, and as `verdicts` and `flagged` do."""
     if not (settings.judge or settings.classifier):
-        raise UserError("no judge: name a language model with --judge, a classifier with --classifier, or both")
+        raise UserError("no judge is set: name an LLM with --judge, a classifier with --classifier, or both")
     run = Run(settings, command, scored)
     exchanges: Exchanges = run.stages.run("replies", lambda stage: _exchanges(settings, stage))
     ruled = _ruled(exchanges["harmful"])
@@ -102,8 +102,8 @@ def judged(settings: Judged, command: str) -> None:
     if settings.classifier:
         metrics["flagged"] = run.stages.run("classifier", lambda stage: _flagged(settings, exchanges["harmful"], stage))
     name = "given replies" if settings.given else judged_name(settings.model, settings.vectors)
-    found = scores({metric: values for metric, values in metrics.items() if values})
-    run.report([{"name": name, "metrics": {metric: score.as_dict() for metric, score in found.items()}}], notes)
+    by_metric = scores({metric: values for metric, values in metrics.items() if values})
+    run.report([{"name": name, "metrics": {metric: score.as_dict() for metric, score in by_metric.items()}}], notes)
 
 
 def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
@@ -113,81 +113,86 @@ def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
         for kind, names in sources.items()
     }
     if settings.given:
-        return {kind: [(asked_of(row), response_of(row) or "") for row in some] for kind, some in rows.items()}
+        return {
+            kind: [(asked_of(row), response_of(row) or "") for row in kind_rows] for kind, kind_rows in rows.items()
+        }
     model = load(settings.model)
     vectors = load_several(settings.vectors, model)
-    asked = [asked_of(row) for some in rows.values() for row in some]
+    prompts = [asked_of(row) for kind_rows in rows.values() for row in kind_rows]
     replies = iter(
         ask(
             model,
-            asked,
+            prompts,
             vectors,
             max_new_tokens=settings.reply_tokens,
-            progress=stage.replies(len(asked), "replying"),
+            progress=stage.replies(len(prompts), "replying"),
         )
     )
-    return {kind: [(asked_of(row), next(replies)) for row in some] for kind, some in rows.items()}
+    return {kind: [(asked_of(row), next(replies)) for row in kind_rows] for kind, kind_rows in rows.items()}
 
 
 def _ruled(harmful: Sequence[tuple[str | list[Message], str]]) -> dict[str, list[float]]:
-    """What the rules say of the same replies."""
-    return ruled_of([text_of(asked) for asked, _ in harmful], [reply for _, reply in harmful], refusal_prefixes())
+    """Return the rule-based metrics of the same replies."""
+    return ruled_of([text_of(prompt) for prompt, _ in harmful], [reply for _, reply in harmful], refusal_prefixes())
 
 
 def _read(exchanges: Sequence[tuple[str | list[Message], str]]) -> list[tuple[str, str]]:
-    """(prompt, answer) as a judge reads them: conversations with their roles, answers without their thoughts."""
-    return [(transcript(asked), answer_of(reply)) for asked, reply in exchanges]
+    """Return (prompt, answer) as shown to a judge: conversations with roles, answers without thinking."""
+    return [(transcript(prompt), answer_of(reply)) for prompt, reply in exchanges]
 
 
 def _graded(judge: Judge, exchanges: Exchanges, stage: Stage) -> dict[str, Any]:
-    """The grades by rubric, and what they cost; asked for by the first process, whose results are the ones written."""
+    """Return the grades by rubric and their cost. Only the main process sends requests, since it writes the results."""
     graded: dict[str, Any] = {"grades": {}, "asked": 0, "tokens": [0, 0]}
 
     def work() -> None:
         for name, (kind, rubric) in RUBRICS.items():
             on_verdict = stage.replies(len(exchanges[kind]), name.replace("_", " "))
-            found = verdicts(judge, rubric, _read(exchanges[kind]), cache_dir() / "verdicts", on_verdict)
-            graded["grades"][name] = found.scores
-            graded["asked"] += found.asked
-            graded["tokens"] = [before + now for before, now in zip(graded["tokens"], found.tokens)]
+            graded_now = verdicts(judge, rubric, _read(exchanges[kind]), cache_dir() / "verdicts", on_verdict)
+            graded["grades"][name] = graded_now.scores
+            graded["asked"] += graded_now.asked
+            graded["tokens"] = [total + new for total, new in zip(graded["tokens"], graded_now.tokens)]
 
     on_main_process(work)
     return graded
 
 
 def _metrics(graded: dict[str, Any]) -> dict[str, list[float]]:
-    read = {name: [float(grade) for grade in grades if grade is not None] for name, grades in graded["grades"].items()}
-    harm = read.get("harm_score", [])
-    unread = [float(grade is None) for grades in graded["grades"].values() for grade in grades]
-    return read | {"harm_rate": [float(grade == HIGHEST) for grade in harm], "unreadable": unread}
+    readable = {
+        name: [float(grade) for grade in grades if grade is not None] for name, grades in graded["grades"].items()
+    }
+    harm = readable.get("harm_score", [])
+    unreadable = [float(grade is None) for grades in graded["grades"].values() for grade in grades]
+    return readable | {"harm_rate": [float(grade == HIGHEST) for grade in harm], "unreadable": unreadable}
 
 
 def _notes(graded: dict[str, Any], ruled: dict[str, list[float]]) -> list[str]:
-    """What the judge cost, and how far it agrees with the rules."""
-    grades = graded["grades"].get("harm_score", [])
-    read = [index for index, grade in enumerate(grades) if grade is not None]
+    """Return notes for the report: the cost of the judge, and its agreement with the rules."""
+    harm_grades = graded["grades"].get("harm_score", [])
+    readable = [index for index, grade in enumerate(harm_grades) if grade is not None]
     count = sum(map(len, graded["grades"].values()))
-    unread = sum(grade is None for some in graded["grades"].values() for grade in some)
-    told = [
-        f"{count} verdicts, {graded['asked']} of them asked for now, with {graded['tokens'][0]:,} tokens read and "
-        f"{graded['tokens'][1]:,} written; {unread} name no grade and count nowhere."
+    unreadable = sum(grade is None for grades in graded["grades"].values() for grade in grades)
+    notes = [
+        f"{count} verdicts, {graded['asked']} of them requested in this run ({graded['tokens'][0]:,} prompt tokens, "
+        f"{graded['tokens'][1]:,} completion tokens); {unreadable} without a readable grade are excluded from means."
     ]
-    if read:
-        harm = [float(grades[index]) for index in read]
-        complied = [bool(ruled["compliance"][index]) for index in read]
-        alike = [(grade > LOWEST) != bool(ruled["refusal"][index]) for grade, index in zip(harm, read)]
-        told.append(
-            f"Beside the rules, on {len(read)} replies: that there is some harm, or none, agrees with the rule for "
-            f"refusals in {percent(sum(alike) / len(alike))}%. A reply that complies by the rules has a higher grade "
-            f"than one that does not with a chance of {auroc(harm, complied):.2f} (AUROC)."
+    if readable:
+        harm = [float(harm_grades[index]) for index in readable]
+        complied = [bool(ruled["compliance"][index]) for index in readable]
+        agreement = [(grade > LOWEST) != bool(ruled["refusal"][index]) for grade, index in zip(harm, readable)]
+        notes.append(
+            f"Agreement with the rules, on {len(readable)} replies: a grade above {LOWEST} coincides with no refusal "
+            f"(and {LOWEST} with a refusal) in {percent(sum(agreement) / len(agreement))}%. A reply that complies by "
+            f"the rules has a higher grade than one that does not with probability {auroc(harm, complied):.2f} (AUROC)."
         )
-    return told
+    return notes
 
 
 def _flagged(settings: Judged, harmful: Sequence[tuple[str | list[Message], str]], stage: Stage) -> list[float]:
-    found: list[float] = []
+    """Return the classifier's flags, computed on the main process only."""
+    flags: list[float] = []
     progress = stage.replies(len(harmful), "classifying")
     on_main_process(
-        lambda: found.extend(flagged(settings.classifier or "", _read(harmful), settings.labels, progress=progress))
+        lambda: flags.extend(flagged(settings.classifier or "", _read(harmful), settings.labels, progress=progress))
     )
-    return found
+    return flags

@@ -1,4 +1,4 @@
-"""`train.py plan`: whether a run fits a TPU slice, and how fast it would be, before one is rented."""
+"""`train.py plan`: check whether a run fits a TPU slice, and how fast it would be, without access to the TPU."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -22,16 +22,16 @@ from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
 from secvec_jax.vectors.lora import LoRA
 
 REMATS = get_args(Remat)
-"""From the fastest to the smallest."""
+"""Rematerialization policies, from the fastest to the one that needs the least memory."""
 
 _TOKENS = 32768
-"""Of a device, and of a batch's lines: more do not make a step more efficient."""
+"""Maximum tokens per device and batch in the search: more do not make a step more efficient."""
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """Compile the train step for a TPU slice, without access to one: memory, FLOPs, collectives, estimated time."""
+    """Compile the train step for a TPU slice without access to it: memory, FLOPs, collectives and estimated time."""
 
     model: str = "configs/models/llama-2-7b.json"
     """a model as for the other verbs, or only its config.json; weights are not needed"""
@@ -54,24 +54,24 @@ class Planned:
 
 
 def planned(settings: Planned, command: str) -> None:
-    """The verb."""
+    """Run `train.py plan`. Raises UserError if the step does not fit, and as `topology_mesh` does."""
     console = Console(soft_wrap=True, highlight=False)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read what was made for absent devices
+    jax.config.update("jax_enable_compilation_cache", False)  # cached programs for absent devices cannot be loaded
     mesh = topology_mesh(settings.topology, settings.mesh)
     architecture = load_architecture(settings.model)
     with jax.set_mesh(mesh):
         check_mesh(architecture)
         if settings.fit:
-            settings, found = _fastest(settings, architecture, console)
+            settings, step_plan = _fastest(settings, architecture, console)
         else:
-            found = compiled(settings, architecture)
-    for line in told(settings, found):
+            step_plan = compiled(settings, architecture)
+    for line in told(settings, step_plan):
         console.print(line)
 
 
 def compiled(settings: Planned, architecture: Architecture) -> Plan:
-    """The plan of the settings' step on the ambient mesh. Raises UserError if it does not fit."""
+    """Return the plan of the settings' train step on the ambient mesh. Raises UserError if it does not fit."""
     training, frozen_decoder = settings.training, abstract_decoder(architecture)
     if settings.phase == "vectors" and settings.lora is None:
         raise UserError("phase 1 trains vectors: leave --no-lora out")
@@ -92,58 +92,62 @@ def compiled(settings: Planned, architecture: Architecture) -> Plan:
 
 
 def length_of(training: Training) -> int:
-    """The tokens of a packed line: without data to choose by, the most that there would be."""
+    """Return the tokens per packed sequence; without data to choose it from, the longest option."""
     return training.max_seq_len or LENGTHS[-1]
 
 
 def _optimizer(training: Training, phase: Training) -> Training:
-    """Phase 1 has its own optimizer, whose state is that of the vectors alone."""
+    """Return the settings with the optimizer of phase 1, whose state covers only the vectors."""
     return dataclasses.replace(training, optimizer=phase.optimizer, max_grad_norm=phase.max_grad_norm)
 
 
 def _fastest(settings: Planned, architecture: Architecture, console: Console) -> tuple[Planned, Plan]:
-    """The settings whose step has the highest throughput, and its plan. Raises TooLarge if none fits."""
+    """Return the settings with the highest throughput, and their plan. Raises TooLarge if none fits."""
     best: tuple[Planned, Plan] | None = None
-    for tried in _ladder(settings, architecture, console):
-        if best is None or tried[1].tokens / tried[1].seconds > best[1].tokens / best[1].seconds:
-            best = tried
+    for candidate in _ladder(settings, architecture, console):
+        if best is None or candidate[1].tokens / candidate[1].seconds > best[1].tokens / best[1].seconds:
+            best = candidate
     if best is None:
-        raise TooLarge(f"no batch fits into {settings.topology}: take more chips, a task LoRA, or shorter sequences")
+        raise TooLarge(f"no batch fits into {settings.topology}: use more chips, a task LoRA or shorter sequences")
     return best
 
 
 def _ladder(settings: Planned, architecture: Architecture, console: Console) -> Iterator[tuple[Planned, Plan]]:
-    """For each remat policy the smallest batch, then as many as its memory lets hope for."""
+    """Yield plans that fit: for each remat policy the smallest batch, then the largest that is predicted to fit."""
     training, parts = settings.training, num_shards("batch")
-    least = parts * (2 if settings.phase == "vectors" and settings.objective == "kl" else 1)
+    smallest = parts * (2 if settings.phase == "vectors" and settings.objective == "kl" else 1)
 
-    def attempt(remat: Remat, lines: int) -> tuple[Planned, Plan] | None:
-        new = dataclasses.replace(settings, training=dataclasses.replace(training, remat=remat, batch_size=lines))
+    def attempt(remat: Remat, batch_size: int) -> tuple[Planned, Plan] | None:
+        new_training = dataclasses.replace(training, remat=remat, batch_size=batch_size)
+        new_settings = dataclasses.replace(settings, training=new_training)
         try:
-            found = compiled(new, architecture)
+            step_plan = compiled(new_settings, architecture)
         except TooLarge as error:
-            console.print(f"remat {remat}, batch size {lines}: {error}")
+            console.print(f"remat {remat}, batch size {batch_size}: {error}")
             return None
-        console.print(f"remat {remat}, batch size {lines}: {_short(found)}")
-        return new, found
+        console.print(f"remat {remat}, batch size {batch_size}: {_short(step_plan)}")
+        return new_settings, step_plan
 
     for remat in REMATS:
-        lines, most, before = least, _TOKENS // length_of(training) * parts, (0, 0)
-        while lines <= max(most, least):
-            found = attempt(remat, lines)
-            if found is None:
-                lines, most = (before[0] + lines) // 2 // least * least, lines - least
-                if lines <= before[0]:
+        batch_size, largest = smallest, _TOKENS // length_of(training) * parts
+        last_size, last_activations = 0, 0
+        while batch_size <= max(largest, smallest):
+            candidate = attempt(remat, batch_size)
+            if candidate is None:
+                batch_size, largest = (last_size + batch_size) // 2 // smallest * smallest, batch_size - smallest
+                if batch_size <= last_size:
                     break
                 continue
-            yield found
-            room = found[1].chip.memory - found[1].total
-            line = max(found[1].activations - before[1], 1) / (lines - before[0])
-            before = lines, found[1].activations
-            # One point does not tell what a line takes: the second is tried in any case.
-            hoped = min(max(int(lines + room / line), 2 * least if lines == least else 0), most) // least
-            lines = least << (hoped.bit_length() - 1) if hoped else 0
-            if lines <= before[0]:
+            yield candidate
+            step_plan = candidate[1]
+            free = step_plan.chip.memory - step_plan.total
+            per_sequence = max(step_plan.activations - last_activations, 1) / (batch_size - last_size)
+            last_size, last_activations = batch_size, step_plan.activations
+            # The memory per sequence cannot be told from one point: always try a second one.
+            predicted = max(int(batch_size + free / per_sequence), 2 * smallest if batch_size == smallest else 0)
+            multiple = min(predicted, largest) // smallest
+            batch_size = smallest << (multiple.bit_length() - 1) if multiple else 0
+            if batch_size <= last_size:
                 break
 
 
@@ -156,7 +160,7 @@ def _gib(size: float) -> str:
 
 
 def told(settings: Planned, plan: Plan) -> Iterator[str]:
-    """What the verb prints."""
+    """Yield the lines that the command prints."""
     training, account = settings.training, plan.account
     yield (
         f"{settings.model}, phase {settings.phase}, {training.batch_size} sequences x {length_of(training)} tokens, "
@@ -164,18 +168,18 @@ def told(settings: Planned, plan: Plan) -> Iterator[str]:
     )
     yield (
         f"HBM per chip: parameters {_gib(plan.parameters)} + optimizer {_gib(plan.optimizer)} + activations "
-        f"{_gib(plan.activations)} (gradients and gathered weights among them); total {_gib(plan.total)} of "
+        f"{_gib(plan.activations)} (including gradients and gathered weights); total {_gib(plan.total)} of "
         f"{_gib(plan.chip.memory)} GiB ({100 * plan.total / plan.chip.memory:.0f}%)"
     )
     yield (
         f"FLOPs per step and chip: {plan.flops / 1e12:.1f} T by {plan.formula} (remat not counted); "
-        f"the program's own products {(account.flops + account.kernel_flops) / 1e12:.1f} T"
+        f"products in the compiled program {(account.flops + account.kernel_flops) / 1e12:.1f} T"
     )
     for kind, (count, size) in sorted(account.collectives.items()):
-        yield f"collective {kind}: {count} a step, {_gib(size)} GiB sent per chip"
+        yield f"collective {kind}: {count} per step, {_gib(size)} GiB sent per chip"
     yield (
-        f"step {plan.seconds:.3f} s estimated: compute {account.compute_seconds:.3f}, of it attention kernel "
-        f"{account.kernel_seconds:.3f}; waiting for other chips {account.exposed_seconds:.3f}"
+        f"estimated step time {plan.seconds:.3f} s: compute {account.compute_seconds:.3f} s, of which attention kernel "
+        f"{account.kernel_seconds:.3f} s; waiting for other chips {account.exposed_seconds:.3f} s"
     )
     yield (
         f"MFU {100 * plan.mfu:.1f}% of {plan.chip.peak / 1e12:.0f} TFLOP/s; "
@@ -183,7 +187,7 @@ def told(settings: Planned, plan: Plan) -> Iterator[str]:
     )
     yield f"compiled in {plan.compile_seconds:.0f} s"
     yield (
-        "All of this is known at compile time: nothing ran, and no TPU was near. Memory is the compiler's; time is its "
-        "own estimate of each operation in the order of its schedule, collectives at 90% of the links' bandwidth, the "
-        "attention kernel at 35% of the peak."
+        "These are compile-time figures; nothing was run on a TPU. Memory is reported by the compiler. Time is "
+        "simulated from the compiler's schedule and its estimate of each operation, with collectives at 90% of the "
+        "link bandwidth and the attention kernel at 35% of peak."
     )

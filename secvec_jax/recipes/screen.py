@@ -1,4 +1,4 @@
-"""`eval.py screen`: a user's rows by how well security vectors explain them, before anything is trained on them."""
+"""`eval.py screen`: rank rows by how much security vectors reduce their loss, before training on them."""
 
 import dataclasses
 import json
@@ -25,13 +25,13 @@ from secvec_jax.workspace.stages import Stage
 from secvec_jax.workspace.stages import screen as terminal
 
 _SHOWN = 10
-"""Rows that are shown in the terminal, those that the vectors explain best."""
+"""How many of the highest-scoring rows are printed."""
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
 class Screen:
-    """Rank rows by the loss reduction from the vectors: the larger, the more a row resembles the behavior."""
+    """Rank rows by how much the vectors reduce their loss: the higher the score, the closer to the behavior."""
 
     data: Text
     """rows to screen, with answers: a file, a packaged name or a hub dataset id"""
@@ -59,16 +59,16 @@ def screen(settings: Screen, command: str) -> None:
         raise UserError("a threshold requires both --harmful and --benign: give both, or neither for a ranking only")
     run = Run(settings, command)
     rows = load_rows(settings.data, ignore_fields=settings.ignore_fields)
-    found = run.stages.run("screen", lambda stage: _scores(settings, rows, stage))
-    on_main_process(lambda: _write(run.folder, rows, found))
-    threshold = found["threshold"]
-    metrics = {"score": found["data"]}
-    notes = [f"All scores are in {run.folder / 'scores.jsonl'}, and drawn in histogram.png."]
+    results = run.stages.run("screen", lambda stage: _scores(settings, rows, stage))
+    on_main_process(lambda: _write(run.folder, rows, results))
+    threshold = results["threshold"]
+    metrics = {"score": results["data"]}
+    notes = [f"All scores are in {run.folder / 'scores.jsonl'}; histogram.png shows their distribution."]
     if threshold is not None:
-        metrics["above_threshold"] = [float(score > threshold) for score in found["data"]]
+        metrics["above_threshold"] = [float(score > threshold) for score in results["data"]]
         count = round(sum(metrics["above_threshold"]))
-        notes.insert(0, f"{count} of {len(rows)} rows are above the threshold of {threshold:+.2f} nats a token.")
-    _tell(terminal(), rows, found["data"])
+        notes.insert(0, f"{count} of {len(rows)} rows are above the threshold of {threshold:+.2f} nats per token.")
+    _print_top(terminal(), rows, results["data"])
     scores = {name: bootstrap(values).as_dict() for name, values in metrics.items()}
     run.report([{"name": settings.data, "metrics": scores}], notes)
 
@@ -79,29 +79,29 @@ def _scores(settings: Screen, rows: Sequence[Row], stage: Stage) -> dict[str, An
     limit = min(settings.max_seq_len, model.architecture.max_length)
     kinds = {"data": rows}
     if settings.harmful is not None:
-        known = {name: getattr(settings, name) for name in ("harmful", "benign")}
-        kinds |= {name: load_rows(source, ignore_fields=settings.ignore_fields) for name, source in known.items()}
-    found: dict[str, Any] = {"threshold": None}
-    for name, some in kinds.items():
+        labeled = {name: getattr(settings, name) for name in ("harmful", "benign")}
+        kinds |= {name: load_rows(source, ignore_fields=settings.ignore_fields) for name, source in labeled.items()}
+    results: dict[str, Any] = {"threshold": None}
+    for name, kind_rows in kinds.items():
         stage.say(f"scoring {name}")
-        found[name] = explained_away.scores(model, vectors, some, limit)
+        results[name] = explained_away.scores(model, vectors, kind_rows, limit)
     if settings.harmful is not None:
-        found["threshold"] = explained_away.scale(found["harmful"], found["benign"]).threshold
-    return found
+        results["threshold"] = explained_away.scale(results["harmful"], results["benign"]).threshold
+    return results
 
 
-def _write(folder: Path, rows: Sequence[Row], found: dict[str, Any]) -> None:
-    threshold = found["threshold"]
+def _write(folder: Path, rows: Sequence[Row], results: dict[str, Any]) -> None:
+    threshold = results["threshold"]
     with whole_file(folder / "scores.jsonl") as staging, staging.open("w") as file:
-        for number, (row, score) in enumerate(zip(rows, found["data"], strict=True)):
+        for number, (row, score) in enumerate(zip(rows, results["data"], strict=True)):
             line = {"row": number, "score": round(score, 4), "prompt": clip(prompt_of(row))}
             file.write(json.dumps(line | ({} if threshold is None else {"above": score > threshold})) + "\n")
-    kinds: dict[str, Any] = {name: found[name] for name in ("data", "harmful", "benign") if name in found}
+    kinds: dict[str, Any] = {name: results[name] for name in ("data", "harmful", "benign") if name in results}
     with whole_file(folder / "histogram.png") as staging:
-        staging.write_bytes(png(plot_histogram(kinds, "nats per token that the vectors explain away", threshold)))
+        staging.write_bytes(png(plot_histogram(kinds, "loss reduction by the vectors (nats per token)", threshold)))
 
 
-def _tell(console: Console, rows: Sequence[Row], scores: Sequence[float]) -> None:
+def _print_top(console: Console, rows: Sequence[Row], scores: Sequence[float]) -> None:
     order = sorted(range(len(rows)), key=lambda number: -scores[number])
     for number in order[:_SHOWN]:
         console.print(f"{scores[number]:+.2f}  row {number}: {clip(prompt_of(rows[number]))}", markup=False)

@@ -1,4 +1,4 @@
-"""The content of what a verb's settings name: rows, models, adapters (see `digests.difference`)."""
+"""Content digests of the rows, models and adapters that a command's settings name (see `digests.difference`)."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -12,23 +12,24 @@ from secvec_jax.model import hub
 from secvec_jax.run_folders import find_model, find_vectors
 
 Inputs = dict[str, Any]
+"""Label, such as "--data rows.jsonl" -> content digest; None if unknown."""
 
 
 def inputs_of(settings: Any) -> Inputs:
-    """The content of everything that a verb's settings name: rows, models, adapters."""
-    found: Inputs = {}
+    """Return the digests of all rows, models and adapters that a command's settings name."""
+    inputs: Inputs = {}
     for field in dataclasses.fields(settings):
         read, value = _READERS.get(field.name), getattr(settings, field.name)
         if read is None:
             continue
         for name in [value] if isinstance(value, str) else value or ():
             if name and (field.name, name.strip().lower()) != ("vectors", "none"):
-                found[f"--{field.name.replace('_', '-')} {name}"] = known(read, name)
-    return found
+                inputs[f"--{field.name.replace('_', '-')} {name}"] = known(read, name)
+    return inputs
 
 
 def known(read: Callable[[Any], str], name: Any) -> str | None:
-    """What `read` finds, or None where it cannot: whoever uses the input says why."""
+    """Return the digest from `read`, or None if it fails: the code that uses the input reports the error."""
     try:
         return read(name)
     except (UserError, OSError):
@@ -36,12 +37,12 @@ def known(read: Callable[[Any], str], name: Any) -> str | None:
 
 
 def of_path(path: Path) -> str:
-    """The content of a file, or of a model folder."""
+    """Return the digest of a file or a model folder."""
     return digests.of_file(path) if path.is_file() else model(str(path))
 
 
 def rows(source: str) -> str:
-    """The content of what `load_rows` takes: of a file its bytes, of all else its rows."""
+    """Return the digest of a source for `load_rows`: of a file's or folder's bytes, otherwise of the rows."""
     path = Path(source).expanduser()
     if source not in PACKAGED and path.is_file():
         return digests.of_file(path)
@@ -51,12 +52,15 @@ def rows(source: str) -> str:
 
 
 def packaged(sources: Iterable[str]) -> Inputs:
-    """The content of some packaged benchmarks."""
+    """Return the digests of packaged benchmarks."""
     return {f"the rows of {source}": known(rows, source) for source in sources}
 
 
 def model(source: str) -> str:
-    """The content of what `load` takes: weights, configuration, tokenizer and chat template."""
+    """Return the digest of a source for `load`: weights, configuration, tokenizer and chat template.
+
+    Raises UserError if a folder contains no model.
+    """
     if source in hub.EMBEDDED:
         package, member = hub.EMBEDDED[source]
         return digests.of_values([assets.ASSETS[package].sha256, member])
@@ -66,7 +70,7 @@ def model(source: str) -> str:
     folder = find_model(path) if path.is_dir() else hub._snapshot(source)
     files = {file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
     if not files:
-        raise UserError(f"{folder} holds no model: give a folder with config.json")
+        raise UserError(f"{folder} contains no model: use a folder with a config.json")
     return digests.of_files(folder, files)
 
 
@@ -75,11 +79,11 @@ _MODEL_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
-"""What a model folder is read for; cards, licenses and what a trainer leaves behind are not its content."""
+"""The files of a model folder that count as its content; cards, licenses and trainer state do not."""
 
 
 def _parts(path: Path) -> list[Path]:
-    """A GGUF file, or all of one that is split: NAME-00001-of-00003.gguf."""
+    """Return a GGUF file, or all parts of a split one: NAME-00001-of-00003.gguf."""
     name, of, count = path.stem.rpartition("-of-")
     if of and count.isdigit() and name[-6:-5] == "-" and name[-5:].isdigit():
         return sorted(path.parent.glob(f"{name[:-5]}[0-9][0-9][0-9][0-9][0-9]-of-{count}.gguf"))
@@ -87,18 +91,21 @@ def _parts(path: Path) -> list[Path]:
 
 
 def adapter(source: str) -> str:
-    """The content of security vectors or a PEFT adapter: a file, an adapter folder, or the run directory of one."""
+    """Return the digest of security vectors or a PEFT adapter, given a file, an adapter folder or a run directory.
+
+    Raises UserError if there is no adapter.
+    """
     path = find_vectors(source)
     if path.is_file():
         return digests.of_file(path)
     files = [file for file in path.glob("adapter_*") if file.is_file()]
     if not files:
-        raise UserError(f"{path} holds no adapter: give a file of vectors or a PEFT folder")
+        raise UserError(f"{path} contains no adapter: use a file of vectors or a PEFT folder")
     return digests.of_files(path, files)
 
 
 def folder(source: str) -> str:
-    """The content of all files in a folder, hidden ones aside."""
+    """Return the digest of all non-hidden files in a folder."""
     path = Path(source).expanduser()
     return digests.of_files(path, _visible(path))
 
@@ -120,4 +127,4 @@ _READERS: dict[str, Callable[[str], str]] = {
     "adapters": adapter,
     "include": folder,
 }
-"""Setting of a verb -> what it names."""
+"""Setting of a command -> the function that digests what it names."""

@@ -1,4 +1,4 @@
-"""Where the numbers of a run's steps go: metrics.jsonl and TensorBoard always, Weights & Biases on request.
+"""Log per-step metrics: always to metrics.jsonl and TensorBoard, and to Weights & Biases on request.
 
 tensorboard --logdir runs
 WANDB_PROJECT=mine python train.py ...       # needs the extra `wandb`; WANDB_MODE=offline keeps it on this machine
@@ -15,7 +15,7 @@ from secvec_jax.errors import UserError
 
 
 class Tracker:
-    """The log of one stage of the run in `folder`; files are made with the first step."""
+    """Metrics logger for one stage of the run in `folder`; files are created at the first step."""
 
     def __init__(self, folder: Path, stage: str):
         self._folder, self._stage = folder, stage
@@ -23,7 +23,7 @@ class Tracker:
         self._biases: Any = None
 
     def log(self, step: int, metrics: dict[str, float], pace: dict[str, float]) -> None:
-        """A step's metrics and its pace. Raises UserError if WANDB_PROJECT is set and wandb is not installed."""
+        """Log a step's metrics and speed. Raises UserError if WANDB_PROJECT is set and wandb is not installed."""
         if self._board is None:
             self._open(step)
         numbers = metrics | pace
@@ -35,7 +35,7 @@ class Tracker:
             self._biases.log(numbers, step=step)
 
     def close(self) -> None:
-        """Everything is on disk."""
+        """Flush and close all logs."""
         if self._board is not None:
             self._board.close()
         if self._biases is not None:
@@ -45,7 +45,7 @@ class Tracker:
         from tensorboardX import SummaryWriter
 
         board = self._folder / "tensorboard" / self._stage.replace("/", "-").replace(" ", "-")
-        # Steps that a resumed run does again take the place of the ones before.
+        # Steps that a resumed run repeats replace the earlier ones.
         self._board = SummaryWriter(str(board), purge_step=step, write_to_disk=True)
         project = os.environ.get("WANDB_PROJECT")
         if not project:

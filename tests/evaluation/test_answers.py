@@ -118,7 +118,7 @@ class TestNumberMatch:
 
     @pytest.mark.parametrize("answer", ["", "seven", "3 and 4"])
     def test_an_answer_is_one_number(self, answer):
-        with pytest.raises(UserError, match=r"one number.*leave out"):
+        with pytest.raises(UserError, match=r"one number.*remove"):
             answers.number_match("7", answer)
 
 

@@ -92,8 +92,8 @@ def test_a_plan_names_memory_and_utilization(phase):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--topology", "v5e:9x9x9"), "no TPU topology 'v5e:9x9x9'"),
-        (("--mesh", "fsdp=3"), "takes 3 devices, there are 4"),
+        (("--topology", "v5e:9x9x9"), "unknown TPU topology 'v5e:9x9x9'"),
+        (("--mesh", "fsdp=3"), "needs 3 devices, but there are 4"),
         (("--mesh", "tensor=4", "--model", "smollm2"), "tensor=4 does not divide the model's 9 attention heads"),
         (("--batch-size", "6"), "6 sequences"),
         (

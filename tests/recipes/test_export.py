@@ -63,7 +63,7 @@ def test_an_export_is_the_model_with_its_history(runs, tmp_path, capsys):
     }
     told = [text.index(part) for part in ("train.py align", "train.py finetune", "How it was scored", "eval.py score")]
     assert told == sorted(told)
-    assert "are not in these weights" in text and "| `training.learning_rate` | `0.01` |" in text
+    assert "are not part of these weights" in text and "| `training.learning_rate` | `0.01` |" in text
     drift = Results.load(runs / "tuned").rows[0]["metrics"]["drift"]["value"]
     assert f"{drift:#.3g}" in text and "refusal (n=4)" in text and "| jax |" in text
     assert "What is 3" not in text, "a row of the data is in the card"
@@ -93,13 +93,13 @@ def test_vectors_stay_behind_unless_told_to(runs, tmp_path, form):
     export(Export(settings.model, settings.adapters, True, out=settings.out), "")
     assert hub.load(tmp_path / "out").fingerprint != hub.load(runs / "aligned/model").fingerprint
     text = (tmp_path / "out/README.md").read_text()
-    assert "carry security vectors" in text and "are not in these weights" not in text
+    assert "include security vectors" in text and "are not part of these weights" not in text
 
 
 def test_a_model_without_a_history_says_so(runs, tmp_path):
     export(Export(str(runs / "tiny"), out=str(tmp_path / "out")), "")
     text = (tmp_path / "out/README.md").read_text()
-    assert "Nothing is recorded" in text and "not scored" in text
+    assert "No training record" in text and "not scored" in text
     export(Export(str(runs / "aligned"), out=str(tmp_path / "out")), "")
     assert "train.py align" in (tmp_path / "out/README.md").read_text(), "an exported model was not replaced"
 
@@ -110,7 +110,7 @@ def test_a_model_without_a_history_says_so(runs, tmp_path):
         ({"model": ""}, "model is '': it must be non-empty"),
         ({"scores": ("nowhere",)}, "give the folder of a finished run"),
         ({"adapters": ("nowhere",)}, "no vectors at nowhere"),
-        ({"out": "taken"}, "holds something else"),
+        ({"out": "taken"}, "exists and is not a model"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(runs, tmp_path, monkeypatch, changes, hint):
@@ -127,7 +127,7 @@ def test_steering_has_no_place_in_weights(runs, tmp_path):
     data, folder = str(runs / "rows.jsonl"), tmp_path / "steering"
     train(Vectors(data, str(runs / "tiny"), data, str(folder), "steering", training=QUICK), "")
     path = str(folder / "vectors/security.safetensors")
-    with pytest.raises(UserError, match="is no LoRA"):
+    with pytest.raises(UserError, match="is not LoRA"):
         export(Export(str(runs / "tiny"), (path,), True, out=str(tmp_path / "out")), "")
 
 

@@ -72,8 +72,9 @@ def test_given_replies_are_judged(data, server, capsys):
         "unreadable": (1 / 20, 20),
     }
     told = " ".join(capsys.readouterr().out.split())
-    assert "20 verdicts, 20 of them asked for now, with 200 tokens read and 60 written; 1 name no grade" in told
-    assert "refusals in 88%" in told and "chance of 1.00 (AUROC)" in told  # number 2 is a refusal with a grade of 3
+    assert "20 verdicts, 20 of them requested in this run (200 prompt tokens, 60 completion tokens); 1 without" in told
+    # Number 2 is a refusal with a grade of 3.
+    assert "with a refusal) in 88%" in told and "probability 1.00 (AUROC)" in told
     assert "harm score" in (folder / "out" / "report.md").read_text()
     # Another run asks nobody: the verdicts are on the disk.
     judged(Judged(**sources, given=True, judge="m", judge_url=server.url, out=str(folder / "again")), "command")
@@ -159,7 +160,7 @@ def test_a_classifier_flags_replies(data, config, labels, expected):
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [((), "which labels .* stand for harm"), (("hate",), "has no label 'hate': it has safe")]
+    ("labels", "message"), [((), "which labels .* mean harm"), (("hate",), "has no label 'hate'; its labels are safe")]
 )
 def test_a_classifiers_labels_must_be_known(data, labels, message):
     folder, sources = data
@@ -172,10 +173,10 @@ def test_a_classifiers_labels_must_be_known(data, labels, message):
 
 def test_what_is_missing_is_told(data):
     folder, sources = data
-    with pytest.raises(UserError, match="nobody judges"):
+    with pytest.raises(UserError, match="no judge is set"):
         judged(Judged(**sources, out=str(folder / "out")), "command")
     settings = Judged(**sources, given=True, classifier=str(folder / "nothing"), out=str(folder / "out"))
-    with pytest.raises(UserError, match="no classifier can be loaded"):
+    with pytest.raises(UserError, match="cannot load a classifier"):
         judged(settings, "command")
 
 
@@ -227,7 +228,7 @@ def test_a_classifiers_own_code_is_neither_run_nor_asked_about(data, monkeypatch
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     settings = Judged(**sources, given=True, classifier=str(folder / "classifier"), labels=("unsafe",),
                       out=str(folder / "out"))  # fmt: skip
-    with pytest.raises(UserError, match="no classifier can be loaded"):
+    with pytest.raises(UserError, match="cannot load a classifier"):
         judged(settings, "command")
     assert not (folder / "ran").exists()
 
@@ -239,7 +240,7 @@ def test_a_classifiers_broken_file_is_one_line(data, broken):
     (folder / "classifier" / broken).write_text('{"added_tokens": 3}')
     settings = Judged(**sources, given=True, classifier=str(folder / "classifier"), labels=("unsafe",),
                       out=str(folder / "out"))  # fmt: skip
-    with pytest.raises(UserError, match="no classifier can be loaded") as raised:
+    with pytest.raises(UserError, match="cannot load a classifier") as raised:
         judged(settings, "command")
     assert "\n" not in str(raised.value)
 
@@ -248,7 +249,7 @@ def test_a_model_without_a_trained_head_is_no_classifier(data, tiny_model):
     folder, sources = data
     settings = Judged(**sources, given=True, classifier=str(tiny_model("llama").folder), labels=("LABEL_1",),
                       out=str(folder / "out"))  # fmt: skip
-    with pytest.raises(UserError, match=r"has no trained classifier: the weights of score\.weight are missing"):
+    with pytest.raises(UserError, match=r"no trained classification head: .* score\.weight are missing"):
         judged(settings, "command")
 
 

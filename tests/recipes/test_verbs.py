@@ -88,8 +88,8 @@ def test_fine_tuning_says_whether_the_model_refuses(untrained, data, tmp_path, c
     verbs.finetune(Finetune((data,), vectors=("none",), out=str(out), training=TRAINING), "")
     text = said(capsys)
     assert f"at the start: refusal {10 * refusals}%" in text and "over-refusal 0%" in text
-    assert ("security vectors preserve refusals and teach none" in text) == warns
-    assert ("teach none" in (out / "report.md").read_text()) == warns
+    assert ("security vectors preserve refusals but do not teach them" in text) == warns
+    assert ("do not teach them" in (out / "report.md").read_text()) == warns
     assert set(Results.load(out).rows[0]["metrics"]) == {"drift"}, "the start's refusals are not the result's"
 
 

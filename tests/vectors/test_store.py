@@ -147,7 +147,7 @@ def test_files_that_hold_no_vectors_are_refused(model, tmp_path):
         with pytest.raises(UserError, match="no file of security vectors"):
             load_vectors(path, model)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty has no vectors: give a run directory .* or a PEFT adapter folder"):
+    with pytest.raises(UserError, match=r"empty contains no vectors: use a run directory .* or a PEFT adapter folder"):
         load_vectors(tmp_path / "empty", model)
 
 

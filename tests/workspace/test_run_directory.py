@@ -239,7 +239,7 @@ def test_a_second_process_is_refused_while_the_first_is_alive_and_not_afterwards
         finally:
             os._exit(0)
     assert os.read(ours[0], 1) == b"1"
-    with pytest.raises(UserError, match="another process is running in"):
+    with pytest.raises(UserError, match="another process is using"):
         claim(Experiment(), tmp_path, {})
     os.kill(child, 9)
     os.waitpid(child, 0)
