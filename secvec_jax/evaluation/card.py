@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from secvec_jax.evaluation.report import Results, environment_table, markdown_table, scores_table
+from secvec_jax.evaluation.report import Results, environment_table, scores_table
+from secvec_jax.evaluation.tables import markdown_table
 
 WITHOUT = """The security vectors that were active while it was trained are not in these weights. They keep harmful \
 rows from being learned as far as they know the behavior, and no further; the tables below tell what was measured. \
@@ -35,14 +36,14 @@ def model_card(
     parts.append("## How it was trained")
     for run in trained:
         settings = [[f"`{key}`", f"`{value}`"] for key, value in _flat(run.config) if value not in (None, "", [], ())]
-        parts += [f"```bash\n{run.command}\n```", markdown_table(["setting", "value"], settings, align_right=False)]
+        parts += [f"```bash\n{run.command}\n```", markdown_table(["setting", "value"], settings, left=2)]
         parts.append(scores_table(run.rows))
     if not trained:
         parts.append(UNKNOWN)
     parts.append("## How it was scored")
     for run in scored:
         parts += [f"```bash\n{run.command}\n```", scores_table(run.rows)]
-    parts.append("Brackets hold 95% intervals, n is the number of prompts or examples." if scored else UNSCORED)
+    parts.append("Brackets are 95% intervals; n is the number of prompts or examples." if scored else UNSCORED)
     if trained:
         parts += ["## Made with", environment_table(trained[-1])]
     return "\n\n".join(parts) + "\n"

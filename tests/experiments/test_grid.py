@@ -12,7 +12,7 @@ from secvec_jax import config
 from secvec_jax.data.rows import prompt_of
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
-from secvec_jax.evaluation.pivot import read
+from secvec_jax.evaluation.records import read
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.experiments import bench, contenders, scenes
 from secvec_jax.experiments.bench import Cell
