@@ -278,13 +278,13 @@ def differences(
     if not sum(map(len, tables)):
         return None
     entries = pd.concat(tables).rename(columns={"defense": "difference"})
-    shown = with_companions(metrics, set(entries["metric"]))
+    measured = set(entries["metric"])
+    in_order = [metric for metric in with_companions(metrics, measured) if metric in measured]
     entries = _ordered(entries, ["difference", *columns])
-    entries["metric"] = pd.Categorical(
-        entries["metric"], [m for m in shown if m in set(entries["metric"])], ordered=True
-    )
+    entries["metric"] = pd.Categorical(entries["metric"], in_order, ordered=True)
     varying = [name for name in columns if entries[name].nunique() > 1]
-    return Summary(entries, ("difference",), tuple(varying), "the second defense", {}, ())
+    shared = {name: entries[name].iloc[0] for name in columns if name not in varying}
+    return Summary(entries, ("difference",), tuple(varying), "the second defense", shared, ())
 
 
 def fields_text(values: Mapping[str, object]) -> str:

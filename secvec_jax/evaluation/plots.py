@@ -243,16 +243,8 @@ def _label(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]]
     canvas.draw()  # computes the layout, which pixel coordinates need
     renderer = canvas.get_renderer()
     taken = [line.get_window_extent(renderer).padded(3) for line in axes.lines if line.get_gid() != "front"]
-    sides = (
-        (1, 1),
-        (-1, 1),
-        (1, -1),
-        (-1, -1),
-        (0, 1),
-        (0, -1),
-        (1, 0),
-        (-1, 0),
-    )  # corners first: the bars leave them free
+    # (right, up), the corners first: the bars leave them free
+    sides = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
     spots = [(right, up, reach) for reach in (5, 14, 26, 38) for right, up in sides]
 
     def put(text: Annotation, spot: tuple[int, int, int]) -> Bbox:

@@ -141,9 +141,9 @@ def _by_seed(samples: list[np.ndarray]) -> tuple[float, float] | None:
 
 
 def _student(values: np.ndarray) -> tuple[float, float]:
-    error = scipy.stats.sem(values)
-    low, high = scipy.stats.t.interval(0.95, values.size - 1, loc=values.mean(), scale=error)
-    return float(low), float(high)
+    mean, error = values.mean(), values.std(ddof=1) / np.sqrt(values.size)
+    width = scipy.stats.t.ppf(0.975, values.size - 1) * error
+    return float(mean - width), float(mean + width)
 
 
 def _resampled_means(samples: list[np.ndarray], rng: np.random.Generator, resamples: int) -> np.ndarray:

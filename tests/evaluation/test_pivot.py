@@ -335,6 +335,7 @@ class TestDifferences:
         one_number = shown["kl minus none", "drift ↓", ""]
         assert one_number == "+0.600 [-0.0572, +1.26]", "one number per seed has one interval, not two"
         assert "percentage points (refusal)" in summary.markdown() and "the second defense" in summary.markdown()
+        assert "The same in all cells: poison 0." in notes(summary)
 
     def test_settings_are_across(self):
         cells = [record(d, p, 0, {"task": rate(h)}) for d, h in (("kl", 30), ("none", 9)) for p in (0.2, 0.1)]
