@@ -278,8 +278,8 @@ def differences(
     if not sum(map(len, tables)):
         return None
     entries = pd.concat(tables).rename(columns={"defense": "difference"})
-    measured = set(entries["metric"])
-    in_order = [metric for metric in with_companions(metrics, measured) if metric in measured]
+    compared = set(entries["metric"])
+    in_order = [metric for metric in with_companions(metrics, compared) if metric in compared]
     entries = _ordered(entries, ["difference", *columns])
     entries["metric"] = pd.Categorical(entries["metric"], in_order, ordered=True)
     varying = [name for name in columns if entries[name].nunique() > 1]
