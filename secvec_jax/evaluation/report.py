@@ -77,7 +77,7 @@ class Results:
         try:
             contents = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except OSError:
-            raise UserError(f"no readable {path}: pass the folder of a finished run") from None
+            raise UserError(f"no readable {path}: give the folder of a finished run") from None
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}): rerun to rewrite it") from None
         if isinstance(contents, dict):
