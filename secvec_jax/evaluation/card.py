@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from secvec_jax.evaluation.report import Results, environment_table, markdown_table, scores_table
+from secvec_jax.evaluation.report import Results, environment_table, scores_table
+from secvec_jax.evaluation.tables import markdown_table
 
 WITHOUT = """This model was trained with security vectors active; they are not part of these weights. They protect \
 only against the behavior that they were trained on; the tables below report what was measured. Anyone who has the \
@@ -35,7 +36,7 @@ def model_card(
     parts.append("## How it was trained")
     for run in trained:
         settings = [[f"`{key}`", f"`{value}`"] for key, value in _flat(run.config) if value not in (None, "", [], ())]
-        parts += [f"```bash\n{run.command}\n```", markdown_table(["setting", "value"], settings, align_right=False)]
+        parts += [f"```bash\n{run.command}\n```", markdown_table(["setting", "value"], settings, left=2)]
         parts.append(scores_table(run.rows))
     if not trained:
         parts.append(UNKNOWN)

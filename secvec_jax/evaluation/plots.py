@@ -1,4 +1,4 @@
-"""Scores as bars, training losses as curves, and grids as scatters and sweeps, as matplotlib figures.
+"""Matplotlib figures: scores as bars, training losses as curves, grids as scatter plots and sweeps.
 
 Intervals are 95%. Every plot takes the colors of `colors_of`, so that a model looks the same in all of them.
 """
@@ -21,7 +21,7 @@ from secvec_jax.evaluation.metrics import BETTER, RATES, in_order, percent
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]  # row -> "harmful"/"benign" -> (step, loss)
 
-# Okabe and Ito's palette, told apart by color-blind readers; models that no harmful data touched are gray.
+# Okabe and Ito's palette, safe for color-blind readers; models trained without harmful data are gray.
 _FIXED_COLORS = {
     "base": "#c4c4c4",
     "aligned": "#8f8f8f",
@@ -33,17 +33,17 @@ _FIXED_COLORS = {
 _SPARE_COLORS = ("#0072b2", "#009e73", "#cc79a7", "#f0e442", "#000000")
 _LOG_AXES = ("learning_rate", "samples")
 _DASHES = ("-", "--", ":", "-.")
-_WIDTH, _HEIGHT, _DPI = 10.0, 4.5, 150  # inches, inches, pixels an inch
+_WIDTH, _HEIGHT, _DPI = 10.0, 4.5, 150  # inches, inches, pixels per inch
 
 
 def colors_of(names: Iterable[str]) -> dict[str, str]:
-    """A color for every name, the same in all plots."""
+    """Return name -> color, the same in all plots."""
     others = [name for name in dict.fromkeys(names) if name not in _FIXED_COLORS]
     return _FIXED_COLORS | {name: _SPARE_COLORS[i % len(_SPARE_COLORS)] for i, name in enumerate(others)}
 
 
 def plot_scores(rows: Sequence[dict], colors: Mapping[str, str]) -> Figure | None:
-    """One group of bars per rate, one bar per row, with whiskers for the 95% interval."""
+    """Draw one group of bars per rate, with one bar per row and whiskers for the 95% interval."""
     metrics = [metric for metric in in_order(rows) if metric in RATES]
     if not metrics:
         return None
@@ -82,7 +82,7 @@ def plot_scores(rows: Sequence[dict], colors: Mapping[str, str]) -> Figure | Non
 
 
 def plot_losses(curves: Curves, colors: Mapping[str, str]) -> Figure | None:
-    """Two panels, harmful and benign; every measured point lightly, and its moving average."""
+    """Draw a harmful and a benign panel: every measured point in a light color, and their moving average."""
     kinds = ("harmful", "benign")
     points = {kind: {name: _positive(curve.get(kind, ())) for name, curve in curves.items()} for kind in kinds}
     if not any(len(curve) for panel in points.values() for curve in panel.values()):
@@ -109,19 +109,19 @@ def plot_losses(curves: Curves, colors: Mapping[str, str]) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
         axes.set_title(f"Training loss on {kind} examples", loc="left", fontweight="bold")
-    panels[0].set_ylabel("loss (nats a token, log scale)")
+    panels[0].set_ylabel("loss (nats per token, log scale)")
     _dress(figure, panels)
     return figure
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the points that no other is at least as good as in both numbers and better in one.
+    """Return the indices of the Pareto-optimal points; in both numbers more is better.
 
-    More is better in both. The indices come by falling first number; points that coincide are on the front together.
+    They are sorted by descending first number. Points that coincide are on the front together.
     """
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: points[i], reverse=True):
-        # Those before it are at least as good in the first number, so only the best second one so far matters.
+        # Earlier points are at least as good in the first number, so only the best second number so far matters.
         if not front or points[index][1] > points[front[-1]][1] or points[index] == points[front[-1]]:
             front.append(index)
     return front
@@ -134,10 +134,10 @@ def plot_pareto(
     colors: Mapping[str, str],
     references: Collection[str] = (),
 ) -> Figure | None:
-    """One point per defense with bars for both 95% intervals, and the Pareto front of the defenses drawn in steps.
+    """Draw one point per defense with bars for both 95% intervals, and the Pareto front of the defenses as steps.
 
     `points` holds (score of metric `x`, score of metric `y`), usually utility and safety. `references` are names of
-    points that are no choice (the model before the attack, say): hollow diamonds, which the front leaves out.
+    points that are not an option, such as the model before the attack: hollow diamonds, not part of the front.
     """
     if not points:
         return None
@@ -177,10 +177,10 @@ def plot_pareto(
 def plot_sweep(
     series: Mapping[str, Sequence[tuple[float, Score]]], metric: str, over: str, colors: Mapping[str, str]
 ) -> Figure | None:
-    """One line per defense with a band for the 95% interval: `metric` over `over` (poison, samples, learning_rate).
+    """Draw one line per defense with a band for the 95% interval: `metric` over `over` (poison, samples, ...).
 
-    Learning rates and sample counts stand on a log axis, unless one of them is 0. The ticks are the values that were
-    run. Where more than one line has the same color, the later ones are dashed.
+    Learning rates and sample counts are on a log axis, unless one of them is 0. The ticks are the values that were
+    run. If several lines have the same color, the later ones are dashed.
     """
     lines = {name: sorted(line, key=lambda point: point[0]) for name, line in series.items() if line}
     if not lines:
@@ -217,13 +217,13 @@ def plot_sweep(
 
 
 def plot_histogram(scores: Mapping[str, Sequence[float]], label: str, threshold: float | None = None) -> Figure:
-    """How numbers of one or several kinds are spread, with the threshold between them, if there is one."""
+    """Draw a histogram for each kind of score, with the threshold between the kinds, if any."""
     figure = _figure()
     axes = figure.add_subplot()
-    everything = np.concatenate([np.asarray(some, np.float64) for some in scores.values()])
+    everything = np.concatenate([np.asarray(values, np.float64) for values in scores.values()])
     edges = np.histogram_bin_edges(everything, bins=min(40, max(5, len(everything) // 4)))
-    for (name, some), color in zip(scores.items(), _SPARE_COLORS * len(scores)):
-        axes.hist(some, edges.tolist(), color=color, alpha=0.5, label=f"{name} (n={len(some)})")
+    for (name, values), color in zip(scores.items(), _SPARE_COLORS * len(scores)):
+        axes.hist(values, edges.tolist(), color=color, alpha=0.5, label=f"{name} (n={len(values)})")
     if threshold is not None:
         axes.axvline(threshold, color="#222222", linestyle="--", linewidth=1, label=f"threshold {threshold:.2f}")
     axes.set_xlabel(label)
@@ -238,12 +238,13 @@ def _titled(metric: str) -> str:
 
 
 def _label(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
-    """Write each name beside its point, where it covers least of the other names, the points and the lines."""
+    """Write each name next to its point, where it covers the least of other names, points and lines."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # settles the layout, so that pixels are known
+    canvas.draw()  # computes the layout, which pixel coordinates need
     renderer = canvas.get_renderer()
     taken = [line.get_window_extent(renderer).padded(3) for line in axes.lines if line.get_gid() != "front"]
-    sides = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))  # right and up; bars spare corners
+    # (right, up), the corners first: the bars leave them free
+    sides = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
     spots = [(right, up, reach) for reach in (5, 14, 26, 38) for right, up in sides]
 
     def put(text: Annotation, spot: tuple[int, int, int]) -> Bbox:
@@ -251,7 +252,7 @@ def _label(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]]
         text.set(ha=("center", "left", "right")[right], va=("center", "bottom", "top")[up])
         text.xyann = right * reach, up * reach
         text.update_positions(renderer)
-        return Text.get_window_extent(text, renderer)  # without the line that leads to the point
+        return Text.get_window_extent(text, renderer)  # without the line to the point
 
     def cost(spot: tuple[int, int, int], box: Bbox) -> float:
         outside = box.width * box.height - _overlap(box, axes.bbox)
@@ -280,7 +281,7 @@ def _overlap(a: Bbox, b: Bbox) -> float:
 
 
 def _positive(curve: Sequence[tuple[int, float]]) -> np.ndarray:
-    """The points that a log axis can show, as [points, 2]."""
+    """The points that a log axis can show, `[points, 2]`."""
     array = np.asarray(curve, dtype=np.float64).reshape(-1, 2)
     return array[np.isfinite(array).all(axis=1) & (array[:, 1] > 0)]
 
@@ -312,7 +313,7 @@ def _dress(figure: Figure, panels: Iterable) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as the contents of a PNG file."""
+    """Return the contents of a PNG file of the figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,21 +1,20 @@
-"""What the papers printed, as data, to be laid beside our own tables.
+"""Tables of the papers as printed, for reports to show below our own.
 
-The numbers come from other and larger models, other data and other judges. Laid under ours they tell which defense
-leads, and by what order; they are not comparable number by number, and every rendering says so. `secondary` marks
-numbers read in a third party's account and never confirmed in the paper itself.
+The numbers come from other and larger models, other data and other judges. They show which defense leads, and by what
+order of magnitude; they cannot be compared with ours number by number, and every rendering says so. `secondary` marks
+numbers from a third party's account that have not been confirmed in the paper itself.
 """
 
 from dataclasses import dataclass
 
-from secvec_jax.evaluation.columns import MAX_COLUMNS, split
-from secvec_jax.evaluation.tables import markdown_lines
+from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_evenly
 
 
 @dataclass(frozen=True)
 class Published:
     """A table as printed: `rows` holds a label and then a number for each of `columns`, None where there is none.
 
-    `digits` are the decimals that the paper prints in each column; `units` says what the numbers count and which
+    `digits` are the decimals that the paper prints in each column; `units` says what the numbers measure and which
     direction is better.
     """
 
@@ -32,23 +31,22 @@ class Published:
     secondary: bool = False
 
     def markdown(self) -> str:
-        """Return the table in GitHub Markdown, under a line that tells what sets it apart from ours."""
+        """Return the table in GitHub Markdown, under a line that says how it differs from ours."""
         body = {
             name: ["-" if n is None else f"{n:.{digits}f}" for n, digits in zip(numbers, self.digits, strict=True)]
             for name, numbers in self.rows.items()
         }
-        lines = []
-        for _, places in split([self.name], range(len(self.columns)), MAX_COLUMNS - 1):
-            header = [self.label, *(self.columns[place] for place in places)]
-            lines += [*markdown_lines(header, [[name, *(text[p] for p in places)] for name, text in body.items()]), ""]
+        tables = []
+        for part in split_evenly(len(self.columns), MAX_COLUMNS - 1):
+            header = [self.label, *(self.columns[index] for index in part)]
+            tables.append(markdown_table(header, [[name, *(text[i] for i in part)] for name, text in body.items()]))
         origin = "secondary source, unverified: a third-party reading of " if self.secondary else ""
         notes = [f"Source: {origin}{self.source}.", f"Setting: {self.setting}.", f"Units: {self.units}."]
-        return "\n".join(
+        return "\n\n".join(
             [
                 f"**{self.name}**, published: another model ({self.model}), other data",
-                "",
-                *lines,
-                *(f"- {note}" for note in (*notes, self.note) if note),
+                *tables,
+                "\n".join(f"- {note}" for note in (*notes, self.note) if note),
             ]
         )
 
@@ -60,7 +58,7 @@ _ROSATI = "Rosati et al., NeurIPS 2024, arXiv 2405.14577"
 _HUANG = "Huang et al., NeurIPS 2024, arXiv 2402.01109"
 _ZHAO = "Zhao et al., ICML 2024, arXiv 2312.12736"
 
-_HARM = "harm rate in percent of replies, and harm score (presumably GPT-4's, from 1 to 5), both better lower"
+_HARM = "harm rate in percent of replies, and harm score (presumably GPT-4's, from 1 to 5); lower is better"
 SECURITY_VECTORS_1 = Published(
     name="Security vectors, Table 1",
     source=_ZHOU,
@@ -104,7 +102,7 @@ REPNOISE_1 = Published(
     source=_ROSATI,
     model="Llama-2-7B-chat",
     setting="one epoch on harmful BeaverTails pairs only, by learning rate and number of pairs; Adam, batch 8",
-    units="harmfulness of replies to 300 unseen questions, a classifier's mean score from 0 to 1, better lower",
+    units="harmfulness of replies to 300 unseen questions, a classifier's mean score from 0 to 1, lower is better",
     label="defense",
     columns=("before", "3e-5, 1k", "3e-5, 10k", "6e-5, 1k", "6e-5, 10k", "8e-5, 1k", "8e-5, 10k"),
     digits=(2,) * 7,
@@ -123,8 +121,8 @@ REPNOISE_1 = Published(
 )
 
 _VACCINE_UNITS = (
-    "HS, harmful score: percent of 500 replies flagged by beaver-dam-7b, better lower; "
-    "FA, fine-tune accuracy: percent of 500 SST2 items, better higher"
+    "HS, harmful score: percent of 500 replies flagged by beaver-dam-7b, lower is better; "
+    "FA, fine-tune accuracy: percent of 500 SST2 items, higher is better"
 )
 VACCINE_1 = Published(
     name="Vaccine, Table 1",
@@ -187,7 +185,7 @@ FORGET_FILTER_1 = Published(
     source=_ZHAO,
     model="LLaMA-7B",
     setting="5000 samples to fine-tune on, by the share of unsafe ones; threshold 0.1 on the forgetting rate",
-    units="F1 of the filter in percent, better higher",
+    units="F1 of the filter in percent, higher is better",
     label="unsafe data",
     columns=("25% unsafe", "50% unsafe", "75% unsafe"),
     digits=(1, 1, 1),
@@ -202,8 +200,8 @@ FORGET_FILTER_2 = Published(
     source=_ZHAO,
     model="LLaMA-7B",
     setting="fine-tuned on SQuAD with unsafe samples among it",
-    units="bias score on BBQ's ambiguous items, mean toxicity by Detoxify, and both mixed, better lower; "
-    "F1 on SQuAD in percent, better higher",
+    units="bias score on BBQ's ambiguous items, mean toxicity by Detoxify, and both mixed, lower is better; "
+    "F1 on SQuAD in percent, higher is better",
     label="method",
     columns=("bias", "F1 with bias", "toxicity", "F1 with toxicity", "mixed", "F1 with mixed"),
     digits=(2, 1, 2, 1, 2, 1),
@@ -216,15 +214,4 @@ FORGET_FILTER_2 = Published(
         "+FF": (0.08, 83.1, 0.11, 77.8, 0.08, 79.4),
         "+FF+SC": (0.07, 83.3, 0.09, 77.6, 0.07, 79.8),
     },
-)
-
-PUBLISHED = (
-    SECURITY_VECTORS_1,
-    SECURITY_VECTORS_BASELINES,
-    REPNOISE_1,
-    VACCINE_1,
-    VACCINE_6,
-    VACCINE_7,
-    FORGET_FILTER_1,
-    FORGET_FILTER_2,
 )

@@ -1,39 +1,44 @@
-"""What a run leaves for its readers: results.json, and everything that is drawn from it.
+"""The results of a run: results.json, and the tables, report and plots made from it.
 
-results.json is the one source. The table in the terminal, report.md and the comparison of runs are views of
-it, so two views cannot disagree:
+results.json is the single source. The table in the terminal, report.md and the comparison of runs are views of it, so
+they cannot disagree:
 
-    {"command": "...", "config": {...}, "environment": {...}, "seconds": {stage: s},
+    {"schema_version": 1, "command": "...", "config": {...}, "environment": {...}, "seconds": {stage: s},
      "rows": [{"name": "...", "metrics": {metric: {"value": v, "n": n, "ci95": [low, high], "rules": 2}}}]}
 
-`rules` is there where rules read the score off replies (`metrics.RULED`); without it they were those of version 1.
+`schema_version` is the version of this form; files of versions that did not write it have the form of version 1.
+`rules` is the version of the rules that scored the replies, for metrics scored by rules (`metrics.RULED`); a score
+without it is of version 1.
 
-JSON has no NaN: a number that is not finite is stored as null and shown as "-". Files are written beside
-their place and then moved into it, so a crash never leaves half a file where a good one was.
+JSON has no NaN: a number that is not finite is stored as null and shown as "-". Files are written under a temporary
+name and then renamed, so a crash never replaces a good file with half of one.
 """
 
 import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.columns import MAX_COLUMNS, split
-from secvec_jax.evaluation.metrics import RATES, in_order, percent, rules_note
+from secvec_jax.evaluation.metrics import RATES, digits, in_order, percent, rules_note
 from secvec_jax.evaluation.plots import Curves, colors_of, plot_losses, plot_scores, png
+from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_metrics, terminal_table, words
 
 Verdict = tuple[str, bool, str]  # claim, whether it holds, detail
+_NamedRow = tuple[tuple[str, ...], dict]  # the texts of the columns that name a row, and the row
 
 FILE = "results.json"
+SCHEMA_VERSION = 1
+"""Of results.json: to be raised whenever an older version of this package could not read the file."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 # ------------------------------------------------------------------------------------------------ the file
@@ -41,19 +46,20 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tran
 
 @dataclass
 class Results:
-    """One run: what was asked, where it ran, how long each stage took (seconds), and a row per model."""
+    """One run: its command and settings, its environment, the seconds of each stage, and a row per model."""
 
     command: str
     config: dict = field(default_factory=dict)
     environment: dict = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
 
     def save(self, folder: str | Path) -> Path:
-        """Write results.json into `folder`, made if need be, and return its path.
+        """Write results.json into `folder`, created if missing, and return its path.
 
         Raises:
-            UserError: the contents do not have the form above, or hold something that JSON has no form for.
+            UserError: the contents do not have the form above, or cannot be represented in JSON.
         """
         contents = _jsonable(asdict(self))
         _check(contents, source="these results")
@@ -65,7 +71,7 @@ class Results:
         """Read and check the results.json in `folder`.
 
         Raises:
-            UserError: the file is missing or malformed.
+            UserError: the file is missing, malformed, or of another schema version.
         """
         path = Path(folder) / FILE
         try:
@@ -73,14 +79,16 @@ class Results:
         except OSError:
             raise UserError(f"no readable {path}: give the folder of a finished run") from None
         except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}): run again to rewrite it") from None
+            raise UserError(f"{path} is not JSON ({error}): rerun to rewrite it") from None
+        if isinstance(contents, dict):
+            contents = {"schema_version": 1} | contents  # files of version 0.1 have none
         _check(contents, source=str(path))
         return cls(**{item.name: contents[item.name] for item in fields(cls)})
 
 
 def environment() -> dict:
     """Return Python's and the packages' versions (None if absent), the platform and the usable CPU count."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only; knows the limits of containers
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only; respects the limits of containers
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -97,7 +105,7 @@ def _version(package: str) -> str | None:
 
 
 def _refuse_constant(name: str):
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _jsonable(value):
@@ -117,21 +125,27 @@ def _jsonable(value):
 
 
 def _check(contents, source: str) -> None:
-    def demand(holds: bool, what: str) -> None:
+    def require(holds: bool, what: str) -> None:
         if not holds:
             raise UserError(f"{source}: {what}; see secvec_jax/evaluation/report.py for the form")
 
-    demand(isinstance(contents, dict), "not an object")
-    for item in fields(Results):
-        kind = str if item.name == "command" else list if item.name == "rows" else dict
-        demand(isinstance(contents.get(item.name), kind), f"'{item.name}' must be a {kind.__name__}")
+    require(isinstance(contents, dict), "not an object")
+    version = contents.get("schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise UserError(
+            f"{source}: schema_version is {version!r}, and this version of secvec_jax reads {SCHEMA_VERSION}: "
+            "use the version that wrote the file, or rerun"
+        )
+    kinds = {"command": str, "config": dict, "environment": dict, "seconds": dict, "rows": list}
+    for name, kind in kinds.items():
+        require(isinstance(contents.get(name), kind), f"'{name}' must be a {kind.__name__}")
     for stage, seconds in contents["seconds"].items():
-        demand(_is_number(seconds), f"the seconds of '{stage}' must be a number")
+        require(_is_number(seconds), f"the seconds of '{stage}' must be a number")
     for row in contents["rows"]:
-        demand(isinstance(row, dict) and isinstance(row.get("name"), str), "each row needs a 'name'")
-        demand(isinstance(row.get("metrics"), dict), f"row '{row['name']}' needs 'metrics'")
+        require(isinstance(row, dict) and isinstance(row.get("name"), str), "each row needs a 'name'")
+        require(isinstance(row.get("metrics"), dict), f"row '{row['name']}' needs 'metrics'")
         for metric, score in row["metrics"].items():
-            demand(_is_score(score), f"'{metric}' of row '{row['name']}' needs value, n and ci95 [low, high]")
+            require(_is_score(score), f"'{metric}' of row '{row['name']}' needs value, n and ci95 [low, high]")
 
 
 def _is_score(score) -> bool:
@@ -163,91 +177,93 @@ def _write(path: Path, contents: bytes) -> Path:
 
 
 def table(results: Results) -> Group:
-    """Return the terminal's tables, a line a row: rates in percent with their 95% interval, losses without.
+    """Return the tables for the terminal, a line per row: rates in percent with their 95% interval, losses without.
 
-    A column's n stands in its head when all rows share it, else in each cell. No table has more than eight columns: the
-    metrics beyond are in a second one. A console that is narrower still folds the cells.
+    A metric's n is in the header if all rows share it, else in each cell. Metrics beyond eight columns are in a second
+    table. On a narrower console the cells are wrapped.
     """
-    return _terminal_tables([(row["name"], row) for row in results.rows], ["model"])
+    return _terminal_tables([((row["name"],), row) for row in results.rows], ["model"])
 
 
 def compare(folders: Iterable[str | Path]) -> Group:
     """Return tables of the rows of several runs, with the run in the first column.
 
-    Only each folder's results.json is read. Runs whose folders share a name are told apart by their paths.
+    Only each folder's results.json is read. Runs whose folders have the same name are shown by their paths.
 
     Raises:
         UserError: no folder is given, or a results.json is missing or malformed.
     """
     paths = [Path(folder).resolve() for folder in folders]
     if not paths:
-        raise UserError("nothing to compare: give one or more folders of finished runs")
+        raise UserError("nothing to compare: pass one or more folders of finished runs")
     names = [path.name for path in paths]
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     runs = [Results.load(path) for path in paths]
-    rows = [(label, row["name"], row) for label, run in zip(labels, runs, strict=True) for row in run.rows]
+    rows = [((label, row["name"]), row) for label, run in zip(labels, runs, strict=True) for row in run.rows]
     return _terminal_tables(rows, ["run", "model"])
 
 
-def _terminal_tables(labeled: Sequence[tuple], titles: list[str]) -> Group:
-    """labeled: the texts of the columns that name a row, and the row itself."""
+def scores_table(rows: Sequence[dict]) -> str:
+    """Return the rows' metrics in Markdown, each with its n and interval, in tables of at most eight columns."""
+    named = [((row["name"],), row) for row in rows]
+    tables = []
+    for columns, body in _parts(named, names=1):
+        header = ["model", *(f"{column.title} ({column.n})" if column.n else column.title for column in columns)]
+        tables.append(markdown_table(header, body))
+    return "\n\n".join(tables)
+
+
+def _terminal_tables(named: Sequence[_NamedRow], titles: list[str]) -> Group:
     views: list[Table | str] = []
-    for columns, shown in _parts([row for *_, row in labeled], MAX_COLUMNS - len(titles), intervals=RATES):
-        view = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0), highlight=False)
-        for title in titles:
-            view.add_column(title, no_wrap=True, overflow="fold")
-        for header, n, _ in columns:
-            view.add_column(Text(f"{header.replace('_', ' ')}\n{n}".rstrip()), justify="right", overflow="fold")
-        for index in shown:
-            cells = [cells[index] for *_, cells in columns]
-            view.add_row(*map(Text, (*labeled[index][:-1], *cells)))  # Text, because "[91, 100]" is no markup
+    for columns, body in _parts(named, names=len(titles), intervals=RATES):
+        header = [*titles, *(f"{column.title}\n{column.n}".rstrip() for column in columns)]
+        view = terminal_table(header, body, left=len(titles))
         views += ["", view] if views else [view]
     return Group(*views)
 
 
-_Column = tuple[str, str, list[str]]  # a metric, its shared "n=..." or "", and its cells
+class _Column(NamedTuple):
+    title: str
+    n: str  # "n=64" if all rows share it, else ""
+    cells: list[str]
 
 
 def _parts(
-    rows: Sequence[dict], room: int, intervals: Sequence[str] | None = None
-) -> list[tuple[list[_Column], list[int]]]:
-    """The columns of each table of at most `room` metrics, and which rows have any of them."""
-    columns = {column[0]: column for column in _columns(rows, intervals)}
-    parts = split(list(columns), [None], room)
-    if len(parts) == 1:
-        return [(list(columns.values()), list(range(len(rows))))]
-    return [
-        ([columns[m] for m in metrics], [i for i, row in enumerate(rows) if any(m in row["metrics"] for m in metrics)])
-        for metrics, _ in parts
-    ]
+    named: Sequence[_NamedRow], names: int, intervals: Collection[str] | None = None
+) -> list[tuple[list[_Column], list[list[str]]]]:
+    """The columns and the body of each table. intervals: the metrics to show with their interval; None: all.
+
+    Rows without any metric of a part are left out of it.
+    """
+    rows = [row for _, row in named]
+    parts = []
+    several = split_metrics(in_order(rows), MAX_COLUMNS - names) or [[]]
+    for metrics in several:
+        columns = [_column(metric, rows, intervals is None or metric in intervals) for metric in metrics]
+        body = [
+            [*labels, *(column.cells[index] for column in columns)]
+            for index, (labels, row) in enumerate(named)
+            if len(several) == 1 or any(metric in row["metrics"] for metric in metrics)
+        ]
+        parts.append((columns, body))
+    return parts
 
 
-def _columns(rows: Sequence[dict], intervals: Sequence[str] | None = None) -> list[_Column]:
-    """Each metric; `intervals` limits which of them show theirs."""
-    columns = []
-    for metric in in_order(rows):
-        scores = [row["metrics"].get(metric) for row in rows]
-        sizes = {score["n"] for score in scores if score}
-        shared = f"n={sizes.pop()}" if len(sizes) == 1 else ""
-        with_interval = intervals is None or metric in intervals
-        cells = [_cell(metric, score, with_interval, with_n=not shared) for score in scores]
-        columns.append((metric, shared, cells))
-    return columns
+def _column(metric: str, rows: Sequence[dict], with_interval: bool) -> _Column:
+    scores = [row["metrics"].get(metric) for row in rows]
+    sizes = {score["n"] for score in scores if score}
+    shared = f"n={sizes.pop()}" if len(sizes) == 1 else ""
+    return _Column(words(metric), shared, [_cell(metric, score, with_interval, not shared) for score in scores])
 
 
 def _cell(metric: str, score: dict | None, with_interval: bool, with_n: bool) -> str:
     if score is None or score["value"] is None:
         return "-"
-    is_rate = metric in RATES
-    text = f"{percent(score['value'])}%" if is_rate else _digits(score["value"])
+    number, sign = (percent, "%") if metric in RATES else (digits, "")
+    text = number(score["value"]) + sign
     if with_interval and score["n"] > 1 and None not in score["ci95"]:
-        show = percent if is_rate else _digits
-        text += " [{}, {}]".format(*map(show, score["ci95"]))
+        text += " [{}, {}]".format(*map(number, score["ci95"]))
     return f"{text} n={score['n']}" if with_n else text
-
-
-def _digits(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".")
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -259,10 +275,10 @@ def markdown(
     images: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """Return report.md: command, scores with n and interval, verdicts, notes, images, time, environment.
+    """Return the text of report.md: command, scores with n and interval, verdicts, notes, images, time, environment.
 
-    `verdicts` are (claim, whether it holds, detail); `images` are paths relative to the report; `notes` are
-    paragraphs on what the numbers do and do not say.
+    `verdicts` are (claim, whether it holds, detail); `images` are paths relative to the report; `notes` are paragraphs
+    on what the numbers do and do not show.
     """
     seconds = [[stage, _seconds(spent)] for stage, spent in results.seconds.items()]
     total = sum(spent for spent in results.seconds.values() if spent is not None)
@@ -271,7 +287,7 @@ def markdown(
         f"```bash\n{results.command}\n```",
         "## Scores",
         scores_table(results.rows),
-        f"Brackets hold 95% intervals, n is the number of prompts or examples. {rules_note(results.rows)}".rstrip(),
+        f"Brackets are 95% intervals; n is the number of prompts or examples. {rules_note(results.rows)}".rstrip(),
     ]
     if verdicts:
         lines = [f"- [{'x' if holds else ' '}] {claim}: {detail}" for claim, holds, detail in verdicts]
@@ -296,8 +312,8 @@ def write(
 ) -> Path:
     """Write report.md and its plots into `folder` and return the report's path.
 
-    scores.png is drawn when a row has a rate, losses.png when `curves` hold a positive loss:
-    `{row name: {"harmful": [(step, loss), ...], "benign": [...]}}`. results.json is `Results.save`'s.
+    scores.png is drawn if a row has a rate, losses.png if `curves` have a positive loss:
+    `{row name: {"harmful": [(step, loss), ...], "benign": [...]}}`. results.json is written by `Results.save`.
 
     Raises:
         UserError: the results do not have the form of results.json.
@@ -317,27 +333,10 @@ def write(
     return _write(folder / "report.md", markdown(results, verdicts, list(drawn), notes).encode())
 
 
-def scores_table(rows: Sequence[dict]) -> str:
-    """The rows' metrics in Markdown, each with its n and interval, in tables of at most eight columns."""
-    tables = []
-    for columns, shown in _parts(rows, MAX_COLUMNS - 1):
-        header = ["model", *(f"{metric.replace('_', ' ')} ({n})" if n else metric for metric, n, _ in columns)]
-        body = [[rows[index]["name"], *(cells[index] for *_, cells in columns)] for index in shown]
-        tables.append(markdown_table(header, body))
-    return "\n\n".join(tables)
-
-
 def environment_table(results: Results) -> str:
-    """Versions and devices in Markdown."""
+    """Return the versions and devices in Markdown."""
     facts = [[name, _fact(value)] for name, value in results.environment.items()]
-    return markdown_table(["what", "value"], facts, align_right=False)
-
-
-def markdown_table(header: list[str], rows: list[list[str]], align_right: bool = True) -> str:
-    """A table whose columns behind the first are aligned to the right or all to the left."""
-    rule = ["---"] + ["---:" if align_right else "---"] * (len(header) - 1)
-    lines = [header, rule, *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return markdown_table(["what", "value"], facts, left=2)
 
 
 def _seconds(value: float | None) -> str:

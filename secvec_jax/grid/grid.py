@@ -25,7 +25,7 @@ from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.pivot import Record, read
+from secvec_jax.evaluation.records import Record, read
 from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.evaluation.suite import Outcomes, outcomes
 from secvec_jax.files import lock

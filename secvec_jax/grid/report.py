@@ -1,4 +1,4 @@
-"""The report of a grid: its tables as its file lays them out, published ones under them, plots, and results.json."""
+"""The report of a grid: its tables as its file lists them, the papers' tables below them, plots, and results.json."""
 
 import dataclasses
 from collections import Counter
@@ -6,14 +6,19 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from matplotlib.figure import Figure
+
 from secvec_jax.checks import checked
 from secvec_jax.defenses.registry import DEFENSES
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import published, report
+from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.metrics import RULED
-from secvec_jax.evaluation.pivot import RULES_FIELD, Record, differences, pivot
+from secvec_jax.evaluation.pivot import LEGEND, RULES_FIELD, Summary, differences, summarize
 from secvec_jax.evaluation.plots import colors_of, plot_pareto, plot_sweep, png
-from secvec_jax.evaluation.tables import Table, label, show
+from secvec_jax.evaluation.records import Record
+from secvec_jax.evaluation.tables import MAX_COLUMNS, label, show
 from secvec_jax.files import whole_file
 from secvec_jax.grid.cells import Cell, cell_name
 
@@ -26,41 +31,47 @@ class Layout:
     name: str = ""
     """its heading, and the table of the blocks whose cells it shows"""
     of: str = ""
-    """that table, where it is another"""
+    """that table, if it has another name"""
     defense: tuple[str, ...] = ()
-    """the defenses that it shows, by the labels of their rows; none: all"""
+    """the defenses to show; empty: all"""
     attack: tuple[str, ...] = ()
+    """the attacks to show; empty: all"""
     poison: tuple[float, ...] = ()
-    """likewise the attacks and the poison ratios"""
+    """the poison ratios to show; empty: all"""
     about: str = ""
-    """what stands over it"""
+    """text above the table"""
     rows: tuple[str, ...] = ("defense",)
+    """the fields of a cell that name a row"""
     columns: tuple[str, ...] = ()
+    """the settings shown across, by field of a cell; without any, or if they do not vary, the metrics are across"""
     metrics: tuple[str, ...] = ("refusal", "compliance", "over_refusal", "task")
+    """the metrics to show"""
     reference: str = "none"
-    """the defense that every cell is compared with, column by column"""
+    """the defense that every other is compared with at the same settings"""
     differences: tuple[str, ...] = ()
-    """pairs of defenses, "FIRST minus SECOND", for a table of how far they differ, with intervals"""
+    """pairs of defenses, "FIRST minus SECOND", for a table of their differences with intervals"""
     published: tuple[str, ...] = ()
-    """tables of `evaluation.published` to stand under it"""
+    """tables of `evaluation.published` to show below it"""
     pareto: tuple[str, ...] = ()
-    """two metrics, learning and safety, for a scatter of each column"""
+    """two metrics, learning and safety, for a scatter plot of each setting"""
     sweep: tuple[str, ...] = ()
-    """metrics to be drawn over the column, which must be one number"""
+    """metrics to plot over the settings, which must be numbers of one field"""
 
     def __post_init__(self) -> None:
         for name in self.published:
             if not isinstance(getattr(published, name, None), published.Published):
                 raise UserError(f"no published table is named {name!r}: see secvec_jax/evaluation/published.py")
+        if not 1 <= len(self.rows) <= MAX_COLUMNS // 2:
+            raise UserError(f"rows is {self.rows}: name 1 to {MAX_COLUMNS // 2} fields, and the others in columns")
         if len(self.pareto) not in (0, 2):
             raise UserError(f"pareto is {self.pareto}: name two metrics, one of learning and one of safety")
         for pair in self.differences:
             first, _, second = pair.partition(" minus ")
             if not (first and second):
-                raise UserError(f"a difference is {pair!r}: write FIRST minus SECOND, two defenses")
+                raise UserError(f"a difference is {pair!r}: write FIRST minus SECOND, with two defenses")
 
     def shows(self, cell: Cell) -> bool:
-        """Whether a cell is one of the table's."""
+        """Return whether the table includes a cell."""
         chosen = {"defense": self.defense, "attack": self.attack, "poison": self.poison}
         return all(cell.settings[name] in wanted for name, wanted in chosen.items() if wanted)
 
@@ -70,7 +81,7 @@ class Layout:
 
 
 REFERENCES = ("none", "not aligned", "benign only")
-"""Rows that are no choice for somebody who wants to be safe and to learn."""
+"""Rows that are not an option for a user who wants both safety and learning."""
 
 
 def write(
@@ -83,83 +94,73 @@ def write(
 ) -> None:
     """Write report.md, its plots and results.json.
 
-    cells: those of each layout. records: what there is of them; a table that has none yet is left out.
+    cells: those of each layout. records: those that exist so far; a table without any is left out.
     """
-    tables: dict[str, Table] = {}
-    there = {cell_name(dict(record.cell)): record for record in records}
-    parts = ["# Grid", "", f"`{command}`", ""]
-    for layout, shown in zip(layouts, cells, strict=True):
-        own = [cell for cell in shown if layout.shows(cell)]
-        some = [there[cell.name] for cell in own if cell.name in there]  # in the order of the file
-        parts += [f"## {layout.name}", "", *([layout.about, ""] if layout.about else [])]
-        if not any(record.metrics for record in some):
-            parts += ["No cell of it is there yet.", ""]
+    summaries: dict[str, Summary] = {}
+    by_name = {cell_name(dict(record.cell)): record for record in records}
+    parts = ["# Grid", f"`{command}`", LEGEND.rstrip()]
+    for layout, of_table in zip(layouts, cells, strict=True):
+        shown = [cell for cell in of_table if layout.shows(cell)]
+        available = [by_name[cell.name] for cell in shown if cell.name in by_name]  # in the order of the file
+        parts += [f"## {layout.name}", layout.about]
+        if not any(record.metrics for record in available):
+            parts.append("No cells yet.")
             continue
-        table = tables[layout.name] = _table(layout, some)
-        beside = [getattr(published, name) for name in layout.published]
+        summary = summaries[layout.name] = _summary(layout, available)
         parts += [
-            f"{len(some)} of {len(own)} cells.",
-            "",
-            table.markdown(),
-            *_differences(layout, some),
-            *(f"{one.markdown()}\n" for one in beside),
+            f"{len(available)} of {len(shown)} cells.",
+            summary.markdown().rstrip(),
+            *_differences(layout, available),
+            *(getattr(published, name).markdown().rstrip() for name in layout.published),
+            *(f"![{path.stem}]({path.name})" for path in _plots(folder, layout, summary)),
         ]
-        parts += [f"![{path.stem}]({path.name})\n" for path in _plots(folder, layout, some)]
+    parts += _coverage(records)
     with whole_file(folder / "report.md") as staging:
-        staging.write_text("\n".join([*parts, *_coverage(records)]))
+        staging.write_text("\n\n".join(filter(None, parts)) + "\n")
     seconds = {"cells": sum(record.seconds for record in records)}
-    report.Results(command, settings, report.environment(), seconds, _rows(tables)).save(folder)
+    report.Results(command, settings, report.environment(), seconds, _rows(summaries)).save(folder)
 
 
-def _table(layout: Layout, records: Sequence[Record], where: Mapping[str, Any] | None = None) -> Table:
+def _summary(layout: Layout, records: Sequence[Record]) -> Summary:
     measured = {name for record in records for name in record.metrics}
-    there = any(record.cell["defense"] == layout.reference for record in records)
-    return pivot(
-        records,
-        layout.rows,
-        layout.columns,
-        [name for name in layout.metrics if name in measured],
-        {"defense": layout.reference} if there else None,
-        where=where,
-        order={"defense": list(dict.fromkeys(record.cell["defense"] for record in records))},
-    )
+    has_reference = any(record.cell["defense"] == layout.reference for record in records)
+    metrics = [name for name in layout.metrics if name in measured]
+    return summarize(records, layout.rows, layout.columns, metrics, layout.reference if has_reference else "")
 
 
 def _differences(layout: Layout, records: Sequence[Record]) -> list[str]:
-    """The table of the differences that the layout names, if there are cells for one; varying fields name its rows."""
-    fields = [name for name in (*layout.rows, *layout.columns) if name != "defense"]
-    varying = [name for name in fields if len({record.cell.get(name) for record in records}) > 1]
-    pairs = [tuple(pair.split(" minus ", 1)) for pair in layout.differences]
-    table = differences(records, [(first, second) for first, second in pairs], varying, layout.metrics)
-    return [f"**{layout.name}, differences**\n", table.markdown()] if table else []
+    """The table of the differences that the layout names, if there are cells for one."""
+    columns = [name for name in (*layout.rows, *layout.columns) if name != "defense"]
+    pairs = [pair.split(" minus ", 1) for pair in layout.differences]
+    summary = differences(records, [(first, second) for first, second in pairs], columns, layout.metrics)
+    return [f"**{layout.name}, differences**", summary.markdown().rstrip()] if summary else []
 
 
 def _coverage(records: Sequence[Record]) -> list[str]:
-    """How many cells each defense has: what has not been measured is said, too."""
+    """How many cells each defense has, so that the report also says what has not been measured."""
     finished = [str(record.cell["defense"]) for record in records if not record.error]
     counts = Counter(" ".join(word for word in name.split() if "=" not in word) for name in finished)
     by_count: dict[int, list[str]] = {}
     for name in dict.fromkeys([*DEFENSES, *counts]):
         by_count.setdefault(counts[name], []).append(name)
     lines = [f"- {count}: {', '.join(by_count[count])}" for count in sorted(by_count)]
-    return ["## Cells of each defense", "", f"{len(finished)} finished cells, by how many a defense has:", "",
-            *lines, ""]  # fmt: skip
+    return [
+        "## Cells of each defense",
+        f"{len(finished)} finished cells, by the number that a defense has:",
+        "\n".join(lines),
+    ]
 
 
-def _plots(folder: Path, layout: Layout, records: Sequence[Record]) -> list[Path]:
-    names = list(dict.fromkeys(str(record.cell["defense"]) for record in records))
-    colors = colors_of(names)
-    figures = {}
+def _plots(folder: Path, layout: Layout, summary: Summary) -> list[Path]:
+    colors = colors_of(summary.entries["defense"].cat.categories) if "defense" in summary.entries else {}
+    figures: dict[str, Figure | None] = {}
     if layout.pareto:
         x, y = layout.pareto
-        for at in _columns(layout, records):
-            flat = dataclasses.replace(layout, rows=("defense",), columns=(), metrics=layout.pareto, reference="")
-            points = _table(flat, records, at).points(x, y)
-            title = " ".join(map(show, at.values()))
-            figures[f"pareto {title}"] = plot_pareto(points, x, y, colors, REFERENCES)
+        for setting, entries in _by_setting(summary):
+            points = _points(entries, layout.rows, x, y)
+            figures[f"pareto {setting}".strip()] = plot_pareto(points, x, y, colors, REFERENCES)
     for metric in layout.sweep:
-        lines = _table(dataclasses.replace(layout, metrics=(metric,)), records).sweep(metric)
-        figures[f"sweep {metric}"] = plot_sweep(lines, metric, layout.columns[0], colors)
+        figures[f"sweep {metric}"] = plot_sweep(_sweep(summary, layout, metric), metric, layout.columns[0], colors)
     paths = []
     for name, figure in figures.items():
         if figure is not None:
@@ -169,22 +170,47 @@ def _plots(folder: Path, layout: Layout, records: Sequence[Record]) -> list[Path
     return paths
 
 
-def _columns(layout: Layout, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The columns of a table, each as what its cells have in common."""
-    found = dict.fromkeys(tuple(record.cell[name] for name in layout.columns) for record in records)
-    return [dict(zip(layout.columns, values)) for values in found]
+def _by_setting(summary: Summary) -> list[tuple[str, pd.DataFrame]]:
+    """The entries of each setting, with its name."""
+    if not summary.columns:
+        return [("", summary.entries)]
+    groups = summary.entries.groupby(list(summary.columns), observed=True)
+    return [(" ".join(map(show, setting)), entries) for setting, entries in groups]
 
 
-def _rows(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
-    """What `eval.py compare` reads: a row for each place of each table."""
+def _points(entries: pd.DataFrame, rows: Sequence[str], x: str, y: str) -> dict[str, tuple[Score, Score]]:
+    """Row -> its scores in two metrics, for `plot_pareto`; rows that lack one are left out."""
+    points = {}
+    for row, of_row in entries.groupby(list(rows), observed=True):
+        scores = {metric: entry.score for metric, entry in zip(of_row["metric"], of_row["entry"], strict=True)}
+        if scores.get(x) and scores.get(y):
+            points[label(row)] = (scores[x], scores[y])
+    return points
+
+
+def _sweep(summary: Summary, layout: Layout, metric: str) -> dict[str, list[tuple[float, Score]]]:
+    """Row -> [(setting, score)] of one metric, for `plot_sweep`; missing cells are left out."""
+    entries = summary.entries[summary.entries["metric"] == metric]
+    (field,) = layout.columns
+    lines = {}
+    for row, of_row in entries.groupby(list(layout.rows), observed=True):
+        points = zip(of_row[field], of_row["entry"], strict=True)
+        lines[label(row)] = [(setting, entry.score) for setting, entry in points if entry.score]
+    return lines
+
+
+def _rows(summaries: Mapping[str, Summary]) -> list[dict[str, Any]]:
+    """The rows of results.json, which `eval.py compare` reads: one for each place of each table."""
     rows = []
-    for name, table in tables.items():
-        for down in table.down:
-            for across in table.across:
-                cells = {metric: table.cells.get((down, across, metric)) for metric in table.metrics}
-                scores = {metric: cell.score for metric, cell in cells.items() if cell and cell.score}
-                metrics = {m: {"value": s.value, "n": s.n, "ci95": list(s.ci95)} for m, s in scores.items()}
-                for metric in metrics.keys() & RULED if RULES_FIELD in table.shared else ():
-                    metrics[metric]["rules"] = table.shared[RULES_FIELD]
-                rows += [{"name": f"{name}: {label((*down, *across))}", "metrics": metrics}] if metrics else []
+    for name, summary in summaries.items():
+        for place, entries in summary.entries.groupby([*summary.rows, *summary.columns], observed=True):
+            metrics: dict[str, dict[str, Any]] = {}
+            for metric, entry in zip(entries["metric"], entries["entry"], strict=True):
+                if entry.score:
+                    score = entry.score
+                    metrics[metric] = {"value": score.value, "n": score.n, "ci95": list(score.ci95)}
+                    if metric in RULED and RULES_FIELD in summary.shared:
+                        metrics[metric]["rules"] = summary.shared[RULES_FIELD]
+            if metrics:
+                rows.append({"name": f"{name}: {label(place)}", "metrics": metrics})
     return rows

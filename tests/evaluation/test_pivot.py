@@ -1,27 +1,25 @@
-"""Records are read strictly, grouped over seeds, compared in pairs, and shown with what is missing or failed."""
+"""Records are grouped over seeds, compared in pairs, and shown with what is missing or failed."""
 
 import dataclasses
-import io
-import itertools
-import json
+import re
 
-import numpy as np
 import pytest
-from rich.console import Console
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import published, statistics
+from secvec_jax.evaluation import statistics
 from secvec_jax.evaluation.metrics import BETTER, LOSSES, RATES
-from secvec_jax.evaluation.pivot import Record, pivot, read
+from secvec_jax.evaluation.pivot import differences, summarize
+from secvec_jax.evaluation.records import Record
+from secvec_jax.evaluation.tables import MAX_COLUMNS
+
+METRICS = [
+    "task", "refusal", "over_refusal", "compliance", "drift", "harmful_loss", "bias", "f1", "auroc", "benign_loss",
+]  # fmt: skip
 
 
-def contents(defense="plain", poison=0.1, seed=0, metrics=None, error=None, **more):
+def record(defense="plain", poison=0.1, seed=0, metrics=None, error=None, **more):
     cell = {"defense": defense, "attack": "harmful", "poison": poison, "seed": seed} | more
-    return {"cell": cell, "metrics": metrics or {}, "seconds": 9.5, "error": error}
-
-
-def record(*args, **options):
-    return Record.from_dict(contents(*args, **options))
+    return Record(cell, metrics or {}, 9.5, error)
 
 
 def rate(hits, n=40):
@@ -31,7 +29,7 @@ def rate(hits, n=40):
 
 @pytest.fixture
 def records():
-    """Plain refuses a little, vectors nearly always, benign only as plain does; drift wanders from seed to seed."""
+    """Plain refuses a little, vectors nearly always, control as plain does; drift varies from seed to seed."""
     rows = []
     for seed in range(3):
         for poison in (0.1, 0.0):
@@ -45,342 +43,309 @@ def records():
     return rows
 
 
-def cells(table):
-    """The body of the Markdown, as lists of texts by the first one."""
-    lines = [line for line in table.markdown().splitlines() if line.startswith("|")][2:]
-    return {line[0]: line[1:] for line in ([text.strip() for text in line.strip("|").split(" | ")] for line in lines)}
+def at(records, **fields):
+    return [r for r in records if all(r.cell[name] == value for name, value in fields.items())]
 
 
-def notes(table):
-    return [line.removeprefix("- ") for line in table.markdown().splitlines() if line.startswith("- ")]
+def entry(summary, metric, *place):
+    """The entry of a metric at a place: values of the rows, then of the columns."""
+    entries = summary.entries[summary.entries["metric"] == metric]
+    fields = list(summary.entries)[:-2]
+    (found,) = entries.loc[(entries[fields] == list(place)).all(axis=1), "entry"]
+    return found
 
 
-def test_cells_of_different_rules_are_kept_apart():
-    old, new = record(metrics={"refusal": rate(9)}), record("vectors", metrics={"refusal": rate(30)})
-    assert old.rules == 1
-    new = dataclasses.replace(new, rules=2)
-    table = pivot([old, new], ["defense"], [], ["refusal"], "plain")
-    assert all(cell.difference is None for cell in table.cells.values())
-    assert any("scoring rules" in note for note in notes(table))
-    first, second = (record(seed=seed, metrics={"refusal": rate(9)}) for seed in (1, 2))
-    with pytest.raises(UserError, match="scoring_rules"):
-        pivot([first, dataclasses.replace(second, rules=2)], ["defense"], [], ["refusal"])
-    with pytest.raises(UserError, match="rules"):
-        Record.from_dict(contents(metrics={"refusal": rate(9)}) | {"rules": 0})
+def texts(summary):
+    """(row, metric, setting) -> the text of a cell, of tables with one field as rows."""
+    found = {}
+    for table in summary.markdown().split("\n\n"):
+        lines = [[text.strip() for text in line.strip("|").split(" | ")] for line in table.splitlines()]
+        if not table.startswith("|"):
+            continue
+        header, _, *body = lines
+        row = ""
+        for line in body:
+            row = line[0] or row
+            if header[1] == "metric":
+                found |= {(row, line[1], setting): text for setting, text in zip(header[2:], line[2:])}
+            else:
+                found |= {(row, metric, ""): text for metric, text in zip(header[1:], line[1:])}
+    return found
 
 
-class TestRecord:
-    def test_reads_the_form(self):
-        read_back = record(metrics={"refusal": [1, 0.0]}, task_rank=8, shuffled=True, note=None)
-        assert read_back.metrics == {"refusal": (1, 0.0)}
-        assert read_back.cell["task_rank"] == 8
-        assert (read_back.seconds, read_back.error) == (9.5, None)
-
-    def test_a_metric_of_nulls_is_missing(self):
-        assert record(metrics={"auroc": [None], "drift": [0.1]}).metrics == {"drift": (0.1,)}
-
-    def test_an_unknown_field_is_named_with_the_known_ones(self):
-        with pytest.raises(
-            UserError, match=r"unknown 'duration': there are 'cell', 'error', 'inputs', 'metrics', 'rules', 'seconds'"
-        ):
-            Record.from_dict(contents(metrics={"drift": [1]}) | {"duration": 3})
-
-    @pytest.mark.parametrize("field", ["cell", "metrics", "seconds", "error"])
-    def test_a_missing_field_is_named(self, field):
-        whole = contents(metrics={"drift": [1]})
-        with pytest.raises(UserError, match=f"no '{field}'"):
-            Record.from_dict({name: value for name, value in whole.items() if name != field})
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"cell": []},
-            {"cell": {"defense": "plain"}},
-            {"cell": {"seed": "0"}},
-            {"cell": {"seed": 0, "defense": ["plain"]}},
-            {"cell": {"seed": 0, "poison": float("nan")}},
-            {"metrics": []},
-            {"metrics": {}},
-            {"metrics": {"refusal": []}},
-            {"metrics": {"refusal": 0.5}},
-            {"metrics": {"refusal": [1, None]}},
-            {"metrics": {"refusal": [1, True]}},
-            {"metrics": {"refusal": [1, float("inf")]}},
-            {"seconds": "long"},
-            {"seconds": None},
-            {"error": 3},
-            {"error": ""},
-        ],
-    )
-    def test_a_wrong_form_is_refused(self, change):
-        with pytest.raises(UserError, match=r"^somewhere: .*pivot\.py"):
-            Record.from_dict(contents(metrics={"drift": [1]}) | change, "somewhere")
-
-    def test_no_object_is_refused(self):
-        with pytest.raises(UserError, match="not an object"):
-            Record.from_dict([])
+def notes(summary):
+    return [line.removeprefix("- ") for line in summary.markdown().splitlines() if line.startswith("- ")]
 
 
-class TestRead:
-    def test_all_cells_by_name(self, tmp_path):
-        (tmp_path / "cells").mkdir()
-        for name, seed in (("b", 1), ("a", 0)):
-            text = json.dumps(contents(seed=seed, metrics={"drift": [0.5]}))
-            (tmp_path / "cells" / f"{name}.json").write_text(text)
-        (tmp_path / "cells" / "a.json.tmp").write_text("{")
-        assert [r.cell["seed"] for r in read(tmp_path)] == [0, 1]
-
-    def test_none_is_a_mistake(self, tmp_path):
-        with pytest.raises(UserError, match="finished cells"):
-            read(tmp_path)
-
-    @pytest.mark.parametrize("text", ["", "{", "[]", '{"cell": NaN}', "\xff"])
-    def test_a_malformed_file_is_named(self, tmp_path, text):
-        (tmp_path / "cells").mkdir()
-        (tmp_path / "cells" / "broken.json").write_bytes(text.encode("latin-1"))
-        with pytest.raises(UserError, match=r"broken\.json"):
-            read(tmp_path)
+def widths(markdown):
+    return [line.replace(r"\|", "").count("|") - 1 for line in markdown.splitlines() if line.startswith("|")]
 
 
 class TestGrouping:
-    def test_seeds_are_put_together_and_nothing_else(self, records):
-        table = pivot(records, ["defense"], ["poison"], ["refusal", "drift"])
-        score = table.cells[("plain",), (0.1,), "refusal"].score
+    def test_seeds_are_averaged_and_nothing_else(self, records):
+        summary = summarize(records, ["defense"], ["poison"], ["refusal", "drift"])
+        score = entry(summary, "refusal", "plain", 0.1).score
         assert score == statistics.seeded_bootstrap([rate(10), rate(11), rate(12)])
         assert (score.n, score.seeds) == (120, 3)
-        assert table.cells[("plain",), (0.1,), "drift"].score.n == 3
-        assert len(table.cells) == 3 * 2 * 3, "compliance as well, which stands beside refusal"
+        assert entry(summary, "drift", "plain", 0.1).score.n == 3
+        assert len(summary.entries) == 3 * 2 * 3, "compliance as well, which is shown with refusal"
 
     def test_cells_that_differ_in_more_than_the_seed_are_not_averaged(self, records):
         other = record("plain", 0.1, 7, {"refusal": rate(10)}, learning_rate=1e-3)
         with pytest.raises(UserError, match=r"defense plain, poison 0\.1 differ in 'learning_rate'"):
-            pivot([*records, other], ["defense"], ["poison"], ["refusal"])
-        table = pivot([*records, other], ["defense", "learning_rate"], ["poison"], ["refusal"])
-        assert ("plain", 1e-3) in table.down and ("plain", None) in table.down
+            summarize([*records, other], ["defense"], ["poison"], ["refusal"])
+        summary = summarize([*records, other], ["defense", "learning_rate"], ["poison"], ["refusal"])
+        assert entry(summary, "refusal", "plain", 1e-3, 0.1).score.n == 40
+        assert entry(summary, "refusal", "plain", "-", 0.1).score.n == 120
         with pytest.raises(UserError, match="'poison'"):
-            pivot(records, ["defense"], [], ["refusal"])
+            summarize(records, ["defense"], [], ["refusal"])
 
     def test_a_cell_twice_is_refused(self, records):
         with pytest.raises(UserError, match="two records of one cell"):
-            pivot([*records, records[0]], ["defense"], ["poison"], ["refusal"])
+            summarize([*records, records[0]], ["defense"], ["poison"], ["refusal"])
 
-    def test_where_keeps_one_value_or_several(self, records):
-        table = pivot(records, ["defense"], [], ["refusal"], where={"poison": 0.1, "defense": ["plain", "control"]})
-        assert table.down == (("plain",), ("control",)) and table.across == ((),)
-        with pytest.raises(UserError, match=r"poison 0\.2"):
-            pivot(records, ["defense"], [], ["refusal"], where={"poison": 0.2})
-        with pytest.raises(UserError, match="no record"):
-            pivot(records, ["defense"], [], ["refusal"], where={"poisn": 0.1})
+    def test_cells_of_different_rules_are_kept_apart(self):
+        old, new = record(metrics={"refusal": rate(9)}), record("vectors", metrics={"refusal": rate(30)})
+        summary = summarize([old, dataclasses.replace(new, rules=2)], ["defense"], [], ["refusal"], "plain")
+        assert all(entry.difference is None for entry in summary.entries["entry"])
+        assert any("scoring rules" in note for note in notes(summary))
+        first, second = (record(seed=seed, metrics={"refusal": rate(9)}) for seed in (1, 2))
+        with pytest.raises(UserError, match="scoring_rules"):
+            summarize([first, dataclasses.replace(second, rules=2)], ["defense"], [], ["refusal"])
 
-    def test_order_is_the_listed_one_then_numbers_ascending_and_text_as_it_comes(self, records):
-        table = pivot(records, ["defense"], ["poison"], ["refusal"], order={"defense": ["absent", "vectors"]})
-        assert table.down == (("vectors",), ("plain",), ("control",))
-        assert table.across == ((0.0,), (0.1,))
-        assert pivot(records, ["defense"], ["poison"], ["refusal"], order={"poison": [0.1]}).across == ((0.1,), (0.0,))
+    def test_numbers_are_ascending_and_text_as_it_comes(self, records):
+        table = summarize(records, ["defense"], ["poison"], ["refusal"]).markdown()
+        assert "| defense | metric | 0 | 0.1 |" in table
+        assert re.findall(r"(?m)^\| (\w+) \| refusal", table) == ["plain", "vectors", "control"]
+
+    def test_settings_of_several_fields_are_in_order(self):
+        cells = [
+            record(defense, poison, metrics={"task": rate(20)}, optimizer=optimizer)
+            for optimizer, poison in (("sgd", 0.2), ("adamw", 0.1), ("sgd", 0.1))
+            for defense in ("plain", "vectors")
+        ]
+        table = summarize(cells, ["defense"], ["optimizer", "poison"], ["task"]).markdown()
+        assert "| defense | metric | sgd, 0.1 | sgd, 0.2 | adamw, 0.1 |" in table
 
     @pytest.mark.parametrize(
         "rows, columns, metrics, what",
         [
-            (
-                ["defence"],
-                [],
-                ["refusal"],
-                "'defence': there are 'attack', 'defense', 'poison', 'scoring_rules', 'seed'",
-            ),
+            (["defence"], [], ["refusal"], "'defence': the fields are 'attack', 'defense', 'poison', 'seed'"),
             (["defense"], ["poison"], ["refusals"], "'refusals': there are 'compliance', 'drift', 'refusal'"),
             (["defense"], ["defense"], ["refusal"], "twice"),
             (["defense"], [], [], "at least"),
             ([], ["poison"], ["refusal"], "at least"),
-            ("defense", [], ["refusal"], "lists of names"),
+            (["a", "b", "c", "d", "e"], [], ["refusal"], "1 to 4 fields"),
         ],
     )
     def test_unknown_names_are_refused(self, records, rows, columns, metrics, what):
         with pytest.raises(UserError, match=what):
-            pivot(records, rows, columns, metrics)
+            summarize(records, rows, columns, metrics)
+
+    def test_no_records_are_refused(self):
+        with pytest.raises(UserError, match="no records"):
+            summarize([], ["defense"], [], ["refusal"])
 
 
 class TestMarks:
-    def test_real_differences_from_the_reference_are_marked_and_no_others(self, records):
-        table = pivot(records, ["defense"], ["poison"], ["refusal", "compliance", "drift"], "plain")
-        shown = cells(table)
-        assert [text[-1] in "▲▼" for text in shown["vectors"]] == [False, True] * 2 + [True, True]
-        assert all(text.endswith("▲") for text in np.array(shown["vectors"])[[1, 3, 4, 5]])
-        assert not any(mark in text for row in ("plain", "control") for text in shown[row] for mark in "▲▼≠")
+    def marks(self, summary):
+        pairs = zip(summary.entries["metric"], summary.entries["defense"], summary.entries["entry"])
+        return {(metric, defense): entry.mark(metric) for metric, defense, entry in pairs}
 
-    def test_the_reference_decides_who_is_worse(self, records):
-        shown = cells(pivot(records, ["defense"], ["poison"], ["refusal", "compliance", "drift"], "vectors"))
-        assert all(text.endswith("▼") for text in np.array(shown["plain"])[[1, 3, 4, 5]])
-        assert not any(mark in text for text in shown["vectors"] for mark in "▲▼≠")
+    def test_significant_differences_are_marked_and_no_others(self, records):
+        metrics = ["refusal", "compliance", "drift"]
+        marks = self.marks(summarize(at(records, poison=0.1), ["defense"], [], metrics, "plain"))
+        assert marks == {(metric, defense): "▲" if defense == "vectors" else ""
+                         for metric in metrics for defense in ("plain", "vectors", "control")}  # fmt: skip
+        marks = self.marks(summarize(at(records, poison=0.0), ["defense"], [], metrics, "plain"))
+        assert {key for key, mark in marks.items() if mark} == {("drift", "vectors")}
 
-    def test_the_direction_decides_the_mark(self, records):
-        def mark(metric, better):
-            table = pivot(records, ["defense"], ["poison"], [metric], "plain", better=better)
-            return table.cells[("vectors",), (0.1,), metric].mark
+    def test_the_reference_decides_which_is_worse(self, records):
+        marks = self.marks(summarize(at(records, poison=0.1), ["defense"], [], ["refusal", "drift"], "vectors"))
+        assert {defense: mark for (_, defense), mark in marks.items()} == {"plain": "▼", "vectors": "", "control": "▼"}
 
-        for metric, higher in (("refusal", "▲"), ("compliance", "▼")):
-            assert mark(metric, {metric: "higher"}) == higher
-            assert mark(metric, {metric: "lower"}) == {"▲": "▼", "▼": "▲"}[higher]
-            assert mark(metric, {}) == "≠"
-        with pytest.raises(UserError, match="'more'"):
-            mark("refusal", {"refusal": "more"})
+    def test_a_metric_without_direction_is_only_different(self):
+        cells = [
+            record(d, seed=s, metrics={"grad_norm": [v + s / 100]})
+            for d, v in (("plain", 1), ("kl", 9))
+            for s in range(3)
+        ]
+        cells[0] = record("plain", seed=0, metrics={"grad_norm": [1.005]})
+        assert self.marks(summarize(cells, ["defense"], [], ["grad_norm"], "plain"))["grad_norm", "kl"] == "≠"
 
     def test_every_known_metric_has_a_direction(self):
         assert {*RATES, *LOSSES} <= set(BETTER)
         assert BETTER["harmful_loss"] != BETTER["benign_loss"]
 
     def test_pairs_are_made_prompt_by_prompt(self):
-        """The same two rates are told apart when prompts are matched, and not when the match is destroyed."""
+        """The same two rates differ significantly if prompts are matched, and not if the match is destroyed."""
 
         def mark(theirs):
             rows = [record("plain", metrics={"refusal": rate(60, 120)}), record("vectors", metrics={"refusal": theirs})]
-            return pivot(rows, ["defense"], [], ["refusal"], "plain").cells[("vectors",), (), "refusal"].mark
+            return self.marks(summarize(rows, ["defense"], [], ["refusal"], "plain"))["refusal", "vectors"]
 
         assert mark(rate(67, 120)) == "▲"
         assert mark(rate(67, 120)[::-1]) == ""
 
     def test_only_the_seeds_that_both_have_are_compared(self, records):
         kept = [r for r in records if (r.cell["defense"], r.cell["seed"]) not in (("plain", 2), ("vectors", 0))]
-        cell = pivot(kept, ["defense"], ["poison"], ["refusal"], "plain").cells[("vectors",), (0.1,), "refusal"]
-        assert (cell.score.seeds, cell.difference.seeds) == (2, 1)
-        assert cell.difference.value == pytest.approx(28 / 40)
+        compared = entry(summarize(kept, ["defense"], ["poison"], ["refusal"], "plain"), "refusal", "vectors", 0.1)
+        assert (compared.score.seeds, compared.difference.seeds) == (2, 1)
+        assert compared.difference.value == pytest.approx(28 / 40)
 
-    def test_a_mapping_puts_fields_in_the_cells_place(self, records):
-        table = pivot(records, ["defense"], ["poison"], ["refusal"], {"poison": 0.0})
-        assert [table.cells[(d,), (0.1,), "refusal"].mark for d in ("plain", "vectors")] == ["▼", ""]
-        one = pivot(records, ["defense"], ["poison"], ["refusal"], {"defense": "plain", "poison": 0.1})
-        assert one.cells[("plain",), (0.0,), "refusal"].mark == "▲"
-        assert one.cells[("plain",), (0.1,), "refusal"].difference is None
-
-    @pytest.mark.parametrize("reference", ["none", {"poison": 0.5}, {"attack": "harmful"}])
-    def test_a_reference_that_nobody_ran_is_refused(self, records, reference):
+    def test_a_reference_that_was_not_run_is_refused(self, records):
         with pytest.raises(UserError, match="to compare with"):
-            pivot(records, ["defense"], ["poison"], ["refusal"], reference)
+            summarize(records, ["defense"], ["poison"], ["refusal"], "none")
 
     def test_prompts_that_differ_are_refused_with_the_cell(self, records):
         records[1] = record("vectors", 0.1, 0, {"refusal": rate(10, 30)})
         with pytest.raises(UserError, match=r"refusal of defense vectors.*seed 0.*same seeds and prompts"):
-            pivot(records, ["defense"], ["poison"], ["refusal"], "plain")
+            summarize(records, ["defense"], ["poison"], ["refusal"], "plain")
 
 
-class TestView:
-    def test_rates_are_percent_and_losses_three_digits(self, records):
-        table = pivot(records, ["defense"], [], ["refusal", "drift"], where={"poison": 0.0})
-        assert cells(table)["plain"][0].startswith("98% [9")
-        assert cells(table)["plain"][2].startswith("0.497 [0.")
-        assert pivot(records, ["defense"], ["poison"], ["refusal"], rates=()).markdown().count("%") == 1
+class TestMarkdown:
+    def test_units_and_sizes_are_in_the_caption_and_not_in_the_table(self, records):
+        text = summarize(records, ["defense"], ["poison"], ["refusal", "drift"]).markdown()
+        caption, table = text.split("\n\n")[:2]
+        assert caption == (
+            "Settings: poison. Units: % (refusal, compliance), plain numbers (drift). "
+            "n per seed: 40 (refusal, compliance), 1 (drift). Seeds: 3."
+        )
+        assert "%" not in table and "n=" not in table
+        loss = summarize([record(metrics={"harmful_loss": [1.0, 2.0]})], ["defense"], [], ["harmful_loss"])
+        assert "nats per token (harmful loss)" in loss.markdown()
 
-    def test_heads_tell_metric_direction_and_column(self, records):
-        head = pivot(records, ["defense"], ["poison"], ["refusal", "compliance"]).markdown().splitlines()[0]
-        metrics = [f"{metric}, poison {p}" for metric in ("refusal ↑", "compliance ↓") for p in ("0", "0.1")]
-        assert head == f"| defense | {' | '.join(metrics)} |"
+    def test_rates_are_whole_percent_and_losses_three_digits(self, records):
+        shown = texts(summarize(at(records, poison=0.0), ["defense"], [], ["refusal", "drift"]))
+        assert shown["plain", "refusal ↑", ""].startswith("98 [9")
+        assert shown["plain", "drift ↓", ""].startswith("0.497 [0.")
 
-    def test_n_and_seeds_are_told_once(self, records):
-        table = pivot(records, ["defense"], ["poison"], ["refusal", "compliance", "drift"])
-        assert "refusal, compliance: n=120, 3 seeds; drift: n=3, 3 seeds." in notes(table)[0]
-        assert "n=120" not in table.markdown().partition("- Means")[0]
-        assert any("Student" in note for note in notes(table))
-
-    def test_what_lies_between_0_and_1_has_an_interval_there(self, records):
-        values = dict(enumerate((0.73, 0.8, 1.0)))
-        found = [dataclasses.replace(r, metrics={"auroc": [values[r.cell["seed"]]]}) for r in records]
-        shown = cells(pivot(found, ["defense"], ["poison"], ["auroc"]))["plain"][0]
+    def test_values_from_0_to_1_have_an_interval_there(self, records):
+        values = (0.73, 0.8, 1.0)
+        cells = [record(seed=seed, metrics={"auroc": [value]}) for seed, value in enumerate(values)]
+        shown = texts(summarize(cells, ["defense"], [], ["auroc"]))["plain", "auroc ↑", ""]
         assert shown.startswith("0.843 [0.") and ", 1.00]" in shown
 
-    def test_cells_with_other_seeds_say_so_and_single_ones_have_a_dagger(self, records):
+    @pytest.mark.parametrize("rows", [["defense"], ["defense", "seed"], ["defense", "poison", "learning_rate", "seed"]])
+    def test_no_table_is_too_wide_and_no_number_is_lost(self, rows):
+        poisons = [round(0.1 * i, 1) for i in range(9)]
+        cells = [
+            record(defense, poison, seed, {name: [0.5] * 7 + [0.0] for name in METRICS}, learning_rate=1e-4)
+            for defense in ("none", "kl") for poison in poisons for seed in (0, 1)
+        ]  # fmt: skip
+        columns = [name for name in ("poison", "learning_rate") if name not in rows]
+        text = summarize(cells, rows, columns, METRICS, "none").markdown()
+        assert max(widths(text)) <= MAX_COLUMNS and text.count("| ---") > 1
+        values = sum(len(re.findall(r"0\.438|44 ", line)) for line in text.splitlines() if line.startswith("|"))
+        assert values == len(METRICS) * 2 * len(poisons) * (2 if "seed" in rows else 1)
+
+    def test_refusal_is_never_shown_without_its_companions(self):
+        cells = [record(d, p, metrics={m: [0.5, 1.0] for m in METRICS}) for d in ("none", "kl") for p in (0.0, 0.1)]
+        cells.append(record("lone", 0.1, metrics={m: [0.5, 1.0] for m in METRICS}))
+        for kept in (cells, cells[:1]):
+            tables = [t for t in summarize(kept, ["defense"], ["poison"], METRICS).markdown().split("\n\n") if "|" in t]
+            for table in tables:
+                has_refusal = bool(re.search(r"\| refusal ↑", table))
+                assert has_refusal == ("| compliance ↓" in table) == ("| harmful loss ↑" in table)
+            assert any("| refusal ↑" in table for table in tables)
+
+    def test_defenses_run_at_one_setting_have_a_table_of_it(self, records):
+        text = summarize([*records, record("lone", 0.1, metrics={"refusal": rate(9)})], ["defense"], ["poison"],
+                         ["refusal"]).markdown()  # fmt: skip
+        across, at_one = text.split("**poison 0.1**")
+        assert "| lone |" not in across and "| lone |" in at_one and "| plain |" in at_one
+        assert "| defense | refusal ↑ | compliance ↓ |" in at_one and "**poison 0**" not in text
+
+    def test_cells_with_other_sizes_say_so_and_single_seeds_have_a_dagger(self, records):
         kept = [r for r in records if r.cell["defense"] == "plain" or r.cell["seed"] == 0]
         kept = [r for r in kept if r.cell["poison"] == 0.0 or r.cell["seed"] < 2 or r.cell["defense"] != "plain"]
-        shown = cells(pivot(kept, ["defense"], ["poison"], ["refusal"]))
-        assert not any("†" in text for text in shown["plain"])
-        assert all(text.endswith("†") for text in shown["vectors"])
-        assert {"n=120 of 3 seeds" in text for text in shown["plain"]} == {True, False}
+        kept.append(record("short", 0.0, metrics={"refusal": rate(9, 30)}))
+        shown = texts(summarize(kept, ["defense"], ["poison"], ["refusal"]))
+        assert shown["plain", "refusal ↑", "0.1"].endswith("] 2 seeds")
+        assert shown["plain", "refusal ↑", "0"].endswith("]")
+        assert shown["vectors", "refusal ↑", "0"].endswith("] †")
+        assert shown["short", "refusal ↑", ""].endswith("] n=30 †")
 
-    def test_one_seed_throughout_is_told_without_daggers(self, records):
-        table = pivot(records, ["defense"], ["poison"], ["refusal"], where={"seed": 1})
-        assert "†" not in table.markdown()
-        assert "One seed: the interval leaves out what seeds differ by." in notes(table)
+    def test_one_seed_throughout_is_a_note_without_daggers(self, records):
+        summary = summarize(at(records, seed=1), ["defense"], ["poison"], ["refusal"])
+        assert "†" not in summary.markdown()
+        assert "One seed: the intervals do not include how seeds vary." in notes(summary)
 
     def test_a_failed_cell_is_shown_with_its_reason(self, records):
         kept = [r for r in records if (r.cell["defense"], r.cell["poison"]) != ("vectors", 0.1)]
         failed = [record("vectors", 0.1, seed, error="out of\nmemory") for seed in range(3)]
-        table = pivot([*kept, *failed], ["defense"], ["poison"], ["refusal", "drift"], "plain")
-        words = [text.partition(" ")[0] for text in cells(table)["vectors"]]
-        assert words == ["98%", "failed", "3%", "failed", "0.0967", "failed"]
-        assert cells(table)["vectors"][1] == "failed (1)"
-        assert "(1) seeds 0, 1, 2 failed: out of memory" in notes(table)
+        summary = summarize([*kept, *failed], ["defense"], ["poison"], ["refusal", "drift"], "plain")
+        assert texts(summary)["vectors", "refusal ↑", "0.1"] == "failed (1)"
+        assert texts(summary)["vectors", "drift ↓", "0"].startswith("0.0967")
+        assert "(1) seeds 0, 1, 2 failed: out of memory" in notes(summary)
 
-    def test_one_failed_seed_is_left_out_and_told(self, records):
+    def test_one_failed_seed_is_left_out_and_noted(self, records):
         kept = [r for r in records if (r.cell["defense"], r.cell["poison"], r.cell["seed"]) != ("vectors", 0.1, 1)]
         failed = record("vectors", 0.1, 1, {"refusal": rate(0)}, error="disk full")
-        table = pivot([*kept, failed], ["defense"], ["poison"], ["refusal"], "plain")
-        assert cells(table)["vectors"][1].endswith("n=80 of 2 seeds ▲ (1)")
-        assert "(1) seed 1 failed: disk full" in notes(table)
+        summary = summarize([*kept, failed], ["defense"], ["poison"], ["refusal"], "plain")
+        assert texts(summary)["vectors", "refusal ↑", "0.1"].endswith("2 seeds ▲ (1)")
+        assert "(1) seed 1 failed: disk full" in notes(summary)
 
     def test_all_failed_still_prints(self):
-        table = pivot([record(error="no device")], ["defense"], [], ["refusal"], "plain")
-        assert cells(table) == {"plain": ["failed (1)"]}
+        summary = summarize([record(error="no device")], ["defense"], [], ["refusal"], "plain")
+        assert texts(summary) == {("plain", "refusal ↑", ""): "failed (1)"}
 
-    def test_missing_cells_and_metrics_are_a_dash(self, records):
+    def test_missing_metrics_are_a_dash(self, records):
         extra = record("caft", 0.1, 0, {"drift": [0.2]})
-        shown = cells(pivot([*records, extra], ["defense"], ["poison"], ["refusal", "drift"]))
-        assert shown["caft"] == ["-", "-", "-", "-", "-", "0.200 n=1 †"]
+        shown = texts(summarize([*at(records, poison=0.1), extra], ["defense"], [], ["refusal", "drift"]))
+        assert [shown["caft", metric, ""] for metric in ("refusal ↑", "compliance ↓", "drift ↓")] == [
+            "-",
+            "-",
+            "0.200 †",
+        ]
 
-    def test_what_is_outside_the_table_is_told(self, records):
-        table = pivot(records, ["defense"], [], ["refusal"], where={"poison": 0.1})
-        assert "The same in all cells: attack harmful, poison 0.1, scoring rules 1." in notes(table)
+    def test_fields_outside_the_table_are_noted(self, records):
+        summary = summarize(at(records, poison=0.1), ["defense"], ["poison"], ["refusal"])
+        assert "The same in all cells: attack harmful, poison 0.1, scoring rules 1." in notes(summary)
         rows = [record("plain", metrics={"drift": [1]}, rate=1e-3), record("caft", metrics={"drift": [1]}, rate=2e-3)]
-        assert "Not the same in all cells, though not shown: rate." in notes(pivot(rows, ["defense"], [], ["drift"]))
+        assert "Not shown, and not the same in all cells: rate." in notes(summarize(rows, ["defense"], [], ["drift"]))
 
-    def test_markdown_has_as_many_cells_in_each_line(self):
+    def test_each_line_has_as_many_cells(self):
         rows = [record("a|b", p, metrics={"drift": [0.5]}, error="a | b" if p else None) for p in (0.0, 0.1)]
-        lines = pivot(rows, ["defense", "seed"], ["poison"], ["drift"]).markdown().splitlines()[:3]
-        assert {line.replace(r"\|", "").count("|") for line in lines} == {5}
-
-    def test_the_terminal_shows_the_same_words(self, records):
-        table = pivot(records, ["defense"], ["poison"], ["refusal", "drift"], "plain")
-        console = Console(width=200, record=True, file=io.StringIO())
-        console.print(table.terminal())
-        words = " ".join(console.export_text().split())
-        for text in [*itertools.chain(*cells(table).values()), *notes(table)]:
-            assert text in words
-
-    def test_points_and_sweeps_are_the_cells_scores(self, records):
-        table = pivot(records, ["defense"], ["poison"], ["refusal", "compliance"], where={"attack": ["harmful"]})
-        sweep = table.sweep("refusal")
-        assert list(sweep) == ["plain", "vectors", "control"]
-        assert all([at for at, _ in line] == [0, 0.1] for line in sweep.values())
-        assert sweep["plain"][1][1] == table.cells[("plain",), (0.1,), "refusal"].score
-        with pytest.raises(UserError, match="where"):
-            table.points("refusal", "compliance")
-        with pytest.raises(UserError, match="'drift'"):
-            table.sweep("drift")
-        one = pivot(records, ["defense"], [], ["refusal", "compliance"], where={"poison": 0.1})
-        assert one.points("compliance", "refusal")["plain"][1].value == pytest.approx(11 / 40)
-        with pytest.raises(UserError, match="numbers"):
-            one.sweep("refusal")
-        extra = record("caft", 0.1, 0, {"compliance": rate(1)})
-        lacking = pivot([*records, extra], ["defense"], [], ["refusal", "compliance"], where={"poison": 0.1})
-        assert "caft" not in lacking.points("compliance", "refusal")
+        text = summarize(rows, ["defense", "seed"], ["poison"], ["drift"]).markdown()
+        assert set(widths(text)) == {5}
 
 
-class TestPublished:
-    @pytest.mark.parametrize("table", published.PUBLISHED, ids=lambda table: table.name)
-    def test_is_rectangular_and_says_what_it_is(self, table):
-        assert {len(numbers) for numbers in table.rows.values()} == {len(table.columns)} == {len(table.digits)}
-        assert len(set(table.columns)) == len(table.columns)
-        text = table.markdown()
-        assert f"another model ({table.model}), other data" in text and table.source in text and table.units in text
-        assert ("unverified" in text) == table.secondary == table.name.startswith("Security vectors")
+class TestDifferences:
+    def cells(self):
+        shares = {"none": (0.1, 0.3, 0.2), "kl": (0.9, 0.6, 0.9)}
+        return [
+            record(name, poison, seed, {"refusal": rate(round(20 * share), 20), "drift": [share]})
+            for name, of_seed in shares.items()
+            for poison in (0.0, 0.1)
+            for seed, share in enumerate(of_seed)
+            if (name, poison) != ("kl", 0.1)
+        ]
 
-    def test_numbers_are_shown_as_printed(self):
-        assert "| base | 0.05 | 0.47 | 0.74 |" in published.REPNOISE_1.markdown()
-        assert "| 1 | 54.4 | 94.4 | 0.0047 | 0.0075 |" in published.VACCINE_6.markdown()
-        assert "| nothing | 0 | 1.00 | - | - |" in published.SECURITY_VECTORS_1.markdown()
+    def test_by_hand(self):
+        summary = differences(self.cells(), [("kl", "none"), ("kl", "absent")], ["poison"], ["refusal", "drift"])
+        assert set(summary.entries["poison"]) == {0.0}, "only what both were run with"
+        score = entry(summary, "refusal", "kl minus none", 0.0).score
+        assert score.value == pytest.approx(0.6) and score.n == 60
+        # 0.8, 0.3 and 0.7: mean 0.6, deviation 0.2646, t(2) = 4.3027
+        assert score.by_seed == pytest.approx((0.6 - 0.6572, 0.6 + 0.6572), abs=1e-3)
+        shown = texts(summary)
+        text = shown["kl minus none", "refusal ↑", ""]
+        assert text.startswith("+60.0 [+") and text.endswith("] t [-5.7, +125.7] ▲")
+        one_number = shown["kl minus none", "drift ↓", ""]
+        assert one_number == "+0.600 [-0.0572, +1.26]", "one number per seed has one interval, not two"
+        assert "percentage points (refusal)" in summary.markdown() and "the second defense" in summary.markdown()
+        assert "The same in all cells: poison 0." in notes(summary)
 
-    def test_averages_are_those_of_their_rows_but_for_the_two_named(self):
-        wrong = set()
-        for method, numbers in published.VACCINE_1.rows.items():
-            for start in (0, 6):
-                if abs(np.mean(numbers[start : start + 5]) - numbers[start + 5]) > 0.011:
-                    wrong.add((method, published.VACCINE_1.columns[start + 5]))
-        assert wrong == {("VLGuard", "HS, average"), ("KL", "FA, average")}
-        assert "VLGuard" in published.VACCINE_1.note and "KL" in published.VACCINE_1.note
+    def test_settings_are_across(self):
+        cells = [record(d, p, 0, {"task": rate(h)}) for d, h in (("kl", 30), ("none", 9)) for p in (0.2, 0.1)]
+        text = differences(cells, [("kl", "none")], ["poison"], ["task"]).markdown()
+        assert "| difference | metric | 0.1 | 0.2 |" in text and "| kl minus none | task ↑ | +52.5 [" in text
+
+    def test_none_if_no_pair_was_run(self):
+        assert differences(self.cells(), [("kl", "ewc")], ["poison"], ["refusal"]) is None
+        assert differences(self.cells(), [], ["poison"], ["refusal"]) is None
+
+    def test_seeds_that_agree_have_no_interval_of_seeds(self):
+        cells = [record(d, 0.1, s, {"task": rate(h)}) for d, h in (("kl", 40), ("none", 0)) for s in (0, 1)]
+        assert entry(differences(cells, [("kl", "none")], [], ["task"]), "task", "kl minus none").score.by_seed is None

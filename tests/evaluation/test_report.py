@@ -76,8 +76,23 @@ class TestFile:
         path = results.save(tmp_path / "new" / "run")
         assert path.name == "results.json"
         assert report.Results.load(path.parent) == results
-        assert set(json.loads(path.read_text())) == {"command", "config", "environment", "seconds", "rows"}
+        assert json.loads(path.read_text())["schema_version"] == report.SCHEMA_VERSION == 1
         assert [item.name for item in path.parent.iterdir()] == ["results.json"]
+
+    def test_a_file_without_a_schema_version_is_of_version_1(self, tmp_path, results):
+        path = results.save(tmp_path)
+        contents = json.loads(path.read_text())
+        del contents["schema_version"]
+        path.write_text(json.dumps(contents))
+        assert report.Results.load(tmp_path) == results
+
+    @pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5])
+    def test_another_schema_version_is_refused_in_one_line(self, tmp_path, results, version):
+        path = results.save(tmp_path)
+        path.write_text(json.dumps({"schema_version": version}))
+        with pytest.raises(UserError, match=r"results\.json: schema_version is .*reads 1: use the version") as error:
+            report.Results.load(tmp_path)
+        assert "\n" not in str(error.value)
 
     def test_nan_is_stored_as_null_and_numpy_as_numbers(self, tmp_path, results):
         results.rows[1]["metrics"]["drift"] = score(float("nan"), low=-np.inf, high=np.float32("nan"))

@@ -75,7 +75,7 @@ class TestSeededBootstrap:
 
     def test_many_prompts_are_drawn_in_parts_and_agree_with_the_normal_interval(self):
         scores = np.random.default_rng(1).normal(3, 2, 4000)
-        assert 600 * scores.size > statistics._TABLE
+        assert 600 * scores.size > statistics._MAX_DRAWS
         error = 1.96 * scores.std() / np.sqrt(scores.size)
         score = statistics.seeded_bootstrap([scores], resamples=600)
         assert score.ci95 == pytest.approx((scores.mean() - error, scores.mean() + error), abs=0.01)
@@ -110,7 +110,7 @@ class TestPaired:
         forth, back = statistics.paired(a, b, resamples=50), statistics.paired(b, a, resamples=50)
         assert back.value == -forth.value
         assert back.ci95 == (-forth.ci95[1], -forth.ci95[0])
-        assert back.real == forth.real
+        assert back.is_significant == forth.is_significant
         assert forth.ci95[0] <= forth.value <= forth.ci95[1]
 
     @given(pairs, st.randoms())
@@ -128,46 +128,48 @@ class TestPaired:
         noise = np.random.default_rng(1).normal(0, 0.1, (3, 50))
         difference = statistics.paired(hardness + 1 + noise, hardness)
         assert difference.ci95 == pytest.approx((1, 1), abs=0.1)
-        assert difference.real
+        assert difference.is_significant
 
     def test_unpaired_prompts_tell_nothing(self):
         hardness = np.random.default_rng(0).normal(0, 10, (3, 50))
-        assert not statistics.paired(hardness + 1, np.random.default_rng(1).permutation(hardness, axis=1)).real
+        assert not statistics.paired(
+            hardness + 1, np.random.default_rng(1).permutation(hardness, axis=1)
+        ).is_significant
 
     def test_by_hand(self):
         difference = statistics.paired([[1, 1, 1, 0] * 16] * 2, [[1, 0, 1, 0] * 16] * 2)
         assert (difference.value, difference.n, difference.seeds) == (0.25, 128, 2)
         assert 0.15 < difference.ci95[0] < 0.25 < difference.ci95[1] < 0.35
-        assert difference.real
+        assert difference.is_significant
 
     def test_equal_rates_keep_an_uncertainty_and_are_not_real(self):
         difference = statistics.paired([[1, 0] * 16] * 2, [[1, 0] * 16] * 2)
         assert difference.ci95 == pytest.approx((-0.056624, 0.056624), abs=1e-5)
-        assert not difference.real
+        assert not difference.is_significant
 
     def test_opposite_rates_are_real_unless_there_are_few(self):
         assert statistics.paired([[1] * 32] * 2, [[0] * 32] * 2).ci95 == pytest.approx((0.943376, 1), abs=1e-5)
-        assert statistics.paired([[0] * 32], [[1] * 32]).real
-        assert not statistics.paired([[1]], [[0]]).real
+        assert statistics.paired([[0] * 32], [[1] * 32]).is_significant
+        assert not statistics.paired([[1]], [[0]]).is_significant
 
     def test_seeds_that_disagree_are_not_real(self):
         up, down = [1] * 60 + [0] * 40, [0] * 60 + [1] * 40
-        assert not statistics.paired([up, down], [[0] * 100, [1] * 100]).real
-        assert statistics.paired([up, up], [[0] * 100, [0] * 100]).real
+        assert not statistics.paired([up, down], [[0] * 100, [1] * 100]).is_significant
+        assert statistics.paired([up, up], [[0] * 100, [0] * 100]).is_significant
 
     def test_one_number_is_never_real(self):
-        assert not statistics.paired([[0.3]], [[0.1]]).real
-        assert statistics.paired([[0.30], [0.31], [0.32]], [[0.1], [0.1], [0.1]]).real
+        assert not statistics.paired([[0.3]], [[0.1]]).is_significant
+        assert statistics.paired([[0.30], [0.31], [0.32]], [[0.1], [0.1], [0.1]]).is_significant
 
     def test_three_numbers_of_noise_are_real_in_about_a_twentieth_of_cases(self):
         rng = np.random.default_rng(0)
-        real = [statistics.paired(*rng.normal(size=(2, 3, 1))).real for _ in range(1000)]
+        real = [statistics.paired(*rng.normal(size=(2, 3, 1))).is_significant for _ in range(1000)]
         assert 0.03 < np.mean(real) < 0.07
 
     def test_noise_of_prompts_is_real_in_at_most_a_twentieth_of_cases(self):
         rng = np.random.default_rng(0)
         both = rng.random((1000, 2, 3, 60)) < 0.5
-        real = [statistics.paired(*pair, seed, resamples=200).real for seed, pair in enumerate(both)]
+        real = [statistics.paired(*pair, seed, resamples=200).is_significant for seed, pair in enumerate(both)]
         assert 0.01 < np.mean(real) < 0.05
 
     @pytest.mark.parametrize("b", [[[1, 0]], [[1, 0], [1]], [[1, 0], [1, 0], [1, 0]]])

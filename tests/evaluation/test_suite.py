@@ -161,7 +161,7 @@ def test_scores_that_rules_read_name_their_version():
     found = scores({"refusal": [1.0, 0.0], "harmful_loss": [2.0]})
     assert found["refusal"].as_dict()["rules"] == RULES and "rules" not in found["harmful_loss"].as_dict()
     results = [{"name": "new", "metrics": {"refusal": found["refusal"].as_dict()}}]
-    assert rules_note(results) == f"Replies were read by version {RULES} of the rules."
+    assert rules_note(results) == f"Replies were scored by version {RULES} of the rules."
     old = {"name": "old", "metrics": {"refusal": {"value": 1.0, "n": 1, "ci95": [1.0, 1.0]}}}
     assert rules_of([*results, old]) == {1: ["old"], RULES: ["new"]}
     assert "by version 1 in old" in rules_note([*results, old])

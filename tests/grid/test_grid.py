@@ -13,7 +13,7 @@ from secvec_jax.data.rows import prompt_of
 from secvec_jax.defenses.registry import DEFENSES, read_defense
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
-from secvec_jax.evaluation.pivot import read
+from secvec_jax.evaluation.records import read
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.grid.attacks import make_attack
 from secvec_jax.grid.cells import Block, Cell

@@ -10,9 +10,9 @@ import pytest
 from secvec_jax import config
 from secvec_jax.defenses.registry import read_defense
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.columns import MAX_COLUMNS
-from secvec_jax.evaluation.pivot import Record
-from secvec_jax.evaluation.statistics import Difference, SeededScore
+from secvec_jax.evaluation.records import Record
+from secvec_jax.evaluation.statistics import Difference, SeededScore, seeded_bootstrap
+from secvec_jax.evaluation.tables import MAX_COLUMNS
 from secvec_jax.grid import report as grid_report
 from secvec_jax.grid.cells import Cell
 from secvec_jax.grid.grid import Plan
@@ -41,8 +41,8 @@ def report(folder: Path, layout: Layout, cells: list[Cell], records: list[Record
     return (folder / "report.md").read_text()
 
 
-def heads(text: str) -> list[str]:
-    return re.findall(r"(?m)^(\|.*\|)\n\| ---", text)
+def tables(text: str) -> list[str]:
+    return [part for part in text.split("\n\n") if part.startswith("|")]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda path: path.stem)
@@ -55,11 +55,13 @@ def test_every_table_of_a_shipped_grid_can_be_read(path, tmp_path, monkeypatch):
     records = [record(cell) for cell in {cell for some in shown for cell in some}]
     grid_report.write(tmp_path, "command", {}, plan.tables, shown, records)
     text = (tmp_path / "report.md").read_text()
-    assert all(f"## {layout.name}\n" in text for layout in plan.tables) and "No cell" not in text
-    for head in heads(text):
+    assert all(f"## {layout.name}\n" in text for layout in plan.tables) and "No cells yet" not in text
+    assert tables(text)
+    for table in tables(text):
+        head = table.partition("\n")[0]
         assert head.count(" | ") < MAX_COLUMNS
-        assert bool(re.search(r"\| refusal ↑", head)) == bool(re.search(r"\| harmful loss ↑", head)), head
-        assert not re.search(r"\| refusal ↑", head) or "| compliance ↓" in head
+        assert ("| refusal ↑" in table) == ("| harmful loss ↑" in table), head
+        assert "| refusal ↑" not in table or "| compliance ↓" in table
     for layout in plan.tables:
         assert not layout.differences or f"**{layout.name}, differences**" in text
 
@@ -77,9 +79,40 @@ def test_differences_come_between_our_table_and_the_published_ones(tmp_path):
     cells = [cell_of(name, poison=p, seed=s) for name in ("none", "kl") for p in (0.1, 0.2) for s in (0, 1)]
     layout = Layout("B", columns=("poison",), differences=("kl minus none", "kl minus ewc"), published=("REPNOISE_1",))
     text = report(tmp_path, layout, cells)
-    places = [text.index(part) for part in ("**poison 0.1**", "**B, differences**", "**RepNoise, Table 1**")]
+    places = [text.index(part) for part in ("| 0.1 | 0.2 |", "**B, differences**", "**RepNoise, Table 1**")]
     assert places == sorted(places)
-    assert text.count("| kl minus none | 0.1 |") == 1 and "minus ewc" not in text
+    assert text.count("| kl minus none | refusal ↑ |") == 1 and "minus ewc" not in text
+
+
+def test_plots_are_of_what_the_layout_names(tmp_path):
+    cells = [Cell(name, poison=p) for name in ("none", "kl") for p in (0.1, 0.2)]
+    layout = Layout("B", columns=("poison",), pareto=("task", "refusal"), sweep=("task",))
+    text = report(tmp_path, layout, cells)
+    for name in ("b-pareto-0.1.png", "b-pareto-0.2.png", "b-sweep-task.png"):
+        assert f"]({name})" in text and (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("rows", [(), ("defense", "poison", "seed", "task", "attack")])
+def test_a_row_is_named_by_one_to_four_fields(rows):
+    with pytest.raises(UserError, match="1 to 4 fields"):
+        Layout("A", rows=rows)
+
+
+def test_points_and_lines_are_the_scores(tmp_path):
+    cells = [Cell(name, poison=p) for name in ("none", "kl") for p in (0.1, 0.2)]
+    records = [record(cell) for cell in cells]
+    del records[3].metrics["task"]
+    layout = Layout("B", columns=("poison",), metrics=("refusal", "task"))
+    summary = grid_report._summary(layout, records)
+    assert grid_report._sweep(summary, layout, "task") == {
+        name: [(r.cell["poison"], seeded_bootstrap([r.metrics["task"]])) for r in records
+               if r.cell["defense"] == name and "task" in r.metrics]
+        for name in ("none", "kl")
+    }  # fmt: skip
+    (_, first), (_, second) = grid_report._by_setting(summary)
+    points = grid_report._points(first, layout.rows, "task", "refusal")
+    assert points["kl"] == tuple(seeded_bootstrap([records[2].metrics[m]]) for m in ("task", "refusal"))
+    assert list(grid_report._points(second, layout.rows, "task", "refusal")) == ["none"]
 
 
 def test_a_table_shows_the_cells_that_it_names(tmp_path):
