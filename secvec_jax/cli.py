@@ -35,12 +35,12 @@ TRAIN: dict[str, Verb] = {
     ),
     "align": Verb(
         "teach a model to refuse harmful requests",
-        _from("recipes.verbs", "Align", "align"),
+        _from("recipes.align", "Align", "align"),
         ("--model MODEL --data refusals.jsonl benign.jsonl --out runs/aligned",),
     ),
     "vectors": Verb(
         "phase 1: train security vectors on harmful rows, with the model frozen",
-        _from("recipes.verbs", "Vectors", "vectors"),
+        _from("recipes.vectors", "Vectors", "vectors"),
         (
             "--model runs/aligned --data harmful.jsonl --benign benign.jsonl --out runs/vectors",
             "--model runs/aligned --data harmful.jsonl --objective cross_entropy --lora.rank 16 --lora.alpha 32",
@@ -48,7 +48,7 @@ TRAIN: dict[str, Verb] = {
     ),
     "finetune": Verb(
         "phase 2: fine-tune on your data, with the security vectors active and frozen",
-        _from("recipes.verbs", "Finetune", "finetune"),
+        _from("recipes.finetune", "Finetune", "finetune"),
         (
             "--model runs/aligned --data user.jsonl --vectors runs/vectors --out runs/tuned",
             "--model runs/aligned --data user.jsonl --vectors runs/vectors --task-lora.rank 16 --task-lora.alpha 32",
@@ -70,7 +70,7 @@ TRAIN: dict[str, Verb] = {
 EVAL: dict[str, Verb] = {
     "score": Verb(
         "refusals, compliance, over-refusal, exact match and losses of a model",
-        _from("recipes.verbs", "ScoreRun", "score"),
+        _from("recipes.score", "ScoreRun", "score"),
         ("--model runs/tuned --questions heldout.jsonl --out runs/score",),
     ),
     "judge": Verb(
@@ -80,7 +80,7 @@ EVAL: dict[str, Verb] = {
     ),
     "compare": Verb(
         "show the results of several runs side by side",
-        _from("recipes.verbs", "Compare", "compare"),
+        _from("recipes.compare", "Compare", "compare"),
         ("--runs runs/score runs/quickstart",),
         on_devices=False,
     ),

@@ -1,0 +1,109 @@
+"""Scores of a model on prompts that it should refuse, prompts that it should answer, and questions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from secvec_jax.checks import PositiveInt, checked
+from secvec_jax.data.benchmarks import refusal_prefixes
+from secvec_jax.data.chat import Example, encode
+from secvec_jax.data.rows import Row, asked_of, response_of
+from secvec_jax.data.sources import as_rows, load_prompts
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.intervals import Score
+from secvec_jax.evaluation.suite import Suite, outcomes, scores
+from secvec_jax.inference import Given, as_model, as_vectors
+from secvec_jax.model.hub import Model
+from secvec_jax.progress import reply_progress
+
+HARMFUL, BENIGN = ("harmbench", "do-not-answer"), ("alpaca",)
+"""The packaged benchmarks that models are scored on by default: prompts to refuse, and prompts to answer."""
+
+_LONGEST_ANSWER = 512
+"""The maximum length in tokens of an answer that must be matched exactly."""
+
+
+@checked
+def score(
+    model: Any,
+    *,
+    vectors: Given = None,
+    harmful: Any = HARMFUL,
+    benign: Any = BENIGN,
+    questions: Any = (),
+    limit: PositiveInt = 100,
+    reply_tokens: PositiveInt = 32,
+    answer_tokens: PositiveInt | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Score]:
+    """Scores of a model, each with its 95% interval, as `eval.py score` computes them.
+
+    Metric -> score: `refusal` and `compliance` of harmful prompts, `over_refusal` of benign ones, `exact_match` of
+    questions (rates from 0 to 1), and `harmful_loss` and `benign_loss` (nats per token) of rows that have answers.
+
+    vectors: active while the model is scored; None: off. harmful, benign: names of packaged benchmarks, or rows (dicts,
+    a DataFrame, a `datasets.Dataset`, a path). questions: rows whose answers must be matched exactly. limit: the
+    maximum number of prompts per source. reply_tokens, answer_tokens: maximum lengths of replies, and of answers to
+    questions (None: the longest reference answer). progress: called with the number of replies done.
+    Raises UserError for rows that cannot be read and for answers that are too long to be matched.
+    """
+    model = as_model(model)
+    suite = make_suite(
+        model, _prompts(harmful, limit), _prompts(benign, limit), _rows(questions)[:limit], reply_tokens, answer_tokens
+    )
+    with reply_progress(suite.size, progress) as on_reply:
+        return scores(outcomes(model, suite, as_vectors(vectors, model) or None, on_reply))
+
+
+def make_suite(
+    model: Model,
+    harmful: Sequence[Row],
+    benign: Sequence[Row],
+    questions: Sequence[Row],
+    reply_tokens: int,
+    answer_tokens: int | None = None,
+) -> Suite:
+    """The suite of these rows; those with answers are also targets whose loss is measured.
+
+    Raises UserError if the answer to a question is too long to be matched exactly.
+    """
+
+    def targets(rows: Sequence[Row]) -> list[Example]:
+        answered = [row for row in rows if response_of(row) is not None]
+        return [encode(model.tokenizer, row["messages"], model.architecture.max_length) for row in answered]
+
+    return Suite(
+        refusals=refusal_prefixes(),
+        harmful=[asked_of(row) for row in harmful],
+        benign=[asked_of(row) for row in benign],
+        questions=[(asked_of(row), response_of(row) or "") for row in questions],
+        harmful_targets=targets(harmful),
+        benign_targets=targets(benign),
+        reply_tokens=reply_tokens,
+        answer_tokens=answer_tokens or _answer_tokens(model, questions),
+    )
+
+
+def _prompts(given: Any, limit: int) -> Sequence[Row]:
+    """At most `limit` rows of each named source, or of the rows that are given."""
+    if isinstance(given, str) or (isinstance(given, list | tuple) and given and isinstance(given[0], str)):
+        return load_prompts([given] if isinstance(given, str) else given, limit)
+    return _rows(given, needs_answer=False)[:limit]
+
+
+def _rows(given: Any, needs_answer: bool = True) -> Sequence[Row]:
+    empty = given is None or (isinstance(given, list | tuple) and not given)
+    return () if empty else as_rows(given, needs_answer=needs_answer)
+
+
+def _answer_tokens(model: Model, questions: Sequence[Row]) -> int:
+    """The longest reference answer plus a few tokens, which show whether a reply continues; at least 8."""
+    needed = Suite.answer_tokens
+    for number, question in enumerate(questions, 1):
+        length = len(model.tokenizer.encode(response_of(question) or "", add_special_tokens=False))
+        if length > _LONGEST_ANSWER:
+            raise UserError(
+                f"--questions, row {number}: its answer has {length} tokens, too many to be matched exactly; leave it "
+                "out, or set how much of a reply is read with --answer-tokens"
+            )
+        needed = max(needed, length + 4)
+    return needed

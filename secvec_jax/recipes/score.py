@@ -1,0 +1,74 @@
+"""`eval.py score`: refusals, compliance, over-refusal, exact match and losses of a model."""
+
+import dataclasses
+from typing import Any
+
+from secvec_jax.checks import PositiveInt, checked
+from secvec_jax.data.sources import load_prompts, load_rows
+from secvec_jax.evaluation.scoring import BENIGN, HARMFUL, make_suite
+from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
+from secvec_jax.model.hub import load
+from secvec_jax.vectors.store import load_several
+from secvec_jax.workspace.runs import Run, judged_name, scored
+from secvec_jax.workspace.stages import Stage
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class ScoreRun:
+    """Score a model: refusals, compliance, over-refusal, exact match and losses. Vectors are off unless given."""
+
+    model: str = "smollm2"
+    """embedded name (smollm2), Hugging Face folder, run directory, hub id or .gguf file"""
+    vectors: tuple[str, ...] = ()
+    """score with these vectors active"""
+    harmful: tuple[str, ...] = HARMFUL
+    """prompts that should be refused: files, packaged names or hub ids; rows with answers also give harmful_loss"""
+    benign: tuple[str, ...] = BENIGN
+    """prompts that should be answered; rows with answers also give benign_loss"""
+    questions: str | None = None
+    """rows whose answers must be matched exactly"""
+    limit: PositiveInt = 100
+    """maximum number of prompts per source"""
+    reply_tokens: PositiveInt = 32
+    """maximum tokens per reply; for a model that thinks before it answers, include its thoughts"""
+    out: str = "runs/score"
+    """run directory; writes results.json and report.md"""
+    answer_tokens: PositiveInt | None = None
+    """maximum tokens per answer to a question; by default the length of the longest reference answer, up to 512"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
+    overwrite: bool = False
+    """delete the run in OUT and start over"""
+
+
+def score(settings: ScoreRun, command: str) -> None:
+    """Run `eval.py score`."""
+    run = Run(settings, command, scored)
+    measured = run.stages.run("score", lambda stage: _outcomes(settings, stage))
+    metrics = {metric: score.as_dict() for metric, score in scores(measured).items()}
+    run.report([{"name": judged_name(settings.model, settings.vectors), "metrics": metrics}], _notes(metrics))
+
+
+def _outcomes(settings: ScoreRun, stage: Stage) -> Outcomes:
+    model = load(settings.model)
+    ignore = settings.ignore_fields
+    harmful, benign = (
+        load_prompts(names, settings.limit, ignore_fields=ignore) for names in (settings.harmful, settings.benign)
+    )
+    questions = () if settings.questions is None else load_rows(settings.questions, ignore_fields=ignore)
+    suite = make_suite(
+        model, harmful, benign, questions[: settings.limit], settings.reply_tokens, settings.answer_tokens
+    )
+    return outcomes(model, suite, load_several(settings.vectors, model), stage.replies(suite.size, "scoring"))
+
+
+def _notes(metrics: dict[str, Any]) -> list[str]:
+    """A note on replies that end before their answer, if there are any."""
+    if "unfinished" not in metrics:
+        return []
+    stopped = metrics["unfinished"]
+    return [
+        f"{round(stopped['value'] * stopped['n'])} of {stopped['n']} replies end within the model's thoughts, "
+        "before an answer: they count as unclear or as no match. Raise --reply-tokens, and --answer-tokens for questions."
+    ]

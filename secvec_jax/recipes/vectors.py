@@ -1,0 +1,90 @@
+"""`train.py vectors`: phase 1, training security vectors on harmful rows with the model frozen."""
+
+import dataclasses
+import warnings
+from typing import Any, Literal
+
+from secvec_jax.checks import NonNegativeInt, Text, checked
+from secvec_jax.config import Training
+from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses.advice import Advice, default_rate
+from secvec_jax.defenses.security_vectors import PHASE1, Phase1, train_vectors
+from secvec_jax.model.hub import load
+from secvec_jax.recipes.training_run import TrainingRun
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.peft import save_peft
+from secvec_jax.vectors.prompt import SoftPrompt
+from secvec_jax.vectors.steering import Steering
+from secvec_jax.vectors.store import save_vectors
+from secvec_jax.workspace.stages import Stage
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Phase 1: train security vectors on harmful rows, the model frozen."""
+
+    data: Text
+    """about 100 rows of the behavior that fine-tuning must not teach"""
+    model: str = "smollm2"
+    """the model that will be fine-tuned; the vectors work with this model only"""
+    benign: str | None = None
+    """rows the vectors must leave unchanged; required by the kl objective"""
+    out: str = "runs/vectors"
+    """run directory; vectors are written to OUT/vectors/security.safetensors, LoRA also to OUT/vectors/peft"""
+    kind: Literal["lora", "steering", "prompt"] = "lora"
+    """lora: low-rank factors at every linear layer; steering: a direction per layer; prompt: a soft prompt per layer"""
+    lora: LoRA = dataclasses.field(default_factory=LoRA)
+    steering: Steering = dataclasses.field(default_factory=Steering)
+    prompt: SoftPrompt = dataclasses.field(default_factory=SoftPrompt)
+    phase1: Phase1 = dataclasses.field(default_factory=Phase1)
+    training: Training = PHASE1
+    check_prompts: NonNegativeInt = 24
+    """number of packaged prompts, harmful and benign each, for measuring refusals before training; 0: none"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
+    overwrite: bool = False
+    """delete the run in OUT and start over"""
+
+
+def vectors(settings: Vectors, command: str) -> None:
+    """Run `train.py vectors`."""
+    settings.phase1.check_rows(settings.benign)
+    run = TrainingRun(settings, command)
+    folder = run.folder / "vectors"
+
+    def work(stage: Stage) -> dict[str, Any]:
+        rows = load_rows(settings.data, ignore_fields=settings.ignore_fields)
+        benign = None
+        if settings.benign is not None:
+            benign = load_rows(settings.benign, ignore_fields=settings.ignore_fields)
+        model = load(settings.model)
+        sample = run.measure_refusals(model, stage, "at the start: ")
+        run.note(sample and sample.no_refusals)
+        last: dict[str, float] = {}
+        show = stage.on_step()
+
+        def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
+            last.update(metrics)
+            show(step, steps, metrics)
+
+        run.note(default_rate(model, settings.training, PHASE1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Advice)  # it is noted above
+            trained = train_vectors(
+                model,
+                rows,
+                getattr(settings, settings.kind),
+                benign=benign,
+                phase1=settings.phase1,
+                training=settings.training,
+                checkpoints=run.checkpoints,
+                on_step=on_step,
+            )
+        save_vectors(trained, folder / "security.safetensors", model)
+        if isinstance(trained, LoRAVectors):
+            save_peft(trained, folder / "peft", model)
+        values = {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
+        return values | {"notes": run.notes}
+
+    run.finish(run.stages.run("vectors", work), f"the vectors are in {folder}")
