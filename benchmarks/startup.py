@@ -131,7 +131,7 @@ def watch(notes: Path, arguments: list[str]) -> None:
     from secvec_jax import command_line
     from secvec_jax.data.pipeline import Batches
     from secvec_jax.defenses import finetuning
-    from secvec_jax.recipes import verbs
+    from secvec_jax.recipes import finetune, training_run
 
     spans: list[tuple[str, float, float]] = [("imports", 0.0, time.monotonic())]
     programs: list[tuple[str, float, float]] = []
@@ -150,8 +150,9 @@ def watch(notes: Path, arguments: list[str]) -> None:
         phase, made = phase2_step(*args)
         return phase, made._replace(init=timed("optimizer state", made.init), step=timed("step", made.step))
 
-    for name, function in (("rows", "load_rows"), ("model", "load"), ("vectors", "load_several")):
-        setattr(verbs, function, timed(name, getattr(verbs, function)))
+    training_run.load_rows = timed("rows", training_run.load_rows)
+    finetune.load = timed("model", finetune.load)
+    finetune.load_several = timed("vectors", finetune.load_several)
     phase2_step, finetuning.phase2_step = finetuning.phase2_step, train_step
     Batches.__init__ = timed("tokens and packing", Batches.__init__)
     Batches.take = timed("batch", Batches.take)

@@ -23,7 +23,8 @@ from secvec_jax.model import weights
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.families import FAMILIES, weight_names
 from secvec_jax.model.hf_config import from_hf_config, to_hf_config
-from secvec_jax.recipes.verbs import Finetune, Vectors
+from secvec_jax.recipes.finetune import Finetune
+from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.store import load_vectors, save_vectors

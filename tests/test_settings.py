@@ -44,7 +44,10 @@ from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, align, f
 from secvec_jax.errors import UserError
 from secvec_jax.grid.grid import Plan
 from secvec_jax.model.decoder import abstract_decoder, leaf_name
-from secvec_jax.recipes import verbs
+from secvec_jax.recipes.align import Align
+from secvec_jax.recipes.finetune import Finetune
+from secvec_jax.recipes.score import ScoreRun
+from secvec_jax.recipes.vectors import Vectors, vectors
 from secvec_jax.sharding import make_mesh
 from secvec_jax.training.optimizers import decayed, make_optimizer
 from secvec_jax.vectors.lora import LoRA
@@ -52,8 +55,8 @@ from secvec_jax.workspace.workspace import Experiment
 from tests.toys import ARCHITECTURE, random_examples, tiny_model
 
 FIELDS = checks.hints_of(Training)
-VERBS = {"align": verbs.Align, "vectors": verbs.Vectors, "finetune": verbs.Finetune}
-NEEDED = {verbs.Align: {"data": "x"}, verbs.Vectors: {"data": "x"}, verbs.Finetune: {"data": "x", "vectors": "none"}}
+VERBS = {"align": Align, "vectors": Vectors, "finetune": Finetune}
+NEEDED = {Align: {"data": "x"}, Vectors: {"data": "x"}, Finetune: {"data": "x", "vectors": "none"}}
 """Of each verb, the settings that have no default."""
 
 
@@ -167,12 +170,12 @@ def test_every_setting_that_counts_or_measures_has_bounds():
         (lambda: LoRA(rank=True), "rank is True"),
         (lambda: LoRA(alpha=0), "alpha is 0.0: it must be other than 0"),
         (lambda: LoRA(targets=3), "targets is 3: pass a list"),
-        (lambda: verbs.Align("x", training={"max_steps": 3}), "training is .*: pass Training"),
-        (lambda: verbs.ScoreRun(limit=0), "limit is 0"),
-        (lambda: verbs.Finetune("x", "y", task_lora=LoRA(rank=-1)), "rank is -1"),
-        (lambda: verbs.Finetune("x", "y", task_lora=8), "task_lora is 8: pass LoRA"),
-        (lambda: verbs.Finetune("x"), "vectors is required"),
-        (lambda: verbs.Finetune((), "y"), r"data is \(\): it must be non-empty"),
+        (lambda: Align("x", training={"max_steps": 3}), "training is .*: pass Training"),
+        (lambda: ScoreRun(limit=0), "limit is 0"),
+        (lambda: Finetune("x", "y", task_lora=LoRA(rank=-1)), "rank is -1"),
+        (lambda: Finetune("x", "y", task_lora=8), "task_lora is 8: pass LoRA"),
+        (lambda: Finetune("x"), "vectors is required"),
+        (lambda: Finetune((), "y"), r"data is \(\): it must be non-empty"),
         (lambda: make_mesh(data=-1, fsdp=-1), "data is -1"),
         (lambda: lisa.lisa(1, 0), "user_steps is 0"),
         (lambda: vaccine.vaccine(rho=-1), "rho is -1.0"),
@@ -206,14 +209,14 @@ def test_numbers_of_numpy_paths_and_lists_are_taken(tmp_path):
     assert training == Training(learning_rate=0.5, batch_size=4, share_prefix=True)
     assert [type(v) for v in (training.learning_rate, training.batch_size)] == [float, int]
     assert hash(LoRA(targets=["q_proj"])) == hash(LoRA(targets=("q_proj",))) == hash(LoRA(targets="q_proj"))
-    assert verbs.Align(data=tmp_path, out=tmp_path) == verbs.Align(data=(str(tmp_path),), out=str(tmp_path))
+    assert Align(data=tmp_path, out=tmp_path) == Align(data=(str(tmp_path),), out=str(tmp_path))
 
 
 def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("training:\n  epochs: 1\n  epochs: 2\n")
     with pytest.raises(UserError, match="line 3: 'epochs' is given twice"):
-        config.load(verbs.Align, path)
+        config.load(Align, path)
     path.write_text("blocks:\n  - defense: [none, {name: vaccine, rho: 1, rho: 2}]\n")
     with pytest.raises(UserError, match="line 2: 'rho' is given twice"):
         config.load(Plan, path)
@@ -250,7 +253,7 @@ def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(tmp_path):
     ],
 )
 def test_an_unknown_flag_names_the_nearest_under_the_verbs_own_usage(capsys, arguments, message):
-    table = {"align": command_line.Verb("", lambda: (verbs.Align, lambda *_: None))}
+    table = {"align": command_line.Verb("", lambda: (Align, lambda *_: None))}
     assert command_line.main("verbs", table, arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[0].startswith("usage: ") and lines[-1].startswith("error: ") and message in lines[-1]
@@ -262,7 +265,7 @@ def test_the_kl_objective_needs_benign_rows_from_the_command_line_as_from_python
     rows = random_examples(2)
     with pytest.raises(UserError) as caught:
         train_vectors(tiny_model(), rows)
-    table = {"vectors": command_line.Verb("", lambda: (verbs.Vectors, verbs.vectors))}
+    table = {"vectors": command_line.Verb("", lambda: (Vectors, vectors))}
     assert command_line.main("verbs", table, ["vectors", "--data", "x", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"error: {caught.value}\n"
     assert not (tmp_path / "run").exists()
@@ -280,7 +283,7 @@ def test_a_training_shows_what_is_set_and_inherits_the_rest():
     assert Training(max_steps=None).over(Training(max_steps=3)).max_steps is None
 
 
-@pytest.mark.parametrize(("kind", "default"), [(verbs.Align, ALIGN), (verbs.Vectors, PHASE1), (verbs.Finetune, PHASE2)])
+@pytest.mark.parametrize(("kind", "default"), [(Align, ALIGN), (Vectors, PHASE1), (Finetune, PHASE2)])
 def test_settings_of_a_verb_inherit_its_training_and_are_written_in_full(tmp_path, kind, default):
     expected = dataclasses.replace(default, max_steps=15)
     python = kind(**NEEDED[kind], training=Training(max_steps=15))

