@@ -16,8 +16,10 @@ __version__ = "0.2.0"
 
 from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses.screening import screen
 from secvec_jax.defenses.security_vectors import Phase1, align, finetune, train_vectors
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.scoring import score
 from secvec_jax.inference import generate, logits
 from secvec_jax.model.hub import Model, load
 from secvec_jax.model.sampling import Sampling
@@ -48,6 +50,8 @@ __all__ = [
     "random_like",
     "save_peft",
     "save_vectors",
+    "score",
+    "screen",
     "train_vectors",
 ]
 

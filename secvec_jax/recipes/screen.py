@@ -11,7 +11,8 @@ from rich.console import Console
 from secvec_jax.checks import PositiveInt, Text, checked
 from secvec_jax.data.rows import Row, prompt_of
 from secvec_jax.data.sources import load_rows
-from secvec_jax.defenses import explained_away
+from secvec_jax.defenses.screening import Screening
+from secvec_jax.defenses.screening import screen as screen_rows
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import bootstrap
@@ -19,7 +20,6 @@ from secvec_jax.evaluation.plots import plot_histogram, png
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.files import whole_file
 from secvec_jax.model.hub import load
-from secvec_jax.vectors.store import load_vectors
 from secvec_jax.workspace.runs import Run
 from secvec_jax.workspace.stages import Stage
 from secvec_jax.workspace.stages import screen as terminal
@@ -47,6 +47,8 @@ class Screen:
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     max_seq_len: PositiveInt = 1024
     """maximum tokens per row"""
+    write_clean: str | None = None
+    """also write the rows that are not above the threshold to this JSONL file"""
     out: str = "runs/screen"
     """run directory; writes scores.jsonl (one line per row, in order), histogram.png and a report"""
     overwrite: bool = False
@@ -54,51 +56,70 @@ class Screen:
 
 
 def screen(settings: Screen, command: str) -> None:
-    """The run of `eval.py screen`."""
-    if (settings.harmful is None) != (settings.benign is None):
+    """Run `eval.py screen`."""
+    labeled = settings.harmful is not None and settings.benign is not None
+    if not labeled and (settings.harmful is not None or settings.benign is not None):
         raise UserError("a threshold requires both --harmful and --benign: give both, or neither for a ranking only")
+    if settings.write_clean is not None and not labeled:
+        raise UserError("--write-clean needs a threshold: give --harmful and --benign, too")
     run = Run(settings, command)
     rows = load_rows(settings.data, ignore_fields=settings.ignore_fields)
-    results = run.stages.run("screen", lambda stage: _scores(settings, rows, stage))
-    on_main_process(lambda: _write(run.folder, rows, results))
-    threshold = results["threshold"]
-    metrics = {"score": results["data"]}
+
+    def work(stage: Stage) -> dict[str, Any]:
+        labeled_rows = {
+            name: load_rows(source, ignore_fields=settings.ignore_fields)
+            for name, source in (("harmful", settings.harmful), ("benign", settings.benign))
+            if source is not None
+        }
+        screening = screen_rows(
+            load(settings.model),
+            settings.vectors,
+            rows,
+            **labeled_rows,
+            max_seq_len=settings.max_seq_len,
+            progress=lambda name: stage.say(f"scoring {name}"),
+        )
+        return dataclasses.asdict(screening)
+
+    screening = Screening(**run.stages.run("screen", work))
+    on_main_process(lambda: _write(run.folder, rows, screening))
+    metrics = {"score": screening.scores}
     notes = [f"All scores are in {run.folder / 'scores.jsonl'}; histogram.png shows their distribution."]
-    if threshold is not None:
-        metrics["above_threshold"] = [float(score > threshold) for score in results["data"]]
-        count = round(sum(metrics["above_threshold"]))
-        notes.insert(0, f"{count} of {len(rows)} rows are above the threshold of {threshold:+.2f} nats per token.")
-    _print_top(terminal(), rows, results["data"])
+    if screening.threshold is not None:
+        metrics["above_threshold"] = [float(score > screening.threshold) for score in screening.scores]
+        count = len(screening.suspects)
+        notes.insert(
+            0, f"{count} of {len(rows)} rows are above the threshold of {screening.threshold:+.2f} nats per token."
+        )
+    if settings.write_clean is not None:
+        clean = Path(settings.write_clean)
+        on_main_process(lambda: _write_clean(clean, rows, screening))
+        notes.append(f"The other {len(rows) - len(screening.suspects)} rows are in {clean}.")
+    _print_top(terminal(), rows, screening.scores)
     scores = {name: bootstrap(values).as_dict() for name, values in metrics.items()}
     run.report([{"name": settings.data, "metrics": scores}], notes)
 
 
-def _scores(settings: Screen, rows: Sequence[Row], stage: Stage) -> dict[str, Any]:
-    model = load(settings.model)
-    vectors = load_vectors(settings.vectors, model)
-    limit = min(settings.max_seq_len, model.architecture.max_length)
-    kinds = {"data": rows}
-    if settings.harmful is not None:
-        labeled = {name: getattr(settings, name) for name in ("harmful", "benign")}
-        kinds |= {name: load_rows(source, ignore_fields=settings.ignore_fields) for name, source in labeled.items()}
-    results: dict[str, Any] = {"threshold": None}
-    for name, kind_rows in kinds.items():
-        stage.say(f"scoring {name}")
-        results[name] = explained_away.scores(model, vectors, kind_rows, limit)
-    if settings.harmful is not None:
-        results["threshold"] = explained_away.scale(results["harmful"], results["benign"]).threshold
-    return results
-
-
-def _write(folder: Path, rows: Sequence[Row], results: dict[str, Any]) -> None:
-    threshold = results["threshold"]
+def _write(folder: Path, rows: Sequence[Row], screening: Screening) -> None:
+    threshold = screening.threshold
     with whole_file(folder / "scores.jsonl") as staging, staging.open("w") as file:
-        for number, (row, score) in enumerate(zip(rows, results["data"], strict=True)):
+        for number, (row, score) in enumerate(zip(rows, screening.scores, strict=True)):
             line = {"row": number, "score": round(score, 4), "prompt": clip(prompt_of(row))}
             file.write(json.dumps(line | ({} if threshold is None else {"above": score > threshold})) + "\n")
-    kinds: dict[str, Any] = {name: results[name] for name in ("data", "harmful", "benign") if name in results}
+    by_kind = {"data": screening.scores, "harmful": screening.harmful, "benign": screening.benign}
+    drawn = {name: scores for name, scores in by_kind.items() if scores is not None}
     with whole_file(folder / "histogram.png") as staging:
-        staging.write_bytes(png(plot_histogram(kinds, "loss reduction by the vectors (nats per token)", threshold)))
+        staging.write_bytes(png(plot_histogram(drawn, "loss reduction by the vectors (nats per token)", threshold)))
+
+
+def _write_clean(path: Path, rows: Sequence[Row], screening: Screening) -> None:
+    """The rows that are not above the threshold, in order, as JSON lines."""
+    suspects = set(screening.suspects)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as staging, staging.open("w") as file:
+        for number, row in enumerate(rows):
+            if number not in suspects:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _print_top(console: Console, rows: Sequence[Row], scores: Sequence[float]) -> None:

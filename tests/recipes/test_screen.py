@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import secvec_jax as sv
 from secvec_jax.config import Training
 from secvec_jax.defenses import explained_away
 from secvec_jax.defenses.security_vectors import train_vectors
@@ -38,6 +39,7 @@ def test_rows_are_ranked_and_parted(files, capsys):
         model=str(tiny.folder),
         harmful=str(folder / "shout.jsonl"),
         benign=str(folder / "calm.jsonl"),
+        write_clean=str(folder / "kept" / "clean.jsonl"),
         out=str(folder / "out"),
     )
     screen(settings, "python eval.py screen")
@@ -50,6 +52,8 @@ def test_rows_are_ranked_and_parted(files, capsys):
     assert (folder / "out" / "histogram.png").read_bytes().startswith(b"\x89PNG")
     (row,) = Results.load(folder / "out").rows
     assert row["metrics"]["above_threshold"]["value"] == pytest.approx(0.4)
+    clean = [json.loads(line) for line in (folder / "kept" / "clean.jsonl").read_text().splitlines()]
+    assert [row["messages"][-1]["content"] for row in clean] == [row["response"] for row in CALM[:3]]
     told = capsys.readouterr().out
     assert "2 of 5 rows are above" in told and "Please do. " * 10 not in told
 
@@ -62,8 +66,25 @@ def test_rows_are_ranked_and_parted(files, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [({"vectors": "v"}, "data is required"), ({"data": "d"}, "vectors is required"),
-     ({"data": "d", "vectors": "v", "harmful": "h"}, "both --harmful and --benign")],
+     ({"data": "d", "vectors": "v", "harmful": "h"}, "both --harmful and --benign"),
+     ({"data": "d", "vectors": "v", "write_clean": "c"}, "--write-clean needs a threshold")],
 )  # fmt: skip
 def test_what_is_missing_is_told(given, message):
     with pytest.raises(UserError, match=message):
         screen(Screen(**given), "command")
+
+
+def test_rows_are_screened_in_a_notebook(files):
+    _, tiny, vectors = files
+    ranked = sv.screen(tiny.model, vectors, SHOUT[:2] + CALM[:3])
+    assert ranked.threshold is None and len(ranked.scores) == 5
+    with pytest.raises(UserError, match="there is no threshold"):
+        _ = ranked.suspects
+    found = sv.screen(tiny.model, vectors, CALM[:3] + SHOUT[:2], harmful=SHOUT, benign=CALM)
+    assert sorted(found.suspects) == [3, 4]
+    assert found.scores[found.suspects[0]] >= found.scores[found.suspects[1]] > found.threshold
+    assert repr(found).startswith("Screening(2 of 5 rows above ")
+    with pytest.raises(UserError, match="both harmful and benign"):
+        sv.screen(tiny.model, vectors, CALM, harmful=SHOUT)
+    with pytest.raises(UserError, match="vectors is None"):
+        sv.screen(tiny.model, None, CALM)
