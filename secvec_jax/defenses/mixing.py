@@ -117,7 +117,8 @@ def successive(
     noisy = train_model(model, groups_of(rows), **first)
     second = checkpoints_of(checkpoints, SAFE)
     second = second and dataclasses.replace(second, best=None)
-    then = options | {"task": noisy.adapter, "training": safe_training, "checkpoints": second, "eval_rows": None}
+    then: dict[str, Any] = {**options, "task": noisy.adapter, "training": safe_training, "checkpoints": second}
+    then["eval_rows"] = None  # they are the first training's
     start = noisy if noisy.adapter is None else model  # a task LoRA is trained further, next to the same backbone
     return noisy, train_model(start, groups_of(safe, SAFE), **then)
 

@@ -166,7 +166,7 @@ def train_vectors(
         batch_size = max(1, training.batch_size // 2)
         keep = stream_of(model, {"keep": benign}, dataclasses.replace(training, batch_size=batch_size))
         streams[KEEP] = endless(keep)
-    made_of = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
+    made_of: dict[str, Any] = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
     checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
     params = Params(Backbone(model.backbone), vectors)

@@ -1,10 +1,13 @@
 """What a training is about to do, as a few lines for its start."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import Examples
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.training.objective import Params
@@ -13,7 +16,7 @@ from secvec_jax.trees import num_parameters
 
 
 def summary(
-    stream: Stream, grad_accum_steps: int, steps: int, steps_per_epoch: float, params: Params, phase: Phase, dtype: type
+    stream: Stream, grad_accum_steps: int, steps: int, steps_per_epoch: float, params: Params, phase: Phase, dtype: Any
 ) -> str:
     """The rows of a stream, what a step reads of them, how many steps there are, what is trained, where, and in what.
 
@@ -39,7 +42,7 @@ def summary(
     ])  # fmt: skip
 
 
-def _tokens(examples: object) -> int:
+def _tokens(examples: Sequence[Example]) -> int:
     if isinstance(examples, Examples):
         return int(examples.lengths.sum(dtype=np.int64))
-    return sum(len(example.tokens) for example in examples)  # type: ignore[attr-defined]
+    return sum(len(example.tokens) for example in examples)
