@@ -1,7 +1,7 @@
 """The table of all defenses, and how grid files write them.
 
-    read_defense("none")
-    read_defense({"name": "vaccine", "rho": 5})     # Vaccine(rho=5.0, every=1)
+read_defense("none")
+read_defense({"name": "vaccine", "rho": 5})     # Vaccine(rho=5.0, every=1)
 """
 
 import dataclasses
