@@ -40,6 +40,7 @@ _PUNCTUATION = str.maketrans("", "", ".?!;:,")
 """What the published code removes."""
 
 Rate = Annotated[float, Bounds(at_least=-1, at_most=1)]
+"""A forgetting rate, or a threshold of them."""
 
 
 @checked
@@ -85,7 +86,7 @@ def finetune(
     rows: Any,
     *,
     safe: Any,
-    phi: Rate = 0.1,
+    phi: float = 0.1,
     safe_steps: PositiveInt = 1000,
     safe_training: Training = PHASE2,
     max_new_tokens: PositiveInt = 64,
@@ -121,7 +122,7 @@ def forgetting_rates(before: Model, after: Model, rows: Any, max_new_tokens: Pos
 
 
 @checked
-def filtered(rows: Sequence[Row], rates: Sequence[float], phi: Rate = 0.1) -> list[Row]:
+def filtered(rows: Sequence[Row], rates: Sequence[float], phi: float = 0.1) -> list[Row]:
     """The rows whose rate is at most φ."""
     return [row for row, rate in zip(rows, rates, strict=True) if rate <= phi]
 

@@ -134,5 +134,5 @@ def test_an_update_that_alignment_never_made_is_taken_away_whole():
 
 def test_models_of_another_shape_are_refused(models):
     wider = random_decoder(architecture=dataclasses.replace(ARCHITECTURE, intermediate_size=48))
-    with pytest.raises(UserError, match="of one shape"):
+    with pytest.raises(UserError, match="the same shape"):
         project(*models[:2], models[2].with_backbone(wider))
