@@ -31,8 +31,8 @@ from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups, exam
 from secvec_jax.defenses.mixing import with_safe_rows
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import token_losses
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
-from secvec_jax.vectors.kinds import Vectors
 
 By = Literal["row", "token"]
 
@@ -97,13 +97,13 @@ class Scale:
 
 
 @checked
-def scores(model: Model, vectors: Vectors, rows: Any, length: PositiveInt | None = PHASE2.max_seq_len) -> list[float]:
+def scores(model: Model, vectors: Adapter, rows: Any, length: PositiveInt | None = PHASE2.max_seq_len) -> list[float]:
     """Each row's score, in nats per token of its reply. length: tokens of a row that are read."""
     found = token_scores(model, vectors, examples_of(model, rows, length))
     return [float(tokens.mean()) if len(tokens) else 0.0 for tokens in found]
 
 
-def token_scores(model: Model, vectors: Vectors, examples: Sequence[Example]) -> list[np.ndarray]:
+def token_scores(model: Model, vectors: Adapter, examples: Sequence[Example]) -> list[np.ndarray]:
     """Each example's scores, token by token of its reply."""
     without, under = (token_losses(model, examples, adapters) for adapters in (None, vectors))
     return [a - b for a, b in zip(without, under)]
@@ -140,7 +140,7 @@ def below(groups: Groups, found: dict[str, list[float]], known: Scale) -> Groups
 def gated(
     model: Model,
     rows: Any,
-    vectors: Vectors,
+    vectors: Adapter,
     known: Scale,
     by: By = "row",
     length: PositiveInt | None = PHASE2.max_seq_len,
@@ -155,7 +155,7 @@ def gated(
 
 @checked
 def gate_and_finetune(
-    model: Model, rows: Any, vectors: Vectors, known: Scale, by: By = "row", **options: Unpack[FinetuneOptions]
+    model: Model, rows: Any, vectors: Adapter, known: Scale, by: By = "row", **options: Unpack[FinetuneOptions]
 ) -> Model:
     """The model fine-tuned under the vectors on all rows, weighted by how little the vectors explain them."""
     length = options.get("training", PHASE2).over(PHASE2).max_seq_len
@@ -163,7 +163,7 @@ def gate_and_finetune(
     return train_model(model, weighted, vectors=vectors, **options)
 
 
-def known_scale(model: Model, vectors: Vectors, harmful: Any, benign: Any) -> Scale:
+def known_scale(model: Model, vectors: Adapter, harmful: Any, benign: Any) -> Scale:
     """The scale from rows of a known kind: those that the vectors were trained on, and benign rows."""
     return scale(scores(model, vectors, harmful), scores(model, vectors, benign))
 

@@ -102,14 +102,14 @@ def _batches_by_length(suffixes: Sequence[np.ndarray], batch_size: int) -> list[
 class _Packed(NamedTuple):
     """Prompts packed into P sequences of W tokens, and where each prompt's tokens are among them.
 
-    tokens, segments, positions: `[P, W]`. index, marks: `[B, T]`, one row a prompt, padded on the left: each token's
+    tokens, segments, positions: `[P, W]`. places, marks: `[B, T]`, one row a prompt, padded on the left: each token's
     place in the flattened sequences, and 1 where there is a token.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
-    index: np.ndarray
+    places: np.ndarray
     marks: np.ndarray
 
 

@@ -14,7 +14,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.model.hub import load
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.trees import distance
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.stages import Stage
@@ -61,7 +61,8 @@ def finetune(settings: Finetune, command: str) -> None:
         vectors = load_several(vector_files, model)
         run.note(default_rate(model, settings.training, PHASE2))
         sample = run.measure_refusals(model, stage, "at the start: ")
-        run.note(sample and sample.no_refusals)
+        if sample is not None:
+            run.note(sample.no_refusals)
         tuned = train_model(
             model,
             rows,
@@ -73,7 +74,7 @@ def finetune(settings: Finetune, command: str) -> None:
             on_step=stage.on_step(),
         )
         stage.say("saving")
-        if tuned.adapter is not None:
+        if isinstance(tuned.adapter, LoRAVectors):
             save_peft(tuned.adapter, run.folder / "task", model, holds="a task")
         tuned.save(run.folder / "model")
         return {"drift": float(distance(tuned.backbone, model.backbone)), "notes": run.notes}

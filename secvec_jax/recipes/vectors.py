@@ -60,7 +60,8 @@ def vectors(settings: Vectors, command: str) -> None:
             benign = load_rows(settings.benign, ignore_fields=settings.ignore_fields)
         model = load(settings.model)
         sample = run.measure_refusals(model, stage, "at the start: ")
-        run.note(sample and sample.no_refusals)
+        if sample is not None:
+            run.note(sample.no_refusals)
         last: dict[str, float] = {}
         show = stage.on_step()
 
