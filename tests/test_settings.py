@@ -106,7 +106,7 @@ def test_all_three_ways_give_the_same_settings_or_the_same_refusal(from_command_
         assert made(lambda: from_command_line(verb, edit)) == python
 
 
-REQUIRED = {"defense": "none", "examples": {"all": [1]}, "lines": 2, "length": 8, "prompts": (), "score": len,
+REQUIRED = {"defense": "none", "examples": {"all": [1]}, "batch_size": 2, "seq_len": 8, "prompts": (), "score": len,
             "refusals": (), "model": "x", "folder": Path("x"), "experiment": Experiment(), "out": "x"}  # fmt: skip
 """Of settings that have no default."""
 

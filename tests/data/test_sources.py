@@ -249,7 +249,7 @@ def test_a_folder_is_loaded_by_split(tmp_path):
         (
             "rows.jsonl",
             b'[\n{"prompt": "a"}\n]\n',
-            "line 1 opens a list that does not end there: rows.jsonl is one JSON value",
+            "line 1 opens a list that does not end there: rows.jsonl",
         ),
         ("rows.jsonl", b'{"prompt": ' + b"1" * 5_000 + b"}", "line 1 cannot be read as JSON"),
         ("rows.jsonl", b'\n{"prompt": "c", "response": "cut \\ud83d"}', r"line 2: `response` has half of a char.*at 5"),
