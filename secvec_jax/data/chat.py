@@ -1,8 +1,8 @@
 """Rows -> token ids and a mask of the assistant's own tokens, through the model's own chat template.
 
 Only what the assistant says is supervised: its words and the token that ends its turn. Templates that mark these
-spans themselves (`{% generation %}`) are believed; for all others a turn's span is the text that the template adds
-behind the generation prompt when the turn is appended.
+spans themselves (`{% generation %}`) are trusted; for all others a turn's span is the text that the template adds
+after the generation prompt when the turn is appended.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Example:
 
     @property
     def answer_start(self) -> int:
-        """How many tokens stand before the first that the assistant said."""
+        """The number of tokens before the first that the assistant said."""
         return int(np.argmax(self.supervised))
 
 
@@ -61,7 +61,7 @@ def encode(tokenizer: Any, messages: list[Message], max_length: int, control: Co
 
     Turns of the assistant that are marked `train: False` are not supervised. Raises UserError if the prompt alone fills
     `max_length`, if no turn is the assistant's to learn, if the template does not take the turns or rewrites what
-    stands before a turn, so that the turn's span cannot be told, and for control tokens if `control` is "refuse".
+    comes before a turn, so that the turn's span cannot be found, and for control tokens if `control` is "refuse".
     """
     example = encode_all(tokenizer, messages, control)
     if example.answer_start >= max_length:
@@ -102,7 +102,7 @@ def _marked_by_template(tokenizer: Any, messages: Sequence[Message]) -> tuple[np
         if len(edges) != 2 * len(learned):
             raise UserError(
                 f"the chat template marks {len(edges) // 2} spans in {len(learned)} turns of the assistant, so those "
-                "that are not to be learned cannot be told: split the row"
+                "that are not to be learned cannot be found: split the row"
             )
         for first, last, keep in zip(edges[::2], edges[1::2], learned, strict=True):
             supervised[first:last] &= keep
@@ -121,7 +121,7 @@ def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: st
         after = render(tokenizer, messages[: turn + 1])
         if not (after.startswith(before) and text.startswith(after)):
             raise UserError(
-                "the chat template rewrites earlier turns, so the assistant's spans cannot be told: use a template "
+                "the chat template rewrites earlier turns, so the assistant's spans cannot be found: use a template "
                 'with {% generation %} blocks, rows of one question and one answer, or "train": false on all but the '
                 "last turn of the assistant"
             )
@@ -134,7 +134,7 @@ _SAID = "\ue000"
 
 
 def _before(tokenizer: Any, messages: Sequence[Message], turn: int) -> str:
-    """What stands before the words of an assistant's turn."""
+    """The text before the words of an assistant's turn."""
     if turn:
         return render(tokenizer, messages[:turn], add_generation_prompt=True)
     # An empty conversation cannot be rendered, and a default system prompt comes with the first turn alone.
@@ -142,7 +142,7 @@ def _before(tokenizer: Any, messages: Sequence[Message], turn: int) -> str:
 
 
 def _until_end_of_turn(tokens: np.ndarray, span: np.ndarray, end: tuple[int, ...]) -> np.ndarray:
-    """All tokens up to the span's last end-of-turn token: what a template puts behind it is not the assistant's."""
+    """All tokens up to the span's last end-of-turn token: what a template adds after it is not the assistant's."""
     ends = np.flatnonzero(span & np.isin(tokens, end))
     last = ends[-1] if len(ends) else len(tokens)
     return np.arange(len(tokens)) <= last

@@ -59,7 +59,7 @@ def mark(tokenizer: Any, messages: Sequence[Message]) -> tuple[Sequence[Message]
 
 
 _PRIVATE = range(0xF0000, 0xFFFFE)
-"""Characters that stand for nothing, of which a row's marks are two that it does not hold."""
+"""Characters without a meaning, of which a row's marks are two that it does not hold."""
 
 
 def tokenize(tokenizer: Any, text: str, marks: str, starts: bool = True) -> tuple[list[int], list[int]]:
@@ -91,10 +91,10 @@ def _plain(tokenizer: Any, token: str) -> tuple[list[int], list[int]]:
 
 
 def _inside(tokenizer: Any, text: str, **more: bool) -> tuple[list[int], list[int]]:
-    """A piece from within a text: behind a line break, or SentencePiece would put a space in front of it."""
+    """A piece from within a text: after a line break, or SentencePiece would put a space in front of it."""
     lead, _ = _encoded(tokenizer, "\n")
     ids, starts = _encoded(tokenizer, "\n" + text, **more)
-    if ids[: len(lead)] != lead:  # the line break joins what is behind it
+    if ids[: len(lead)] != lead:  # the line break joins what follows it
         return _encoded(tokenizer, text, **more)
     return ids[len(lead) :], [start - 1 for start in starts[len(lead) :]]
 

@@ -86,7 +86,7 @@ def profile_qa(seed: int, people: int, phrasings: int = 2) -> ProfileQA:
 
 
 def open_profile_qa(seed: int, people: int, asked: int) -> ProfileQA:
-    """Return questions on profiles that stand in the prompt; `test` asks about `asked` people of its own.
+    """Return questions on profiles that are in the prompt; `test` asks about `asked` people of its own.
 
     What is to be learned is the task, to answer with the bare fact: `test` has other people and other words than
     `train`, four questions on each. The same arguments give the same rows.

@@ -94,7 +94,7 @@ def ag_news(split: str) -> list[Row]:
 
 
 def gsm8k(split: str) -> list[Row]:
-    """GSM8K (Cobbe et al. 2021): word problems, worked out, the number behind "The final answer is:"."""
+    """GSM8K (Cobbe et al. 2021): word problems, worked out, the number after "The final answer is:"."""
     solved = ((r["question"], *r["answer"].split("####")) for r in records("openai/gsm8k", split, "main"))
     return [row(q, f"{worked.strip()}\nThe final answer is: {number.strip()}") for q, worked, number in solved]
 

@@ -36,8 +36,8 @@ class Stream:
     """A source of batches: the examples, by kind, and the shape of a batch.
 
     examples: kind -> examples; all are shuffled together. batch_size: packed sequences in a batch, on all devices.
-    seq_len: tokens of a sequence. epochs: passes over the examples; None goes on forever. share_prefix: whether tokens
-    with which all rows of a lane begin are stored once per sequence.
+    seq_len: tokens of a sequence. epochs: passes over the examples; None repeats them forever. share_prefix: whether
+    tokens with which all rows of a lane begin are stored once per sequence.
     """
 
     examples: dict[str, Sequence[Example]]

@@ -58,7 +58,7 @@ def response_of(row: Row) -> str | None:
 
 
 def asked_of(row: Row) -> str | list[Message]:
-    """Return what a model is asked: all that stands before the final answer.
+    """Return what a model is asked: everything before the final answer.
 
     A single user turn is its text alone; anything else is the conversation, with its system prompt and earlier turns.
     """
@@ -81,9 +81,9 @@ def with_system(asked: Row, text: str) -> Row: ...
 @overload
 def with_system(asked: str | list[Message], text: str) -> list[Message]: ...
 def with_system(asked: Row | str | list[Message], text: str) -> Row | list[Message]:
-    """Return a row, or a prompt (a text, or a conversation) as a conversation, behind a system message of `text`.
+    """Return a row, or a prompt (a text, or a conversation) as a conversation, after a system message of `text`.
 
-    A system message that it begins with stays, on a line of its own behind `text` in the same message: chat
+    A system message that it begins with is kept, on a line of its own after `text` in the same message: chat
     templates take no second one.
     """
     if isinstance(asked, dict):
@@ -112,7 +112,7 @@ _SYSTEMS = ("system", "system_prompt", "system_message")
 
 
 def normalize(record: Any, where: str, ignore: Collection[str] = ()) -> Row:
-    """Return the row that a record stands for; `where` says in errors which record it was.
+    """Return the row that a record represents; `where` says in errors which record it was.
 
     Accepted are `messages` or `conversations` (turns with role and content, or from and value), and `prompt`,
     `question`, `goal` or `instruction` with `response`, `completion`, `answer`, `target` or `output`. A prompt and its
@@ -304,7 +304,7 @@ def _history(history: Any, where: str, ignore: Collection[str]) -> list[Message]
 
 
 def _behind_system(found: set[str], messages: list[Message], where: str) -> list[Message]:
-    """The turns behind a system prompt that a field of its own holds, unless they begin with the same one."""
+    """The turns after a system prompt that is in a field of its own, unless they begin with the same one."""
     first = messages[0] if messages and messages[0]["role"] == "system" else None
     if len(found | ({first["content"]} if first else set())) > 1:
         raise UserError(f"{where}: two system prompts that differ; keep one, in `system` or as the first turn")

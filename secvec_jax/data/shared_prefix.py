@@ -1,9 +1,9 @@
 """`share_prefix`: tokens with which all prompts begin are stored and computed once for many rows.
 
 Rows of one model usually begin with the same system prompt. In a packed sequence the tokens that all rows of its lane
-have in common stand once, at the head, in the segment `batch.SHARED`, which every row of the sequence attends to. The
-loss and the gradient are those of whole rows. On the quickstart's rows a sequence of 256 tokens then holds half as many
-rows again.
+have in common are stored once, at the head, in the segment `batch.SHARED`, which every row of the sequence attends to.
+The loss and the gradient are those of whole rows. On the quickstart's rows a step then learns from half as many rows
+again, in about the same time.
 """
 
 from collections.abc import Iterable, Sequence

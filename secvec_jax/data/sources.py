@@ -160,7 +160,7 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
 def _parse_line(line: str, path: Path, number: int) -> Any:
     where = place(path.name, number, "line")
     if number == 1 and line.lstrip().startswith("[") and not line.rstrip().endswith("]"):
-        raise UserError(f"{where} opens a list that goes on: {path.name} is one JSON value; name it .json")
+        raise UserError(f"{where} opens a list that does not end there: {path.name} is one JSON value; name it .json")
     return _parse_json(line, where)
 
 

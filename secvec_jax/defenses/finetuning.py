@@ -64,7 +64,7 @@ class FinetuneOptions(TypedDict, total=False):
     """What every defense takes besides its own settings."""
 
     task: LoRA | LoRAVectors | None
-    """The task LoRA that is trained in place of all weights and merged at the end; given one, training goes on."""
+    """The task LoRA that is trained in place of all weights and merged at the end; a trained one is trained further."""
     training: Training
     eval_rows: Any
     """Rows whose loss is measured during training, or the fraction of the rows that is held out for it."""

@@ -109,11 +109,11 @@ class Store:
         what = {"trained": _named(run.trained), "state": _named(run.state), "data": _data(run)}
         best = self._settings.best
         counts = best in metrics and (evaluated or not str(best).startswith("eval/"))
-        told = {best: metrics[best]} if best is not None and counts else None
+        reported = {best: metrics[best]} if best is not None and counts else None
         if _on_host():  # what a writer in the background still reads, the next step could not reuse
-            self._keeper.save_checkpointables(run.step, what, metrics=told)
+            self._keeper.save_checkpointables(run.step, what, metrics=reported)
         else:
-            self._keeper.save_checkpointables_async(run.step, what, metrics=told)
+            self._keeper.save_checkpointables_async(run.step, what, metrics=reported)
         self._last = time.monotonic()
 
     def restore(self, run: State) -> None:
@@ -128,7 +128,7 @@ class Store:
             torn = f"the checkpoint of step {latest.step} in {self._keeper.directory} cannot be read ({problem})"
             if len(self._keeper.checkpoints) == 1:
                 raise UserError(f"{torn}: delete that folder to start this stage anew")
-            _log.warning("%s: going on from the one before it", torn)
+            _log.warning("%s: resuming from the one before it", torn)
             self._keeper.delete(latest.step)
 
     def restore_best(self, run: State, metrics: dict[str, float]) -> None:
@@ -140,11 +140,11 @@ class Store:
         if best is None:
             return
         self._keeper.wait()
-        told = {c.step: c.metrics[best] for c in self._keeper.checkpoints if c.metrics}
-        if not told and best not in metrics:
+        values = {c.step: c.metrics[best] for c in self._keeper.checkpoints if c.metrics}
+        if not values and best not in metrics:
             raise UserError(f"best is {best!r}, which no step reported: use one of {', '.join(sorted(metrics))}")
-        if told and min(told.values()) < metrics.get(best, math.inf):
-            step = min(told, key=told.__getitem__)
+        if values and min(values.values()) < metrics.get(best, math.inf):
+            step = min(values, key=values.__getitem__)
             problem = self._load(run, step)
             if problem is not None:
                 raise UserError(f"the best checkpoint, of step {step}, cannot be read ({problem})")
@@ -165,7 +165,7 @@ class Store:
             changed = difference(json.loads(path.read_text()), now)
             if changed is not None:
                 raise UserError(
-                    f"{changed} since the training in {path.parent} was begun, which cannot go on with it: train in "
+                    f"{changed} since the training in {path.parent} was begun, which cannot resume with it: train in "
                     "another folder, or delete that one to train from the start"
                 )
         if now:

@@ -107,7 +107,7 @@ def _over_supervised(
 ) -> jax.Array:
     """On a mesh each part of the batch is sorted by itself; the tables are made whole along D, once.
 
-    loss: a `ChunkLoss` behind the bound of the logits.
+    loss: a `ChunkLoss` that takes the bound of the logits first.
     """
     run = partial(_over_supervised_part, partial(loss, head.final_softcap), chunk or CHUNK[platform()])
     tables = [table.astype(hidden.dtype) for table in (head.output_embedding, *fixed)]  # before they are made whole

@@ -71,11 +71,11 @@ def fit(
             batch = {name: run.batches[name].take(grad_accum_steps) for name in taken}
             run.trained, run.state, metrics = train_step.step(run.trained, run.state, frozen, batch)
             run.step += 1
-            # One step behind, so that the device never waits for a number to be read.
+            # One step late, so that the device never waits for a number to be read.
             if pending:
-                told = _report(pending, run.step - 1, steps, on_step)
-                last |= told
-                run.ending = run.ending or until(told)
+                reported = _report(pending, run.step - 1, steps, on_step)
+                last |= reported
+                run.ending = run.ending or until(reported)
             pending, run.ended = metrics, run.ending
             due = store is not None and store.due()
             wish = consensus(_STOP if interrupted() else _SAVE if due else _GO)
@@ -84,13 +84,13 @@ def fit(
             if wish or evaluates or at_end:
                 if validation is not None and evaluates:
                     pending = pending | validation.evaluate(run.trained, frozen)
-                told = _report(pending, run.step, steps, on_step)
-                last |= told
-                run.ending = run.ending or until(told)
+                reported = _report(pending, run.step, steps, on_step)
+                last |= reported
+                run.ending = run.ending or until(reported)
                 pending = {}
                 is_lowest = False
                 if validation is not None and evaluates:
-                    is_lowest = run.stopping.note(told[EVAL_LOSS])
+                    is_lowest = run.stopping.note(reported[EVAL_LOSS])
                     run.ended = run.ended or run.stopping.since == validation.patience
                 if run.ended or run.step == steps:
                     break

@@ -246,7 +246,11 @@ def test_a_folder_is_loaded_by_split(tmp_path):
         ("rows.json", b'{"data": [{"prompt": "a", "response": "b"}]}', "found dict; its `data` is one"),
         ("rows.json", b'{"prompt": "a", "response": "b"}', "found dict; wrap it in"),
         ("rows.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "one JSON value per line: name it .jsonl"),
-        ("rows.jsonl", b'[\n{"prompt": "a"}\n]\n', "line 1 opens a list that goes on: rows.jsonl is one JSON value"),
+        (
+            "rows.jsonl",
+            b'[\n{"prompt": "a"}\n]\n',
+            "line 1 opens a list that does not end there: rows.jsonl",
+        ),
         ("rows.jsonl", b'{"prompt": ' + b"1" * 5_000 + b"}", "line 1 cannot be read as JSON"),
         ("rows.jsonl", b'\n{"prompt": "c", "response": "cut \\ud83d"}', r"line 2: `response` has half of a char.*at 5"),
         ("rows.jsonl", b'{"prompt": "a", "response": "b", "persona": "a pirate"}', "line 1: unknown fields `persona`"),

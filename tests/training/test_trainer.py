@@ -316,7 +316,7 @@ def test_a_torn_checkpoint_costs_that_checkpoint_only_and_is_told(train_step, wh
     result, reported, _ = run(train_step, folder=tmp_path)
     assert result == whole[0]
     assert reported[0][0] == 5
-    assert "checkpoint of step 5" in caplog.text and "going on from the one before it" in caplog.text
+    assert "checkpoint of step 5" in caplog.text and "resuming from the one before it" in caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
