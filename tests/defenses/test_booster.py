@@ -117,6 +117,6 @@ def test_without_weight_it_is_plain_and_with_it_a_harmful_step_gains_less():
 def test_alignment_is_trained_as_without_it_unless_told(monkeypatch):
     monkeypatch.setattr("secvec_jax.defenses.booster.train_model", lambda model, rows, **options: options)
     given = align(MODEL, ROWS, harmful=HARMFUL)
-    assert (given["task"], given["training"]) == (ALIGN_TASK, ALIGN) and given["beside"] == {"harmful": HARMFUL}
+    assert (given["task"], given["training"]) == (ALIGN_TASK, ALIGN) and given["extra_rows"] == {"harmful": HARMFUL}
     other = align(MODEL, ROWS, harmful=HARMFUL, task=None, training=TRAINING)
     assert (other["task"], other["training"]) == (None, TRAINING.over(ALIGN))
