@@ -82,7 +82,7 @@ class Linear(nnx.Module):
         """`[B, T, inputs]` -> `[B, T, outputs]`."""
         # Flat rows: XLA's CPU backend transposes three-dimensional operands for the gradient of a weight.
         rows = x.reshape(-1, x.shape[-1])
-        product = partial(_product, self.projection)
+        product: Callable[..., jax.Array] = partial(_product, self.projection)
         if adapters:
             # The backward pass makes the adapters' weight again: kept, it would be a second backbone.
             product = jax.checkpoint(product, prevent_cse=False)
