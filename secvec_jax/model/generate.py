@@ -102,14 +102,14 @@ def _batches_by_length(suffixes: Sequence[np.ndarray], batch_size: int) -> list[
 class _Packed(NamedTuple):
     """Prompts packed into P sequences of W tokens, and where each prompt's tokens are among them.
 
-    tokens, segments, positions: `[P, W]`. places, marks: `[B, T]`, one row a prompt, padded on the left: each token's
+    tokens, segments, positions: `[P, W]`. indices, marks: `[B, T]`, one row a prompt, padded on the left: each token's
     place in the flattened sequences, and 1 where there is a token.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
-    places: np.ndarray
+    indices: np.ndarray
     marks: np.ndarray
 
 
@@ -149,7 +149,7 @@ def _pack(
     prefix_len: int,
 ) -> _Packed:
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-    index, marks = (np.zeros((len(suffixes), longest), np.int32) for _ in range(2))
+    indices, marks = (np.zeros((len(suffixes), longest), np.int32) for _ in range(2))
     for number, sequence in enumerate(assignment):
         start = 0
         for segment, row in enumerate(sequence, 1):
@@ -158,10 +158,10 @@ def _pack(
             tokens[number, start:end] = suffixes[row]
             segments[number, start:end] = segment
             positions[number, start:end] = prefix_len + np.arange(length)
-            index[row, longest - length :] = number * shape[1] + np.arange(start, end)
+            indices[row, longest - length :] = number * shape[1] + np.arange(start, end)
             marks[row, longest - length :] = 1
             start = end
-    return _Packed(tokens, segments, positions, index, marks)
+    return _Packed(tokens, segments, positions, indices, marks)
 
 
 def rounded_up(length: int, bucket: int) -> int:
@@ -170,22 +170,22 @@ def rounded_up(length: int, bucket: int) -> int:
 
 
 @partial(jax.jit, static_argnames=("slots", "dtype"))
-def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, index, marks, *, slots, dtype):
+def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, indices, marks, *, slots, dtype):
     """The cache after the prompts, with `slots` free slots, and the logits `[B, V]` of the first reply token.
 
     shared_prefix `[1, H]`; the other arrays are those of `_Packed`.
     """
-    tokens, segments, positions, index, marks = (
-        constrain(x, "batch", "length") for x in (tokens, segments, positions, index, marks)
+    tokens, segments, positions, indices, marks = (
+        constrain(x, "batch", "length") for x in (tokens, segments, positions, indices, marks)
     )
     cache = prefix_cache(decoder, adapters, shared_prefix, len(tokens), dtype)
     hidden, (keys, values) = decoder.prefill(tokens, segments, positions, adapters, cache, dtype)
-    (layers, _, heads, size, _), (rows, longest) = keys.shape, index.shape
+    (layers, _, heads, size, _), (rows, longest) = keys.shape, indices.shape
 
     def one_row_a_prompt(packed: jax.Array, prefixes: Sequence[jax.Array]) -> jax.Array:
         """`[L, P, K, W, H]` -> `[L, B, K, S, H]`: the slots of the prefix, then the prompt's own, then free ones."""
         flat = packed.swapaxes(1, 2).reshape(layers, heads, -1, size)
-        own = jnp.take(flat, index.reshape(-1), axis=2).reshape(layers, heads, rows, longest, size).swapaxes(1, 2)
+        own = jnp.take(flat, indices.reshape(-1), axis=2).reshape(layers, heads, rows, longest, size).swapaxes(1, 2)
         before = [jnp.broadcast_to(prefix, (layers, rows, *prefix.shape[2:])) for prefix in prefixes]
         free = jnp.zeros((layers, rows, heads, slots, size), own.dtype)
         slots_in_order = jnp.concatenate([*before, own, free], axis=3)
@@ -201,9 +201,9 @@ def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, inde
         one_row_a_prompt(values, [part.values for part in cache.parts]),
     )
     row_segments = with_prefix_and_free_slots(marks, cache.segments[0])
-    row_positions = with_prefix_and_free_slots(positions.reshape(-1)[index], cache.positions[0])
+    row_positions = with_prefix_and_free_slots(positions.reshape(-1)[indices], cache.positions[0])
     length = jnp.int32(shared_prefix.shape[1] + longest)
-    last_hidden = hidden.reshape(-1, hidden.shape[-1])[index[:, -1]]
+    last_hidden = hidden.reshape(-1, hidden.shape[-1])[indices[:, -1]]
     return KVCache((part,), row_segments, row_positions, length), decoder.logits(last_hidden)
 
 

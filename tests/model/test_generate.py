@@ -86,8 +86,8 @@ def test_prompts_are_packed_whole(count):
     [packed] = generate._packed([tails], count, 5)
     flat = {name: getattr(packed, name).reshape(-1) for name in ("tokens", "segments", "positions")}
     assert (packed.segments > 0).sum() == sum(map(len, tails))
-    for tail, index, marks in zip(tails, packed.index, packed.marks, strict=True):
-        own = index[marks > 0]
+    for tail, indices, marks in zip(tails, packed.indices, packed.marks, strict=True):
+        own = indices[marks > 0]
         np.testing.assert_array_equal(flat["tokens"][own], tail)
         np.testing.assert_array_equal(flat["positions"][own], 5 + np.arange(len(tail)))
         assert len(set(flat["segments"][own])) == 1 and marks[-1] == 1
