@@ -158,3 +158,22 @@ def test_a_sample_is_measured(monkeypatch):
     assert (found.refusal.n, found.over_refusal.n) == (2, 3) and found.refusal.value == 0
     assert found.no_refusals and found.over_refusals is None
     assert set(found.as_dict()) == {"refusal", "compliance", "over_refusal"}
+
+
+def test_fine_tuning_takes_validation_rows_or_a_share_to_hold_out(untrained, data, tmp_path, monkeypatch):
+    passed = []
+
+    def train_model(model, rows, *, on_step, eval_rows, **options):
+        passed.append(eval_rows)
+        on_step(1, 1, {"loss": 1.0})
+        return model
+
+    monkeypatch.setattr(verbs, "train_model", train_model)
+    common = {"data": (data,), "vectors": ("none",), "check_prompts": 0, "training": TRAINING}
+    for number, more in enumerate(({}, {"eval_fraction": 0.25}, {"eval_data": data})):
+        verbs.finetune(Finetune(out=str(tmp_path / str(number)), **common, **more), "command")
+    nothing, fraction, rows = passed
+    assert nothing is None and fraction == 0.25 and len(rows) == len(REFUSALS)
+    both = Finetune(out=str(tmp_path / "both"), **common, eval_fraction=0.25, eval_data=data)
+    with pytest.raises(UserError, match="--eval-data and --eval-fraction are both given"):
+        verbs.finetune(both, "command")
