@@ -23,6 +23,7 @@ from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
 from secvec_jax.model.sampling import Sampling
+from secvec_jax.vectors.lora import merge_adapters
 
 OnRequest = Callable[[str, int, int], None]
 """Progress callback: the kind of request, the number of requests done, and their total."""
@@ -44,7 +45,8 @@ class HarnessModel(TemplateLM):
         seed: int = 0,
     ):
         super().__init__()
-        self.model, self.adapters = model, as_adapters(vectors)
+        backbone, self.adapters = merge_adapters(model.backbone, as_adapters(vectors))
+        self.model = model.with_backbone(backbone)
         self.tokenizer = model.tokenizer
         self.batch_size, self.seed = batch_size, seed
         self._on_request = on_request

@@ -19,9 +19,9 @@ def record(**options):
 
 class TestRecord:
     def test_reads_the_form(self):
-        read_back = record(metrics={"refusal": [1, 0.0]}, task_rank=8, shuffled=True, note=None)
+        read_back = record(metrics={"refusal": [1, 0.0]}, lora_rank=8, shuffled=True, note=None)
         assert read_back.metrics == {"refusal": (1, 0.0)}
-        assert read_back.cell["task_rank"] == 8
+        assert read_back.cell["lora_rank"] == 8
         assert (read_back.seconds, read_back.error) == (9.5, None)
 
     def test_a_record_without_rules_is_of_version_1(self):
