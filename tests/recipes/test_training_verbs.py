@@ -168,12 +168,12 @@ def test_fine_tuning_takes_validation_rows_or_a_share_to_hold_out(untrained, dat
         on_step(1, 1, {"loss": 1.0})
         return model
 
-    monkeypatch.setattr(verbs, "train_model", train_model)
+    monkeypatch.setattr(finetune_module, "train_model", train_model)
     common = {"data": (data,), "vectors": ("none",), "check_prompts": 0, "training": TRAINING}
     for number, more in enumerate(({}, {"eval_fraction": 0.25}, {"eval_data": data})):
-        verbs.finetune(Finetune(out=str(tmp_path / str(number)), **common, **more), "command")
+        finetune(Finetune(out=str(tmp_path / str(number)), **common, **more), "command")
     nothing, fraction, rows = passed
     assert nothing is None and fraction == 0.25 and len(rows) == len(REFUSALS)
     both = Finetune(out=str(tmp_path / "both"), **common, eval_fraction=0.25, eval_data=data)
     with pytest.raises(UserError, match="--eval-data and --eval-fraction are both given"):
-        verbs.finetune(both, "command")
+        finetune(both, "command")
