@@ -1,6 +1,8 @@
 """The pages name every command, setting and defense, and the code that they show works."""
 
+import argparse
 import dataclasses
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -12,11 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import eval as judging
 import train
+from secvec_jax import cli, flags
 from secvec_jax.config import Training
 from secvec_jax.data import sources
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import registry
 from secvec_jax.defenses.registry import read_defense
+from secvec_jax.distributed import Cluster
 from secvec_jax.evaluation import metrics
 from secvec_jax.model import families, hub
 from secvec_jax.model.families import FAMILIES
@@ -133,3 +137,56 @@ def test_a_defense_can_be_added(monkeypatch):
     defended = defense.apply(inputs)
     assert trained_on == [{"attack": [0, 1], "task": [1]}]
     assert defended.model == "model" and defended.notes == {"rows": 3.0}
+
+
+@functools.cache
+def flags_of(verb) -> frozenset[str]:
+    """Every flag that a verb's parser knows, switched-off forms included."""
+    settings, _ = verb.load()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    flags.add_flags(parser, settings)
+    if verb.on_devices:
+        flags.add_flags(parser, Cluster)
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    return frozenset(known | {"--config", "--help", "--version"})
+
+
+VERBS = cli.TRAIN | cli.EVAL
+COMMAND = re.compile(r"(?:train\.py|eval\.py|secvec) ([a-z]+)\b((?:\\\n|[^`\n])*)")
+OTHERS = re.compile(
+    r"\b(pip|gcloud|kubectl|srun|sbatch|mkdocs|hf|docker|xpk|scp|ssh|mpirun|pytest|wandb|tensorboard)\b"
+)
+
+
+FLAG = re.compile(r"--[a-z][\w.-]*")
+
+
+def wrong_flags(page: str) -> list[str]:
+    """Flags in the commands of a page that their verb does not have."""
+    wrong = []
+    for verb, arguments in COMMAND.findall(page):
+        if verb in VERBS and not OTHERS.search(arguments):
+            known = flags_of(VERBS[verb])
+            wrong += [f"{verb} {flag}" for flag in FLAG.findall(arguments) if flag not in known]
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_the_docs_have_flags_that_exist(page):
+    assert not wrong_flags(page.read_text())
+
+
+def test_a_flag_that_does_not_exist_is_seen():
+    assert wrong_flags("`python train.py finetune --data x --task-rank 3`") == ["finetune --task-rank"]
+    assert wrong_flags("python eval.py score --model m \\\n    --lines 2\n") == ["score --lines"]
+
+
+def test_flags_that_the_docs_explain_exist():
+    known = frozenset().union(*map(flags_of, VERBS.values()))
+    with_other_programs = ("tpu.md", "gpu.md", "RESULTS.md")
+    wrong = []
+    for page in PAGES:
+        if page.name not in with_other_programs:
+            spans = re.findall(r"`(--[a-z][^`]*)`", page.read_text())
+            wrong += [f"{page.name} {flag}" for span in spans for flag in FLAG.findall(span) if flag not in known]
+    assert not wrong
