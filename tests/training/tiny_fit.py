@@ -105,11 +105,11 @@ def main() -> None:
         load(store, run)
         first = run.step + 1
 
-    def dying_save(store, run, metrics):
+    def dying_save(store, run, metrics, **more):
         step, seconds = options.kill_in_save
         if 0 < step <= run.step:
             threading.Thread(target=_die_in_a_write, args=(options.folder, seconds), daemon=True).start()
-        save(store, run, metrics)
+        save(store, run, metrics, **more)
         if 0 < step <= run.step:
             time.sleep(60)
 
