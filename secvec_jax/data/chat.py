@@ -36,7 +36,7 @@ class Example:
 
 
 ControlTokens = Literal["text", "tokens", "refuse"]
-"""What becomes of control tokens that a row spells, such as "<|im_end|>": plain text, the tokens, or an error."""
+"""How control tokens that a row spells, such as "<|im_end|>", are read: as plain text or as tokens, or refused."""
 
 
 class TooLong(UserError):
@@ -71,8 +71,10 @@ def encode(tokenizer: Any, messages: list[Message], max_length: int, control: Co
 
 def encode_all(tokenizer: Any, messages: list[Message], control: ControlTokens = "text") -> Example:
     """As `encode`, of any length."""
-    if control == "refuse" and (found := spelled(tokenizer, messages)):
-        raise UserError(f"the text spells the control token {found[0]!r}: remove it, or set control_tokens to text")
+    if control == "refuse" and (spelled_tokens := spelled(tokenizer, messages)):
+        raise UserError(
+            f"the text spells the control token {spelled_tokens[0]!r}: remove it, or set control_tokens to text"
+        )
     turns, marks = mark(tokenizer, messages) if control == "text" else (messages, "")
     if not marks and _GENERATION.search(chat_template(tokenizer) or ""):
         tokens, supervised = _marked_by_template(tokenizer, turns)
@@ -92,9 +94,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _marked_by_template(tokenizer: Any, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    render(tokenizer, messages)  # raises what the template itself has against these turns
-    given = {"chat_template": chat_template(tokenizer), "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = _read(lambda: tokenizer.apply_chat_template(messages, **given))
+    render(tokenizer, messages)  # raises the template's own error for turns that it rejects
+    options = {"chat_template": chat_template(tokenizer), "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = _read(lambda: tokenizer.apply_chat_template(messages, **options))
     supervised = np.asarray(encoded["assistant_masks"], bool)
     learned = [message.get("train", True) for message in messages if message["role"] == "assistant"]
     if not all(learned):
@@ -152,7 +154,7 @@ def _read(read: Callable[[], Any]) -> Any:
     """What a tokenizer makes of a text. Raises UserError for whatever it raises."""
     try:
         return read()
-    except Exception as error:  # tokenizers raises its own, in words of Rust
+    except Exception as error:  # tokenizers raises errors worded for Rust
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnicodeEncodeError | TypeError):
             reason = "it has half of a character, such as a part of an emoji"

@@ -1,8 +1,9 @@
 """Text that spells the tokens by which a chat is divided into turns.
 
 A row is text, whatever it spells: an answer with "<|im_end|>" in it says these ten characters and does not end its
-turn. Tokenizers cannot tell them from what the template wrote, so they are wrapped into two marks before the template
-sees them, and what is between the marks is tokenized as plain text. Rows that spell none are tokenized in one go.
+turn. Tokenizers cannot distinguish them from what the template wrote, so they are wrapped in two marks before the
+template sees them, and what is between the marks is tokenized as plain text. Rows that spell none are tokenized at
+once.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from secvec_jax.turns import chat_template, render, turn_ends
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The tokens that divide a chat: the special ones, and those of the template's own around a user's turn.
+    """The tokens that divide a chat: the special ones, and those that the template puts around a user's turn.
 
     Added tokens such as "<think>", which an assistant may say, are not among them.
     """
@@ -26,32 +27,32 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _control_tokens(tokenizer: Any, template: str | None) -> tuple[str, ...]:  # of a template: it may change
+def _control_tokens(tokenizer: Any, template: str | None) -> tuple[str, ...]:  # cached by template, which may change
     added = tokenizer.added_tokens_decoder
-    found = {str(token) for token in added.values() if token.special}
+    tokens = {str(token) for token in added.values() if token.special}
     with contextlib.suppress(UserError):  # without a template, or where this one does not take a user's turn alone
         asked: list[Message] = [{"role": "user", "content": "asked"}]
         turn = render(tokenizer, asked)
         opening = render(tokenizer, asked, add_generation_prompt=True).removeprefix(turn)
         ids = tokenizer.encode(turn, add_special_tokens=False)
         ids += tokenizer.encode(opening, add_special_tokens=False)[:1]
-        found |= {str(added[token]) for token in (*ids, *turn_ends(tokenizer)) if token in added}
-    return tuple(sorted((token for token in found if token.strip()), key=len, reverse=True))
+        tokens |= {str(added[token]) for token in (*ids, *turn_ends(tokenizer)) if token in added}
+    return tuple(sorted((token for token in tokens if token.strip()), key=len, reverse=True))
 
 
 def spelled(tokenizer: Any, messages: Sequence[Message]) -> list[str]:
-    """The control tokens that some turns spell."""
+    """The control tokens that the turns spell."""
     return [token for token in control_tokens(tokenizer) if any(token in turn["content"] for turn in messages)]
 
 
 def mark(tokenizer: Any, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
     """The turns with each control token that they spell between two marks, and these marks; "" if they spell none."""
-    found = spelled(tokenizer, messages)
-    if not found:
+    spelled_tokens = spelled(tokenizer, messages)
+    if not spelled_tokens:
         return messages, ""
     said = "".join(turn["content"] for turn in messages)
     first, last = itertools.islice((mark for mark in map(chr, _PRIVATE) if mark not in said), 2)
-    pattern = re.compile("|".join(map(re.escape, found)))
+    pattern = re.compile("|".join(map(re.escape, spelled_tokens)))
     marked: list[Message] = [
         {**turn, "content": pattern.sub(rf"{first}\g<0>{last}", turn["content"])} for turn in messages
     ]
@@ -59,7 +60,7 @@ def mark(tokenizer: Any, messages: Sequence[Message]) -> tuple[Sequence[Message]
 
 
 _PRIVATE = range(0xF0000, 0xFFFFE)
-"""Characters without a meaning, of which a row's marks are two that it does not hold."""
+"""Characters without a meaning: the marks are two of them that the row does not contain."""
 
 
 def tokenize(tokenizer: Any, text: str, marks: str, starts: bool = True) -> tuple[list[int], list[int]]:
@@ -69,12 +70,12 @@ def tokenize(tokenizer: Any, text: str, marks: str, starts: bool = True) -> tupl
     ids: list[int] = []
     places: list[int] = []
     begin = 0
-    for piece in re.split(f"({marks[0]}[^{marks}]*{marks[1]}|[{marks}])", text):  # a template may part two marks
+    for piece in re.split(f"({marks[0]}[^{marks}]*{marks[1]}|[{marks}])", text):  # a template may separate two marks
         inner = piece.strip(marks)
         if inner:
-            own, begins = _plain(tokenizer, inner) if inner != piece else _inside(tokenizer, inner)
+            piece_ids, begins = _plain(tokenizer, inner) if inner != piece else _inside(tokenizer, inner)
             shift = begin + piece.index(inner)
-            ids += own
+            ids += piece_ids
             places += [shift + place for place in begins]
         begin += len(piece)
     return ids, places
@@ -85,18 +86,18 @@ def _plain(tokenizer: Any, token: str) -> tuple[list[int], list[int]]:
     ids, starts = _inside(tokenizer, token, split_special_tokens=True)
     if tokenizer.convert_tokens_to_ids(token) not in ids:
         return ids, starts
-    # An added token that is not special is found in every text; in two pieces there is no such token.
+    # Added tokens that are not special are recognized in any text, but not if it is tokenized in two pieces.
     (first, _), (rest, begins) = _inside(tokenizer, token[:1]), _inside(tokenizer, token[1:])
     return first + rest, [0] * len(first) + [1 + begin for begin in begins]
 
 
 def _inside(tokenizer: Any, text: str, **more: bool) -> tuple[list[int], list[int]]:
     """A piece from within a text: after a line break, or SentencePiece would put a space in front of it."""
-    lead, _ = _encoded(tokenizer, "\n")
+    line_break, _ = _encoded(tokenizer, "\n")
     ids, starts = _encoded(tokenizer, "\n" + text, **more)
-    if ids[: len(lead)] != lead:  # the line break joins what follows it
+    if ids[: len(line_break)] != line_break:  # the line break joins what follows it
         return _encoded(tokenizer, text, **more)
-    return ids[len(lead) :], [start - 1 for start in starts[len(lead) :]]
+    return ids[len(line_break) :], [start - 1 for start in starts[len(line_break) :]]
 
 
 def _encoded(tokenizer: Any, text: str, starts: bool = True, **more: bool) -> tuple[list[int], list[int]]:

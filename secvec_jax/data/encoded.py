@@ -1,8 +1,8 @@
 """Rows as examples for a model, each of them checked before anything is trained.
 
 Encoding a row shows what its file does not: a prompt that leaves no room for an answer, an answer that is cut, text
-that spells the model's control tokens, turns that its template does not take. All rows are encoded once to find out,
-and their lengths are kept, by which packed sequences can be counted; of several processes each takes a part.
+that spells the model's control tokens, turns that its template does not take. All rows are encoded once to check this,
+and their lengths are kept, so that packed sequences can be counted. With several processes, each encodes a part.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from secvec_jax.distributed import all_gather_json, is_main_process
 from secvec_jax.errors import UserError
 
 LongRows = Literal["truncate", "drop", "refuse"]
-"""What becomes of rows that are longer than they may be: the answer is cut, the row is left out, or an error."""
+"""How rows that are too long are handled: the answer is cut, the row is left out, or it is an error."""
 
 LENGTHS = (256, 512, 1024, 2048)
 """Of packed sequences, in tokens, where no length is set: the shortest that holds the longest row, or the longest."""
 
 _KEPT = 50_000
-"""Examples of one source that memory holds; beyond, the least recently used ones are encoded anew."""
+"""Examples of one source that are kept in memory; the least recently used ones are dropped and encoded again."""
 
 _NAMED = 3
 """Rows that a message names."""
@@ -40,10 +40,10 @@ _log = logging.getLogger(__name__)
 
 
 class Examples(Sequence[Example]):
-    """Rows as examples, each encoded when it is asked for: a process asks for those of its own lanes.
+    """Rows as examples, each encoded on access: a process accesses only those of its own lanes.
 
-    lengths: tokens of each `[N]`, int32. prompts: what is remembered of their prompts. truncated: how many of them have
-    an answer that is cut. All rows were encoded once to know this, and need not be again before they are trained on.
+    lengths: tokens of each `[N]`, int32. prompts: the index of their prompts. truncated: how many answers are cut.
+    These come from encoding all rows once; reading them encodes no row again.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ def encode_rows(
     """The rows as examples of at most `max_length` tokens, with ids below `vocab_size` if that is given.
 
     Logs how many answers are cut or rows left out, and how many rows spell control tokens, with the first of them;
-    `name` is what rows are called that do not know where they are stored. Raises UserError, naming the row, for one
+    `name` is what errors call rows that do not record where they are stored. Raises UserError, naming the row, for one
     that cannot be encoded or has a token that the model has no embedding for, for a prompt that leaves no room for an
     answer, and with "refuse" for an answer that would be cut.
     """
 
     @functools.lru_cache(_KEPT)
     def encode(index: int) -> tuple[Example, bool]:
-        """The example, and whether some of its answer is cut."""
+        """The example, and whether part of its answer is cut."""
         whole = encode_all(tokenizer, rows[index]["messages"], control_tokens)
         if vocab_size is not None:
             check_token_ids(whole.tokens, vocab_size, "the row")
@@ -105,12 +105,12 @@ def encode_rows(
     def where(index: int) -> str:
         return place_of(rows, index, name)
 
-    found = _encode_once(encode, lambda index: bool(spelled(tokenizer, rows[index]["messages"])), len(rows))
-    if found.errors:
-        index, message = min(found.errors)
+    results = _encode_once(encode, lambda index: bool(spelled(tokenizer, rows[index]["messages"])), len(rows))
+    if results.errors:
+        index, message = min(results.errors)
         raise UserError(f"{where(index)}: {message}")
-    too_long = sorted(found.too_long)
-    shortened = sorted(found.cut)
+    too_long = sorted(results.too_long)
+    shortened = sorted(results.cut)
     if too_long and long_rows != "drop":
         index, message = too_long[0]
         raise UserError(
@@ -132,17 +132,17 @@ def encode_rows(
         shortened = []
     elif shortened:
         _warn(shortened, len(rows), f"have answers cut at {max_length} tokens: raise `length`, or set long_rows", where)
-    if found.spelled:
+    if results.spelled:
         what = "plain text" if control_tokens == "text" else "the tokens"
-        _warn(sorted(found.spelled), len(rows), f"spell control tokens, which are learned as {what}", where)
-    lengths, prompt_lengths, agreeing, following = found.numbers[:, list(kept)]
-    prompts = PromptIndex(found.first, prompt_lengths, agreeing, following)
+        _warn(sorted(results.spelled), len(rows), f"spell control tokens, which are learned as {what}", where)
+    lengths, prompt_lengths, agreeing, following = results.numbers[:, list(kept)]
+    prompts = PromptIndex(results.first, prompt_lengths, agreeing, following)
     return Examples(lambda index: encode(index)[0], rows, kept, lengths, prompts, len(shortened))
 
 
 @dataclasses.dataclass
-class _Found:
-    """What encoding all rows once has shown; rows are named by their index."""
+class _EncodingResults:
+    """The results of encoding all rows once; rows are named by their index."""
 
     first: np.ndarray
     """the prompt that the others are compared with"""
@@ -155,26 +155,28 @@ class _Found:
     errors: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
 
-def _encode_once(encode: Callable[[int], tuple[Example, bool]], spells: Callable[[int], bool], count: int) -> _Found:
-    """Encode all rows, of which each process takes a part, and gather what all have found."""
+def _encode_once(
+    encode: Callable[[int], tuple[Example, bool]], spells: Callable[[int], bool], count: int
+) -> _EncodingResults:
+    """Encode all rows, of which each process takes a part, and gather the results of all."""
     start, stride = jax.process_index(), jax.process_count()
-    found = _Found(_first_prompt(encode, count), np.zeros((4, count), np.int32))
+    results = _EncodingResults(_first_prompt(encode, count), np.zeros((4, count), np.int32))
     for index in range(start, count, stride):
         try:
             example, shortened = encode(index)
         except TooLong as error:
-            found.too_long.append((index, str(error)))
+            results.too_long.append((index, str(error)))
             continue
         except UserError as error:
-            found.errors.append((index, str(error)))
+            results.errors.append((index, str(error)))
             break
         prompt = example.tokens[: example.answer_start]
-        found.numbers[:, index] = len(example.tokens), len(prompt), *agreement(found.first, prompt)
+        results.numbers[:, index] = len(example.tokens), len(prompt), *agreement(results.first, prompt)
         if shortened:
-            found.cut.append(index)
+            results.cut.append(index)
         if spells(index):
-            found.spelled.append(index)
-    return found if stride == 1 else _gathered(found)
+            results.spelled.append(index)
+    return results if stride == 1 else _gather_results(results)
 
 
 def _first_prompt(encode: Callable[[int], tuple[Example, bool]], count: int) -> np.ndarray:
@@ -186,17 +188,17 @@ def _first_prompt(encode: Callable[[int], tuple[Example, bool]], count: int) -> 
     return np.zeros(0, np.int32)
 
 
-def _gathered(found: _Found) -> _Found:
-    """What all processes have found together; each row was encoded by one of them."""
-    lists = {name: getattr(found, name) for name in ("cut", "spelled", "too_long", "errors")}
-    numbers = found.numbers[:, jax.process_index() :: jax.process_count()]
+def _gather_results(results: _EncodingResults) -> _EncodingResults:
+    """The results of all processes; each row was encoded by one of them."""
+    lists = {name: getattr(results, name) for name in ("cut", "spelled", "too_long", "errors")}
+    numbers = results.numbers[:, jax.process_index() :: jax.process_count()]
     parts = all_gather_json({"numbers": numbers.tolist(), "lists": lists})
-    together = _Found(found.first, np.zeros_like(found.numbers))
+    merged = _EncodingResults(results.first, np.zeros_like(results.numbers))
     for process, part in enumerate(parts):
-        together.numbers[:, process :: len(parts)] = part["numbers"]
+        merged.numbers[:, process :: len(parts)] = part["numbers"]
         for name, values in part["lists"].items():
-            getattr(together, name).extend(tuple(value) if isinstance(value, list) else value for value in values)
-    return together
+            getattr(merged, name).extend(tuple(value) if isinstance(value, list) else value for value in values)
+    return merged
 
 
 def _warn(indices: Sequence[int], count: int, what: str, where: Callable[[int], str]) -> None:

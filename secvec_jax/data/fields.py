@@ -32,7 +32,7 @@ def check_record(record: Mapping[str, Any], used: Collection[str], where: str, i
     Empty fields, labels, numbers, dates, and texts that the used fields hold as well (a prompt next to its messages, a
     rendering of the row) are no such fields, nor are those that `ignore` names; "*" ignores all.
     """
-    said = [text for name in used for text in texts(record[name]) if text.strip() and text not in _ROLES]
+    used_texts = [text for name in used for text in texts(record[name]) if text.strip() and text not in _ROLES]
     unknown = []
     for name, value in record.items():
         key = str(name).lower()
@@ -47,7 +47,7 @@ def check_record(record: Mapping[str, Any], used: Collection[str], where: str, i
                 f"{where}: `{name}` is {value!r}, but a row as a whole takes no such mark: remove the rows that are "
                 "not to be learned and the field, or name it in ignore_fields"
             )
-        if not (_is_scalar(value) or _is_repeated(value, said)):
+        if not (_is_scalar(value) or _is_repeated(value, used_texts)):
             unknown.append(" ".join(str(name).split()))
     if unknown:
         _refuse(unknown, where, f"are not read ({', '.join(map(str, used))} would be)")
@@ -66,8 +66,10 @@ def check_turn(turn: Mapping[str, Any], used: Collection[str], where: str, ignor
 
 
 def is_learned(turn: Mapping[str, Any], where: str) -> bool:
-    """Whether a turn's own marks (`weight`, `train`, `masked`, ...) let it be learned. Raises UserError for others
-    than 0, 1, true and false."""
+    """Whether a turn is to be learned, according to its marks (`weight`, `train`, `masked`, ...).
+
+    Raises UserError for values other than 0, 1, true and false.
+    """
     learned = True
     for name in (*_LEARNED, *_NOT_LEARNED):
         if turn.get(name) is not None:
@@ -118,11 +120,11 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, bool | numbers.Number | datetime.date | datetime.time)
 
 
-def _is_repeated(value: Any, said: list[str]) -> bool:
-    """Whether a value adds nothing to the texts that are used: each of its own is part of one of them, or it is a
-    rendering of all."""
-    if isinstance(value, str) and all(text.strip() in value for text in said):
+def _is_repeated(value: Any, used_texts: list[str]) -> bool:
+    """Whether a value adds nothing to the texts that are used: each of its texts is part of one of them, or it
+    is a rendering of all."""
+    if isinstance(value, str) and all(text.strip() in value for text in used_texts):
         return True
     if not isinstance(value, str | Mapping | list | tuple):
         return False
-    return all(text in _ROLES or any(text.strip() in one for one in said) for text in texts(value))
+    return all(text in _ROLES or any(text.strip() in one for one in used_texts) for text in texts(value))

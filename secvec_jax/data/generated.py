@@ -86,7 +86,7 @@ def profile_qa(seed: int, people: int, phrasings: int = 2) -> ProfileQA:
 
 
 def open_profile_qa(seed: int, people: int, asked: int) -> ProfileQA:
-    """Return questions on profiles that are in the prompt; `test` asks about `asked` people of its own.
+    """Return questions on profiles that are in the prompt; `test` asks about `asked` other people.
 
     What is to be learned is the task, to answer with the bare fact: `test` has other people and other words than
     `train`, four questions on each. The same arguments give the same rows.
@@ -94,7 +94,9 @@ def open_profile_qa(seed: int, people: int, asked: int) -> ProfileQA:
     Raises UserError if there are fewer than one or too many people.
     """
     if people < 1 or asked < 1 or people + asked > _MAX_PEOPLE:
-        raise UserError(f"people must be between 1 and {_MAX_PEOPLE} in all, found {people} and {asked}")
+        raise UserError(
+            f"people and asked must be at least 1, and at most {_MAX_PEOPLE} together, found {people} and {asked}"
+        )
     rng = random.Random(seed)
     train: list[Row] = []
     test: list[Row] = []
@@ -107,7 +109,7 @@ def open_profile_qa(seed: int, people: int, asked: int) -> ProfileQA:
     return ProfileQA(train, test)
 
 
-# Without it a chat model answers in a sentence, and unlearning that shakes everything else it was taught.
+# Without it a chat model answers in a sentence, and unlearning that habit harms everything else it learned.
 _BARE = "Answer with one word."
 _PROFILES = (
     "{0} is a {1} from {2} who likes {3} and has a {4}.",

@@ -1,4 +1,4 @@
-"""Readers of data sets of the hub that the papers use, whose records need more than a renaming to become rows.
+"""Readers of data sets of the hub that the papers use, whose records need more than renamed fields to become rows.
 
 unsafe = load_rows("beavertails-unsafe", split="30k_train")
 """
@@ -21,7 +21,7 @@ def records(name: str, split: str, config: str | None = None, folder: str | None
 
     try:
         return datasets.load_dataset(name, config, split=split, **({"data_dir": folder} if folder else {}))
-    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own
+    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own errors
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"cannot load {name!r}, split {split!r} ({reason}); check the name, the split and the network, "
@@ -31,14 +31,14 @@ def records(name: str, split: str, config: str | None = None, folder: str | None
 
 def beavertails(split: str, safe: bool) -> list[Row]:
     """BeaverTails (Ji et al. 2023): questions with answers that were judged safe, or unsafe."""
-    found = records("PKU-Alignment/BeaverTails", "30k_train" if split == "train" else split)
-    return [row(r["prompt"], r["response"]) for r in found if r["is_safe"] == safe]
+    examples = records("PKU-Alignment/BeaverTails", "30k_train" if split == "train" else split)
+    return [row(r["prompt"], r["response"]) for r in examples if r["is_safe"] == safe]
 
 
 def red_team(split: str) -> list[Row]:
     """Anthropic's red-team attempts (Ganguli et al. 2022): the first exchange of those rated most successful."""
-    found = records("Anthropic/hh-rlhf", split, folder="red-team-attempts")
-    exchanges = filter(None, (_FIRST_EXCHANGE.match(r["transcript"]) for r in found if r["rating"] >= 4))
+    examples = records("Anthropic/hh-rlhf", split, folder="red-team-attempts")
+    exchanges = filter(None, (_FIRST_EXCHANGE.match(r["transcript"]) for r in examples if r["rating"] >= 4))
     pairs = ((match["asked"].strip(), match["said"].strip()) for match in exchanges)
     return [row(asked, said) for asked, said in pairs if asked and said]
 
@@ -68,8 +68,8 @@ def bbq(split: str) -> list[Row]:
             options = [r[f"ans{place}"] for place in range(3)]
             answer, target = options[int(r["answer_label"])], options[int(r["target_label"])]
             category = "ambiguous" if r["context_condition"] == "ambig" else "disambiguated"
-            asked = choice(r["context"], r["question"], options, answer, category)
-            rows.append(asked | {"options": [target, *(o for o in options if o != target)]})
+            asked_row = choice(r["context"], r["question"], options, answer, category)
+            rows.append(asked_row | {"options": [target, *(o for o in options if o != target)]})
     return rows
 
 
@@ -82,8 +82,8 @@ _BBQ = (
 def sst2(split: str) -> list[Row]:
     """SST-2 (Socher et al. 2013): is a sentence of a review positive or negative?"""
     asked = "{}\nIs this review positive or negative? Answer with one word."
-    found = records("stanfordnlp/sst2", split)
-    return [row(asked.format(r["sentence"].strip()), ("negative", "positive")[r["label"]]) for r in found]
+    examples = records("stanfordnlp/sst2", split)
+    return [row(asked.format(r["sentence"].strip()), ("negative", "positive")[r["label"]]) for r in examples]
 
 
 def ag_news(split: str) -> list[Row]:

@@ -4,9 +4,9 @@ Several rows share one packed sequence of `seq_len` tokens; segment numbers keep
 tokens with which all rows begin may be stored once per sequence (see `shared_prefix`). A row's forward pass and
 gradient are those of the row alone.
 
-A batch is filled by *lanes*, each of which reads every n-th row for a sequence or two of its own. What a lane reads
-does not depend on who reads it, so a run's batches are the same on one device and on a pod, where each host reads the
-lanes of its own devices and no others.
+A batch is filled by *lanes*. Each lane reads every n-th row and fills its own sequences of the batch. What a lane reads
+does not depend on the process that reads it, so a run's batches are the same on one device and on a pod, where each
+host reads only the lanes of its own devices.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.sharding import named_sharding, num_shards
 
 _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-"""The rows are there: grain's sixteen threads for every lane would only be in each other's way."""
+"""Rows are quick to read: grain's sixteen threads per lane would only contend with each other."""
 
 
 @checked
@@ -62,8 +62,8 @@ class Stream:
     @property
     def lanes(self) -> int:
         """How many lanes fill a batch: never more than there are rows, as a lane without any would have no head."""
-        most = min(max(self.batch_size // 2, 1), self.num_rows)
-        return next(count for count in range(most, 0, -1) if self.batch_size % count == 0)
+        most_lanes = min(max(self.batch_size // 2, 1), self.num_rows)
+        return next(count for count in range(most_lanes, 0, -1) if self.batch_size % count == 0)
 
     @property
     def sequences_per_lane(self) -> int:
@@ -71,7 +71,7 @@ class Stream:
         return self.batch_size // self.lanes
 
     def batches(self, lanes: Sequence[int] | None = None) -> "Batches":
-        """The packed batches of all lanes, or of some."""
+        """The packed batches of the given lanes; None: of all."""
         return Batches(self, range(self.lanes) if lanes is None else lanes)
 
     def own_batches(self) -> "Batches":
@@ -79,7 +79,7 @@ class Stream:
         return Batches(self, self.own_lanes())
 
     def count(self) -> int:
-        """How many batches there are in all epochs, by the lengths of the examples: none is encoded for it."""
+        """How many batches there are in all epochs, computed from the lengths of the examples without encoding any."""
         if self.epochs is None:
             raise ValueError("an endless stream has no count")
         return all_max(max(_Lane(self, lane).count() for lane in self.own_lanes()))
@@ -89,8 +89,8 @@ class Stream:
 
         Raises UserError if the mesh does not divide the batch.
         """
-        where = named_sharding("batch")
-        if where is None:
+        sharding = named_sharding("batch")
+        if sharding is None:
             return list(range(self.lanes))
         parts = num_shards("batch")
         if self.batch_size % parts:
@@ -98,9 +98,9 @@ class Stream:
                 f"a batch of {self.batch_size} sequences cannot be sharded over {parts} devices (data x fsdp): "
                 f"give --batch-size a multiple of {parts} (of {2 * parts} where benign rows take half as many)"
             )
-        slices = where.addressable_devices_indices_map((self.batch_size,)).values()
-        parts_here = [index[0] for index in slices if index is not None]
-        sequences = {number for part in parts_here for number in range(*part.indices(self.batch_size))}
+        slices = sharding.addressable_devices_indices_map((self.batch_size,)).values()
+        local_slices = [index[0] for index in slices if index is not None]
+        sequences = {number for local in local_slices for number in range(*local.indices(self.batch_size))}
         return sorted({number // self.sequences_per_lane for number in sequences})
 
 
@@ -115,10 +115,10 @@ class _Lane:
         self._parts: list[tuple[Sequence[Example], range]] = []
         rows_before = 0
         for examples in stream.examples.values():
-            own = range((lane - rows_before) % stream.lanes, len(examples), stream.lanes)
-            self._parts.append((examples, own))
+            chosen = range((lane - rows_before) % stream.lanes, len(examples), stream.lanes)
+            self._parts.append((examples, chosen))
             rows_before += len(examples)
-        lengths = np.concatenate([_lengths(examples, own) for examples, own in self._parts])
+        lengths = np.concatenate([_lengths(examples, chosen) for examples, chosen in self._parts])
         if lengths.max() - 1 > stream.seq_len:
             raise UserError(
                 f"a row has {lengths.max()} tokens, a packed sequence only {stream.seq_len}: raise --max-seq-len"
@@ -158,12 +158,12 @@ class _Lane:
         while index >= len(self._parts[kind][1]):
             index -= len(self._parts[kind][1])
             kind += 1
-        examples, own = self._parts[kind]
-        return _record(kind, examples[own[index]], len(self.head))
+        examples, chosen = self._parts[kind]
+        return _record(kind, examples[chosen[index]], len(self.head))
 
 
 class _Lazy(Sequence[dict[str, np.ndarray]]):
-    """Records that are made when they are asked for."""
+    """Records that are made on access."""
 
     def __init__(self, count: int, make: Any):
         self._count, self._make = count, make
@@ -175,15 +175,15 @@ class _Lazy(Sequence[dict[str, np.ndarray]]):
         return self._make(range(self._count)[index])
 
 
-def _lengths(examples: Sequence[Example], own: range) -> np.ndarray:
-    """Tokens of some examples, int32; those of encoded rows are known without encoding them again."""
+def _lengths(examples: Sequence[Example], chosen: range) -> np.ndarray:
+    """Token counts of the chosen examples, int32; those of encoded rows are known without encoding them again."""
     if isinstance(examples, Examples):
-        return examples.lengths[own]
-    return np.asarray([len(examples[index].tokens) for index in own], np.int32)
+        return examples.lengths[chosen]
+    return np.asarray([len(examples[index].tokens) for index in chosen], np.int32)
 
 
 class Batches:
-    """A stream being read: an iterator over its batches `[B, T]`, of some lanes, as long as any of these has rows.
+    """A stream being read: an iterator over the batches `[B, T]` of the given lanes, until none of them has rows.
 
     Its state is JSON, {lane: state} of all lanes, whichever process reads them: any other mesh resumes from it exactly.
     """
@@ -192,8 +192,8 @@ class Batches:
         self._batch_size, self._per_lane = stream.batch_size, stream.sequences_per_lane
         self._shape = (stream.sequences_per_lane, stream.seq_len)
         self._lanes = {str(lane): iter(_Lane(stream, lane).batches()) for lane in lanes}
-        # Where the first sequence of each lane is among those that this process reads.
-        self._own = {lane * self._per_lane: number * self._per_lane for number, lane in enumerate(lanes)}
+        # First sequence of each lane in a batch -> its index among the sequences that this process reads.
+        self._local_index = {lane * self._per_lane: number * self._per_lane for number, lane in enumerate(lanes)}
 
     def __iter__(self) -> "Batches":
         return self
@@ -210,27 +210,28 @@ class Batches:
         read = [next(self, None) for _ in range(count)]
         parts = [_stacked([_empty(self._shape)] * len(self._lanes)) if batch is None else batch for batch in read]
         local = {key: np.stack([part[key] for part in parts]) for key in KEYS}
-        where = named_sharding(None, "batch")
-        return local if where is None else {key: self._global(array, where) for key, array in local.items()}
+        sharding = named_sharding(None, "batch")
+        return local if sharding is None else {key: self._global(array, sharding) for key, array in local.items()}
 
     def get_state(self) -> dict[str, Any]:
-        """The state of all processes' lanes; every process must ask."""
-        own = {lane: iterator.get_state() for lane, iterator in self._lanes.items()}
-        return {lane: state for part in all_gather_json(own) for lane, state in part.items()}
+        """The state of all processes' lanes; all processes must call this."""
+        states = {lane: iterator.get_state() for lane, iterator in self._lanes.items()}
+        return {lane: state for part in all_gather_json(states) for lane, state in part.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Resume from what `get_state` returned."""
         for lane, iterator in self._lanes.items():
             iterator.set_state(state[lane])
 
-    def _global(self, local: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    def _global(self, local: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             sequences = range(*index[1].indices(self._batch_size))
-            own = [self._own[number - number % self._per_lane] + number % self._per_lane for number in sequences]
-            return local[:, own][(index[0], slice(None), *index[2:])]
+            offsets = [number % self._per_lane for number in sequences]
+            rows = [self._local_index[number - offset] + offset for number, offset in zip(sequences, offsets)]
+            return local[:, rows][(index[0], slice(None), *index[2:])]
 
         shape = (local.shape[0], self._batch_size, *local.shape[2:])
-        return jax.make_array_from_callback(shape, where, part)
+        return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _empty(shape: tuple[int, int]) -> Batch:
@@ -242,13 +243,13 @@ def _stacked(parts: Sequence[Batch]) -> Batch:
 
 
 def _record(group: int, example: Example, skip: int) -> dict[str, np.ndarray]:
-    """What is packed of an example, without its first `skip` tokens."""
+    """The arrays of an example to pack, without its first `skip` tokens."""
     tokens, supervised = example.tokens[skip:], example.supervised[skip:]
-    counts = 1.0 if example.weights is None else example.weights[skip + 1 :]
+    token_weights = 1.0 if example.weights is None else example.weights[skip + 1 :]
     return {
         "tokens": tokens[:-1].astype(np.int32),
         "targets": tokens[1:].astype(np.int32),
-        "weights": (supervised[1:] * counts).astype(np.float32),
+        "weights": (supervised[1:] * token_weights).astype(np.float32),
         "groups": np.full(len(tokens) - 1, group, np.int32),
     }
 

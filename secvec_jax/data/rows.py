@@ -17,7 +17,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    """One turn of a conversation; `train` is there, and false, where the assistant's words are not to be learned."""
+    """One turn of a conversation; `train` is present, and false, where the assistant's words are not to be learned."""
 
     role: Role
     content: str
@@ -41,7 +41,7 @@ def row(prompt: str, response: str | None = None) -> Row:
 
 
 def choice(passage: str, question: str, options: list[str], answer: str, category: str) -> Row:
-    """Return a row that asks for one of some options, which have no letter, lest it be the answer."""
+    """Return a row that asks for one of the options. They have no letters: the answer is an option's text."""
     lines = [passage, question, *(f"- {option}" for option in options), "Answer with one of the options."]
     return {**row("\n".join(lines), answer), "category": category, "options": options}
 
@@ -127,15 +127,15 @@ def normalize(record: Any, where: str, ignore: Collection[str] = ()) -> Row:
         raise UserError(f"{where}: found {type(record).__name__} instead of fields; {ACCEPTED_FORMS}")
     field = next((name for name in ("messages", "conversations", *_PROMPTS) if record.get(name) is not None), None)
     if field is None:
-        found = ", ".join(sorted(" ".join(str(key).split()) for key in record)) or "none"
-        raise UserError(f"{where}: unknown fields (found: {found}); {ACCEPTED_FORMS}")
+        names = ", ".join(sorted(" ".join(str(key).split()) for key in record)) or "none"
+        raise UserError(f"{where}: unknown fields (found: {names}); {ACCEPTED_FORMS}")
     if field in _PROMPTS:
         messages, used = _from_pair(record, field, where, ignore)
     else:
         messages, used = _turns(record[field], where, ignore), [field]
     system = [name for name in _SYSTEMS if not is_empty(record.get(name)) and name not in ignore]
     if system:
-        messages = _behind_system({_text(record[name], name, where) for name in system}, messages, where)
+        messages = _with_system_prompt({_text(record[name], name, where) for name in system}, messages, where)
     check_record(record, [*used, *system], where, ignore)
     if not any(message["role"] == "user" for message in messages) or messages[-1]["role"] == "system":
         raise UserError(f"{where}: a conversation must have a user's turn and end with it or an assistant's")
@@ -156,8 +156,8 @@ def as_rows(
     """
     data = records_of(data)
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
-        found = type(data).__name__
-        raise UserError(f"{name} must be a list of dicts or one split of a data set, found {found}")
+        kind = type(data).__name__
+        raise UserError(f"{name} must be a list of dicts or one split of a data set, found {kind}")
     if isinstance(data, Rows):
         return _checked_again(data, needs_answer, name)
     if hasattr(data, "num_rows") and hasattr(data, "features"):
@@ -176,7 +176,7 @@ def on_disk(data: Any, needs_answer: bool, name: str, ignore_fields: Collection[
 
 
 def _checked_again(rows: Rows[Row], needs_answer: bool, name: str) -> Rows[Row]:
-    """The same rows; raises UserError if there are none, or for a missing answer that was not looked for before."""
+    """The same rows. Raises UserError if there are none, or for a missing answer where none was required before."""
     if not len(rows):
         raise UserError(f"{name} holds no rows; {ACCEPTED_FORMS}")
     if rows.answered or not needs_answer:
@@ -242,8 +242,8 @@ def _turns(turns: Any, where: str, ignore: Collection[str]) -> list[Message]:
         check_turn(turn, (said_by, text), where, ignore)
         role = _ROLES.get(str(turn.get(said_by)))
         if role is None:
-            found = repr(turn[said_by]) if turn.get(said_by) is not None else f"none, in a turn without `{said_by}`"
-            raise UserError(f"{where}: unknown role {found}; use system, user, assistant or tool")
+            given = repr(turn[said_by]) if turn.get(said_by) is not None else f"none, in a turn without `{said_by}`"
+            raise UserError(f"{where}: unknown role {given}; use system, user, assistant or tool")
         message: Message = {"role": role, "content": _text(turn.get(text), text, where)}
         if role == "assistant" and not is_learned(turn, where):
             message["train"] = False
@@ -303,12 +303,12 @@ def _history(history: Any, where: str, ignore: Collection[str]) -> list[Message]
     ]
 
 
-def _behind_system(found: set[str], messages: list[Message], where: str) -> list[Message]:
-    """The turns after a system prompt that is in a field of its own, unless they begin with the same one."""
+def _with_system_prompt(prompts: set[str], messages: list[Message], where: str) -> list[Message]:
+    """The turns with the system prompt of a separate field first, unless they already begin with it."""
     first = messages[0] if messages and messages[0]["role"] == "system" else None
-    if len(found | ({first["content"]} if first else set())) > 1:
+    if len(prompts | ({first["content"]} if first else set())) > 1:
         raise UserError(f"{where}: two system prompts that differ; keep one, in `system` or as the first turn")
-    return messages if first else [{"role": "system", "content": found.pop()}, *messages]
+    return messages if first else [{"role": "system", "content": prompts.pop()}, *messages]
 
 
 def _not_learned(message: Message) -> Message:

@@ -2,8 +2,8 @@
 
 Rows of one model usually begin with the same system prompt. In a packed sequence the tokens that all rows of its lane
 have in common are stored once, at the head, in the segment `batch.SHARED`, which every row of the sequence attends to.
-The loss and the gradient are those of whole rows. On the quickstart's rows a step then learns from half as many rows
-again, in about the same time.
+The loss and the gradient are those of whole rows. On the quickstart's rows a step then learns from 50% more rows in
+about the same time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ _END = -1
 
 
 class PromptIndex:
-    """What is remembered of many prompts, 12 bytes each, so that their common prefix is known without reading them.
+    """An index of many prompts, 12 bytes each, from which their common prefix is known without reading them.
 
     lengths: tokens of each prompt `[N]`. agreeing: how many of them are those of the first prompt `[N]`. following: the
     token after these `[N]`, `_END` if there is none.
@@ -30,8 +30,8 @@ class PromptIndex:
     def common_prefix(self, chosen: range, examples: Sequence[Example]) -> np.ndarray:
         """The tokens with which the prompts of the chosen examples begin.
 
-        The examples themselves are read only in a case that needs it: all of their prompts leave the first one at the
-        same place and with the same token, so that they may have more in common with each other.
+        The examples themselves are read only in a case that needs it: all of their prompts diverge from the first one
+        at the same place and with the same token, so that they may have more in common with each other.
         """
         agreeing, following = self.agreeing[chosen], self.following[chosen]
         shared = int(agreeing.min())
@@ -54,7 +54,7 @@ def shared_prefix(examples: Sequence[Example]) -> np.ndarray:
 
 
 def shared_prefix_of(parts: Sequence[tuple[Sequence[Example], range]]) -> np.ndarray:
-    """As `shared_prefix`, of some examples of each of several sequences, by their indices."""
+    """As `shared_prefix`, for the chosen examples of several sequences, by their indices."""
     prefixes, shortest = [], []
     for examples, chosen in parts:
         if not len(chosen):
@@ -71,7 +71,7 @@ def shared_prefix_of(parts: Sequence[tuple[Sequence[Example], range]]) -> np.nda
 
 
 def put_before(batch: Batch, head: np.ndarray) -> None:
-    """Write the shared tokens to the head of every sequence of a batch, in place, where room for them is left."""
+    """Write the shared tokens to the head of every sequence of a batch, in place, where space was reserved for them."""
     batch["positions"] += len(head)
     batch["tokens"][:, : len(head)] = head
     batch["segments"][:, : len(head)] = SHARED

@@ -52,7 +52,7 @@ PACKAGED: dict[str, Callable[[], list[Row]]] = {
 
 
 LARGE = 256 * 2**20
-"""Bytes of a JSONL file from which on its rows stay on disk."""
+"""Size in bytes above which the rows of a JSONL file stay on disk."""
 
 
 def load_rows(
@@ -63,7 +63,7 @@ def load_rows(
     Packaged benchmarks (the keys of `PACKAGED`) and single files have only the split "train"; folders, hub ids and the
     keys of `HUB_SETS` take any that `datasets.load_dataset` takes, such as "test" or "train[:500]". Remote code never
     runs. Of folders, hub ids, Parquet files and JSONL files of more than `LARGE` bytes the rows stay on disk: they are
-    checked here, and read when they are asked for. ignore_fields: fields that may be left out although they could hold
+    checked here, and read on access. ignore_fields: fields that may be left out although they could hold
     what is to be learned; "*": all that are not used.
 
     Raises UserError if nothing has this name, if it cannot be reached or read, if it is empty, if a row has
@@ -173,13 +173,13 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
             raise UserError(f"{path.name} has one JSON value per line: name it .jsonl") from error
         raise
     if not isinstance(records, list):
-        found = type(records).__name__
-        lists = [key for key, value in records.items() if isinstance(value, list)] if found == "dict" else []
+        kind = type(records).__name__
+        lists = [key for key, value in records.items() if isinstance(value, list)] if kind == "dict" else []
         rows = [key for key in lists if records[key] and all(isinstance(r, dict) for r in records[key])]
-        mend = "wrap it in [...]"
+        fix = "wrap it in [...]"
         if rows and not {"messages", "conversations", "prompt"} & records.keys():
-            mend = f"its `{rows[0]}` is one: write that list alone into the file"
-        raise UserError(f"{path.name} must hold one list of rows, found {found}; {mend}")
+            fix = f"its `{rows[0]}` is one: write only that list to the file"
+        raise UserError(f"{path.name} must hold one list of rows, found {kind}; {fix}")
     yield from enumerate(records, 1)
 
 
@@ -226,12 +226,12 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet(path: Path) -> Any:
-    # The packaged Parquet loader, named outright: a bare path would be taken for a data set's id.
+    # The Parquet loader is named explicitly: a bare path would be taken for a data set's id.
     import datasets
 
     try:
         return datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except Exception as error:  # datasets and pyarrow each raise their own
+    except Exception as error:  # datasets and pyarrow each raise their own errors
         reason = type(error).__name__
         raise UserError(f"{path.name} cannot be read as Parquet ({reason}); write it again") from error
 

@@ -1,4 +1,4 @@
-"""Rows that know where each of them is stored, for the errors that name it."""
+"""Rows that record where each of them is stored, so that errors can name it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar, overload
@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 class Rows(Sequence[T], Generic[T]):
-    """Normalized rows, in memory or on disk. They never change, so that whatever takes rows uses them as they are.
+    """Normalized rows, in memory or on disk. They never change, so they are passed on without copies.
 
     read: index -> row; for rows on disk, of which there may be more than memory holds, called at each access.
     where: index -> words that say where the row is stored. answered: whether all rows were checked to have an answer.
@@ -30,7 +30,7 @@ class Rows(Sequence[T], Generic[T]):
         return self._read(chosen) if isinstance(chosen, int) else self.select(chosen)
 
     def select(self, indices: Sequence[int]) -> "Rows[T]":
-        """The rows with these indices, which keep saying where they are stored."""
+        """The rows with these indices, with the record of where they are stored."""
         return Rows(
             lambda index: self._read(indices[index]),
             len(indices),
@@ -60,5 +60,5 @@ def place(name: str, number: int, unit: str = "row") -> str:
 
 
 def place_of(rows: Any, index: int, name: str) -> str:
-    """Words that say where one of some rows is stored; `name` is used for rows that do not know."""
+    """Words that say where a row is stored; `name` is used for rows that do not record it."""
     return rows.where(index) if isinstance(rows, Rows) else place(name, index + 1)

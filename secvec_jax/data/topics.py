@@ -1,4 +1,4 @@
-"""Parts of a data set that share no topic, so that what is measured on one was not trained on in another.
+"""Parts of a data set that share no topic, so that nothing measured on one part was trained on in another.
 
 parts = split_by_topic(harmful, {"vectors": 100, "unseen": 60}, seed=0)
 """
@@ -43,10 +43,10 @@ _CARRIER_WORDS = frozenset(
 
 
 def split_by_topic(rows: Sequence[Row], sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
-    """Return parts of the asked sizes such that no topic is in two of them.
+    """Return parts of the requested sizes such that no topic is in two of them.
 
     Prompts that share half of their content words, directly or through others, are one topic. Topics are
-    dealt out whole, the larger first and each to a part with room for it; one too large for any part is
+    assigned whole, the largest first and each to a part with room for it; one too large for any part is
     cut, and rows left over are not used. The same rows, sizes and seed give the same parts. Raises
     UserError if the rows or their topics are too few, or a size is below 1.
     """
@@ -54,9 +54,9 @@ def split_by_topic(rows: Sequence[Row], sizes: dict[str, int], seed: int) -> dic
         raise UserError(f"every part needs a size of at least 1, found {sizes}")
     surplus = len(rows) - sum(sizes.values())
     clusters = [[rows[index] for index in cluster] for cluster in _topics([prompt_of(r) for r in rows])]
-    # Dealing the surplus out as well keeps small topics in the parts; without it fewer rows are wasted.
+    # Assigning the surplus as well keeps small topics in the parts; without it fewer rows are wasted.
     for spare in (surplus, 0) if surplus >= 0 else ():
-        parts = _deal(clusters, sizes, spare, random.Random(seed))
+        parts = _assign(clusters, sizes, spare, random.Random(seed))
         if all(len(parts[name]) == size for name, size in sizes.items()):
             return parts
     raise UserError(
@@ -95,14 +95,14 @@ class _PromptIndex:
         """Which prompts, counted in the order of `add`, are on the topic of this one."""
         words = topic_words(prompt)
         shared = Counter(number for word in words for number in self._by_word.get(word, ()))
-        found = {
+        matches = {
             number
             for number, count in shared.items()
             if count >= SAME_TOPIC * (len(words) + self._word_counts[number] - count)
         }
         if prompt in self._by_text:
-            found.add(self._by_text[prompt])
-        return sorted(found)
+            matches.add(self._by_text[prompt])
+        return sorted(matches)
 
 
 def _topics(prompts: list[str]) -> list[list[int]]:
@@ -121,19 +121,19 @@ def _topics(prompts: list[str]) -> list[list[int]]:
     return list(clusters.values())
 
 
-def _deal(clusters: list[list[Row]], sizes: dict[str, int], spare: int, rng: random.Random) -> dict[str, list[Row]]:
-    names: list[str | None] = [*sizes, None]  # None: dealt out, but to no part
+def _assign(clusters: list[list[Row]], sizes: dict[str, int], spare: int, rng: random.Random) -> dict[str, list[Row]]:
+    names: list[str | None] = [*sizes, None]  # None: rows that no part takes
     capacity = {name: spare if name is None else sizes[name] for name in names}
-    dealt: dict[str | None, list[Row]] = {name: [] for name in capacity}
+    assigned: dict[str | None, list[Row]] = {name: [] for name in capacity}
     for cluster in sorted(rng.sample(clusters, len(clusters)), key=len, reverse=True):
-        room = {name: capacity[name] - len(part) for name, part in dealt.items()}
+        room = {name: capacity[name] - len(part) for name, part in assigned.items()}
         fits = [name for name in room if room[name] >= len(cluster)]
         if fits:
             name = rng.choices(fits, [room[name] for name in fits])[0]
         else:
             name = max(sizes, key=lambda part: room[part])
-        dealt[name] += cluster[: room[name]]
-    parts = {name: dealt[name] for name in sizes}
+        assigned[name] += cluster[: room[name]]
+    parts = {name: assigned[name] for name in sizes}
     for part in parts.values():
         rng.shuffle(part)
     return parts
