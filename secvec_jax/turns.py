@@ -41,7 +41,7 @@ def render(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool 
 def turn_ends(tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a reply: the one that the chat template puts after it, then the tokenizer's `eos_token`.
 
-    In ChatML and Llama templates both are the same token. Gemma and Phi-3 end a turn with a token of its own. Without a
+    In ChatML and Llama templates both are the same token. Gemma and Phi-3 end a turn with a separate token. Without a
     template, or where it ends turns with plain text, only the `eos_token` is returned.
     """
     return _turn_ends(tokenizer, chat_template(tokenizer))
@@ -53,9 +53,10 @@ def _turn_ends(tokenizer: Any, template: str | None) -> tuple[int, ...]:
     if not template:
         return end
     chat = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": _CONTENT}]
-    behind = tokenizer.encode(render(tokenizer, chat).rpartition(_CONTENT)[2].lstrip(), add_special_tokens=False)
-    own = [token for token in behind[:1] if token in tokenizer.added_tokens_decoder]
-    return tuple(dict.fromkeys([*own, *end]))
+    text_after = render(tokenizer, chat).rpartition(_CONTENT)[2].lstrip()
+    tokens_after = tokenizer.encode(text_after, add_special_tokens=False)
+    template_end = [token for token in tokens_after[:1] if token in tokenizer.added_tokens_decoder]
+    return tuple(dict.fromkeys([*template_end, *end]))
 
 
 _THOUGHTS = (

@@ -1,26 +1,26 @@
-"""Security vectors as low-rank factors (LoRA, Hu et al. 2021), one pytree apart from the backbone.
+"""Security vectors as low-rank factors (LoRA, Hu et al. 2021), in a pytree separate from the backbone.
 
 At each target projection with weight W `[in, out]`, factors A `[in, r]` and B `[r, out]` and scale s, LoRA computes
 
     y  = x W + s (x A) B                          dx = dy Wᵀ + s (dy Bᵀ) Aᵀ
     dA = s xᵀ (dy Bᵀ)    dB = s (x A)ᵀ dy
 
-B starts at zero: a fresh adapter changes nothing. The textbook way is the formula as it stands, two thin products in
-addition to x W. Here the weight is formed first, one layer at a time, inside the scan over layers:
+B starts at zero: a fresh adapter changes nothing. The textbook way is that formula, with two thin products in addition
+to x W. Here the weight is formed first, one layer at a time, inside the scan over layers:
 
     y  = x (W + s A B)                            dx = dy (W + s A B)ᵀ
 
 That is the same function. For N tokens the thin products cost 2 N r (in + out) FLOPs, and A B costs 2 r in out: less
 as soon as N exceeds in out / (in + out), which is half the hidden size where W is square. Training is far beyond that.
-What counts more, thin products are bound by memory: each reads or writes all N tokens once more, forward and backward.
+More importantly, thin products are bound by memory: each reads or writes all N tokens once more, forward and backward.
 And for frozen vectors, as in phase 2, the backward pass has no thin products at all: dx is a single product. It was the
 faster form on a CPU and by the compiler's estimate for TPUs (benchmarks/RESULTS.md), so there is only this one.
 
-Left to itself, autodiff would derive dA and dB from dW = xᵀ dy: an array as large as the frozen weight, by a product as
+Autodiff by itself would derive dA and dB from dW = xᵀ dy: an array as large as the frozen weight, by a product as
 expensive as x W. So W + s A B is formed from constant factors (`LoRAVectors.kernel`), and an identity on y
 whose custom backward pass is the two formulas above hands A and B their gradients (`_with_factor_gradients`). It is
 called after the product (`LoRAVectors.linear`), keeps x, A and B, and keeps nothing where the factors are frozen. The
-backward pass forms W + s A B again and x A anew: kept, they would take as much memory as the backbone.
+backward pass recomputes W + s A B and x A: stored, they would take as much memory as the backbone.
 
 In decoding, N is the number of rows, and W + s A B would be formed at every token: there, merge (`merge_adapters`).
 
@@ -75,16 +75,16 @@ class LoRA:
 
     def projections(self, architecture: Architecture) -> tuple[str, ...]:
         """The projections of the model that a pattern matches. Raises UserError if there are none."""
-        found = tuple(
+        matched = tuple(
             projection
             for projection in architecture.projections
             if any(fnmatch.fnmatch(projection, p) for p in self.targets)
         )
-        if not found:
+        if not matched:
             raise UserError(
                 f"targets {', '.join(self.targets)} match nothing: the model has {architecture.projections}"
             )
-        return found
+        return matched
 
     def init(self, architecture: Architecture, key: jax.Array) -> "LoRAVectors":
         """Fresh vectors: A uniform as in PEFT (Kaiming with a = sqrt(5)), B zero, so the logits are unchanged."""
@@ -142,10 +142,10 @@ class LoRAVectors(Adapter):
             inputs, outputs = architecture.kernel_shape(projection)
             expected = ((architecture.num_layers, inputs, self.spec.rank),
                         (architecture.num_layers, self.spec.rank, outputs))  # fmt: skip
-            found = (factors["a"].shape, factors["b"].shape)
-            if found != expected:
+            shapes = (factors["a"].shape, factors["b"].shape)
+            if shapes != expected:
                 raise UserError(
-                    f"vectors at {projection} have shapes {found}, the model needs {expected}: wrong backbone"
+                    f"vectors at {projection} have shapes {shapes}, the model needs {expected}: wrong backbone"
                 )
 
 
@@ -193,9 +193,9 @@ def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:
     instance("key", key, jax.Array, "pass a key, such as jax.random.key(0)")
     keys = iter(jax.random.split(key, 2 * len(vectors.factors)))
     factors = {}
-    for projection, own in vectors.factors.items():
-        a, b = (jax.random.normal(next(keys), own[name].shape) for name in ("a", "b"))
-        ratio = _update_norm(own["a"], own["b"]) / _update_norm(a, b)
+    for projection, original in vectors.factors.items():
+        a, b = (jax.random.normal(next(keys), original[name].shape) for name in ("a", "b"))
+        ratio = _update_norm(original["a"], original["b"]) / _update_norm(a, b)
         factors[projection] = {"a": a * jnp.sqrt(ratio), "b": b * jnp.sqrt(ratio)}
     return shard(dataclasses.replace(vectors, factors=factors))
 
@@ -226,7 +226,7 @@ def merge_adapters(backbone: Decoder, adapters: tuple[Adapter, ...]) -> tuple[De
 
     For decoding and judging, where the adapted weights would be formed again at each token; merged, they are a copy of
     the adapted kernels in memory. Without LoRA adapters the backbone is returned as it is. A LoRA adapter is not merged
-    if an adapter before it changes kernels in a way of its own, since the order would change.
+    if an adapter before it changes kernels in another way, since the order would change.
     """
     others: list[Adapter] = []
     kernels_changed = False
@@ -242,7 +242,7 @@ def merge_adapters(backbone: Decoder, adapters: tuple[Adapter, ...]) -> tuple[De
 def _updated_kernel(projection: str, scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """`W + scale * A B` of one layer or of all.
 
-    A B is sharded as W is: left alone, every device would hold the whole of it.
+    A B is sharded as W is: without the constraint, every device would hold all of it.
     """
     layers = ("layers",) * (kernel.ndim - 2)
     return kernel + constrain(scale * a @ b, *layers, *KERNEL_AXES[projection])

@@ -72,7 +72,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
 
 
 def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
-    """The vectors in a PEFT LoRA adapter folder. Ours name their backbone, which is checked; of others, the shapes are.
+    """The vectors in a PEFT LoRA adapter folder. If it names its backbone, as ours do, that is checked.
 
     Layers that the adapter leaves out (`layers_to_transform`) get factors of zeros, which change nothing.
     Raises UserError if it is missing or corrupt, not plain LoRA, or does not fit the model.
@@ -82,7 +82,7 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     if not (folder / WEIGHTS).exists() and (folder / _PICKLE).exists():
         raise UserError(pickled(folder / _PICKLE))
     metadata, tensors = read_tensors(folder / WEIGHTS)
-    ours = "sites" in metadata  # several sites of a module have ranks of their own; else they share A
+    ours = "sites" in metadata  # then the projections of a fused module have separate ranks; otherwise they share A
     modules = _peft_modules(model, metadata["sites"].split(",") if ours else model.architecture.projections)
     layers = {module: _layers(tensors, module, model.architecture.num_layers) for module in modules}
     modules = {module: projections for module, projections in modules.items() if layers[module]}
@@ -118,7 +118,7 @@ def _layers(tensors: Collection[str], module: str, count: int) -> set[int]:
 def _peft_modules(model: Model, projections: Collection[str]) -> dict[str, dict[str, tuple[int, int, int]]]:
     """PEFT's names of modules, with a `{}` for the layer -> the projections that they compute -> their outputs.
 
-    Outputs are (first, behind the last, of how many).
+    Outputs are (start, end, total), with the end not included.
     """
     names = weight_names(model.architecture)
     modules: dict[str, dict[str, tuple[int, int, int]]] = {}
@@ -140,7 +140,7 @@ def _patterns(spec: LoRA, modules: dict[str, dict]) -> dict[str, dict[str, float
 
 
 def _stacked(tensors: dict[str, np.ndarray], key: str, layers: set[int], model: Model) -> jax.Array:
-    """A weight of these layers, taken out of `tensors`, and zero in the others: `[L, in, out]`, float32."""
+    """A weight of these layers, removed from `tensors`, and zero in the others: `[L, in, out]`, float32."""
     given = {layer: tensors.pop(key.format(layer)).T for layer in sorted(layers)}
     zero = np.zeros_like(next(iter(given.values())))
     every = [given.get(layer, zero) for layer in range(model.architecture.num_layers)]

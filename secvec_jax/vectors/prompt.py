@@ -61,9 +61,9 @@ class SoftPromptVectors(Adapter):
     def check(self, architecture: Architecture) -> None:
         """Raises UserError if the prompt does not fit the architecture."""
         keys, values = _shapes(architecture, self.spec.virtual_tokens)
-        found = {name: array.shape for name, array in self.factors.items()}
-        if found != {"keys": keys, "values": values}:
-            raise UserError(f"the vectors have shapes {found}, the model needs {keys} and {values}: wrong backbone")
+        shapes = {name: array.shape for name, array in self.factors.items()}
+        if shapes != {"keys": keys, "values": values}:
+            raise UserError(f"the vectors have shapes {shapes}, the model needs {keys} and {values}: wrong backbone")
 
 
 def _shapes(architecture: Architecture, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -56,6 +56,6 @@ class SteeringVectors(Adapter):
     def check(self, architecture: Architecture) -> None:
         """Raises UserError if the directions do not fit the architecture."""
         expected = (architecture.num_layers, architecture.hidden_size)
-        found = {name: array.shape for name, array in self.factors.items()}
-        if found != {"direction": expected}:
-            raise UserError(f"the vectors have shapes {found}, the model needs a direction {expected}: wrong backbone")
+        shapes = {name: array.shape for name, array in self.factors.items()}
+        if shapes != {"direction": expected}:
+            raise UserError(f"the vectors have shapes {shapes}, the model needs a direction {expected}: wrong backbone")

@@ -87,7 +87,7 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
     except (ValueError, KeyError, TypeError):  # UserError and JSONDecodeError are ValueErrors
         intact = False
     if not intact:
-        raise UserError(f"{path} was altered after it was written: its fingerprint differs; train the vectors anew")
+        raise UserError(f"{path} was altered after it was written: its fingerprint differs; train the vectors again")
     vectors.check(model.architecture)
     check_backbone(metadata, model, path)
     return shard(vectors)

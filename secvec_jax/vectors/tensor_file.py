@@ -53,7 +53,9 @@ def _unreadable(path: Path, error: Exception) -> str:
         return pickled(path)
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is only a pointer of Git LFS: run `git lfs pull` in its folder"
-    return f"{path} is truncated or corrupt ({' '.join(str(error).split())}): fetch it again, or train the vectors anew"
+    return (
+        f"{path} is truncated or corrupt ({' '.join(str(error).split())}): fetch it again, or train the vectors again"
+    )
 
 
 def pickled(path: Path) -> str:
