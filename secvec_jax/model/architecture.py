@@ -54,7 +54,7 @@ class Architecture:
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     """rms: RMSNorm; rms_plus_one: RMSNorm that multiplies by 1 + weight; layer: LayerNorm (Ba et al. 2016)"""
     post_norms: bool = False
-    """the outputs of attention and MLP are normed once more before they are added"""
+    """the outputs of attention and MLP are normalized once more before they are added"""
     activation: Literal["silu", "gelu_tanh", "relu"] = "silu"
     gated: bool = True
     """down(act(gate(x)) * up(x)), else down(act(up(x)))"""

@@ -18,11 +18,11 @@ Attend = Callable[[jax.Array, Sequence[jax.Array], Sequence[jax.Array]], jax.Arr
 `[B, K, S_i, H]` -> `[B, T, N, H]`."""
 
 KERNEL = "attention"
-"""The name under which remat policies know the output of attention, to keep it for the backward pass."""
+"""The name by which remat policies recognize the output of attention, to keep it for the backward pass."""
 
 _LANES = 128
 _MAX_QUERY_BLOCKS = 8
-"""Each block of queries is a program of its own, and more of them would skip few more keys."""
+"""Each block of queries is compiled separately, and more blocks would skip few more keys."""
 
 
 def self_attention(
@@ -36,7 +36,7 @@ def self_attention(
 ) -> Attend:
     """Attention of packed sequences `[B, T]` over themselves, and over `prefix_len` keys of adapters before them.
 
-    shared_prefix: whether tokens may have the segment `SHARED`, which the fused kernel for TPUs does not know.
+    shared_prefix: whether tokens may have the segment `SHARED`, which the fused kernel for TPUs does not support.
     """
     if prefix_len:
         mask = visible(segments, segments, positions, positions, window=window)
@@ -72,7 +72,7 @@ def cached_attention(
 
 
 def _after_prefix(prefix_len: int, *masks: jax.Array) -> jax.Array:
-    """The masks `[B, 1, T, S_i]` side by side, after `prefix_len` keys that every query sees."""
+    """The masks `[B, 1, T, S_i]`, concatenated after `prefix_len` keys that every query sees."""
     everywhere = jnp.ones((*masks[0].shape[:3], prefix_len), bool)
     return jnp.concatenate([everywhere, *masks], axis=-1)
 

@@ -221,8 +221,8 @@ def weight_names(architecture: Architecture) -> dict[str, WeightName]:
         for module, projections in family.fused.items():
             if projection in projections:
                 ends = [sum(a.kernel_shape(s)[1] for s in projections[:count]) for count in range(len(projections) + 1)]
-                at = projections.index(projection)
-                place, modules[f"layers.{projection}"] = {"rows": (ends[at], ends[at + 1], ends[-1])}, module
+                number = projections.index(projection)
+                place, modules[f"layers.{projection}"] = {"rows": (ends[number], ends[number + 1], ends[-1])}, module
         add(f"layers.{projection}.kernel", f"layers.{projection}", transpose=True, **place)
         if a.has_bias(projection):
             add(f"layers.{projection}.bias", f"layers.{projection}", "bias", **place)

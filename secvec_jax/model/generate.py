@@ -1,8 +1,8 @@
 """Decoding: jitted, batched, with a key-value cache; greedy or sampled.
 
 A prefix that all prompts share (the system prompt) is read once, and all rows attend to its cache. The rest of the
-prompts is read in packed sequences, as in training. Its keys and values are then rearranged into one row a prompt, with
-padding on the left, so that all replies start at the same slot.
+prompts is read in packed sequences, as in training. Its keys and values are then rearranged into one row per prompt,
+with padding on the left, so that all replies start at the same slot.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ from secvec_jax.trees import unstacked
 _BUCKET = 16
 _NO_TOKEN = -1
 _PROMPTS_PER_SEQUENCE, _TOKENS_PER_SEQUENCE = 8, 512
-"""Prompts are packed until a sequence has, on average, so many prompts or tokens; one prompt may be longer."""
+"""Prompts are packed until a sequence has, on average, this many prompts or tokens; one prompt may be longer."""
 _SHORT = 128
-"""Prompts of up to so many tokens are batched together: their cache costs next to nothing compared with the weights."""
+"""Prompts of up to this many tokens are batched together: their cache is tiny compared with the weights."""
 
 
 def generate_tokens(
@@ -100,10 +100,10 @@ def _batches_by_length(suffixes: Sequence[np.ndarray], batch_size: int) -> list[
 
 
 class _Packed(NamedTuple):
-    """Prompts packed into P sequences of W tokens, and where each prompt's tokens are among them.
+    """Prompts packed into P sequences of W tokens, and where each prompt's tokens are in them.
 
-    tokens, segments, positions: `[P, W]`. indices, marks: `[B, T]`, one row a prompt, padded on the left: each token's
-    place in the flattened sequences, and 1 where there is a token.
+    tokens, segments, positions: `[P, W]`. indices, marks: `[B, T]`, one row per prompt, padded on the left: each
+    token's index in the flattened sequences, and 1 where there is a token.
     """
 
     tokens: np.ndarray
@@ -116,7 +116,7 @@ class _Packed(NamedTuple):
 def _packed(batches: Sequence[Sequence[np.ndarray]], rows: int, prefix_len: int) -> list[_Packed]:
     """Each batch of suffixes packed into sequences of about the same length, all batches in the same shapes.
 
-    A batch with fewer suffixes than `rows` is filled up with suffixes of one token, so that no row is empty.
+    A batch with fewer suffixes than `rows` is filled with suffixes of one token, so that no row is empty.
     """
     filled = [[*batch, *[np.zeros(1, np.int32)] * (rows - len(batch))] for batch in batches]
     most_tokens = max(sum(map(len, batch)) for batch in filled)
@@ -182,23 +182,24 @@ def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, indi
     hidden, (keys, values) = decoder.prefill(tokens, segments, positions, adapters, cache, dtype)
     (layers, _, heads, size, _), (rows, longest) = keys.shape, indices.shape
 
-    def one_row_a_prompt(packed: jax.Array, prefixes: Sequence[jax.Array]) -> jax.Array:
-        """`[L, P, K, W, H]` -> `[L, B, K, S, H]`: the slots of the prefix, then the prompt's own, then free ones."""
+    def one_row_per_prompt(packed: jax.Array, prefixes: Sequence[jax.Array]) -> jax.Array:
+        """`[L, P, K, W, H]` -> `[L, B, K, S, H]`: the slots of the prefix, then those of the prompt, then free ones."""
         flat = packed.swapaxes(1, 2).reshape(layers, heads, -1, size)
-        own = jnp.take(flat, indices.reshape(-1), axis=2).reshape(layers, heads, rows, longest, size).swapaxes(1, 2)
+        prompts = jnp.take(flat, indices.reshape(-1), axis=2).reshape(layers, heads, rows, longest, size)
+        prompts = prompts.swapaxes(1, 2)
         before = [jnp.broadcast_to(prefix, (layers, rows, *prefix.shape[2:])) for prefix in prefixes]
-        free = jnp.zeros((layers, rows, heads, slots, size), own.dtype)
-        slots_in_order = jnp.concatenate([*before, own, free], axis=3)
+        free = jnp.zeros((layers, rows, heads, slots, size), prompts.dtype)
+        slots_in_order = jnp.concatenate([*before, prompts, free], axis=3)
         return constrain(slots_in_order, "layers", "batch", "heads", "length", "head_dim")
 
-    def with_prefix_and_free_slots(own: jax.Array, prefix: jax.Array) -> jax.Array:
+    def with_prefix_and_free_slots(prompts: jax.Array, prefix: jax.Array) -> jax.Array:
         """`[B, T]` -> `[B, S]`"""
         before = jnp.broadcast_to(prefix, (rows, *prefix.shape))
-        return jnp.concatenate([before, own, jnp.zeros((rows, slots), own.dtype)], axis=1)
+        return jnp.concatenate([before, prompts, jnp.zeros((rows, slots), prompts.dtype)], axis=1)
 
     part = KVSegment(
-        one_row_a_prompt(keys.swapaxes(3, 4), [part.keys.swapaxes(3, 4) for part in cache.parts]).swapaxes(3, 4),
-        one_row_a_prompt(values, [part.values for part in cache.parts]),
+        one_row_per_prompt(keys.swapaxes(3, 4), [part.keys.swapaxes(3, 4) for part in cache.parts]).swapaxes(3, 4),
+        one_row_per_prompt(values, [part.values for part in cache.parts]),
     )
     row_segments = with_prefix_and_free_slots(marks, cache.segments[0])
     row_positions = with_prefix_and_free_slots(positions.reshape(-1)[indices], cache.positions[0])
@@ -212,7 +213,7 @@ _unrolled_layers = jax.jit(Decoder.unrolled_layers)
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "stops", "sampling", "dtype"))
 def _decode(decoder, adapters, unrolled, cache, logits, done, occurred, key, *, max_new_tokens, stops, sampling, dtype):
-    """Replies `[B, max_new_tokens]`, filled up with the first of `stops`.
+    """Replies `[B, max_new_tokens]`, padded with the first of `stops`.
 
     unrolled: `unrolled_layers`, or None for a scan over the layers. logits `[B, V]`: of the first token. done `[B]`:
     rows without a prompt. occurred `[B, V]`: the tokens that each row has so far, or None if sampling ignores them.

@@ -1,4 +1,4 @@
-"""Models out of llama.cpp's GGUF files: weights, architecture and tokenizer, without torch.
+"""Reading models from llama.cpp's GGUF files: weights, architecture and tokenizer, without torch.
 
 A file in parts (NAME-00001-of-00003.gguf) is read as one, whichever part is named. Metadata that is missing takes
 llama.cpp's own default where there is one; a key that could change what the model computes and is not understood is
@@ -52,10 +52,10 @@ class GGUF:
     def field(self, name: str, default: Any = None) -> Any:
         """A metadata value, `default` if the file does not have it. Raises UserError if it is damaged."""
         for reader in self._readers:
-            if (found := reader.fields.get(name)) is not None:
+            if (field := reader.fields.get(name)) is not None:
                 try:
-                    return found.contents()
-                except Exception as error:  # gguf has no kind of its own for damaged values
+                    return field.contents()
+                except Exception as error:  # gguf has no error class for damaged values
                     raise UserError(f"{self.path} has a damaged {name} ({error}): fetch it again") from error
         return default
 
@@ -63,7 +63,7 @@ class GGUF:
         """A metadata value. Raises UserError if the file does not have it."""
         value = self.field(name)
         if value is None:
-            raise UserError(f"{self.path} lacks {name}: convert the model to GGUF anew")
+            raise UserError(f"{self.path} lacks {name}: convert the model to GGUF again")
         return value
 
     @property
@@ -74,12 +74,12 @@ class GGUF:
         """A tensor in float32, dequantized, row-major `[outputs, inputs]`."""
         import gguf
 
-        found = self._tensors[name]
-        shape = tuple(int(size) for size in reversed(found.shape))
+        stored = self._tensors[name]
+        shape = tuple(int(size) for size in reversed(stored.shape))
         try:
-            wide = gguf.quants.dequantize(found.data, found.tensor_type).reshape(shape)
+            wide = gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(shape)
         except Exception as error:  # an unknown quantization, or data that does not fill the shape
-            kind = getattr(found.tensor_type, "name", found.tensor_type)
+            kind = getattr(stored.tensor_type, "name", stored.tensor_type)
             raise UserError(f"{self.path}: {name} of type {kind} cannot be read ({error}): use another file") from error
         return wide.astype(np.float32, copy=False)
 
@@ -99,7 +99,7 @@ class GGUF:
             self.needed(f"{kind}.{key}")
         self._check_keys(kind, value)
         if "token_embd.weight" not in self._tensors or len(self._tensors["token_embd.weight"].shape) != 2:
-            raise UserError(f"{self.path} lacks token_embd.weight: convert the model to GGUF anew")
+            raise UserError(f"{self.path} lacks token_embd.weight: convert the model to GGUF again")
         try:
             heads = value("attention.head_count")
             head_dim = value("attention.key_length", value("embedding_length") // heads)
@@ -157,7 +157,7 @@ class GGUF:
         raise UserError("it has rotary factors of an unknown kind: use the model's safetensors folder")
 
     def read(self) -> tuple[Architecture, Callable[[str], np.ndarray], set[str]]:
-        """The architecture, a reader by Hugging Face weight name, and the Hugging Face names that are there."""
+        """The architecture, a reader by Hugging Face weight name, and the Hugging Face names of the file's weights."""
         architecture = self.architecture()
         places = {}
         for leaf, name in weight_names(architecture).items():
@@ -200,7 +200,7 @@ def _opened(path: Path) -> Any:
 
     try:
         return gguf.GGUFReader(path)
-    except Exception as error:  # gguf raises whatever damaged bytes lead to
+    except Exception as error:  # gguf raises errors of many kinds for damaged bytes
         raise UserError(f"{path} is no whole GGUF file ({error}): fetch it again") from error
 
 

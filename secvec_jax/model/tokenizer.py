@@ -1,4 +1,4 @@
-"""The tokenizer of a folder: read, written, or missing."""
+"""Reading and writing the tokenizer of a folder, which may have none."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ VOCABULARIES = (
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
-_OF_THE_LOADING = ("is_local", "local_files_only", "name_or_path", "_commit_hash")
+_LOADING_ENTRIES = ("is_local", "local_files_only", "name_or_path", "_commit_hash")
 """What transformers adds to tokenizer_config.json about how a tokenizer was loaded."""
 
 
 class MissingTokenizer:
-    """Stands in for the tokenizer of a model that came without one: whatever needs text raises UserError."""
+    """Stands in for the tokenizer of a model that came without one: anything that needs text raises UserError."""
 
     def __init__(self, source: str):
         self._source = source
@@ -59,7 +59,7 @@ def load_tokenizer(folder: Path) -> Any:
     Raises UserError if the files are incomplete or cannot be read.
     """
     if not any((folder / name).is_file() for name in VOCABULARIES):
-        # transformers would make an empty tokenizer up.
+        # transformers would create an empty tokenizer.
         if any((folder / name).is_file() for name in SETTINGS):
             raise UserError(
                 f"{folder} has no tokenizer that can be read: it lacks the vocabulary, copy tokenizer.json (or "
@@ -70,9 +70,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exception, transformers whatever a file leads to
+    except Exception as error:  # tokenizers raises plain Exception, transformers errors of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} has no tokenizer that can be read ({reason}): copy its files anew") from error
+        raise UserError(f"{folder} has no tokenizer that can be read ({reason}): copy its files again") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -83,5 +83,5 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     if path.is_file():
         entries = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in entries.items() if key not in _OF_THE_LOADING}
+        kept = {key: value for key, value in entries.items() if key not in _LOADING_ENTRIES}
         path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

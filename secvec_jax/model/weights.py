@@ -1,7 +1,7 @@
-"""A decoder's weights out of a checkpoint's files, and back into them.
+"""Reading a decoder's weights from a checkpoint's files, and writing them.
 
-Every process reads the parts of its own devices, and weights leave layer by layer: the host never holds the model
-twice. Errors say what to do about the files.
+Every process reads the parts of its own devices, and weights are written layer by layer: the host never holds the
+model twice. Errors say what to do about the files.
 """
 
 import collections
@@ -40,16 +40,16 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError if the file is missing, cannot be read, or holds anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: --model needs a whole Hugging Face folder") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch the model again") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: fetch the model again")
-    return found
+    return value
 
 
 def files_of(index: Path) -> list[str]:
@@ -78,7 +78,7 @@ class _Stored:
         from safetensors import SafetensorError, safe_open
 
         try:
-            # Opened anew for each part: the pages of an open file count as this process's memory.
+            # Opened again for each part: the pages of an open file count as this process's memory.
             with safe_open(self.file, framework="numpy") as opened:
                 return opened.get_slice(self.name)[index]
         except (SafetensorError, OSError) as error:
@@ -99,13 +99,13 @@ def open_safetensors(folder: Path) -> dict[str, _Stored]:
         try:
             with safe_open(path, framework="numpy") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}
-                shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
-                kinds = {name: found.get_dtype() for name, found in slices.items()}
+                shapes = {name: tuple(stored.get_shape()) for name, stored in slices.items()}
+                kinds = {name: stored.get_dtype() for name, stored in slices.items()}
         except FileNotFoundError as error:
             pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
             other = f"{pickled.name} is a pickle, convert it" if pickled else "fetch the model again"
             raise UserError(f"{path} is missing: the model's weights must be safetensors, {other}") from error
-        except Exception as error:  # a damaged header leads to many kinds
+        except Exception as error:  # a damaged header raises errors of many kinds
             raise UserError(f"{path} is truncated or corrupt ({error}): fetch it again") from error
         for name, kind in kinds.items():
             if kind not in _FLOATS and not name.endswith(_REDUNDANT):
@@ -126,7 +126,7 @@ def stored_dtype(weights: Mapping[str, _Stored]) -> str:
 
 
 def resolve_head(architecture: Architecture, weights: dict[str, _Stored], folder: Path) -> dict[str, _Stored]:
-    """The weights without the second copy of a tied embedding, which may stand under either name.
+    """The weights without the second copy of a tied embedding, which may be stored under either name.
 
     Raises UserError if the two differ: transformers would use both, other programs one of them.
     """
@@ -169,15 +169,17 @@ def assemble(
         parts = {index: np.empty([stop - start for start, stop in index], np.float32) for index in _parts(leaf, where)}
         shape = leaf.shape[1:] if name.layered else leaf.shape
         for slot, hf in enumerate(members(name, architecture)):
-            found = weight(hf)
-            asked = shape[::-1] if name.transpose else shape
-            first, _, rows = name.rows or (0, None, asked[0])
-            if found.shape != (rows, *asked[1:]):
-                raise UserError(f"{source}: {hf} has shape {found.shape}, config.json asks for {(rows, *asked[1:])}")
+            stored = weight(hf)
+            expected = shape[::-1] if name.transpose else shape
+            first, _, rows = name.rows or (0, None, expected[0])
+            if stored.shape != (rows, *expected[1:]):
+                raise UserError(
+                    f"{source}: {hf} has shape {stored.shape}, config.json asks for {(rows, *expected[1:])}"
+                )
             for index, part in parts.items():
                 bounds, part = (index[1:], part[slot]) if name.layered else (index, part)
                 (start, stop), *others = reversed(bounds) if name.transpose else bounds
-                read = found[(slice(first + start, first + stop), *(slice(*other) for other in others))]
+                read = stored[(slice(first + start, first + stop), *(slice(*other) for other in others))]
                 if name.transpose:
                     _transpose(read, part)
                 else:
@@ -213,24 +215,24 @@ def _transpose(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def members(name: WeightName, architecture: Architecture) -> list[str]:
-    """The checkpoint's names of a leaf's weights, one a layer."""
+    """The checkpoint's names of a leaf's weights, one per layer."""
     return [name.hf.format(layer) for layer in range(architecture.num_layers)] if name.layered else [name.hf]
 
 
 def _leaves(backbone: Decoder) -> Iterator[tuple[WeightName, list[jax.Array]]]:
-    """The decoder's arrays, those together that a checkpoint keeps in one weight, in the order of its rows."""
+    """The decoder's arrays, grouped by the checkpoint weight that stores them, in the order of its rows."""
     names = weight_names(backbone.architecture)
-    found: dict[str, list[tuple[WeightName, jax.Array]]] = {}
+    by_weight: dict[str, list[tuple[WeightName, jax.Array]]] = {}
     for stored_as, leaf in backbone.named_leaves():
         name = names[stored_as]
-        found.setdefault(name.hf, []).append((name, leaf))
-    for parts in found.values():
+        by_weight.setdefault(name.hf, []).append((name, leaf))
+    for parts in by_weight.values():
         parts.sort(key=lambda part: part[0].rows or ())
         yield parts[0][0], [leaf for _, leaf in parts]
 
 
 def exact_dtypes(backbone: Decoder, dtype: str) -> dict[str, str]:
-    """By weight: `dtype` where it holds the values exactly, else float32. Of several processes, all must ask."""
+    """By weight: `dtype` where it holds the values exactly, else float32. All processes must call this."""
     kinds: dict[str, str] = {}
     for name, leaves in _leaves(backbone):
         exact = dtype != "float32" and all(bool(_fits(leaf, dtype)) for leaf in leaves)
@@ -259,7 +261,7 @@ def weight_sizes(backbone: Decoder, kinds: Mapping[str, str]) -> dict[str, int]:
 
 
 def gathered(backbone: Decoder, kinds: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight on the host as a checkpoint keeps it, in the order of `weight_sizes`, one layer's at a time.
+    """Every weight on the host as a checkpoint keeps it, in the order of `weight_sizes`, one layer at a time.
 
     kinds: the dtype of each, by name. Raises UserError for a weight that its dtype is too small for.
     """
@@ -303,4 +305,4 @@ def write_weights(sizes: dict[str, int], weights: Iterable[tuple[str, np.ndarray
     weights = iter(weights)
     for file, group in zip(files, groups):
         save_file(dict(itertools.islice(weights, len(group))), folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # it writes for its owner only
+        (folder / file).chmod(0o644)  # save_file makes it readable by its owner only
