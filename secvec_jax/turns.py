@@ -11,7 +11,10 @@ _CONTENT = "said"
 
 
 def chat_template(tokenizer: Any) -> str | None:
-    """The tokenizer's chat template: its only one, or of several the one named "default". UserError if none is."""
+    """The tokenizer's chat template: its only one, or of several the one named "default".
+
+    Raises UserError if none of several has this name.
+    """
     template = tokenizer.chat_template
     if not isinstance(template, dict):
         return template or None

@@ -131,7 +131,7 @@ _UNDETERMINED = frozenset({
 
 
 def asdiv() -> list[Row]:
-    """ASDiv (Miao et al. 2020): arithmetic in words, answered with the number alone.
+    """ASDiv (Miao et al. 2020): arithmetic in words, answered with only the number.
 
     Left out are answers that are not one number with or without a unit, such as names, times, ratios and lists.
     """

@@ -70,7 +70,7 @@ def encode(tokenizer: Any, messages: list[Message], max_length: int, control: Co
 
 
 def encode_all(tokenizer: Any, messages: list[Message], control: ControlTokens = "text") -> Example:
-    """As `encode`, of any length."""
+    """As `encode`, without a maximum length."""
     if control == "refuse" and (spelled_tokens := spelled(tokenizer, messages)):
         raise UserError(
             f"the text spells the control token {spelled_tokens[0]!r}: remove it, or set control_tokens to text"
@@ -151,7 +151,7 @@ def _until_end_of_turn(tokens: np.ndarray, span: np.ndarray, end: tuple[int, ...
 
 
 def _read(read: Callable[[], Any]) -> Any:
-    """What a tokenizer makes of a text. Raises UserError for whatever it raises."""
+    """The result of a tokenizer's call, whose errors are raised as UserError."""
     try:
         return read()
     except Exception as error:  # tokenizers raises errors worded for Rust

@@ -64,7 +64,7 @@ _PRIVATE = range(0xF0000, 0xFFFFE)
 
 
 def tokenize(tokenizer: Any, text: str, marks: str, starts: bool = True) -> tuple[list[int], list[int]]:
-    """The ids of a rendered chat and, if asked for, where each begins in it; what is between `marks` is plain text."""
+    """The ids of a rendered chat and, with `starts`, where each begins in it; what is between `marks` is plain text."""
     if not marks:
         return _encoded(tokenizer, text, starts=starts)
     ids: list[int] = []

@@ -28,13 +28,13 @@ LongRows = Literal["truncate", "drop", "refuse"]
 """How rows that are too long are handled: the answer is cut, the row is left out, or it is an error."""
 
 LENGTHS = (256, 512, 1024, 2048)
-"""Of packed sequences, in tokens, where no length is set: the shortest that holds the longest row, or the longest."""
+"""Lengths of packed sequences, if none is set: the shortest that holds the longest row, or the longest of these."""
 
 _KEPT = 50_000
 """Examples of one source that are kept in memory; the least recently used ones are dropped and encoded again."""
 
 _NAMED = 3
-"""Rows that a message names."""
+"""How many rows a message names."""
 
 _log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def records_of(data: Any) -> Any:
-    """A table as a list of dicts, one a row, with None where a value is missing; anything else unchanged."""
+    """A table as a list of dicts, one per row, with None where a value is missing; anything else unchanged."""
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # pandas
         kept = data.astype(object).where(data.notna(), None)
         return [{key: _plain(value) for key, value in record.items()} for record in kept.to_dict("records")]

@@ -54,7 +54,7 @@ _MAX_PEOPLE = 10_000
 
 @dataclass(frozen=True)
 class ProfileQA:
-    """Four facts each on invented people: to learn in `train`, asked in other words in `test`."""
+    """Four facts about each invented person: learned from `train`, asked in other words in `test`."""
 
     train: list[Row]
     test: list[Row]
@@ -88,7 +88,7 @@ def profile_qa(seed: int, people: int, phrasings: int = 2) -> ProfileQA:
 def open_profile_qa(seed: int, people: int, asked: int) -> ProfileQA:
     """Return questions on profiles that are in the prompt; `test` asks about `asked` other people.
 
-    What is to be learned is the task, to answer with the bare fact: `test` has other people and other words than
+    The task to learn is to answer with the bare fact: `test` has other people and other words than
     `train`, four questions on each. The same arguments give the same rows.
 
     Raises UserError if there are fewer than one or too many people.

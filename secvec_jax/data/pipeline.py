@@ -185,7 +185,7 @@ def _lengths(examples: Sequence[Example], chosen: range) -> np.ndarray:
 class Batches:
     """A stream being read: an iterator over the batches `[B, T]` of the given lanes, until none of them has rows.
 
-    Its state is JSON, {lane: state} of all lanes, whichever process reads them: any other mesh resumes from it exactly.
+    Its state is JSON, {lane: state} for the lanes of all processes: a run on any other mesh resumes from it exactly.
     """
 
     def __init__(self, stream: Stream, lanes: Sequence[int]):

@@ -72,7 +72,7 @@ def text_of(asked: str | list[Message]) -> str:
 
 
 def transcript(asked: str | list[Message]) -> str:
-    """Return what a model is asked as one text for a reader: a text as it is, a conversation with its roles."""
+    """Return what a model is asked as one text for a reader: a text unchanged, a conversation with its roles."""
     return asked if isinstance(asked, str) else "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in asked)
 
 
@@ -120,7 +120,7 @@ def normalize(record: Any, where: str, ignore: Collection[str] = ()) -> Row:
     `input` or `context` after the prompt, `history` ([[question, answer], ...]) before it. A record without an answer
     becomes a row without one; a `category` that is text and `options` that are a list of texts are kept.
 
-    Raises UserError for values that are not text, and for other fields than these that may change what is to be
+    Raises UserError for values that are not text, and for fields other than these that may change what is to be
     learned (see `fields`), unless `ignore` names them.
     """
     if not isinstance(record, Mapping):
@@ -150,8 +150,8 @@ def as_rows(
 ) -> Rows[Row]:
     """Return the rows of a list of dicts, a data frame or a `datasets.Dataset`; `name` is what errors call it.
 
-    `Rows` are returned as they are. A `Dataset` stays where it is, usually on disk: its records are read once to be
-    checked, and again whenever a row is asked for. ignore_fields: fields that `normalize` may leave out. Raises
+    `Rows` are returned as they are. A `Dataset` is not copied into memory: its records are read once to be
+    checked, and again on each access. ignore_fields: fields that `normalize` may leave out. Raises
     UserError if there are no rows, if a record cannot be read, or if `needs_answer` and a row has no answer.
     """
     data = records_of(data)

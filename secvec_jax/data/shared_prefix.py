@@ -20,8 +20,8 @@ _END = -1
 class PromptIndex:
     """An index of many prompts, 12 bytes each, from which their common prefix is known without reading them.
 
-    lengths: tokens of each prompt `[N]`. agreeing: how many of them are those of the first prompt `[N]`. following: the
-    token after these `[N]`, `_END` if there is none.
+    lengths: tokens of each prompt `[N]`. agreeing: how many of them it shares with the first prompt `[N]`. following:
+    the token after these `[N]`, `_END` if there is none.
     """
 
     def __init__(self, first: np.ndarray, lengths: np.ndarray, agreeing: np.ndarray, following: np.ndarray):
@@ -42,7 +42,7 @@ class PromptIndex:
 
 
 def agreement(first: np.ndarray, prompt: np.ndarray) -> tuple[int, int]:
-    """How many tokens of a prompt are those of the first, and the token after these."""
+    """How many leading tokens a prompt shares with the first one, and the token after these."""
     agreeing = len(_common_prefix([first, prompt]))
     return agreeing, int(prompt[agreeing]) if agreeing < len(prompt) else _END
 

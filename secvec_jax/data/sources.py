@@ -203,7 +203,7 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 _LONGEST_CELL = 2**31 - 1
-"""Characters of a CSV cell; Python's own limit of 131,072 would refuse long documents as broken."""
+"""Characters of a CSV cell; Python's own limit of 131,072 would reject long documents."""
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:

@@ -20,7 +20,7 @@ def bpe_tokenizer(path: Path, field: Callable[..., Any], needed: Callable[[str],
     """The tokenizer of the file at `path`. field, needed: metadata by name, None or UserError where it is missing.
 
     Raises UserError for a tokenizer of another kind, and for metadata that is missing or malformed: text that is split
-    in another way than the model was trained on gives other tokens, and no error.
+    differently than in training would give other tokens, without an error.
     """
     if needed("tokenizer.ggml.model") != "gpt2":
         raise UserError(

@@ -255,13 +255,15 @@ def check_mesh(architecture: Architecture) -> None:
         (a.vocab_size, "vocab", f"vocabulary of {a.vocab_size}"),
         (a.hidden_size, "embed", f"hidden size of {a.hidden_size}"),
     ]
-    for size, axis, words in sizes:
-        place, parts = AXIS_RULES[axis], num_shards(axis)
+    for size, axis, description in sizes:
+        mesh_axis, parts = AXIS_RULES[axis], num_shards(axis)
         if size % parts:
-            whole = math.gcd(*(other for other, name, _ in sizes if AXIS_RULES[name] == place))
-            *fit, last = [str(n) for n in range(1, parts) if whole % n == 0]
+            common_divisor = math.gcd(*(other for other, name, _ in sizes if AXIS_RULES[name] == mesh_axis))
+            *fit, last = [str(n) for n in range(1, parts) if common_divisor % n == 0]
             use = f"{', '.join(fit)} or {last}" if fit else last
-            raise UserError(f"mesh {place}={parts} does not divide the model's {words}: use {place}={use}")
+            raise UserError(
+                f"mesh {mesh_axis}={parts} does not divide the model's {description}: use {mesh_axis}={use}"
+            )
 
 
 def _write_folder(

@@ -16,12 +16,14 @@ from secvec_jax.model.hf_config import from_hf_config, to_hf_config
 from secvec_jax.model.weights import DTYPES, read_json
 
 _LEFT_OUT = ("_name_or_path", "_commit_hash", "auto_map")
-"""Keys of config.json that do not belong in an export: a path of another machine, code that is not carried."""
+"""Keys of config.json that do not belong in an export: a path of another machine, code that is not exported."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """config: the source's config.json; None: it has none. generation: its generation_config.json, or the entries of
+    """The entries of a checkpoint that an export repeats.
+
+    config: the source's config.json; None: it has none. generation: its generation_config.json, or the entries of
     one that are known; None: it has none. dtype: what its weights are stored in, a key of `DTYPES`.
     """
 

@@ -86,7 +86,7 @@ class _Stored:
 
 
 def open_safetensors(folder: Path) -> dict[str, _Stored]:
-    """The folder's weights by name: those of model.safetensors, and where it is missing those that the index names.
+    """The folder's weights by name: those of model.safetensors, or, if it is missing, those that the index names.
 
     Raises UserError for files that are missing, damaged, or hold anything but floating-point weights.
     """
@@ -165,8 +165,10 @@ def assemble(
         raise UserError(f"{source}: the checkpoint {problem} ({count} such names): config.json and weights differ")
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct, axes: LogicalAxes) -> jax.Array:
-        name, where = names[leaf_name(path)], named_sharding(*axes)
-        parts = {index: np.empty([stop - start for start, stop in index], np.float32) for index in _parts(leaf, where)}
+        name, sharding = names[leaf_name(path)], named_sharding(*axes)
+        parts = {
+            index: np.empty([stop - start for start, stop in index], np.float32) for index in _parts(leaf, sharding)
+        }
         shape = leaf.shape[1:] if name.layered else leaf.shape
         for slot, hf in enumerate(members(name, architecture)):
             stored = weight(hf)
@@ -184,11 +186,11 @@ def assemble(
                     _transpose(read, part)
                 else:
                     part[...] = read
-        if where is None:
+        if sharding is None:
             (part,) = parts.values()
             placed = jnp.asarray(part)
         else:
-            placed = jax.make_array_from_callback(leaf.shape, where, lambda index: parts[_bounds(index, leaf.shape)])
+            placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[_bounds(index, leaf.shape)])
         # The host holds one leaf's parts at a time.
         return placed.block_until_ready()
 
@@ -197,11 +199,11 @@ def assemble(
     return jax.tree.unflatten(structure, [fill(*leaf, axes) for leaf, axes in zip(leaves, logical_axes(empty))])
 
 
-def _parts(leaf: jax.ShapeDtypeStruct, where: NamedSharding | None) -> set[tuple[tuple[int, int], ...]]:
+def _parts(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> set[tuple[tuple[int, int], ...]]:
     """The parts of a leaf that this process's devices hold, each once."""
-    if where is None:
+    if sharding is None:
         return {tuple((0, size) for size in leaf.shape)}
-    return {_bounds(index, leaf.shape) for index in where.addressable_devices_indices_map(leaf.shape).values()}
+    return {_bounds(index, leaf.shape) for index in sharding.addressable_devices_indices_map(leaf.shape).values()}
 
 
 def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -263,7 +265,7 @@ def weight_sizes(backbone: Decoder, kinds: Mapping[str, str]) -> dict[str, int]:
 def gathered(backbone: Decoder, kinds: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight on the host as a checkpoint keeps it, in the order of `weight_sizes`, one layer at a time.
 
-    kinds: the dtype of each, by name. Raises UserError for a weight that its dtype is too small for.
+    kinds: the dtype of each, by name. Raises UserError for a weight with values too large for its dtype.
     """
     for name, leaves in _leaves(backbone):
         for hf, *parts in zip(members(name, backbone.architecture), *(_whole(name, leaf) for leaf in leaves)):

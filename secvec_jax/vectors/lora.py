@@ -225,8 +225,8 @@ def merge_adapters(backbone: Decoder, adapters: tuple[Adapter, ...]) -> tuple[De
     """The backbone with all LoRA adapters merged into it, and the other adapters.
 
     For decoding and judging, where the adapted weights would be formed again at each token; merged, they are a copy of
-    the adapted kernels in memory. Without LoRA adapters the backbone is returned as it is. A LoRA adapter is not merged
-    if an adapter before it changes kernels in another way, since the order would change.
+    the adapted kernels in memory. Without LoRA adapters the backbone is returned unchanged. A LoRA adapter is not
+    merged if an adapter before it changes kernels in another way, since the order would change.
     """
     others: list[Adapter] = []
     kernels_changed = False

@@ -19,7 +19,7 @@ _NO_EFFECT = frozenset({
 })  # fmt: skip
 """Entries that do not change what a trained adapter computes, given one of the initializations below."""
 
-_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the backbone as it is; PiSSA, OLoRA and others change it."""
 
 _OR_MERGE = "or merge it into its model with PEFT's merge_and_unload and give the merged model"
@@ -62,8 +62,8 @@ def check_kind(config: dict[str, Any], ours: dict[str, Any], folder: Path) -> No
     """
     known = _READ | _NO_EFFECT
     unsupported = {key: value for key, value in config.items() if value and key not in known and value != ours.get(key)}
-    if (start := config.get("init_lora_weights", True)) not in _STARTS:
-        unsupported["init_lora_weights"] = start
+    if (initialization := config.get("init_lora_weights", True)) not in _INITIALIZATIONS:
+        unsupported["init_lora_weights"] = initialization
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         what = ", ".join(key if value is True else f"{key} {json.dumps(value)}" for key, value in unsupported.items())
         what = what or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"

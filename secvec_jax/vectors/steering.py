@@ -3,7 +3,7 @@
     h_l  ->  h_l + scale * v_l
 
 Active and frozen while a model is fine-tuned, they are *preventative steering* (Chen et al. 2025, "Persona Vectors",
-arXiv 2507.21509): the stream is already where the behavior would take it. The directions are trained as any other
+arXiv 2507.21509): the stream is already shifted toward the behavior. The directions are trained as any other
 vectors are, or computed from the model's activations (`defenses.persona`).
 """
 

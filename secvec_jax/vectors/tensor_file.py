@@ -27,15 +27,17 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         with safe_open(path, framework="flax") as file:
             metadata = file.metadata() or {}
             kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
-            odd = next((key for key, kind in kinds.items() if kind not in _FLOATS), None)
-            if odd is None:
+            unsupported = next((key for key, kind in kinds.items() if kind not in _FLOATS), None)
+            if unsupported is None:
                 tensors = {key: np.asarray(file.get_tensor(key)) for key in kinds}
     except FileNotFoundError as error:
         raise UserError(f"no vectors at {path}: check --vectors") from error
     except Exception as error:  # safetensors raises errors of many kinds
         raise UserError(_unreadable(path, error)) from error
-    if odd is not None:
-        raise UserError(f"{path}: {odd} is of type {kinds[odd]}: factors must be of {', '.join(_FLOATS)}")
+    if unsupported is not None:
+        raise UserError(
+            f"{path}: {unsupported} is of type {kinds[unsupported]}: factors must be of {', '.join(_FLOATS)}"
+        )
     if wrong := next((key for key, array in tensors.items() if not bool(jnp.isfinite(array).all())), None):
         raise UserError(f"{path}: {wrong} has NaN or infinite numbers: its training went wrong, train it again")
     return metadata, tensors
