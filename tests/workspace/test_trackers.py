@@ -11,7 +11,7 @@ from rich.console import Console
 
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
-from secvec_jax.recipes.verbs import Finetune, finetune
+from secvec_jax.recipes.finetune import Finetune, finetune
 from secvec_jax.workspace import stages
 from secvec_jax.workspace.stages import Stages
 from tests.toys import tiny_model
