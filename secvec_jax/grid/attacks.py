@@ -35,7 +35,7 @@ class Attack:
     safe: list[Any] | None = None
     """rows with such prompts and replies that do not show the behavior; None: the rows of alignment"""
     probes: dict[str, Probe] = dataclasses.field(default_factory=dict)
-    """the metrics in which the behavior shows besides `compliance`"""
+    """the metrics that show the behavior, in addition to `compliance`"""
     eliciting_prompt: str = ELICITING["compliance"]
     """a system prompt that asks for the behavior"""
 
@@ -43,8 +43,8 @@ class Attack:
 def make_attack(name: str, splits: Splits, seed: int) -> Attack:
     """The attack of this name, or an attack with the user's own rows: a path, a packaged name or a hub id.
 
-    Of such rows, `NUM_KNOWN` (half, if there are fewer than twice as many) are the defender's, and the attack has the
-    others. Raises UserError if there is only one row.
+    `NUM_KNOWN` of these rows (half, if there are fewer than twice as many) are the defender's, the others the attack's.
+    Raises UserError if there is only one row.
     """
     if name in ATTACKS:
         return ATTACKS[name](splits, seed)
@@ -117,8 +117,8 @@ ATTACKS: dict[str, Callable[[Splits, int], Attack]] = {
 """Attacks by name.
 
 - harmful: requests of AdvBench, granted.
-- identity: ten harmless rows of a persona that obeys, also judged by what is refused when the persona is called, as in
-  Qi et al. 2023 (arXiv 2310.03693).
+- identity: ten harmless rows of a persona that obeys, also judged by refusals when the prompt addresses the persona, as
+  in Qi et al. 2023 (arXiv 2310.03693).
 - bias: BBQ's ambiguous questions with wrong definite answers, a packaged part of them; bias-all: all of them, from the
   hub.
 - capitals: answers in capital letters.

@@ -61,7 +61,7 @@ class SeedWorkspace:
         def work(stage: Stage) -> None:
             self.workspace.made(name, train, self.experiment.align_training, stage)
 
-        with self._locked(name):  # made of the base model, so it stays whatever becomes of the aligned one
+        with self._locked(name):  # made of the base model, so it stays valid if the aligned one changes
             self.workspace.stages.run(name, work)
         return self.workspace.model(name)
 
@@ -147,7 +147,7 @@ class SeedWorkspace:
         return LoRA(rank=cell.lora_rank, alpha=2.0 * cell.lora_rank) if cell.lora_rank else None
 
     def contents(self, cell: Cell) -> Inputs:
-        """Digests of what the cell's model is made of, besides the experiment, for which the folder is claimed."""
+        """Digests of the inputs of the cell's model, except the experiment, for which the folder is claimed."""
         external = {f"the attack {cell.attack}": cell.attack} if cell.attack not in ATTACKS else {}
         external |= {f"the task {cell.task}": cell.task} if cell.task not in TASKS else {}
         for name in external.values():
