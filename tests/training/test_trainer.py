@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment and started again ends as one that never was."""
+"""A run that is stopped at any moment and restarted ends like one that never stopped."""
 
 import os
 import shutil

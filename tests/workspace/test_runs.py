@@ -1,4 +1,4 @@
-"""Results of verbs belong to the content of what went in: changed inputs are told, refused, or run again."""
+"""Results of verbs belong to the content of their inputs: changed inputs are reported, refused, or run again."""
 
 import json
 import logging
