@@ -229,7 +229,7 @@ def _scalar(hint: Any) -> Any:
 def mapping(given: argparse.Namespace) -> dict[str, Any]:
     """The parsed flags as a nested mapping: {"training": {"max_steps": 3}}.
 
-    Raises UserError if settings are left out and given at once.
+    Raises UserError if a group of settings is both switched off and set.
     """
     values: dict[str, Any] = {}
     for key, value in sorted(vars(given).items()):  # a group before its settings

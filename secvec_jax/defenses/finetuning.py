@@ -249,7 +249,7 @@ def validation_of(model: Model, groups: Groups, training: Training, steps_per_ep
 def log_summary(
     stream: Stream, training: Training, steps: int, steps_per_epoch: float, params: Params, phase: Phase
 ) -> None:
-    """Log what a training is about to do."""
+    """Log a summary of a training."""
     if is_main_process():
         accumulated = training.over(PHASE2).grad_accum_steps
         _log.info("%s", summary(stream, accumulated, steps, steps_per_epoch, params, phase, compute_dtype()))

@@ -1,6 +1,6 @@
 """Records of a grid summarized in one table: seeds averaged, defenses compared prompt by prompt.
 
-Only seeds are ever averaged: all other settings must be the same within a place of the table.
+Only seeds are ever averaged: all other settings must be the same within one entry of the table.
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
 """`train.py grid`: defense x attack x task x poison ratio x samples x learning rate x optimizer x seed, cell by cell.
 
-A grid file lists blocks; a block is the product of its lists. Every cell leaves one JSON in OUT/cells, with a number
-for each prompt, and is skipped when the same command is given again; aligned models and vectors are made once per seed,
+A grid file lists blocks; a block is the product of its lists. Every cell writes one JSON file to OUT/cells, with a
+number for each prompt, and is skipped when the same command is rerun. Aligned models and vectors are made once a seed,
 in OUT/seed-N. Several processes, on one host or on several with a common file system, divide the cells by `--part i/n`.
 """
 

@@ -3,7 +3,7 @@
 A checkpoint holds the trained part, the optimizer's state and the state of every lane of data; never the frozen part,
 whose files the run's settings name. One that cannot be read is reported and deleted, and the previous one is used.
 
-`inputs.json` in their folder says what the training is made of: checkpoints of other inputs are refused.
+`inputs.json` in their folder records the inputs of the training: checkpoints of other inputs are refused.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ class State(Protocol):
 
 
 class Store:
-    """The checkpoints of one run. Raises UserError if they are another's, or another process is writing there."""
+    """The checkpoints of one run. Raises UserError if they belong to another training or are in use."""
 
     def __init__(self, settings: Checkpoints, run: State):
         policies = ocp.training.preservation_policies
@@ -101,19 +101,19 @@ class Store:
         return time.monotonic() - self._last >= self._settings.save_every_seconds
 
     def save(self, run: State, metrics: dict[str, float], evaluated: bool = False) -> None:
-        """Write a checkpoint with the metrics so far; off the CPU, while the next steps run.
+        """Write a checkpoint with the metrics so far; in the background, except on a CPU.
 
         evaluated: whether the validation losses among the metrics are this step's.
         """
         run.metrics = metrics
-        what = {"trained": _named(run.trained), "state": _named(run.state), "data": _data(run)}
+        items = {"trained": _named(run.trained), "state": _named(run.state), "data": _data(run)}
         best = self._settings.best
         counts = best in metrics and (evaluated or not str(best).startswith("eval/"))
         reported = {best: metrics[best]} if best is not None and counts else None
         if _on_host():  # the next step could not reuse memory that a background writer still reads
-            self._checkpointer.save_checkpointables(run.step, what, metrics=reported)
+            self._checkpointer.save_checkpointables(run.step, items, metrics=reported)
         else:
-            self._checkpointer.save_checkpointables_async(run.step, what, metrics=reported)
+            self._checkpointer.save_checkpointables_async(run.step, items, metrics=reported)
         self._last = time.monotonic()
 
     def restore(self, run: State) -> None:
@@ -175,7 +175,7 @@ class Store:
                 staging.write_text(json.dumps(now, indent=2) + "\n")
 
     def _load(self, run: State, step: int) -> str | None:
-        """What is wrong with a checkpoint; None once the run is set to it."""
+        """Set the run to a checkpoint and return None, or return why it cannot be read."""
         abstract = jax.tree.map(_abstract, (run.trained, run.state))
         problem, loaded = None, {}
         try:

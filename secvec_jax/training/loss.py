@@ -26,8 +26,8 @@ ChunkLoss = Callable[..., jax.Array]
 
 
 class Head(Protocol):
-    """What the losses need of a model: the table `[V, D]` that hidden states are compared with, and the bound of
-    what comes out, None for none."""
+    """What the losses need of a model: the table `[V, D]` that hidden states are compared with, and the soft
+    cap of the logits, None for none."""
 
     @property
     def output_embedding(self) -> jax.Array: ...
@@ -107,7 +107,7 @@ def _over_supervised(
 ) -> jax.Array:
     """On a mesh each shard of the batch is sorted separately; the tables are gathered along D, once.
 
-    loss: a `ChunkLoss` that takes the bound of the logits first.
+    loss: a `ChunkLoss` that takes the soft cap of the logits first.
     """
     run = partial(_over_supervised_part, partial(loss, head.final_softcap), chunk or CHUNK[platform()])
     tables = [table.astype(hidden.dtype) for table in (head.output_embedding, *fixed)]  # before they are gathered

@@ -162,7 +162,7 @@ class Stage:
             now = time.monotonic()
             is_first = first_step is None
             if first_step is None:
-                first_step, start = step, now  # its own time is mostly that of compilation
+                first_step, start = step, now  # its time is mostly compilation
                 if step > 1:
                     self.print(f"{self.name}: resumed at step {step} of {total}")
             speed = pace.of(metrics)
