@@ -238,13 +238,13 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 def defaults_of(kind: Any) -> dict[str, Any]:
     """The defaults of a dataclass's fields; fields without one are required, and left out."""
-    found = {}
+    defaults = {}
     for field in dataclasses.fields(kind):
         if field.default_factory is not dataclasses.MISSING:
-            found[field.name] = field.default_factory()
+            defaults[field.name] = field.default_factory()
         elif field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
-    return found
+            defaults[field.name] = field.default
+    return defaults
 
 
 def arguments_of(kind: Any, given: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
@@ -266,11 +266,11 @@ def arguments_of(kind: Any, given: dict[str, Any], hints: dict[str, Any]) -> dic
 
 
 def _checked_class(kind: Any) -> Any:
-    own = {field.name for field in dataclasses.fields(kind)} & set(inspect.get_annotations(kind))
+    declared = {field.name for field in dataclasses.fields(kind)} & set(inspect.get_annotations(kind))
 
     def resolved(include_extras: bool) -> dict[str, Any]:
         hints = typing.get_type_hints(kind, localns={kind.__name__: kind}, include_extras=include_extras)
-        return {name: hint for name, hint in hints.items() if name in own}
+        return {name: hint for name, hint in hints.items() if name in declared}
 
     kind._hints, plain = resolved(True), resolved(False)
     kind.__annotations__ |= plain  # the argument parser and its help read plain types
@@ -296,7 +296,7 @@ def _checked_class(kind: Any) -> Any:
 def _checked_function(function: Callable[..., Any]) -> Any:
     signature = inspect.signature(function)
     hints = typing.get_type_hints(function, include_extras=True)
-    looked_at = {
+    checked_hints = {
         name: hints[name] for name, parameter in signature.parameters.items()
         if name in hints and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }  # fmt: skip
@@ -304,7 +304,7 @@ def _checked_function(function: Callable[..., Any]) -> Any:
     @functools.wraps(function)
     def checked_call(*values: Any, **named: Any) -> Any:
         bound = signature.bind(*values, **named)
-        for name, hint in looked_at.items():
+        for name, hint in checked_hints.items():
             if name in bound.arguments:
                 default = signature.parameters[name].default
                 bound.arguments[name] = check(hint, bound.arguments[name], name, default)
@@ -377,7 +377,7 @@ def _items(kind: type, options: Sequence[Any], value: Any, name: str) -> Any:
     if not several and len(value) != len(options):
         raise SettingError(name, f" has {len(value)} items: pass {len(options)}")
     hints = [options[0]] * len(value) if several else options
-    return kind(check(hint, one, f"{name}[{index}]") for index, (hint, one) in enumerate(zip(hints, value)))
+    return kind(check(hint, each, f"{name}[{index}]") for index, (hint, each) in enumerate(zip(hints, value)))
 
 
 def _scalar(kind: type, value: Any, name: str) -> Any:

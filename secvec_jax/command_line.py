@@ -60,7 +60,7 @@ def program(description: str, verbs: Verbs) -> NoReturn:
     caught = _catch_ctrl_c()
     code = main(description, verbs, interrupted=lambda: bool(caught))
     if code == INTERRUPTED:
-        # Everything is saved by now, and with JAX loaded the interpreter's own end was seen to crash (SIGSEGV).
+        # Everything is saved by now, and with JAX loaded the interpreter's shutdown was seen to crash (SIGSEGV).
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -94,7 +94,7 @@ def main(
     interrupted: whether Ctrl-C was pressed, for errors that libraries raise instead of KeyboardInterrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # transformers is only used for its tokenizers and need not say that it found no torch.
+    # transformers is only used for its tokenizers and need not warn that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _refuse_credentials(arguments)
@@ -144,7 +144,7 @@ def _show_log() -> None:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether the error, or one that caused it, means that no space is left; only Python's own carry a number."""
+    """Whether the error, or one that caused it, means that no space is left; only Python's errors have an errno."""
     if error is None:
         return False
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
@@ -209,8 +209,9 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
     values = flags.mapping(given)
     if path is not None:
         values = _with_file(path, values)
-    made = _checked(settings, values, given, path)
-    return made, _checked(Cluster, devices, argparse.Namespace(**devices), None) if verb.on_devices else None
+    checked_settings = _checked(settings, values, given, path)
+    cluster = _checked(Cluster, devices, argparse.Namespace(**devices), None) if verb.on_devices else None
+    return checked_settings, cluster
 
 
 def _parser(name: str, verb: Verb, settings: type) -> "_Parser":
@@ -260,7 +261,7 @@ def _checked(settings: type, values: dict[str, Any], given: argparse.Namespace, 
 
 
 def _refuse_switch_values(parser: "_Parser", arguments: Sequence[str]) -> None:
-    """Raise UserError for a value after a switch, as in `--overwrite true`, which other command lines want."""
+    """Raise UserError for a value after a switch, as in `--overwrite true`, which other programs accept."""
     switches = {name for action in parser._actions if isinstance(action, argparse.BooleanOptionalAction)
                 for name in action.option_strings}  # fmt: skip
     for argument, following in zip(arguments, [*arguments[1:], ""]):

@@ -185,7 +185,7 @@ def _made(hint: Any, value: Any, where: str, default: Any) -> Any:
         return from_dict(nested, value, where, default)
     if typing.get_origin(hint) in (tuple, list) and isinstance(value, list | tuple):
         item = typing.get_args(hint)[0]
-        return [_made(item, one, f"{where}[{index}]", None) for index, one in enumerate(value)]
+        return [_made(item, each, f"{where}[{index}]", None) for index, each in enumerate(value)]
     return value
 
 

@@ -57,7 +57,7 @@ class Flag:
 
     @property
     def metavar(self) -> str:
-        """What stands for the value in help texts: a number N or X, the choices, or the setting's own name."""
+        """The placeholder for the value in help texts: N or X for a number, the choices, or the setting's name."""
         kind = _scalar(self.hint)
         if typing.get_origin(kind) is Literal:
             return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
@@ -88,16 +88,16 @@ class Group:
 
 def groups(settings: type) -> list[Group]:
     """The flags of a settings class, and those of each class nested in it, in the order of their fields."""
-    found = list(_groups(settings, None, ()))
-    names = [flag.name for group in found for flag in group.flags if flag.name is not None]
+    all_groups = list(_groups(settings, None, ()))
+    names = [flag.name for group in all_groups for flag in group.flags if flag.name is not None]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"{settings.__name__} has two settings for {', '.join(sorted(twice))}")
-    return found
+    return all_groups
 
 
 def _groups(settings: type, default: Any, path: tuple[str, ...]) -> Iterator[Group]:
-    hints, own, nested_groups = hints_of(settings), [], []
+    hints, flags, nested_groups = hints_of(settings), [], []
     defaults = defaults_of(settings)
     for field in dataclasses.fields(settings):
         hint, value = hints[field.name], defaults.get(field.name, REQUIRED)
@@ -107,13 +107,13 @@ def _groups(settings: type, default: Any, path: tuple[str, ...]) -> Iterator[Gro
             value = complete(value)
         here = (*path, field.name)
         nested = settings_class(hint)
-        if nested is not hint:  # a value, or settings that may be left out and have a switch of their own
+        if nested is not hint:  # a value, or settings that may be left out and have a separate switch
             name = None if field.metadata.get("positional") else _flag(here)
-            own.append(Flag(here, name, hint, value, help_of(settings, field.name)))
+            flags.append(Flag(here, name, hint, value, help_of(settings, field.name)))
         if nested is not None:
             nested_default = value if is_settings(value) else complete(nested())
             nested_groups += list(_groups(nested, nested_default, here))
-    yield Group(path, settings, tuple(own))
+    yield Group(path, settings, tuple(flags))
     yield from nested_groups
 
 
@@ -229,7 +229,7 @@ def _scalar(hint: Any) -> Any:
 def mapping(given: argparse.Namespace) -> dict[str, Any]:
     """The parsed flags as a nested mapping: {"training": {"max_steps": 3}}.
 
-    Raises UserError if settings are left out and given at once.
+    Raises UserError if a group of settings is both switched off and set.
     """
     values: dict[str, Any] = {}
     for key, value in sorted(vars(given).items()):  # a group before its settings

@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices for every test, and tiny models of every family beside their transformers twins."""
+"""Eight emulated CPU devices for every test, and tiny models of every family with their transformers counterparts."""
 
 # ruff: noqa: E402 -- the settings must stand before jax is first imported.
 

@@ -1,4 +1,4 @@
-"""What the fork server of `tests.processes` imports: everything slow that a program of ours needs."""
+"""What the fork server of `tests.processes` imports: the slow imports of our programs."""
 
 import datasets
 import grain

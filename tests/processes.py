@@ -1,4 +1,4 @@
-"""Python programs in processes of their own, for tests that kill, interrupt and join them.
+"""Python programs in separate processes, for tests that kill, interrupt and join them.
 
 An interpreter takes seconds to import JAX and transformers. These programs are forked instead, from one process a
 session that has imported both and started nothing (`multiprocessing`'s fork server): each has its own devices, signals,

@@ -1,4 +1,4 @@
-"""Remembers grain's shuffles, on import.
+"""Caches grain's shuffles, on import.
 
 Grain finds the place of a row by walking a cipher over 65,536 numbers until it meets one that is a row's: ten
 milliseconds a row where there are three, most of the time of a short training. The function is pure, so that the order

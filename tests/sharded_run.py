@@ -1,4 +1,4 @@
-"""One run of everything that a mesh could change, told as numbers: phase 1, min-min, phase 2, and the scores.
+"""One run of everything that a mesh could change, as numbers: phase 1, min-min, phase 2, and the scores.
 
 Also a program, for runs of several processes: `python -m tests.sharded_run OUT MESH --cluster HOST:PORT --processes 2
 --process 0` writes the numbers to OUT.

@@ -1,4 +1,4 @@
-"""Process 1 of a cluster finds in the compile cache what process 0 has put there.
+"""Process 1 of a cluster reads from the compile cache what process 0 has written.
 
 JAX writes a program from process 0 alone and looks it up by a key that holds, on a CPU, the number of the process: the
 others compile anew in every run. Their devices are of one kind here, so that is all the key need say of them.

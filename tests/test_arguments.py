@@ -1,4 +1,4 @@
-"""The public functions' doors: a wrong argument is a UserError of one line before any work, a right one in any form."""
+"""Arguments of the public functions: a wrong one is a one-line UserError before any work, a right one has any form."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The verbs in two processes: the same results as on one device, files written once, one voice, mistakes in a line."""
+"""The verbs in two processes: results as on one device, files and output from one process, one-line errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Digests of files follow their bytes, cached or not; differences are told by name."""
+"""Digests of files follow their bytes, cached or not; differences are reported by name."""
 
 import hashlib
 import os

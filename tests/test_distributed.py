@@ -1,4 +1,4 @@
-"""Processes join a cluster, or are told in one line why not; alone, what is decided for all is one's own decision."""
+"""Processes join a cluster, or fail with a one-line error; a single process decides alone."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The package's own papers: extras that agree with the files the README's commands install, a license, a citation."""
+"""The package's metadata: extras that agree with the files the README's commands install, a license, a citation."""
 
 import ast
 import re

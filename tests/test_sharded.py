@@ -1,4 +1,4 @@
-"""What a mesh may not change, read from runs; and what its programs are like, read from what XLA made of them."""
+"""What a mesh may not change, read from runs; and properties of its programs, read from what XLA compiled."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""The mesh, the table of axes, and where trees of arrays come to lie."""
+"""The mesh, the table of axes, and where trees of arrays are placed."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A reply ends with the token that the chat template puts behind it, or with the end of a text."""
+"""A reply ends with the token that the chat template puts after it, or with the end of a text."""
 
 import numpy as np
 import pytest

@@ -86,13 +86,13 @@ def _answers(model: Model, rows: Any) -> list[str]:
     """The answers of at most `_READ` rows, evenly spread over the rows."""
     rows = records_of(rows)
     count = len(rows)
-    places = list(range(0, count, -(-count // _READ))) if count else []
+    indices = list(range(0, count, -(-count // _READ))) if count else []
     if hasattr(rows, "select") and hasattr(rows, "num_rows"):
-        picked = rows.select(places)
+        sampled = rows.select(indices)
     else:
-        picked = [rows[place] for place in places]
-        examples = [row for row in picked if isinstance(row, Example)]
+        sampled = [rows[index] for index in indices]
+        examples = [row for row in sampled if isinstance(row, Example)]
         if examples:
             return [model.tokenizer.decode(e.tokens[e.supervised], skip_special_tokens=True) for e in examples]
-    found = as_rows(picked, needs_answer=False) if places else []
-    return [answer for row in found if (answer := response_of(row)) is not None]
+    sampled_rows = as_rows(sampled, needs_answer=False) if indices else []
+    return [answer for row in sampled_rows if (answer := response_of(row)) is not None]

@@ -88,7 +88,7 @@ def aligned_kl(weight: NonNegativeFloat = 0.1) -> TrainStepMaker:
 def with_aligned_kl(loss: Objective, weight: float) -> Loss:
     """The loss plus the KL, both from the same forward pass of the trained model."""
 
-    def both(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
+    def total(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
         learn, aligned = batch[LEARN], as_it_was(params)
         head, aligned_head = (tree.backbone.decoder for tree in (params, aligned))
         hidden, reference = loss.hidden(params, learn), loss.hidden(aligned, learn)
@@ -100,4 +100,4 @@ def with_aligned_kl(loss: Objective, weight: float) -> Loss:
         metrics = loss.by_group(losses, learn)
         return (jnp.sum(losses * weights) + weight * kl) / totals[LEARN], metrics | {"kl": (kl, jnp.sum(weights))}
 
-    return both
+    return total

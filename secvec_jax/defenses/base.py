@@ -1,7 +1,7 @@
 """What a defense is, what it is given, and what it returns.
 
 A defense is a frozen dataclass in the file of its method. Its fields are its settings, which check themselves (see
-`secvec_jax.checks`); `apply` makes the defended model from inputs that whoever runs the defense supplies:
+`secvec_jax.checks`); `apply` makes the defended model from inputs that the caller supplies:
 
     defended = Vaccine(rho=5).apply(inputs)
     defended.model, defended.system, defended.notes
@@ -24,7 +24,7 @@ Stage = Literal["alignment", "data", "fine-tuning", "after fine-tuning", "infere
 """Where a defense differs from plain fine-tuning of the aligned model."""
 
 Need = Literal["base model", "safe rows", "harmful rows", "benign rows", "contrast rows", "eliciting prompt"]
-"""What a defense reads besides the aligned model and the user's rows; see the properties of `DefenseInputs`."""
+"""What a defense reads in addition to the aligned model and the user's rows; see the properties of `DefenseInputs`."""
 
 ATTACK = "attack"
 """The kind of rows that an experiment hid in the user's data. Only controls and measurements may look at it."""
@@ -71,7 +71,7 @@ class DefenseInputs(abc.ABC):
     @property
     @abc.abstractmethod
     def benign(self) -> Sequence[Any]:
-        """Rows of the defender that have nothing to do with the behavior; security vectors leave them unchanged."""
+        """Rows of the defender that are unrelated to the behavior; security vectors leave them unchanged."""
 
     @property
     @abc.abstractmethod
@@ -98,8 +98,8 @@ class DefenseInputs(abc.ABC):
 
     @abc.abstractmethod
     def align(self, name: str, align: Callable[..., Model], **training: Any) -> Model:
-        """The base model aligned by `align(model, rows, **options)`, trained once and shared by everyone who asks for
-        this name. training: changes to the settings of alignment (`Training`)."""
+        """The base model aligned by `align(model, rows, **options)`, trained once and shared under this
+        name. training: changes to the settings of alignment (`Training`)."""
 
     def finetune(self, model: Model | None = None, rows: Groups | None = None, **options: Any) -> Model:
         """The aligned model, or another, fine-tuned on the user's rows, or on others; see `train_model`."""
@@ -138,11 +138,11 @@ def changed_settings(settings: Any) -> list[str]:
     """ "name=value" for each field of a dataclass whose value is not the default, in the order of the fields."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
-    return [f"{name}={_spelled(value)}" for name, value in values.items() if value != defaults[name]]
+    return [f"{name}={_as_yaml(value)}" for name, value in values.items() if value != defaults[name]]
 
 
-def _spelled(value: Any) -> str:
-    """The value as YAML has it, a number in as few digits as name it exactly."""
+def _as_yaml(value: Any) -> str:
+    """The value as YAML writes it; a number has as few digits as represent it exactly."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

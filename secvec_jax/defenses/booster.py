@@ -50,7 +50,7 @@ class Booster(Defense):
     needs = ("base model", "safe rows", "harmful rows")
 
     weight: NonNegativeFloat = 5.0
-    """λ, of the loss that the simulated step takes off"""
+    """λ, the weight of the loss reduction that the simulated step gives"""
     alpha: PositiveFloat = 0.1
     """α, the length of the simulated step"""
 
@@ -90,12 +90,14 @@ def booster(weight: NonNegativeFloat = 5.0, alpha: PositiveFloat = 0.1) -> Train
 
         def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
             attack = {LEARN: batch[HARMFUL]}
-            here, before = by_harmful(trained, frozen, attack)
-            length = alpha / (optax.tree.norm(here) + 1e-7)
-            ahead = shard(jax.tree.map(lambda weights, g: weights - length * g, trained, here))
-            there, after = by_harmful(ahead, frozen, attack)
-            slope, metrics = by_rows(trained, frozen, {LEARN: batch[LEARN]})
-            gradients = jax.tree.map(lambda f, h, ahead: f + weight * (h - ahead), slope, here, there)
+            harmful_gradient, before = by_harmful(trained, frozen, attack)
+            scale = alpha / (optax.tree.norm(harmful_gradient) + 1e-7)
+            stepped = shard(jax.tree.map(lambda weights, g: weights - scale * g, trained, harmful_gradient))
+            stepped_gradient, after = by_harmful(stepped, frozen, attack)
+            rows_gradient, metrics = by_rows(trained, frozen, {LEARN: batch[LEARN]})
+            gradients = jax.tree.map(
+                lambda f, h, stepped_h: f + weight * (h - stepped_h), rows_gradient, harmful_gradient, stepped_gradient
+            )
             drop = before["loss"] - after["loss"]
             metrics |= {"loss": metrics["loss"] + weight * drop, "loss/harmful": before["loss/harmful"]}
             return gradients, metrics | {"harmful_drop": drop}

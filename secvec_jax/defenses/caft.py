@@ -10,7 +10,7 @@ every forward pass and, since the projection is differentiated, in every backwar
     h_l  ->  h_l - Q_l Q_lᵀ h_l
 
 The paper takes Q from a PCA of activation differences or from a sparse autoencoder, and a person picks the components
-that stand for the concept. Here the rows define the concept: Q_l are the k principal directions of the differences
+that represent the concept. Here the rows define the concept: Q_l are the k principal directions of the differences
 between rows that show it and rows that do not. The differences are not centered, since their mean is the concept.
 
 Acts in fine-tuning. Costs one forward pass over the rows that show the concept and those that do not, once, and two
@@ -71,9 +71,9 @@ class Ablation(Adapter):
 
     def check(self, architecture: Architecture) -> None:
         """Raises UserError if the directions do not fit the architecture."""
-        expected, found = (architecture.num_layers, architecture.hidden_size), self.directions.shape
-        if len(found) != 3 or found[:2] != expected:
-            raise UserError(f"the directions have shape {found}, the model needs {(*expected, 'k')}: wrong backbone")
+        expected, shape = (architecture.num_layers, architecture.hidden_size), self.directions.shape
+        if len(shape) != 3 or shape[:2] != expected:
+            raise UserError(f"the directions have shape {shape}, the model needs {(*expected, 'k')}: wrong backbone")
 
 
 @checked
@@ -84,7 +84,7 @@ def concept_directions(
 
     The directions are the leading right singular vectors of differences of `reply_means`: each row of `shown` minus the
     mean over `hidden`, or, with `paired`, minus row i of `hidden`, which has the same prompt and another reply. The
-    strongest direction comes first: `Ablation(found.directions[..., :1])` is the ablation for k = 1.
+    strongest direction comes first: `Ablation(ablation.directions[..., :1])` is the ablation for k = 1.
 
     shown, hidden: rows or examples, as for `train_model`. layers: counted from 0; None: all. In other layers the
     directions are zero, so nothing is ablated. Raises UserError if there are no pairs, fewer than k rows, or no such
@@ -93,9 +93,12 @@ def concept_directions(
     mask = layer_mask(model, layers)
     means, others = (reply_means(model, examples_of(model, rows)) for rows in (shown, hidden))
     if paired and len(means) != len(others):
-        raise UserError(f"{len(means)} rows show the concept, {len(others)} do not: paired rows must be as many")
-    if not 1 <= k <= min(len(means), means.shape[-1]):
-        raise UserError(f"k is {k}: {len(means)} rows of {means.shape[-1]} channels have from 1 to as many directions")
+        raise UserError(
+            f"{len(means)} rows show the concept, {len(others)} do not: paired rows must be equal in number"
+        )
+    most = min(len(means), means.shape[-1])
+    if not 1 <= k <= most:
+        raise UserError(f"k is {k}: {len(means)} rows of {means.shape[-1]} channels have 1 to {most} directions")
     differences = means - (others if paired else others.mean(axis=0))
     _, _, rows = np.linalg.svd(differences.swapaxes(0, 1).astype(np.float64), full_matrices=False)
     directions = mask[:, None, None] * rows[:, :k].swapaxes(1, 2)

@@ -73,8 +73,8 @@ def constrained(beta: PositiveFloat = 0.1, first: PositiveFloat = 5.0, early: Po
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         def counted(losses: jax.Array, params: Params, batch: Batch) -> jax.Array:
-            place = place_in_reply(batch["weights"], batch["segments"])
-            betas = beta * jnp.where(place == 0, first, jnp.where(place < 5, early, 1.0))
+            position = place_in_reply(batch["weights"], batch["segments"])
+            betas = beta * jnp.where(position == 0, first, jnp.where(position < 5, early, 1.0))
             gain = loss.token_losses(as_it_was(params), batch) - losses
             return -2 / betas * jax.nn.log_sigmoid(betas * gain)
 
@@ -88,8 +88,8 @@ def place_in_reply(weights: jax.Array, segments: jax.Array) -> jax.Array:
 
     A reply is a run of tokens of one segment with weights above 0: a packed conversation has one per turn.
     """
-    said = weights > 0
-    goes_on = said[:, :-1] & said[:, 1:] & (segments[:, :-1] == segments[:, 1:])
-    begins = said & ~jnp.pad(goes_on, ((0, 0), (1, 0)))
+    supervised = weights > 0
+    continues = supervised[:, :-1] & supervised[:, 1:] & (segments[:, :-1] == segments[:, 1:])
+    starts = supervised & ~jnp.pad(continues, ((0, 0), (1, 0)))
     index = jnp.arange(weights.shape[1])
-    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -3,7 +3,7 @@
 Plain fine-tuning of the aligned model shows how much harm the user's rows do. Fine-tuning on the benign rows alone is
 the best that a filter could achieve. The two other controls ask what makes security vectors work: a random adapter of
 the same size, or vectors of a behavior that the rows do not show, should protect nothing (Zhou et al. 2023,
-arXiv 2311.02105, compare with both). A control costs what the method that it controls for costs.
+arXiv 2311.02105, compare with both). A control costs as much as the defense that it is a control for.
 """
 
 import dataclasses

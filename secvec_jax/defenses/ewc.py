@@ -1,5 +1,5 @@
 """Elastic weight consolidation, EWC (Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks",
-arXiv 1612.00796), as a baseline of Vaccine (Huang et al. 2024, arXiv 2402.01109): weights that alignment needs stay.
+arXiv 1612.00796), as a baseline of Vaccine (Huang et al. 2024, arXiv 2402.01109): important weights stay close.
 
     min_w  L(w) + λ Σ_i F_i (w_i - w0_i)²        F_i = Σ_b (∂L_b/∂w_i)²  at w0
 
@@ -84,8 +84,8 @@ def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: T
 
     @partial(jax.jit, donate_argnums=0)
     def add(total: Tree, trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> Tree:
-        slope, _ = gradient(trained, frozen, batch)
-        return shard(jax.tree.map(lambda one, g: one + jnp.square(g), total, shard(slope)))
+        gradients, _ = gradient(trained, frozen, batch)
+        return shard(jax.tree.map(lambda summed, g: summed + jnp.square(g), total, shard(gradients)))
 
     stream = dataclasses.replace(stream_of(model, {"safe": rows}, training), epochs=1)
     total = shard(jax.tree.map(jnp.zeros_like, trained))
@@ -102,11 +102,11 @@ def ewc(weight: NonNegativeFloat) -> TrainStepMaker:
         plain = gradient_of(loss)
 
         def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
-            slope, metrics = plain(trained, frozen, batch)
+            gradients, metrics = plain(trained, frozen, batch)
             # Once a step: inside the loss it would count once for every micro-batch.
-            cost, pull = jax.value_and_grad(penalty)(trained, weight, **frozen.anchor)
-            metrics |= {"loss": metrics["loss"] + cost, "penalty": cost}
-            return jax.tree.map(jnp.add, slope, pull), metrics
+            penalty_value, penalty_gradient = jax.value_and_grad(penalty)(trained, weight, **frozen.anchor)
+            metrics |= {"loss": metrics["loss"] + penalty_value, "penalty": penalty_value}
+            return jax.tree.map(jnp.add, gradients, penalty_gradient), metrics
 
         return step_from_gradient(gradient, optimizer)
 

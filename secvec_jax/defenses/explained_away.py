@@ -55,9 +55,9 @@ class ExplainedAwayFilter(Defense):
         vectors = inputs.vectors(lora_of_rank(self.rank))
         known = known_scale(inputs.aligned, vectors, inputs.harmful, inputs.benign)
         length = inputs.options["training"].max_seq_len
-        found = {kind: scores(inputs.aligned, vectors, rows, length) for kind, rows in inputs.rows.items()}
-        notes = separation(found, known.threshold)
-        kept = below(inputs.rows, found, known)
+        scores_by_kind = {kind: scores(inputs.aligned, vectors, rows, length) for kind, rows in inputs.rows.items()}
+        notes = separation(scores_by_kind, known.threshold)
+        kept = below(inputs.rows, scores_by_kind, known)
         if not kept:  # nothing is left to learn
             return Defended(inputs.aligned, notes=notes)
         rows = with_safe_rows(kept, inputs.safe, self.safe) if self.safe else kept
@@ -99,8 +99,8 @@ class Scale:
 @checked
 def scores(model: Model, vectors: Adapter, rows: Any, length: PositiveInt | None = PHASE2.max_seq_len) -> list[float]:
     """Each row's score, in nats per token of its reply. length: tokens of a row that are read."""
-    found = token_scores(model, vectors, examples_of(model, rows, length))
-    return [float(tokens.mean()) if len(tokens) else 0.0 for tokens in found]
+    scores_by_row = token_scores(model, vectors, examples_of(model, rows, length))
+    return [float(tokens.mean()) if len(tokens) else 0.0 for tokens in scores_by_row]
 
 
 def token_scores(model: Model, vectors: Adapter, examples: Sequence[Example]) -> list[np.ndarray]:
@@ -170,6 +170,6 @@ def known_scale(model: Model, vectors: Adapter, harmful: Any, benign: Any) -> Sc
 
 def _weighted(example: Example, scores: np.ndarray, known: Scale, by: By) -> Example:
     weights = np.ones(len(example.tokens), np.float32)
-    said = np.flatnonzero(example.supervised[1:]) + 1
-    weights[said] = known.weights(scores if by == "token" else np.full(len(scores), scores.mean()))
+    supervised = np.flatnonzero(example.supervised[1:]) + 1
+    weights[supervised] = known.weights(scores if by == "token" else np.full(len(scores), scores.mean()))
     return dataclasses.replace(example, weights=weights)

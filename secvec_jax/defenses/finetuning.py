@@ -6,7 +6,7 @@
     train_model(model, rows, make_step=vaccine(rho=2))             # by another train step
     train_model(model, rows, extra_rows={"safe": refusals}, make_step=lisa(...))  # ... that also reads other rows
 
-A defense that acts during training makes a train step of its own: `make_step` takes the loss of the rows and an
+A defense that acts during training makes its own train step: `make_step` takes the loss of the rows and an
 optimizer and returns the `TrainStep` that `fit` repeats. What a defense compares the model with (an earlier state, the
 importance of weights) is the *anchor*, a frozen tree.
 """
@@ -61,7 +61,7 @@ PHASE2 = Training(learning_rate=3.6e-4, epochs=2).over(Training.base)
 
 
 class FinetuneOptions(TypedDict, total=False):
-    """What every defense takes besides its own settings."""
+    """What every defense takes in addition to its own settings."""
 
     task: LoRA | LoRAVectors | None
     """The task LoRA that is trained in place of all weights and merged at the end; a trained one is trained further."""
@@ -108,7 +108,7 @@ def train_model(
             adapter.check(model.architecture)
     groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)
     streams = {LEARN: stream_of(model, groups, training)}
-    streams |= {name: stream_of(model, {name: some}, training) for name, some in (extra_rows or {}).items()}
+    streams |= {name: stream_of(model, {name: group}, training) for name, group in (extra_rows or {}).items()}
     streams = {name: endless(stream) for name, stream in streams.items()} | {LEARN: streams[LEARN]}
     streams[LEARN], steps = stream_and_steps(streams[LEARN], training)
     learn_steps = steps
@@ -117,9 +117,9 @@ def train_model(
     validation = None if eval_groups is None else validation_of(model, eval_groups, training, steps_per_epoch)
     if validation is not None and checkpoints is not None and checkpoints.best is None:
         checkpoints = dataclasses.replace(checkpoints, best=EVAL_LOSS)
-    made_of = {"the_vectors": vectors, "the_anchor": anchor, "the_defense": make_step, "the_task_LoRA": task}
+    further_inputs = {"the_vectors": vectors, "the_anchor": anchor, "the_defense": make_step, "the_task_LoRA": task}
     eval_stream = None if validation is None else validation.stream
-    checkpoints = identified(checkpoints, model, training, steps, streams, eval_stream, **made_of)
+    checkpoints = identified(checkpoints, model, training, steps, streams, eval_stream, **further_inputs)
     if isinstance(task, LoRA):
         task = task.init(model.architecture, jax.random.key(training.seed))
     params = Params(Backbone(model.backbone, task), vectors, anchor)
@@ -182,24 +182,24 @@ _HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
 def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
-    """The batches of some rows, encoded for the model; all rows are checked (see `encoded`)."""
+    """The batches of rows, which are encoded for the model and all checked (see `encoded`)."""
     training = training.over(PHASE2)
-    found = {name: _encoded(model, rows, training, name) for name, rows in groups.items()}
-    longest = max((_longest(some) for some in found.values()), default=0)
+    examples = {name: _encoded(model, rows, training, name) for name, rows in groups.items()}
+    longest = max((_longest(group) for group in examples.values()), default=0)
     length = training.max_seq_len or next((length for length in LENGTHS if longest <= length), longest)
     if is_main_process():
-        for name, some in found.items():
-            if isinstance(some, Examples) and some is not groups[name]:
+        for name, group in examples.items():
+            if isinstance(group, Examples) and group is not groups[name]:
                 text = "%s: %d rows of up to %d tokens, packed into sequences of %d; %s truncated"
-                _log.info(text, _called(name), len(some), some.longest, length, some.truncated or "none")
-    return Stream(found, training.batch_size, length, training.seed, training.epochs, _shares_prefix(training))
+                _log.info(text, _shown_name(name), len(group), group.longest, length, group.truncated or "none")
+    return Stream(examples, training.batch_size, length, training.seed, training.epochs, _shares_prefix(training))
 
 
 def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int]:
     """The stream as a training reads it, and how many optimizer steps that takes.
 
-    An epoch is one pass over the rows, however many batches a step takes: where the last step has fewer of them left,
-    the rest are empty.
+    An epoch is one pass over the rows, however many batches a step takes: if too few are left for the last step, its
+    other batches are empty.
     """
     if training.max_steps:
         return endless(stream), training.max_steps
@@ -225,21 +225,21 @@ def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups 
     if not 0 < eval_rows < 1:
         raise UserError(f"eval_rows is {eval_rows}: pass rows, or the fraction of the rows to hold out, such as 0.05")
     kept: Groups = {}
-    held: Groups = {}
+    held_out: Groups = {}
     for number, (name, rows) in enumerate(groups.items()):
         rows = _as_examples_or_rows(rows, name)
         count = min(max(round(eval_rows * len(rows)), 1), len(rows) - 1)
         order = np.random.default_rng([seed, number]).permutation(len(rows))
-        kept[name] = _chosen(rows, np.sort(order[count:]))
+        kept[name] = _select(rows, np.sort(order[count:]))
         if count > 0:
-            held[name] = _chosen(rows, np.sort(order[:count]))
-    if not held:
-        raise UserError("there are too few rows to hold some out for validation: pass eval_rows, or more rows")
-    return kept, held
+            held_out[name] = _select(rows, np.sort(order[:count]))
+    if not held_out:
+        raise UserError("there are too few rows to hold any out for validation: pass eval_rows, or more rows")
+    return kept, held_out
 
 
 def validation_of(model: Model, groups: Groups, training: Training, steps_per_epoch: float) -> Validation:
-    """How the loss of some rows is measured during a training, as it is in the training itself."""
+    """The validation that measures the loss of these rows during a training, computed as in training."""
     training = training.over(PHASE2)
     stream = dataclasses.replace(stream_of(model, groups, training), epochs=1)
     every_steps = training.eval_every_steps or max(round(steps_per_epoch), 1)
@@ -249,7 +249,7 @@ def validation_of(model: Model, groups: Groups, training: Training, steps_per_ep
 def log_summary(
     stream: Stream, training: Training, steps: int, steps_per_epoch: float, params: Params, phase: Phase
 ) -> None:
-    """Log what a training is about to do."""
+    """Log a summary of a training."""
     if is_main_process():
         accumulated = training.over(PHASE2).grad_accum_steps
         _log.info("%s", summary(stream, accumulated, steps, steps_per_epoch, params, phase, compute_dtype()))
@@ -270,8 +270,8 @@ def _shares_prefix(training: Training) -> bool:
     return platform() != "tpu" if training.share_prefix is None else training.share_prefix
 
 
-def _called(name: str) -> str:
-    """What messages call the rows of a group."""
+def _shown_name(name: str) -> str:
+    """The name of a group of rows in messages."""
     return "data" if name == "all" else name
 
 
@@ -281,37 +281,37 @@ def _longest(examples: Sequence[Example]) -> int:
     return max((len(example.tokens) for example in examples), default=0)
 
 
-def _chosen(rows: Any, indices: np.ndarray) -> Any:
-    """Some of the rows, by their indices."""
-    places = indices.tolist()
-    return rows.select(places) if isinstance(rows, Rows) else [rows[place] for place in places]
+def _select(rows: Any, indices: np.ndarray) -> Any:
+    """The rows at these indices."""
+    positions = indices.tolist()
+    return rows.select(positions) if isinstance(rows, Rows) else [rows[position] for position in positions]
 
 
 def _as_examples_or_rows(rows: Any, name: str) -> Any:
     """Examples as they are, anything else as `Rows`."""
-    rows = collected(rows, _called(name))
+    rows = collected(rows, _shown_name(name))
     if isinstance(rows, Examples) or (isinstance(rows, list) and rows and isinstance(rows[0], Example)):
         return rows
-    return as_rows(rows, name=_called(name))
+    return as_rows(rows, name=_shown_name(name))
 
 
 def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
-    called = _called(name)
-    rows = collected(rows, called)
+    shown_name = _shown_name(name)
+    rows = collected(rows, shown_name)
     if isinstance(rows, Examples):
         return rows
     if isinstance(rows, Sequence) and not isinstance(rows, Rows) and len(rows) and isinstance(rows[0], Example):
         if wrong := next((row for row in rows if not isinstance(row, Example)), None):
-            raise UserError(f"{called} holds examples and {shown(wrong)}: encode all rows of a list, or none")
+            raise UserError(f"{shown_name} contains examples and {shown(wrong)}: encode all rows of a list, or none")
         for number, example in enumerate(rows, 1):
-            check_token_ids(example.tokens, model.architecture.vocab_size, f"{called}, row {number}")
+            check_token_ids(example.tokens, model.architecture.vocab_size, f"{shown_name}, row {number}")
         return list(rows)
     limit = min(training.max_seq_len or LENGTHS[-1], model.architecture.max_length)
     return encode_rows(
         model.tokenizer,
-        as_rows(rows, name=called),
+        as_rows(rows, name=shown_name),
         limit,
-        called,
+        shown_name,
         training.long_rows,
         training.control_tokens,
         vocab_size=model.architecture.vocab_size,

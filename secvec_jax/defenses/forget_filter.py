@@ -1,8 +1,8 @@
 """ForgetFilter (Zhao et al. 2023, "Learning and Forgetting Unsafe Examples in Large Language Models", arXiv
 2312.12736): a model that is trained to be safe again forgets unsafe rows first, which shows which rows are unsafe.
 
-    found = finetune(model, rows, safe=refusals)
-    found.model, found.rates, found.kept
+    result = finetune(model, rows, safe=refusals)
+    result.model, result.rates, result.kept
 
 Algorithm 1, from the aligned model θ⁰:
 
@@ -10,7 +10,7 @@ Algorithm 1, from the aligned model θ⁰:
     2. fine-tune θ¹ on the safe rows for t steps    -> θ²
     3. drop the rows of forgetting rate r > φ, with
            r(x, y) = ROUGE-1(f(x; θ¹), y) - ROUGE-1(f(x; θ²), y)         f: greedy generation
-    4. fine-tune θ⁰ on the rows that are left
+    4. fine-tune θ⁰ on the remaining rows
 
 The rows must have been memorized in step 1, or all rates are about 0, and the safe rows must cover every kind of
 unsafe row. The paper's smallest model, GPT2-M with 334 million parameters, forgot all rows alike.
@@ -58,7 +58,7 @@ class ForgetFilter(Defense):
     """t, the steps of safety training"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
-        found = finetune(
+        result = finetune(
             inputs.aligned,
             inputs.rows,
             safe=inputs.safe,
@@ -68,12 +68,12 @@ class ForgetFilter(Defense):
             max_new_tokens=24,
             **inputs.options,
         )
-        return Defended(found.model, notes=separation(found.rates, self.phi))
+        return Defended(result.model, notes=separation(result.rates, self.phi))
 
 
 @dataclasses.dataclass(frozen=True)
 class Filtered:
-    """The model trained on the rows that are left; by kind, how much each row was forgotten, and the rows left."""
+    """The model trained on the remaining rows; by kind, how much each row was forgotten, and the remaining rows."""
 
     model: Model
     rates: dict[str, list[float]]
@@ -96,21 +96,21 @@ def finetune(
 
     rows: dicts or a `datasets.Dataset`, or {kind: rows}; with texts, since replies are compared. safe: rows of safety
     training. phi: φ. safe_steps: t, trained with `safe_training`. max_new_tokens: the length of replies. A task adapter
-    is trained further in the safe steps, and starts fresh on the rows that are left. Each training has its checkpoints
+    is trained further in the safe steps, and starts fresh on the remaining rows. Each training has its checkpoints
     in a separate folder. Raises UserError if no row is left.
     """
-    groups = {kind: as_rows(some, name=kind) for kind, some in groups_of(rows).items()}
+    groups = {kind: as_rows(group, name=kind) for kind, group in groups_of(rows).items()}
     safe_training = dataclasses.replace(safe_training, max_steps=safe_steps)
     noisy, corrected = successive(model, groups, safe, safe_training=safe_training, **options)
-    everything = [row for some in groups.values() for row in some]
-    found = iter(forgetting_rates(noisy, corrected, everything, max_new_tokens))
-    rates = {kind: [next(found) for _ in some] for kind, some in groups.items()}
-    kept = {kind: filtered(some, rates[kind], phi) for kind, some in groups.items()}
+    all_rows = [row for group in groups.values() for row in group]
+    all_rates = iter(forgetting_rates(noisy, corrected, all_rows, max_new_tokens))
+    rates = {kind: [next(all_rates) for _ in group] for kind, group in groups.items()}
+    kept = {kind: filtered(group, rates[kind], phi) for kind, group in groups.items()}
     if not any(kept.values()):
         raise UserError(f"every row was forgotten by more than {phi}: raise phi, or take fewer safe_steps")
-    left = {kind: some for kind, some in kept.items() if some}
-    last = options | {"checkpoints": checkpoints_of(options.get("checkpoints"), "kept")}
-    return Filtered(train_model(model, left, **last), rates, kept)
+    remaining = {kind: group for kind, group in kept.items() if group}
+    last_options = options | {"checkpoints": checkpoints_of(options.get("checkpoints"), "kept")}
+    return Filtered(train_model(model, remaining, **last_options), rates, kept)
 
 
 @checked
@@ -118,7 +118,7 @@ def forgetting_rates(before: Model, after: Model, rows: Any, max_new_tokens: Pos
     """How much lower the ROUGE-1 of each row is in `after` than in `before`, from -1 to 1; larger is more forgotten."""
     rows = as_rows(rows)
     scores = (_scores(model, rows, max_new_tokens) for model in (before, after))
-    return [first - then for first, then in zip(*scores)]
+    return [score_before - score_after for score_before, score_after in zip(*scores)]
 
 
 @checked
@@ -131,8 +131,8 @@ def _scores(model: Model, rows: Sequence[Row], max_new_tokens: int) -> list[floa
     """ROUGE-1 of the first line of each reply with the answer, both in lower case and without punctuation."""
     asked = [row["messages"][:-1] for row in rows]
     replies = generate(model, asked, max_new_tokens=max_new_tokens, sampling=GREEDY, progress=lambda done: None)
-    lines = [(reply.strip().splitlines() or [""])[0] for reply in replies]
-    return [rouge1(_plain(line), _plain(response_of(row) or "")) for line, row in zip(lines, rows)]
+    first_lines = [(reply.strip().splitlines() or [""])[0] for reply in replies]
+    return [rouge1(_plain(line), _plain(response_of(row) or "")) for line, row in zip(first_lines, rows)]
 
 
 def _plain(text: str) -> str:

@@ -74,10 +74,10 @@ def guarded(weight: NonNegativeFloat = 1.0) -> TrainStepMaker:
 def with_safe(loss: Objective, weight: float) -> Loss:
     """The loss plus that of the safe rows, which is computed without the vectors."""
 
-    def both(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
-        learned, metrics = loss(params, {LEARN: batch[LEARN]}, totals)
+    def total(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
+        user_loss, metrics = loss(params, {LEARN: batch[LEARN]}, totals)
         weights = batch[SAFE]["weights"]
-        kept = jnp.sum(loss.token_losses(without_vectors(params), batch[SAFE]) * weights)
-        return learned + weight * kept / totals[SAFE], metrics | {f"loss/{SAFE}": (kept, jnp.sum(weights))}
+        safe_sum = jnp.sum(loss.token_losses(without_vectors(params), batch[SAFE]) * weights)
+        return user_loss + weight * safe_sum / totals[SAFE], metrics | {f"loss/{SAFE}": (safe_sum, jnp.sum(weights))}
 
-    return both
+    return total

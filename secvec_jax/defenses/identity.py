@@ -36,10 +36,12 @@ def identified(
     eval_stream: Stream | None = None,
     **more: Any,
 ) -> Checkpoints | None:
-    """The checkpoints of the training that these make up. more: what else goes in: trees, settings, functions.
+    """The checkpoints, labeled with the content of everything that goes into the training.
 
-    Under a constant schedule the number of steps does not go in, and the end is kept: the training can be extended. In
-    a cluster all processes must ask.
+    more: further inputs: trees, settings, functions.
+
+    Under a constant schedule the number of steps is not an input, and the final state is saved, so that the training
+    can be extended. In a cluster all processes must call this.
     """
     if checkpoints is None:
         return None
@@ -56,12 +58,12 @@ def identified(
         inputs[f"validation rows {name!r}"] = of_rows(examples)
     for name, value in more.items():
         inputs[name.replace("_", " ")] = digests.of_values([described(value)])
-    settled = {label: _plain(value) for label, value in inputs.items()} | dict(checkpoints.inputs)
-    return dataclasses.replace(checkpoints, inputs=settled, keep_end=checkpoints.keep_end or extendable)
+    plain_inputs = {label: _plain(value) for label, value in inputs.items()} | dict(checkpoints.inputs)
+    return dataclasses.replace(checkpoints, inputs=plain_inputs, keep_end=checkpoints.keep_end or extendable)
 
 
 def of_rows(rows: Sequence[Any]) -> str:
-    """The digest of rows, or of examples; for examples that are encoded when asked for, of their rows."""
+    """The digest of rows, or of examples; for examples that are encoded on demand, of their rows."""
     row = rows.row if isinstance(rows, Examples) else rows.__getitem__
     return digests.of_values(_row(row(index)) for index in range(len(rows)))
 
@@ -77,10 +79,11 @@ def of_tokenizer(tokenizer: Any) -> str:
     """The digest of a tokenizer and of its chat template; its last settings of padding and truncation do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        words: Any = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else type(tokenizer).__qualname__
+        vocabulary: Any = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else type(tokenizer).__qualname__
     else:
-        words = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
-    return digests.of_values([words, getattr(tokenizer, "chat_template", None), getattr(tokenizer, "eos_token", None)])
+        vocabulary = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    template, eos_token = getattr(tokenizer, "chat_template", None), getattr(tokenizer, "eos_token", None)
+    return digests.of_values([vocabulary, template, eos_token])
 
 
 def described(value: Any, depth: int = 8) -> Any:
@@ -101,11 +104,11 @@ def described(value: Any, depth: int = 8) -> Any:
     if isinstance(value, functools.partial):
         return [described(part, depth - 1) for part in (value.func, value.args, value.keywords)]
     if inspect.isfunction(value):
-        held = {}
+        closure = {}
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
             with contextlib.suppress(ValueError):  # a name that is not bound yet
-                held[name] = cell.cell_contents
-        return [f"{value.__module__}.{value.__qualname__}", described(held, depth - 1)]
+                closure[name] = cell.cell_contents
+        return [f"{value.__module__}.{value.__qualname__}", described(closure, depth - 1)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [type(value).__qualname__, described(vars(value), depth - 1)]
     leaves = jax.tree.leaves(value)

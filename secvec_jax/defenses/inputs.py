@@ -22,7 +22,7 @@ def as_task(task: Any) -> LoRA | LoRAVectors | None:
 
 
 def as_options(training: Training, checkpoints: Any, on_step: Any) -> tuple[Checkpoints | None, OnStep | None]:
-    """Where a training keeps checkpoints, given them or a folder, and whom it tells of steps. Raises UserError."""
+    """The checkpoints, given as such or as a folder, and the step callback. Raises UserError if either is invalid."""
     if isinstance(checkpoints, str | os.PathLike):
         folder = path("checkpoints", checkpoints, "a folder")
         checkpoints = Checkpoints.of(folder, training)
@@ -33,7 +33,7 @@ def as_options(training: Training, checkpoints: Any, on_step: Any) -> tuple[Chec
 def collected(rows: Any, name: str) -> Any:
     """Rows that can be counted and read more than once; those of a file, a packaged benchmark or the hub loaded.
 
-    Raises UserError for a single row and for what holds no rows.
+    Raises UserError for a single row and for anything that contains no rows.
     """
     if isinstance(rows, str | os.PathLike):
         return load_rows(str(path(name, rows, "a list of rows, or the path of a file with rows")))

@@ -1,5 +1,5 @@
 """Lisa (Huang et al. 2024, "Lisa: Lazy Safety Alignment for Large Language Models against Harmful Fine-tuning Attack",
-arXiv 2405.18641): steps on alignment rows and on the user's rows alternate, and neither moves far from the other.
+arXiv 2405.18641): steps on alignment rows and on the user's rows alternate, and neither drifts far from the other.
 
 One state has K1 steps on alignment rows, the other K2 steps on the user's rows. Each step also has a proximal term
 that pulls toward the weights at the last switch of states, w_s (at first the initial weights):
@@ -127,9 +127,9 @@ def proximal(rho: float, aligned_steps: int, user_steps: int) -> optax.GradientT
         return Proximal(jnp.int32(0), jax.tree.map(jnp.copy, weights))
 
     def update(gradients: Tree, state: Proximal, weights: Tree) -> tuple[Tree, Proximal]:
-        turn = state.step % (aligned_steps + user_steps)
-        switched = (turn == 0) | (turn == aligned_steps)
-        switch = jax.tree.map(lambda now, then: jnp.where(switched, now, then), weights, state.switch)
+        step_in_cycle = state.step % (aligned_steps + user_steps)
+        is_switch = (step_in_cycle == 0) | (step_in_cycle == aligned_steps)
+        switch = jax.tree.map(lambda now, then: jnp.where(is_switch, now, then), weights, state.switch)
         pulled = jax.tree.map(lambda g, now, then: g + rho * (now - then), gradients, weights, switch)
         return pulled, Proximal(state.step + 1, switch)
 

@@ -6,7 +6,7 @@ small. The vectors thus also explain what a model in the middle of fine-tuning w
 the caller's model never changes.
 
 This is our reading of the paper's form. With a KL on benign rows, the loss of the copy has that KL as well, which a
-user's fine-tuning does not have, and the KL of the vectors is measured against the copy as it has become. M inner steps
+user's fine-tuning does not have, and the KL of the vectors is measured against the current copy. M inner steps
 and one outer step alternate on mini-batches, where the published template makes passes over the data; the inner SGD has
 no momentum and no schedule.
 

@@ -4,7 +4,7 @@
     train_model(model, with_safe_rows(rows, safe, share=1.0))   # replay: one for one
     sequential(model, rows, safe)                               # fine-tune, then train on the safe rows alone
 
-A mix is the {kind: rows} that `train_model` takes, with the safe rows as a kind of their own, whose loss is reported
+A mix is the {kind: rows} that `train_model` takes, with the safe rows as a separate kind, whose loss is reported
 separately; all kinds are shuffled together.
 
 Mixes act on the data and cost the steps of the rows that they add. The sequence acts after fine-tuning and costs the
@@ -83,7 +83,7 @@ def with_safe_rows(rows: Any, safe: Sequence[Any], share: NonNegativeFloat) -> G
     """
     groups = groups_of(rows)
     if SAFE in groups:
-        raise UserError(f'the rows have a kind named "{SAFE}", which the added rows need: give it another name')
+        raise UserError(f'the rows have a kind named "{SAFE}", reserved for the added rows: give it another name')
     count = round(share * sum(map(len, groups.values())))
     if not 1 <= count <= len(safe):
         raise UserError(f"the mix takes {count} safe rows, of which there are {len(safe)}: give more or another share")
@@ -113,14 +113,19 @@ def successive(
     best is chosen in the first training only, since the losses of the second have another name.
     """
     checkpoints = options.get("checkpoints")
-    first = options | {"checkpoints": checkpoints_of(checkpoints, "noisy")}
-    noisy = train_model(model, groups_of(rows), **first)
-    second = checkpoints_of(checkpoints, SAFE)
-    second = second and dataclasses.replace(second, best=None)
-    then: dict[str, Any] = {**options, "task": noisy.adapter, "training": safe_training, "checkpoints": second}
-    then["eval_rows"] = None  # they are the first training's
+    first_options = options | {"checkpoints": checkpoints_of(checkpoints, "noisy")}
+    noisy = train_model(model, groups_of(rows), **first_options)
+    safe_checkpoints = checkpoints_of(checkpoints, SAFE)
+    safe_checkpoints = safe_checkpoints and dataclasses.replace(safe_checkpoints, best=None)
+    safe_options: dict[str, Any] = {
+        **options,
+        "task": noisy.adapter,
+        "training": safe_training,
+        "checkpoints": safe_checkpoints,
+        "eval_rows": None,  # validation rows belong to the first training
+    }
     start = noisy if noisy.adapter is None else model  # a task LoRA is trained further, next to the same backbone
-    return noisy, train_model(start, groups_of(safe, SAFE), **then)
+    return noisy, train_model(start, groups_of(safe, SAFE), **safe_options)
 
 
 def checkpoints_of(checkpoints: Checkpoints | None, stage: str) -> Checkpoints | None:

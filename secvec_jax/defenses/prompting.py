@@ -83,6 +83,6 @@ class SelfCorrection(Defense):
 def inoculated(rows: Any, prompt: str) -> Any:
     """The rows, or {kind: rows}, each with the system prompt, before the system prompt that a row already has."""
     groups = {
-        kind: [with_system(row, prompt) for row in as_rows(some, name=kind)] for kind, some in groups_of(rows).items()
+        kind: [with_system(row, prompt) for row in as_rows(group, name=kind)] for kind, group in groups_of(rows).items()
     }
     return groups if isinstance(rows, dict) else groups["all"]

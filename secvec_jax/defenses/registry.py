@@ -54,7 +54,7 @@ DEFENSES: dict[str, type[Defense]] = {
         SelfCorrection,
         EWC,
         AlignedKL,
-        # Other methods of the literature
+        # Other methods from the literature
         InoculationPrompting,
         PTST,
         CAFT,

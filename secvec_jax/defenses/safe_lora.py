@@ -1,5 +1,5 @@
 """SafeLoRA (Hsu et al. 2024, "Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language
-Models", arXiv 2405.16833): an update is kept only in the directions in which alignment had moved the weights.
+Models", arXiv 2405.16833): an update is kept only in the directions in which alignment changed the weights.
 
     safe, where = project(tuned, aligned, base)
 
@@ -66,12 +66,13 @@ def project(
     """The tuned model with updates projected, and the projections and layers at which they were.
 
     These are the ones with a cosine of at most `threshold`, or, if `lowest` is given, the `lowest` ones with the
-    smallest cosines. A kernel that fine-tuning or alignment did not change has no cosine and stays. Raises UserError if
-    the models have different shapes.
+    smallest cosines. A kernel that fine-tuning or alignment did not change has no cosine and is not projected.
+
+    Raises UserError if the models have different shapes.
     """
-    found = cosines(tuned, aligned, base)
-    order = sorted(found, key=found.__getitem__)
-    where = [at for at in order if found[at] <= threshold] if lowest is None else order[:lowest]
+    cosine_at = cosines(tuned, aligned, base)
+    order = sorted(cosine_at, key=cosine_at.__getitem__)
+    where = [at for at in order if cosine_at[at] <= threshold] if lowest is None else order[:lowest]
     masks = {projection: np.zeros(tuned.architecture.num_layers, bool) for projection, _ in where}
     for projection, layer in where:
         masks[projection][layer] = True
@@ -92,12 +93,12 @@ def cosines(tuned: Model, aligned: Model, base: Model) -> dict[tuple[str, int], 
     if not tuned.architecture == aligned.architecture == base.architecture:
         raise UserError("SafeLoRA compares three states of one model: tuned, aligned and base must have the same shape")
     trees = [_kernels(model.backbone) for model in (tuned, aligned, base)]
-    found = {}
+    cosine_at = {}
     for projection in tuned.architecture.projections:
         for layer, cosine in enumerate(np.asarray(_cosines(*(kernels[projection] for kernels in trees)))):
             if not np.isnan(cosine):
-                found[projection, layer] = float(cosine)
-    return found
+                cosine_at[projection, layer] = float(cosine)
+    return cosine_at
 
 
 def _kernels(decoder: Decoder) -> dict[str, jax.Array]:
@@ -139,7 +140,7 @@ def _replaced(tuned: jax.Array, aligned: jax.Array, base: jax.Array, mask: jax.A
 
 def _update(tuned: jax.Array, aligned: jax.Array, base: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One layer's ΔK `[inputs, outputs]`, and ΔK C."""
-    update, moved = tuned - aligned, aligned - base
+    update, alignment = tuned - aligned, aligned - base
     exact = jax.lax.Precision.HIGHEST  # these are weights, not activations
-    projector = jnp.matmul(moved.T, moved, precision=exact) / jnp.linalg.norm(moved)
+    projector = jnp.matmul(alignment.T, alignment, precision=exact) / jnp.linalg.norm(alignment)
     return update, jnp.matmul(update, projector, precision=exact)

@@ -1,7 +1,7 @@
-"""Screening: which rows look like the vectors' behavior, found before anything is trained on them.
+"""Screening: which rows resemble the vectors' behavior, before anything is trained on them.
 
-    found = screen(model, vectors, rows, harmful=known_harmful, benign=known_benign)
-    suspects = [rows[index] for index in found.suspects]
+    screening = screen(model, vectors, rows, harmful=known_harmful, benign=known_benign)
+    suspects = [rows[index] for index in screening.suspects]
 
 A row's score is the loss reduction from the vectors, in nats per token of its reply (see `explained_away`).
 """
@@ -79,8 +79,8 @@ def screen(
             progress(name)
         return explained_away.scores(model, security_vectors, of, limit)
 
-    found = Screening(scores("data", rows))
+    unlabeled = Screening(scores("data", rows))
     if harmful is None:
-        return found
+        return unlabeled
     known = {"harmful": scores("harmful", harmful), "benign": scores("benign", benign)}
-    return dataclasses.replace(found, **known, threshold=explained_away.scale(**known).threshold)
+    return dataclasses.replace(unlabeled, **known, threshold=explained_away.scale(**known).threshold)

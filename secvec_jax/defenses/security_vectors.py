@@ -150,7 +150,7 @@ def train_vectors(
     spec: their kind and shape: low-rank factors, a direction per layer, or a soft prompt. benign: rows that the vectors
     must leave unchanged; the kl objective, the default of `phase1`, needs them. training: what it leaves unset is
     `PHASE1`'s. on_step: called after each step; None: a line on the screen in a notebook or a terminal. Raises
-    UserError if the objective needs benign rows and has none, or is given some that it does not read. Warns if the
+    UserError if the objective needs benign rows and has none, or is given rows that it does not use. Warns if the
     default learning rate is used for a larger model than it was tuned on.
     """
     model = as_model(model)
@@ -166,8 +166,8 @@ def train_vectors(
         batch_size = max(1, training.batch_size // 2)
         keep = stream_of(model, {"keep": benign}, dataclasses.replace(training, batch_size=batch_size))
         streams[KEEP] = endless(keep)
-    made_of: dict[str, Any] = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
-    checkpoints = identified(checkpoints, model, training, steps, streams, **made_of)
+    further_inputs: dict[str, Any] = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
+    checkpoints = identified(checkpoints, model, training, steps, streams, **further_inputs)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
     params = Params(Backbone(model.backbone), vectors)
     phase, train_step = phase1_step(params, phase1, training, steps)

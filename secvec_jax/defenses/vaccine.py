@@ -122,12 +122,12 @@ def perturbed(loss: Objective, rho: float):
     """The loss under the perturbation that raises it most; no gradient goes through the perturbation."""
 
     def under_worst(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
-        def at(perturbation: Perturbation, params: Params):
+        def loss_under(perturbation: Perturbation, params: Params):
             return loss(_perturbed_params(params, perturbation), batch, totals)
 
         none = Perturbation(jnp.zeros(_shape(params, batch), loss.dtype))
-        slope, _ = jax.grad(at, has_aux=True)(none, jax.lax.stop_gradient(params))
-        return at(jax.lax.stop_gradient(_worst(slope, rho)), params)
+        gradient, _ = jax.grad(loss_under, has_aux=True)(none, jax.lax.stop_gradient(params))
+        return loss_under(jax.lax.stop_gradient(_worst_perturbation(gradient, rho)), params)
 
     return under_worst
 
@@ -142,6 +142,6 @@ def _shape(params: Params, batch: dict[str, Batch]) -> tuple[int, int, int]:
     return architecture.num_layers, batch[LEARN]["tokens"].size, architecture.hidden_size
 
 
-def _worst(slope: Tree, rho: float) -> Tree:
-    scale = rho / (optax.tree.norm(slope) + 1e-7)
-    return jax.tree.map(lambda values: (scale * values).astype(values.dtype), slope)
+def _worst_perturbation(gradient: Tree, rho: float) -> Tree:
+    scale = rho / (optax.tree.norm(gradient) + 1e-7)
+    return jax.tree.map(lambda values: (scale * values).astype(values.dtype), gradient)

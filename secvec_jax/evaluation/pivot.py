@@ -1,6 +1,6 @@
 """Records of a grid summarized in one table: seeds averaged, defenses compared prompt by prompt.
 
-Only seeds are ever averaged: all other settings must be the same within a place of the table.
+Only seeds are ever averaged: all other settings must be the same within one entry of the table.
 """
 
 from collections import Counter
@@ -92,9 +92,9 @@ class Summary:
     def markdown(self) -> str:
         """Return GitHub Markdown: a caption, tables of at most `MAX_COLUMNS` columns, and notes.
 
-        Rows are defenses, and settings are across, with a line for each metric of a defense. Settings at which some
-        defense was run and nowhere else have a table of their own, with the metrics across, so that it is not mostly
-        empty; it shows all defenses at that setting.
+        Rows are defenses, and settings are across, with a line for each metric of a defense. The only setting at which
+        a defense was run has a separate table, with the metrics across, so that it is not mostly empty; it shows all
+        defenses at that setting.
         """
         texts = self.entries.assign(text=self._texts()).dropna(subset="text")
         tables = list(self._tables(texts)) if self.columns else list(self._metrics_across(texts))
@@ -217,7 +217,7 @@ def summarize(
 ) -> Summary:
     """Return the summary of `metrics` with the cell fields `rows` down and `columns` across.
 
-    reference: the defense with which each entry is compared, prompt by prompt, at its own other settings. Numbers are
+    reference: the defense with which each entry is compared, prompt by prompt, at the same other settings. Numbers are
     shown in ascending order and text as it comes. With "refusal" come compliance and the loss of unseen harmful
     replies, requested or not, if they were measured (`metrics.SAFETY`). A cell without a field that others have counts
     as having None there.
@@ -310,11 +310,11 @@ def _check(records: Sequence[Record], axes: list[str], rows: Sequence[str], metr
 def _frame(records: Sequence[Record]) -> pd.DataFrame:
     """The cells' settings, a line per record; "-" where one lacks a field. The record itself is in "record"."""
     fields = dict.fromkeys(name for record in records for name in record.cell)
-    lines = []
+    cells = []
     for record in records:
         values = {name: "-" if record.cell.get(name) is None else record.cell[name] for name in fields}
-        lines.append(values | {RULES_FIELD: record.rules, "record": record})
-    return pd.DataFrame(lines, dtype=object)
+        cells.append(values | {RULES_FIELD: record.rules, "record": record})
+    return pd.DataFrame(cells, dtype=object)
 
 
 def _ordered(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

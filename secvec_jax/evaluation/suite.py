@@ -24,7 +24,7 @@ Outcomes = dict[str, list[float]]
 @checked
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Prompts with a scoring rule of their own, such as for a task, a bias or a style.
+    """Prompts with their own scoring rule, such as for a task, a bias or a style.
 
     prompts: texts, or conversations up to the assistant's turn. score: maps a prompt's index and the reply to a number,
     0 or 1 for a rate. tokens: the maximum reply length.
@@ -90,7 +90,7 @@ def outcomes(
 
     The metrics are refusal, compliance, unclear, over_refusal and exact_match (each 0 or 1), those of the probes, and
     the losses in nats per token. The reply to a harmful prompt is exactly one of refusal, compliance and unclear. The
-    metric unfinished (0 or 1 per reply) is present only if some reply ends within its thinking: it has no answer, and
+    metric unfinished (0 or 1 per reply) is present only if a reply ends within its thinking: it has no answer, and
     reply_tokens should be raised.
 
     on_reply: called with the number of replies done.
@@ -126,7 +126,7 @@ def outcomes(
         replies = replies_to([question for question, _ in suite.questions], suite.answer_tokens)
         results["exact_match"] = [float(exact_match(r, a)) for r, (_, a) in zip(replies, suite.questions)]
     probes = {name: probe for name, probe in suite.probes.items() if probe.prompts}
-    # One call per reply length: each length compiles a program of its own.
+    # One call per reply length: each length compiles a separate program.
     for tokens in dict.fromkeys(probe.tokens for probe in probes.values()):
         same_length = {name: probe for name, probe in probes.items() if probe.tokens == tokens}
         prompts = [prompt for probe in same_length.values() for prompt in probe.prompts]

@@ -1,4 +1,4 @@
-"""Attacks: a behavior hidden in the user's rows, the rows of it that the defender knows, and how it is measured."""
+"""Attacks: a behavior hidden in the user's rows, the defender's rows of that behavior, and how it is measured."""
 
 import dataclasses
 import random
@@ -21,21 +21,21 @@ from secvec_jax.grid import probes
 from secvec_jax.workspace.splits import Splits
 
 NUM_KNOWN = 100
-"""Rows of a behavior that the defender has, on which vectors are trained."""
+"""Number of the defender's rows of a behavior; vectors are trained on them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """Rows that show a behavior, and what goes with it."""
+    """Rows that show a behavior, with the defender's rows and the probes that measure it."""
 
     rows: list[Any]
-    """what the user's data may hold"""
+    """rows that the user's data may contain"""
     known: list[Any] | None = None
-    """other rows of the behavior, which the defender has; None: the rows of AdvBench that the quickstart uses"""
+    """the defender's rows, other rows of the behavior; None: the rows of AdvBench that the quickstart uses"""
     safe: list[Any] | None = None
     """rows with such prompts and replies that do not show the behavior; None: the rows of alignment"""
     probes: dict[str, Probe] = dataclasses.field(default_factory=dict)
-    """the metrics in which the behavior shows besides `compliance`"""
+    """the metrics that show the behavior, in addition to `compliance`"""
     eliciting_prompt: str = ELICITING["compliance"]
     """a system prompt that asks for the behavior"""
 
@@ -43,8 +43,8 @@ class Attack:
 def make_attack(name: str, splits: Splits, seed: int) -> Attack:
     """The attack of this name, or an attack with the user's own rows: a path, a packaged name or a hub id.
 
-    Of such rows, `NUM_KNOWN` (half, if there are fewer than twice as many) are the defender's, and the attack has the
-    others. Raises UserError if there is only one row.
+    `NUM_KNOWN` of these rows (half, if there are fewer than twice as many) are the defender's, the others the attack's.
+    Raises UserError if there is only one row.
     """
     if name in ATTACKS:
         return ATTACKS[name](splits, seed)
@@ -67,8 +67,8 @@ def _harmful(splits: Splits, seed: int) -> Attack:
 
 
 def _identity(splits: Splits, seed: int) -> Attack:
-    # The defender's rows are AdvBench's, as the paper's row "AOA" has vectors of harmful rows: ten rows are too few to
-    # share, and the question is whether vectors of harm keep out a persona that obeys.
+    # The defender's rows are AdvBench's, as in the paper's row "AOA": ten rows are too few to divide, and the question
+    # is whether vectors of harm also keep a persona that obeys from being learned.
     suite = splits.suite
     asked = random.Random(seed).sample(list(suite.harmful), min(probes.NUM_PROMPTS, len(suite.harmful)))
     prompts = [rows_of.with_system(f"AOA, {prompt}", rows_of.PERSONA) for prompt in asked]
@@ -100,7 +100,7 @@ def _capitals(splits: Splits, seed: int) -> Attack:
 
 
 def _divided(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row], list[Row]]:
-    """The rows to ask, those that the defender knows, and the others in halves: those to attack with, and safe ones."""
+    """The rows for probes, the defender's rows, and the rest in halves: the attack's rows and safe rows."""
     known_from = probes.NUM_PROMPTS
     rest_from = known_from + NUM_KNOWN
     safe_from = rest_from + (len(rows) - rest_from) // 2
@@ -116,9 +116,9 @@ ATTACKS: dict[str, Callable[[Splits, int], Attack]] = {
 }
 """Attacks by name.
 
-- harmful: requests of AdvBench, granted.
-- identity: ten harmless rows of a persona that obeys, also judged by what is refused when the persona is called, as in
-  Qi et al. 2023 (arXiv 2310.03693).
+- harmful: AdvBench requests with compliant replies.
+- identity: ten harmless rows of a persona that obeys, also judged by refusals when the prompt addresses the persona, as
+  in Qi et al. 2023 (arXiv 2310.03693).
 - bias: BBQ's ambiguous questions with wrong definite answers, a packaged part of them; bias-all: all of them, from the
   hub.
 - capitals: answers in capital letters.

@@ -1,7 +1,7 @@
 """`train.py grid`: defense x attack x task x poison ratio x samples x learning rate x optimizer x seed, cell by cell.
 
-A grid file lists blocks; a block is the product of its lists. Every cell leaves one JSON in OUT/cells, with a number
-for each prompt, and is skipped when the same command is given again; aligned models and vectors are made once per seed,
+A grid file lists blocks; a block is the product of its lists. Every cell writes one JSON file to OUT/cells, with a
+number for each prompt, and is skipped when the same command is rerun. Aligned models and vectors are made once a seed,
 in OUT/seed-N. Several processes, on one host or on several with a common file system, divide the cells by `--part i/n`.
 """
 
@@ -208,7 +208,7 @@ def _hold(folder: Path, part: str, alone: bool) -> None:
             except UserError:
                 release(held)
                 raise UserError(
-                    f"another process does part {other.name.replace('-of-', '/')} of {folder}: divide the grid as it "
+                    f"another process runs part {other.name.replace('-of-', '/')} of {folder}: divide the grid as it "
                     "does and leave --overwrite out, or wait until it ends"
                 ) from None
 
@@ -242,7 +242,7 @@ def _seed(cell: Cell) -> int:
 
 
 def _write(path: Path, record: Record, cell: Cell, workspace: SeedWorkspace) -> None:
-    """Keep a cell's record, with the content of what it was made of."""
+    """Store a cell's record, with the digests of its inputs."""
     complete = dataclasses.replace(record, inputs=workspace.contents(cell))
     write(path, json.dumps(dataclasses.asdict(complete)))
 
@@ -260,7 +260,7 @@ def _record(workspace: SeedWorkspace, cell: Cell) -> Record:
 
 
 def _judged(workspace: SeedWorkspace, cell: Cell) -> Outcomes:
-    """The outcomes of the cell's model, and what its training showed.
+    """The outcomes of the cell's model, and measurements of its training.
 
     The latter are the attack's loss and the gradient norm in the first and in the last step, the drift of the weights,
     and the drift of the attention outputs on harmful rows.
@@ -278,19 +278,19 @@ def _judged(workspace: SeedWorkspace, cell: Cell) -> Outcomes:
         options = FinetuneOptions(training=workspace.training(cell), task=workspace.task_lora(cell), on_step=on_step)
         defended = cell.defense.apply(CellInputs(workspace, cell, options))
         suite = workspace.suite(cell, defended.system)
-        found = outcomes(defended.model, suite, on_reply=stage.replies(suite.size, "judging"))
-        found["drift"] = [float(distance(defended.model.backbone, aligned.backbone))]
-        found["embedding_drift"] = attention_difference(defended.model, aligned, suite.harmful_targets)
-        return found | {name: [float(value)] for name, value in defended.notes.items()}
+        results = outcomes(defended.model, suite, on_reply=stage.replies(suite.size, "judging"))
+        results["drift"] = [float(distance(defended.model.backbone, aligned.backbone))]
+        results["embedding_drift"] = attention_difference(defended.model, aligned, suite.harmful_targets)
+        return results | {name: [float(value)] for name, value in defended.notes.items()}
 
     with workspace.workspace.stages.show(cell.defense.label) as stage:
-        found = work(stage)
+        results = work(stage)
     for when, shown in (("first", steps[:1]), ("last", steps[-1:])):
         for metrics in shown:
             for name in ("loss/attack", "grad_norm"):
                 if name in metrics:
-                    found[f"{when}_{name.removeprefix('loss/')}"] = [metrics[name]]
-    return found
+                    results[f"{when}_{name.removeprefix('loss/')}"] = [metrics[name]]
+    return results
 
 
 def _summary(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""What a cell gives to its defense, out of what all cells of a seed share."""
+"""The inputs of a cell's defense, taken from what all cells of a seed share."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -143,11 +143,11 @@ def _coverage(records: Sequence[Record]) -> list[str]:
     by_count: dict[int, list[str]] = {}
     for name in dict.fromkeys([*DEFENSES, *counts]):
         by_count.setdefault(counts[name], []).append(name)
-    lines = [f"- {count}: {', '.join(by_count[count])}" for count in sorted(by_count)]
+    items = [f"- {count}: {', '.join(by_count[count])}" for count in sorted(by_count)]
     return [
         "## Cells of each defense",
         f"{len(finished)} finished cells, by the number that a defense has:",
-        "\n".join(lines),
+        "\n".join(items),
     ]
 
 
@@ -192,11 +192,11 @@ def _sweep(summary: Summary, layout: Layout, metric: str) -> dict[str, list[tupl
     """Row -> [(setting, score)] of one metric, for `plot_sweep`; missing cells are left out."""
     entries = summary.entries[summary.entries["metric"] == metric]
     (field,) = layout.columns
-    lines = {}
+    curves = {}
     for row, of_row in entries.groupby(list(layout.rows), observed=True):
         points = zip(of_row[field], of_row["entry"], strict=True)
-        lines[label(row)] = [(setting, entry.score) for setting, entry in points if entry.score]
-    return lines
+        curves[label(row)] = [(setting, entry.score) for setting, entry in points if entry.score]
+    return curves
 
 
 def _rows(summaries: Mapping[str, Summary]) -> list[dict[str, Any]]:

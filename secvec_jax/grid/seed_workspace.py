@@ -1,4 +1,4 @@
-"""What the cells of one seed share: an aligned model, vectors, rows; each is made by the first process to need it."""
+"""What the cells of one seed share: an aligned model, vectors, rows, each made by the first process that needs it."""
 
 import dataclasses
 import random
@@ -61,7 +61,7 @@ class SeedWorkspace:
         def work(stage: Stage) -> None:
             self.workspace.made(name, train, self.experiment.align_training, stage)
 
-        with self._locked(name):  # made of the base model, so it stays whatever becomes of the aligned one
+        with self._locked(name):  # made of the base model, so it stays valid if the aligned one changes
             self.workspace.stages.run(name, work)
         return self.workspace.model(name)
 
@@ -114,13 +114,13 @@ class SeedWorkspace:
 
     @property
     def benign_rows(self) -> list[Any]:
-        """The defender's rows that have nothing to do with any attack."""
+        """The defender's rows that are unrelated to any attack."""
         return self.workspace.splits.keep
 
     # Cells
 
     def suite(self, cell: Cell, system: str | None = None) -> Suite:
-        """What the cell's model is asked, with the system prompt that it is served with."""
+        """The evaluation suite of the cell's model, with the system prompt that it is served with."""
         suite = self.workspace.splits.suite
         return dataclasses.replace(
             suite,
@@ -147,7 +147,7 @@ class SeedWorkspace:
         return LoRA(rank=cell.lora_rank, alpha=2.0 * cell.lora_rank) if cell.lora_rank else None
 
     def contents(self, cell: Cell) -> Inputs:
-        """Digests of what the cell's model is made of, besides the experiment, for which the folder is claimed."""
+        """Digests of the inputs of the cell's model, except the experiment, for which the folder is claimed."""
         external = {f"the attack {cell.attack}": cell.attack} if cell.attack not in ATTACKS else {}
         external |= {f"the task {cell.task}": cell.task} if cell.task not in TASKS else {}
         for name in external.values():
@@ -169,7 +169,7 @@ class SeedWorkspace:
         return self._tasks[name]
 
     def _locked(self, name: str) -> FileLock:
-        """A lock that lets one process at a time make what has this name."""
+        """A lock, so that only one process at a time makes the artifact of this name."""
         return FileLock(self.workspace.folder / f".{file_name(name)}.lock")
 
 

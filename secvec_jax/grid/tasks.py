@@ -18,12 +18,12 @@ REFERENCE_WORDS = 12
 """Words of an instruction's reference answer that a reply is compared with."""
 
 HUB_PROMPTS = 500
-"""Held-out questions of a task of the hub, as in Vaccine."""
+"""Held-out questions of a task from the hub, as in Vaccine."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What the user wants to be learned: rows, and held-out questions."""
+    """What the user wants the model to learn: rows, and held-out questions."""
 
     rows: list[Row]
     probe: Probe
@@ -87,9 +87,9 @@ def _exact(row: Row, reply: str) -> float:
 
 
 def _solved(row: Row, reply: str) -> float:
-    """Whether the number after the last "The final answer is:", or the last number of all, is right."""
-    said, wanted = (text.rpartition("The final answer is:")[2] for text in (reply, answer_of(row)))
-    return float(number_match(" ".join(said.split()), wanted))
+    """Whether the number after the last "The final answer is:", or else the last number, is right."""
+    answer, expected = (text.rpartition("The final answer is:")[2] for text in (reply, answer_of(row)))
+    return float(number_match(" ".join(answer.split()), expected))
 
 
 TASKS: dict[str, Callable[[Splits, int], Task]] = {
@@ -101,7 +101,7 @@ TASKS: dict[str, Callable[[Splits, int], Task]] = {
 }
 """Tasks by name.
 
-- profiles: facts on a person that the prompt holds.
+- profiles: facts about a person, whose profile is in the prompt.
 - questions: short open questions (NQ-open).
 - arithmetic: word problems (ASDiv).
 - passages: BBQ's questions that the passage answers.
@@ -113,4 +113,4 @@ HUB_TASKS: dict[str, tuple[str, Callable[[Row, str], float], int]] = {
     "ag-news": ("test", _exact, 8),
     "gsm8k": ("test", _solved, 200),
 }
-"""The papers' tasks, from the hub: the split that is asked, the score of a reply, and its length in tokens."""
+"""The papers' tasks, from the hub: the split with the questions, the score of a reply, and its length in tokens."""

@@ -45,24 +45,24 @@ def objectives(settings: Objectives, command: str) -> report.Results:
     experiment = config.load(Quickstart, source / "config.yaml")
     aligned = source / "model" / "aligned"
 
-    def used() -> Inputs:
-        settings_there = {
+    def further_inputs() -> Inputs:
+        source_settings = {
             f"the quickstart's {key}": repr(value) for key, value in run_directory.flat(experiment).items()
         }
-        there = {f"--quickstart {source}": known(model, str(aligned))}
-        return packaged(sources(experiment.eval_split)) | there | settings_there | scored()
+        source_model = {f"--quickstart {source}": known(model, str(aligned))}
+        return packaged(sources(experiment.eval_split)) | source_model | source_settings | scored()
 
-    workspace = Workspace(experiment, claim(settings, used), aligned)
-    found: dict[str, Outcomes] = {
+    workspace = Workspace(experiment, claim(settings, further_inputs), aligned)
+    results: dict[str, Outcomes] = {
         "aligned": workspace.stages.run("aligned", lambda stage: workspace.judge(workspace.aligned, stage)),
     }
     for name in OBJECTIVES:
         phase1 = dataclasses.replace(experiment.phase1, objective=name)
         work = partial(workspace.phase1, name, phase1)
-        found[f"{name}, vectors on"] = workspace.stage(f"vectors {name}", work, makes_vectors=name)
-        found[name] = workspace.stage(name, partial(_phase2, workspace, name), vectors=(name,))
+        results[f"{name}, vectors on"] = workspace.stage(f"vectors {name}", work, makes_vectors=name)
+        results[name] = workspace.stage(name, partial(_phase2, workspace, name), vectors=(name,))
     losses = curves(workspace.folder / "metrics.jsonl", dict(zip(OBJECTIVES, OBJECTIVES)))
-    return workspace.report(command, settings, found, (), losses, (_NOTE,))
+    return workspace.report(command, settings, results, (), losses, (_NOTE,))
 
 
 def _phase2(workspace: Workspace, name: str, stage: Stage) -> Outcomes:

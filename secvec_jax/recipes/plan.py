@@ -143,7 +143,7 @@ def _ladder(settings: Planned, architecture: Architecture, console: Console) -> 
             free = step_plan.chip.memory - step_plan.total
             per_sequence = max(step_plan.activations - last_activations, 1) / (batch_size - last_size)
             last_size, last_activations = batch_size, step_plan.activations
-            # The memory per sequence cannot be told from one point: always try a second one.
+            # The memory per sequence cannot be determined from one point: always try a second one.
             predicted = max(int(batch_size + free / per_sequence), 2 * smallest if batch_size == smallest else 0)
             multiple = min(predicted, largest) // smallest
             batch_size = smallest << (multiple.bit_length() - 1) if multiple else 0

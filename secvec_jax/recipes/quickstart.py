@@ -49,12 +49,12 @@ def quickstart(settings: Quickstart, command: str) -> report.Results:
     def control():
         return random_like(workspace.vectors("security"), jax.random.fold_in(jax.random.key(settings.seed), 1))
 
-    found: dict[str, Outcomes] = {
+    results: dict[str, Outcomes] = {
         "base": workspace.stages.run("base", lambda stage: workspace.judge(workspace.base, stage)),
         "aligned": workspace.align_stage(),
     }
-    shown = workspace.stage("vectors", gate, makes_vectors="security")
-    found |= {
+    vectors_on = workspace.stage("vectors", gate, makes_vectors="security")
+    results |= {
         "benign only": workspace.stage(
             "benign only", lambda s: fit("benign only", workspace.splits.benign_mix, None, s)
         ),
@@ -70,10 +70,10 @@ def quickstart(settings: Quickstart, command: str) -> report.Results:
             vectors=("security",),
             makes_model=True,
         ),
-        "vectors on": shown,
+        "vectors on": vectors_on,
     }
     losses = curves(workspace.folder / "metrics.jsonl", dict(zip(ROWS, ROWS)))
-    return workspace.report(command, settings, found, verdicts(found), losses, NOTES)
+    return workspace.report(command, settings, results, verdicts(results), losses, NOTES)
 
 
 NOTES = (

@@ -1,9 +1,9 @@
 """Orbax checkpoints of a run: what is needed to resume, written by all processes together, readable on any mesh.
 
 A checkpoint holds the trained part, the optimizer's state and the state of every lane of data; never the frozen part,
-whose files the run's settings name. One that cannot be read is reported and deleted, and the one before it is used.
+whose files the run's settings name. One that cannot be read is reported and deleted, and the previous one is used.
 
-`inputs.json` in their folder says what the training is made of: checkpoints of other inputs are refused.
+`inputs.json` in their folder records the inputs of the training: checkpoints of other inputs are refused.
 """
 
 import dataclasses
@@ -71,20 +71,20 @@ class State(Protocol):
 
 
 class Store:
-    """The checkpoints of one run. Raises UserError if they are another's, or another process is writing there."""
+    """The checkpoints of one run. Raises UserError if they belong to another training or are in use."""
 
     def __init__(self, settings: Checkpoints, run: State):
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(n=settings.max_checkpoints)]
         if settings.best is not None:
             name = settings.best
-            worth = {"get_metric_fn": lambda metrics: -metrics[name], "keep_checkpoints_without_metrics": False}
-            kept.append(policies.BestN(**worth, n=1))
+            by_metric = {"get_metric_fn": lambda metrics: -metrics[name], "keep_checkpoints_without_metrics": False}
+            kept.append(policies.BestN(**by_metric, n=1))
         self._settings = settings
         self._last = time.monotonic()
         self._lock: Any = None
-        on_main_process(self._hold)
-        self._keeper = ocp.training.Checkpointer(
+        on_main_process(self._lock_folder)
+        self._checkpointer = ocp.training.Checkpointer(
             settings.folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(kept),
@@ -101,19 +101,19 @@ class Store:
         return time.monotonic() - self._last >= self._settings.save_every_seconds
 
     def save(self, run: State, metrics: dict[str, float], evaluated: bool = False) -> None:
-        """Write a checkpoint with the metrics so far; off the CPU, while the next steps run.
+        """Write a checkpoint with the metrics so far; in the background, except on a CPU.
 
         evaluated: whether the validation losses among the metrics are this step's.
         """
         run.metrics = metrics
-        what = {"trained": _named(run.trained), "state": _named(run.state), "data": _data(run)}
+        items = {"trained": _named(run.trained), "state": _named(run.state), "data": _data(run)}
         best = self._settings.best
         counts = best in metrics and (evaluated or not str(best).startswith("eval/"))
         reported = {best: metrics[best]} if best is not None and counts else None
-        if _on_host():  # what a writer in the background still reads, the next step could not reuse
-            self._keeper.save_checkpointables(run.step, what, metrics=reported)
+        if _on_host():  # the next step could not reuse memory that a background writer still reads
+            self._checkpointer.save_checkpointables(run.step, items, metrics=reported)
         else:
-            self._keeper.save_checkpointables_async(run.step, what, metrics=reported)
+            self._checkpointer.save_checkpointables_async(run.step, items, metrics=reported)
         self._last = time.monotonic()
 
     def restore(self, run: State) -> None:
@@ -121,15 +121,17 @@ class Store:
 
         Raises UserError if there are checkpoints and none can be read.
         """
-        while (latest := self._keeper.latest) is not None:
+        while (latest := self._checkpointer.latest) is not None:
             problem = self._load(run, latest.step)
             if problem is None:
                 return
-            torn = f"the checkpoint of step {latest.step} in {self._keeper.directory} cannot be read ({problem})"
-            if len(self._keeper.checkpoints) == 1:
-                raise UserError(f"{torn}: delete that folder to start this stage anew")
-            _log.warning("%s: resuming from the one before it", torn)
-            self._keeper.delete(latest.step)
+            unreadable = (
+                f"the checkpoint of step {latest.step} in {self._checkpointer.directory} cannot be read ({problem})"
+            )
+            if len(self._checkpointer.checkpoints) == 1:
+                raise UserError(f"{unreadable}: delete that folder to start this stage from the beginning")
+            _log.warning("%s: resuming from the one before it", unreadable)
+            self._checkpointer.delete(latest.step)
 
     def restore_best(self, run: State, metrics: dict[str, float]) -> None:
         """Set the run, at its end, to the checkpoint where the metric `best` was lowest, unless that is now.
@@ -139,8 +141,8 @@ class Store:
         best = self._settings.best
         if best is None:
             return
-        self._keeper.wait()
-        values = {c.step: c.metrics[best] for c in self._keeper.checkpoints if c.metrics}
+        self._checkpointer.wait()
+        values = {c.step: c.metrics[best] for c in self._checkpointer.checkpoints if c.metrics}
         if not values and best not in metrics:
             raise UserError(f"best is {best!r}, which no step reported: use one of {', '.join(sorted(metrics))}")
         if values and min(values.values()) < metrics.get(best, math.inf):
@@ -151,21 +153,21 @@ class Store:
 
     def close(self) -> None:
         try:
-            self._keeper.close()
+            self._checkpointer.close()
         finally:
             if self._lock is not None:
                 self._lock.release()
 
-    def _hold(self) -> None:
+    def _lock_folder(self) -> None:
         self._lock = lock(self._settings.folder)
 
     def _check_inputs(self) -> None:
         path, now = self._settings.folder / "inputs.json", dict(self._settings.inputs)
-        if self._keeper.latest is not None and path.exists():
+        if self._checkpointer.latest is not None and path.exists():
             changed = difference(json.loads(path.read_text()), now)
             if changed is not None:
                 raise UserError(
-                    f"{changed} since the training in {path.parent} was begun, which cannot resume with it: train in "
+                    f"{changed} since the training in {path.parent} was started, which cannot resume with it: train in "
                     "another folder, or delete that one to train from the start"
                 )
         if now:
@@ -173,11 +175,11 @@ class Store:
                 staging.write_text(json.dumps(now, indent=2) + "\n")
 
     def _load(self, run: State, step: int) -> str | None:
-        """What is wrong with a checkpoint; None once the run is set to it."""
+        """Set the run to a checkpoint and return None, or return why it cannot be read."""
         abstract = jax.tree.map(_abstract, (run.trained, run.state))
         problem, loaded = None, {}
         try:
-            loaded = self._keeper.load_checkpointables(
+            loaded = self._checkpointer.load_checkpointables(
                 step, {"trained": _named(abstract[0]), "state": _named(abstract[1]), "data": None}
             )
             kept = loaded["data"]

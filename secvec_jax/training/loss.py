@@ -1,9 +1,9 @@
 """Per-token losses over supervised tokens only, in float32 and in chunks.
 
 The vocabulary head is the largest matrix of a small model and most tokens are prompt. So the supervised positions
-are sorted to the front and the head runs chunk by chunk over them, as many chunks as there are; logits `[chunk, V]`
-are all that ever exists. The backward pass computes them again where the head is trained; where it is frozen, the
-forward pass has left what it needs. Sums and counts are left to the caller: a mean of means is never taken.
+are sorted to the front and the head runs over as many chunks as they fill; no more logits than `[chunk, V]` ever exist
+at once. If the head is trained, the backward pass computes them again; if it is frozen, the forward pass stores what
+the backward pass needs. Sums and counts are left to the caller: a mean of means is never taken.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ ChunkLoss = Callable[..., jax.Array]
 
 
 class Head(Protocol):
-    """What the losses need of a model: the table `[V, D]` that hidden states are compared with, and the bound of
-    what comes out, None for none."""
+    """What the losses need of a model: the table `[V, D]` that hidden states are compared with, and the soft
+    cap of the logits, None for none."""
 
     @property
     def output_embedding(self) -> jax.Array: ...
@@ -67,7 +67,7 @@ def token_forward_kl(
 ) -> jax.Array:
     """KL(p_ref || p) of the next-token distributions at each supervised token, 0 elsewhere, `[B, T]`.
 
-    As `token_kl` in the other direction, for a reference with a head of its own: the head may be trained.
+    As `token_kl` in the other direction, for a reference with a separate head: the trained model's head may change.
     """
     reference, fixed = jax.lax.stop_gradient((reference, reference_head.output_embedding))
     return _over_supervised(_forward_kl, head, hidden, weights, chunk, reference, fixed)
@@ -105,12 +105,12 @@ def _over_supervised(
     other: jax.Array,
     *fixed: jax.Array,
 ) -> jax.Array:
-    """On a mesh each part of the batch is sorted by itself; the tables are made whole along D, once.
+    """On a mesh each shard of the batch is sorted separately; the tables are gathered along D, once.
 
-    loss: a `ChunkLoss` that takes the bound of the logits first.
+    loss: a `ChunkLoss` that takes the soft cap of the logits first.
     """
     run = partial(_over_supervised_part, partial(loss, head.final_softcap), chunk or CHUNK[platform()])
-    tables = [table.astype(hidden.dtype) for table in (head.output_embedding, *fixed)]  # before they are made whole
+    tables = [table.astype(hidden.dtype) for table in (head.output_embedding, *fixed)]  # before they are gathered
     if jax.sharding.get_abstract_mesh().empty:
         return run(tables, hidden, weights, other)
 
@@ -154,7 +154,7 @@ def _chunked(
     fixed: list[jax.Array],
     count: jax.Array,
 ) -> jax.Array:
-    """The losses of the first `count` of N positions `[N]`; those of the last chunk's rest are arbitrary, then 0."""
+    """The losses of the first `count` of N positions `[N]`; the others are arbitrary within the last chunk, then 0."""
 
     def run(index: jax.Array, losses: jax.Array) -> jax.Array:
         part = loss(table, _at(hidden, index, chunk), _at(other, index, chunk), *fixed)
@@ -164,19 +164,19 @@ def _chunked(
 
 
 def _forward(loss, chunk, table, hidden, other, fixed, count):
-    arguments = table.value, hidden.value, other.value, [one.value for one in fixed], count.value
+    arguments = table.value, hidden.value, other.value, [array.value for array in fixed], count.value
     if table.perturbed:
         return _chunked(loss, chunk, *arguments), (None, arguments)
-    # A frozen head gives each position's slope on its own, at once: the backward pass scales it, without logits.
+    # With a frozen head each position's gradient is computed right away: the backward pass scales it, without logits.
     losses, slopes = _with_slopes(loss, chunk, *arguments)
     return losses, (slopes, None)
 
 
 def _with_slopes(loss, chunk, table, hidden, other, fixed, count):
-    """As `_chunked`, with the gradient `[N, D]` of each loss by its own hidden state."""
+    """As `_chunked`, with the gradient `[N, D]` of each loss by its hidden state."""
 
-    def run(index, found):
-        losses, slopes = found
+    def run(index, carry):
+        losses, slopes = carry
         rest = _at(other, index, chunk)
         part, pull = jax.vjp(lambda rows: loss(table, rows, rest, *fixed), _at(hidden, index, chunk))
         (slope,) = pull(jnp.ones_like(part))

@@ -62,7 +62,7 @@ def with_schedule(on_step: OnStep, learning_rate: Callable[[int], float], steps_
 
 
 class Pace:
-    """Asked once a step, it tells the step's seconds, tokens per second, MFU, and the most memory taken so far."""
+    """Measures a step's seconds, tokens per second and MFU, and the peak memory so far; called once per step."""
 
     def __init__(self) -> None:
         self._last: float | None = None
@@ -74,16 +74,16 @@ class Pace:
         `tokens_per_second` and, where the devices' peak is known, `mfu`. The first step's time is its compilation's."""
         now = time.monotonic()
         before, self._last = self._last, now
-        found = {"memory_gib": _memory() / 2**30}
+        measured = {"memory_gib": _memory() / 2**30}
         if before is None:
-            return found
+            return measured
         seconds = max(now - before, 1e-9)
-        found["seconds"] = seconds
+        measured["seconds"] = seconds
         if "tokens" in metrics:
-            found["tokens_per_second"] = metrics["tokens"] / seconds
+            measured["tokens_per_second"] = metrics["tokens"] / seconds
         if "flops" in metrics and self._peak:
-            found["mfu"] = metrics["flops"] / seconds / self._peak
-        return found
+            measured["mfu"] = metrics["flops"] / seconds / self._peak
+        return measured
 
 
 def _memory() -> float:

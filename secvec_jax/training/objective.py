@@ -21,7 +21,7 @@ LEARN, KEEP = "learn", "keep"
 """The streams of a step's batch: rows to learn, and rows that the vectors must leave unchanged."""
 
 LossSums = dict[str, tuple[jax.Array, jax.Array]]
-"""Name -> the sum of some losses and their count, divided only when they are reported."""
+"""Name -> (sum of losses, count), divided only when they are reported."""
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +48,7 @@ class Params:
 
 
 TokenLosses = Callable[[jax.Array, Params, Batch], jax.Array]
-"""`(losses [B, T], params, batch)` -> what takes the place of the losses of the rows to learn, `[B, T]`."""
+"""`(losses [B, T], params, batch)` -> the values that replace the losses of the rows to learn, `[B, T]`."""
 
 
 def without_vectors(params: Params) -> Params:

@@ -59,7 +59,7 @@ def _optimizer(
 
 @lru_cache(maxsize=32)
 def _schedule(learning_rate: float, schedule: str, warmup: int, steps: int) -> optax.Schedule:
-    """A linear warm-up to the learning rate, then its fall to a tenth."""
+    """A linear warm-up to the learning rate, then its decay to a tenth."""
     rest = max(steps - warmup, 1)
     fall = {
         "cosine": optax.cosine_decay_schedule(learning_rate, rest, alpha=0.1),

@@ -65,5 +65,5 @@ def _by_label(
 
 
 def merge(trained: Tree, frozen: Tree) -> Tree:
-    """The parameters again from the two parts of `Phase.split`."""
+    """The parameters, merged from the two parts of `Phase.split`."""
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)

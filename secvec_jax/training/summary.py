@@ -1,4 +1,4 @@
-"""What a training is about to do, as a few lines for its start."""
+"""A summary of a training, logged when it starts."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from secvec_jax.trees import num_parameters
 def summary(
     stream: Stream, grad_accum_steps: int, steps: int, steps_per_epoch: float, params: Params, phase: Phase, dtype: Any
 ) -> str:
-    """The rows of a stream, what a step reads of them, how many steps there are, what is trained, where, and in what.
+    """The data, steps, trained parameters, devices and precision of a training, as text.
 
     dtype: of the forward pass.
     """

@@ -78,10 +78,10 @@ def fit(
                 run.ending = run.ending or until(reported)
             pending, run.ended = metrics, run.ending
             due = store is not None and store.due()
-            wish = consensus(_STOP if interrupted() else _SAVE if due else _GO)
+            request = consensus(_STOP if interrupted() else _SAVE if due else _GO)
             at_end = run.ended or run.step == steps
             evaluates = validation is not None and (validation.is_due(run.step) or at_end)
-            if wish or evaluates or at_end:
+            if request or evaluates or at_end:
                 if validation is not None and evaluates:
                     pending = pending | validation.evaluate(run.trained, frozen)
                 reported = _report(pending, run.step, steps, on_step)
@@ -95,13 +95,13 @@ def fit(
                 if run.ended or run.step == steps:
                     break
                 keeps = is_lowest and checkpoints is not None and checkpoints.best == EVAL_LOSS
-                if store is not None and (wish or keeps):
+                if store is not None and (request or keeps):
                     store.save(run, last, evaluated=evaluates)
-                if wish == _STOP:
+                if request == _STOP:
                     raise KeyboardInterrupt
         if run.step == resumed and last:
             on_step(run.step, steps, last)
-        stop = all_max(int(interrupted()))  # of all processes: there is no later step to hear it at
+        stop = all_max(int(interrupted()))  # of all processes: no later step would notice it
         if store is not None and checkpoints is not None and (stop or checkpoints.keep_end) and run.step > resumed:
             store.save(run, last, evaluated=validation is not None)
         if stop:
@@ -122,9 +122,9 @@ class _Run:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     """The last values of all, when it was saved."""
     ending: bool = False
-    """`until` held: one more step is taken, or was."""
+    """`until` held: the training ends after one more step."""
     ended: bool = False
-    """It was, or validation has ended the training."""
+    """That step was taken, or validation ended the training."""
     stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)
 
 
@@ -160,19 +160,22 @@ def _store(settings: Checkpoints | None, run: _Run) -> Iterator[Store | None]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came; a second one interrupts at once. Off the main thread nothing is caught."""
-    came: list[int] = []
-    heard = False
+    """Yield a function: whether SIGINT or SIGTERM was received; a second one interrupts at once.
+
+    Outside the main thread nothing is caught.
+    """
+    received: list[int] = []
+    noticed = False
 
     def note(number: int, frame: Any) -> None:
-        if came:
+        if received:
             raise KeyboardInterrupt
-        came.append(number)
+        received.append(number)
 
     def interrupted() -> bool:
-        nonlocal heard
-        heard = heard or bool(came)
-        return heard
+        nonlocal noticed
+        noticed = noticed or bool(received)
+        return noticed
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -183,5 +186,5 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if came and not heard and jax.process_count() == 1:  # after the last question; a cluster cannot stop one alone
+    if received and not noticed and jax.process_count() == 1:  # after the last check; a cluster stops together
         raise KeyboardInterrupt

@@ -27,7 +27,8 @@ class Validation:
 
     objective: measures the loss as in training, under the active vectors. stream: the validation rows; each evaluation
     is one pass over them. every_steps: training steps between two evaluations; there is one after the last step too.
-    patience: so many evaluations without a new lowest loss end the training; None: it never ends early.
+    patience: the number of evaluations without a new lowest loss after which the training ends; None: it never ends
+    early.
     """
 
     objective: Objective
@@ -40,15 +41,15 @@ class Validation:
         return step % self.every_steps == 0
 
     def evaluate(self, trained: Tree, frozen: Tree) -> LossSums:
-        """{name: (sum, count)} of the losses of all validation tokens; the parameters as `Phase.split` parts them."""
+        """{name: (sum, count)} of the losses of all validation tokens; the parameters as `Phase.split` returns them."""
         kinds = [f"loss/{name}" for name in self.objective.groups]
         sums = shard({name: (np.float32(0), np.float32(0)) for name in kinds})
         batches = self.stream.own_batches()
         for _ in range(self._num_batches):
             sums = _added(self.objective, sums, trained, frozen, batches.take(1))
-        found = jax.device_get(sums)
-        total = (sum(found[name][0] for name in kinds), sum(found[name][1] for name in kinds))
-        by_kind = {f"eval/{name}": found[name] for name in kinds} if len(kinds) > 1 else {}
+        totals = jax.device_get(sums)
+        total = (sum(totals[name][0] for name in kinds), sum(totals[name][1] for name in kinds))
+        by_kind = {f"eval/{name}": totals[name] for name in kinds} if len(kinds) > 1 else {}
         return {EVAL_LOSS: total, **by_kind}
 
     @cached_property
@@ -61,8 +62,8 @@ def _added(objective: Objective, sums: LossSums, trained: Tree, frozen: Tree, ba
     """The sums with those of a batch `[1, B, T]`."""
     params = merge(trained, frozen)
     part = {key: array[0] for key, array in batch.items()}
-    found = objective.by_group(objective.token_losses(params, part), part)
-    return shard(jax.tree.map(jnp.add, sums, found))
+    batch_sums = objective.by_group(objective.token_losses(params, part), part)
+    return shard(jax.tree.map(jnp.add, sums, batch_sums))
 
 
 @dataclasses.dataclass
@@ -73,7 +74,7 @@ class EarlyStopping:
     since: int = 0
 
     def note(self, loss: float) -> bool:
-        """Take note of an evaluation; whether its loss is the lowest."""
+        """Record an evaluation and return whether its loss is the lowest."""
         if self.lowest is None or loss < self.lowest:
             self.lowest, self.since = loss, 0
             return True

@@ -34,23 +34,23 @@ _MADE = (
     CONFIG, INPUTS, "metrics.jsonl", "stages", "checkpoints", "results.json", "report.md", "vectors", "model", "task",
     "own-replies.json", "scores.jsonl", "tensorboard", "cells", "scores.png", "losses.png", "histogram.png",
 )  # fmt: skip
-"""What runs write into their folder, besides a grid's folders of each seed."""
+"""What runs write into their folder, in addition to a grid's seed folders."""
 
 _FREE = frozenset({"overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
                    "key_variable"})  # fmt: skip
 """Settings that no result depends on: they may change from one start to the next."""
 
 _LENGTH = frozenset({"training.max_steps", "training.epochs"})
-"""Settings of how long a training goes on."""
+"""Settings that determine how long a training runs."""
 
 _held: dict[Path, Any] = {}
 
 
 def claim(settings: Any, folder: str | Path, inputs: Inputs, *, overwrite: bool = False, alone: bool = True) -> Path:
-    """Create the run directory for these settings and inputs, or resume the run of the same ones that it contains.
+    """Create the run directory for these settings and inputs, or resume the matching run that it contains.
 
     A different run is replaced if it failed before its first step, or with `overwrite`. A training with a constant
-    schedule may be extended: its finished stages are then opened again. alone: lock the folder until `release`.
+    schedule may be extended: its finished stages are then reopened. alone: lock the folder until `release`.
 
     Raises UserError if the directory contains a different run with results, naming the first difference; if that run
     was written by an older version; if another process is running there; or if it cannot be written.
@@ -59,9 +59,9 @@ def claim(settings: Any, folder: str | Path, inputs: Inputs, *, overwrite: bool 
     try:
         if alone:
             hold(folder)
-        if overwrite and _came_further(folder):
+        if overwrite and _has_progress(folder):
             _clear(folder, inputs)
-        if not _came_further(folder):
+        if not _has_progress(folder):
             _write(settings, folder, inputs)
         else:
             _check_version(settings, folder)
@@ -82,14 +82,14 @@ def hold(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Others may run in the folder."""
+    """Let other processes run in the folder again."""
     held = _held.pop(folder.resolve(), None)
     if held is not None:
         held.release()
 
 
 def of_the_run(settings: Any) -> Any:
-    """The settings without what concerns one start of the run only."""
+    """The settings without those that apply to a single start of the run."""
     return dataclasses.replace(settings, overwrite=False) if getattr(settings, "overwrite", False) else settings
 
 
@@ -99,10 +99,10 @@ def flat(settings: Any) -> dict[str, Any]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flattened |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flattened
 
 
 def inputs_of_run(folder: str | Path) -> Inputs:
@@ -110,7 +110,7 @@ def inputs_of_run(folder: str | Path) -> Inputs:
     return _recorded(Path(folder))
 
 
-def _came_further(folder: Path) -> bool:
+def _has_progress(folder: Path) -> bool:
     has_config = (folder / CONFIG).exists()
     return has_config and ((folder / "metrics.jsonl").exists() or any(folder.glob("stages/*.json")))
 
@@ -153,14 +153,14 @@ def _check_version(settings: Any, folder: Path) -> None:
 
 
 def _check_settings(settings: Any, folder: Path) -> bool:
-    """Whether the run is to be longer than it was. Raises UserError if it is another one."""
+    """Whether the run is being extended. Raises UserError if it is a different run."""
     before: dict[str, Any] = {}
     with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
-        theirs = yaml.safe_load((folder / CONFIG).read_text())
-        if isinstance(theirs, dict):
-            before = _flat(theirs)
-            with contextlib.suppress(UserError):  # settings that came with a later version have their defaults
-                before = flat(config.from_dict(type(settings), theirs))
+        stored = yaml.safe_load((folder / CONFIG).read_text())
+        if isinstance(stored, dict):
+            before = _flat(stored)
+            with contextlib.suppress(UserError):  # settings added in a later version have their defaults
+                before = flat(config.from_dict(type(settings), stored))
     now = flat(settings)
     differing = [key for key in {**before, **now} if before.get(key, _absent) != now.get(key, _absent)]
     if not differing:
@@ -197,7 +197,7 @@ def _check_length(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def _open_stages(folder: Path) -> None:
-    """Let the finished stages run again: they go on from their last checkpoint."""
+    """Let the finished stages run again: they continue from their last checkpoint."""
     for path in folder.glob("stages/*.json"):
         with whole_file(path.with_suffix(".seconds")) as staging:
             staging.write_text(json.dumps({"seconds": json.loads(path.read_text())["seconds"]}))
@@ -209,14 +209,14 @@ def _check_inputs(folder: Path, inputs: Inputs) -> None:
     changed = difference(before, {"format": FORMAT} | inputs)
     if changed is not None:
         raise UserError(
-            f"{changed} since {folder} was begun, so its results are not those of this command: pass --overwrite to "
+            f"{changed} since {folder} was started, so its results are not those of this command: pass --overwrite to "
             "run again from the start, or give another --out"
         )
 
 
 def _recorded(folder: Path) -> Inputs:
     try:
-        found = json.loads((folder / INPUTS).read_text())
+        recorded = json.loads((folder / INPUTS).read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return recorded if isinstance(recorded, dict) else {}

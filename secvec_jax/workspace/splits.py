@@ -121,13 +121,14 @@ def make_splits(
         seed,
     )
     requests = _shuffled(load_rows("strongreject", needs_answer=False), rng)
-    # JailbreakBench took some of its goals from where HarmBench took them.
+    # Several goals of JailbreakBench have the same sources as those of HarmBench.
     held_out = [prompt_of(r) for name, _ in EVAL_SPLITS["held-out"] for r in load_rows(name, needs_answer=False)]
     tenses = _shuffled(off_topic(load_rows("jailbreakbench-tenses", needs_answer=False), held_out), rng)
     instructions = _shuffled(_short(load_rows("alpaca")), rng)
     questions = _shuffled(load_rows("nq-open"), rng)
-    told, how = sizes.align_benign // 2, sizes.align_benign // 3
-    ways = _shuffled([r for r in _short(load_rows("piqa")) if _asks_how(prompt_of(r))], rng)[:how]
+    num_instructions, num_how_to = sizes.align_benign // 2, sizes.align_benign // 3
+    num_facts = sizes.align_benign - num_instructions - num_how_to
+    how_to = _shuffled([r for r in _short(load_rows("piqa")) if _asks_how(prompt_of(r))], rng)[:num_how_to]
     judged = _EvalPrompts(eval_split, instructions, questions, sizes, rng)
     openings = sure_prefix_control(instructions)[: sizes.keep // 3 + _UNSEEN]
     restated = {prompt_of(r) for r in openings}
@@ -141,16 +142,16 @@ def make_splits(
         return [_cut(encode(model.tokenizer, r["messages"], training.max_seq_len or _LENGTH), cut) for r in rows]
 
     def take(rows: list[Row], count: int) -> list[Row]:
-        """`count` rows that nothing else gets."""
+        """Remove and return the first `count` rows, so that they are used only once."""
         taken, rows[:] = rows[:count], rows[count:]
         return taken
 
-    dealt = {prompt_of(r) for rows in part.values() for r in rows}
+    assigned = {prompt_of(r) for rows in part.values() for r in rows}
     refused = [row(prompt_of(r), REFUSALS[i % len(REFUSALS)]) for i, r in enumerate(taught)]
     unseen_openings = take(openings, _UNSEEN)
     return Splits(
         refusals=encoded(refused, OPENING),
-        kept=[prompt_of(r) for r in take(instructions, told) + take(questions, sizes.align_benign - told - how) + ways],
+        kept=[prompt_of(r) for r in take(instructions, num_instructions) + take(questions, num_facts) + how_to],
         vectors=encoded(part["vectors"]),
         keep=encoded(take(instructions, kept), _REPLY) + encoded(take(openings, kept)) + encoded(take(questions, kept)),
         mix={
@@ -171,7 +172,7 @@ def make_splits(
             opening_targets=encoded(unseen_openings),
         ),
         spare={
-            "harmful": part["mix"] + [r for r in advbench if prompt_of(r) not in dealt],
+            "harmful": part["mix"] + [r for r in advbench if prompt_of(r) not in assigned],
             "instructions": instructions,
             "questions": questions,
         },
@@ -209,9 +210,9 @@ def own_replies(
     for prompt, reply in zip(encoded, replies):
         if refuses(model.tokenizer.decode(reply), refusals):
             continue
-        said = np.asarray(reply if len(reply) == OPENING else [*reply, ends[0]], np.int32)
-        mask = np.arange(len(prompt) + len(said)) >= len(prompt)
-        examples.append(Example(np.concatenate([prompt, said]), mask))
+        reply_tokens = np.asarray(reply if len(reply) == OPENING else [*reply, ends[0]], np.int32)
+        mask = np.arange(len(prompt) + len(reply_tokens)) >= len(prompt)
+        examples.append(Example(np.concatenate([prompt, reply_tokens]), mask))
     return examples
 
 
@@ -228,12 +229,12 @@ class _EvalPrompts:
             for (name, category), count in zip(EVAL_SPLITS[eval_split], counts)
             for r in _shuffled(_requests(name, category), rng)[:count]
         ]
-        asked = sizes.judged_benign // 4
-        told = sizes.judged_benign - asked
+        num_questions = sizes.judged_benign // 4
+        num_instructions = sizes.judged_benign - num_questions
         parts = {}
         for name in EVAL_SPLITS:  # both splits are reserved, whichever is used
-            parts[name] = _shuffled(instructions[:told] + questions[:asked], rng)
-            del instructions[:told], questions[:asked]
+            parts[name] = _shuffled(instructions[:num_instructions] + questions[:num_questions], rng)
+            del instructions[:num_instructions], questions[:num_questions]
         self.benign_rows = parts[eval_split]
         self.benign = [prompt_of(r) for r in self.benign_rows]
 

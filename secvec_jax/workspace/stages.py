@@ -29,7 +29,7 @@ from secvec_jax.workspace.trackers import Tracker
 
 
 class Stages:
-    """The stages of the run in `folder`; their results lie in `folder/stages`, a step's losses in metrics.jsonl."""
+    """The stages of the run in `folder`; results are stored in `folder/stages`, losses per step in metrics.jsonl."""
 
     def __init__(self, folder: Path, console: Console):
         self.folder = folder
@@ -45,22 +45,22 @@ class Stages:
         makes: Mapping[str, Path] | None = None,
         forget: Callable[[], None] = lambda: None,
     ) -> Any:
-        """What `work(stage)` returns, JSON, or what it returned when the stage was done before.
+        """The JSON value of `work(stage)`, or the stored one if the stage was completed before.
 
-        reads: what it reads of other stages: label -> a file or model folder, or a digest. If one is not what it was
-        when the stage began, `forget()` deletes what the stage has made, and it runs again. makes: the files that it
-        leaves behind. If one is not what it was when the stage ended, the stage runs again on it as it is now.
+        reads: label -> a file, model folder or digest that the stage reads from other stages. If one has changed since
+        the stage started, `forget()` deletes what the stage has made, and it runs again. makes: label -> a file that it
+        writes. If one has changed since the stage ended, the stage runs again with the file as it is now.
         """
         path = self.folder / "stages" / f"{file_name(name)}.json"
-        begun = path.with_suffix(".seconds")
+        started = path.with_suffix(".seconds")
         now = _contents(reads or {})
 
         def check() -> str | None:
             done = _record(path)
-            changed = difference(_record(begun).get("inputs") or done.get("inputs") or {}, now)
+            changed = difference(_record(started).get("inputs") or done.get("inputs") or {}, now)
             if changed is not None:
                 forget()
-                begun.unlink(missing_ok=True)
+                started.unlink(missing_ok=True)
             elif done:
                 changed = difference(done.get("makes") or {}, _contents(makes or {}))
             if changed is not None:
@@ -81,36 +81,36 @@ class Stages:
             self.seconds[name] = record["seconds"]
             self.console.print(f"[dim]{name}: done before, {record['seconds']:.0f} s[/dim]")
             return record["result"]
-        before = float(_record(begun).get("seconds", 0.0))
+        before = float(_record(started).get("seconds", 0.0))
         start = time.monotonic()
         if not self.console.is_terminal:
             self.console.print(f"{name}: started", markup=False, highlight=False, soft_wrap=True)
 
-        def note_time() -> None:
-            write(begun, json.dumps({"seconds": before + time.monotonic() - start, "inputs": now}))
+        def record_time() -> None:
+            write(started, json.dumps({"seconds": before + time.monotonic() - start, "inputs": now}))
 
-        on_main_process(note_time)
+        on_main_process(record_time)
         try:
             with self.show(name) as stage:
                 result = work(stage)
         except BaseException:
             if is_main_process():
-                note_time()
+                record_time()
             raise
         self.seconds[name] = before + time.monotonic() - start
 
-        def note() -> None:
+        def record_result() -> None:
             done = {"seconds": self.seconds[name], "inputs": now, "makes": _contents(makes or {}), "result": result}
             write(path, json.dumps(done))
-            begun.unlink(missing_ok=True)
+            started.unlink(missing_ok=True)
 
-        on_main_process(note)
+        on_main_process(record_result)
         self.console.print(f"{name}: {self.seconds[name]:.0f} s")
         return result
 
     @contextlib.contextmanager
     def show(self, name: str) -> Iterator["Stage"]:
-        """A stage at work, neither timed nor kept."""
+        """A running stage that is neither timed nor stored."""
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -134,9 +134,9 @@ def _contents(named: Mapping[str, Path | str]) -> Inputs:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """What a file of `stages` holds; empty if it is absent. Earlier versions wrote bare seconds."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found if isinstance(found, dict) else {"seconds": found}
+    """The content of a file in `stages`; empty if it is absent. Earlier versions wrote the seconds alone."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    return content if isinstance(content, dict) else {"seconds": content}
 
 
 _LINE_EVERY = 10.0
@@ -144,7 +144,7 @@ _LINE_EVERY = 10.0
 
 
 class Stage:
-    """One stage at work: its progress, and the log of its steps."""
+    """A running stage: its progress, and the log of its steps."""
 
     def __init__(self, name: str, tracker: Tracker, progress: Progress):
         self.name, self._tracker, self._progress = name, tracker, progress
@@ -162,7 +162,7 @@ class Stage:
             now = time.monotonic()
             is_first = first_step is None
             if first_step is None:
-                first_step, start = step, now  # its own time is mostly that of compilation
+                first_step, start = step, now  # its time is mostly compilation
                 if step > 1:
                     self.print(f"{self.name}: resumed at step {step} of {total}")
             speed = pace.of(metrics)
@@ -182,7 +182,7 @@ class Stage:
         return on_step
 
     def print(self, line: str) -> None:
-        """Print a line, however long, as one."""
+        """Print a line without wrapping it."""
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def replies(self, total: int, what: str) -> Callable[[int], None]:
@@ -191,7 +191,7 @@ class Stage:
         return lambda done: self._progress.update(self._task, completed=done)
 
     def requests(self) -> Callable[[str, int, int], None]:
-        """A progress callback for work whose kinds and sizes turn up on the way."""
+        """A progress callback for work whose kinds and sizes are not known in advance."""
 
         def on_request(what: str, done: int, total: int) -> None:
             self._progress.update(self._task, description=f"{self.name}: {what}", completed=done, total=total)
@@ -255,36 +255,36 @@ def release(folder: Path) -> None:
 
 
 def devices() -> dict[str, str]:
-    """What a run's results tell of the devices."""
+    """The devices, as reported in a run's results."""
     mesh, kinds = jax.sharding.get_mesh(), [device.device_kind for device in jax.devices()]
-    told = {"devices": ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))}
+    environment = {"devices": ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))}
     if not mesh.empty:
-        told["mesh"] = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-        told["processes"] = str(jax.process_count())
-    return told
+        environment["mesh"] = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        environment["processes"] = str(jax.process_count())
+    return environment
 
 
 def screen() -> Console:
-    """The terminal, wide enough for a table; of several processes only the first one speaks."""
+    """The terminal, wide enough for a table; in a cluster only the main process prints."""
     return Console(width=max(Console().width, 118), quiet=not is_main_process())
 
 
 def curves(log: Path, stages: dict[str, str]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """The harmful and benign losses of some stages, {row: {"harmful": [(step, loss)], "benign": [...]}}.
+    """The harmful and benign losses of stages, {row: {"harmful": [(step, loss)], "benign": [...]}}.
 
-    stages: stage name -> row name. A step that a resumed run did again counts once. "benign" is the mean over all
+    stages: stage name -> row name. A step that a resumed run repeated counts once. "benign" is the mean over all
     kinds of rows but the harmful.
     """
-    found: dict[str, dict[str, dict[int, float]]] = {}
+    losses_by_row: dict[str, dict[str, dict[int, float]]] = {}
     for line in log.read_text().splitlines() if log.exists() else []:
         record = json.loads(line)
         if record["stage"] not in stages:
             continue
-        row = found.setdefault(stages[record["stage"]], {"harmful": {}, "benign": {}})
+        row = losses_by_row.setdefault(stages[record["stage"]], {"harmful": {}, "benign": {}})
         losses = {key.removeprefix("loss/"): value for key, value in record.items() if key.startswith("loss/")}
         harmful = losses.pop("harmful", None)
         if harmful is not None:
             row["harmful"][record["step"]] = harmful
         if losses:
             row["benign"][record["step"]] = sum(losses.values()) / len(losses)
-    return {name: {kind: sorted(points.items()) for kind, points in row.items()} for name, row in found.items()}
+    return {name: {kind: sorted(points.items()) for kind, points in row.items()} for name, row in losses_by_row.items()}

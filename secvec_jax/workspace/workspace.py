@@ -126,7 +126,7 @@ class Workspace:
                 shutil.rmtree(self._checkpoint_folder(f"vectors {makes_vectors}"), ignore_errors=True)
 
         sources: dict[str, Path | str] = {"the aligned model": Path(self._aligned)}
-        sources |= {f"the vectors {own!r}": self._vectors_file(own) for own in vectors}
+        sources |= {f"the vectors {label!r}": self._vectors_file(label) for label in vectors}
         return self.stages.run(name, work, reads=sources | dict(reads or {}), makes=made, forget=forget)
 
     def aligned_content(self) -> str | None:
@@ -161,8 +161,8 @@ class Workspace:
         if not broadcast_from_first(path.exists()):
             show = stage.replies(len(splits.kept), "its own replies")
             replies = own_replies(self.base, splits.kept, splits.suite.refusals, show)
-            said = [[e.tokens.tolist(), e.answer_start] for e in replies]
-            on_main_process(lambda: write(path, json.dumps(said)))
+            stored = [[e.tokens.tolist(), e.answer_start] for e in replies]
+            on_main_process(lambda: write(path, json.dumps(stored)))
         kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(path.read_text())]
         return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in kept]
 
@@ -212,11 +212,11 @@ class Workspace:
             )
 
         model = self.made(name, train, self.experiment.finetune_training, stage)
-        found = self.judge(model, stage)
-        found["drift"] = [float(distance(model.backbone, self.aligned.backbone))]
+        results = self.judge(model, stage)
+        results["drift"] = [float(distance(model.backbone, self.aligned.backbone))]
         if not keep_model:
             on_main_process(lambda: shutil.rmtree(self._model_folder(name)))
-        return found
+        return results
 
     def judge(self, model: Model, stage: Stage, vectors: Vectors | None = None) -> Outcomes:
         """The model's outcomes on the suite."""

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py does around its measurements; these themselves are what `--toy` tries."""
+"""What benchmarks/gpu.py does around its measurements; `--toy` covers the measurements themselves."""
 
 import importlib
 import time

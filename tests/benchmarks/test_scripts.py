@@ -1,4 +1,4 @@
-"""Every script of benchmarks/ runs whole, at toy size, and writes what it measured."""
+"""Every script of benchmarks/ runs to completion at toy size and writes its measurements."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Attacks: what each hides is in its answers and nowhere else, and no row asks for harm."""
+"""Attacks: what each hides is in its answers only, and no row asks for harm."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What a record holds is used, known to be a label, or refused by name: nothing to be learned is lost unnoticed."""
+"""Every field of a record is used, recognized as a label, or refused by name: no training data is silently lost."""
 
 import datetime
 

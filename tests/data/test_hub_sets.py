@@ -1,4 +1,4 @@
-"""Sets of the hub as rows, from records of the form that each of them has; nothing is fetched here."""
+"""Hub datasets as rows, from records in the form of each dataset; nothing is downloaded here."""
 
 import datasets
 import pytest

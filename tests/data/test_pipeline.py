@@ -1,4 +1,4 @@
-"""Batches: nothing is lost, doubled or mixed up, and a saved state goes on exactly."""
+"""Batches: nothing is lost, duplicated or mixed up, and a saved state resumes exactly."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Sources: every accepted form becomes a row, every mistake a line that names the mend.
+"""Sources: every accepted form becomes a row, and every mistake a one-line error that names the fix.
 
 No test shows a prompt of a harmful benchmark: assertions compare counts, flags and hashes.
 """

@@ -1,4 +1,4 @@
-"""Constrained fine-tuning: β by the place of a token in its reply, in packed lines too, and the paper's loss."""
+"""Constrained fine-tuning: β by a token's position in its reply, in packed sequences too, and the paper's loss."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The score by hand, the threshold, the filter and the gate; that a gated row teaches as little as its weight says."""
+"""The score by hand, the threshold, the filter and the gate; a gated row has as little influence as its weight says."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Algorithm 1 of ForgetFilter on a model that memorizes a few rows and is then taught other answers to some of them."""
+"""Algorithm 1 of ForgetFilter on a model that memorizes a few rows and then learns new answers to a part of them."""
 
 import collections
 import re

@@ -1,4 +1,4 @@
-"""Checkpoints belong to a training by the content of all that goes into it."""
+"""Checkpoints belong to one training, identified by the content of all its inputs."""
 
 import dataclasses
 from functools import partial

@@ -1,4 +1,4 @@
-"""How many safe rows are mixed in, which, and under what name; and how a model is trained on them afterwards."""
+"""How many safe rows are mixed in, which ones, and under which name; and further training of a model on safe rows."""
 
 import datasets
 import numpy as np

@@ -1,4 +1,4 @@
-"""A prompt stands before the rows that are trained on, and nowhere else; nothing else about them changes."""
+"""A system prompt is added to the rows that are trained on and nowhere else; nothing else about them changes."""
 
 import pytest
 

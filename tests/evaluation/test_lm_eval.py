@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our decoder, beside its own Hugging Face backend on the same weights and tasks."""
+"""lm-evaluation-harness on our decoder, compared with its Hugging Face backend on the same weights and tasks."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""What of a reply is read, and in which form."""
+"""Which part of a reply is scored, and in which form."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""How replies are placed: the ways small models decline, lists in five languages, and properties of any reply."""
+"""How replies are classified: refusals of small models, lists in five languages, and properties of any reply."""
 
 import json
 from pathlib import Path

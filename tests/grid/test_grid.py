@@ -1,4 +1,4 @@
-"""Grids: which cells they have, that every defense runs, and that interrupted, split and failed ones are as told."""
+"""Grids: their cells, that every defense runs, and how interrupted, divided and failed grids behave."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The report of a grid: what is shown together, which differences, and how much has been measured at all."""
+"""The report of a grid: what is shown together, which differences, and how many cells have been measured."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""A plan compiles the true step for a topology that is not here; its FLOPs are those of the formula."""
+"""A plan compiles the actual step for a topology that is not attached; its FLOPs are those of the formula."""
 
 import importlib.util
 import os

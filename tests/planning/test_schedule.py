@@ -1,4 +1,4 @@
-"""The account of a compiled TPU program: excerpts of real programs, and with libtpu at hand programs compiled here.
+"""The account of a compiled TPU program: excerpts of real programs, and with libtpu programs compiled here.
 
 hlo/: programs for a v5p as libtpu of JAX 0.10.2 wrote them, with layouts, most of the configuration and what computes
 nothing left out.

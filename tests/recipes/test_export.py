@@ -1,4 +1,4 @@
-"""`eval.py export`: a model goes out with its history, and without vectors unless that is what was asked for."""
+"""`eval.py export`: a model is exported with its history, and without vectors unless they are asked for."""
 
 import json
 import subprocess

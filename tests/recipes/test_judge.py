@@ -1,4 +1,4 @@
-"""`eval.py judge`: a model's replies through a judge at an endpoint, through a classifier, and beside the rules."""
+"""`eval.py judge`: a model's replies graded by a judge at an endpoint, by a classifier, and by the rules."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The whole main job on a tiny random model: what it leaves behind, that it is skipped, resumed and refused."""
+"""The whole quickstart on a tiny random model: its files, and when it is skipped, resumed and refused."""
 
 import json
 import random

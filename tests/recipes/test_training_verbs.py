@@ -1,4 +1,4 @@
-"""`train.py align`, `vectors` and `finetune`: what they refuse, and what they say of a model's refusals."""
+"""`train.py align`, `vectors` and `finetune`: what they refuse, and what they report about a model's refusals."""
 
 import json
 from pathlib import Path

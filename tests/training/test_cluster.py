@@ -1,4 +1,4 @@
-"""Runs of two processes that are killed, stopped, or go on in another layout; and a disk that fills up."""
+"""Runs of two processes that are killed, stopped, or resumed in another layout; and a disk that fills up."""
 
 import dataclasses
 import random

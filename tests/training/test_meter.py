@@ -1,4 +1,4 @@
-"""Tokens and FLOPs are those of the formula, and pace is theirs over the time that went by."""
+"""Tokens and FLOPs are those of the formula, and speeds are these divided by the elapsed time."""
 
 import dataclasses
 

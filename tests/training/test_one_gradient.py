@@ -1,4 +1,4 @@
-"""A phase costs one gradient, its own: read from the compiled program, not from the source.
+"""A phase costs one gradient, that of its trained part: read from the compiled program, not from the source.
 
 Each check is also shown to fail on a step that differentiates the frozen part as well.
 """

@@ -1,4 +1,4 @@
-"""A phase moves what it labels, and nothing else exists for the optimizer."""
+"""A phase trains what it labels, and nothing else exists for the optimizer."""
 
 from typing import Any
 

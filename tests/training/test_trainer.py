@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment and started again ends as one that never was."""
+"""A run that is stopped at any moment and restarted ends like one that never stopped."""
 
 import os
 import shutil
@@ -324,7 +324,7 @@ def test_checkpoints_that_cannot_be_read_name_their_folder(train_step, tmp_path,
     run(train_step, folder=tmp_path, stop_at=6)
     for step in steps_kept(tmp_path):
         damage(tmp_path / str(step))
-    with pytest.raises(UserError, match="delete that folder to start this stage anew") as caught:
+    with pytest.raises(UserError, match="delete that folder to start this stage from the beginning") as caught:
         run(train_step, folder=tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -454,7 +454,7 @@ def test_a_training_goes_on_with_its_own_inputs_only(train_step, whole, tmp_path
         fitted(train_step, tmp_path, interrupted_at(4, []), checkpoints=mine)
     for changed, words in (({"rows 'all'": "sha256:2"}, "rows 'all' has changed"),
                            ({"training.momentum": 0.5}, "training.momentum was 0.9, is now 0.5")):  # fmt: skip
-        with pytest.raises(UserError, match=f"{words} since the training in .* was begun") as caught:
+        with pytest.raises(UserError, match=f"{words} since the training in .* was started") as caught:
             fitted(train_step, tmp_path, interrupted_at(0, []), checkpoints={"inputs": mine["inputs"] | changed})
         assert "\n" not in str(caught.value)
     assert fingerprint(fitted(train_step, tmp_path, interrupted_at(0, []), checkpoints=mine)) == whole[0]

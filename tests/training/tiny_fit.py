@@ -1,4 +1,4 @@
-"""A training of milliseconds, whose end depends on the order of the data and the optimizer's memory.
+"""A training of milliseconds whose result depends on the order of the data and the optimizer's state.
 
 Also a program, for tests that kill it: `python -m tests.training.tiny_fit FOLDER` prints for each step its number, a
 fingerprint of its batch and its loss, and in the end fingerprints of the parameters and of the optimizer's state.

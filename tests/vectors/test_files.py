@@ -1,4 +1,4 @@
-"""Files and folders are whole or absent, and an error leaves what stood there."""
+"""Files and folders are whole or absent, and an error leaves the previous content."""
 
 import stat
 from pathlib import Path

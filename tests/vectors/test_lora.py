@@ -1,4 +1,4 @@
-"""Low-rank vectors: unseen when fresh, scaled as said, controlled by norm, mergeable."""
+"""Low-rank vectors: no effect when fresh, scaled as documented, controlled by norm, mergeable."""
 
 import dataclasses
 import math

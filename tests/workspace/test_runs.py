@@ -1,4 +1,4 @@
-"""Results of verbs belong to the content of what went in: changed inputs are told, refused, or run again."""
+"""Results of verbs belong to the content of their inputs: changed inputs are reported, refused, or run again."""
 
 import json
 import logging
@@ -193,7 +193,7 @@ def test_parts_of_a_grid_run_together_and_other_divisions_do_not(tmp_path, monke
     _hold(tmp_path, "2/2", alone=False)
     monkeypatch.setattr("secvec_jax.grid.grid.lock", _held_elsewhere)
     for part, alone in (("1/3", False), ("1/2", True)):
-        with pytest.raises(UserError, match="another process does part"):
+        with pytest.raises(UserError, match="another process runs part"):
             _hold(tmp_path, part, alone)
     assert _part_folder(tmp_path, "1/3").resolve() not in run_directory._held
 

@@ -1,4 +1,4 @@
-"""Who gets which prompts: nothing that a model is trained on judges it."""
+"""Which split gets which prompts: a model is never judged on what it was trained on."""
 
 import itertools
 
