@@ -95,8 +95,10 @@ def outcomes(
 
     on_reply: called with the number of replies done.
     """
-    backbone, adapters = merge_adapters(model.backbone, as_adapters(vectors))
-    model = model.with_backbone(backbone)
+    adapters = as_adapters(vectors)
+    if adapters:
+        backbone, adapters = merge_adapters(model.backbone, adapters)
+        model = model.with_backbone(backbone)
     done = 0
 
     unfinished: list[float] = []

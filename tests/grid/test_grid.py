@@ -86,7 +86,7 @@ def test_every_setting_of_a_cell_is_in_its_name():
         ({"blocks": [{"defense": [{"name": "ewc", "weight": "much"}]}]}, "weight is 'much': it must be a number"),
         ({"blocks": [{"defense": [{"name": "ewc", "inputs": 1}]}]}, "no setting 'inputs'"),
         ({"blocks": [{"defense": ["ewc weight=2"]}]}, "did you mean 'ewc'.*{name: vaccine, rho: 5}"),
-        ({"blocks": [{"defense": "none"}]}, "defense is 'none': give a list"),
+        ({"blocks": [{"defense": "none"}]}, "defense is 'none': pass a list"),
         (
             {"blocks": [{"defense": [{"name": "explained-away gate", "by": "rows"}]}]},
             "by is 'rows': did you mean 'row'. use one of row, token",

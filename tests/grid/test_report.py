@@ -85,7 +85,7 @@ def test_differences_come_between_our_table_and_the_published_ones(tmp_path):
 
 
 def test_plots_are_of_what_the_layout_names(tmp_path):
-    cells = [Cell(name, poison=p) for name in ("none", "kl") for p in (0.1, 0.2)]
+    cells = [cell_of(name, poison=p) for name in ("none", "kl") for p in (0.1, 0.2)]
     layout = Layout("B", columns=("poison",), pareto=("task", "refusal"), sweep=("task",))
     text = report(tmp_path, layout, cells)
     for name in ("b-pareto-0.1.png", "b-pareto-0.2.png", "b-sweep-task.png"):
@@ -99,7 +99,7 @@ def test_a_row_is_named_by_one_to_four_fields(rows):
 
 
 def test_points_and_lines_are_the_scores(tmp_path):
-    cells = [Cell(name, poison=p) for name in ("none", "kl") for p in (0.1, 0.2)]
+    cells = [cell_of(name, poison=p) for name in ("none", "kl") for p in (0.1, 0.2)]
     records = [record(cell) for cell in cells]
     del records[3].metrics["task"]
     layout = Layout("B", columns=("poison",), metrics=("refusal", "task"))

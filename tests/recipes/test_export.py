@@ -42,7 +42,8 @@ def runs(tmp_path_factory) -> Path:
     )
     worn = (f"{vectors}/vectors/security.safetensors",)
     task = LoRA(rank=2, alpha=4.0)
-    finetune(Finetune((data,), worn, f"{aligned}/model", task, str(folder / "tuned"), QUICK, 0), "train.py finetune")
+    tuned = {"out": str(folder / "tuned"), "training": QUICK, "check_prompts": 0}
+    finetune(Finetune((data,), worn, f"{aligned}/model", task, **tuned), "train.py finetune")
     judged = str(folder / "tuned/model")
     score(ScoreRun(judged, (), (data,), (data,), None, 4, 4, str(folder / "score")), "eval.py score")
     return folder
