@@ -156,9 +156,10 @@ class Stage:
         pace = Pace()
         first_step: int | None = None
         start = last_line = time.monotonic()
+        tokens = 0.0
 
         def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
-            nonlocal first_step, start, last_line
+            nonlocal first_step, start, last_line, tokens
             now = time.monotonic()
             is_first = first_step is None
             if first_step is None:
@@ -166,7 +167,10 @@ class Stage:
                 if step > 1:
                     self.print(f"{self.name}: resumed at step {step} of {total}")
             speed = pace.of(metrics)
-            note = _note(metrics, speed)
+            tokens += 0.0 if is_first else metrics.get("tokens", 0.0)
+            # The last two steps are reported together, so their own times say nothing.
+            shown = _average(tokens, now - start) if step == total else speed
+            note = _note(metrics, shown)
             self._progress.update(self._task, completed=step, total=total, note=note)
             is_due = is_first or step == total or now - last_line > _LINE_EVERY or "eval/loss" in metrics
             if is_due and not self._progress.console.is_terminal:
@@ -201,6 +205,10 @@ class Stage:
     def say(self, what: str) -> None:
         """Show what is being done."""
         self._progress.update(self._task, description=f"{self.name}: {what}")
+
+
+def _average(tokens: float, seconds: float) -> dict[str, float]:
+    return {"tokens_per_second": tokens / seconds} if tokens and seconds > 0 else {}
 
 
 def _note(metrics: dict[str, float], pace: dict[str, float]) -> str:
