@@ -2,8 +2,7 @@
 
 Rows of one model usually begin with the same system prompt. In a packed sequence the tokens that all rows of its lane
 have in common are stored once, at the head, in the segment `batch.SHARED`, which every row of the sequence attends to.
-The loss and the gradient are those of whole rows. On the quickstart's rows a step then learns from 50% more rows in
-about the same time.
+The loss and the gradient are those of whole rows, and a step has room for more of them.
 """
 
 from collections.abc import Iterable, Sequence

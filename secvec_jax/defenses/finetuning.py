@@ -290,9 +290,14 @@ def _select(rows: Any, indices: np.ndarray) -> Any:
 def _as_examples_or_rows(rows: Any, name: str) -> Any:
     """Examples as they are, anything else as `Rows`."""
     rows = collected(rows, _shown_name(name))
-    if isinstance(rows, Examples) or (isinstance(rows, list) and rows and isinstance(rows[0], Example)):
-        return rows
-    return as_rows(rows, name=_shown_name(name))
+    return rows if _are_examples(rows) else as_rows(rows, name=_shown_name(name))
+
+
+def _are_examples(rows: Any) -> bool:
+    """Whether rows are encoded already; a list is judged by its first item."""
+    if isinstance(rows, Examples):
+        return True
+    return isinstance(rows, Sequence) and not isinstance(rows, Rows) and len(rows) > 0 and isinstance(rows[0], Example)
 
 
 def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
@@ -300,7 +305,7 @@ def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> 
     rows = collected(rows, shown_name)
     if isinstance(rows, Examples):
         return rows
-    if isinstance(rows, Sequence) and not isinstance(rows, Rows) and len(rows) and isinstance(rows[0], Example):
+    if _are_examples(rows):
         if wrong := next((row for row in rows if not isinstance(row, Example)), None):
             raise UserError(f"{shown_name} contains examples and {shown(wrong)}: encode all rows of a list, or none")
         for number, example in enumerate(rows, 1):

@@ -160,17 +160,15 @@ class Decoder(nnx.Module):
         """
         segments, positions = _checked_inputs(tokens, None, positions)
         marked = cache.with_slots_marked(segments, positions)
-        x = self._embedded(tokens, positions).astype(dtype)
         if unrolled is None:
-            attention = self._cached_attention(segments, positions, cache, adapters, in_cache=False)
-            inputs_for = self._inputs_by_window(positions, attention)
-            hidden, new = self._scan(x, adapters, cache.parts, inputs_for, operator.attrgetter("kv"))
+            hidden, new = self.prefill(tokens, segments, positions, adapters, cache, dtype)
             (part,) = cache.parts
             parts: tuple[KVSegment, ...] = (part.written(new, cache.length),)
         else:
             # A layer writes its cache before it reads it, or XLA copies the cache in between; a scan copies it anyway.
             attention = self._cached_attention(segments, positions, marked, adapters, in_cache=True)
             inputs_for = self._inputs_by_window(positions, attention)
+            x = self._embedded(tokens, positions).astype(dtype)
             hidden, parts = self._loop(x, unrolled, cache, inputs_for)
         return hidden, dataclasses.replace(marked, parts=parts, length=cache.length + tokens.shape[1])
 

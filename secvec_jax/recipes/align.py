@@ -11,8 +11,7 @@ from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
 from secvec_jax.model.hub import load
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.trees import distance
-from secvec_jax.vectors.lora import LoRA, LoRAVectors
-from secvec_jax.vectors.peft import save_peft
+from secvec_jax.vectors.lora import LoRA
 from secvec_jax.workspace.stages import Stage
 
 
@@ -57,10 +56,7 @@ def align(settings: Align, command: str) -> None:
             checkpoints=run.checkpoints,
             on_step=note_few_steps(stage.on_step(), run.note),
         )
-        stage.say("saving")
-        if isinstance(aligned.adapter, LoRAVectors):
-            save_peft(aligned.adapter, run.folder / "task", model, holds="a task")
-        aligned.save(run.folder / "model")
+        run.save(aligned, model, stage)
         values: dict[str, Any] = {"drift": float(distance(aligned.backbone, model.backbone))}
         sample = run.measure_refusals(aligned, stage, "at the end: ")
         if sample is not None:

@@ -14,8 +14,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.model.hub import load
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.trees import distance
-from secvec_jax.vectors.lora import LoRA, LoRAVectors
-from secvec_jax.vectors.peft import save_peft
+from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.stages import Stage
 
@@ -73,10 +72,7 @@ def finetune(settings: Finetune, command: str) -> None:
             checkpoints=run.checkpoints,
             on_step=stage.on_step(),
         )
-        stage.say("saving")
-        if isinstance(tuned.adapter, LoRAVectors):
-            save_peft(tuned.adapter, run.folder / "task", model, holds="a task")
-        tuned.save(run.folder / "model")
+        run.save(tuned, model, stage)
         return {"drift": float(distance(tuned.backbone, model.backbone)), "notes": run.notes}
 
     run.finish(run.stages.run("finetune", work), f"the model is in {run.folder / 'model'}")

@@ -14,6 +14,8 @@ from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.vectors.lora import LoRAVectors
+from secvec_jax.vectors.peft import save_peft
 from secvec_jax.workspace.runs import Run
 from secvec_jax.workspace.stages import Stage
 
@@ -49,6 +51,13 @@ class TrainingRun(Run):
         sample = measure(model, self.prompts)
         self.note(f"{when}{sample}")
         return sample
+
+    def save(self, trained: Model, start: Model, stage: Stage) -> None:
+        """Save the trained model, and its task LoRA, if it has one, as an adapter of the model it started from."""
+        stage.say("saving")
+        if isinstance(trained.adapter, LoRAVectors):
+            save_peft(trained.adapter, self.folder / "task", start, holds="a task")
+        trained.save(self.folder / "model")
 
     def finish(self, values: dict[str, Any], where: str) -> None:
         """Write the results of the training and print where its files are."""
