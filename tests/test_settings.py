@@ -340,7 +340,7 @@ SHAPE = {"max_seq_len": 32, "batch_size": 2, "share_prefix": False}
 def test_an_epoch_is_one_pass_however_many_batches_a_step_takes(accumulate):
     stream = Stream({"all": ROWS}, 2, 32, epochs=2, share_prefix=False)
     training = Training(grad_accum_steps=accumulate, epochs=2, **SHAPE).over(PHASE2)
-    read, steps = finetuning.stream_and_steps(stream, training)
+    read, steps, _ = finetuning.stream_and_steps(stream, training)
     feed = read.own_batches()
     taken = [feed.take(accumulate) for _ in range(steps)]
     assert steps == math.ceil(stream.count() / accumulate)

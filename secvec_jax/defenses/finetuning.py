@@ -110,10 +110,9 @@ def train_model(
     streams = {LEARN: stream_of(model, groups, training)}
     streams |= {name: stream_of(model, {name: group}, training) for name, group in (extra_rows or {}).items()}
     streams = {name: endless(stream) for name, stream in streams.items()} | {LEARN: streams[LEARN]}
-    streams[LEARN], steps = stream_and_steps(streams[LEARN], training)
-    learn_steps = steps
-    steps += more_steps(steps)
-    steps_per_epoch = epoch_steps(streams[LEARN], training) * steps / learn_steps
+    streams[LEARN], learn_steps, steps_per_epoch = stream_and_steps(streams[LEARN], training)
+    steps = learn_steps + more_steps(learn_steps)
+    steps_per_epoch *= steps / learn_steps
     validation = None if eval_groups is None else validation_of(model, eval_groups, training, steps_per_epoch)
     if validation is not None and checkpoints is not None and checkpoints.best is None:
         checkpoints = dataclasses.replace(checkpoints, best=EVAL_LOSS)
@@ -195,21 +194,19 @@ def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     return Stream(examples, training.batch_size, length, training.seed, training.epochs, _shares_prefix(training))
 
 
-def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int]:
-    """The stream as a training reads it, and how many optimizer steps that takes.
+def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int, float]:
+    """The stream as a training reads it, how many optimizer steps that takes, and how many one pass takes.
 
     An epoch is one pass over the rows, however many batches a step takes: if too few are left for the last step, its
     other batches are empty.
     """
+    batches_per_epoch = dataclasses.replace(stream, epochs=1).count()
+    steps_per_epoch = batches_per_epoch / training.grad_accum_steps
     if training.max_steps:
-        return endless(stream), training.max_steps
-    steps = -(-stream.count() // training.grad_accum_steps)
-    return (endless(stream) if training.grad_accum_steps == 1 else stream), steps
-
-
-def epoch_steps(stream: Stream, training: Training) -> float:
-    """How many optimizer steps one pass over the rows of a stream takes."""
-    return dataclasses.replace(stream, epochs=1).count() / training.over(PHASE2).grad_accum_steps
+        return endless(stream), training.max_steps, steps_per_epoch
+    batches = batches_per_epoch if stream.epochs == 1 else stream.count()  # counting packs all rows
+    steps = -(-batches // training.grad_accum_steps)
+    return (endless(stream) if training.grad_accum_steps == 1 else stream), steps, steps_per_epoch
 
 
 def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups | None]:

@@ -34,7 +34,6 @@ from secvec_jax.defenses.finetuning import (
     FinetuneOptions,
     TrainStepMaker,
     endless,
-    epoch_steps,
     forward_settings,
     groups_of,
     log_summary,
@@ -159,7 +158,7 @@ def train_vectors(
     phase1.check_rows(benign)
     _warn(default_rate(model, training, PHASE1))
     stream = stream_of(model, {"harmful": harmful}, training)
-    learn, steps = stream_and_steps(stream, training)
+    learn, steps, steps_per_epoch = stream_and_steps(stream, training)
     streams = {LEARN: endless(stream) if phase1.objective == "min_min" else learn}
     if benign is not None:
         # A row to keep costs half as much again as one to learn: the model without vectors reads it too.
@@ -173,7 +172,6 @@ def train_vectors(
     phase, train_step = phase1_step(params, phase1, training, steps)
     train_step = metered(train_step, model.architecture, full=False)
     steps_per_vector_step = phase1.inner_steps + 1 if phase1.objective == "min_min" else 1
-    steps_per_epoch = epoch_steps(stream, training)
 
     def learning_rate(step: int) -> float:
         return learning_rate_at(training, steps, -(-step // steps_per_vector_step))
