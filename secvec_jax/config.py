@@ -26,10 +26,10 @@ from secvec_jax.checks import (
     defaults_of,
     hints_of,
     inherit,
-    suggestion,
 )
 from secvec_jax.errors import UserError
 from secvec_jax.files import whole_file
+from secvec_jax.suggestions import suggestion
 
 Settings = TypeVar("Settings")
 

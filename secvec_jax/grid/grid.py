@@ -20,7 +20,7 @@ import jax
 
 from secvec_jax import config
 from secvec_jax.activations import attention_difference
-from secvec_jax.checks import Text, checked, suggestion
+from secvec_jax.checks import Text, checked
 from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
@@ -34,6 +34,7 @@ from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.inputs import CellInputs
 from secvec_jax.grid.report import Layout
 from secvec_jax.grid.seed_workspace import SeedWorkspace
+from secvec_jax.suggestions import suggestion
 from secvec_jax.trees import distance
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 from secvec_jax.workspace.run_directory import hold, release

@@ -15,9 +15,10 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import published, report
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.metrics import RULED
-from secvec_jax.evaluation.pivot import LEGEND, RULES_FIELD, Summary, differences, summarize
+from secvec_jax.evaluation.pivot import RULES_FIELD, differences, summarize
 from secvec_jax.evaluation.plots import colors_of, plot_pareto, plot_sweep, png
 from secvec_jax.evaluation.records import Record
+from secvec_jax.evaluation.summary import LEGEND, Summary
 from secvec_jax.evaluation.tables import MAX_COLUMNS, label, show
 from secvec_jax.files import whole_file
 from secvec_jax.grid.cells import Cell, cell_name
