@@ -20,7 +20,7 @@ from secvec_jax.model.hub import Model
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA
 
-Stage = Literal["alignment", "data", "fine-tuning", "after fine-tuning", "inference"]
+DefenseStage = Literal["alignment", "data", "fine-tuning", "after fine-tuning", "inference"]
 """Where a defense differs from plain fine-tuning of the aligned model."""
 
 Need = Literal["base model", "safe rows", "harmful rows", "benign rows", "contrast rows", "eliciting prompt"]
@@ -115,7 +115,7 @@ class Defense(abc.ABC):
 
     name: ClassVar[str]
     """in grid files and tables"""
-    stage: ClassVar[Stage]
+    stage: ClassVar[DefenseStage]
     needs: ClassVar[tuple[Need, ...]] = ()
     """with the default settings"""
 
