@@ -61,7 +61,7 @@ TRAIN: dict[str, Verb] = {
     ),
     "plan": Verb(
         "memory and step time of a run on a TPU slice, without access to one",
-        _from("recipes.plan", "Planned", "planned"),
+        _from("recipes.plan", "PlanRun", "plan"),
         ("--model configs/models/llama-2-7b.json --topology v5p:2x2x1 --fit",),
         on_devices=False,
     ),
@@ -75,7 +75,7 @@ EVAL: dict[str, Verb] = {
     ),
     "judge": Verb(
         "have a model's replies graded by a language model or a classifier",
-        _from("recipes.judge", "Judged", "judged"),
+        _from("recipes.judge", "JudgeRun", "judge"),
         ("--model runs/tuned --judge NAME --judge-url http://127.0.0.1:8000/v1",),
     ),
     "compare": Verb(

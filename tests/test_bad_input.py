@@ -18,7 +18,7 @@ from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.judges import score_of
 from secvec_jax.evaluation.report import Results
-from secvec_jax.grid.grid import Plan
+from secvec_jax.grid.grid import GridConfig
 from secvec_jax.model import weights
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.families import FAMILIES, weight_names
@@ -96,7 +96,7 @@ def test_files_of_rows(tmp_path, data, suffix):
     rows_or_error(path)
 
 
-KINDS = [Finetune, Vectors, Plan]
+KINDS = [Finetune, Vectors, GridConfig]
 
 
 def names(kind: type) -> list[str]:

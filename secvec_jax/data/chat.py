@@ -162,7 +162,7 @@ def _read(read: Callable[[], Any]) -> Any:
 
 
 def _too_long(length: int, max_length: int) -> str:
-    return f"a prompt has {length} tokens, but the maximum length is {max_length}: shorten it or raise `length`"
+    return f"a prompt has {length} tokens, but the maximum length is {max_length}: shorten it, or raise the maximum"
 
 
 def _clip(messages: list[Message]) -> str:

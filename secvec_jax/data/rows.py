@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict, overload
 
 from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned
 from secvec_jax.data.frames import records_of
-from secvec_jax.data.stored import Rows, place
+from secvec_jax.data.stored import Rows, location
 from secvec_jax.errors import UserError
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -57,8 +57,8 @@ def response_of(row: Row) -> str | None:
     return last["content"] if last["role"] == "assistant" else None
 
 
-def asked_of(row: Row) -> str | list[Message]:
-    """Return what a model is asked: everything before the final answer.
+def full_prompt_of(row: Row) -> str | list[Message]:
+    """Return the prompt that a row gives a model: everything before the final answer.
 
     A single user turn is its text alone; anything else is the conversation, with its system prompt and earlier turns.
     """
@@ -66,29 +66,31 @@ def asked_of(row: Row) -> str | list[Message]:
     return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
 
 
-def text_of(asked: str | list[Message]) -> str:
-    """Return the text of the last user turn of what a model is asked."""
-    return asked if isinstance(asked, str) else prompt_of({"messages": asked})
+def last_user_text(prompt: str | list[Message]) -> str:
+    """Return the text of the last user turn of a prompt."""
+    return prompt if isinstance(prompt, str) else prompt_of({"messages": prompt})
 
 
-def transcript(asked: str | list[Message]) -> str:
-    """Return what a model is asked as one text for a reader: a text unchanged, a conversation with its roles."""
-    return asked if isinstance(asked, str) else "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in asked)
+def transcript(prompt: str | list[Message]) -> str:
+    """Return a prompt as one text for a reader: a text unchanged, a conversation with its roles."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in prompt)
 
 
 @overload
-def with_system(asked: Row, text: str) -> Row: ...
+def with_system(prompt: Row, text: str) -> Row: ...
 @overload
-def with_system(asked: str | list[Message], text: str) -> list[Message]: ...
-def with_system(asked: Row | str | list[Message], text: str) -> Row | list[Message]:
+def with_system(prompt: str | list[Message], text: str) -> list[Message]: ...
+def with_system(prompt: Row | str | list[Message], text: str) -> Row | list[Message]:
     """Return a row, or a prompt (a text, or a conversation) as a conversation, after a system message of `text`.
 
     A system message that it begins with is kept, on a line of its own after `text` in the same message: chat
     templates take no second one.
     """
-    if isinstance(asked, dict):
-        return {**asked, "messages": with_system(asked["messages"], text)}
-    messages = row(asked)["messages"] if isinstance(asked, str) else asked
+    if isinstance(prompt, dict):
+        return {**prompt, "messages": with_system(prompt["messages"], text)}
+    messages = row(prompt)["messages"] if isinstance(prompt, str) else prompt
     if messages and messages[0]["role"] == "system":
         text, messages = f"{text}\n{messages[0]['content']}", messages[1:]
     return [{"role": "system", "content": text}, *messages]
@@ -161,18 +163,18 @@ def as_rows(
     if isinstance(data, Rows):
         return _checked_again(data, needs_answer, name)
     if hasattr(data, "num_rows") and hasattr(data, "features"):
-        return on_disk(data, needs_answer, name, ignore_fields)
-    return collect(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields)
+        return rows_on_disk(data, needs_answer, name, ignore_fields)
+    return rows_in_memory(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields)
 
 
-def on_disk(data: Any, needs_answer: bool, name: str, ignore_fields: Collection[str] = ()) -> Rows[Row]:
+def rows_on_disk(data: Any, needs_answer: bool, name: str, ignore_fields: Collection[str] = ()) -> Rows[Row]:
     """The rows of a `datasets.Dataset`, each of which has been checked; raises UserError as `as_rows` does."""
 
     def read(index: int) -> Row:
-        return normalize(data[index], place(name, index + 1), ignore_fields)
+        return normalize(data[index], location(name, index + 1), ignore_fields)
 
-    count = sum(1 for _ in checked(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields))
-    return Rows(read, count, lambda index: place(name, index + 1), answered=needs_answer)
+    count = sum(1 for _ in normalized_rows(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields))
+    return Rows(read, count, lambda index: location(name, index + 1), answered=needs_answer)
 
 
 def _checked_again(rows: Rows[Row], needs_answer: bool, name: str) -> Rows[Row]:
@@ -186,7 +188,7 @@ def _checked_again(rows: Rows[Row], needs_answer: bool, name: str) -> Rows[Row]:
     return Rows(rows.__getitem__, len(rows), rows.where, answered=True)
 
 
-def collect(
+def rows_in_memory(
     records: Iterable[tuple[int, Any]],
     needs_answer: bool,
     name: str,
@@ -201,11 +203,11 @@ def collect(
             numbers.append(number)
             yield number, record
 
-    rows = list(checked(noted(), needs_answer, name, unit, ignore_fields))
-    return Rows(rows.__getitem__, len(rows), lambda index: place(name, numbers[index], unit), answered=needs_answer)
+    rows = list(normalized_rows(noted(), needs_answer, name, unit, ignore_fields))
+    return Rows(rows.__getitem__, len(rows), lambda index: location(name, numbers[index], unit), answered=needs_answer)
 
 
-def checked(
+def normalized_rows(
     records: Iterable[tuple[int, Any]],
     needs_answer: bool,
     name: str,
@@ -215,7 +217,7 @@ def checked(
     """The rows of numbered records one by one; raises UserError as `as_rows` does."""
     empty = True
     for number, record in records:
-        where = place(name, number, unit)
+        where = location(name, number, unit)
         normalized, empty = normalize(record, where, ignore_fields), False
         if needs_answer:
             check_answer(normalized, where)

@@ -29,8 +29,8 @@ from secvec_jax.data.encoded import LENGTHS, Examples, encode_rows
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.data.sources import as_rows
 from secvec_jax.data.stored import Rows
-from secvec_jax.defenses.identity import identified
-from secvec_jax.defenses.inputs import collected, is_row
+from secvec_jax.defenses.identity import with_inputs
+from secvec_jax.defenses.inputs import as_row_source, is_row
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
@@ -118,7 +118,7 @@ def train_model(
         checkpoints = dataclasses.replace(checkpoints, best=EVAL_LOSS)
     further_inputs = {"the_vectors": vectors, "the_anchor": anchor, "the_defense": make_step, "the_task_LoRA": task}
     eval_stream = None if validation is None else validation.stream
-    checkpoints = identified(checkpoints, model, training, steps, streams, eval_stream, **further_inputs)
+    checkpoints = with_inputs(checkpoints, model, training, steps, streams, eval_stream, **further_inputs)
     if isinstance(task, LoRA):
         task = task.init(model.architecture, jax.random.key(training.seed))
     params = Params(Backbone(model.backbone, task), vectors, anchor)
@@ -170,11 +170,11 @@ def groups_of(rows: Any, name: str = "all") -> Groups:
     Raises UserError for a single row and for the splits of a data set.
     """
     if not isinstance(rows, dict) or is_row(rows) or hasattr(rows, "num_rows"):  # a DatasetDict's splits are no kinds
-        return {name: collected(rows, "rows")}
+        return {name: as_row_source(rows, "rows")}
     if "train" in rows and _HELD_OUT & {str(kind).lower() for kind in rows}:
         splits = ", ".join(map(str, rows))
         raise UserError(f"the data has several splits ({splits}): pass the one to train on, such as data['train']")
-    return {kind: collected(group, str(kind)) for kind, group in rows.items()}
+    return {kind: as_row_source(group, str(kind)) for kind, group in rows.items()}
 
 
 _HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
@@ -286,7 +286,7 @@ def _select(rows: Any, indices: np.ndarray) -> Any:
 
 def _as_examples_or_rows(rows: Any, name: str) -> Any:
     """Examples as they are, anything else as `Rows`."""
-    rows = collected(rows, _shown_name(name))
+    rows = as_row_source(rows, _shown_name(name))
     return rows if _are_examples(rows) else as_rows(rows, name=_shown_name(name))
 
 
@@ -299,7 +299,7 @@ def _are_examples(rows: Any) -> bool:
 
 def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
     shown_name = _shown_name(name)
-    rows = collected(rows, shown_name)
+    rows = as_row_source(rows, shown_name)
     if isinstance(rows, Examples):
         return rows
     if _are_examples(rows):

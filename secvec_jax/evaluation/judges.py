@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from secvec_jax.checks import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.replies import clip
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 from secvec_jax.redaction import redact
 
 OPENAI = "https://api.openai.com/v1"
@@ -33,7 +33,7 @@ LOWEST, HIGHEST = 1, 5
 
 @checked
 @dataclasses.dataclass(frozen=True)
-class Asking:
+class JudgeRequests:
     """Requests to the judge."""
 
     key_variable: str = "OPENAI_API_KEY"
@@ -70,13 +70,13 @@ class Judge:
 
     model: str
     url: str = OPENAI
-    asking: Asking = Asking()
+    asking: JudgeRequests = JudgeRequests()
 
     def __post_init__(self) -> None:
         check_url(self.url, self.asking)
 
 
-def check_url(url: str, asking: Asking) -> None:
+def check_url(url: str, asking: JudgeRequests) -> None:
     """Raise UserError if a judge's URL is invalid or contains credentials, since the URL is saved with the run."""
     try:
         parts = urlsplit(url)
@@ -272,7 +272,7 @@ def _client(judge: Judge) -> Any:
 _BASIC = "Basic "
 
 
-def _secrets(asking: Asking) -> list[str]:
+def _secrets(asking: JudgeRequests) -> list[str]:
     """Return the forms in which a server may echo the key."""
     key = asking.key
     if not key.startswith(_BASIC):
@@ -310,7 +310,7 @@ def _answer(client: Any, judge: Judge, question: str, cache: Path) -> tuple[str,
             f"the server at {judge.url} does not speak the OpenAI chat protocol: check --judge-url "
             "(it often ends in /v1)"
         ) from None
-    with whole_file(cache / _name(judge, question)) as staging:
+    with atomic_file(cache / _name(judge, question)) as staging:
         staging.write_text(json.dumps({"verdict": text, "tokens": tokens}))
     return text, tokens
 

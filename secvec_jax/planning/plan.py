@@ -125,7 +125,7 @@ def topology_mesh(topology: str, mesh: str) -> Mesh:
     return make_mesh(**(parse_mesh(mesh) if mesh else {"fsdp": len(devices)}), devices=devices)
 
 
-def plan(
+def plan_step(
     architecture: Architecture, params: Params, phase: Phase, train_step: TrainStep, lines: dict[str, int], length: int
 ) -> Plan:
     """Compile the train step of a phase for the ambient mesh, whose devices need not be attached.

@@ -56,7 +56,7 @@ def without_vectors(params: Params) -> Params:
     return dataclasses.replace(params, vectors=None)
 
 
-def as_it_was(params: Params) -> Params:
+def anchor_params(params: Params) -> Params:
     """The parameters of the model whose decoder is the anchor: no adapter, no vectors, and no gradient."""
     return jax.lax.stop_gradient(Params(Backbone(params.anchor)))
 

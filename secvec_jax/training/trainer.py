@@ -53,7 +53,7 @@ def fit(
     """
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
-    run = _Run(trained, train_step.init(trained), {name: stream.own_batches() for name, stream in streams.items()})
+    run = _Run(trained, train_step.init(trained), {name: stream.local_batches() for name, stream in streams.items()})
     with _store(checkpoints, run) as store, _interruptible() as interrupted:
         if store is not None:
             store.restore(run)

@@ -13,12 +13,12 @@ import numpy as np
 from secvec_jax.arguments import path
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import check_replaceable, whole_folder
+from secvec_jax.files import atomic_folder, check_replaceable
 from secvec_jax.model.families import weight_names
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import replicate, shard
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
-from secvec_jax.vectors.peft_config import check_kind, check_layers, no_place, read_config
+from secvec_jax.vectors.peft_config import check_kind, check_layers, read_config, unplaced_weights_message
 from secvec_jax.vectors.tensor_file import check_backbone, check_saved, pickled, read_tensors
 
 SECURITY_VECTORS = "security vectors"
@@ -64,7 +64,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
     metadata = {"format": "pt", "backbone": model.fingerprint, "holds": holds, "sites": ",".join(vectors.factors)}
 
     def write() -> None:
-        with whole_folder(folder) as staging:
+        with atomic_folder(folder) as staging:
             (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             save_file(tensors, staging / WEIGHTS, metadata=metadata)
 
@@ -102,7 +102,7 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     except (ValueError, IndexError, TypeError) as error:
         raise UserError(f"{folder} has weights of no shape that LoRA has: fetch it again") from error
     if tensors or not factors:
-        raise UserError(no_place(folder, list(tensors)))
+        raise UserError(unplaced_weights_message(folder, list(tensors)))
     vectors = LoRAVectors(factors, dataclasses.replace(spec, targets=tuple(factors)))
     vectors.check(model.architecture)
     if "backbone" in metadata:

@@ -108,7 +108,7 @@ def _ends_in(name: str, suffixes: list[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
 
 
-def no_place(folder: Path, names: list[str]) -> str:
+def unplaced_weights_message(folder: Path, names: list[str]) -> str:
     """The error message for weights of these names, which belong to no projection of the model's layers."""
     if not names:
         return f"{folder} has no weights for a linear map of the model: the adapter was made for another model"

@@ -21,7 +21,7 @@ from rich.progress import (
 
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
 from secvec_jax.workspace.inputs import Inputs
@@ -234,7 +234,7 @@ def _duration(seconds: float) -> str:
 
 def write(path: Path, text: str) -> None:
     """The text as a file that is whole or absent."""
-    with whole_file(path) as staging:
+    with atomic_file(path) as staging:
         staging.write_text(text)
 
 
@@ -243,7 +243,7 @@ def file_name(name: str) -> str:
     return name.replace(" ", "-").replace("/", "-")
 
 
-def claim(settings: Any, more: Callable[[], Inputs] = dict, *, alone: bool = True) -> Path:
+def claim(settings: Any, more: Callable[[], Inputs] = dict, *, exclusive: bool = True) -> Path:
     """The run directory of the settings, claimed by the first process (see `run_directory.claim`).
 
     more: inputs that the settings do not name.
@@ -251,7 +251,7 @@ def claim(settings: Any, more: Callable[[], Inputs] = dict, *, alone: bool = Tru
     folder, again = Path(settings.out), bool(getattr(settings, "overwrite", False))
 
     def work() -> None:
-        run_directory.claim(settings, folder, inputs.inputs_of(settings) | more(), overwrite=again, alone=alone)
+        run_directory.claim(settings, folder, inputs.inputs_of(settings) | more(), overwrite=again, exclusive=exclusive)
 
     on_main_process(work)
     return folder

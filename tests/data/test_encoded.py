@@ -51,7 +51,7 @@ def test_a_long_prompt_is_told_with_its_line_before_a_step_is_taken(tmp_path, mo
     rows = load_rows(written(tmp_path, [*SHORT, row(LONG, "x"), row("q", "a"), row(LONG, "y")]))
     training = Training(max_steps=30, batch_size=2, max_seq_len=64, share_prefix=share)
     steps = []
-    message = r"rows.jsonl, line 14 and 1 more: a prompt has \d+ tokens, but the maximum length is 64.*`length`"
+    message = r"rows.jsonl, line 14 and 1 more: a prompt has \d+ tokens, but the maximum length is 64.*`max_seq_len`"
     for train in (finetune, partial(train_vectors, phase1=Phase1("cross_entropy"))):
         with pytest.raises(UserError, match=message):
             train(tiny_model(), rows, training=training, on_step=lambda step, *_: steps.append(step))
