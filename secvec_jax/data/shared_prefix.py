@@ -70,7 +70,7 @@ def shared_prefix_of(parts: Sequence[tuple[Sequence[Example], range]]) -> np.nda
 
 
 def write_prefix(batch: Batch, prefix: np.ndarray) -> None:
-    """Write the shared tokens at the beginning of each sequence of a batch, in the space reserved for them, in place."""
+    """Write the shared tokens, in place, at the beginning of each sequence of a batch, where space is reserved."""
     batch["positions"] += len(prefix)
     batch["tokens"][:, : len(prefix)] = prefix
     batch["segments"][:, : len(prefix)] = SHARED

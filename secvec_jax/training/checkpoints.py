@@ -1,7 +1,8 @@
 """Orbax checkpoints of a run: what is needed to resume, written by all processes together, readable on any mesh.
 
 A checkpoint holds the trained part, the optimizer's state and the state of every substream of data; never the frozen
-part, whose files the run's settings name. One that cannot be read is reported and deleted, and the previous one is used.
+part, whose files the run's settings name. One that cannot be read is reported and deleted, and the previous one is
+used.
 
 `inputs.json` in their folder records the inputs of the training: checkpoints of other inputs are refused.
 """
