@@ -189,8 +189,8 @@ def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     if is_main_process():
         for name, group in examples.items():
             if isinstance(group, Examples) and group is not groups[name]:
-                text = "%s: %d rows of up to %d tokens, packed into sequences of %d; %s truncated"
-                _log.info(text, _shown_name(name), len(group), group.longest, length, group.truncated or "none")
+                text = "%s: %d rows of up to %d tokens; %s truncated"
+                _log.info(text, _shown_name(name), len(group), group.longest, group.truncated or "none")
     return Stream(examples, training.batch_size, length, training.seed, training.epochs, _shares_prefix(training))
 
 
@@ -291,7 +291,7 @@ def _as_examples_or_rows(rows: Any, name: str) -> Any:
 
 
 def _are_examples(rows: Any) -> bool:
-    """Whether rows are encoded already; a list is judged by its first item."""
+    """Whether rows are encoded already; of a list, only the first item is checked."""
     if isinstance(rows, Examples):
         return True
     return isinstance(rows, Sequence) and not isinstance(rows, Rows) and len(rows) > 0 and isinstance(rows[0], Example)

@@ -113,7 +113,7 @@ def test_every_row_is_encoded_once_before_the_first_step(monkeypatch, max_steps,
         raise Reached
 
     monkeypatch.setattr(encoded, "encode_all", counting)
-    monkeypatch.setattr(encoded, "_KEPT", 1)
+    monkeypatch.setattr(encoded, "_CACHE_SIZE", 1)
     for module in (finetuning, security_vectors):
         monkeypatch.setattr(module, "fit", reached)
     rows = [row(f"user {n}", "a" * (n % 5 + 1)) for n in range(20)]
@@ -241,9 +241,9 @@ def test_what_is_trained_on_is_summed_up(caplog):
     stream_of(model, {"all": [*SHORT, WIDE], "benign": SHORT}, Training(max_seq_len=64))
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     assert told == [
-        "data: 13 rows of up to 64 tokens, packed into sequences of 64; 1 truncated",
-        f"benign: 12 rows of up to {stream_of(model, {'a': SHORT}, Training()).examples['a'].longest} tokens, "
-        "packed into sequences of 64; none truncated",
+        "data: 13 rows of up to 64 tokens; 1 truncated",
+        f"benign: 12 rows of up to {stream_of(model, {'a': SHORT}, Training()).examples['a'].longest} tokens; "
+        "none truncated",
     ]
 
 
