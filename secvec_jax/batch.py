@@ -1,4 +1,4 @@
-"""What a packed batch holds: the contract between `data`, which makes it, and the packages that use it."""
+"""The contents of a packed batch: the contract between `data`, which makes it, and the packages that use it."""
 
 import os
 from collections.abc import Sequence

@@ -16,8 +16,8 @@ def _from(module: str, settings: str, function: str) -> Callable[[], tuple[type,
     """Imports a verb's settings and function when it is run, so that the other verbs' modules are not."""
 
     def load() -> tuple[type, Callable[[Any, str], Any]]:
-        found = import_module(f"secvec_jax.{module}")
-        return getattr(found, settings), getattr(found, function)
+        module_object = import_module(f"secvec_jax.{module}")
+        return getattr(module_object, settings), getattr(module_object, function)
 
     return load
 
@@ -55,7 +55,7 @@ TRAIN: dict[str, Verb] = {
         ),
     ),
     "grid": Verb(
-        "research: fine-tune and judge every cell of a grid of defenses and attacks",
+        "research: fine-tune and evaluate every cell of a grid of defenses and attacks",
         _from("grid.grid", "Grid", "grid"),
         ("configs/grids/quick.yaml", "configs/grids/full.yaml --part 1/2"),
     ),

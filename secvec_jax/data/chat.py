@@ -1,4 +1,4 @@
-"""Rows -> token ids and a mask of the assistant's own tokens, through the model's own chat template.
+"""Encode rows as token ids and a mask of the assistant's tokens, with the model's own chat template.
 
 Only what the assistant says is supervised: its words and the token that ends its turn. Templates that mark these
 spans themselves (`{% generation %}`) are trusted; for all others a turn's span is the text that the template adds
@@ -44,7 +44,7 @@ class TooLong(UserError):
 
 
 def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> np.ndarray:
-    """The ids that a model is given to answer: the conversation up to the assistant's turn, `[N]`.
+    """The ids of a prompt, `[N]`: the conversation up to the assistant's turn.
 
     Raises UserError if they exceed `max_length`, and for turns that the template does not take.
     """
@@ -57,7 +57,7 @@ def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> n
 
 
 def encode(tokenizer: Any, messages: list[Message], max_length: int, control: ControlTokens = "text") -> Example:
-    """A conversation as ids and mask; a reply that runs past `max_length` is cut, its prompt is not.
+    """Encode a conversation as ids and mask. A reply that runs past `max_length` is cut, its prompt is not.
 
     Turns of the assistant that are marked `train: False` are not supervised. Raises UserError if the prompt alone fills
     `max_length`, if no turn is the assistant's to learn, if the template does not take the turns or rewrites what

@@ -1,9 +1,8 @@
-"""Text that spells the tokens by which a chat is divided into turns.
+"""Tokenize text that spells control tokens, by which a chat is divided into turns, as plain text.
 
-A row is text, whatever it spells: an answer with "<|im_end|>" in it says these ten characters and does not end its
-turn. Tokenizers cannot distinguish them from what the template wrote, so they are wrapped in two marks before the
-template sees them, and what is between the marks is tokenized as plain text. Rows that spell none are tokenized at
-once.
+An answer with "<|im_end|>" in it says these ten characters and does not end its turn. Tokenizers cannot distinguish
+them from what the template wrote, so they are wrapped in two marks before the template sees them, and what is between
+the marks is tokenized as plain text. Rows that spell none are tokenized at once.
 """
 
 import contextlib
@@ -46,7 +45,7 @@ def spelled(tokenizer: Any, messages: Sequence[Message]) -> list[str]:
 
 
 def mark(tokenizer: Any, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
-    """The turns with each control token that they spell between two marks, and these marks; "" if they spell none."""
+    """Put each control token that the turns spell between two marks; return the turns and the marks ("" if none)."""
     spelled_tokens = spelled(tokenizer, messages)
     if not spelled_tokens:
         return messages, ""

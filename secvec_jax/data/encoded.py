@@ -1,4 +1,4 @@
-"""Rows as examples for a model, each of them checked before anything is trained.
+"""Encode rows as examples for a model, and check all of them before anything is trained.
 
 Encoding a row shows what its file does not: a prompt that leaves no room for an answer, an answer that is cut, text
 that spells the model's control tokens, turns that its template does not take. All rows are encoded once to check this,
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Examples(Sequence[Example]):
-    """Rows as examples, each encoded on access: a process accesses only those of its own substreams.
+    """Rows as examples, each encoded when it is accessed: a process accesses only those of its own substreams.
 
     lengths: tokens of each `[N]`, int32. prompts: the index of their prompts. truncated: how many answers are cut.
     These come from encoding all rows once; reading them encodes no row again.
@@ -84,7 +84,7 @@ def encode_rows(
     control_tokens: ControlTokens = "text",
     vocab_size: int | None = None,
 ) -> Examples:
-    """The rows as examples of at most `max_length` tokens, with ids below `vocab_size` if that is given.
+    """Encode rows as examples of at most `max_length` tokens; the model has an embedding for ids below `vocab_size`.
 
     Logs how many answers are cut or rows left out, and how many rows spell control tokens, with the first of them;
     `name` is what errors call rows that do not record where they are stored. Raises UserError, naming the row, for one

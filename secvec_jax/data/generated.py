@@ -1,4 +1,4 @@
-"""Rows made up from a seed or from other rows: what a model can know from training alone, and a benign control."""
+"""Generate rows from a seed or from other rows: facts to be learned in training alone, and a benign control."""
 
 import random
 import re

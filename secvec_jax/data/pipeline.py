@@ -1,4 +1,4 @@
-"""Examples -> shuffled, packed, resumable batches of one fixed shape.
+"""Shuffle examples and pack them into batches of one fixed shape, resumably.
 
 Several rows share one packed sequence of `seq_len` tokens; segment numbers keep them from attending to each other. The
 tokens with which all rows begin may be stored once per sequence (see `shared_prefix`). A row's forward pass and

@@ -1,4 +1,4 @@
-"""What a row is, and how any record becomes one.
+"""Rows, the one form of all data, and the normalization of records into rows.
 
 A row is a conversation, `{"messages": [{"role": ..., "content": ...}, ...]}`, whatever it was before. A row that
 ends with the user's turn has no answer yet: good for scoring, useless for training.

@@ -1,4 +1,4 @@
-"""A name becomes rows.
+"""Load rows by name: packaged benchmarks, files and data sets of the hub.
 
 harmful = load_rows("advbench")                              # packaged; read from its archive at run time
 mine = load_rows("my_rows.jsonl")                            # or .json, .csv, .parquet, a folder

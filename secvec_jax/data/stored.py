@@ -55,10 +55,10 @@ class Rows(Sequence[T], Generic[T]):
 
 
 def location(name: str, number: int, unit: str = "row") -> str:
-    """Words that say where a row is stored."""
+    """Where a row is stored, in words: "rows.jsonl, line 14"."""
     return f"{name}, {unit} {number}"
 
 
 def location_of(rows: Any, index: int, name: str) -> str:
-    """Words that say where a row is stored; `name` is used for rows that do not record it."""
+    """Where a row is stored, in words; `name` is used for rows that do not record it."""
     return rows.where(index) if isinstance(rows, Rows) else location(name, index + 1)

@@ -1,4 +1,4 @@
-"""What a defense is, what it is given, and what it returns.
+"""The interface of a defense: its settings, its inputs and what it returns.
 
 A defense is a frozen dataclass in the file of its method. Its fields are its settings, which check themselves (see
 `secvec_jax.checks`); `apply` makes the defended model from inputs that the caller supplies:

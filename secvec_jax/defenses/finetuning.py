@@ -1,4 +1,4 @@
-"""Fine-tuning as all defenses share it: a model, rows, active adapters, and how the trained part is updated.
+"""Fine-tuning, shared by all defenses: a model, rows, active adapters, and how the trained part is updated.
 
     train_model(model, rows)                                       # plain
     train_model(model, rows, eval_rows=0.05)                       # with a twentieth of the rows held out
@@ -181,7 +181,7 @@ _HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
 def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
-    """The batches of rows, which are encoded for the model and all checked (see `encoded`)."""
+    """A stream of batches of the rows, all of which are encoded for the model and checked first (see `encoded`)."""
     training = training.over(PHASE2)
     examples = {name: _encoded(model, rows, training, name) for name, rows in groups.items()}
     longest = max((_longest(group) for group in examples.values()), default=0)

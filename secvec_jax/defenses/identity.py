@@ -1,4 +1,4 @@
-"""What a training is made of, by content, so that only the same training resumes from its checkpoints."""
+"""Label checkpoints with the content of a training's inputs, so that only the same training resumes from them."""
 
 import contextlib
 import dataclasses
@@ -87,7 +87,7 @@ def of_tokenizer(tokenizer: Any) -> str:
 
 
 def content_of(value: Any, depth: int = 8) -> Any:
-    """Any value as JSON, equal for equal values: trees by their bytes, functions by name and what they close over.
+    """Any value's content as JSON, equal for equal values: trees by their bytes, functions by name and closure.
 
     A step of a defense, `vaccine(rho=2)`, is a function that holds its settings.
     """

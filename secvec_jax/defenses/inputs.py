@@ -1,4 +1,4 @@
-"""What a caller may pass to a training: rows in any of their forms, a task, options; checked before any work begins."""
+"""Check what a caller passes to a training before any work begins: rows in any of their forms, a task, options."""
 
 import os
 from collections.abc import Iterable, Mapping

@@ -30,7 +30,7 @@ _ARROWS = {"higher": " ↑", "lower": " ↓"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One metric at one place of the table: its score, if any seed has one, and how it compares with the reference."""
+    """One metric of one row at one setting: its score, if any seed has one, and how it compares with the reference."""
 
     score: SeededScore | None
     difference: Difference | None = None  # from the reference, over the seeds that both have
@@ -53,7 +53,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of scores, a line of `entries` for each metric at each place.
+    """A table of scores; `entries` has a line for each metric at each row and setting.
 
     entries: a column for each field of `rows` and `columns`, "metric" and "entry" (an `Entry`); all but the last are
     ordered categories, so sorting and pivoting keep the order to show.

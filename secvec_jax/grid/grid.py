@@ -79,7 +79,7 @@ class GridConfig:
 @checked
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Fine-tune and judge every cell of a grid file, and write its tables; resumes where it stopped."""
+    """Fine-tune and evaluate every cell of a grid file, and write its tables; resumes where it stopped."""
 
     grid: Text = dataclasses.field(metadata={"positional": True})
     """a grid file, such as configs/grids/quick.yaml"""

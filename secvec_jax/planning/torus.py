@@ -90,7 +90,7 @@ class Torus:
             spanned = [len(set(axis)) for axis in self.coords[group].T.tolist()]
             used = [axis for axis, count in enumerate(spanned) if count > 1]
             links.append(sum(1 + (self.closed[axis] and spanned[axis] == self.extent[axis]) for axis in used))
-            resources |= {(axis, way) for axis in used for way in (1, -1)}
+            resources |= {(axis, direction) for axis in used for direction in (1, -1)}
         return groups.shape[1], max(1, min(links)), frozenset(resources)
 
     def _groups(self, text: str) -> np.ndarray:
@@ -118,16 +118,16 @@ class Torus:
         """Return (messages over the busiest link, resources)."""
         load: Counter[tuple] = Counter()
         for source, target in re.findall(r"(\d+),(\d+)", text):
-            at, goal = self.coords[int(source)].tolist(), self.coords[int(target)].tolist()
+            position, goal = self.coords[int(source)].tolist(), self.coords[int(target)].tolist()
             for axis, (extent, closed) in enumerate(zip(self.extent, self.closed)):
-                steps = goal[axis] - at[axis]
+                steps = goal[axis] - position[axis]
                 if closed and abs(steps) > extent / 2:
                     steps -= int(math.copysign(extent, steps))
-                way = 1 if steps > 0 else -1
+                direction = 1 if steps > 0 else -1
                 for _ in range(abs(steps)):
-                    load[*at, axis, way] += 1
-                    at[axis] = (at[axis] + way) % extent
-        return max(load.values(), default=0), frozenset((axis, way) for *_, axis, way in load)
+                    load[*position, axis, direction] += 1
+                    position[axis] = (position[axis] + direction) % extent
+        return max(load.values(), default=0), frozenset((axis, direction) for *_, axis, direction in load)
 
 
 def _integers(text: str) -> list[int]:

@@ -66,8 +66,9 @@ class Objective:
     """A loss over streams of packed batches.
 
     groups: names of the kinds of rows in the stream `learn`, whose losses are reported separately.
-    kl_weight: λ, in nats per nat, of the stream `keep`. counted: what counts of each token's loss; None: all of it.
-    dtype: of the forward pass; losses are always float32. share_prefix: whether sequences may have a shared prefix.
+    kl_weight: λ, in nats per nat, of the stream `keep`. counted: replaces the losses of the rows to learn in what is
+    minimized; None: nothing does. dtype: of the forward pass; losses are always float32. share_prefix: whether
+    sequences may have a shared prefix.
     """
 
     groups: tuple[str, ...] = ("all",)

@@ -1,4 +1,4 @@
-"""fit(): the loop around the step, with checkpoints and exact resume.
+"""The training loop `fit`, with checkpoints and exact resume.
 
 A run that was killed at any moment and is started again resumes from its newest checkpoint and ends bit-identical to
 one never killed, on any mesh. Ctrl-C and SIGTERM finish the step in flight, even the last one, save, and raise

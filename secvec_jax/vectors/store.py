@@ -1,4 +1,4 @@
-"""Files of vectors: our own safetensors format for every kind, and PEFT's for LoRA.
+"""Save and load vectors: our own safetensors format for every kind, and PEFT's for LoRA.
 
 Each of our files has the fingerprint of the backbone that its vectors were trained for, and is refused for another
 one: vectors make a behavior present in one set of weights, and mean nothing for any other.

@@ -1,4 +1,4 @@
-"""A run directory: made for settings and inputs, and resumed with the same ones only.
+"""Create and resume run directories: each is for one set of settings and inputs, and resumes with these only.
 
 runs/NAME/config.yaml     all settings
 runs/NAME/inputs.json     digests of what they name (see `workspace.inputs`), and the versions of the format and of
@@ -91,7 +91,7 @@ def release(folder: Path) -> None:
 
 
 def settings_of_run(settings: Any) -> Any:
-    """The settings without those that apply to a single start of the run."""
+    """The settings without those that apply only to one start of the run, such as `overwrite`."""
     return dataclasses.replace(settings, overwrite=False) if getattr(settings, "overwrite", False) else settings
 
 

@@ -1,4 +1,4 @@
-"""A verb's run directory: its stages, and the results and report that it ends with."""
+"""The run of a verb: its directory, its stages, and the results and report that it ends with."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from secvec_jax.workspace.stages import Stages, claim, devices, release, screen
 
 
 class Run:
-    """The run of `settings`, which have an `out`: its directory is claimed, and the run starts or resumes."""
+    """A verb's run: claims the run directory `settings.out`, and starts or resumes there."""
 
     def __init__(self, settings: Any, command: str, more: Callable[[], Inputs] = dict):
         """more: inputs that the settings do not name."""

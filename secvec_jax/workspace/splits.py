@@ -1,4 +1,4 @@
-"""Splits the packaged benchmarks into the rows that an experiment trains on and the prompts that it evaluates with.
+"""Split the packaged benchmarks into the rows that an experiment trains on and the prompts that it evaluates with.
 
 No prompt is in two splits. AdvBench is split by topic into alignment, vectors, the user's data and unseen rows; the
 prompts for evaluation come from other benchmarks.

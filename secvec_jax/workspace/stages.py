@@ -45,7 +45,7 @@ class Stages:
         makes: Mapping[str, Path] | None = None,
         forget: Callable[[], None] = lambda: None,
     ) -> Any:
-        """The JSON value of `work(stage)`, or the stored one if the stage was completed before.
+        """Return the JSON value of `work(stage)`, or the stored one if the stage was completed before.
 
         reads: label -> a file, model folder or digest that the stage reads from other stages. If one has changed since
         the stage started, `forget()` deletes what the stage has made, and it runs again. makes: label -> a file that it
@@ -233,18 +233,18 @@ def _duration(seconds: float) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """The text as a file that is whole or absent."""
+    """Write the text to a file atomically."""
     with atomic_file(path) as staging:
         staging.write_text(text)
 
 
 def file_name(name: str) -> str:
-    """A stage's, model's or cell's name as that of a file."""
+    """The file name for a stage, model or cell of this name."""
     return name.replace(" ", "-").replace("/", "-")
 
 
 def claim(settings: Any, more: Callable[[], Inputs] = dict, *, exclusive: bool = True) -> Path:
-    """The run directory of the settings, claimed by the first process (see `run_directory.claim`).
+    """Claim the run directory of the settings on the main process (see `run_directory.claim`), and return it.
 
     more: inputs that the settings do not name.
     """
@@ -258,7 +258,7 @@ def claim(settings: Any, more: Callable[[], Inputs] = dict, *, exclusive: bool =
 
 
 def release(folder: Path) -> None:
-    """The run is over: other processes may claim its directory."""
+    """Release the directory of a run that is over: other processes may claim it."""
     on_main_process(lambda: run_directory.release(folder))
 
 

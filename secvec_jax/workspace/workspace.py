@@ -227,7 +227,7 @@ class Workspace:
         self,
         command: str,
         settings: object,
-        found: dict[str, Outcomes],
+        outcomes_by_row: dict[str, Outcomes],
         verdicts: Sequence[report.Verdict],
         curves: report.Curves,
         notes: Sequence[str],
@@ -235,7 +235,7 @@ class Workspace:
         """Write results.json, report.md and the plots, and show the table."""
         rows = [
             {"name": name, "metrics": {metric: score.as_dict() for metric, score in scores(outcome).items()}}
-            for name, outcome in found.items()
+            for name, outcome in outcomes_by_row.items()
         ]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
         environment = report.environment() | devices() | {"peak memory of this process, GiB": round(peak, 2)}
@@ -264,7 +264,7 @@ class Workspace:
     def train_or_load(
         self, name: str, train: Callable[[Checkpoints, OnStep], Model], training: Training, stage: Stage
     ) -> Model:
-        """The model of this name: trained and saved, or loaded if it exists."""
+        """Load the model of this name if it was saved, else train and save it."""
         folder = self._model_folder(name)
         if broadcast_from_first(folder.exists()):
             return self.model(name)
