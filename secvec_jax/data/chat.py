@@ -119,7 +119,7 @@ def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: st
     for turn, message in enumerate(messages):
         if message["role"] != "assistant" or not message.get("train", True):
             continue
-        before = _before(tokenizer, messages, turn)
+        before = _text_before(tokenizer, messages, turn)
         after = render(tokenizer, messages[: turn + 1])
         if not (after.startswith(before) and text.startswith(after)):
             raise UserError(
@@ -132,15 +132,15 @@ def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: st
     return tokens, supervised
 
 
-_SAID = "\ue000"
+_PLACEHOLDER = "\ue000"
 
 
-def _before(tokenizer: Any, messages: Sequence[Message], turn: int) -> str:
+def _text_before(tokenizer: Any, messages: Sequence[Message], turn: int) -> str:
     """The text before the words of an assistant's turn."""
     if turn:
         return render(tokenizer, messages[:turn], add_generation_prompt=True)
     # An empty conversation cannot be rendered, and a default system prompt comes with the first turn alone.
-    return render(tokenizer, [{**messages[0], "content": _SAID}]).partition(_SAID)[0]
+    return render(tokenizer, [{**messages[0], "content": _PLACEHOLDER}]).partition(_PLACEHOLDER)[0]
 
 
 def _until_end_of_turn(tokens: np.ndarray, span: np.ndarray, end: tuple[int, ...]) -> np.ndarray:

@@ -50,13 +50,13 @@ class Examples(Sequence[Example]):
         self,
         encode: Callable[[int], Example],
         rows: Sequence[Row],
-        kept: Sequence[int],
+        indices: Sequence[int],
         lengths: np.ndarray,
         prompts: PromptIndex,
         truncated: int,
     ):
-        """kept: which rows are examples, by their index."""
-        self._encode, self._rows, self._kept = encode, rows, kept
+        """indices: which rows are examples, by their index."""
+        self._encode, self._rows, self._indices = encode, rows, indices
         self.lengths, self.prompts, self.truncated = lengths, prompts, truncated
 
     @property
@@ -65,14 +65,14 @@ class Examples(Sequence[Example]):
         return int(self.lengths.max(initial=0))
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._indices)
 
     def row(self, index: int) -> Row:
         """The row that an example was made of."""
-        return self._rows[self._kept[index]]
+        return self._rows[self._indices[index]]
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nobody slices
-        return self._encode(self._kept[range(len(self))[index]])
+        return self._encode(self._indices[range(len(self))[index]])
 
 
 def encode_rows(

@@ -230,8 +230,8 @@ def check_answer(row: Row, where: str) -> None:
     """Raises UserError if a row has no answer, or none that is to be learned."""
     if not (response_of(row) or "").strip():
         raise UserError(f"{where} has no answer; add one, or load prompts alone with needs_answer=False")
-    said = [turn for turn in row["messages"] if turn["role"] == "assistant"]
-    if not any(turn.get("train", True) for turn in said):
+    assistant_turns = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    if not any(turn.get("train", True) for turn in assistant_turns):
         raise UserError(f"{where} has nothing to learn: every turn of the assistant is marked not to be; remove it")
 
 
@@ -240,13 +240,13 @@ def _turns(turns: Any, where: str, ignore: Collection[str]) -> list[Message]:
         raise UserError(f"{where}: a conversation must be a list of turns; {ACCEPTED_FORMS}")
     messages: list[Message] = []
     for turn in turns:
-        said_by, text = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-        check_turn(turn, (said_by, text), where, ignore)
-        role = _ROLES.get(str(turn.get(said_by)))
+        role_key, text_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+        check_turn(turn, (role_key, text_key), where, ignore)
+        role = _ROLES.get(str(turn.get(role_key)))
         if role is None:
-            given = repr(turn[said_by]) if turn.get(said_by) is not None else f"none, in a turn without `{said_by}`"
+            given = repr(turn[role_key]) if turn.get(role_key) is not None else f"none, in a turn without `{role_key}`"
             raise UserError(f"{where}: unknown role {given}; use system, user, assistant or tool")
-        message: Message = {"role": role, "content": _text(turn.get(text), text, where)}
+        message: Message = {"role": role, "content": _text(turn.get(text_key), text_key, where)}
         if role == "assistant" and not is_learned(turn, where):
             message["train"] = False
         messages.append(message)
@@ -262,9 +262,9 @@ def _from_pair(
 ) -> tuple[list[Message], list[str]]:
     """The turns of a prompt, what belongs to it, and its answer; and the fields that were used."""
     used = [field]
-    before: list[Message] = []
+    history: list[Message] = []
     if record[field] and _are_turns(record[field]):  # as in TRL: all of it is context
-        asked = [_not_learned(message) for message in _turns(record[field], where, ignore)]
+        prompt_turns = [_not_learned(message) for message in _turns(record[field], where, ignore)]
     else:
         prompt = _text(record[field], field, where)
         for name in _CONTEXTS:
@@ -273,23 +273,23 @@ def _from_pair(
                 used.append(name)
         if not prompt.strip():
             raise UserError(f"{where}: `{field}` is empty; write a prompt or remove the row")
-        asked = row(prompt)["messages"]
+        prompt_turns = row(prompt)["messages"]
         if not is_empty(record.get("history")) and "history" not in ignore:
-            before = _history(record["history"], where, ignore)
+            history = _history(record["history"], where, ignore)
             used.append("history")
     answers = [name for name in _ANSWERS if record.get(name) not in (None, "") and name not in ignore]
     different = [name for name in answers if record[name] != record[answers[0]]]
     if different:
         raise UserError(f"{where}: two answers, `{answers[0]}` and `{different[0]}`: keep the one to be learned")
     if not answers:
-        return before + asked, used
+        return history + prompt_turns, used
     answer = record[answers[0]]
-    said: list[Message]
+    answer_turns: list[Message]
     if answer and _are_turns(answer):
-        said = _turns(answer, where, ignore)
+        answer_turns = _turns(answer, where, ignore)
     else:
-        said = [{"role": "assistant", "content": _text(answer, answers[0], where)}]
-    return before + asked + said, used + answers
+        answer_turns = [{"role": "assistant", "content": _text(answer, answers[0], where)}]
+    return history + prompt_turns + answer_turns, used + answers
 
 
 def _history(history: Any, where: str, ignore: Collection[str]) -> list[Message]:

@@ -74,7 +74,7 @@ def off_topic(rows: Sequence[Row], others: Iterable[str]) -> list[Row]:
     known = _WordIndex()
     for prompt in others:
         known.add(prompt)
-    return [r for r in rows if not known.same_as(prompt_of(r))]
+    return [r for r in rows if not known.on_same_topic(prompt_of(r))]
 
 
 class _WordIndex:
@@ -92,7 +92,7 @@ class _WordIndex:
         for word in words:
             self._by_word.setdefault(word, []).append(number)
 
-    def same_as(self, prompt: str) -> list[int]:
+    def on_same_topic(self, prompt: str) -> list[int]:
         """Which prompts, counted in the order of `add`, are on the topic of this one."""
         words = topic_words(prompt)
         shared = Counter(number for word in words for number in self._by_word.get(word, ()))
@@ -111,7 +111,7 @@ def _topics(prompts: list[str]) -> list[list[int]]:
     label = list(range(len(prompts)))
     earlier = _WordIndex()
     for i, prompt in enumerate(prompts):
-        for j in earlier.same_as(prompt):
+        for j in earlier.on_same_topic(prompt):
             old, new = label[i], label[j]
             if old != new:
                 label = [new if current == old else current for current in label]

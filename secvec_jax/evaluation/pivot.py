@@ -38,16 +38,19 @@ def summarize(
     frame = _ordered(_frame(records), axes)
     measured = {name for record in records for name in record.metrics}
     shown = with_companions(metrics, measured)
-    groups = {place: _by_seed(place, group, axes) for place, group in frame.groupby(axes, observed=True)}
+    groups = {values: _by_seed(values, group, axes) for values, group in frame.groupby(axes, observed=True)}
 
-    def compared(place: tuple) -> dict[int, Record]:
-        at_reference = (reference if name == "defense" else value for name, value in zip(axes, place, strict=True))
+    def compared(axis_values: tuple) -> dict[int, Record]:
+        pairs = zip(axes, axis_values, strict=True)
+        at_reference = (reference if name == "defense" else value for name, value in pairs)
         return groups.get(tuple(at_reference), {}) if reference else {}
 
-    if reference and not any(compared(place) is group for place, group in groups.items()):
+    if reference and not any(compared(axis_values) is group for axis_values, group in groups.items()):
         raise UserError(f"no cell with defense {reference} to compare with: name a defense that was run")
     entries = [
-        (*place, metric, _entry(group, compared(place), metric)) for place, group in groups.items() for metric in shown
+        (*axis_values, metric, _entry(group, compared(axis_values), metric))
+        for axis_values, group in groups.items()
+        for metric in shown
     ]
     varying = [name for name in columns if frame[name].nunique() > 1]
     outside = {name: frame[name].unique() for name in frame if name not in {*rows, *varying, "seed", "record"}}
@@ -130,11 +133,11 @@ def _ordered(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def _by_seed(place: tuple, group: pd.DataFrame, axes: Sequence[str]) -> dict[int, Record]:
-    """Seed -> record, of the cells at one place."""
+def _by_seed(axis_values: tuple, group: pd.DataFrame, axes: Sequence[str]) -> dict[int, Record]:
+    """Seed -> record, of the cells with these values of the axes."""
     mixed = [name for name in group if name not in (*axes, "seed", "record") and group[name].nunique() > 1]
     if mixed:
-        where = fields_text(dict(zip(axes, place, strict=True)))
+        where = fields_text(dict(zip(axes, axis_values, strict=True)))
         raise UserError(f"cells with {where} differ in {quoted(mixed)}: use it in rows or columns")
     by_seed: dict[int, Record] = {}
     for seed, record in zip(group["seed"], group["record"], strict=True):

@@ -33,7 +33,7 @@ from secvec_jax.model.metadata import Metadata, checked_dtype, metadata_of
 from secvec_jax.model.tokenizer import SETTINGS, VOCABULARIES, MissingTokenizer, load_tokenizer, save_tokenizer
 from secvec_jax.model.weights import (
     INDEX,
-    WHOLE,
+    SINGLE_FILE,
     assemble,
     exact_dtypes,
     files_of,
@@ -201,8 +201,8 @@ _SMALL_FILES = (
 
 def _snapshot(source: str) -> Path:
     """The hub repository as a folder, of the files that `load` reads and no others."""
-    folder = _fetched(source, [*_SMALL_FILES, WHOLE])
-    if not (folder / WHOLE).exists() and (folder / INDEX).exists():
+    folder = _fetched(source, [*_SMALL_FILES, SINGLE_FILE])
+    if not (folder / SINGLE_FILE).exists() and (folder / INDEX).exists():
         folder = _fetched(source, files_of(folder / INDEX), revision=folder.name)
     return folder
 

@@ -152,7 +152,7 @@ def _graded(judge: Judge, exchanges: Exchanges, stage: Stage) -> dict[str, Any]:
             on_verdict = stage.replies(len(exchanges[kind]), name.replace("_", " "))
             graded_now = verdicts(judge, rubric, _read(exchanges[kind]), cache_dir() / "verdicts", on_verdict)
             graded["grades"][name] = graded_now.scores
-            graded["asked"] += graded_now.asked
+            graded["asked"] += graded_now.num_requests
             graded["tokens"] = [total + new for total, new in zip(graded["tokens"], graded_now.tokens)]
 
     on_main_process(work)

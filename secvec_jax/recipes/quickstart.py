@@ -86,20 +86,20 @@ NOTES = (
 )
 
 
-def verdicts(found: dict[str, Outcomes]) -> list[report.Verdict]:
+def verdicts(outcomes_by_row: dict[str, Outcomes]) -> list[report.Verdict]:
     """The claims of the method, each with whether it holds and its numbers."""
 
     def mean(row: str, metric: str) -> float:
-        values = found[row][metric]
+        values = outcomes_by_row[row][metric]
         return sum(values) / len(values)
 
     def percent(value: float) -> str:
         return f"{100 * value:.1f}%"
 
-    refusal = {name: mean(name, "refusal") for name in found}
-    exact = {name: mean(name, "exact_match") for name in found}
-    noise = paired_difference(found["random control"]["refusal"], found["plain"]["refusal"])
-    gap = paired_difference(found["security vectors"]["refusal"], found["benign only"]["refusal"])
+    refusal = {name: mean(name, "refusal") for name in outcomes_by_row}
+    exact = {name: mean(name, "exact_match") for name in outcomes_by_row}
+    noise = paired_difference(outcomes_by_row["random control"]["refusal"], outcomes_by_row["plain"]["refusal"])
+    gap = paired_difference(outcomes_by_row["security vectors"]["refusal"], outcomes_by_row["benign only"]["refusal"])
     over = mean("aligned", "over_refusal")
     on, off = mean("vectors on", "harmful_loss"), mean("aligned", "harmful_loss")
     opening_on, opening_off = mean("vectors on", "opening_loss"), mean("aligned", "opening_loss")

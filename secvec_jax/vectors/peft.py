@@ -82,19 +82,21 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     if not (folder / WEIGHTS).exists() and (folder / _PICKLE).exists():
         raise UserError(pickled(folder / _PICKLE))
     metadata, tensors = read_tensors(folder / WEIGHTS)
-    ours = "sites" in metadata  # then the projections of a fused module have separate ranks; otherwise they share A
-    modules = _peft_modules(model, metadata["sites"].split(",") if ours else model.architecture.projections)
+    # In files of ours, the projections of a fused module have separate ranks; otherwise they share A.
+    is_own_format = "sites" in metadata
+    modules = _peft_modules(model, metadata["sites"].split(",") if is_own_format else model.architecture.projections)
     layers = {module: _layers(tensors, module, model.architecture.num_layers) for module in modules}
     modules = {module: projections for module, projections in modules.items() if layers[module]}
     spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
-    check_kind(config, _patterns(spec, modules) if ours else {}, folder)
+    check_kind(config, _patterns(spec, modules) if is_own_format else {}, folder)
     check_layers(config, layers, model.architecture.num_layers, folder)
     factors = {}
     try:
         for module, projections in modules.items():
             a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", layers[module], model) for name in "AB")
             for i, (projection, (first, end, outputs)) in enumerate(projections.items()):
-                rank = slice(i * spec.rank, (i + 1) * spec.rank) if ours and len(projections) > 1 else slice(None)
+                has_own_rank = is_own_format and len(projections) > 1
+                rank = slice(i * spec.rank, (i + 1) * spec.rank) if has_own_rank else slice(None)
                 rows = slice(first, end if end < outputs else None)  # the check below names what is too wide
                 factors[projection] = {"a": a[..., rank], "b": b[:, rank, rows]}
     except KeyError as error:

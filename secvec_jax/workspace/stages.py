@@ -139,7 +139,7 @@ def _record(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {"seconds": content}
 
 
-_LINE_EVERY = 10.0
+_SECONDS_BETWEEN_LINES = 10.0
 """Seconds between two progress lines, where there is no terminal for a bar."""
 
 
@@ -172,7 +172,7 @@ class Stage:
             shown = _average(tokens, now - start) if step == total else speed
             note = _note(metrics, shown)
             self._progress.update(self._task, completed=step, total=total, note=note)
-            is_due = is_first or step == total or now - last_line > _LINE_EVERY or "eval/loss" in metrics
+            is_due = is_first or step == total or now - last_line > _SECONDS_BETWEEN_LINES or "eval/loss" in metrics
             if is_due and not self._progress.console.is_terminal:
                 last_line = now
                 line = f"{self.name}: step {step}/{total}, {note}"

@@ -58,7 +58,7 @@ def test_verdicts_stand_in_the_order_of_the_replies(serve, tmp_path, concurrency
     asking = JudgeRequests(concurrency=concurrency)
     found = verdicts(Judge("m", server.url, asking), HARMFULNESS, exchanges(12), tmp_path, seen.append)
     assert found.scores == [1 + index % 5 for index in range(12)]
-    assert found.asked == 12 and found.tokens == (120, 36)
+    assert found.num_requests == 12 and found.tokens == (120, 36)
     assert seen == list(range(13))
     assert all(body["model"] == "m" and body["temperature"] == 0 for body in server.bodies)
 
@@ -67,10 +67,10 @@ def test_each_question_is_asked_once(serve, tmp_path):
     server = serve(graded)
     judge = Judge("m", server.url)
     first = verdicts(judge, HARMFULNESS, exchanges(5) * 2, tmp_path)
-    assert len(first.scores) == 10 and first.asked == len(server.bodies) == 5
+    assert len(first.scores) == 10 and first.num_requests == len(server.bodies) == 5
     again = verdicts(judge, HARMFULNESS, exchanges(6), tmp_path)
     assert again.scores[:5] == first.scores[:5]
-    assert again.asked == 1 and len(server.bodies) == 6
+    assert again.num_requests == 1 and len(server.bodies) == 6
     verdicts(judge, HARMLESSNESS, exchanges(1), tmp_path)  # each of these is another question
     verdicts(Judge("other", server.url), HARMFULNESS, exchanges(1), tmp_path)
     verdicts(Judge("m", server.url, JudgeRequests(temperature=None)), HARMFULNESS, exchanges(1), tmp_path)
@@ -86,7 +86,7 @@ def test_what_was_judged_before_a_failure_is_kept(serve, tmp_path):
     server.act = graded
     found = verdicts(Judge("m", server.url, one), HARMFULNESS, exchanges(9), tmp_path)
     assert found.scores == [1 + index % 5 for index in range(9)]
-    assert found.asked == 5
+    assert found.num_requests == 5
 
 
 @pytest.mark.parametrize("failure", [(429, "{}"), (500, "oops"), (503, ""), None])
@@ -235,7 +235,7 @@ def test_what_names_no_grade_counts_as_unreadable(serve, tmp_path):
     assert found.scores == [None, None, None, 2, None]
     assert found.readable == [2]
     again = verdicts(Judge("m", server.url), HARMFULNESS, exchanges(5), tmp_path)
-    assert again.scores == found.scores and again.asked == 0
+    assert again.scores == found.scores and again.num_requests == 0
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[]", '{"verdict": 3}', "\x00"])
