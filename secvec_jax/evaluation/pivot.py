@@ -30,8 +30,8 @@ def summarize(
     as having None there.
 
     Raises:
-        UserError: no records, an axis, a metric or the reference is in none of them, cells that differ in more than
-            their seed share a place, or two cells to be compared differ in the number of prompts.
+        UserError: no records; an axis, a metric or the reference is in none of them; cells of one entry differ in
+            more than their seed; or two cells to be compared differ in the number of prompts.
     """
     axes = [*rows, *columns]
     _check(records, axes, rows, metrics)
