@@ -23,7 +23,7 @@ from toy import SIZES, toy_model
 import secvec_jax as sv
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.evaluation.report import environment
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.workspace.splits import make_splits
 from secvec_jax.workspace.workspace import Experiment
@@ -33,16 +33,16 @@ _NEVER = -1
 """Not a token id: no reply stops early."""
 
 
-def ours(
-    folder: str, prompts: Sequence[np.ndarray], new_tokens: int, kept: str
+def decoding(
+    folder: str, prompts: Sequence[np.ndarray], new_tokens: int, replies_file: str
 ) -> tuple[dict[str, Any], Callable[[int], None]]:
-    """Make a side of `sides.alternate` that replies to all prompts in one batch. kept: the file for the replies."""
+    """Make a side of `sides.alternate` that replies to all prompts in one batch, and writes the replies to a file."""
     decoder = sv.load(folder).backbone
 
     def reply(piece: int) -> None:
         written = generate_tokens(decoder, prompts, max_new_tokens=new_tokens, stop=_NEVER, batch_size=len(prompts))
         assert all(len(row) == new_tokens for row in written)
-        Path(kept).write_text(str(written))
+        Path(replies_file).write_text(str(written))
 
     return {"prompt tokens": sum(map(len, prompts))}, reply
 
@@ -66,12 +66,12 @@ def main() -> None:
         ]
         del model
         plain = [prompt.tolist() for prompt in prompts]
-        sides = {"ours": Side(ours, (folder, prompts, NEW_TOKENS, f"{scratch}/ours"))}
+        sides = {"ours": Side(decoding, (folder, prompts, NEW_TOKENS, f"{scratch}/ours"))}
         for cache in ("dynamic", "static"):
-            kept = f"{scratch}/{cache}"
-            sides[f"transformers, {cache}"] = Side(rival.decoding, (folder, plain, NEW_TOKENS, cache, kept))
+            replies_file = f"{scratch}/{cache}"
+            sides[f"transformers, {cache}"] = Side(rival.decoding, (folder, plain, NEW_TOKENS, cache, replies_file))
         side_times = alternate(sides, arguments.rounds, 1, fork=arguments.toy)
-        mine, theirs = (
+        our_tokens, their_tokens = (
             np.asarray(ast.literal_eval(Path(f"{scratch}/{side}").read_text())) for side in ("ours", "dynamic")
         )
     rivals = {name: times for name, times in side_times.items() if name != "ours"}
@@ -83,11 +83,11 @@ def main() -> None:
         "ratios": {"decode_vs_transformers": measured["median"]},
         "ranges": {"decode_vs_transformers": measured},
         "faster cache of transformers": best,
-        "equal tokens": float((mine == theirs).mean()),
-        "equal replies": float((mine == theirs).all(axis=1).mean()),
+        "equal tokens": float((our_tokens == their_tokens).mean()),
+        "equal replies": float((our_tokens == their_tokens).all(axis=1).mean()),
         "sides": {name: times.as_dict(1) for name, times in side_times.items()},
     }
-    with whole_file(arguments.json) as staging:
+    with atomic_file(arguments.json) as staging:
         staging.write_text(json.dumps(results, indent=1))
     for name, times in side_times.items():
         summary = times.as_dict(1)

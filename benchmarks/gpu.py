@@ -39,7 +39,7 @@ KERNELS = (
     "as the library", "xla, packed mask", "cudnn, packed mask", "cudnn, rows with lengths", "cudnn, packed offsets",
     "triton, segments", "triton, segments, blocks of 64",
 )  # fmt: skip
-OURS = ("full", "under vectors", "vectors", "vectors with KL", "vaccine")
+SECVEC_KINDS = ("full", "under vectors", "vectors", "vectors with KL", "vaccine")
 """All weights; all weights with frozen vectors; vectors with cross-entropy; vectors with a KL on half as many
 additional sequences; Vaccine on all weights."""
 
@@ -118,9 +118,9 @@ def _remat_rows(part: str, model: str, length: int, tokens: int) -> Iterator[Row
 
 def _train_rows(model: str, length: int, tokens: int) -> Iterator[Row]:
     part, large = f"train-{model}-{length}", model in LARGE
-    for kind in OURS:
-        whole = large and not kind.startswith("vectors")
-        yield Row(part, "ours", kind, model, length, tokens, remats=("full",) if whole else ("dots", "full"))
+    for kind in SECVEC_KINDS:
+        needs_full_remat = large and not kind.startswith("vectors")
+        yield Row(part, "ours", kind, model, length, tokens, remats=("full",) if needs_full_remat else ("dots", "full"))
     if large:
         for kind in ("full", "under vectors"):
             yield Row(part, "ours", kind, model, length, tokens, remats=("full",), optimizer="sgd")
@@ -153,7 +153,7 @@ def started(row: Row | Kernels, attempts: list[Attempt], seconds: float) -> dict
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def here(row: Row | Kernels, attempts: list[Attempt], seconds: float) -> dict[str, Any]:
+def in_this_process(row: Row | Kernels, attempts: list[Attempt], seconds: float) -> dict[str, Any]:
     """Like `started`, but in this process."""
     try:
         return child(json.loads(json.dumps(dataclasses.asdict(row) | {"attempts": attempts})))
@@ -196,9 +196,9 @@ def child(row: dict[str, Any]) -> dict[str, Any]:
         from gpu_attention import attention
 
         return attention(row)
-    from gpu_rows import ours, peft
+    from gpu_rows import peft, secvec
 
-    return {"ours": ours, "peft": peft}[row["by"]](row)
+    return {"ours": secvec, "peft": peft}[row["by"]](row)
 
 
 def surroundings() -> dict[str, Any]:
@@ -225,7 +225,7 @@ def measure(rows: list[Row | Kernels], file: Path, share: bool = False) -> dict[
 
     share: run only the first row of each part in a separate process.
     """
-    from secvec_jax.files import whole_file
+    from secvec_jax.files import atomic_file
 
     results = json.loads(file.read_text()) if file.exists() else {"environments": [], "rows": {}}
     around = surroundings()
@@ -237,9 +237,9 @@ def measure(rows: list[Row | Kernels], file: Path, share: bool = False) -> dict[
         for number, row in enumerate(part):
             if results["rows"].get(row.key, {}).get("status") == "measured":
                 continue
-            result = measured(row, deadline, here if share and number else started)
+            result = measured(row, deadline, in_this_process if share and number else started)
             results["rows"][row.key] = dataclasses.asdict(row) | result | where
-            with whole_file(file) as staging:
+            with atomic_file(file) as staging:
                 staging.write_text(json.dumps(results, indent=1) + "\n")
             print(f"{row.key}: {result['status']} {result.get('error', '')}", flush=True)
     return results
@@ -251,17 +251,18 @@ def measure(rows: list[Row | Kernels], file: Path, share: bool = False) -> dict[
 def table(results: dict[str, Any]) -> str:
     """Return all results as Markdown."""
     rows = results["rows"]
-    good = [row for row in rows.values() if row["status"] == "measured"]
-    steps = sorted((row for row in good if "formula" in row), key=lambda row: (row["model"], row["length"]))
+    measured_rows = [row for row in rows.values() if row["status"] == "measured"]
+    devices = sorted({row["device"] for row in measured_rows})
+    steps = sorted((row for row in measured_rows if "formula" in row), key=lambda row: (row["model"], row["length"]))
     remat = [row for row in steps if row["part"].startswith("remat")]
     texts = [
-        _kernel_table([row for row in good if "shapes" in row]),
+        _kernel_table([row for row in measured_rows if "shapes" in row]),
         _step_table(remat, steps),
         _step_table([row for row in steps if row not in remat], steps),
         "\n".join(f"- {key}: {reason}" for key, row in rows.items() for reason in _reasons(row)),
-        f"Measured on {', '.join(sorted({row['device'] for row in good}))}. MFU: the formula's FLOPs per second over "
-        "the published dense bf16 peak; N: parameters in matrix multiplications, a = 2 T d L for whole causal "
-        "sequences; rematerialization and vectors are not counted.",
+        f"Measured on {', '.join(devices)}. MFU: the formula's FLOPs per second over the published dense bf16 peak; "
+        "N: parameters in matrix multiplications, a = 2 T d L for whole causal sequences; rematerialization and "
+        "vectors are not counted.",
     ]
     return "\n\n".join(filter(None, texts))
 

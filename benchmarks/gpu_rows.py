@@ -117,7 +117,7 @@ def account(row: Row, work: list[Work], times: list[float], device: str) -> dict
 # ---------------------------------------------------------------------------------------------------- ours
 
 
-def ours(row: Row) -> dict[str, Any]:
+def secvec(row: Row) -> dict[str, Any]:
     """Measure a training step of this library with the first of the attempts (sequences, remat) that fits.
 
     Attempts that do not fit according to the compiler are not run. Returns `out_of_memory`, the index of the last
@@ -138,7 +138,7 @@ def ours(row: Row) -> dict[str, Any]:
     return {"out_of_memory": len(row["attempts"]) - 1}
 
 
-class Planned(NamedTuple):
+class PlanRun(NamedTuple):
     """A compiled step, before weights are created."""
 
     start: Callable[[], Params]
@@ -154,7 +154,7 @@ class Planned(NamedTuple):
         return program_bytes(self.program)
 
 
-def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Planned:
+def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> PlanRun:
     """Compile the row's step for batches of `lines` sequences; vectors with KL use half as many benign sequences."""
     kind, length = row["kind"], row["length"]
     training = Training(
@@ -181,7 +181,7 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
     with unrolled() if row["unrolled"] else contextlib.nullcontext():
         lowered = train_step.step.lower(trained, jax.eval_shape(train_step.init, trained), frozen, streams)
     program = lowered.compile()
-    return Planned(start, phase, train_step, streams, program, time.perf_counter() - begin)
+    return PlanRun(start, phase, train_step, streams, program, time.perf_counter() - begin)
 
 
 def moves(kind: str, params: Params, training: Training) -> tuple[Phase, TrainStep]:
@@ -198,7 +198,7 @@ def unrolled() -> contextlib.AbstractContextManager:
     return mock.patch.object(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
 
 
-def run(row: Row, plan: Planned) -> dict[str, Any]:
+def run(row: Row, plan: PlanRun) -> dict[str, Any]:
     """Time the compiled step on random weights, which are created on the device."""
     device = jax.devices()[0]
     trained, frozen = plan.phase.split(jax.jit(plan.start)())
@@ -269,8 +269,8 @@ def rival(row: Row, lines: int, remat: str) -> dict[str, Any]:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear")).to(where)
-    moved = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(moved, 1e-6, weight_decay=0.0, fused=cuda)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-6, weight_decay=0.0, fused=cuda)
     compiled = torch.compile(model.train(), backend="inductor" if cuda else "eager")
     batch = rival_batch(row, lines, hf_config.vocab_size, where)
     losses: list[float] = []

@@ -31,7 +31,7 @@ from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.finetuning import PHASE2, phase2_step
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_step
 from secvec_jax.evaluation.report import environment
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.planning.plan import program_bytes
@@ -140,7 +140,7 @@ def random_batch(point: Point, vocabulary: int) -> dict:
     for size in rng.integers(shortest, longest + 1, 4 + 2 * point.lines * point.length // shortest):
         tokens = rng.integers(1, vocabulary, size + 1).astype(np.int32)
         rows.append(Example(tokens, np.arange(size + 1) > size // 2))
-    return Stream({"all": rows}, point.lines, point.length, epochs=None).own_batches().take(1)
+    return Stream({"all": rows}, point.lines, point.length, epochs=None).local_batches().take(1)
 
 
 def measured(point: Point, model: Architecture = MODEL, clock: float = SECONDS) -> dict:
@@ -250,7 +250,7 @@ def main() -> None:
             print(f"{name}: {known[name].title}", flush=True)
             results = {key: results.get(key) for key in PARTS} | {name: run_part(known[name], measure)}
             results = {key: part for key, part in results.items() if part is not None}
-            with whole_file(options.json) as staging:
+            with atomic_file(options.json) as staging:
                 staging.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results))
 

@@ -32,8 +32,8 @@ def training(
         model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
     collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
     padded = [collate([_features(row) for row in rows]) for rows in batches]
-    moved = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(moved, rate, weight_decay=0.0) if rank else torch.optim.SGD(moved, rate, 0.9)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.0) if rank else torch.optim.SGD(trained, rate, 0.9)
     model.train()
     with torch.no_grad():
         losses = [float(model(**batch).loss) for batch in padded]
@@ -46,7 +46,7 @@ def training(
         loss.item()
 
     shape = [list(batch["input_ids"].shape) for batch in padded]
-    return {"losses": losses, "shapes": shape, "trained": sum(map(torch.Tensor.numel, moved))}, step
+    return {"losses": losses, "shapes": shape, "trained": sum(map(torch.Tensor.numel, trained))}, step
 
 
 def _features(row: Row) -> dict[str, list[int]]:
@@ -55,12 +55,12 @@ def _features(row: Row) -> dict[str, list[int]]:
 
 
 def decoding(
-    folder: str, prompts: Sequence[Sequence[int]], new_tokens: int, cache: str | None, kept: str
+    folder: str, prompts: Sequence[Sequence[int]], new_tokens: int, cache: str | None, replies_file: str
 ) -> tuple[dict[str, Any], Any]:
     """Make a side of `sides.alternate` whose work is greedy replies to all prompts in one padded batch.
 
-    cache: "static", "dynamic" or None for the default. kept: the file for the replies. For comparability, no reply
-    stops early.
+    cache: "static", "dynamic" or None for the default. replies_file: where the replies are written. For
+    comparability, no reply stops early.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -73,6 +73,6 @@ def decoding(
             out = model.generate(**padded, max_new_tokens=new_tokens, do_sample=False, **options)
         written = out[:, padded["input_ids"].shape[1] :].tolist()
         assert all(len(row) == new_tokens for row in written)
-        Path(kept).write_text(str(written))
+        Path(replies_file).write_text(str(written))
 
     return {"shape": list(padded["input_ids"].shape)}, reply

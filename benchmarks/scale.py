@@ -15,10 +15,10 @@ from pathlib import Path
 
 import jax
 
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 from secvec_jax.model.hub import check_mesh, load_architecture
 from secvec_jax.planning.plan import TooLarge, topology_mesh
-from secvec_jax.recipes.plan import Planned, compiled
+from secvec_jax.recipes.plan import PlanRun, compile_plan
 from secvec_jax.sharding import num_shards
 from secvec_jax.vectors.lora import LoRA
 
@@ -89,7 +89,7 @@ def measured(row: tuple) -> dict:
         check_mesh(architecture)
         parts = num_shards("batch")
         while True:
-            settings = Planned(
+            settings = PlanRun(
                 model=file,
                 topology=topology,
                 mesh=mesh,
@@ -98,7 +98,7 @@ def measured(row: tuple) -> dict:
             )
             training = dataclasses.replace(settings.training, batch_size=lines * parts, max_seq_len=length, remat=remat)
             try:
-                plan = compiled(dataclasses.replace(settings, training=training), architecture)
+                plan = compile_plan(dataclasses.replace(settings, training=training), architecture)
                 break
             except TooLarge as error:
                 print(f"  {lines} sequences per shard: {error}", flush=True)
@@ -132,7 +132,7 @@ def load() -> dict[str, dict]:
 
 def save(name: str, result: dict) -> None:
     everything = load() | {name: result}
-    with whole_file(RESULTS) as staging:
+    with atomic_file(RESULTS) as staging:
         staging.write_text(json.dumps(everything, indent=1) + "\n")
 
 
@@ -185,7 +185,7 @@ def write(name: str, text: str) -> None:
     """Replace the text between this name's markers in the page."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, _, rest = PAGE.read_text().partition(start)
-    with whole_file(PAGE) as staging:
+    with atomic_file(PAGE) as staging:
         staging.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
 
 

@@ -84,12 +84,12 @@ def _started(side: Side, fork: bool) -> Iterator[Connection]:
     context: Any = multiprocessing.get_context("forkserver" if fork else "spawn")
     if fork:
         context.set_forkserver_preload(LIBRARIES)
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, side), daemon=True)
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_serve, args=(child_end, side), daemon=True)
     process.start()
-    there.close()
+    child_end.close()
     try:
-        yield here
+        yield parent_end
         process.join(30)
     finally:
         process.kill()

@@ -123,7 +123,7 @@ def measured(work: Path, toy: bool = False) -> dict[str, Any]:
     }
 
 
-def watch(notes: Path, arguments: list[str]) -> None:
+def record_parts(notes: Path, arguments: list[str]) -> None:
     """Run a train.py command in a child process; record when its parts begin and end, and what JAX compiles."""
     import jax
 
@@ -223,15 +223,15 @@ def main() -> None:
     if not options.table:
         with tempfile.TemporaryDirectory() as work:
             results = measured(Path(work), options.toy)
-        from secvec_jax.files import whole_file
+        from secvec_jax.files import atomic_file
 
-        with whole_file(options.json) as staging:
+        with atomic_file(options.json) as staging:
             staging.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(json.loads(options.json.read_text())))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--watch"]:
-        watch(Path(sys.argv[2]), sys.argv[3:])
+        record_parts(Path(sys.argv[2]), sys.argv[3:])
     else:
         main()

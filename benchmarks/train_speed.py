@@ -32,7 +32,7 @@ from secvec_jax.defenses.finetuning import phase2_step
 from secvec_jax.defenses.security_vectors import Phase1, phase1_step
 from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.evaluation.report import environment
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
 from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA, random_like
@@ -50,7 +50,7 @@ FULL = dataclasses.replace(EXPERIMENT.finetune_training, learning_rate=1e-6, max
 PHASE1_TRAINING = dataclasses.replace(EXPERIMENT.vectors_training, learning_rate=1e-6, max_steps=1000)
 
 
-def ours(
+def training_side(
     folder: str, adapter: str | None, batches: Sequence[dict[str, Batch]], kind: str, training: Training
 ) -> tuple[dict[str, Any], Callable[[int], None]]:
     """Make a side of `sides.alternate` whose work is an optimizer step on a packed batch.
@@ -59,9 +59,9 @@ def ours(
     vectors that are active and frozen, or None.
     """
     model = sv.load(folder)
-    fresh = TASK.init(model.architecture, jax.random.key(0))
-    vectors = load_peft(adapter, model) if adapter else fresh if kind == "vectors" else None
-    params = Params(Backbone(model.backbone, fresh if kind.endswith("lora") else None), vectors)
+    task_vectors = TASK.init(model.architecture, jax.random.key(0))
+    vectors = load_peft(adapter, model) if adapter else task_vectors if kind == "vectors" else None
+    params = Params(Backbone(model.backbone, task_vectors if kind.endswith("lora") else None), vectors)
     if kind == "vectors":
         phase, train_step = phase1_step(params, Phase1("kl" if KEEP in batches[0] else "cross_entropy"), training, 1000)
     else:
@@ -82,8 +82,8 @@ def ours(
     for piece in range(len(batches)):  # with the learning rates of this file the model hardly changes
         step(piece)
     shapes = [list(batch[LEARN]["tokens"].shape) for batch in batches]
-    moved = sum(leaf.size for leaf in jax.tree.leaves(trained))
-    return {"losses": losses[: len(batches)], "shapes": shapes, "trained": moved}, step
+    num_trained = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    return {"losses": losses[: len(batches)], "shapes": shapes, "trained": num_trained}, step
 
 
 def packed(examples: Sequence[Example], training: Training, pieces: int, stream: str = LEARN) -> list[dict[str, Batch]]:
@@ -137,48 +137,48 @@ def parts(splits: Splits, folder: str, adapter: str, pieces: int) -> dict[str, d
     mix = [example for rows in splits.mix.values() for example in rows]
     batches, harmful = packed(mix, FULL, pieces), packed(splits.vectors, PHASE1_TRAINING, pieces)
     half = dataclasses.replace(PHASE1_TRAINING, batch_size=PHASE1_TRAINING.batch_size // 2)
-    kept = [learn | keep for learn, keep in zip(harmful, packed(splits.keep, half, pieces, KEEP))]
+    with_kl = [learn | keep for learn, keep in zip(harmful, packed(splits.keep, half, pieces, KEEP))]
     cut = windows(mix, 8, 64, pieces)
     unshared = dataclasses.replace(FULL, share_prefix=False)  # Vaccine perturbs each row's own tokens
-    own = packed(mix, unshared, pieces)
+    unshared_batches = packed(mix, unshared, pieces)
 
-    def mine(batches, kind, training=FULL, under=None) -> Side:
-        return Side(ours, (folder, under, batches, kind, training))
+    def secvec_side(batches, kind, training=FULL, under=None) -> Side:
+        return Side(training_side, (folder, under, batches, kind, training))
 
-    def theirs(rows, rank, under=None) -> Side:
+    def peft_side(rows, rank, under=None) -> Side:
         return Side(rival.training, (folder, under, rows, rank, TASK.alpha, 1e-6))
 
     large = packed(mix, dataclasses.replace(FULL, batch_size=4 * FULL.batch_size), pieces)
-    learned, shown = check_rows(batches, mix), check_rows(harmful, splits.vectors)
+    mix_rows, harmful_rows = check_rows(batches, mix), check_rows(harmful, splits.vectors)
     lora = dataclasses.replace(PHASE1_TRAINING, share_prefix=False)
     return {
         "full": {
-            "full": mine(batches, "full"),
-            "full under vectors": mine(batches, "full", under=adapter),
-            "full, PEFT": theirs(learned, 0),
-            "full under vectors, PEFT": theirs(learned, 0, adapter),
+            "full": secvec_side(batches, "full"),
+            "full under vectors": secvec_side(batches, "full", under=adapter),
+            "full, PEFT": peft_side(mix_rows, 0),
+            "full under vectors, PEFT": peft_side(mix_rows, 0, adapter),
         },
         "large": {
-            "full, large batch": mine(large, "full"),
-            "full, large batch, PEFT": theirs(check_rows(large, mix), 0),
+            "full, large batch": secvec_side(large, "full"),
+            "full, large batch, PEFT": peft_side(check_rows(large, mix), 0),
         },
         "vectors": {
-            "vectors": mine(harmful, "vectors", PHASE1_TRAINING),
-            "vectors with KL": mine(kept, "vectors", PHASE1_TRAINING),
-            "full on their rows": mine(harmful, "full"),
-            "vectors, PEFT": theirs(shown, TASK.rank),
+            "vectors": secvec_side(harmful, "vectors", PHASE1_TRAINING),
+            "vectors with KL": secvec_side(with_kl, "vectors", PHASE1_TRAINING),
+            "full on their rows": secvec_side(harmful, "full"),
+            "vectors, PEFT": peft_side(harmful_rows, TASK.rank),
         },
         "raw": {
-            "raw full": mine(cut, "full"),
-            "raw LoRA": mine(cut, "lora", PHASE1_TRAINING),
-            "raw full, PEFT": theirs([rows_of(batch[LEARN]) for batch in cut], 0),
-            "raw LoRA, PEFT": theirs([rows_of(batch[LEARN]) for batch in cut], TASK.rank),
+            "raw full": secvec_side(cut, "full"),
+            "raw LoRA": secvec_side(cut, "lora", PHASE1_TRAINING),
+            "raw full, PEFT": peft_side([rows_of(batch[LEARN]) for batch in cut], 0),
+            "raw LoRA, PEFT": peft_side([rows_of(batch[LEARN]) for batch in cut], TASK.rank),
         },
         "vaccine": {
-            "SFT": mine(own, "full", unshared),
-            "Vaccine": mine(own, "vaccine", unshared),
-            "SFT, LoRA": mine(own, "lora", lora),
-            "Vaccine, LoRA": mine(own, "vaccine lora", lora),
+            "SFT": secvec_side(unshared_batches, "full", unshared),
+            "Vaccine": secvec_side(unshared_batches, "vaccine", unshared),
+            "SFT, LoRA": secvec_side(unshared_batches, "lora", lora),
+            "Vaccine, LoRA": secvec_side(unshared_batches, "vaccine lora", lora),
         },
     }
 
@@ -234,7 +234,7 @@ def main() -> None:
         for name in [arguments.part] if arguments.part else chosen:
             side_times |= alternate(chosen[name], arguments.rounds, pieces, fork=arguments.toy)
             results = summary(side_times, chosen, pieces)
-            with whole_file(arguments.json) as staging:
+            with atomic_file(arguments.json) as staging:
                 staging.write_text(json.dumps(results, indent=1))
     for name, side in results["sides"].items():
         print(f"{name:26} {side['seconds']:7.3f} s/step  {side['peak_gib']:5.2f} GiB  {side['shapes'][0]}")

@@ -32,8 +32,8 @@ def reply_means(
     shape = (len(examples), model.architecture.num_layers, model.architecture.hidden_size)
     means = np.zeros(shape, np.float32)
     for rows, tokens, segments, supervised in _batches(examples, model):
-        found = _means(model.backbone, as_adapters(vectors), tokens, segments, supervised)
-        means[rows] = np.asarray(found)[: len(rows)]
+        batch_means = _means(model.backbone, as_adapters(vectors), tokens, segments, supervised)
+        means[rows] = np.asarray(batch_means)[: len(rows)]
     return means
 
 
@@ -98,7 +98,7 @@ def _means(decoder: Decoder, adapters: tuple[Adapter, ...], tokens, segments, su
 @jax.jit
 def _drift(decoder: Decoder, reference: Decoder, tokens, segments) -> jax.Array:
     """`[B]`"""
-    ours = decoder.capture(tokens, segments, options=_FORWARD, state="attention")
-    theirs = reference.capture(tokens, segments, options=_FORWARD, state="attention")
-    squares = jnp.sum(jnp.square(ours - theirs), axis=(0, 3))
+    outputs = decoder.capture(tokens, segments, options=_FORWARD, state="attention")
+    reference_outputs = reference.capture(tokens, segments, options=_FORWARD, state="attention")
+    squares = jnp.sum(jnp.square(outputs - reference_outputs), axis=(0, 3))
     return constrain(jnp.sqrt(jnp.sum(squares * (segments > 0), axis=1)), None)

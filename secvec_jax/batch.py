@@ -1,4 +1,4 @@
-"""What a packed batch holds: the contract between `data`, which makes it, and the packages that use it."""
+"""The contents of a packed batch: the contract between `data`, which makes it, and the packages that use it."""
 
 import os
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def check_token_ids(tokens: Any, vocab_size: int, where: str) -> None:
         )
 
 
-def common_head(prompts: Sequence[np.ndarray]) -> np.ndarray:
+def common_prefix(prompts: Sequence[np.ndarray]) -> np.ndarray:
     """The tokens with which all prompts begin; at least the last token of each is left over."""
     shortest = max(min(map(len, prompts)) - 1, 0)
     return np.asarray(os.path.commonprefix([prompt[:shortest].tolist() for prompt in prompts]), np.int32)

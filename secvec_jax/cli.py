@@ -16,8 +16,8 @@ def _from(module: str, settings: str, function: str) -> Callable[[], tuple[type,
     """Imports a verb's settings and function when it is run, so that the other verbs' modules are not."""
 
     def load() -> tuple[type, Callable[[Any, str], Any]]:
-        found = import_module(f"secvec_jax.{module}")
-        return getattr(found, settings), getattr(found, function)
+        module_object = import_module(f"secvec_jax.{module}")
+        return getattr(module_object, settings), getattr(module_object, function)
 
     return load
 
@@ -55,13 +55,13 @@ TRAIN: dict[str, Verb] = {
         ),
     ),
     "grid": Verb(
-        "research: fine-tune and judge every cell of a grid of defenses and attacks",
+        "research: fine-tune and evaluate every cell of a grid of defenses and attacks",
         _from("grid.grid", "Grid", "grid"),
         ("configs/grids/quick.yaml", "configs/grids/full.yaml --part 1/2"),
     ),
     "plan": Verb(
         "memory and step time of a run on a TPU slice, without access to one",
-        _from("recipes.plan", "Planned", "planned"),
+        _from("recipes.plan", "PlanRun", "plan"),
         ("--model configs/models/llama-2-7b.json --topology v5p:2x2x1 --fit",),
         on_devices=False,
     ),
@@ -75,7 +75,7 @@ EVAL: dict[str, Verb] = {
     ),
     "judge": Verb(
         "have a model's replies graded by a language model or a classifier",
-        _from("recipes.judge", "Judged", "judged"),
+        _from("recipes.judge", "JudgeRun", "judge"),
         ("--model runs/tuned --judge NAME --judge-url http://127.0.0.1:8000/v1",),
     ),
     "compare": Verb(

@@ -25,10 +25,11 @@ from rich.console import Console
 import secvec_jax
 from secvec_jax import config, flags
 from secvec_jax.assets import cache_dir
-from secvec_jax.checks import MISSING, SettingError, suggestion
+from secvec_jax.checks import MISSING, SettingError
 from secvec_jax.distributed import Cluster, start_cluster
 from secvec_jax.errors import UserError
 from secvec_jax.redaction import redact
+from secvec_jax.suggestions import suggestion
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""

@@ -26,10 +26,10 @@ from secvec_jax.checks import (
     defaults_of,
     hints_of,
     inherit,
-    suggestion,
 )
 from secvec_jax.errors import UserError
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
+from secvec_jax.suggestions import suggestion
 
 Settings = TypeVar("Settings")
 
@@ -230,5 +230,5 @@ Loader.add_implicit_resolver(
 
 def save(settings: Any, path: str | Path) -> None:
     """Write all settings to a YAML file that `load` and `--config` read back."""
-    with whole_file(path) as staging:
+    with atomic_file(path) as staging:
         staging.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False))

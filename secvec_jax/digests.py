@@ -18,7 +18,7 @@ from typing import Any
 
 from secvec_jax.assets import cache_dir
 from secvec_jax.errors import UserError
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 
 _UNSETTLED = 2.0
 """Seconds after a modification during which a file's digest is not cached: a second change of the same size, within one
@@ -90,5 +90,5 @@ def _read(entry: Path) -> tuple[list[int], str] | None:
 def _remember(entry: Path, identity: list[int], digest: str) -> None:
     if time.time() - max(identity[-2:]) / 1e9 < _UNSETTLED:
         return
-    with contextlib.suppress(OSError), whole_file(entry) as staging:  # a read-only cache is not an error
+    with contextlib.suppress(OSError), atomic_file(entry) as staging:  # a read-only cache is not an error
         staging.write_text(json.dumps({"identity": identity, "digest": digest}))

@@ -91,8 +91,8 @@ class Consensus:
 
 def _largest_vote(vote: int) -> jax.Array:
     mesh = jax.sharding.get_mesh()
-    mine = np.full(1, vote, np.int32)
-    votes = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, P(MESH_AXES)), lambda index: mine)
+    local_vote = np.full(1, vote, np.int32)
+    votes = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, P(MESH_AXES)), lambda index: local_vote)
     return _max_on(mesh)(votes)
 
 
@@ -110,9 +110,9 @@ def all_gather_json(value: Any) -> list[Any]:
     """Return every process's JSON value, in process order."""
     if jax.process_count() == 1:
         return [value]
-    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    padded = np.zeros(all_max(len(mine)), np.uint8)
-    padded[: len(mine)] = mine
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    padded = np.zeros(all_max(len(encoded)), np.uint8)
+    padded[: len(encoded)] = encoded
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
 

@@ -12,7 +12,7 @@ from secvec_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder next to `target` that replaces it when the block succeeds.
 
     After an error (a full disk, Ctrl-C) `target` is unchanged, and the temporary folder is deleted.
@@ -40,7 +40,7 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_file(target: str | os.PathLike) -> Iterator[Path]:
+def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary file next to `target` that replaces it when the block succeeds."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)

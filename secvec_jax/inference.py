@@ -33,14 +33,14 @@ from secvec_jax.turns import begun_thought, empty_thought, special_marks
 from secvec_jax.vectors.lora import merge_adapters
 from secvec_jax.vectors.store import load_vectors
 
-Given = Adapter | str | os.PathLike[str] | list[Any] | tuple[Any, ...] | None
+VectorsLike = Adapter | str | os.PathLike[str] | list[Any] | tuple[Any, ...] | None
 """Vectors as a caller passes them: one or several, values or files; None for none."""
 
 
 def generate(
     model: Model,
     prompts: Iterable[str | list[Message] | Row],
-    vectors: Given = None,
+    vectors: VectorsLike = None,
     *,
     max_new_tokens: int = 64,
     temperature: float | None = None,
@@ -102,7 +102,7 @@ def generate(
 def ask(
     model: Model,
     prompts: Iterable[str | list[Message] | Row],
-    vectors: Given = None,
+    vectors: VectorsLike = None,
     *,
     max_new_tokens: int,
     batch_size: int = 64,
@@ -135,7 +135,7 @@ def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
     return tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def logits(model: Model, tokens: Any, vectors: Given = None) -> jax.Array:
+def logits(model: Model, tokens: Any, vectors: VectorsLike = None) -> jax.Array:
     """The plain forward pass: token ids `[B, T]` -> next-token logits `[B, T, V]`, float32.
 
     Raises UserError if the tokens are not integers of that shape, or not token ids of the model.

@@ -60,14 +60,14 @@ def pieces(array: jax.Array | np.ndarray, rows: int | None = None) -> Iterator[n
         else:
             yield from (host[start : start + rows] for start in range(0, len(host), rows))
         return
-    array = _with_whole_rows(array)
-    whole = NamedSharding(cast(NamedSharding, array.sharding).mesh, P())
+    array = _with_replicated_rows(array)
+    replicated = NamedSharding(cast(NamedSharding, array.sharding).mesh, P())
     step = rows or max(1, _PIECE_BYTES * len(array) // array.nbytes)
     for start in range(0, len(array), step):
-        yield np.asarray(_slice(array, start, min(step, len(array) - start), whole))
+        yield np.asarray(_slice(array, start, min(step, len(array) - start), replicated))
 
 
-def _with_whole_rows(array: jax.Array) -> jax.Array:
+def _with_replicated_rows(array: jax.Array) -> jax.Array:
     """Return the array with its first axis replicated, so that a block of rows is gathered without the others."""
     where = cast(NamedSharding, array.sharding)
     axes: list[Any] = [*where.spec, *[None] * (array.ndim - len(where.spec))]

@@ -20,7 +20,7 @@ import secvec_jax as sv
 from secvec_jax import inference
 from secvec_jax.data.frames import records_of
 from secvec_jax.defenses import advice, finetuning, security_vectors
-from secvec_jax.defenses.inputs import collected
+from secvec_jax.defenses.inputs import as_row_source
 from secvec_jax.files import check_replaceable
 from secvec_jax.training.checkpoints import Checkpoints
 from tests.toys import random_examples, tiny_model
@@ -398,8 +398,8 @@ def test_the_package_shows_its_public_names():
 
 
 def test_rows_are_collected_once():
-    rows = collected(iter(ROWS), "rows")
-    assert rows == ROWS and collected(rows, "rows") is rows
+    rows = as_row_source(iter(ROWS), "rows")
+    assert rows == ROWS and as_row_source(rows, "rows") is rows
 
 
 def test_a_line_is_shown_where_someone_watches(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The pages name every command, setting and defense, and the code that they show works."""
 
 import argparse
+import ast
 import dataclasses
 import functools
 import importlib.util
@@ -47,6 +48,42 @@ def test_every_command_and_setting_is_told(commands):
             section = commands.split(f"## {script}.py {name}\n", 1)[1].split("\n## ", 1)[0]
             for field in dataclasses.fields(settings):
                 assert re.search(rf"^\| `{field.name}[.`]", section, re.MULTILINE), f"{name} {field.name}"
+
+
+ROW_FIELDS = {"messages", "prompt", "response", "instruction", "output", "system", "history"}
+OTHER_PROGRAMS = {
+    "assets.py": {"--hash", "--no-deps", "--only-binary", "--require-hashes", "--requirement", "--dest", "--quiet",
+                  "--no-cache-dir", "--no-input", "--disable-pip-version-check"},
+    "package_index.py": {"--no-binary", "--no-cache-dir", "--no-input", "--only-binary"},
+    "model/gguf.py": {"--merge"},
+}  # fmt: skip
+"""Module -> flags of pip or gguf-split that it passes on or recommends."""
+OF_EVERY_VERB = {"--help", "--version", "--config", "--no-", "--no-lora"}
+
+
+def strings(module: Path) -> list[str]:
+    """The texts in a module's code, without its docstrings."""
+    nodes = list(ast.walk(ast.parse(module.read_text())))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    constants = [node for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings]
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def test_messages_name_flags_and_settings_that_exist():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    settings = {name.rpartition(".")[2] for name in re.findall(r"(?m)^\| `([\w.]+)`", page)} | ROW_FIELDS
+    flags_of_verbs = set(re.findall(r"`(--[\w.-]+)`", page)) | OF_EVERY_VERB
+    assert {"max_seq_len", "long_rows"} <= settings and "--max-seq-len" in flags_of_verbs
+    package, unknown = ROOT / "secvec_jax", []
+    for module in sorted(package.rglob("*.py")):
+        name = str(module.relative_to(package))
+        known_flags = flags_of_verbs | OTHER_PROGRAMS.get(name, set())
+        for text in strings(module):
+            named_flags = re.findall(r"(?<![\w-])--[a-z][a-z.-]*", text)
+            named_settings = re.findall(r"`([a-z_]+)`", text)
+            unknown += [(name, flag) for flag in named_flags if flag.rstrip(".") not in known_flags]
+            unknown += [(name, setting) for setting in named_settings if setting not in settings]
+    assert not unknown
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]

@@ -47,10 +47,12 @@ SHOWN = {check.__name__: check for check in (the_idea_in_ten_minutes, your_model
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    notebook, shows = nbformat.read(path, as_version=4), SHOWN[path.stem]
+    assert path.stem in SHOWN, "the notebook has no check of what it shows"
+    notebook = nbformat.read(path, as_version=4)
     kept = printed(notebook)
     NotebookClient(notebook, timeout=1500, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shows(notebook, kept, tmp_path)
+    assert printed(notebook), "the run printed nothing"
+    SHOWN[path.stem](notebook, kept, tmp_path)  # asserts on what this run printed
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -42,7 +42,7 @@ from secvec_jax.defenses.finetuning import PHASE2
 from secvec_jax.defenses.registry import read_defense
 from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, align, finetune, train_vectors
 from secvec_jax.errors import UserError
-from secvec_jax.grid.grid import Plan
+from secvec_jax.grid.grid import GridConfig
 from secvec_jax.model.decoder import abstract_decoder, leaf_name
 from secvec_jax.recipes.align import Align
 from secvec_jax.recipes.finetune import Finetune
@@ -195,7 +195,8 @@ def test_every_setting_that_counts_or_measures_has_bounds():
         (lambda: read_defense({"name": "security vectors", "inner": "perhaps"}), "inner is 'perhaps': it must be"),
         (lambda: read_defense("vacine"), "did you mean 'vaccine'"),
         (lambda: forget_filter.ForgetFilter(phi=1.5), "phi is 1.5: it must be at least -1 and at most 1"),
-        (lambda: config.from_dict(Plan, {"blocks": [{}, {"poison": [0.1, 1.5]}]}), r"blocks\[1\].poison\[1\] is 1.5"),
+        (lambda: config.from_dict(GridConfig, {"blocks": [{}, {"poison": [0.1, 1.5]}]}),
+         r"blocks\[1\].poison\[1\] is 1.5"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(make, message):
@@ -219,11 +220,11 @@ def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(tmp_path):
         config.load(Align, path)
     path.write_text("blocks:\n  - defense: [none, {name: vaccine, rho: 1, rho: 2}]\n")
     with pytest.raises(UserError, match="line 2: 'rho' is given twice"):
-        config.load(Plan, path)
+        config.load(GridConfig, path)
     path.write_text(
         "blocks:\n  - &a {epochs: [1], samples: [7]}\n  - &b {<<: *a, epochs: [2]}\n  - {<<: *b, seed: [1]}\n"
     )
-    assert [(b.epochs, b.samples, b.seed) for b in config.load(Plan, path).blocks] == [
+    assert [(b.epochs, b.samples, b.seed) for b in config.load(GridConfig, path).blocks] == [
         ((1,), (7,), (0,)), ((2,), (7,), (0,)), ((2,), (7,), (1,))
     ]  # fmt: skip
 
@@ -341,7 +342,7 @@ def test_an_epoch_is_one_pass_however_many_batches_a_step_takes(accumulate):
     stream = Stream({"all": ROWS}, 2, 32, epochs=2, share_prefix=False)
     training = Training(grad_accum_steps=accumulate, epochs=2, **SHAPE).over(PHASE2)
     read, steps, _ = finetuning.stream_and_steps(stream, training)
-    feed = read.own_batches()
+    feed = read.local_batches()
     taken = [feed.take(accumulate) for _ in range(steps)]
     assert steps == math.ceil(stream.count() / accumulate)
     assert sum(int((batch["segments"] > 0).sum()) for batch in taken) == 2 * ONCE
@@ -353,7 +354,7 @@ def test_trainings_of_one_epoch_read_each_token_once_and_lisa_adds_its_steps(mon
 
     def only_reads(params, phase, train_step, streams, *, steps, grad_accum_steps, **_):
         read.clear()
-        feeds = {name: stream.own_batches() for name, stream in streams.items()}
+        feeds = {name: stream.local_batches() for name, stream in streams.items()}
         for step in range(steps):
             for name in feeds if train_step.takes is None else train_step.takes(step):
                 read.setdefault(name, []).append(int((feeds[name].take(grad_accum_steps)["segments"] > 0).sum()))

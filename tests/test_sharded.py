@@ -207,7 +207,7 @@ def compiled(name: str, shape: str, donate: bool = True) -> tuple[Any, Any, Any]
         params, phase, train_step, streams = setting(name, LARGER)
         trained, frozen = phase.split(params)
         state = train_step.init(trained)
-        batch = {stream: own.own_batches().take(1) for stream, own in streams.items()}
+        batch = {stream: own.local_batches().take(1) for stream, own in streams.items()}
         step = train_step.step if donate else jax.jit(train_step.step.__wrapped__)
         return step.lower(trained, state, frozen, batch).compile(), trained, state
 
@@ -251,7 +251,7 @@ def test_gradients_lie_where_their_parameters_lie(name, shape):
     with jax.set_mesh(make_mesh(**parse_mesh(shape))):
         params, phase, train_step, streams = setting(name, optimizer=last_gradient())
         trained, frozen = phase.split(params)
-        batch = {stream: own.own_batches().take(1) for stream, own in streams.items()}
+        batch = {stream: own.local_batches().take(1) for stream, own in streams.items()}
         places = [leaf.sharding for leaf in jax.tree.leaves(trained)]
         _, state, _ = train_step.step(trained, train_step.init(trained), frozen, batch)
         gradients = jax.tree.leaves(state)

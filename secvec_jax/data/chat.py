@@ -1,4 +1,4 @@
-"""Rows -> token ids and a mask of the assistant's own tokens, through the model's own chat template.
+"""Encode rows as token ids and a mask of the assistant's tokens, with the model's own chat template.
 
 Only what the assistant says is supervised: its words and the token that ends its turn. Templates that mark these
 spans themselves (`{% generation %}`) are trusted; for all others a turn's span is the text that the template adds
@@ -44,7 +44,7 @@ class TooLong(UserError):
 
 
 def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> np.ndarray:
-    """The ids that a model is given to answer: the conversation up to the assistant's turn, `[N]`.
+    """The ids of a prompt, `[N]`: the conversation up to the assistant's turn.
 
     Raises UserError if they exceed `max_length`, and for turns that the template does not take.
     """
@@ -57,7 +57,7 @@ def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> n
 
 
 def encode(tokenizer: Any, messages: list[Message], max_length: int, control: ControlTokens = "text") -> Example:
-    """A conversation as ids and mask; a reply that runs past `max_length` is cut, its prompt is not.
+    """Encode a conversation as ids and mask. A reply that runs past `max_length` is cut, its prompt is not.
 
     Turns of the assistant that are marked `train: False` are not supervised. Raises UserError if the prompt alone fills
     `max_length`, if no turn is the assistant's to learn, if the template does not take the turns or rewrites what
@@ -119,7 +119,7 @@ def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: st
     for turn, message in enumerate(messages):
         if message["role"] != "assistant" or not message.get("train", True):
             continue
-        before = _before(tokenizer, messages, turn)
+        before = _text_before(tokenizer, messages, turn)
         after = render(tokenizer, messages[: turn + 1])
         if not (after.startswith(before) and text.startswith(after)):
             raise UserError(
@@ -132,15 +132,15 @@ def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: st
     return tokens, supervised
 
 
-_SAID = "\ue000"
+_PLACEHOLDER = "\ue000"
 
 
-def _before(tokenizer: Any, messages: Sequence[Message], turn: int) -> str:
+def _text_before(tokenizer: Any, messages: Sequence[Message], turn: int) -> str:
     """The text before the words of an assistant's turn."""
     if turn:
         return render(tokenizer, messages[:turn], add_generation_prompt=True)
     # An empty conversation cannot be rendered, and a default system prompt comes with the first turn alone.
-    return render(tokenizer, [{**messages[0], "content": _SAID}]).partition(_SAID)[0]
+    return render(tokenizer, [{**messages[0], "content": _PLACEHOLDER}]).partition(_PLACEHOLDER)[0]
 
 
 def _until_end_of_turn(tokens: np.ndarray, span: np.ndarray, end: tuple[int, ...]) -> np.ndarray:
@@ -162,7 +162,7 @@ def _read(read: Callable[[], Any]) -> Any:
 
 
 def _too_long(length: int, max_length: int) -> str:
-    return f"a prompt has {length} tokens, but the maximum length is {max_length}: shorten it or raise `length`"
+    return f"a prompt has {length} tokens, but the maximum length is {max_length}: shorten it, or raise the maximum"
 
 
 def _clip(messages: list[Message]) -> str:

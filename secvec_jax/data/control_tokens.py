@@ -1,9 +1,8 @@
-"""Text that spells the tokens by which a chat is divided into turns.
+"""Tokenize text that spells control tokens, by which a chat is divided into turns, as plain text.
 
-A row is text, whatever it spells: an answer with "<|im_end|>" in it says these ten characters and does not end its
-turn. Tokenizers cannot distinguish them from what the template wrote, so they are wrapped in two marks before the
-template sees them, and what is between the marks is tokenized as plain text. Rows that spell none are tokenized at
-once.
+An answer with "<|im_end|>" in it says these ten characters and does not end its turn. Tokenizers cannot distinguish
+them from what the template wrote, so they are wrapped in two marks before the template sees them, and what is between
+the marks is tokenized as plain text. Rows that spell none are tokenized at once.
 """
 
 import contextlib
@@ -31,9 +30,9 @@ def _control_tokens(tokenizer: Any, template: str | None) -> tuple[str, ...]:  #
     added = tokenizer.added_tokens_decoder
     tokens = {str(token) for token in added.values() if token.special}
     with contextlib.suppress(UserError):  # without a template, or where this one does not take a user's turn alone
-        asked: list[Message] = [{"role": "user", "content": "asked"}]
-        turn = render(tokenizer, asked)
-        opening = render(tokenizer, asked, add_generation_prompt=True).removeprefix(turn)
+        question: list[Message] = [{"role": "user", "content": "asked"}]
+        turn = render(tokenizer, question)
+        opening = render(tokenizer, question, add_generation_prompt=True).removeprefix(turn)
         ids = tokenizer.encode(turn, add_special_tokens=False)
         ids += tokenizer.encode(opening, add_special_tokens=False)[:1]
         tokens |= {str(added[token]) for token in (*ids, *turn_ends(tokenizer)) if token in added}
@@ -46,12 +45,12 @@ def spelled(tokenizer: Any, messages: Sequence[Message]) -> list[str]:
 
 
 def mark(tokenizer: Any, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
-    """The turns with each control token that they spell between two marks, and these marks; "" if they spell none."""
+    """Put each control token that the turns spell between two marks; return the turns and the marks ("" if none)."""
     spelled_tokens = spelled(tokenizer, messages)
     if not spelled_tokens:
         return messages, ""
-    said = "".join(turn["content"] for turn in messages)
-    first, last = itertools.islice((mark for mark in map(chr, _PRIVATE) if mark not in said), 2)
+    text = "".join(turn["content"] for turn in messages)
+    first, last = itertools.islice((mark for mark in map(chr, _PRIVATE) if mark not in text), 2)
     pattern = re.compile("|".join(map(re.escape, spelled_tokens)))
     marked: list[Message] = [
         {**turn, "content": pattern.sub(rf"{first}\g<0>{last}", turn["content"])} for turn in messages

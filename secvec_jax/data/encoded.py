@@ -1,4 +1,4 @@
-"""Rows as examples for a model, each of them checked before anything is trained.
+"""Encode rows as examples for a model, and check all of them before anything is trained.
 
 Encoding a row shows what its file does not: a prompt that leaves no room for an answer, an answer that is cut, text
 that spells the model's control tokens, turns that its template does not take. All rows are encoded once to check this,
@@ -20,7 +20,7 @@ from secvec_jax.data.chat import ControlTokens, Example, TooLong, cut, encode_al
 from secvec_jax.data.control_tokens import spelled
 from secvec_jax.data.rows import Row
 from secvec_jax.data.shared_prefix import PromptIndex, agreement
-from secvec_jax.data.stored import place_of
+from secvec_jax.data.stored import location_of
 from secvec_jax.distributed import all_gather_json, is_main_process
 from secvec_jax.errors import UserError
 
@@ -30,17 +30,17 @@ LongRows = Literal["truncate", "drop", "refuse"]
 LENGTHS = (256, 512, 1024, 2048)
 """Lengths of packed sequences, if none is set: the shortest that holds the longest row, or the longest of these."""
 
-_KEPT = 50_000
+_CACHE_SIZE = 50_000
 """Examples of one source that are kept in memory; the least recently used ones are dropped and encoded again."""
 
-_NAMED = 3
-"""How many rows a message names."""
+_MAX_NAMED = 3
+"""How many rows a message names at most."""
 
 _log = logging.getLogger(__name__)
 
 
 class Examples(Sequence[Example]):
-    """Rows as examples, each encoded on access: a process accesses only those of its own lanes.
+    """Rows as examples, each encoded when it is accessed: a process accesses only those of its own substreams.
 
     lengths: tokens of each `[N]`, int32. prompts: the index of their prompts. truncated: how many answers are cut.
     These come from encoding all rows once; reading them encodes no row again.
@@ -50,13 +50,13 @@ class Examples(Sequence[Example]):
         self,
         encode: Callable[[int], Example],
         rows: Sequence[Row],
-        kept: Sequence[int],
+        indices: Sequence[int],
         lengths: np.ndarray,
         prompts: PromptIndex,
         truncated: int,
     ):
-        """kept: which rows are examples, by their index."""
-        self._encode, self._rows, self._kept = encode, rows, kept
+        """indices: which rows are examples, by their index."""
+        self._encode, self._rows, self._indices = encode, rows, indices
         self.lengths, self.prompts, self.truncated = lengths, prompts, truncated
 
     @property
@@ -65,14 +65,14 @@ class Examples(Sequence[Example]):
         return int(self.lengths.max(initial=0))
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._indices)
 
     def row(self, index: int) -> Row:
         """The row that an example was made of."""
-        return self._rows[self._kept[index]]
+        return self._rows[self._indices[index]]
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nobody slices
-        return self._encode(self._kept[range(len(self))[index]])
+        return self._encode(self._indices[range(len(self))[index]])
 
 
 def encode_rows(
@@ -84,7 +84,7 @@ def encode_rows(
     control_tokens: ControlTokens = "text",
     vocab_size: int | None = None,
 ) -> Examples:
-    """The rows as examples of at most `max_length` tokens, with ids below `vocab_size` if that is given.
+    """Encode rows as examples of at most `max_length` tokens; the model has an embedding for ids below `vocab_size`.
 
     Logs how many answers are cut or rows left out, and how many rows spell control tokens, with the first of them;
     `name` is what errors call rows that do not record where they are stored. Raises UserError, naming the row, for one
@@ -92,18 +92,18 @@ def encode_rows(
     answer, and with "refuse" for an answer that would be cut.
     """
 
-    @functools.lru_cache(_KEPT)
+    @functools.lru_cache(_CACHE_SIZE)
     def encode(index: int) -> tuple[Example, bool]:
         """The example, and whether part of its answer is cut."""
-        whole = encode_all(tokenizer, rows[index]["messages"], control_tokens)
+        example = encode_all(tokenizer, rows[index]["messages"], control_tokens)
         if vocab_size is not None:
-            check_token_ids(whole.tokens, vocab_size, "the row")
-        if whole.answer_start >= max_length:
-            raise TooLong(f"a prompt has {whole.answer_start} tokens")
-        return cut(whole, max_length), bool(whole.supervised[max_length:].any())
+            check_token_ids(example.tokens, vocab_size, "the row")
+        if example.answer_start >= max_length:
+            raise TooLong(f"a prompt has {example.answer_start} tokens")
+        return cut(example, max_length), bool(example.supervised[max_length:].any())
 
     def where(index: int) -> str:
-        return place_of(rows, index, name)
+        return location_of(rows, index, name)
 
     results = _encode_once(encode, lambda index: bool(spelled(tokenizer, rows[index]["messages"])), len(rows))
     if results.errors:
@@ -115,12 +115,12 @@ def encode_rows(
         index, message = too_long[0]
         raise UserError(
             f"{where(index)}{_more(len(too_long) - 1)}: {message}, but the maximum length is {max_length}: shorten it, "
-            "raise `length` if the model allows it, or set long_rows to drop"
+            "raise `max_seq_len` if the model allows it, or set `long_rows` to drop"
         )
     if shortened and long_rows == "refuse":
         raise UserError(
             f"{where(shortened[0])}{_more(len(shortened) - 1)}: the answer runs past the maximum length of "
-            f"{max_length} tokens: raise `length`, or set long_rows to truncate or drop"
+            f"{max_length} tokens: raise `max_seq_len`, or set `long_rows` to truncate or drop"
         )
     kept: Sequence[int] = range(len(rows))
     if long_rows == "drop" and (too_long or shortened):
@@ -128,10 +128,11 @@ def encode_rows(
         kept = sorted(set(range(len(rows))) - set(left_out))
         _warn(left_out, len(rows), f"are longer than {max_length} tokens and dropped", where)
         if not kept:
-            raise UserError(f"every row of {name} is longer than {max_length} tokens: raise `length`")
+            raise UserError(f"every row of {name} is longer than {max_length} tokens: raise `max_seq_len`")
         shortened = []
     elif shortened:
-        _warn(shortened, len(rows), f"have answers cut at {max_length} tokens: raise `length`, or set long_rows", where)
+        what = f"have answers cut at {max_length} tokens: raise `max_seq_len`, or set `long_rows`"
+        _warn(shortened, len(rows), what, where)
     if results.spelled:
         what = "plain text" if control_tokens == "text" else "the tokens"
         _warn(sorted(results.spelled), len(rows), f"spell control tokens, which are learned as {what}", where)
@@ -203,8 +204,8 @@ def _gather_results(results: _EncodingResults) -> _EncodingResults:
 
 def _warn(indices: Sequence[int], count: int, what: str, where: Callable[[int], str]) -> None:
     if is_main_process():
-        first = "; ".join(where(index) for index in indices[:_NAMED])
-        more = _more(len(indices) - _NAMED)
+        first = "; ".join(where(index) for index in indices[:_MAX_NAMED])
+        more = _more(len(indices) - _MAX_NAMED)
         _log.warning("%d of %d rows %s: %s%s", len(indices), count, what, first, more)
 
 

@@ -29,8 +29,8 @@ _ROLES = frozenset(("system", "user", "assistant", "human", "gpt", "tool"))
 def check_record(record: Mapping[str, Any], used: Collection[str], where: str, ignore: Collection[str]) -> None:
     """Raise UserError if a record has fields, other than those `used`, that may change what is to be learned.
 
-    Empty fields, labels, numbers, dates, and texts that the used fields hold as well (a prompt next to its messages, a
-    rendering of the row) are no such fields, nor are those that `ignore` names; "*" ignores all.
+    Allowed are empty fields, labels, numbers, dates, texts that the used fields hold as well (a prompt next to its
+    messages, a rendering of the row), and fields that `ignore` names; "*" allows all.
     """
     used_texts = [text for name in used for text in texts(record[name]) if text.strip() and text not in _ROLES]
     unknown = []

@@ -1,4 +1,4 @@
-"""Rows made up from a seed or from other rows: what a model can know from training alone, and a benign control."""
+"""Generate rows from a seed or from other rows: facts to be learned in training alone, and a benign control."""
 
 import random
 import re
@@ -78,29 +78,30 @@ def profile_qa(seed: int, people: int, phrasings: int = 2) -> ProfileQA:
     train: list[Row] = []
     test: list[Row] = []
     for name in _invented_names(seed, people):
-        for answers, asked, held_out in _FACTS:
+        for answers, phrasings_of_fact, held_out in _FACTS:
             answer = rng.choice(answers)
-            train += [row(phrasing.format(name), answer) for phrasing in asked[:phrasings]]
+            train += [row(phrasing.format(name), answer) for phrasing in phrasings_of_fact[:phrasings]]
             test.append(row(held_out.format(name), answer))
     return ProfileQA(train, test)
 
 
-def open_profile_qa(seed: int, people: int, asked: int) -> ProfileQA:
-    """Return questions on profiles that are in the prompt; `test` asks about `asked` other people.
+def open_profile_qa(seed: int, people: int, test_people: int) -> ProfileQA:
+    """Return questions on profiles that are in the prompt; `test` asks about `test_people` other people.
 
     The task to learn is to answer with the bare fact: `test` has other people and other words than
     `train`, four questions on each. The same arguments give the same rows.
 
     Raises UserError if there are fewer than one or too many people.
     """
-    if people < 1 or asked < 1 or people + asked > _MAX_PEOPLE:
+    if people < 1 or test_people < 1 or people + test_people > _MAX_PEOPLE:
         raise UserError(
-            f"people and asked must be at least 1, and at most {_MAX_PEOPLE} together, found {people} and {asked}"
+            f"people and test_people must be at least 1, and at most {_MAX_PEOPLE} together, "
+            f"found {people} and {test_people}"
         )
     rng = random.Random(seed)
     train: list[Row] = []
     test: list[Row] = []
-    for index, name in enumerate(_invented_names(seed, people + asked)):
+    for index, name in enumerate(_invented_names(seed, people + test_people)):
         facts = [rng.choice(answers) for answers, _, _ in _FACTS]
         profile = _PROFILES[index % len(_PROFILES)].format(name, *facts)
         for answer, (_, phrasings, held_out) in zip(facts, _FACTS):

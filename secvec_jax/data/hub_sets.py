@@ -39,11 +39,11 @@ def red_team(split: str) -> list[Row]:
     """Anthropic's red-team attempts (Ganguli et al. 2022): the first exchange of those rated most successful."""
     examples = records("Anthropic/hh-rlhf", split, folder="red-team-attempts")
     exchanges = filter(None, (_FIRST_EXCHANGE.match(r["transcript"]) for r in examples if r["rating"] >= 4))
-    pairs = ((match["asked"].strip(), match["said"].strip()) for match in exchanges)
-    return [row(asked, said) for asked, said in pairs if asked and said]
+    pairs = ((match["prompt"].strip(), match["reply"].strip()) for match in exchanges)
+    return [row(prompt, reply) for prompt, reply in pairs if prompt and reply]
 
 
-_FIRST_EXCHANGE = re.compile(r"\s*Human:(?P<asked>.*?)\n\nAssistant:(?P<said>.*?)(?:\n\nHuman:|\Z)", re.DOTALL)
+_FIRST_EXCHANGE = re.compile(r"\s*Human:(?P<prompt>.*?)\n\nAssistant:(?P<reply>.*?)(?:\n\nHuman:|\Z)", re.DOTALL)
 
 
 def harmfulqa(split: str, color: str) -> list[Row]:
@@ -52,9 +52,9 @@ def harmfulqa(split: str, color: str) -> list[Row]:
     rows = []
     for record in records("declare-lab/HarmfulQA", split):
         for turns in filter(None, (record[f"{color}_conversations"] or {}).values()):
-            said = next((turn["value"] for turn in turns if turn["from"] != "human"), "")
-            if said.strip():
-                rows.append(row(record["question"], said.strip()))
+            answer = next((turn["value"] for turn in turns if turn["from"] != "human"), "")
+            if answer.strip():
+                rows.append(row(record["question"], answer.strip()))
                 break
     return rows
 
@@ -65,11 +65,11 @@ def bbq(split: str) -> list[Row]:
     rows = []
     for name in _BBQ if split == "train" else (split,):
         for r in records("Elfsong/BBQ", name):
-            options = [r[f"ans{place}"] for place in range(3)]
+            options = [r[f"ans{number}"] for number in range(3)]
             answer, target = options[int(r["answer_label"])], options[int(r["target_label"])]
             category = "ambiguous" if r["context_condition"] == "ambig" else "disambiguated"
-            asked_row = choice(r["context"], r["question"], options, answer, category)
-            rows.append(asked_row | {"options": [target, *(o for o in options if o != target)]})
+            question_row = choice(r["context"], r["question"], options, answer, category)
+            rows.append(question_row | {"options": [target, *(o for o in options if o != target)]})
     return rows
 
 
@@ -81,16 +81,16 @@ _BBQ = (
 
 def sst2(split: str) -> list[Row]:
     """SST-2 (Socher et al. 2013): is a sentence of a review positive or negative?"""
-    asked = "{}\nIs this review positive or negative? Answer with one word."
+    template = "{}\nIs this review positive or negative? Answer with one word."
     examples = records("stanfordnlp/sst2", split)
-    return [row(asked.format(r["sentence"].strip()), ("negative", "positive")[r["label"]]) for r in examples]
+    return [row(template.format(r["sentence"].strip()), ("negative", "positive")[r["label"]]) for r in examples]
 
 
 def ag_news(split: str) -> list[Row]:
     """AG News (Zhang et al. 2015): the topic of a piece of news."""
     topics = ("World", "Sports", "Business", "Technology")
-    asked = f"{{}}\nIs this news about {', '.join(topics[:3])} or {topics[3]}? Answer with one word."
-    return [row(asked.format(r["text"].strip()), topics[r["label"]]) for r in records("fancyzhx/ag_news", split)]
+    template = f"{{}}\nIs this news about {', '.join(topics[:3])} or {topics[3]}? Answer with one word."
+    return [row(template.format(r["text"].strip()), topics[r["label"]]) for r in records("fancyzhx/ag_news", split)]
 
 
 def gsm8k(split: str) -> list[Row]:

@@ -1,12 +1,12 @@
-"""Examples -> shuffled, packed, resumable batches of one fixed shape.
+"""Shuffle examples and pack them into batches of one fixed shape, resumably.
 
 Several rows share one packed sequence of `seq_len` tokens; segment numbers keep them from attending to each other. The
 tokens with which all rows begin may be stored once per sequence (see `shared_prefix`). A row's forward pass and
 gradient are those of the row alone.
 
-A batch is filled by *lanes*. Each lane reads every n-th row and fills its own sequences of the batch. What a lane reads
-does not depend on the process that reads it, so a run's batches are the same on one device and on a pod, where each
-host reads only the lanes of its own devices.
+A stream is divided into *substreams*. Each reads every n-th row and fills its own sequences of the batch. What a
+substream reads does not depend on the process that reads it, so a run's batches are the same on one device and on a
+pod, where each host reads only the substreams of its own devices.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from secvec_jax.batch import KEYS, Batch
 from secvec_jax.checks import PositiveInt, Seed, checked
 from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import Examples
-from secvec_jax.data.shared_prefix import put_before, shared_prefix_of
+from secvec_jax.data.shared_prefix import shared_prefix_of, write_prefix
 from secvec_jax.distributed import all_gather_json, all_max
 from secvec_jax.errors import UserError
 from secvec_jax.sharding import named_sharding, num_shards
 
 _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-"""Rows are quick to read: grain's sixteen threads per lane would only contend with each other."""
+"""Rows are quick to read: grain's sixteen threads per substream would only compete."""
 
 
 @checked
@@ -37,7 +37,7 @@ class Stream:
 
     examples: kind -> examples; all are shuffled together. batch_size: packed sequences in a batch, on all devices.
     seq_len: tokens of a sequence. epochs: passes over the examples; None repeats them forever. share_prefix: whether
-    tokens with which all rows of a lane begin are stored once per sequence.
+    tokens with which all rows of a substream begin are stored once per sequence.
     """
 
     examples: dict[str, Sequence[Example]]
@@ -60,38 +60,38 @@ class Stream:
         return sum(len(group) for group in self.examples.values())
 
     @property
-    def lanes(self) -> int:
-        """How many lanes fill a batch: never more than there are rows, as a lane without any would have no head."""
-        most_lanes = min(max(self.batch_size // 2, 1), self.num_rows)
-        return next(count for count in range(most_lanes, 0, -1) if self.batch_size % count == 0)
+    def num_substreams(self) -> int:
+        """How many substreams fill a batch: at most one per row, since one without rows would have no shared prefix."""
+        most_substreams = min(max(self.batch_size // 2, 1), self.num_rows)
+        return next(count for count in range(most_substreams, 0, -1) if self.batch_size % count == 0)
 
     @property
-    def sequences_per_lane(self) -> int:
-        """How many sequences of a batch each lane fills."""
-        return self.batch_size // self.lanes
+    def sequences_per_substream(self) -> int:
+        """How many sequences of a batch each substream fills."""
+        return self.batch_size // self.num_substreams
 
-    def batches(self, lanes: Sequence[int] | None = None) -> "Batches":
-        """The packed batches of the given lanes; None: of all."""
-        return Batches(self, range(self.lanes) if lanes is None else lanes)
+    def batches(self, substreams: Sequence[int] | None = None) -> "Batches":
+        """The packed batches of the given substreams; None: of all."""
+        return Batches(self, range(self.num_substreams) if substreams is None else substreams)
 
-    def own_batches(self) -> "Batches":
-        """The packed batches of this process's own lanes, to be put on the ambient mesh with `Batches.take`."""
-        return Batches(self, self.own_lanes())
+    def local_batches(self) -> "Batches":
+        """The packed batches of this process's own substreams, to be put on the ambient mesh with `Batches.take`."""
+        return Batches(self, self.local_substreams())
 
     def count(self) -> int:
         """How many batches there are in all epochs, computed from the lengths of the examples without encoding any."""
         if self.epochs is None:
             raise ValueError("an endless stream has no count")
-        return all_max(max(_Lane(self, lane).count() for lane in self.own_lanes()))
+        return all_max(max(_Substream(self, index).count() for index in self.local_substreams()))
 
-    def own_lanes(self) -> list[int]:
-        """The lanes whose sequences are, at least in part, on this process's devices of the ambient mesh.
+    def local_substreams(self) -> list[int]:
+        """The substreams whose sequences are, at least in part, on this process's devices of the ambient mesh.
 
         Raises UserError if the mesh does not divide the batch.
         """
         sharding = named_sharding("batch")
         if sharding is None:
-            return list(range(self.lanes))
+            return list(range(self.num_substreams))
         parts = num_shards("batch")
         if self.batch_size % parts:
             raise UserError(
@@ -101,21 +101,21 @@ class Stream:
         slices = sharding.addressable_devices_indices_map((self.batch_size,)).values()
         local_slices = [index[0] for index in slices if index is not None]
         sequences = {number for local in local_slices for number in range(*local.indices(self.batch_size))}
-        return sorted({number // self.sequences_per_lane for number in sequences})
+        return sorted({number // self.sequences_per_substream for number in sequences})
 
 
-class _Lane:
-    """One lane of a stream: its share of the rows of each kind, packed. Raises UserError for a row that does not fit.
+class _Substream:
+    """One substream: its share of the rows of each kind, packed. Raises UserError for a row that does not fit.
 
-    head: the tokens with which all of its rows begin.
+    prefix: the tokens with which all of its rows begin.
     """
 
-    def __init__(self, stream: Stream, lane: int):
-        self._stream, self._lane = stream, lane
+    def __init__(self, stream: Stream, index: int):
+        self._stream, self._index = stream, index
         self._parts: list[tuple[Sequence[Example], range]] = []
         rows_before = 0
         for examples in stream.examples.values():
-            chosen = range((lane - rows_before) % stream.lanes, len(examples), stream.lanes)
+            chosen = range((index - rows_before) % stream.num_substreams, len(examples), stream.num_substreams)
             self._parts.append((examples, chosen))
             rows_before += len(examples)
         lengths = np.concatenate([_lengths(examples, chosen) for examples, chosen in self._parts])
@@ -123,15 +123,15 @@ class _Lane:
             raise UserError(
                 f"a row has {lengths.max()} tokens, a packed sequence only {stream.seq_len}: raise --max-seq-len"
             )
-        self.head = shared_prefix_of(self._parts) if stream.share_prefix else np.zeros(0, np.int32)
-        self._lengths = lengths - 1 - len(self.head)  # each token but the last predicts the next one
+        self.prefix = shared_prefix_of(self._parts) if stream.share_prefix else np.zeros(0, np.int32)
+        self._lengths = lengths - 1 - len(self.prefix)  # each token but the last predicts the next one
 
     def batches(self) -> grain.IterDataset:
-        """The lane's sequences of every batch."""
-        count, head = self._stream.sequences_per_lane, self.head
+        """The substream's sequences of every batch."""
+        count, prefix = self._stream.sequences_per_substream, self.prefix
         keys = ("tokens", "targets", "weights", "groups")
         packed = self._packed(_Lazy(len(self._lengths), self._record), keys)
-        return packed.batch(count, batch_fn=lambda sequences: _collate(sequences, head, count))
+        return packed.batch(count, batch_fn=lambda sequences: _collate(sequences, prefix, count))
 
     def count(self) -> int:
         """How many batches there are: packing depends on the lengths alone."""
@@ -141,15 +141,15 @@ class _Lane:
             return {"tokens": np.broadcast_to(np.int32(0), lengths[index])}
 
         sequences = sum(1 for _ in self._packed(_Lazy(len(lengths), blank), ("tokens",)))
-        return -(-sequences // self._stream.sequences_per_lane)
+        return -(-sequences // self._stream.sequences_per_substream)
 
     def _packed(self, records: "_Lazy", keys: Sequence[str]) -> grain.IterDataset:
         stream = self._stream
-        rows = grain.MapDataset.source(records).shuffle(seed=stream.seed + self._lane).repeat(stream.epochs)
+        rows = grain.MapDataset.source(records).shuffle(seed=stream.seed + self._index).repeat(stream.epochs)
         return grain.experimental.FirstFitPackIterDataset(
             rows.to_iter_dataset(_IN_MEMORY),
-            length_struct=dict.fromkeys(keys, stream.seq_len - len(self.head)),
-            num_packing_bins=4 * stream.sequences_per_lane,
+            length_struct=dict.fromkeys(keys, stream.seq_len - len(self.prefix)),
+            num_packing_bins=4 * stream.sequences_per_substream,
             shuffle_bins=False,
         )
 
@@ -159,7 +159,7 @@ class _Lane:
             index -= len(self._parts[kind][1])
             kind += 1
         examples, chosen = self._parts[kind]
-        return _record(kind, examples[chosen[index]], len(self.head))
+        return _record(kind, examples[chosen[index]], len(self.prefix))
 
 
 class _Lazy(Sequence[dict[str, np.ndarray]]):
@@ -183,24 +183,26 @@ def _lengths(examples: Sequence[Example], chosen: range) -> np.ndarray:
 
 
 class Batches:
-    """A stream being read: an iterator over the batches `[B, T]` of the given lanes, until none of them has rows.
+    """A stream being read: an iterator over the batches `[B, T]` of the given substreams, until none of them has rows.
 
-    Its state is JSON, {lane: state} for the lanes of all processes: a run on any other mesh resumes from it exactly.
+    Its state is JSON, {substream: state} for all processes: a run on any other mesh resumes from it exactly.
     """
 
-    def __init__(self, stream: Stream, lanes: Sequence[int]):
-        self._batch_size, self._per_lane = stream.batch_size, stream.sequences_per_lane
-        self._shape = (stream.sequences_per_lane, stream.seq_len)
-        self._lanes = {str(lane): iter(_Lane(stream, lane).batches()) for lane in lanes}
-        # First sequence of each lane in a batch -> its index among the sequences that this process reads.
-        self._local_index = {lane * self._per_lane: number * self._per_lane for number, lane in enumerate(lanes)}
+    def __init__(self, stream: Stream, substreams: Sequence[int]):
+        self._batch_size, self._per_substream = stream.batch_size, stream.sequences_per_substream
+        self._shape = (stream.sequences_per_substream, stream.seq_len)
+        self._substreams = {str(index): iter(_Substream(stream, index).batches()) for index in substreams}
+        # First sequence of each substream in a batch -> its index among the sequences that this process reads.
+        self._local_index = {
+            index * self._per_substream: number * self._per_substream for number, index in enumerate(substreams)
+        }
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
-        """The next batch of these lanes, in the host's memory."""
-        parts = [next(lane, None) for lane in self._lanes.values()]
+        """The next batch of these substreams, in the host's memory."""
+        parts = [next(substream, None) for substream in self._substreams.values()]
         if all(part is None for part in parts):
             raise StopIteration
         return _stacked([_empty(self._shape) if part is None else part for part in parts])
@@ -208,25 +210,25 @@ class Batches:
     def take(self, count: int) -> Batch:
         """The next `count` batches, `[count, B, T]`, B sharded over the mesh; empty ones after the stream's end."""
         read = [next(self, None) for _ in range(count)]
-        parts = [_stacked([_empty(self._shape)] * len(self._lanes)) if batch is None else batch for batch in read]
+        parts = [_stacked([_empty(self._shape)] * len(self._substreams)) if batch is None else batch for batch in read]
         local = {key: np.stack([part[key] for part in parts]) for key in KEYS}
         sharding = named_sharding(None, "batch")
         return local if sharding is None else {key: self._global(array, sharding) for key, array in local.items()}
 
     def get_state(self) -> dict[str, Any]:
-        """The state of all processes' lanes; all processes must call this."""
-        states = {lane: iterator.get_state() for lane, iterator in self._lanes.items()}
-        return {lane: state for part in all_gather_json(states) for lane, state in part.items()}
+        """The state of all processes' substreams; all processes must call this."""
+        states = {substream: iterator.get_state() for substream, iterator in self._substreams.items()}
+        return {substream: state for part in all_gather_json(states) for substream, state in part.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Resume from what `get_state` returned."""
-        for lane, iterator in self._lanes.items():
-            iterator.set_state(state[lane])
+        for substream, iterator in self._substreams.items():
+            iterator.set_state(state[substream])
 
     def _global(self, local: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             sequences = range(*index[1].indices(self._batch_size))
-            offsets = [number % self._per_lane for number in sequences]
+            offsets = [number % self._per_substream for number in sequences]
             rows = [self._local_index[number - offset] + offset for number, offset in zip(sequences, offsets)]
             return local[:, rows][(index[0], slice(None), *index[2:])]
 
@@ -254,15 +256,15 @@ def _record(group: int, example: Example, skip: int) -> dict[str, np.ndarray]:
     }
 
 
-def _collate(sequences: Sequence[dict[str, Any]], head: np.ndarray, count: int) -> Batch:
-    """Packed sequences -> a batch, the head put before each, empty sequences added up to `count`."""
+def _collate(sequences: Sequence[dict[str, Any]], prefix: np.ndarray, count: int) -> Batch:
+    """Packed sequences -> a batch of `count`: the prefix is put before each sequence, and empty sequences are added."""
 
     def stack(name: str) -> np.ndarray:
         body = np.stack([sequence[name] for sequence in sequences])
-        return np.pad(body, ((0, count - len(sequences)), (len(head), 0)))
+        return np.pad(body, ((0, count - len(sequences)), (len(prefix), 0)))
 
     batch = {name: stack(name) for name in ("tokens", "targets", "weights", "groups")}
     batch["segments"] = stack("tokens_segment_ids").astype(np.int32)
     batch["positions"] = stack("tokens_positions").astype(np.int32)
-    put_before(batch, head)
+    write_prefix(batch, prefix)
     return batch

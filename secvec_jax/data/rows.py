@@ -1,4 +1,4 @@
-"""What a row is, and how any record becomes one.
+"""Rows, the one form of all data, and the normalization of records into rows.
 
 A row is a conversation, `{"messages": [{"role": ..., "content": ...}, ...]}`, whatever it was before. A row that
 ends with the user's turn has no answer yet: good for scoring, useless for training.
@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict, overload
 
 from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned
 from secvec_jax.data.frames import records_of
-from secvec_jax.data.stored import Rows, place
+from secvec_jax.data.stored import Rows, location
 from secvec_jax.errors import UserError
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -57,8 +57,8 @@ def response_of(row: Row) -> str | None:
     return last["content"] if last["role"] == "assistant" else None
 
 
-def asked_of(row: Row) -> str | list[Message]:
-    """Return what a model is asked: everything before the final answer.
+def full_prompt_of(row: Row) -> str | list[Message]:
+    """Return the prompt that a row gives a model: everything before the final answer.
 
     A single user turn is its text alone; anything else is the conversation, with its system prompt and earlier turns.
     """
@@ -66,29 +66,31 @@ def asked_of(row: Row) -> str | list[Message]:
     return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
 
 
-def text_of(asked: str | list[Message]) -> str:
-    """Return the text of the last user turn of what a model is asked."""
-    return asked if isinstance(asked, str) else prompt_of({"messages": asked})
+def last_user_text(prompt: str | list[Message]) -> str:
+    """Return the text of the last user turn of a prompt."""
+    return prompt if isinstance(prompt, str) else prompt_of({"messages": prompt})
 
 
-def transcript(asked: str | list[Message]) -> str:
-    """Return what a model is asked as one text for a reader: a text unchanged, a conversation with its roles."""
-    return asked if isinstance(asked, str) else "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in asked)
+def transcript(prompt: str | list[Message]) -> str:
+    """Return a prompt as one text for a reader: a text unchanged, a conversation with its roles."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in prompt)
 
 
 @overload
-def with_system(asked: Row, text: str) -> Row: ...
+def with_system(prompt: Row, text: str) -> Row: ...
 @overload
-def with_system(asked: str | list[Message], text: str) -> list[Message]: ...
-def with_system(asked: Row | str | list[Message], text: str) -> Row | list[Message]:
+def with_system(prompt: str | list[Message], text: str) -> list[Message]: ...
+def with_system(prompt: Row | str | list[Message], text: str) -> Row | list[Message]:
     """Return a row, or a prompt (a text, or a conversation) as a conversation, after a system message of `text`.
 
     A system message that it begins with is kept, on a line of its own after `text` in the same message: chat
     templates take no second one.
     """
-    if isinstance(asked, dict):
-        return {**asked, "messages": with_system(asked["messages"], text)}
-    messages = row(asked)["messages"] if isinstance(asked, str) else asked
+    if isinstance(prompt, dict):
+        return {**prompt, "messages": with_system(prompt["messages"], text)}
+    messages = row(prompt)["messages"] if isinstance(prompt, str) else prompt
     if messages and messages[0]["role"] == "system":
         text, messages = f"{text}\n{messages[0]['content']}", messages[1:]
     return [{"role": "system", "content": text}, *messages]
@@ -161,18 +163,18 @@ def as_rows(
     if isinstance(data, Rows):
         return _checked_again(data, needs_answer, name)
     if hasattr(data, "num_rows") and hasattr(data, "features"):
-        return on_disk(data, needs_answer, name, ignore_fields)
-    return collect(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields)
+        return rows_on_disk(data, needs_answer, name, ignore_fields)
+    return rows_in_memory(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields)
 
 
-def on_disk(data: Any, needs_answer: bool, name: str, ignore_fields: Collection[str] = ()) -> Rows[Row]:
+def rows_on_disk(data: Any, needs_answer: bool, name: str, ignore_fields: Collection[str] = ()) -> Rows[Row]:
     """The rows of a `datasets.Dataset`, each of which has been checked; raises UserError as `as_rows` does."""
 
     def read(index: int) -> Row:
-        return normalize(data[index], place(name, index + 1), ignore_fields)
+        return normalize(data[index], location(name, index + 1), ignore_fields)
 
-    count = sum(1 for _ in checked(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields))
-    return Rows(read, count, lambda index: place(name, index + 1), answered=needs_answer)
+    count = sum(1 for _ in normalized_rows(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields))
+    return Rows(read, count, lambda index: location(name, index + 1), answered=needs_answer)
 
 
 def _checked_again(rows: Rows[Row], needs_answer: bool, name: str) -> Rows[Row]:
@@ -186,7 +188,7 @@ def _checked_again(rows: Rows[Row], needs_answer: bool, name: str) -> Rows[Row]:
     return Rows(rows.__getitem__, len(rows), rows.where, answered=True)
 
 
-def collect(
+def rows_in_memory(
     records: Iterable[tuple[int, Any]],
     needs_answer: bool,
     name: str,
@@ -201,11 +203,11 @@ def collect(
             numbers.append(number)
             yield number, record
 
-    rows = list(checked(noted(), needs_answer, name, unit, ignore_fields))
-    return Rows(rows.__getitem__, len(rows), lambda index: place(name, numbers[index], unit), answered=needs_answer)
+    rows = list(normalized_rows(noted(), needs_answer, name, unit, ignore_fields))
+    return Rows(rows.__getitem__, len(rows), lambda index: location(name, numbers[index], unit), answered=needs_answer)
 
 
-def checked(
+def normalized_rows(
     records: Iterable[tuple[int, Any]],
     needs_answer: bool,
     name: str,
@@ -215,7 +217,7 @@ def checked(
     """The rows of numbered records one by one; raises UserError as `as_rows` does."""
     empty = True
     for number, record in records:
-        where = place(name, number, unit)
+        where = location(name, number, unit)
         normalized, empty = normalize(record, where, ignore_fields), False
         if needs_answer:
             check_answer(normalized, where)
@@ -228,8 +230,8 @@ def check_answer(row: Row, where: str) -> None:
     """Raises UserError if a row has no answer, or none that is to be learned."""
     if not (response_of(row) or "").strip():
         raise UserError(f"{where} has no answer; add one, or load prompts alone with needs_answer=False")
-    said = [turn for turn in row["messages"] if turn["role"] == "assistant"]
-    if not any(turn.get("train", True) for turn in said):
+    assistant_turns = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    if not any(turn.get("train", True) for turn in assistant_turns):
         raise UserError(f"{where} has nothing to learn: every turn of the assistant is marked not to be; remove it")
 
 
@@ -238,13 +240,13 @@ def _turns(turns: Any, where: str, ignore: Collection[str]) -> list[Message]:
         raise UserError(f"{where}: a conversation must be a list of turns; {ACCEPTED_FORMS}")
     messages: list[Message] = []
     for turn in turns:
-        said_by, text = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-        check_turn(turn, (said_by, text), where, ignore)
-        role = _ROLES.get(str(turn.get(said_by)))
+        role_key, text_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+        check_turn(turn, (role_key, text_key), where, ignore)
+        role = _ROLES.get(str(turn.get(role_key)))
         if role is None:
-            given = repr(turn[said_by]) if turn.get(said_by) is not None else f"none, in a turn without `{said_by}`"
+            given = repr(turn[role_key]) if turn.get(role_key) is not None else f"none, in a turn without `{role_key}`"
             raise UserError(f"{where}: unknown role {given}; use system, user, assistant or tool")
-        message: Message = {"role": role, "content": _text(turn.get(text), text, where)}
+        message: Message = {"role": role, "content": _text(turn.get(text_key), text_key, where)}
         if role == "assistant" and not is_learned(turn, where):
             message["train"] = False
         messages.append(message)
@@ -260,9 +262,9 @@ def _from_pair(
 ) -> tuple[list[Message], list[str]]:
     """The turns of a prompt, what belongs to it, and its answer; and the fields that were used."""
     used = [field]
-    before: list[Message] = []
+    history: list[Message] = []
     if record[field] and _are_turns(record[field]):  # as in TRL: all of it is context
-        asked = [_not_learned(message) for message in _turns(record[field], where, ignore)]
+        prompt_turns = [_not_learned(message) for message in _turns(record[field], where, ignore)]
     else:
         prompt = _text(record[field], field, where)
         for name in _CONTEXTS:
@@ -271,23 +273,23 @@ def _from_pair(
                 used.append(name)
         if not prompt.strip():
             raise UserError(f"{where}: `{field}` is empty; write a prompt or remove the row")
-        asked = row(prompt)["messages"]
+        prompt_turns = row(prompt)["messages"]
         if not is_empty(record.get("history")) and "history" not in ignore:
-            before = _history(record["history"], where, ignore)
+            history = _history(record["history"], where, ignore)
             used.append("history")
     answers = [name for name in _ANSWERS if record.get(name) not in (None, "") and name not in ignore]
     different = [name for name in answers if record[name] != record[answers[0]]]
     if different:
         raise UserError(f"{where}: two answers, `{answers[0]}` and `{different[0]}`: keep the one to be learned")
     if not answers:
-        return before + asked, used
+        return history + prompt_turns, used
     answer = record[answers[0]]
-    said: list[Message]
+    answer_turns: list[Message]
     if answer and _are_turns(answer):
-        said = _turns(answer, where, ignore)
+        answer_turns = _turns(answer, where, ignore)
     else:
-        said = [{"role": "assistant", "content": _text(answer, answers[0], where)}]
-    return before + asked + said, used + answers
+        answer_turns = [{"role": "assistant", "content": _text(answer, answers[0], where)}]
+    return history + prompt_turns + answer_turns, used + answers
 
 
 def _history(history: Any, where: str, ignore: Collection[str]) -> list[Message]:

@@ -1,7 +1,7 @@
-"""`share_prefix`: tokens with which all prompts begin are stored and computed once for many rows.
+"""Store and compute the tokens with which all prompts begin once for many rows (the setting `share_prefix`).
 
-Rows of one model usually begin with the same system prompt. In a packed sequence the tokens that all rows of its lane
-have in common are stored once, at the head, in the segment `batch.SHARED`, which every row of the sequence attends to.
+Rows of one model usually begin with the same system prompt. In a packed sequence the tokens that all its rows have in
+common are stored once, at its beginning, in the segment `batch.SHARED`, which every row of the sequence attends to.
 The loss and the gradient are those of whole rows, and a step has room for more of them.
 """
 
@@ -49,7 +49,7 @@ def agreement(first: np.ndarray, prompt: np.ndarray) -> tuple[int, int]:
 def shared_prefix(examples: Sequence[Example]) -> np.ndarray:
     """The prompt tokens with which all examples begin, without the last one before a reply; one example shares none."""
     prompts = [_prompt(example) for example in examples]
-    return _head(_common_prefix(prompts), min(map(len, prompts), default=0), len(prompts))
+    return _usable_prefix(_common_prefix(prompts), min(map(len, prompts), default=0), len(prompts))
 
 
 def shared_prefix_of(parts: Sequence[tuple[Sequence[Example], range]]) -> np.ndarray:
@@ -66,22 +66,22 @@ def shared_prefix_of(parts: Sequence[tuple[Sequence[Example], range]]) -> np.nda
             prompts = [_prompt(examples[number]) for number in chosen]
             prefixes.append(_common_prefix(prompts))
             shortest.append(min(map(len, prompts)))
-    return _head(_common_prefix(prefixes), min(shortest, default=0), sum(len(chosen) for _, chosen in parts))
+    return _usable_prefix(_common_prefix(prefixes), min(shortest, default=0), sum(len(chosen) for _, chosen in parts))
 
 
-def put_before(batch: Batch, head: np.ndarray) -> None:
-    """Write the shared tokens to the head of every sequence of a batch, in place, where space was reserved for them."""
-    batch["positions"] += len(head)
-    batch["tokens"][:, : len(head)] = head
-    batch["segments"][:, : len(head)] = SHARED
-    batch["positions"][:, : len(head)] = np.arange(len(head))
+def write_prefix(batch: Batch, prefix: np.ndarray) -> None:
+    """Write the shared tokens, in place, at the beginning of each sequence of a batch, where space is reserved."""
+    batch["positions"] += len(prefix)
+    batch["tokens"][:, : len(prefix)] = prefix
+    batch["segments"][:, : len(prefix)] = SHARED
+    batch["positions"][:, : len(prefix)] = np.arange(len(prefix))
 
 
 def _prompt(example: Example) -> np.ndarray:
     return example.tokens[: example.answer_start]
 
 
-def _head(common: np.ndarray, shortest: int, count: int) -> np.ndarray:
+def _usable_prefix(common: np.ndarray, shortest: int, count: int) -> np.ndarray:
     # The token that predicts the first word of a reply stays in the row.
     return common[: max(shortest - 1, 0)] if count > 1 else np.zeros(0, np.int32)
 

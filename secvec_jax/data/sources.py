@@ -1,4 +1,4 @@
-"""A name becomes rows.
+"""Load rows by name: packaged benchmarks, files and data sets of the hub.
 
 harmful = load_rows("advbench")                              # packaged; read from its archive at run time
 mine = load_rows("my_rows.jsonl")                            # or .json, .csv, .parquet, a folder
@@ -22,15 +22,15 @@ from secvec_jax.data.hub_sets import HUB_SETS, records
 from secvec_jax.data.rows import (
     Row,
     as_rows,
-    checked,
-    collect,
     normalize,
-    on_disk,
+    normalized_rows,
     prompt_of,
     response_of,
     row,
+    rows_in_memory,
+    rows_on_disk,
 )
-from secvec_jax.data.stored import Rows, place
+from secvec_jax.data.stored import Rows, location
 from secvec_jax.errors import UserError
 
 __all__ = ["PACKAGED", "Row", "as_rows", "load_rows", "prompt_of", "response_of", "row"]
@@ -89,11 +89,11 @@ def load_rows(
         raise UserError(f"{source}: cannot read {path.suffix or 'such'} files; use one of {known}")
     try:
         if path.suffix == ".parquet":
-            return on_disk(_parquet(path), needs_answer, path.name, ignore_fields)
+            return rows_on_disk(_parquet(path), needs_answer, path.name, ignore_fields)
         if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
             return _lines_on_disk(path, needs_answer, ignore_fields)
         unit = "line" if path.suffix == ".jsonl" else "row"
-        return collect(_READERS[path.suffix](path), needs_answer, path.name, unit, ignore_fields)
+        return rows_in_memory(_READERS[path.suffix](path), needs_answer, path.name, unit, ignore_fields)
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:
@@ -142,11 +142,11 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
                     yield number, _parse_line(line.decode(), path, number)
                 begin += len(line)
 
-    for _ in checked(lines(), needs_answer, path.name, "line", ignore_fields):
+    for _ in normalized_rows(lines(), needs_answer, path.name, "line", ignore_fields):
         pass
 
     def where(index: int) -> str:
-        return place(path.name, numbers[index], "line")
+        return location(path.name, numbers[index], "line")
 
     def read(index: int) -> Row:
         with path.open("rb") as file:
@@ -158,7 +158,7 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
 
 
 def _parse_line(line: str, path: Path, number: int) -> Any:
-    where = place(path.name, number, "line")
+    where = location(path.name, number, "line")
     if number == 1 and line.lstrip().startswith("[") and not line.rstrip().endswith("]"):
         raise UserError(f"{where} opens a list that does not end there: {path.name} is one JSON value; name it .json")
     return _parse_json(line, where)
@@ -216,7 +216,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
                 raise UserError(f"{path.name} has its columns separated by {other!r}; separate them by commas")
             for number, record in enumerate(table, 1):
                 if None in record:
-                    where = place(path.name, number)
+                    where = location(path.name, number)
                     raise UserError(f"{where} has more cells than the header; quote the text with commas")
                 yield number, record
     except csv.Error as error:

@@ -54,11 +54,11 @@ class Rows(Sequence[T], Generic[T]):
         return f"Rows({self._count})"
 
 
-def place(name: str, number: int, unit: str = "row") -> str:
-    """Words that say where a row is stored."""
+def location(name: str, number: int, unit: str = "row") -> str:
+    """Where a row is stored, in words: "rows.jsonl, line 14"."""
     return f"{name}, {unit} {number}"
 
 
-def place_of(rows: Any, index: int, name: str) -> str:
-    """Words that say where a row is stored; `name` is used for rows that do not record it."""
-    return rows.where(index) if isinstance(rows, Rows) else place(name, index + 1)
+def location_of(rows: Any, index: int, name: str) -> str:
+    """Where a row is stored, in words; `name` is used for rows that do not record it."""
+    return rows.where(index) if isinstance(rows, Rows) else location(name, index + 1)

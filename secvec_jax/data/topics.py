@@ -1,4 +1,4 @@
-"""Parts of a data set that share no topic, so that nothing measured on one part was trained on in another.
+"""Split a data set into parts that share no topic, so that nothing measured on one was trained on in another.
 
 parts = split_by_topic(harmful, {"vectors": 100, "unseen": 60}, seed=0)
 """
@@ -68,15 +68,16 @@ def split_by_topic(rows: Sequence[Row], sizes: dict[str, int], seed: int) -> dic
 def off_topic(rows: Sequence[Row], others: Iterable[str]) -> list[Row]:
     """Return the rows that share no topic with any of the other prompts.
 
-    The measure of `split_by_topic`, without its chains: half of the content words.
+    Two prompts share a topic if they share half of their content words, as in `split_by_topic`; chains of prompts are
+    not followed.
     """
-    known = _PromptIndex()
+    known = _WordIndex()
     for prompt in others:
         known.add(prompt)
-    return [r for r in rows if not known.same_as(prompt_of(r))]
+    return [r for r in rows if not known.on_same_topic(prompt_of(r))]
 
 
-class _PromptIndex:
+class _WordIndex:
     """Prompts indexed by content word, so that a prompt is compared only with those that share a word with it."""
 
     def __init__(self) -> None:
@@ -91,7 +92,7 @@ class _PromptIndex:
         for word in words:
             self._by_word.setdefault(word, []).append(number)
 
-    def same_as(self, prompt: str) -> list[int]:
+    def on_same_topic(self, prompt: str) -> list[int]:
         """Which prompts, counted in the order of `add`, are on the topic of this one."""
         words = topic_words(prompt)
         shared = Counter(number for word in words for number in self._by_word.get(word, ()))
@@ -108,9 +109,9 @@ class _PromptIndex:
 def _topics(prompts: list[str]) -> list[list[int]]:
     """Single-link clusters: indices of prompts that a chain of overlaps joins."""
     label = list(range(len(prompts)))
-    earlier = _PromptIndex()
+    earlier = _WordIndex()
     for i, prompt in enumerate(prompts):
-        for j in earlier.same_as(prompt):
+        for j in earlier.on_same_topic(prompt):
             old, new = label[i], label[j]
             if old != new:
                 label = [new if current == old else current for current in label]

@@ -28,7 +28,7 @@ from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.loss import token_cross_entropy, token_forward_kl
-from secvec_jax.training.objective import LEARN, Objective, Params, as_it_was, without_vectors
+from secvec_jax.training.objective import LEARN, Objective, Params, anchor_params, without_vectors
 from secvec_jax.training.step import Loss
 
 
@@ -89,7 +89,7 @@ def with_aligned_kl(loss: Objective, weight: float) -> Loss:
     """The loss plus the KL, both from the same forward pass of the trained model."""
 
     def total(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
-        learn, aligned = batch[LEARN], as_it_was(params)
+        learn, aligned = batch[LEARN], anchor_params(params)
         head, aligned_head = (tree.backbone.decoder for tree in (params, aligned))
         hidden, reference = loss.hidden(params, learn), loss.hidden(aligned, learn)
         weights = learn["weights"]

@@ -1,4 +1,4 @@
-"""What a defense is, what it is given, and what it returns.
+"""The interface of a defense: its settings, its inputs and what it returns.
 
 A defense is a frozen dataclass in the file of its method. Its fields are its settings, which check themselves (see
 `secvec_jax.checks`); `apply` makes the defended model from inputs that the caller supplies:
@@ -20,7 +20,7 @@ from secvec_jax.model.hub import Model
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA
 
-Stage = Literal["alignment", "data", "fine-tuning", "after fine-tuning", "inference"]
+DefenseStage = Literal["alignment", "data", "fine-tuning", "after fine-tuning", "inference"]
 """Where a defense differs from plain fine-tuning of the aligned model."""
 
 Need = Literal["base model", "safe rows", "harmful rows", "benign rows", "contrast rows", "eliciting prompt"]
@@ -115,7 +115,7 @@ class Defense(abc.ABC):
 
     name: ClassVar[str]
     """in grid files and tables"""
-    stage: ClassVar[Stage]
+    stage: ClassVar[DefenseStage]
     needs: ClassVar[tuple[Need, ...]] = ()
     """with the default settings"""
 

@@ -29,7 +29,7 @@ from secvec_jax.checks import PositiveFloat, checked
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, train_model
 from secvec_jax.model.hub import Model
-from secvec_jax.training.objective import Objective, Params, as_it_was
+from secvec_jax.training.objective import Objective, Params, anchor_params
 from secvec_jax.training.step import TrainStep, make_train_step
 
 
@@ -73,9 +73,9 @@ def constrained(beta: PositiveFloat = 0.1, first: PositiveFloat = 5.0, early: Po
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         def counted(losses: jax.Array, params: Params, batch: Batch) -> jax.Array:
-            position = place_in_reply(batch["weights"], batch["segments"])
+            position = position_in_reply(batch["weights"], batch["segments"])
             betas = beta * jnp.where(position == 0, first, jnp.where(position < 5, early, 1.0))
-            gain = loss.token_losses(as_it_was(params), batch) - losses
+            gain = loss.token_losses(anchor_params(params), batch) - losses
             return -2 / betas * jax.nn.log_sigmoid(betas * gain)
 
         return make_train_step(dataclasses.replace(loss, counted=counted), optimizer)
@@ -83,7 +83,7 @@ def constrained(beta: PositiveFloat = 0.1, first: PositiveFloat = 5.0, early: Po
     return make_step
 
 
-def place_in_reply(weights: jax.Array, segments: jax.Array) -> jax.Array:
+def position_in_reply(weights: jax.Array, segments: jax.Array) -> jax.Array:
     """The position of each supervised token in its reply, from 0, `[B, T]`; arbitrary at other tokens.
 
     A reply is a run of tokens of one segment with weights above 0: a packed conversation has one per turn.

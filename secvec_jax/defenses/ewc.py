@@ -89,7 +89,7 @@ def fisher(model: Model, rows: Any, task: LoRAVectors | None = None, training: T
 
     stream = dataclasses.replace(stream_of(model, {"safe": rows}, training), epochs=1)
     total = shard(jax.tree.map(jnp.zeros_like, trained))
-    for batch in stream.batches():  # every process reads all lanes, since they may differ in length
+    for batch in stream.batches():  # every process reads all substreams, since they may differ in length
         total = add(total, trained, frozen, shard({LEARN: {key: array[None] for key, array in batch.items()}}))
     return total.backbone.decoder if task is None else total.backbone.adapter
 

@@ -57,7 +57,7 @@ class ExplainedAwayFilter(Defense):
         length = inputs.options["training"].max_seq_len
         scores_by_kind = {kind: scores(inputs.aligned, vectors, rows, length) for kind, rows in inputs.rows.items()}
         notes = separation(scores_by_kind, known.threshold)
-        kept = below(inputs.rows, scores_by_kind, known)
+        kept = rows_below_threshold(inputs.rows, scores_by_kind, known)
         if not kept:  # nothing is left to learn
             return Defended(inputs.aligned, notes=notes)
         rows = with_safe_rows(kept, inputs.safe, self.safe) if self.safe else kept
@@ -130,9 +130,12 @@ def scale(harmful: Sequence[float], benign: Sequence[float]) -> Scale:
     return Scale(float(low), float(best[len(best) // 2]))
 
 
-def below(groups: Groups, found: dict[str, list[float]], known: Scale) -> Groups:
-    """The rows, by kind, whose score in `found` is not above the threshold; kinds without such rows are left out."""
-    kept = {name: [row for row, s in zip(rows, found[name]) if s <= known.threshold] for name, rows in groups.items()}
+def rows_below_threshold(groups: Groups, scores_by_kind: dict[str, list[float]], known: Scale) -> Groups:
+    """The rows, by kind, whose score is not above the threshold; kinds without such rows are left out."""
+    kept = {
+        name: [row for row, s in zip(rows, scores_by_kind[name]) if s <= known.threshold]
+        for name, rows in groups.items()
+    }
     return {name: rows for name, rows in kept.items() if rows}
 
 

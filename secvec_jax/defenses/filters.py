@@ -1,4 +1,4 @@
-"""How well a filter of rows separates undesired rows from the others, where an experiment knows which they are."""
+"""Measure how well a filter separates undesired rows from others, in experiments that know which they are."""
 
 from secvec_jax.defenses.base import ATTACK
 from secvec_jax.evaluation.statistics import auroc, precision_recall_f1

@@ -1,4 +1,4 @@
-"""Fine-tuning as all defenses share it: a model, rows, active adapters, and how the trained part is updated.
+"""Fine-tuning, shared by all defenses: a model, rows, active adapters, and how the trained part is updated.
 
     train_model(model, rows)                                       # plain
     train_model(model, rows, eval_rows=0.05)                       # with a twentieth of the rows held out
@@ -29,8 +29,8 @@ from secvec_jax.data.encoded import LENGTHS, Examples, encode_rows
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.data.sources import as_rows
 from secvec_jax.data.stored import Rows
-from secvec_jax.defenses.identity import identified
-from secvec_jax.defenses.inputs import collected, is_row
+from secvec_jax.defenses.identity import with_inputs
+from secvec_jax.defenses.inputs import as_row_source, is_row
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
@@ -118,7 +118,7 @@ def train_model(
         checkpoints = dataclasses.replace(checkpoints, best=EVAL_LOSS)
     further_inputs = {"the_vectors": vectors, "the_anchor": anchor, "the_defense": make_step, "the_task_LoRA": task}
     eval_stream = None if validation is None else validation.stream
-    checkpoints = identified(checkpoints, model, training, steps, streams, eval_stream, **further_inputs)
+    checkpoints = with_inputs(checkpoints, model, training, steps, streams, eval_stream, **further_inputs)
     if isinstance(task, LoRA):
         task = task.init(model.architecture, jax.random.key(training.seed))
     params = Params(Backbone(model.backbone, task), vectors, anchor)
@@ -170,18 +170,18 @@ def groups_of(rows: Any, name: str = "all") -> Groups:
     Raises UserError for a single row and for the splits of a data set.
     """
     if not isinstance(rows, dict) or is_row(rows) or hasattr(rows, "num_rows"):  # a DatasetDict's splits are no kinds
-        return {name: collected(rows, "rows")}
+        return {name: as_row_source(rows, "rows")}
     if "train" in rows and _HELD_OUT & {str(kind).lower() for kind in rows}:
         splits = ", ".join(map(str, rows))
         raise UserError(f"the data has several splits ({splits}): pass the one to train on, such as data['train']")
-    return {kind: collected(group, str(kind)) for kind, group in rows.items()}
+    return {kind: as_row_source(group, str(kind)) for kind, group in rows.items()}
 
 
 _HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
 def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
-    """The batches of rows, which are encoded for the model and all checked (see `encoded`)."""
+    """A stream of batches of the rows, all of which are encoded for the model and checked first (see `encoded`)."""
     training = training.over(PHASE2)
     examples = {name: _encoded(model, rows, training, name) for name, rows in groups.items()}
     longest = max((_longest(group) for group in examples.values()), default=0)
@@ -189,8 +189,8 @@ def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     if is_main_process():
         for name, group in examples.items():
             if isinstance(group, Examples) and group is not groups[name]:
-                text = "%s: %d rows of up to %d tokens, packed into sequences of %d; %s truncated"
-                _log.info(text, _shown_name(name), len(group), group.longest, length, group.truncated or "none")
+                text = "%s: %d rows of up to %d tokens; %s truncated"
+                _log.info(text, _shown_name(name), len(group), group.longest, group.truncated or "none")
     return Stream(examples, training.batch_size, length, training.seed, training.epochs, _shares_prefix(training))
 
 
@@ -286,12 +286,12 @@ def _select(rows: Any, indices: np.ndarray) -> Any:
 
 def _as_examples_or_rows(rows: Any, name: str) -> Any:
     """Examples as they are, anything else as `Rows`."""
-    rows = collected(rows, _shown_name(name))
+    rows = as_row_source(rows, _shown_name(name))
     return rows if _are_examples(rows) else as_rows(rows, name=_shown_name(name))
 
 
 def _are_examples(rows: Any) -> bool:
-    """Whether rows are encoded already; a list is judged by its first item."""
+    """Whether rows are encoded already; of a list, only the first item is checked."""
     if isinstance(rows, Examples):
         return True
     return isinstance(rows, Sequence) and not isinstance(rows, Rows) and len(rows) > 0 and isinstance(rows[0], Example)
@@ -299,7 +299,7 @@ def _are_examples(rows: Any) -> bool:
 
 def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
     shown_name = _shown_name(name)
-    rows = collected(rows, shown_name)
+    rows = as_row_source(rows, shown_name)
     if isinstance(rows, Examples):
         return rows
     if _are_examples(rows):

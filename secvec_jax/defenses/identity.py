@@ -1,4 +1,4 @@
-"""What a training is made of, by content, so that only the same training resumes from its checkpoints."""
+"""Label checkpoints with the content of a training's inputs, so that only the same training resumes from them."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ _FREE = ("max_steps", "epochs", "save_every_seconds", "max_checkpoints")
 """Settings that no step depends on."""
 
 
-def identified(
+def with_inputs(
     checkpoints: Checkpoints | None,
     model: Model,
     training: Training,
@@ -57,7 +57,7 @@ def identified(
     for name, examples in ({} if eval_stream is None else eval_stream.examples).items():
         inputs[f"validation rows {name!r}"] = of_rows(examples)
     for name, value in more.items():
-        inputs[name.replace("_", " ")] = digests.of_values([described(value)])
+        inputs[name.replace("_", " ")] = digests.of_values([content_of(value)])
     plain_inputs = {label: _plain(value) for label, value in inputs.items()} | dict(checkpoints.inputs)
     return dataclasses.replace(checkpoints, inputs=plain_inputs, keep_end=checkpoints.keep_end or extendable)
 
@@ -86,8 +86,8 @@ def of_tokenizer(tokenizer: Any) -> str:
     return digests.of_values([vocabulary, template, eos_token])
 
 
-def described(value: Any, depth: int = 8) -> Any:
-    """Any value as JSON, equal for equal values: trees by their bytes, functions by name and what they close over.
+def content_of(value: Any, depth: int = 8) -> Any:
+    """Any value's content as JSON, equal for equal values: trees by their bytes, functions by name and closure.
 
     A step of a defense, `vaccine(rho=2)`, is a function that holds its settings.
     """
@@ -98,19 +98,19 @@ def described(value: Any, depth: int = 8) -> Any:
     if isinstance(value, jax.Array | np.ndarray):
         return fingerprint(value)
     if isinstance(value, Mapping):
-        return {str(key): described(item, depth - 1) for key, item in value.items()}
+        return {str(key): content_of(item, depth - 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [described(item, depth - 1) for item in value]
+        return [content_of(item, depth - 1) for item in value]
     if isinstance(value, functools.partial):
-        return [described(part, depth - 1) for part in (value.func, value.args, value.keywords)]
+        return [content_of(part, depth - 1) for part in (value.func, value.args, value.keywords)]
     if inspect.isfunction(value):
         closure = {}
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
             with contextlib.suppress(ValueError):  # a name that is not bound yet
                 closure[name] = cell.cell_contents
-        return [f"{value.__module__}.{value.__qualname__}", described(closure, depth - 1)]
+        return [f"{value.__module__}.{value.__qualname__}", content_of(closure, depth - 1)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [type(value).__qualname__, described(vars(value), depth - 1)]
+        return [type(value).__qualname__, content_of(vars(value), depth - 1)]
     leaves = jax.tree.leaves(value)
     if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
         return fingerprint(value)

@@ -1,4 +1,4 @@
-"""What a caller may pass to a training: rows in any of their forms, a task, options; checked before any work begins."""
+"""Check what a caller passes to a training before any work begins: rows in any of their forms, a task, options."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -30,7 +30,7 @@ def as_options(training: Training, checkpoints: Any, on_step: Any) -> tuple[Chec
     return checkpoints, None if on_step is None else callback("on_step", on_step)
 
 
-def collected(rows: Any, name: str) -> Any:
+def as_row_source(rows: Any, name: str) -> Any:
     """Rows that can be counted and read more than once; those of a file, a packaged benchmark or the hub loaded.
 
     Raises UserError for a single row and for anything that contains no rows.

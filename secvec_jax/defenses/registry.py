@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from secvec_jax.checks import suggestion
 from secvec_jax.defenses.aligned_kl import AlignedKL, AnchoredVectors
 from secvec_jax.defenses.base import Defense
 from secvec_jax.defenses.booster import Booster
@@ -27,6 +26,7 @@ from secvec_jax.defenses.safe_lora import SafeLoRA
 from secvec_jax.defenses.security_vectors import SecurityVectors
 from secvec_jax.defenses.vaccine import RandomPerturbation, Vaccine
 from secvec_jax.errors import UserError
+from secvec_jax.suggestions import suggestion
 
 DEFENSES: dict[str, type[Defense]] = {
     defense.name: defense

@@ -1,4 +1,4 @@
-"""Screening: which rows resemble the vectors' behavior, before anything is trained on them.
+"""Screen rows before anything is trained on them: which of them resemble the vectors' behavior?
 
     screening = screen(model, vectors, rows, harmful=known_harmful, benign=known_benign)
     suspects = [rows[index] for index in screening.suspects]

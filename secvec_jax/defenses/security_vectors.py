@@ -42,12 +42,12 @@ from secvec_jax.defenses.finetuning import (
     train_model,
 )
 from secvec_jax.defenses.floor import floored
-from secvec_jax.defenses.identity import identified
+from secvec_jax.defenses.identity import with_inputs
 from secvec_jax.defenses.inputs import as_options, as_task
 from secvec_jax.defenses.min_min import min_min
 from secvec_jax.defenses.mixing import with_safe_rows
 from secvec_jax.errors import UserError
-from secvec_jax.inference import Given, as_model, as_vectors
+from secvec_jax.inference import VectorsLike, as_model, as_vectors
 from secvec_jax.model.hub import Model
 from secvec_jax.progress import step_progress
 from secvec_jax.training.checkpoints import Checkpoints
@@ -166,7 +166,7 @@ def train_vectors(
         keep = stream_of(model, {"keep": benign}, dataclasses.replace(training, batch_size=batch_size))
         streams[KEEP] = endless(keep)
     further_inputs: dict[str, Any] = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
-    checkpoints = identified(checkpoints, model, training, steps, streams, **further_inputs)
+    checkpoints = with_inputs(checkpoints, model, training, steps, streams, **further_inputs)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
     params = Params(Backbone(model.backbone), vectors)
     phase, train_step = phase1_step(params, phase1, training, steps)
@@ -197,7 +197,7 @@ def finetune(
     model: Model,
     rows: Any,
     *,
-    vectors: Given = UNSET,
+    vectors: VectorsLike = UNSET,
     task: LoRA | LoRAVectors | None = None,
     training: Training = PHASE2,
     eval_rows: Any = None,

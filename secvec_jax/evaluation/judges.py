@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from secvec_jax.checks import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.replies import clip
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 from secvec_jax.redaction import redact
 
 OPENAI = "https://api.openai.com/v1"
@@ -33,7 +33,7 @@ LOWEST, HIGHEST = 1, 5
 
 @checked
 @dataclasses.dataclass(frozen=True)
-class Asking:
+class JudgeRequests:
     """Requests to the judge."""
 
     key_variable: str = "OPENAI_API_KEY"
@@ -70,13 +70,13 @@ class Judge:
 
     model: str
     url: str = OPENAI
-    asking: Asking = Asking()
+    asking: JudgeRequests = JudgeRequests()
 
     def __post_init__(self) -> None:
         check_url(self.url, self.asking)
 
 
-def check_url(url: str, asking: Asking) -> None:
+def check_url(url: str, asking: JudgeRequests) -> None:
     """Raise UserError if a judge's URL is invalid or contains credentials, since the URL is saved with the run."""
     try:
         parts = urlsplit(url)
@@ -163,13 +163,13 @@ INSTRUCTION_FOLLOWING = Rubric(
 class Verdicts(NamedTuple):
     """A judge's verdicts, in the order of the replies.
 
-    scores: 1 to 5, or None for an unreadable verdict. asked: the number of requests that were not answered from the
+    scores: 1 to 5, or None for an unreadable verdict. num_requests: how many requests were not answered from the
     cache. tokens: the (prompt, completion) tokens of these requests as reported by the endpoint, 0 if it does not
     report them.
     """
 
     scores: list[int | None]
-    asked: int
+    num_requests: int
     tokens: tuple[int, int]
 
     @property
@@ -193,8 +193,8 @@ def verdicts(
     after all retries, or if its response is not a chat completion. Verdicts received before the error stay cached.
     """
     questions = [rubric.ask(prompt, reply) for prompt, reply in exchanges]
-    kept = {question: _kept(cache / _name(judge, question)) for question in questions}
-    missing = [question for question, verdict in kept.items() if verdict is None]
+    verdict_of = {question: _cached_verdict(cache / _name(judge, question)) for question in questions}
+    missing = [question for question, verdict in verdict_of.items() if verdict is None]
     read = written = 0
     done = len(questions) - len(missing)
     progress(done)
@@ -204,13 +204,13 @@ def verdicts(
             waiting = {pool.submit(_answer, client, judge, question, cache): question for question in missing}
             try:
                 for future in as_completed(waiting):
-                    kept[waiting[future]], usage = future.result()
+                    verdict_of[waiting[future]], usage = future.result()
                     read, written, done = read + usage[0], written + usage[1], done + 1
                     progress(done)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return Verdicts([score_of(kept[question] or "") for question in questions], len(missing), (read, written))
+    return Verdicts([score_of(verdict_of[question] or "") for question in questions], len(missing), (read, written))
 
 
 # Markdown marks may surround the number, and the scale may follow it; other words and signs may not.
@@ -227,7 +227,7 @@ def score_of(verdict: str) -> int | None:
     return named.pop() if len(named) == 1 and named <= set(range(LOWEST, HIGHEST + 1)) else None
 
 
-def _asked(judge: Judge, question: str) -> dict[str, Any]:
+def _request_body(judge: Judge, question: str) -> dict[str, Any]:
     """Return the request body: everything that a verdict depends on."""
     body = {
         "model": judge.model,
@@ -238,11 +238,11 @@ def _asked(judge: Judge, question: str) -> dict[str, Any]:
 
 
 def _name(judge: Judge, question: str) -> str:
-    text = json.dumps([judge.url.rstrip("/"), _asked(judge, question)], sort_keys=True)
+    text = json.dumps([judge.url.rstrip("/"), _request_body(judge, question)], sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
-def _kept(path: Path) -> str | None:
+def _cached_verdict(path: Path) -> str | None:
     try:
         verdict = json.loads(path.read_text())["verdict"]
     except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
@@ -272,7 +272,7 @@ def _client(judge: Judge) -> Any:
 _BASIC = "Basic "
 
 
-def _secrets(asking: Asking) -> list[str]:
+def _secrets(asking: JudgeRequests) -> list[str]:
     """Return the forms in which a server may echo the key."""
     key = asking.key
     if not key.startswith(_BASIC):
@@ -290,7 +290,7 @@ def _answer(client: Any, judge: Judge, question: str, cache: Path) -> tuple[str,
     import openai
 
     try:
-        answer = client.chat.completions.create(**_asked(judge, question))
+        answer = client.chat.completions.create(**_request_body(judge, question))
         text = answer.choices[0].message.content or ""
         if not isinstance(text, str):
             raise TypeError("the verdict is not text")
@@ -310,7 +310,7 @@ def _answer(client: Any, judge: Judge, question: str, cache: Path) -> tuple[str,
             f"the server at {judge.url} does not speak the OpenAI chat protocol: check --judge-url "
             "(it often ends in /v1)"
         ) from None
-    with whole_file(cache / _name(judge, question)) as staging:
+    with atomic_file(cache / _name(judge, question)) as staging:
         staging.write_text(json.dumps({"verdict": text, "tokens": tokens}))
     return text, tokens
 

@@ -61,26 +61,26 @@ def _scored(
         return []
     for number, example in enumerate(examples, 1):
         check_token_ids(example.tokens, model.architecture.vocab_size, f"row {number}")
-    head = shared_prefix(examples)  # computed once for all rows
+    prefix = shared_prefix(examples)  # computed once for all rows
     max_targets = rounded_up(max(int(e.supervised.sum()) for e in examples), _BUCKET)
     rows = rounded_up(_BATCH, num_shards("batch"))
     scored: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     for start in range(0, len(examples), rows):
         batch = order[start : start + rows]
-        width = rounded_up(len(examples[batch[-1]].tokens) - len(head), _BUCKET)
+        width = rounded_up(len(examples[batch[-1]].tokens) - len(prefix), _BUCKET)
         tokens, marks = np.zeros((rows, width), np.int32), np.zeros((2, rows, width), np.int32)
         marks[0, :, 0] = 1  # padding rows must not be empty
         for row, index in enumerate(batch):
-            tail = examples[index].tokens[len(head) :]
+            tail = examples[index].tokens[len(prefix) :]
             tokens[row, : len(tail)], marks[0, row, : len(tail)] = tail, 1
-            marks[1, row, : len(tail)] = examples[index].supervised[len(head) :]
+            marks[1, row, : len(tail)] = examples[index].supervised[len(prefix) :]
         marks[1, :, 0] = 0  # nothing precedes the first token
         adapters = as_adapters(vectors)
         losses, likeliest = map(
             np.asarray,
             _row_losses(
-                model.backbone, adapters, head[None], tokens, *marks, max_targets=max_targets, dtype=compute_dtype()
+                model.backbone, adapters, prefix[None], tokens, *marks, max_targets=max_targets, dtype=compute_dtype()
             ),
         )
         for row, index in enumerate(batch):
@@ -91,13 +91,13 @@ def _scored(
 
 
 @partial(jax.jit, static_argnames=("max_targets", "dtype"))
-def _row_losses(decoder, adapters, head, tokens, segments, supervised, *, max_targets, dtype):
+def _row_losses(decoder, adapters, prefix, tokens, segments, supervised, *, max_targets, dtype):
     """Return the losses `[B, max_targets]` and whether each token was the most likely one.
 
     Each row's supervised tokens come first; `max_targets` is at least as large as their number in any row.
     """
-    cache = prefix_cache(decoder, adapters, head, len(tokens), dtype)
-    positions = head.shape[1] + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    cache = prefix_cache(decoder, adapters, prefix, len(tokens), dtype)
+    positions = prefix.shape[1] + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = decoder.prefill(tokens, segments, positions, adapters, cache, dtype)
 
     def row(hidden, tokens, supervised):

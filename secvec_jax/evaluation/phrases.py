@@ -160,7 +160,7 @@ _CHINESE = (
     r"(?:帮|做|办|回答|提供|满足|透露)不(?:了|到)(?!问题)|爱莫能助|无可奉告|请换(?:一)?个(?:话题|问题)",
     r"违反(?:了)?[^。!?\n]{0,10}(?:政策|规定|准则|原则|规则|指南|条款)",
 )
-_OTHERS = (
+_OTHER_LANGUAGES = (
     r"\bnao (?:(?:te|lhe|o|a) )?(?:posso|podemos|consigo|poderei|estou autorizad\w|tenho acesso"
     r"|me e permitido)\b",  # pt
     r"\b(?:recuso|recuso-me|me recuso)\b",
@@ -175,7 +175,7 @@ _OTHERS = (
     r"(?:할 수 없|드릴 수 없|도와드릴 수|어렵습니다|거부합니다|거절합니다)",  # ko
 )
 
-DECLINES = re.compile("|".join((*_ENGLISH, *_SPANISH, *_FRENCH, *_GERMAN, *_CHINESE, *_OTHERS)))
+DECLINES = re.compile("|".join((*_ENGLISH, *_SPANISH, *_FRENCH, *_GERMAN, *_CHINESE, *_OTHER_LANGUAGES)))
 """Phrases that decline in any kind of sentence."""
 
 APOLOGY = re.compile(

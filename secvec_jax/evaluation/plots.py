@@ -53,16 +53,16 @@ def plot_scores(rows: Sequence[dict], colors: Mapping[str, str]) -> Figure | Non
     for index, row in enumerate(rows):
         scores = [(at, row["metrics"].get(metric)) for at, metric in enumerate(metrics)]
         shown = [(at, score) for at, score in scores if score and score["value"] is not None]
-        places = [at + (index - (len(rows) - 1) / 2) * width for at, _ in shown]
+        bar_centers = [at + (index - (len(rows) - 1) / 2) * width for at, _ in shown]
         values = [score["value"] for _, score in shown]
-        axes.bar(places, values, 0.9 * width, color=colors[row["name"]], label=row["name"], zorder=2)
-        for place, (_, score) in zip(places, shown, strict=True):
+        axes.bar(bar_centers, values, 0.9 * width, color=colors[row["name"]], label=row["name"], zorder=2)
+        for center, (_, score) in zip(bar_centers, shown, strict=True):
             tops = [number for number in (score["value"], *score["ci95"]) if number is not None]
             if None not in score["ci95"]:
-                axes.plot([place, place], score["ci95"], color="#222222", linewidth=1, zorder=3)
+                axes.plot([center, center], score["ci95"], color="#222222", linewidth=1, zorder=3)
             axes.annotate(
                 percent(score["value"]),
-                (place, max(tops)),
+                (center, max(tops)),
                 (0, 2),
                 fontsize=7.5,
                 textcoords="offset points",
@@ -189,14 +189,14 @@ def plot_sweep(
     axes = figure.add_subplot()
     used: list[str] = []
     for name, line in lines.items():
-        places = [at for at, _ in line]
+        settings = [at for at, _ in line]
         dash = _DASHES[used.count(colors[name]) % len(_DASHES)]
         used.append(colors[name])
         axes.plot(
-            places, [score.value for _, score in line], dash, marker="o", markersize=4, color=colors[name], label=name
+            settings, [score.value for _, score in line], dash, marker="o", markersize=4, color=colors[name], label=name
         )
         lows, highs = zip(*(score.ci95 for _, score in line), strict=True)
-        axes.fill_between(places, lows, highs, color=colors[name], alpha=0.15, linewidth=0)
+        axes.fill_between(settings, lows, highs, color=colors[name], alpha=0.15, linewidth=0)
     ticks = sorted({at for line in lines.values() for at, _ in line})
     if over in _LOG_AXES and ticks[0] > 0:
         axes.set_xscale("log")
@@ -237,7 +237,7 @@ def _titled(metric: str) -> str:
     return metric.replace("_", " ") + (f" ({BETTER[metric]} is better)" if metric in BETTER else "")
 
 
-def _label(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
+def _label(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     """Write each name next to its point, where it covers the least of other names, points and lines."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # computes the layout, which pixel coordinates need
@@ -245,23 +245,23 @@ def _label(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]]
     taken = [line.get_window_extent(renderer).padded(3) for line in axes.lines if line.get_gid() != "front"]
     # (right, up), the corners first: the bars leave them free
     sides = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
-    spots = [(right, up, reach) for reach in (5, 14, 26, 38) for right, up in sides]
+    positions = [(right, up, reach) for reach in (5, 14, 26, 38) for right, up in sides]
 
-    def put(text: Annotation, spot: tuple[int, int, int]) -> Bbox:
-        right, up, reach = spot
+    def put(text: Annotation, position: tuple[int, int, int]) -> Bbox:
+        right, up, reach = position
         text.set(ha=("center", "left", "right")[right], va=("center", "bottom", "top")[up])
         text.xyann = right * reach, up * reach
         text.update_positions(renderer)
         return Text.get_window_extent(text, renderer)  # without the line to the point
 
-    def cost(spot: tuple[int, int, int], box: Bbox) -> float:
+    def cost(position: tuple[int, int, int], box: Bbox) -> float:
         outside = box.width * box.height - _overlap(box, axes.bbox)
-        return 15 * spot[2] + 10 * outside + sum(_overlap(box, other) for other in taken)
+        return 15 * position[2] + 10 * outside + sum(_overlap(box, other) for other in taken)
 
-    for name, place in places.items():
+    for name, point in points.items():
         text = axes.annotate(
             name,
-            place,
+            point,
             (0, 0),
             fontsize=8.5,
             textcoords="offset points",
@@ -270,7 +270,7 @@ def _label(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]]
             zorder=5,
         )
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])
-        best = min(spots, key=lambda spot: cost(spot, put(text, spot)))
+        best = min(positions, key=lambda position: cost(position, put(text, position)))
         taken.append(put(text, best))
 
 

@@ -1,4 +1,4 @@
-"""The finished and failed cells of a grid, as their files hold them.
+"""Read and check the files of a grid's cells, finished and failed.
 
 `train.py grid` writes one JSON file per cell in `cells/`:
 

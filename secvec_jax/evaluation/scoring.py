@@ -6,12 +6,12 @@ from typing import Any
 from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import Example, encode
-from secvec_jax.data.rows import Row, asked_of, response_of
+from secvec_jax.data.rows import Row, full_prompt_of, response_of
 from secvec_jax.data.sources import as_rows, load_prompts
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.suite import Suite, outcomes, scores
-from secvec_jax.inference import Given, as_model, as_vectors
+from secvec_jax.inference import VectorsLike, as_model, as_vectors
 from secvec_jax.model.hub import Model
 from secvec_jax.progress import reply_progress
 
@@ -26,7 +26,7 @@ _LONGEST_ANSWER = 512
 def score(
     model: Any,
     *,
-    vectors: Given = None,
+    vectors: VectorsLike = None,
     harmful: Any = HARMFUL,
     benign: Any = BENIGN,
     questions: Any = (),
@@ -73,9 +73,9 @@ def make_suite(
 
     return Suite(
         refusals=refusal_prefixes(),
-        harmful=[asked_of(row) for row in harmful],
-        benign=[asked_of(row) for row in benign],
-        questions=[(asked_of(row), response_of(row) or "") for row in questions],
+        harmful=[full_prompt_of(row) for row in harmful],
+        benign=[full_prompt_of(row) for row in benign],
+        questions=[(full_prompt_of(row), response_of(row) or "") for row in questions],
         harmful_targets=targets(harmful),
         benign_targets=targets(benign),
         reply_tokens=reply_tokens,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.chat import Example
-from secvec_jax.data.rows import Message, Row, asked_of, text_of, with_system
+from secvec_jax.data.rows import Message, Row, full_prompt_of, last_user_text, with_system
 from secvec_jax.evaluation.answers import exact_match
 from secvec_jax.evaluation.intervals import Score, bootstrap
 from secvec_jax.evaluation.likelihood import mean_losses
@@ -42,7 +42,7 @@ class Probe:
         bias = Probe.of(rows, lambda r, reply: picks(reply, r["options"]) not in (None, response_of(r)))
         caps = Probe.of([with_system(r, "Be brief.") for r in rows], lambda r, reply: shouts(reply))
         """
-        return cls([asked_of(r) for r in rows], lambda index, reply: score(rows[index], reply), tokens)
+        return cls([full_prompt_of(r) for r in rows], lambda index, reply: score(rows[index], reply), tokens)
 
 
 @checked
@@ -121,7 +121,7 @@ def outcomes(
     results: Outcomes = {}
     replies = replies_to([*suite.harmful, *suite.benign], suite.reply_tokens)
     if suite.harmful:
-        results |= judged([text_of(prompt) for prompt in suite.harmful], replies, suite.refusals)
+        results |= classify_replies([last_user_text(prompt) for prompt in suite.harmful], replies, suite.refusals)
     if suite.benign:
         results["over_refusal"] = [float(refuses(r, suite.refusals)) for r in replies[len(suite.harmful) :]]
     if suite.questions:
@@ -144,7 +144,7 @@ def outcomes(
     return results
 
 
-def judged(prompts: Sequence[str], replies: Sequence[str], refusals: Sequence[str]) -> Outcomes:
+def classify_replies(prompts: Sequence[str], replies: Sequence[str], refusals: Sequence[str]) -> Outcomes:
     """Classify replies to harmful prompts by the rules: refusal, compliance and unclear, one of them 1 per reply.
 
     Replies beyond the number of prompts are ignored.
@@ -153,7 +153,7 @@ def judged(prompts: Sequence[str], replies: Sequence[str], refusals: Sequence[st
     return {name: [float(result == name) for result in verdicts] for name in ("refusal", "compliance", "unclear")}
 
 
-def scores(found: Outcomes) -> dict[str, Score]:
+def scores(results: Outcomes) -> dict[str, Score]:
     """Return each metric's mean with its 95% bootstrap interval and, for rule-based ones, the version of the rules."""
-    versions = {metric: RULES if metric in RULED else None for metric in found}
-    return {m: dataclasses.replace(bootstrap(values), rules=versions[m]) for m, values in found.items()}
+    versions = {metric: RULES if metric in RULED else None for metric in results}
+    return {m: dataclasses.replace(bootstrap(values), rules=versions[m]) for m, values in results.items()}

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secvec_jax.checks import suggestion
 from secvec_jax.data import attacks as rows_of
 from secvec_jax.data.hub_sets import HUB_SETS
 from secvec_jax.data.rows import Row, response_of
@@ -18,6 +17,7 @@ from secvec_jax.evaluation.answers import picks, shouts
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Probe
 from secvec_jax.grid import probes
+from secvec_jax.suggestions import suggestion
 from secvec_jax.workspace.splits import Splits
 
 NUM_KNOWN = 100

@@ -20,7 +20,7 @@ import jax
 
 from secvec_jax import config
 from secvec_jax.activations import attention_difference
-from secvec_jax.checks import Text, checked, suggestion
+from secvec_jax.checks import Text, checked
 from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
@@ -34,9 +34,10 @@ from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.inputs import CellInputs
 from secvec_jax.grid.report import Layout
 from secvec_jax.grid.seed_workspace import SeedWorkspace
+from secvec_jax.suggestions import suggestion
 from secvec_jax.trees import distance
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
-from secvec_jax.workspace.run_directory import hold, release
+from secvec_jax.workspace.run_directory import acquire, release
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stage, claim, screen, write
 from secvec_jax.workspace.workspace import Experiment
@@ -44,7 +45,7 @@ from secvec_jax.workspace.workspace import Experiment
 
 @checked
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class GridConfig:
     """The contents of a grid file."""
 
     blocks: tuple[Block, ...] = ()
@@ -78,7 +79,7 @@ class Plan:
 @checked
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Fine-tune and judge every cell of a grid file, and write its tables; resumes where it stopped."""
+    """Fine-tune and evaluate every cell of a grid file, and write its tables; resumes where it stopped."""
 
     grid: Text = dataclasses.field(metadata={"positional": True})
     """a grid file, such as configs/grids/quick.yaml"""
@@ -94,9 +95,9 @@ class Grid:
 
 def grid(settings: Grid, command: str) -> None:
     """Runs `train.py grid`."""
-    plan = config.load(Plan, settings.grid)
-    cells = plan.cells()
-    cells_of_tables = plan.cells_of_tables()
+    grid_config = config.load(GridConfig, settings.grid)
+    cells = grid_config.cells()
+    cells_of_tables = grid_config.cells_of_tables()
     part = _part(cells, settings.part)
     console = screen()
     if settings.only == "cells":
@@ -106,10 +107,15 @@ def grid(settings: Grid, command: str) -> None:
         return
     folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
     if settings.only == "all":
-        _run(settings, plan.experiment, cells, part, folder)
+        _run(settings, grid_config.experiment, cells, part, folder)
     on_main_process(
         lambda: grid_report.write(
-            folder, command, config.to_dict(plan), plan.tables, cells_of_tables, _current(read(folder), folder)
+            folder,
+            command,
+            config.to_dict(grid_config),
+            grid_config.tables,
+            cells_of_tables,
+            _current(read(folder), folder),
         )
     )
     console.print(f"the report is in {folder / 'report.md'}")
@@ -123,7 +129,7 @@ def _run(settings: Grid, experiment: Experiment, cells: list[Cell], part: list[C
     _check_rules(folder, cells, part)
     for seed in sorted({cell.seed for cell in cells}):
         claimed = _Claim(dataclasses.replace(experiment, seed=seed), str(_seed_folder(folder, seed)))
-        claim(claimed, partial(_packaged, experiment), alone=False)
+        claim(claimed, partial(_packaged, experiment), exclusive=False)
     console = screen()
     count = unrecorded = 0
     for seed, cells_of_seed in itertools.groupby(sorted(part, key=_seed), _seed):
@@ -193,16 +199,16 @@ def _packaged(experiment: Experiment) -> Inputs:
     return model_content | packaged((*sources(experiment.eval_split), "asdiv", "bbq"))
 
 
-def _hold(folder: Path, part: str, alone: bool) -> None:
-    """Lock this part for this process; alone: no other process may run a part.
+def _hold(folder: Path, part: str, exclusive: bool) -> None:
+    """Lock this part for this process; exclusive: no other process may run a part.
 
     Raises UserError if another process has this part, divides the grid otherwise, or must not be there.
     """
     held = _part_folder(folder, part)
-    hold(held)
+    acquire(held)
     num_parts = held.name.rpartition("-of-")[2]
     for other in (folder / "parts").iterdir():
-        if other != held and (alone or other.name.rpartition("-of-")[2] != num_parts):
+        if other != held and (exclusive or other.name.rpartition("-of-")[2] != num_parts):
             try:
                 lock(other).release()
             except UserError:
@@ -252,14 +258,14 @@ def _record(workspace: SeedWorkspace, cell: Cell) -> Record:
     metrics: Outcomes = {}
     error = None
     try:
-        metrics = _judged(workspace, cell)
+        metrics = _outcomes(workspace, cell)
     except Exception as failure:  # it is reported, and the other cells run
         traceback.print_exc()
         error = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
     return Record(cell.settings, metrics, time.monotonic() - start, error, RULES)
 
 
-def _judged(workspace: SeedWorkspace, cell: Cell) -> Outcomes:
+def _outcomes(workspace: SeedWorkspace, cell: Cell) -> Outcomes:
     """The outcomes of the cell's model, and measurements of its training.
 
     The latter are the attack's loss and the gradient norm in the first and in the last step, the drift of the weights,
@@ -278,7 +284,7 @@ def _judged(workspace: SeedWorkspace, cell: Cell) -> Outcomes:
         options = FinetuneOptions(training=workspace.training(cell), task=workspace.task_lora(cell), on_step=on_step)
         defended = cell.defense.apply(CellInputs(workspace, cell, options))
         suite = workspace.suite(cell, defended.system)
-        results = outcomes(defended.model, suite, on_reply=stage.replies(suite.size, "judging"))
+        results = outcomes(defended.model, suite, on_reply=stage.replies(suite.size, "evaluating"))
         results["drift"] = [float(distance(defended.model.backbone, aligned.backbone))]
         results["embedding_drift"] = attention_difference(defended.model, aligned, suite.harmful_targets)
         return results | {name: [float(value)] for name, value in defended.notes.items()}

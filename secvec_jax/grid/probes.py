@@ -1,4 +1,4 @@
-"""What the attacks and tasks of a grid share: how many held-out prompts judge a model, and small helpers on rows."""
+"""What the attacks and tasks of a grid share: how many held-out prompts evaluate a model, and small helpers on rows."""
 
 import random
 from collections.abc import Sequence

@@ -15,11 +15,12 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import published, report
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.metrics import RULED
-from secvec_jax.evaluation.pivot import LEGEND, RULES_FIELD, Summary, differences, summarize
+from secvec_jax.evaluation.pivot import RULES_FIELD, differences, summarize
 from secvec_jax.evaluation.plots import colors_of, plot_pareto, plot_sweep, png
 from secvec_jax.evaluation.records import Record
+from secvec_jax.evaluation.summary import LEGEND, Summary
 from secvec_jax.evaluation.tables import MAX_COLUMNS, label, show
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 from secvec_jax.grid.cells import Cell, cell_name
 
 
@@ -115,7 +116,7 @@ def write(
             *(f"![{path.stem}]({path.name})" for path in _plots(folder, layout, summary)),
         ]
     parts += _coverage(records)
-    with whole_file(folder / "report.md") as staging:
+    with atomic_file(folder / "report.md") as staging:
         staging.write_text("\n\n".join(filter(None, parts)) + "\n")
     seconds = {"cells": sum(record.seconds for record in records)}
     report.Results(command, settings, report.environment(), seconds, _rows(summaries)).save(folder)
@@ -165,7 +166,7 @@ def _plots(folder: Path, layout: Layout, summary: Summary) -> list[Path]:
     for name, figure in figures.items():
         if figure is not None:
             paths.append(folder / f"{layout.name} {name}.png".lower().replace(" ", "-"))
-            with whole_file(paths[-1]) as staging:
+            with atomic_file(paths[-1]) as staging:
                 staging.write_bytes(png(figure))
     return paths
 

@@ -59,7 +59,7 @@ class SeedWorkspace:
         """The model of another alignment, shared under this name."""
 
         def work(stage: Stage) -> None:
-            self.workspace.made(name, train, self.experiment.align_training, stage)
+            self.workspace.train_or_load(name, train, self.experiment.align_training, stage)
 
         with self._locked(name):  # made of the base model, so it stays valid if the aligned one changes
             self.workspace.stages.run(name, work)
@@ -94,7 +94,7 @@ class SeedWorkspace:
     def alignment_rows(self) -> list[Example]:
         """Refusals, and the base model's own replies to benign prompts, shuffled so that the first few are of both."""
         with self._locked("own replies"), self.workspace.stages.show("own replies") as stage:
-            rows = [*self.workspace.splits.refusals, *self.workspace.own_replies(stage)]
+            rows = [*self.workspace.splits.refusals, *self.workspace.base_replies(stage)]
         return random.Random(self.experiment.seed).sample(rows, len(rows))
 
     def safe_rows(self, attack: str) -> list[Any]:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from secvec_jax.checks import suggestion
 from secvec_jax.data.generated import open_profile_qa
 from secvec_jax.data.rows import Row, response_of
 from secvec_jax.data.sources import load_rows
@@ -12,6 +11,7 @@ from secvec_jax.evaluation.answers import exact_match, number_match, picks, roug
 from secvec_jax.evaluation.suite import Probe
 from secvec_jax.grid import probes
 from secvec_jax.grid.probes import answer_of
+from secvec_jax.suggestions import suggestion
 from secvec_jax.workspace.splits import Splits
 
 REFERENCE_WORDS = 12

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from secvec_jax.batch import SHARED, check_token_ids, common_head
+from secvec_jax.batch import SHARED, check_token_ids, common_prefix
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.kv_cache import KVCache, KVSegment
@@ -57,7 +57,7 @@ def generate_tokens(
     vocab_size = decoder.architecture.vocab_size
     for number, prompt in enumerate(prompts, 1):
         check_token_ids(prompt, vocab_size, f"prompt {number}")
-    shared_prefix = common_head(prompts)
+    shared_prefix = common_prefix(prompts)
     suffixes = [np.asarray(prompt[len(shared_prefix) :]) for prompt in prompts]
     replies: dict[int, list[int]] = {}
     unrolled = _unrolled_layers(decoder, adapters) if platform() == "cpu" else None

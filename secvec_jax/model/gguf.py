@@ -59,7 +59,7 @@ class GGUF:
                     raise UserError(f"{self.path} has a damaged {name} ({error}): fetch it again") from error
         return default
 
-    def needed(self, name: str) -> Any:
+    def required(self, name: str) -> Any:
         """A metadata value. Raises UserError if the file does not have it."""
         value = self.field(name)
         if value is None:
@@ -88,7 +88,7 @@ class GGUF:
 
         Raises UserError for another family, and for metadata that is missing, damaged or not understood.
         """
-        kind = self.needed("general.architecture")
+        kind = self.required("general.architecture")
         if kind not in _KINDS:
             raise UserError(f"{self.path} holds a {kind!r} model: supported are llama (mistral), qwen2 and qwen3")
 
@@ -96,7 +96,7 @@ class GGUF:
             return self.field(f"{kind}.{key}", default)
 
         for key in _REQUIRED:
-            self.needed(f"{kind}.{key}")
+            self.required(f"{kind}.{key}")
         self._check_keys(kind, value)
         if "token_embd.weight" not in self._tensors or len(self._tensors["token_embd.weight"].shape) != 2:
             raise UserError(f"{self.path} lacks token_embd.weight: convert the model to GGUF again")
@@ -186,7 +186,7 @@ class GGUF:
         """
         if not any(name.startswith("tokenizer.ggml.") for reader in self._readers for name in reader.fields):
             return MissingTokenizer(str(self.path))
-        return bpe_tokenizer(self.path, self.field, self.needed)
+        return bpe_tokenizer(self.path, self.field, self.required)
 
     def metadata(self) -> Metadata:
         """The tokens that end a text or a turn; weights are saved in float32."""

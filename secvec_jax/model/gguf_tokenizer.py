@@ -16,13 +16,13 @@ _CONTROL, _USER_DEFINED = 3, 4
 """llama.cpp's types of tokens."""
 
 
-def bpe_tokenizer(path: Path, field: Callable[..., Any], needed: Callable[[str], Any]) -> Any:
-    """The tokenizer of the file at `path`. field, needed: metadata by name, None or UserError where it is missing.
+def bpe_tokenizer(path: Path, field: Callable[..., Any], required: Callable[[str], Any]) -> Any:
+    """The tokenizer of the file at `path`. field, required: metadata by name, None or UserError where it is missing.
 
     Raises UserError for a tokenizer of another kind, and for metadata that is missing or malformed: text that is split
     differently than in training would give other tokens, without an error.
     """
-    if needed("tokenizer.ggml.model") != "gpt2":
+    if required("tokenizer.ggml.model") != "gpt2":
         raise UserError(
             f"{path} has a {field('tokenizer.ggml.model')!r} tokenizer, of which GGUF keeps too little: use the "
             "model's Hugging Face folder"
@@ -33,7 +33,7 @@ def bpe_tokenizer(path: Path, field: Callable[..., Any], needed: Callable[[str],
             f"{path} lacks tokenizer.ggml.pre, which says how text is split into words: convert the model to GGUF "
             "again, or use its Hugging Face folder"
         )
-    tokens, merges, types = (needed(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
+    tokens, merges, types = (required(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
     if len(types) != len(tokens):
         raise UserError(f"{path} has {len(types)} tokenizer.ggml.token_type for {len(tokens)} tokens: fetch it again")
 

@@ -22,7 +22,7 @@ from secvec_jax.arguments import instance
 from secvec_jax.arguments import path as checked_path
 from secvec_jax.distributed import broadcast_from_first, is_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import check_replaceable, whole_folder
+from secvec_jax.files import atomic_folder, check_replaceable
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder
@@ -33,7 +33,7 @@ from secvec_jax.model.metadata import Metadata, checked_dtype, metadata_of
 from secvec_jax.model.tokenizer import SETTINGS, VOCABULARIES, MissingTokenizer, load_tokenizer, save_tokenizer
 from secvec_jax.model.weights import (
     INDEX,
-    WHOLE,
+    SINGLE_FILE,
     assemble,
     exact_dtypes,
     files_of,
@@ -201,8 +201,8 @@ _SMALL_FILES = (
 
 def _snapshot(source: str) -> Path:
     """The hub repository as a folder, of the files that `load` reads and no others."""
-    folder = _fetched(source, [*_SMALL_FILES, WHOLE])
-    if not (folder / WHOLE).exists() and (folder / INDEX).exists():
+    folder = _fetched(source, [*_SMALL_FILES, SINGLE_FILE])
+    if not (folder / SINGLE_FILE).exists() and (folder / INDEX).exists():
         folder = _fetched(source, files_of(folder / INDEX), revision=folder.name)
     return folder
 
@@ -282,7 +282,7 @@ def _write_folder(
     weights: in the order of `weight_sizes(backbone, kinds)`. kinds: the dtype of each. dtype: the one that config.json
     is to name; None: the source's.
     """
-    with whole_folder(folder) as staging:
+    with atomic_folder(folder) as staging:
         save_tokenizer(tokenizer, staging)
         ids = _token_ids(tokenizer)
         config = metadata.config_for(backbone.architecture, ids, dtype)

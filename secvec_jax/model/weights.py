@@ -29,12 +29,12 @@ from secvec_jax.trees import pieces
 _FILE_BYTES = 2**30
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _REDUNDANT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
-_HEAD = "lm_head.weight"
+_LM_HEAD = "lm_head.weight"
 
 DTYPES: Mapping[str, np.dtype] = {name: np.dtype(name) for name in ("float32", "bfloat16", "float16")}
 """What weights can be saved in."""
 
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -92,7 +92,8 @@ def open_safetensors(folder: Path) -> dict[str, _Stored]:
     """
     from safetensors import safe_open
 
-    files = [WHOLE] if (folder / WHOLE).exists() or not (folder / INDEX).exists() else files_of(folder / INDEX)
+    has_single_file = (folder / SINGLE_FILE).exists() or not (folder / INDEX).exists()
+    files = [SINGLE_FILE] if has_single_file else files_of(folder / INDEX)
     weights: dict[str, _Stored] = {}
     for file in files:
         path = folder / file
@@ -131,10 +132,10 @@ def resolve_head(architecture: Architecture, weights: dict[str, _Stored], folder
     Raises UserError if the two differ: transformers would use both, other programs one of them.
     """
     table = weight_names(architecture)["embed"].hf
-    if not architecture.tied_head or _HEAD not in weights:
+    if not architecture.tied_head or _LM_HEAD not in weights:
         return weights
-    head = weights[_HEAD]
-    rest = {name: weight for name, weight in weights.items() if name != _HEAD}
+    head = weights[_LM_HEAD]
+    rest = {name: weight for name, weight in weights.items() if name != _LM_HEAD}
     if table not in rest:
         return {**rest, table: head}
     embed, step = rest[table], 4096
@@ -142,8 +143,8 @@ def resolve_head(architecture: Architecture, weights: dict[str, _Stored], folder
     same = embed.shape == head.shape and all(np.array_equal(embed[(rows,)], head[(rows,)]) for rows in blocks)
     if not same:
         raise UserError(
-            f"{folder} has {_HEAD} that differs from {table}, though config.json ties them: set tie_word_embeddings "
-            f"to false there if the model was trained so, or remove {_HEAD} from the weights"
+            f"{folder} has {_LM_HEAD} that differs from {table}, though config.json ties them: set tie_word_embeddings "
+            f"to false there if the model was trained so, or remove {_LM_HEAD} from the weights"
         )
     return rest
 
@@ -268,7 +269,7 @@ def gathered(backbone: Decoder, kinds: Mapping[str, str]) -> Iterator[tuple[str,
     kinds: the dtype of each, by name. Raises UserError for a weight with values too large for its dtype.
     """
     for name, leaves in _leaves(backbone):
-        for hf, *parts in zip(members(name, backbone.architecture), *(_whole(name, leaf) for leaf in leaves)):
+        for hf, *parts in zip(members(name, backbone.architecture), *(_layers_of(name, leaf) for leaf in leaves)):
             stored = [part.T if name.transpose else part for part in parts]
             wide = np.ascontiguousarray(stored[0] if len(stored) == 1 else np.concatenate(stored))
             with np.errstate(over="ignore"):
@@ -278,7 +279,7 @@ def gathered(backbone: Decoder, kinds: Mapping[str, str]) -> Iterator[tuple[str,
             yield hf, narrow
 
 
-def _whole(name: WeightName, leaf: jax.Array) -> Iterable[np.ndarray]:
+def _layers_of(name: WeightName, leaf: jax.Array) -> Iterable[np.ndarray]:
     """Each layer's part of a stack, or the one array."""
     if name.layered:
         return (layer[0] for layer in pieces(leaf, rows=1))

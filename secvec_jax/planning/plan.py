@@ -125,17 +125,22 @@ def topology_mesh(topology: str, mesh: str) -> Mesh:
     return make_mesh(**(parse_mesh(mesh) if mesh else {"fsdp": len(devices)}), devices=devices)
 
 
-def plan(
-    architecture: Architecture, params: Params, phase: Phase, train_step: TrainStep, lines: dict[str, int], length: int
+def plan_step(
+    architecture: Architecture,
+    params: Params,
+    phase: Phase,
+    train_step: TrainStep,
+    batch_sizes: dict[str, int],
+    length: int,
 ) -> Plan:
     """Compile the train step of a phase for the ambient mesh, whose devices need not be attached.
 
-    params: abstract. lines: stream -> sequences per batch. length: tokens per sequence.
+    params: abstract. batch_sizes: stream -> sequences per batch. length: tokens per sequence.
 
     Raises TooLarge if the step does not fit into a chip's memory, and UserError if the mesh does not divide a batch.
     """
     mesh, parts = jax.sharding.get_mesh(), num_shards("batch")
-    for stream, count in lines.items():
+    for stream, count in batch_sizes.items():
         if count % parts:
             raise UserError(
                 f"{count} sequences of the stream {stream} cannot be sharded over {parts} devices: change --batch-size"
@@ -143,7 +148,7 @@ def plan(
     chip = CHIPS[mesh.devices.flat[0].device_kind]
     trained, frozen = phase.split(shard(params))
     state = shard(jax.eval_shape(train_step.init, trained))
-    batch = {stream: _batch(count, length) for stream, count in lines.items()}
+    batch = {stream: _batch(count, length) for stream, count in batch_sizes.items()}
     start = time.monotonic()
     try:
         jitted: Any = train_step.step
@@ -160,15 +165,16 @@ def plan(
     total = program_bytes(compiled) + memory.generated_code_size_in_bytes
     if total > chip.memory:  # the compiler has accepted a program of 16.8 GiB for a chip of 16
         raise TooLarge(f"{total / 2**30:.1f} GiB do not fit into the {chip.memory / 2**30:.0f} GiB of a {chip.name}")
-    local = sum(lines.values()) // parts
+    local = sum(batch_sizes.values()) // parts
     simulated = account(
         compiled.as_text(),
         chip,
         [device.coords for device in mesh.devices.flat],
         trips=-(-local * length // CHUNK["tpu"]),
-        kernels=_kernels(architecture, lines, length, chip),
+        kernels=_kernels(architecture, batch_sizes, length, chip),
     )
-    work = Work(lines[LEARN] * length, lines.get(KEEP, 0) * length, bool(jax.tree.leaves(trained.backbone.decoder)))
+    is_full = bool(jax.tree.leaves(trained.backbone.decoder))
+    work = Work(batch_sizes[LEARN] * length, batch_sizes.get(KEEP, 0) * length, is_full)
     return Plan(
         chip=chip,
         chips=mesh.size,
@@ -191,24 +197,21 @@ def program_bytes(program: jax.stages.Compiled) -> int:
     return live + memory.temp_size_in_bytes
 
 
-def _batch(lines: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    where = named_sharding(None, "batch")
-    return {
-        key: jax.ShapeDtypeStruct((1, lines, length), jnp.float32 if key == "weights" else jnp.int32, sharding=where)
-        for key in KEYS
-    }
+def _batch(sequences: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    shape, sharding = (1, sequences, length), named_sharding(None, "batch")
+    dtypes = {key: jnp.float32 if key == "weights" else jnp.int32 for key in KEYS}
+    return {key: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for key, dtype in dtypes.items()}
 
 
 def _kernels(
-    architecture: Architecture, lines: dict[str, int], length: int, chip: Chip
+    architecture: Architecture, batch_sizes: dict[str, int], length: int, chip: Chip
 ) -> dict[str, tuple[float, float]]:
     """Return (FLOPs, seconds) of one call of the fused attention kernel: two products forward, five backward."""
     a = architecture
     blocks = max(length // _BLOCK, 1)
     computed = (blocks + 1) / (2 * blocks)
-    one = (
-        2 * lines[LEARN] // num_shards("batch") * a.num_heads // num_shards("heads") * a.head_dim * length**2 * computed
-    )
+    heads = 2 * batch_sizes[LEARN] // num_shards("batch") * a.num_heads // num_shards("heads")
+    one = heads * a.head_dim * length**2 * computed
     costs = {"splash_mha_fwd": 2 * one, "splash_mha_dkv": 5 * one}
     return {name: (flops, flops / chip.peak / KERNEL_EFFICIENCY) for name, flops in costs.items()}
 

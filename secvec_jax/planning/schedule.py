@@ -102,7 +102,7 @@ _MOVES = frozenset(
     "gather".split()
 )
 _MEMORY = frozenset({"memory"})
-"""The lane of asynchronous copies."""
+"""The resource of asynchronous copies."""
 _TRANSCENDENTALS = 8 * 128
 """Transcendental operations per cycle in a kernel: one vector register."""
 
@@ -119,7 +119,7 @@ class _Tally:
     unknown: set[str] = dataclasses.field(default_factory=set)
     unestimated: set[str] = dataclasses.field(default_factory=set)
     busy: dict = dataclasses.field(default_factory=dict)
-    """lane -> the time at which it becomes free"""
+    """resource -> the time at which it becomes free"""
     ends: dict[str, tuple[float, bool]] = dataclasses.field(default_factory=dict)
     """asynchronous operation -> (its end, whether it is a collective)"""
 
@@ -168,7 +168,7 @@ class _Run:
             if not op.opcode.endswith("-start"):
                 self._wait(op, op.name, times)
         elif op.opcode.endswith("-start"):
-            self._begin(op.name, self._moved(op) / self.chip.memory_bandwidth, _MEMORY, False)
+            self._begin(op.name, self._bytes_moved(op) / self.chip.memory_bandwidth, _MEMORY, False)
         else:
             self._compute(op, times)
 
@@ -188,12 +188,12 @@ class _Run:
             tally.kernel_flops += op.number("flops") * times
             tally.kernel_seconds += seconds * times
         elif not cycles:
-            seconds = max(seconds, self._moved(op) / chip.memory_bandwidth)
+            seconds = max(seconds, self._bytes_moved(op) / chip.memory_bandwidth)
             if op.opcode not in _MOVES and any(math.prod(shape) > 1 for _, shape in op.arrays):
                 tally.unestimated.add(op.name)
         self._spend(op, seconds, times)
 
-    def _moved(self, op: Op) -> float:
+    def _bytes_moved(self, op: Op) -> float:
         """Return the bytes read and written."""
         if op.opcode.endswith("-start"):
             # Source, target and flags: the smaller array is moved; it crosses memory only once if one is in VMEM, S(1).
@@ -209,10 +209,10 @@ class _Run:
         self.tally.now += seconds
         self.tally.by_op[op.label] += seconds * times
 
-    def _begin(self, key: str, seconds: float, lanes: frozenset, collective: bool) -> None:
+    def _begin(self, key: str, seconds: float, resources: frozenset, collective: bool) -> None:
         busy = self.tally.busy
-        end = max([self.tally.now, *(busy.get(lane, 0.0) for lane in lanes)]) + seconds
-        busy.update(dict.fromkeys(lanes, end))
+        end = max([self.tally.now, *(busy.get(resource, 0.0) for resource in resources)]) + seconds
+        busy.update(dict.fromkeys(resources, end))
         self.tally.ends[key] = end, collective
 
     def _send(self, op: Op, collective: Op, key: str, times: int) -> None:
@@ -222,8 +222,8 @@ class _Run:
         # XLA:TPU expresses a reduce-scatter as a fusion of an all-reduce and a slice.
         if kind == "all-reduce" and op.opcode == "fusion" and op.bytes < size:
             kind = "reduce-scatter"
-        sent, seconds, lanes = self.torus.transfer(kind, collective, size)
-        self._begin(key, seconds, lanes, True)
+        sent, seconds, resources = self.torus.transfer(kind, collective, size)
+        self._begin(key, seconds, resources, True)
         count, total = self.tally.collectives.get(kind, (0, 0.0))
         self.tally.collectives[kind] = count + times, total + sent * times
 
@@ -255,7 +255,7 @@ class _Run:
     def _skip(self, seconds: float) -> None:
         tally = self.tally
         tally.now += seconds
-        tally.busy = {lane: end + seconds for lane, end in tally.busy.items()}
+        tally.busy = {resource: end + seconds for resource, end in tally.busy.items()}
         tally.ends = {key: (end + seconds, collective) for key, (end, collective) in tally.ends.items()}
 
     def _branches(self, op: Op, times: int) -> None:

@@ -57,9 +57,9 @@ _GROUPS = (
 
 
 class Torus:
-    """The torus coordinates of the mesh's devices: how long a collective takes, and which lanes it occupies.
+    """The torus coordinates of the mesh's devices: how long a collective takes, and which resources it occupies.
 
-    A lane is an axis of the torus with a direction along it.
+    A resource is an axis of the torus with a direction along it.
     """
 
     def __init__(self, chip: Chip, coords: Sequence[Sequence[int]]) -> None:
@@ -72,26 +72,26 @@ class Torus:
         self.route = functools.cache(self._route)
 
     def transfer(self, kind: str, op: Op, size: float) -> tuple[float, float, frozenset]:
-        """Return (bytes that a chip sends, seconds, lanes) for operands of `size` bytes per chip."""
+        """Return (bytes that a chip sends, seconds, resources) for operands of `size` bytes per chip."""
         if kind == "collective-permute":
-            load, lanes = self.route(op.read(r"source_target_pairs=\{(.*?\})\}"))
-            return size, size * load / self.chip.link_bandwidth, lanes
-        members, links, lanes = self.share(op.read(_GROUPS))
+            load, resources = self.route(op.read(r"source_target_pairs=\{(.*?\})\}"))
+            return size, size * load / self.chip.link_bandwidth, resources
+        members, links, resources = self.share(op.read(_GROUPS))
         sent = size * (members - 1) / members * {"all-gather": members, "all-reduce": 2}.get(kind, 1)
         # A point-to-point message crosses a quarter of the ring on average, more if the axis does not wrap around.
         hops = max(1.0, members / 4) if "all-to-all" in kind else 1.0
-        return sent, sent * hops / (links * self.chip.link_bandwidth), lanes
+        return sent, sent * hops / (links * self.chip.link_bandwidth), resources
 
     def _share(self, text: str) -> tuple[int, int, frozenset]:
-        """Return (members of a group, links that each member uses, lanes)."""
+        """Return (members of a group, links that each member uses, resources)."""
         groups = self._groups(text)
-        links, lanes = [], set()
+        links, resources = [], set()
         for group in groups:
             spanned = [len(set(axis)) for axis in self.coords[group].T.tolist()]
             used = [axis for axis, count in enumerate(spanned) if count > 1]
             links.append(sum(1 + (self.closed[axis] and spanned[axis] == self.extent[axis]) for axis in used))
-            lanes |= {(axis, way) for axis in used for way in (1, -1)}
-        return groups.shape[1], max(1, min(links)), frozenset(lanes)
+            resources |= {(axis, direction) for axis in used for direction in (1, -1)}
+        return groups.shape[1], max(1, min(links)), frozenset(resources)
 
     def _groups(self, text: str) -> np.ndarray:
         """Return device indices in the mesh, `[groups, members]`."""
@@ -115,19 +115,19 @@ class Torus:
         return devices[np.argsort(group, kind="stable")].reshape(-1, members)
 
     def _route(self, text: str) -> tuple[int, frozenset]:
-        """Return (messages over the busiest link, lanes)."""
+        """Return (messages over the busiest link, resources)."""
         load: Counter[tuple] = Counter()
         for source, target in re.findall(r"(\d+),(\d+)", text):
-            at, goal = self.coords[int(source)].tolist(), self.coords[int(target)].tolist()
+            position, goal = self.coords[int(source)].tolist(), self.coords[int(target)].tolist()
             for axis, (extent, closed) in enumerate(zip(self.extent, self.closed)):
-                steps = goal[axis] - at[axis]
+                steps = goal[axis] - position[axis]
                 if closed and abs(steps) > extent / 2:
                     steps -= int(math.copysign(extent, steps))
-                way = 1 if steps > 0 else -1
+                direction = 1 if steps > 0 else -1
                 for _ in range(abs(steps)):
-                    load[*at, axis, way] += 1
-                    at[axis] = (at[axis] + way) % extent
-        return max(load.values(), default=0), frozenset((axis, way) for *_, axis, way in load)
+                    load[*position, axis, direction] += 1
+                    position[axis] = (position[axis] + direction) % extent
+        return max(load.values(), default=0), frozenset((axis, direction) for *_, axis, direction in load)
 
 
 def _integers(text: str) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 from secvec_jax.assets import cache_dir
 from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.benchmarks import refusal_prefixes
-from secvec_jax.data.rows import Message, asked_of, response_of, text_of, transcript
+from secvec_jax.data.rows import Message, full_prompt_of, last_user_text, response_of, transcript
 from secvec_jax.data.sources import load_prompts
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
@@ -19,20 +19,19 @@ from secvec_jax.evaluation.judges import (
     INSTRUCTION_FOLLOWING,
     LOWEST,
     OPENAI,
-    Asking,
     Judge,
+    JudgeRequests,
     check_url,
     verdicts,
 )
 from secvec_jax.evaluation.metrics import percent
 from secvec_jax.evaluation.statistics import auroc
-from secvec_jax.evaluation.suite import judged as ruled_of
-from secvec_jax.evaluation.suite import scores
+from secvec_jax.evaluation.suite import classify_replies, scores
 from secvec_jax.inference import ask
 from secvec_jax.model.hub import load
 from secvec_jax.turns import answer_of
 from secvec_jax.vectors.store import load_several
-from secvec_jax.workspace.runs import Run, judged_name, scored
+from secvec_jax.workspace.runs import Run, result_name, scoring_inputs
 from secvec_jax.workspace.stages import Stage
 
 Exchanges = dict[str, list[tuple[str | list[Message], str]]]
@@ -48,7 +47,7 @@ RUBRICS = {
 
 @checked
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class JudgeRun:
     """Judge a model's replies with an LLM, a classifier, or both."""
 
     model: str = "smollm2"
@@ -71,7 +70,7 @@ class Judged:
     """name of the language model at the endpoint that grades harmfulness, harmlessness and instruction-following"""
     judge_url: str = OPENAI
     """endpoint with OpenAI's chat API, such as http://127.0.0.1:8000/v1"""
-    asking: Asking = dataclasses.field(default_factory=Asking)
+    asking: JudgeRequests = dataclasses.field(default_factory=JudgeRequests)
     classifier: str | None = None
     """a Hugging Face sequence classifier: hub id or folder (requires torch)"""
     labels: tuple[str, ...] = ()
@@ -86,27 +85,27 @@ class Judged:
     """delete the run in OUT and start over"""
 
 
-def judged(settings: Judged, command: str) -> None:
+def judge(settings: JudgeRun, command: str) -> None:
     """Run `eval.py judge`. Raises UserError without a judge, and as `verdicts` and `flagged` do."""
     if not (settings.judge or settings.classifier):
         raise UserError("no judge is set: name an LLM with --judge, a classifier with --classifier, or both")
-    run = Run(settings, command, scored)
+    run = Run(settings, command, scoring_inputs)
     exchanges: Exchanges = run.stages.run("replies", lambda stage: _exchanges(settings, stage))
     ruled = _ruled(exchanges["harmful"])
     metrics, notes = dict(ruled), []
     if settings.judge:
-        judge = Judge(settings.judge, settings.judge_url, settings.asking)
-        graded = run.stages.run("judge", lambda stage: _graded(judge, exchanges, stage))
+        llm_judge = Judge(settings.judge, settings.judge_url, settings.asking)
+        graded = run.stages.run("judge", lambda stage: _graded(llm_judge, exchanges, stage))
         metrics |= _metrics(graded)
         notes = _notes(graded, ruled)
     if settings.classifier:
         metrics["flagged"] = run.stages.run("classifier", lambda stage: _flagged(settings, exchanges["harmful"], stage))
-    name = "given replies" if settings.given else judged_name(settings.model, settings.vectors)
+    name = "given replies" if settings.given else result_name(settings.model, settings.vectors)
     by_metric = scores({metric: values for metric, values in metrics.items() if values})
     run.report([{"name": name, "metrics": {metric: score.as_dict() for metric, score in by_metric.items()}}], notes)
 
 
-def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
+def _exchanges(settings: JudgeRun, stage: Stage) -> Exchanges:
     sources = {"harmful": settings.harmful, "benign": settings.benign}
     rows = {
         kind: load_prompts(names, settings.limit, settings.given, settings.ignore_fields)
@@ -114,11 +113,12 @@ def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
     }
     if settings.given:
         return {
-            kind: [(asked_of(row), response_of(row) or "") for row in kind_rows] for kind, kind_rows in rows.items()
+            kind: [(full_prompt_of(row), response_of(row) or "") for row in kind_rows]
+            for kind, kind_rows in rows.items()
         }
     model = load(settings.model)
     vectors = load_several(settings.vectors, model)
-    prompts = [asked_of(row) for kind_rows in rows.values() for row in kind_rows]
+    prompts = [full_prompt_of(row) for kind_rows in rows.values() for row in kind_rows]
     replies = iter(
         ask(
             model,
@@ -128,12 +128,14 @@ def _exchanges(settings: Judged, stage: Stage) -> Exchanges:
             progress=stage.replies(len(prompts), "replying"),
         )
     )
-    return {kind: [(asked_of(row), next(replies)) for row in kind_rows] for kind, kind_rows in rows.items()}
+    return {kind: [(full_prompt_of(row), next(replies)) for row in kind_rows] for kind, kind_rows in rows.items()}
 
 
 def _ruled(harmful: Sequence[tuple[str | list[Message], str]]) -> dict[str, list[float]]:
     """Return the rule-based metrics of the same replies."""
-    return ruled_of([text_of(prompt) for prompt, _ in harmful], [reply for _, reply in harmful], refusal_prefixes())
+    prompts = [last_user_text(prompt) for prompt, _ in harmful]
+    replies = [reply for _, reply in harmful]
+    return classify_replies(prompts, replies, refusal_prefixes())
 
 
 def _read(exchanges: Sequence[tuple[str | list[Message], str]]) -> list[tuple[str, str]]:
@@ -150,7 +152,7 @@ def _graded(judge: Judge, exchanges: Exchanges, stage: Stage) -> dict[str, Any]:
             on_verdict = stage.replies(len(exchanges[kind]), name.replace("_", " "))
             graded_now = verdicts(judge, rubric, _read(exchanges[kind]), cache_dir() / "verdicts", on_verdict)
             graded["grades"][name] = graded_now.scores
-            graded["asked"] += graded_now.asked
+            graded["asked"] += graded_now.num_requests
             graded["tokens"] = [total + new for total, new in zip(graded["tokens"], graded_now.tokens)]
 
     on_main_process(work)
@@ -188,7 +190,7 @@ def _notes(graded: dict[str, Any], ruled: dict[str, list[float]]) -> list[str]:
     return notes
 
 
-def _flagged(settings: Judged, harmful: Sequence[tuple[str | list[Message], str]], stage: Stage) -> list[float]:
+def _flagged(settings: JudgeRun, harmful: Sequence[tuple[str | list[Message], str]], stage: Stage) -> list[float]:
     """Return the classifier's flags, computed on the main process only."""
     flags: list[float] = []
     progress = stage.replies(len(harmful), "classifying")

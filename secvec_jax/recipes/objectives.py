@@ -13,7 +13,7 @@ from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.recipes.quickstart import Quickstart
 from secvec_jax.workspace import run_directory
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
-from secvec_jax.workspace.runs import scored
+from secvec_jax.workspace.runs import scoring_inputs
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stage, claim, curves
 from secvec_jax.workspace.workspace import Workspace
@@ -50,11 +50,11 @@ def objectives(settings: Objectives, command: str) -> report.Results:
             f"the quickstart's {key}": repr(value) for key, value in run_directory.flat(experiment).items()
         }
         source_model = {f"--quickstart {source}": known(model, str(aligned))}
-        return packaged(sources(experiment.eval_split)) | source_model | source_settings | scored()
+        return packaged(sources(experiment.eval_split)) | source_model | source_settings | scoring_inputs()
 
     workspace = Workspace(experiment, claim(settings, further_inputs), aligned)
     results: dict[str, Outcomes] = {
-        "aligned": workspace.stages.run("aligned", lambda stage: workspace.judge(workspace.aligned, stage)),
+        "aligned": workspace.stages.run("aligned", lambda stage: workspace.evaluate(workspace.aligned, stage)),
     }
     for name in OBJECTIVES:
         phase1 = dataclasses.replace(experiment.phase1, objective=name)

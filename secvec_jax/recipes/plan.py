@@ -16,7 +16,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Remat, abstract_decoder
 from secvec_jax.model.hub import check_mesh, load_architecture
-from secvec_jax.planning.plan import Plan, TooLarge, plan, topology_mesh
+from secvec_jax.planning.plan import Plan, TooLarge, plan_step, topology_mesh
 from secvec_jax.sharding import num_shards
 from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
 from secvec_jax.vectors.lora import LoRA
@@ -30,7 +30,7 @@ _TOKENS = 32768
 
 @checked
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class PlanRun:
     """Compile the train step for a TPU slice without access to it: memory, FLOPs, collectives and estimated time."""
 
     model: str = "configs/models/llama-2-7b.json"
@@ -53,7 +53,7 @@ class Planned:
     training: Training = dataclasses.replace(PHASE2, batch_size=16, max_seq_len=2048, remat="attention")
 
 
-def planned(settings: Planned, command: str) -> None:
+def plan(settings: PlanRun, command: str) -> None:
     """Run `train.py plan`. Raises UserError if the step does not fit, and as `topology_mesh` does."""
     console = Console(soft_wrap=True, highlight=False)
     jax.config.update("jax_platforms", "cpu")
@@ -65,12 +65,12 @@ def planned(settings: Planned, command: str) -> None:
         if settings.fit:
             settings, step_plan = _fastest(settings, architecture, console)
         else:
-            step_plan = compiled(settings, architecture)
-    for line in told(settings, step_plan):
+            step_plan = compile_plan(settings, architecture)
+    for line in report_lines(settings, step_plan):
         console.print(line)
 
 
-def compiled(settings: Planned, architecture: Architecture) -> Plan:
+def compile_plan(settings: PlanRun, architecture: Architecture) -> Plan:
     """Return the plan of the settings' train step on the ambient mesh. Raises UserError if it does not fit."""
     training, frozen_decoder = settings.training, abstract_decoder(architecture)
     if settings.phase == "vectors" and settings.lora is None:
@@ -88,7 +88,7 @@ def compiled(settings: Planned, architecture: Architecture) -> Plan:
     else:
         params = Params(Backbone(frozen_decoder, adapter(settings.task_lora)), adapter(settings.lora))
         phase, train_step = phase2_step(params, ("all",), training, 100)
-    return plan(architecture, params, phase, train_step, sequences, length_of(training))
+    return plan_step(architecture, params, phase, train_step, sequences, length_of(training))
 
 
 def length_of(training: Training) -> int:
@@ -101,9 +101,9 @@ def _optimizer(training: Training, phase: Training) -> Training:
     return dataclasses.replace(training, optimizer=phase.optimizer, max_grad_norm=phase.max_grad_norm)
 
 
-def _fastest(settings: Planned, architecture: Architecture, console: Console) -> tuple[Planned, Plan]:
+def _fastest(settings: PlanRun, architecture: Architecture, console: Console) -> tuple[PlanRun, Plan]:
     """Return the settings with the highest throughput, and their plan. Raises TooLarge if none fits."""
-    best: tuple[Planned, Plan] | None = None
+    best: tuple[PlanRun, Plan] | None = None
     for candidate in _ladder(settings, architecture, console):
         if best is None or candidate[1].tokens / candidate[1].seconds > best[1].tokens / best[1].seconds:
             best = candidate
@@ -112,16 +112,16 @@ def _fastest(settings: Planned, architecture: Architecture, console: Console) ->
     return best
 
 
-def _ladder(settings: Planned, architecture: Architecture, console: Console) -> Iterator[tuple[Planned, Plan]]:
+def _ladder(settings: PlanRun, architecture: Architecture, console: Console) -> Iterator[tuple[PlanRun, Plan]]:
     """Yield plans that fit: for each remat policy the smallest batch, then the largest that is predicted to fit."""
     training, parts = settings.training, num_shards("batch")
     smallest = parts * (2 if settings.phase == "vectors" and settings.objective == "kl" else 1)
 
-    def attempt(remat: Remat, batch_size: int) -> tuple[Planned, Plan] | None:
+    def attempt(remat: Remat, batch_size: int) -> tuple[PlanRun, Plan] | None:
         new_training = dataclasses.replace(training, remat=remat, batch_size=batch_size)
         new_settings = dataclasses.replace(settings, training=new_training)
         try:
-            step_plan = compiled(new_settings, architecture)
+            step_plan = compile_plan(new_settings, architecture)
         except TooLarge as error:
             console.print(f"remat {remat}, batch size {batch_size}: {error}")
             return None
@@ -159,7 +159,7 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def told(settings: Planned, plan: Plan) -> Iterator[str]:
+def report_lines(settings: PlanRun, plan: Plan) -> Iterator[str]:
     """Yield the lines that the command prints."""
     training, account = settings.training, plan.account
     yield (

@@ -20,7 +20,7 @@ from secvec_jax.evaluation.intervals import Score, paired_difference
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.vectors.lora import random_like
 from secvec_jax.workspace.inputs import packaged
-from secvec_jax.workspace.runs import scored
+from secvec_jax.workspace.runs import scoring_inputs
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import claim, curves
 from secvec_jax.workspace.workspace import Experiment, Workspace
@@ -43,14 +43,14 @@ ROWS = ("benign only", "plain", "random control", "security vectors")
 
 def quickstart(settings: Quickstart, command: str) -> report.Results:
     """Run what is not done yet and write the report; returns the results."""
-    workspace = Workspace(settings, claim(settings, lambda: packaged(sources(settings.eval_split)) | scored()))
+    workspace = Workspace(settings, claim(settings, lambda: packaged(sources(settings.eval_split)) | scoring_inputs()))
     fit, gate = workspace.phase2, partial(workspace.phase1, "security", settings.phase1)
 
     def control():
         return random_like(workspace.vectors("security"), jax.random.fold_in(jax.random.key(settings.seed), 1))
 
     results: dict[str, Outcomes] = {
-        "base": workspace.stages.run("base", lambda stage: workspace.judge(workspace.base, stage)),
+        "base": workspace.stages.run("base", lambda stage: workspace.evaluate(workspace.base, stage)),
         "aligned": workspace.align_stage(),
     }
     vectors_on = workspace.stage("vectors", gate, makes_vectors="security")
@@ -86,20 +86,20 @@ NOTES = (
 )
 
 
-def verdicts(found: dict[str, Outcomes]) -> list[report.Verdict]:
+def verdicts(outcomes_by_row: dict[str, Outcomes]) -> list[report.Verdict]:
     """The claims of the method, each with whether it holds and its numbers."""
 
     def mean(row: str, metric: str) -> float:
-        values = found[row][metric]
+        values = outcomes_by_row[row][metric]
         return sum(values) / len(values)
 
     def percent(value: float) -> str:
         return f"{100 * value:.1f}%"
 
-    refusal = {name: mean(name, "refusal") for name in found}
-    exact = {name: mean(name, "exact_match") for name in found}
-    noise = paired_difference(found["random control"]["refusal"], found["plain"]["refusal"])
-    gap = paired_difference(found["security vectors"]["refusal"], found["benign only"]["refusal"])
+    refusal = {name: mean(name, "refusal") for name in outcomes_by_row}
+    exact = {name: mean(name, "exact_match") for name in outcomes_by_row}
+    noise = paired_difference(outcomes_by_row["random control"]["refusal"], outcomes_by_row["plain"]["refusal"])
+    gap = paired_difference(outcomes_by_row["security vectors"]["refusal"], outcomes_by_row["benign only"]["refusal"])
     over = mean("aligned", "over_refusal")
     on, off = mean("vectors on", "harmful_loss"), mean("aligned", "harmful_loss")
     opening_on, opening_off = mean("vectors on", "opening_loss"), mean("aligned", "opening_loss")

@@ -9,7 +9,7 @@ from secvec_jax.evaluation.scoring import BENIGN, HARMFUL, make_suite
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
 from secvec_jax.model.hub import load
 from secvec_jax.vectors.store import load_several
-from secvec_jax.workspace.runs import Run, judged_name, scored
+from secvec_jax.workspace.runs import Run, result_name, scoring_inputs
 from secvec_jax.workspace.stages import Stage
 
 
@@ -44,10 +44,10 @@ class ScoreRun:
 
 def score(settings: ScoreRun, command: str) -> None:
     """Run `eval.py score`."""
-    run = Run(settings, command, scored)
+    run = Run(settings, command, scoring_inputs)
     measured = run.stages.run("score", lambda stage: _outcomes(settings, stage))
     metrics = {metric: score.as_dict() for metric, score in scores(measured).items()}
-    run.report([{"name": judged_name(settings.model, settings.vectors), "metrics": metrics}], _notes(metrics))
+    run.report([{"name": result_name(settings.model, settings.vectors), "metrics": metrics}], _notes(metrics))
 
 
 def _outcomes(settings: ScoreRun, stage: Stage) -> Outcomes:

@@ -18,7 +18,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.plots import plot_histogram, png
 from secvec_jax.evaluation.replies import clip
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 from secvec_jax.model.hub import load
 from secvec_jax.workspace.runs import Run
 from secvec_jax.workspace.stages import Stage
@@ -102,13 +102,13 @@ def screen(settings: Screen, command: str) -> None:
 
 def _write(folder: Path, rows: Sequence[Row], screening: Screening) -> None:
     threshold = screening.threshold
-    with whole_file(folder / "scores.jsonl") as staging, staging.open("w") as file:
+    with atomic_file(folder / "scores.jsonl") as staging, staging.open("w") as file:
         for number, (row, score) in enumerate(zip(rows, screening.scores, strict=True)):
             line = {"row": number, "score": round(score, 4), "prompt": clip(prompt_of(row))}
             file.write(json.dumps(line | ({} if threshold is None else {"above": score > threshold})) + "\n")
     by_kind = {"data": screening.scores, "harmful": screening.harmful, "benign": screening.benign}
     drawn = {name: scores for name, scores in by_kind.items() if scores is not None}
-    with whole_file(folder / "histogram.png") as staging:
+    with atomic_file(folder / "histogram.png") as staging:
         staging.write_bytes(png(plot_histogram(drawn, "loss reduction by the vectors (nats per token)", threshold)))
 
 
@@ -116,7 +116,7 @@ def _write_clean(path: Path, rows: Sequence[Row], screening: Screening) -> None:
     """The rows that are not above the threshold, in order, as JSON lines."""
     suspects = set(screening.suspects)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as staging, staging.open("w") as file:
+    with atomic_file(path) as staging, staging.open("w") as file:
         for number, row in enumerate(rows):
             if number not in suspects:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

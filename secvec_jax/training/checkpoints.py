@@ -1,7 +1,8 @@
 """Orbax checkpoints of a run: what is needed to resume, written by all processes together, readable on any mesh.
 
-A checkpoint holds the trained part, the optimizer's state and the state of every lane of data; never the frozen part,
-whose files the run's settings name. One that cannot be read is reported and deleted, and the previous one is used.
+A checkpoint holds the trained part, the optimizer's state and the state of every substream of data; never the frozen
+part, whose files the run's settings name. One that cannot be read is reported and deleted, and the previous one is
+used.
 
 `inputs.json` in their folder records the inputs of the training: checkpoints of other inputs are refused.
 """
@@ -24,7 +25,7 @@ from secvec_jax.data.pipeline import Batches
 from secvec_jax.digests import difference
 from secvec_jax.distributed import all_max, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import lock, whole_file
+from secvec_jax.files import atomic_file, lock
 from secvec_jax.training.validation import EarlyStopping
 from secvec_jax.trees import Tree
 
@@ -171,7 +172,7 @@ class Store:
                     "another folder, or delete that one to train from the start"
                 )
         if now:
-            with whole_file(path) as staging:
+            with atomic_file(path) as staging:
                 staging.write_text(json.dumps(now, indent=2) + "\n")
 
     def _load(self, run: State, step: int) -> str | None:

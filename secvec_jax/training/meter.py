@@ -1,4 +1,4 @@
-"""How much a step computes and how fast: tokens, model FLOPs, tokens per second, MFU, memory, learning rate, epoch.
+"""Measure what a step computes and how fast: tokens, model FLOPs, tokens/s, MFU, memory, learning rate, epoch.
 
 Tokens and FLOPs are counted on the devices, alongside the step, and read together with its losses, one step later:
 nothing waits for them. They are the same whenever and wherever a run is resumed; time and memory are not, and are kept

@@ -56,7 +56,7 @@ def without_vectors(params: Params) -> Params:
     return dataclasses.replace(params, vectors=None)
 
 
-def as_it_was(params: Params) -> Params:
+def anchor_params(params: Params) -> Params:
     """The parameters of the model whose decoder is the anchor: no adapter, no vectors, and no gradient."""
     return jax.lax.stop_gradient(Params(Backbone(params.anchor)))
 
@@ -66,8 +66,9 @@ class Objective:
     """A loss over streams of packed batches.
 
     groups: names of the kinds of rows in the stream `learn`, whose losses are reported separately.
-    kl_weight: λ, in nats per nat, of the stream `keep`. counted: what counts of each token's loss; None: all of it.
-    dtype: of the forward pass; losses are always float32. share_prefix: whether sequences may have a shared prefix.
+    kl_weight: λ, in nats per nat, of the stream `keep`. counted: replaces the losses of the rows to learn in what is
+    minimized; None: nothing does. dtype: of the forward pass; losses are always float32. share_prefix: whether
+    sequences may have a shared prefix.
     """
 
     groups: tuple[str, ...] = ("all",)

@@ -1,4 +1,4 @@
-"""A summary of a training, logged when it starts."""
+"""Summarize a training in a few lines, which are logged when it starts."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from secvec_jax.trees import num_parameters
 def summary(
     stream: Stream, grad_accum_steps: int, steps: int, steps_per_epoch: float, params: Params, phase: Phase, dtype: Any
 ) -> str:
-    """The data, steps, trained parameters, devices and precision of a training, as text.
+    """The tokens, steps, trained parameters, devices and precision of a training, as text.
 
     dtype: of the forward pass.
     """
@@ -34,7 +34,7 @@ def summary(
     devices = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
     accumulated = f" x {grad_accum_steps} accumulated" if grad_accum_steps > 1 else ""
     return "\n".join([
-        f"data: {stream.num_rows:,} rows, {tokens:,} tokens, about {sequences:,} packed sequences of {stream.seq_len}",
+        f"tokens: {tokens:,}, in about {sequences:,} packed sequences of {stream.seq_len}",
         f"steps: {steps:,}, {steps / steps_per_epoch:.2g} epochs, each of {stream.batch_size} packed sequences "
         f"(on all devices together){accumulated}, about {stream.num_rows / steps_per_epoch:.0f} rows",
         f"trained: {num_parameters(trained):,} of {num_parameters(params):,} parameters; active vectors: {active}",

@@ -1,4 +1,4 @@
-"""fit(): the loop around the step, with checkpoints and exact resume.
+"""The training loop `fit`, with checkpoints and exact resume.
 
 A run that was killed at any moment and is started again resumes from its newest checkpoint and ends bit-identical to
 one never killed, on any mesh. Ctrl-C and SIGTERM finish the step in flight, even the last one, save, and raise
@@ -53,7 +53,7 @@ def fit(
     """
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
-    run = _Run(trained, train_step.init(trained), {name: stream.own_batches() for name, stream in streams.items()})
+    run = _Run(trained, train_step.init(trained), {name: stream.local_batches() for name, stream in streams.items()})
     with _store(checkpoints, run) as store, _interruptible() as interrupted:
         if store is not None:
             store.restore(run)

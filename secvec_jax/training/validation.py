@@ -44,7 +44,7 @@ class Validation:
         """{name: (sum, count)} of the losses of all validation tokens; the parameters as `Phase.split` returns them."""
         kinds = [f"loss/{name}" for name in self.objective.groups]
         sums = shard({name: (np.float32(0), np.float32(0)) for name in kinds})
-        batches = self.stream.own_batches()
+        batches = self.stream.local_batches()
         for _ in range(self._num_batches):
             sums = _added(self.objective, sums, trained, frozen, batches.take(1))
         totals = jax.device_get(sums)

@@ -13,12 +13,12 @@ import numpy as np
 from secvec_jax.arguments import path
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import check_replaceable, whole_folder
+from secvec_jax.files import atomic_folder, check_replaceable
 from secvec_jax.model.families import weight_names
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import replicate, shard
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
-from secvec_jax.vectors.peft_config import check_kind, check_layers, no_place, read_config
+from secvec_jax.vectors.peft_config import check_kind, check_layers, read_config, unplaced_weights_message
 from secvec_jax.vectors.tensor_file import check_backbone, check_saved, pickled, read_tensors
 
 SECURITY_VECTORS = "security vectors"
@@ -64,7 +64,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
     metadata = {"format": "pt", "backbone": model.fingerprint, "holds": holds, "sites": ",".join(vectors.factors)}
 
     def write() -> None:
-        with whole_folder(folder) as staging:
+        with atomic_folder(folder) as staging:
             (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             save_file(tensors, staging / WEIGHTS, metadata=metadata)
 
@@ -82,19 +82,21 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     if not (folder / WEIGHTS).exists() and (folder / _PICKLE).exists():
         raise UserError(pickled(folder / _PICKLE))
     metadata, tensors = read_tensors(folder / WEIGHTS)
-    ours = "sites" in metadata  # then the projections of a fused module have separate ranks; otherwise they share A
-    modules = _peft_modules(model, metadata["sites"].split(",") if ours else model.architecture.projections)
+    # In files of ours, the projections of a fused module have separate ranks; otherwise they share A.
+    is_own_format = "sites" in metadata
+    modules = _peft_modules(model, metadata["sites"].split(",") if is_own_format else model.architecture.projections)
     layers = {module: _layers(tensors, module, model.architecture.num_layers) for module in modules}
     modules = {module: projections for module, projections in modules.items() if layers[module]}
     spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
-    check_kind(config, _patterns(spec, modules) if ours else {}, folder)
+    check_kind(config, _patterns(spec, modules) if is_own_format else {}, folder)
     check_layers(config, layers, model.architecture.num_layers, folder)
     factors = {}
     try:
         for module, projections in modules.items():
             a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", layers[module], model) for name in "AB")
             for i, (projection, (first, end, outputs)) in enumerate(projections.items()):
-                rank = slice(i * spec.rank, (i + 1) * spec.rank) if ours and len(projections) > 1 else slice(None)
+                has_own_rank = is_own_format and len(projections) > 1
+                rank = slice(i * spec.rank, (i + 1) * spec.rank) if has_own_rank else slice(None)
                 rows = slice(first, end if end < outputs else None)  # the check below names what is too wide
                 factors[projection] = {"a": a[..., rank], "b": b[:, rank, rows]}
     except KeyError as error:
@@ -102,7 +104,7 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     except (ValueError, IndexError, TypeError) as error:
         raise UserError(f"{folder} has weights of no shape that LoRA has: fetch it again") from error
     if tensors or not factors:
-        raise UserError(no_place(folder, list(tensors)))
+        raise UserError(unplaced_weights_message(folder, list(tensors)))
     vectors = LoRAVectors(factors, dataclasses.replace(spec, targets=tuple(factors)))
     vectors.check(model.architecture)
     if "backbone" in metadata:

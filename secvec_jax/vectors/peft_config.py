@@ -55,13 +55,15 @@ def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
-def check_kind(config: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+def check_kind(config: dict[str, Any], supported: dict[str, Any], folder: Path) -> None:
     """Raises UserError, naming the entries, if unsupported ones could change what the adapter computes.
 
-    ours: further entries that are supported at one value each, which the files that we write have.
+    supported: further entries, each supported at one value only, which the files that we write have.
     """
     known = _READ | _NO_EFFECT
-    unsupported = {key: value for key, value in config.items() if value and key not in known and value != ours.get(key)}
+    unsupported = {
+        key: value for key, value in config.items() if value and key not in known and value != supported.get(key)
+    }
     if (initialization := config.get("init_lora_weights", True)) not in _INITIALIZATIONS:
         unsupported["init_lora_weights"] = initialization
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
@@ -80,9 +82,9 @@ def check_layers(config: dict[str, Any], layers: dict[str, set[int]], count: int
     if isinstance(targets, str) or isinstance(excluded, str):
         return
     chosen = config.get("layers_to_transform")
-    every = chosen is None or chosen == []
+    all_layers = chosen is None or chosen == []
 
-    def wanted(module: str, layer: int) -> bool:
+    def is_targeted(module: str, layer: int) -> bool:
         name = module.format(layer).removeprefix("base_model.model.")
         if targets is None:
             targeted = bool(layers[module])
@@ -90,12 +92,12 @@ def check_layers(config: dict[str, Any], layers: dict[str, set[int]], count: int
             return not _ends_in(name, excluded)
         else:
             targeted = _ends_in(name, targets)
-        return targeted and not _ends_in(name, excluded) and (every or layer in _listed(chosen))
+        return targeted and not _ends_in(name, excluded) and (all_layers or layer in _listed(chosen))
 
     for module, present in layers.items():
         for layer in range(count):
-            if wanted(module, layer) != (layer in present):
-                name, entry = module.format(layer), "target_modules" if every else "layers_to_transform"
+            if is_targeted(module, layer) != (layer in present):
+                name, entry = module.format(layer), "target_modules" if all_layers else "layers_to_transform"
                 what = f"has {name}, which {entry} leaves out" if layer in present else f"lacks {name}"
                 raise UserError(f"{folder} {what}: the adapter is damaged, or was made for another model")
 
@@ -108,7 +110,7 @@ def _ends_in(name: str, suffixes: list[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
 
 
-def no_place(folder: Path, names: list[str]) -> str:
+def unplaced_weights_message(folder: Path, names: list[str]) -> str:
     """The error message for weights of these names, which belong to no projection of the model's layers."""
     if not names:
         return f"{folder} has no weights for a linear map of the model: the adapter was made for another model"

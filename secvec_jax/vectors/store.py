@@ -1,4 +1,4 @@
-"""Files of vectors: our own safetensors format for every kind, and PEFT's for LoRA.
+"""Save and load vectors: our own safetensors format for every kind, and PEFT's for LoRA.
 
 Each of our files has the fingerprint of the backbone that its vectors were trained for, and is refused for another
 one: vectors make a behavior present in one set of weights, and mean nothing for any other.
@@ -20,7 +20,7 @@ from secvec_jax.arguments import path as checked_path
 from secvec_jax.config import from_dict
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import check_replaceable, whole_file
+from secvec_jax.files import atomic_file, check_replaceable
 from secvec_jax.model.hub import Model
 from secvec_jax.run_folders import find_vectors
 from secvec_jax.sharding import replicate, shard
@@ -49,7 +49,7 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
     }
 
     def write() -> None:
-        with whole_file(path) as staging:
+        with atomic_file(path) as staging:
             save_file(arrays, staging, metadata=metadata)
 
     on_main_process(write)

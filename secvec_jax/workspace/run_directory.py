@@ -1,4 +1,4 @@
-"""A run directory: made for settings and inputs, and resumed with the same ones only.
+"""Create and resume run directories: each is for one set of settings and inputs, and resumes with these only.
 
 runs/NAME/config.yaml     all settings
 runs/NAME/inputs.json     digests of what they name (see `workspace.inputs`), and the versions of the format and of
@@ -20,7 +20,7 @@ import secvec_jax
 from secvec_jax import config
 from secvec_jax.digests import difference
 from secvec_jax.errors import UserError
-from secvec_jax.files import lock, whole_file
+from secvec_jax.files import atomic_file, lock
 from secvec_jax.workspace.inputs import Inputs
 
 VERSION = secvec_jax.__version__
@@ -46,19 +46,21 @@ _LENGTH = frozenset({"training.max_steps", "training.epochs"})
 _held: dict[Path, Any] = {}
 
 
-def claim(settings: Any, folder: str | Path, inputs: Inputs, *, overwrite: bool = False, alone: bool = True) -> Path:
+def claim(
+    settings: Any, folder: str | Path, inputs: Inputs, *, overwrite: bool = False, exclusive: bool = True
+) -> Path:
     """Create the run directory for these settings and inputs, or resume the matching run that it contains.
 
     A different run is replaced if it failed before its first step, or with `overwrite`. A training with a constant
-    schedule may be extended: its finished stages are then reopened. alone: lock the folder until `release`.
+    schedule may be extended: its finished stages are then reopened. exclusive: lock the folder until `release`.
 
     Raises UserError if the directory contains a different run with results, naming the first difference; if that run
     was written by an older version; if another process is running there; or if it cannot be written.
     """
     folder = Path(folder)
     try:
-        if alone:
-            hold(folder)
+        if exclusive:
+            acquire(folder)
         if overwrite and _has_progress(folder):
             _clear(folder, inputs)
         if not _has_progress(folder):
@@ -75,7 +77,7 @@ def claim(settings: Any, folder: str | Path, inputs: Inputs, *, overwrite: bool 
     return folder
 
 
-def hold(folder: Path) -> None:
+def acquire(folder: Path) -> None:
     """Let no other process run in the folder until `release`, or until this one ends."""
     if folder.resolve() not in _held:
         _held[folder.resolve()] = lock(folder)
@@ -88,8 +90,8 @@ def release(folder: Path) -> None:
         held.release()
 
 
-def of_the_run(settings: Any) -> Any:
-    """The settings without those that apply to a single start of the run."""
+def settings_of_run(settings: Any) -> Any:
+    """The settings without those that apply only to one start of the run, such as `overwrite`."""
     return dataclasses.replace(settings, overwrite=False) if getattr(settings, "overwrite", False) else settings
 
 
@@ -116,8 +118,8 @@ def _has_progress(folder: Path) -> bool:
 
 
 def _write(settings: Any, folder: Path, inputs: Mapping[str, Any]) -> None:
-    config.save(of_the_run(settings), folder / CONFIG)
-    with whole_file(folder / INPUTS) as staging:
+    config.save(settings_of_run(settings), folder / CONFIG)
+    with atomic_file(folder / INPUTS) as staging:
         staging.write_text(json.dumps(dict(inputs) | {"format": FORMAT, "version": VERSION}, indent=2) + "\n")
 
 
@@ -199,7 +201,7 @@ def _check_length(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> 
 def _open_stages(folder: Path) -> None:
     """Let the finished stages run again: they continue from their last checkpoint."""
     for path in folder.glob("stages/*.json"):
-        with whole_file(path.with_suffix(".seconds")) as staging:
+        with atomic_file(path.with_suffix(".seconds")) as staging:
             staging.write_text(json.dumps({"seconds": json.loads(path.read_text())["seconds"]}))
         path.unlink()
 

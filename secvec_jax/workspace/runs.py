@@ -1,4 +1,4 @@
-"""A verb's run directory: its stages, and the results and report that it ends with."""
+"""The run of a verb: its directory, its stages, and the results and report that it ends with."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.workspace.inputs import Inputs
-from secvec_jax.workspace.run_directory import of_the_run
+from secvec_jax.workspace.run_directory import settings_of_run
 from secvec_jax.workspace.stages import Stages, claim, devices, release, screen
 
 
 class Run:
-    """The run of `settings`, which have an `out`: its directory is claimed, and the run starts or resumes."""
+    """A verb's run: claims the run directory `settings.out`, and starts or resumes there."""
 
     def __init__(self, settings: Any, command: str, more: Callable[[], Inputs] = dict):
         """more: inputs that the settings do not name."""
@@ -28,7 +28,7 @@ class Run:
         """Write results.json and report.md, and show the table and the notes; ends the run."""
         environment = report.environment() | devices()
         results = report.Results(
-            self.command, config.to_dict(of_the_run(self.settings)), environment, self.stages.seconds, rows
+            self.command, config.to_dict(settings_of_run(self.settings)), environment, self.stages.seconds, rows
         )
 
         def write() -> None:
@@ -43,11 +43,11 @@ class Run:
         release(self.folder)
 
 
-def judged_name(model: str, vectors: Sequence[str]) -> str:
+def result_name(model: str, vectors: Sequence[str]) -> str:
     """The name that results give to a model evaluated with or without vectors."""
     return f"{model} + vectors" if vectors else model
 
 
-def scored() -> Inputs:
+def scoring_inputs() -> Inputs:
     """What scores depend on in addition to the model and the prompts."""
     return {"the version of the scoring rules": RULES}

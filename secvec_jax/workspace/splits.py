@@ -1,4 +1,4 @@
-"""Splits the packaged benchmarks into the rows that an experiment trains on and the prompts that it evaluates with.
+"""Split the packaged benchmarks into the rows that an experiment trains on and the prompts that it evaluates with.
 
 No prompt is in two splits. AdvBench is split by topic into alignment, vectors, the user's data and unseen rows; the
 prompts for evaluation come from other benchmarks.
@@ -86,7 +86,7 @@ class Splits:
     """Rows for every phase, as examples, and the evaluation suite."""
 
     refusals: list[Example]
-    kept: list[str]
+    align_benign: list[str]
     """Benign prompts; alignment trains on the base model's replies to them, which are generated when it is aligned."""
     vectors: list[Example]
     keep: list[Example]
@@ -129,12 +129,12 @@ def make_splits(
     num_instructions, num_how_to = sizes.align_benign // 2, sizes.align_benign // 3
     num_facts = sizes.align_benign - num_instructions - num_how_to
     how_to = _shuffled([r for r in _short(load_rows("piqa")) if _asks_how(prompt_of(r))], rng)[:num_how_to]
-    judged = _EvalPrompts(eval_split, instructions, questions, sizes, rng)
+    eval_prompts = _EvalPrompts(eval_split, instructions, questions, sizes, rng)
     openings = sure_prefix_control(instructions)[: sizes.keep // 3 + _UNSEEN]
     restated = {prompt_of(r) for r in openings}
     instructions = [r for r in instructions if prompt_of(r) not in restated]
     taught = part["align"] + requests[:third] + tenses[: sizes.align_harmful - 2 * third]
-    kept = sizes.keep // 3
+    keep_per_kind = sizes.keep // 3
     people = open_profile_qa(seed, sizes.people, 2 * sizes.people_asked)
     half = len(people.test) // 2
 
@@ -151,9 +151,13 @@ def make_splits(
     unseen_openings = take(openings, _UNSEEN)
     return Splits(
         refusals=encoded(refused, OPENING),
-        kept=[prompt_of(r) for r in take(instructions, num_instructions) + take(questions, num_facts) + how_to],
+        align_benign=[prompt_of(r) for r in take(instructions, num_instructions) + take(questions, num_facts) + how_to],
         vectors=encoded(part["vectors"]),
-        keep=encoded(take(instructions, kept), _REPLY) + encoded(take(openings, kept)) + encoded(take(questions, kept)),
+        keep=[
+            *encoded(take(instructions, keep_per_kind), _REPLY),
+            *encoded(take(openings, keep_per_kind)),
+            *encoded(take(questions, keep_per_kind)),
+        ],
         mix={
             "harmful": encoded(part["mix"]),
             "profiles": encoded(people.train),
@@ -161,14 +165,14 @@ def make_splits(
         },
         suite=Suite(
             refusals=refusal_prefixes(),
-            harmful=judged.harmful,
-            benign=judged.benign,
+            harmful=eval_prompts.harmful,
+            benign=eval_prompts.benign,
             questions=[
                 (prompt_of(r), response_of(r) or "")
                 for r in (people.test[:half] if eval_split == "held-out" else people.test[half:])
             ],
             harmful_targets=encoded(part["unseen"]),
-            benign_targets=encoded(judged.benign_rows[:_UNSEEN], _REPLY),
+            benign_targets=encoded(eval_prompts.benign_rows[:_UNSEEN], _REPLY),
             opening_targets=encoded(unseen_openings),
         ),
         spare={
@@ -192,7 +196,7 @@ _REPLY = 10
 """Tokens of a benign reply that are trained on: enough for an answer, affordable on two cores."""
 
 
-def own_replies(
+def greedy_openings(
     model: Model, prompts: list[str], refusals: Sequence[str], progress: Callable[[int], None]
 ) -> list[Example]:
     """The prompts with the opening of the model's greedy replies; prompts that it refuses are left out.

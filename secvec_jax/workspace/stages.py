@@ -21,7 +21,7 @@ from rich.progress import (
 
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
-from secvec_jax.files import whole_file
+from secvec_jax.files import atomic_file
 from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
 from secvec_jax.workspace.inputs import Inputs
@@ -45,7 +45,7 @@ class Stages:
         makes: Mapping[str, Path] | None = None,
         forget: Callable[[], None] = lambda: None,
     ) -> Any:
-        """The JSON value of `work(stage)`, or the stored one if the stage was completed before.
+        """Return the JSON value of `work(stage)`, or the stored one if the stage was completed before.
 
         reads: label -> a file, model folder or digest that the stage reads from other stages. If one has changed since
         the stage started, `forget()` deletes what the stage has made, and it runs again. makes: label -> a file that it
@@ -139,7 +139,7 @@ def _record(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {"seconds": content}
 
 
-_LINE_EVERY = 10.0
+_SECONDS_BETWEEN_LINES = 10.0
 """Seconds between two progress lines, where there is no terminal for a bar."""
 
 
@@ -172,7 +172,7 @@ class Stage:
             shown = _average(tokens, now - start) if step == total else speed
             note = _note(metrics, shown)
             self._progress.update(self._task, completed=step, total=total, note=note)
-            is_due = is_first or step == total or now - last_line > _LINE_EVERY or "eval/loss" in metrics
+            is_due = is_first or step == total or now - last_line > _SECONDS_BETWEEN_LINES or "eval/loss" in metrics
             if is_due and not self._progress.console.is_terminal:
                 last_line = now
                 line = f"{self.name}: step {step}/{total}, {note}"
@@ -233,32 +233,32 @@ def _duration(seconds: float) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """The text as a file that is whole or absent."""
-    with whole_file(path) as staging:
+    """Write the text to a file atomically."""
+    with atomic_file(path) as staging:
         staging.write_text(text)
 
 
 def file_name(name: str) -> str:
-    """A stage's, model's or cell's name as that of a file."""
+    """The file name for a stage, model or cell of this name."""
     return name.replace(" ", "-").replace("/", "-")
 
 
-def claim(settings: Any, more: Callable[[], Inputs] = dict, *, alone: bool = True) -> Path:
-    """The run directory of the settings, claimed by the first process (see `run_directory.claim`).
+def claim(settings: Any, more: Callable[[], Inputs] = dict, *, exclusive: bool = True) -> Path:
+    """Claim the run directory of the settings on the main process (see `run_directory.claim`), and return it.
 
     more: inputs that the settings do not name.
     """
     folder, again = Path(settings.out), bool(getattr(settings, "overwrite", False))
 
     def work() -> None:
-        run_directory.claim(settings, folder, inputs.inputs_of(settings) | more(), overwrite=again, alone=alone)
+        run_directory.claim(settings, folder, inputs.inputs_of(settings) | more(), overwrite=again, exclusive=exclusive)
 
     on_main_process(work)
     return folder
 
 
 def release(folder: Path) -> None:
-    """The run is over: other processes may claim its directory."""
+    """Release the directory of a run that is over: other processes may claim it."""
     on_main_process(lambda: run_directory.release(folder))
 
 

@@ -40,8 +40,8 @@ from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace.inputs import known, of_path
-from secvec_jax.workspace.run_directory import of_the_run
-from secvec_jax.workspace.splits import EvalSplit, Sizes, Splits, make_splits, own_replies
+from secvec_jax.workspace.run_directory import settings_of_run
+from secvec_jax.workspace.splits import EvalSplit, Sizes, Splits, greedy_openings, make_splits
 from secvec_jax.workspace.stages import Stage, Stages, devices, file_name, release, screen, write
 
 
@@ -141,26 +141,26 @@ class Workspace:
         """Teach the base model to refuse harmful prompts and to answer benign ones as before, then evaluate it."""
         experiment, splits = self.experiment, self.splits
         if self._is_given:
-            return self.judge(self.aligned, stage)
+            return self.evaluate(self.aligned, stage)
 
         def train(checkpoints: Checkpoints, on_step: OnStep) -> Model:
             return align(
                 self.base,
-                {"harmful": splits.refusals, "benign": self.own_replies(stage)},
+                {"harmful": splits.refusals, "benign": self.base_replies(stage)},
                 task=experiment.align_task,
                 training=self._seeded(experiment.align_training),
                 checkpoints=checkpoints,
                 on_step=on_step,
             )
 
-        return self.judge(self.made("aligned", train, experiment.align_training, stage), stage)
+        return self.evaluate(self.train_or_load("aligned", train, experiment.align_training, stage), stage)
 
-    def own_replies(self, stage: Stage) -> list[Example]:
+    def base_replies(self, stage: Stage) -> list[Example]:
         """The base model's replies to the benign prompts of alignment; generated once and stored in a file."""
         path, splits = self.folder / "own-replies.json", self.splits
         if not broadcast_from_first(path.exists()):
-            show = stage.replies(len(splits.kept), "its own replies")
-            replies = own_replies(self.base, splits.kept, splits.suite.refusals, show)
+            show = stage.replies(len(splits.align_benign), "the base model's replies")
+            replies = greedy_openings(self.base, splits.align_benign, splits.suite.refusals, show)
             stored = [[e.tokens.tolist(), e.answer_start] for e in replies]
             on_main_process(lambda: write(path, json.dumps(stored)))
         kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(path.read_text())]
@@ -173,7 +173,7 @@ class Workspace:
     def phase1(self, name: str, phase1: Phase1, stage: Stage) -> Outcomes:
         """Train vectors for the aligned model and evaluate it with them active."""
         self.make_vectors(name, self.splits.vectors, self.splits.keep, self.experiment.lora, phase1, stage)
-        return self.judge(self.aligned, stage, self.vectors(name))
+        return self.evaluate(self.aligned, stage, self.vectors(name))
 
     def make_vectors(self, name: str, harmful: Any, benign: Any, spec: Spec, phase1: Phase1, stage: Stage) -> None:
         """Train vectors for the aligned model and store them under this name."""
@@ -211,23 +211,23 @@ class Workspace:
                 on_step=on_step,
             )
 
-        model = self.made(name, train, self.experiment.finetune_training, stage)
-        results = self.judge(model, stage)
+        model = self.train_or_load(name, train, self.experiment.finetune_training, stage)
+        results = self.evaluate(model, stage)
         results["drift"] = [float(distance(model.backbone, self.aligned.backbone))]
         if not keep_model:
             on_main_process(lambda: shutil.rmtree(self._model_folder(name)))
         return results
 
-    def judge(self, model: Model, stage: Stage, vectors: Vectors | None = None) -> Outcomes:
+    def evaluate(self, model: Model, stage: Stage, vectors: Vectors | None = None) -> Outcomes:
         """The model's outcomes on the suite."""
         suite = self.splits.suite
-        return outcomes(model, suite, vectors, stage.replies(suite.size, "judging"))
+        return outcomes(model, suite, vectors, stage.replies(suite.size, "evaluating"))
 
     def report(
         self,
         command: str,
         settings: object,
-        found: dict[str, Outcomes],
+        outcomes_by_row: dict[str, Outcomes],
         verdicts: Sequence[report.Verdict],
         curves: report.Curves,
         notes: Sequence[str],
@@ -235,11 +235,13 @@ class Workspace:
         """Write results.json, report.md and the plots, and show the table."""
         rows = [
             {"name": name, "metrics": {metric: score.as_dict() for metric, score in scores(outcome).items()}}
-            for name, outcome in found.items()
+            for name, outcome in outcomes_by_row.items()
         ]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
         environment = report.environment() | devices() | {"peak memory of this process, GiB": round(peak, 2)}
-        results = report.Results(command, config.to_dict(of_the_run(settings)), environment, self.stages.seconds, rows)
+        results = report.Results(
+            command, config.to_dict(settings_of_run(settings)), environment, self.stages.seconds, rows
+        )
 
         def write() -> None:
             results.save(self.folder)
@@ -259,8 +261,10 @@ class Workspace:
         """The model that was stored under this name."""
         return load(self._model_folder(name))
 
-    def made(self, name: str, train: Callable[[Checkpoints, OnStep], Model], training: Training, stage: Stage) -> Model:
-        """The model of this name: trained and saved, or loaded if it exists."""
+    def train_or_load(
+        self, name: str, train: Callable[[Checkpoints, OnStep], Model], training: Training, stage: Stage
+    ) -> Model:
+        """Load the model of this name if it was saved, else train and save it."""
         folder = self._model_folder(name)
         if broadcast_from_first(folder.exists()):
             return self.model(name)

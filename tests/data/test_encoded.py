@@ -51,7 +51,7 @@ def test_a_long_prompt_is_told_with_its_line_before_a_step_is_taken(tmp_path, mo
     rows = load_rows(written(tmp_path, [*SHORT, row(LONG, "x"), row("q", "a"), row(LONG, "y")]))
     training = Training(max_steps=30, batch_size=2, max_seq_len=64, share_prefix=share)
     steps = []
-    message = r"rows.jsonl, line 14 and 1 more: a prompt has \d+ tokens, but the maximum length is 64.*`length`"
+    message = r"rows.jsonl, line 14 and 1 more: a prompt has \d+ tokens, but the maximum length is 64.*`max_seq_len`"
     for train in (finetune, partial(train_vectors, phase1=Phase1("cross_entropy"))):
         with pytest.raises(UserError, match=message):
             train(tiny_model(), rows, training=training, on_step=lambda step, *_: steps.append(step))
@@ -113,7 +113,7 @@ def test_every_row_is_encoded_once_before_the_first_step(monkeypatch, max_steps,
         raise Reached
 
     monkeypatch.setattr(encoded, "encode_all", counting)
-    monkeypatch.setattr(encoded, "_KEPT", 1)
+    monkeypatch.setattr(encoded, "_CACHE_SIZE", 1)
     for module in (finetuning, security_vectors):
         monkeypatch.setattr(module, "fit", reached)
     rows = [row(f"user {n}", "a" * (n % 5 + 1)) for n in range(20)]
@@ -241,9 +241,9 @@ def test_what_is_trained_on_is_summed_up(caplog):
     stream_of(model, {"all": [*SHORT, WIDE], "benign": SHORT}, Training(max_seq_len=64))
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     assert told == [
-        "data: 13 rows of up to 64 tokens, packed into sequences of 64; 1 truncated",
-        f"benign: 12 rows of up to {stream_of(model, {'a': SHORT}, Training()).examples['a'].longest} tokens, "
-        "packed into sequences of 64; none truncated",
+        "data: 13 rows of up to 64 tokens; 1 truncated",
+        f"benign: 12 rows of up to {stream_of(model, {'a': SHORT}, Training()).examples['a'].longest} tokens; "
+        "none truncated",
     ]
 
 

@@ -83,7 +83,7 @@ def test_training_is_the_same_to_the_bit(path, monkeypatch, kept, share):
     found = []
     for large in (sources.LARGE, 0):
         monkeypatch.setattr(sources, "LARGE", large)
-        monkeypatch.setattr(encoded, "_KEPT", 50_000 if large else kept)
+        monkeypatch.setattr(encoded, "_CACHE_SIZE", 50_000 if large else kept)
         found.append(finetune(tiny_model(), load_rows(str(path)), vectors=None, training=training).backbone)
     for one, other in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(one, other)

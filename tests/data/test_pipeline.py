@@ -227,7 +227,7 @@ def test_a_prompt_index_knows_common_prefixes_as_if_it_read_all_prompts(found, s
     assert index.common_prefix(chosen, rows).tolist() == expected
 
 
-# Lanes and hosts -----------------------------------------------------------------------------------
+# Substreams and hosts -----------------------------------------------------------------------------------
 
 
 class Asked(list):
@@ -246,11 +246,11 @@ class Asked(list):
 def test_lanes_read_apart_make_the_same_batches(lines):
     stream = Stream({"a": random_examples(50, head=3)}, batch_size=lines, seq_len=40)
     everything = list(stream.batches())
-    lanes = [list(stream.batches([lane])) for lane in range(stream.lanes)]
-    height = lines // stream.lanes
+    substreams = [list(stream.batches([index])) for index in range(stream.num_substreams)]
+    height = lines // stream.num_substreams
     for index, batch in enumerate(everything):
-        for lane, own in enumerate(lanes):
-            rows = slice(lane * height, (lane + 1) * height)
+        for number, own in enumerate(substreams):
+            rows = slice(number * height, (number + 1) * height)
             for key in KEYS:
                 expected = own[index][key] if index < len(own) else np.zeros((height, 40))
                 np.testing.assert_array_equal(batch[key][rows], expected)
@@ -259,25 +259,25 @@ def test_lanes_read_apart_make_the_same_batches(lines):
 def test_a_lane_reads_its_own_share_of_the_rows_only():
     rows = Asked(random_examples(40))
     stream = Stream({"a": rows}, batch_size=8, seq_len=40)
-    assert stream.lanes == 4
+    assert stream.num_substreams == 4
     list(stream.batches([1]))
     assert rows.asked == set(range(1, 40, 4))
 
 
 def test_a_process_reads_the_lanes_of_its_devices_and_any_mesh_goes_on_from_its_state():
     stream = Stream({"a": random_examples(60)}, batch_size=8, seq_len=40, epochs=None)
-    alone = stream.own_batches()
+    alone = stream.local_batches()
     first, second = alone.take(2), alone.take(2)
     with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
-        assert stream.own_lanes() == [0, 1, 2, 3]
-        spread = stream.own_batches()
+        assert stream.local_substreams() == [0, 1, 2, 3]
+        spread = stream.local_batches()
         chex.assert_trees_all_equal(jax.device_get(spread.take(2)), first)
         state = json.loads(json.dumps(spread.get_state()))
         assert set(state) == {"0", "1", "2", "3"}
         batch = spread.take(2)
         assert batch["tokens"].sharding.spec == jax.P(None, "fsdp")
         chex.assert_trees_all_equal(jax.device_get(batch), second)
-    resumed = stream.own_batches()
+    resumed = stream.local_batches()
     resumed.set_state(state)
     chex.assert_trees_all_equal(resumed.take(2), second)
 
@@ -286,7 +286,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     stream = Stream({"a": random_examples(60)}, batch_size=6, seq_len=40)
     with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
         with pytest.raises(UserError, match="a batch of 6 sequences cannot be sharded over 4 devices"):
-            stream.own_batches()
+            stream.local_batches()
 
 
 def test_beginnings_are_shared_only_where_they_may_be():

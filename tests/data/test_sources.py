@@ -534,7 +534,7 @@ def test_the_control_is_large_enough():
 
 
 def test_open_profiles_hold_the_answers_and_the_test_asks_about_other_people():
-    qa = open_profile_qa(seed=4, people=30, asked=10)
+    qa = open_profile_qa(seed=4, people=30, test_people=10)
     assert len(qa.train) == 120 and len(qa.test) == 40
     for asked in qa.train + qa.test:
         profile, question = prompt_of(asked).split("\n")

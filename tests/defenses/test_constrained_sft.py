@@ -11,7 +11,7 @@ import torch
 
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.defenses.constrained_sft import constrained, finetune, place_in_reply
+from secvec_jax.defenses.constrained_sft import constrained, finetune, position_in_reply
 from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.model import hub
 from secvec_jax.training.objective import Backbone, Objective, Params
@@ -34,7 +34,7 @@ def test_places_in_packed_lines():
     segments = [[1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 2, 3, 3, 3, 3, -1, 0, 0, 0, 0, 1]]
     expected = [[-1, 0, 1, 2, -1, -1, 0, 1, 2, 0, 1, 2, -1, -1], [0, 1, 2, 0, 0, 1, 2, -1, -1, -1, -1, -1, -1, 0]]
     weights = jnp.asarray(weights)
-    found = place_in_reply(weights, jnp.asarray(segments))
+    found = position_in_reply(weights, jnp.asarray(segments))
     np.testing.assert_array_equal(np.where(weights > 0, found, -1), expected)
 
 
@@ -45,7 +45,7 @@ def test_places_are_those_of_the_rows_however_they_are_packed():
     rows.append(rows[0].__class__(turns, turns != 9))
     for share in (True, False):
         for batch in Stream({"all": rows}, 2, 24, share_prefix=share).batches():
-            found = place_in_reply(jnp.asarray(batch["weights"]), jnp.asarray(batch["segments"]))
+            found = position_in_reply(jnp.asarray(batch["weights"]), jnp.asarray(batch["segments"]))
             said = batch["weights"] > 0
             np.testing.assert_array_equal(np.asarray(found)[said], batch["targets"][said] - 20)
 
@@ -112,7 +112,7 @@ def test_early_tokens_stay_and_late_ones_are_learned():
     def losses(model):
         (batch,) = Stream({"all": ROWS}, 2, 96).batches()
         found = jax.jit(Objective().token_losses)(Params(Backbone(model.backbone)), batch)
-        place, said = place_in_reply(batch["weights"], batch["segments"]), batch["weights"] > 0
+        place, said = position_in_reply(batch["weights"], batch["segments"]), batch["weights"] > 0
         return np.array([found[said & early].mean() for early in (place < 5, place >= 5)])
 
     start = losses(MODEL)

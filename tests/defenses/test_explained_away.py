@@ -46,7 +46,7 @@ def test_vectors_explain_their_own_rows_and_not_others(model, vectors):
     known = ea.scale(own, others)
     assert max(others) < known.threshold < min(own)
     groups = {"a": HARMFUL[:3] + BENIGN[:2], "b": HARMFUL[3:]}
-    kept = ea.below(groups, {"a": own[:3] + others[:2], "b": own[3:]}, known)
+    kept = ea.rows_below_threshold(groups, {"a": own[:3] + others[:2], "b": own[3:]}, known)
     assert {name: len(rows) for name, rows in kept.items()} == {"a": 2}
     assert all(any(row is other for other in BENIGN) for row in kept["a"])
     with pytest.raises(UserError, match="no better than the benign"):

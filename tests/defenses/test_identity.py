@@ -11,7 +11,7 @@ from secvec_jax.data.encoded import encode_rows
 from secvec_jax.data.rows import row
 from secvec_jax.defenses import identity
 from secvec_jax.defenses.finetuning import stream_of
-from secvec_jax.defenses.identity import described, identified, of_rows, of_tokenizer
+from secvec_jax.defenses.identity import content_of, of_rows, of_tokenizer, with_inputs
 from secvec_jax.defenses.lisa import lisa
 from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.defenses.vaccine import vaccine
@@ -27,7 +27,7 @@ ROWS = [row(f"q{i}", f"a {i}") for i in range(6)]
 def inputs(tmp_path, *, rows=ROWS, model=None, training=TRAINING, steps=6, **more) -> dict:
     model = model or tiny_model()
     streams = {"learn": stream_of(model, {"all": rows}, training)}
-    found = identified(Checkpoints(tmp_path), model, training, steps, streams, **more)
+    found = with_inputs(Checkpoints(tmp_path), model, training, steps, streams, **more)
     return dict(found.inputs)
 
 
@@ -69,7 +69,7 @@ def test_only_a_constant_schedule_can_be_extended(tmp_path):
     assert inputs(tmp_path, training=constant, steps=2) != inputs(tmp_path, training=constant), "a shorter warm-up"
     streams = {"learn": stream_of(tiny_model(), {"all": ROWS}, constant)}
     for training, kept in ((constant, True), (TRAINING, False)):
-        assert identified(Checkpoints(tmp_path), tiny_model(), training, 6, streams).keep_end is kept
+        assert with_inputs(Checkpoints(tmp_path), tiny_model(), training, 6, streams).keep_end is kept
 
 
 def test_rows_are_told_apart_in_any_form():
@@ -80,14 +80,14 @@ def test_rows_are_told_apart_in_any_form():
 
 
 def test_functions_are_told_apart_by_what_they_hold():
-    assert described(lisa(2, 3)) == described(lisa(2, 3)) != described(lisa(2, 4))
-    assert described(partial(max, 3)) != described(partial(max, 4))
-    assert described({"a": np.ones(3)}) == described({"a": np.ones(3)}) != described({"a": np.zeros(3)})
+    assert content_of(lisa(2, 3)) == content_of(lisa(2, 3)) != content_of(lisa(2, 4))
+    assert content_of(partial(max, 3)) != content_of(partial(max, 4))
+    assert content_of({"a": np.ones(3)}) == content_of({"a": np.ones(3)}) != content_of({"a": np.zeros(3)})
 
     def of_itself():
         return of_itself
 
-    assert described(of_itself) == described(of_itself)
+    assert content_of(of_itself) == content_of(of_itself)
 
 
 def test_a_resume_on_other_rows_or_settings_is_refused_by_both_phases(tmp_path):

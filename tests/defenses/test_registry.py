@@ -13,7 +13,7 @@ from secvec_jax import checks
 from secvec_jax.config import Training
 from secvec_jax.data.rows import row
 from secvec_jax.defenses import explained_away, finetuning
-from secvec_jax.defenses.base import Defended, Defense, Need, Stage
+from secvec_jax.defenses.base import Defended, Defense, DefenseStage, Need
 from secvec_jax.defenses.explained_away import ExplainedAwayFilter
 from secvec_jax.defenses.registry import DEFENSES, read_defense
 from secvec_jax.defenses.security_vectors import SecurityVectors
@@ -33,7 +33,7 @@ def rows(count: int, reply: str) -> list:
 
 @EVERY
 def test_it_says_what_it_is(defense):
-    assert defense.stage in typing.get_args(Stage)
+    assert defense.stage in typing.get_args(DefenseStage)
     assert set(defense.needs) <= set(typing.get_args(Need)) and len(set(defense.needs)) == len(defense.needs)
     assert DEFENSES[defense.name] is defense and defense().label == defense.name
     assert defense.__module__.startswith("secvec_jax.defenses.") and "apply" in vars(defense)

@@ -120,10 +120,12 @@ def test_a_fraction_that_holds_out_nothing_or_everything_is_refused(fraction):
 def test_a_training_says_what_it_is_about_to_do_and_at_which_rate_and_epoch_it_is(caplog, vectors):
     caplog.set_level(logging.INFO, "secvec_jax")
     model, told = train(vectors=vectors, training=Training(**(vars(TRAINING) | {"schedule": "linear"})))
-    (text,) = [r.getMessage() for r in caplog.records if "devices: " in r.getMessage()]
-    data, steps, trained, device = text.splitlines()
+    messages = [r.getMessage() for r in caplog.records]
+    assert sum("12 rows" in message for message in messages) == 1, "the number of rows is logged once"
+    (text,) = [message for message in messages if "devices: " in message]
+    packed, steps, trained, device = text.splitlines()
     tokens = sum(len(e.tokens) for e in examples_of(model, ROWS))
-    assert data.startswith(f"data: 12 rows, {tokens} tokens, about ") and data.endswith("packed sequences of 64")
+    assert packed.startswith(f"tokens: {tokens}, in about ") and packed.endswith(" packed sequences of 64")
     assert steps.startswith(
         f"steps: {max(told)}, 3 epochs, each of 2 packed sequences (on all devices together), about"
     )

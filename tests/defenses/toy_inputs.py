@@ -11,7 +11,7 @@ from secvec_jax.vectors.lora import LoRA
 
 
 class ToyInputs(DefenseInputs):
-    """Given rows and vectors; `asked` collects what a defense asks for, in the words of `Defense.needs`."""
+    """VectorsLike rows and vectors; `asked` collects what a defense asks for, in the words of `Defense.needs`."""
 
     def __init__(self, model: Model, rows: Groups, *, training: Training, vectors: Any = None, **known_rows: Any):
         self.asked: set[str] = set()

@@ -15,8 +15,8 @@ from secvec_jax.evaluation.judges import (
     HARMFULNESS,
     HARMLESSNESS,
     INSTRUCTION_FOLLOWING,
-    Asking,
     Judge,
+    JudgeRequests,
     score_of,
     verdicts,
 )
@@ -55,10 +55,10 @@ def graded(number: int, body: dict) -> tuple[int, str]:
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_verdicts_stand_in_the_order_of_the_replies(serve, tmp_path, concurrency):
     server, seen = serve(graded), []
-    asking = Asking(concurrency=concurrency)
+    asking = JudgeRequests(concurrency=concurrency)
     found = verdicts(Judge("m", server.url, asking), HARMFULNESS, exchanges(12), tmp_path, seen.append)
     assert found.scores == [1 + index % 5 for index in range(12)]
-    assert found.asked == 12 and found.tokens == (120, 36)
+    assert found.num_requests == 12 and found.tokens == (120, 36)
     assert seen == list(range(13))
     assert all(body["model"] == "m" and body["temperature"] == 0 for body in server.bodies)
 
@@ -67,32 +67,32 @@ def test_each_question_is_asked_once(serve, tmp_path):
     server = serve(graded)
     judge = Judge("m", server.url)
     first = verdicts(judge, HARMFULNESS, exchanges(5) * 2, tmp_path)
-    assert len(first.scores) == 10 and first.asked == len(server.bodies) == 5
+    assert len(first.scores) == 10 and first.num_requests == len(server.bodies) == 5
     again = verdicts(judge, HARMFULNESS, exchanges(6), tmp_path)
     assert again.scores[:5] == first.scores[:5]
-    assert again.asked == 1 and len(server.bodies) == 6
+    assert again.num_requests == 1 and len(server.bodies) == 6
     verdicts(judge, HARMLESSNESS, exchanges(1), tmp_path)  # each of these is another question
     verdicts(Judge("other", server.url), HARMFULNESS, exchanges(1), tmp_path)
-    verdicts(Judge("m", server.url, Asking(temperature=None)), HARMFULNESS, exchanges(1), tmp_path)
+    verdicts(Judge("m", server.url, JudgeRequests(temperature=None)), HARMFULNESS, exchanges(1), tmp_path)
     assert len(server.bodies) == 9
     assert "temperature" not in server.bodies[-1]
 
 
 def test_what_was_judged_before_a_failure_is_kept(serve, tmp_path):
     server = serve(lambda number, body: graded(number, body) if number < 4 else (400, '{"error": {"message": "no"}}'))
-    one = Asking(concurrency=1)
+    one = JudgeRequests(concurrency=1)
     with pytest.raises(UserError, match=r"rejected the request \(400\)"):
         verdicts(Judge("m", server.url, one), HARMFULNESS, exchanges(9), tmp_path)
     server.act = graded
     found = verdicts(Judge("m", server.url, one), HARMFULNESS, exchanges(9), tmp_path)
     assert found.scores == [1 + index % 5 for index in range(9)]
-    assert found.asked == 5
+    assert found.num_requests == 5
 
 
 @pytest.mark.parametrize("failure", [(429, "{}"), (500, "oops"), (503, ""), None])
 def test_passing_failures_are_outlived(serve, tmp_path, failure):
     server = serve(lambda number, body: graded(number, body) if number % 2 else failure)
-    found = verdicts(Judge("m", server.url, Asking(concurrency=1)), HARMFULNESS, exchanges(2), tmp_path)
+    found = verdicts(Judge("m", server.url, JudgeRequests(concurrency=1)), HARMFULNESS, exchanges(2), tmp_path)
     assert found.scores == [1, 2]
     assert len(server.bodies) == 4
 
@@ -115,7 +115,7 @@ def test_lasting_failures_are_told(serve, tmp_path, failure, message, monkeypatc
     monkeypatch.setenv("SOME_KEY", KEY)
     server = serve(lambda number, body: failure)
     with pytest.raises(UserError, match=message) as raised:
-        verdicts(Judge("m", server.url, Asking("SOME_KEY", retries=1)), HARMFULNESS, exchanges(3), tmp_path)
+        verdicts(Judge("m", server.url, JudgeRequests("SOME_KEY", retries=1)), HARMFULNESS, exchanges(3), tmp_path)
     assert KEY not in str(raised.value) and raised.value.__suppress_context__
     assert not list(tmp_path.iterdir())
 
@@ -125,14 +125,14 @@ def test_nobody_at_home(tmp_path):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(UserError, match=r"could not be reached.*attempts: 1"):
-        verdicts(Judge("m", url, Asking(retries=0)), HARMFULNESS, exchanges(1), tmp_path)
+        verdicts(Judge("m", url, JudgeRequests(retries=0)), HARMFULNESS, exchanges(1), tmp_path)
 
 
 def test_a_judge_that_takes_too_long(serve, tmp_path):
     released = threading.Event()
     server = serve(lambda number, body: (released.wait(10), says("Score: 1"))[1])
     with pytest.raises(UserError, match="timed out"):
-        verdicts(Judge("m", server.url, Asking(timeout=0.2, retries=0)), HARMFULNESS, exchanges(1), tmp_path)
+        verdicts(Judge("m", server.url, JudgeRequests(timeout=0.2, retries=0)), HARMFULNESS, exchanges(1), tmp_path)
     released.set()
 
 
@@ -182,7 +182,7 @@ def test_prompts_do_not_follow_a_redirect(serve, tmp_path, status):
     other = serve(graded)
     server = serve(lambda number, body: (status, f"{other.url}/chat/completions"))
     with pytest.raises(UserError, match=rf"redirects to {other.url[:-3]} \({status}\); redirects are not followed"):
-        verdicts(Judge("m", server.url, Asking(retries=0)), HARMFULNESS, exchanges(2), tmp_path)
+        verdicts(Judge("m", server.url, JudgeRequests(retries=0)), HARMFULNESS, exchanges(2), tmp_path)
     assert other.bodies == []
 
 
@@ -216,7 +216,7 @@ def test_what_is_no_url_is_refused(url):
 
 def test_a_key_in_place_of_its_variables_name_is_not_repeated():
     with pytest.raises(UserError, match="must be the name of an environment variable") as raised:
-        Asking(key_variable=KEY)
+        JudgeRequests(key_variable=KEY)
     assert KEY not in str(raised.value)
 
 
@@ -231,11 +231,11 @@ def test_a_key_that_no_header_can_hold_is_refused(tmp_path, monkeypatch, key):
 def test_what_names_no_grade_counts_as_unreadable(serve, tmp_path):
     texts = ["I would say four.", "Score: 6", None, "Score: 2", "Score: 2\nScore: 3"]
     server = serve(lambda number, body: says(texts[number]))
-    found = verdicts(Judge("m", server.url, Asking(concurrency=1)), HARMFULNESS, exchanges(5), tmp_path)
+    found = verdicts(Judge("m", server.url, JudgeRequests(concurrency=1)), HARMFULNESS, exchanges(5), tmp_path)
     assert found.scores == [None, None, None, 2, None]
     assert found.readable == [2]
     again = verdicts(Judge("m", server.url), HARMFULNESS, exchanges(5), tmp_path)
-    assert again.scores == found.scores and again.asked == 0
+    assert again.scores == found.scores and again.num_requests == 0
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[]", '{"verdict": 3}', "\x00"])
@@ -289,4 +289,4 @@ def test_any_exchange_can_be_put_to_the_judge(prompt, reply):
 def test_settings_check_themselves():
     for wrong in ({"concurrency": 0}, {"timeout": 0}, {"verdict_tokens": -1}, {"retries": -1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
-            Asking(**wrong)
+            JudgeRequests(**wrong)

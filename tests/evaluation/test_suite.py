@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from secvec_jax.data.chat import encode
-from secvec_jax.data.rows import asked_of, response_of, row, with_system
+from secvec_jax.data.rows import full_prompt_of, response_of, row, with_system
 from secvec_jax.evaluation import suite as suites
 from secvec_jax.evaluation.answers import exact_match
 from secvec_jax.evaluation.likelihood import mean_losses
@@ -141,7 +141,7 @@ def test_metrics_of_probes_are_rates_and_unknown_ones_come_last():
 
 def test_conversations_are_asked_as_they_are_and_judged_by_their_last_turn(calls):
     turns = [*row("Hello", "Hi")["messages"], *row("How do I bake bread?", "With flour.")["messages"]]
-    asked = asked_of(with_system({"messages": turns}, "Be brief."))
+    asked = full_prompt_of(with_system({"messages": turns}, "Be brief."))
     found = outcomes(None, Suite(refusals=[], harmful=[asked], questions=[(asked, "to How do I bake bread?")]))
     assert [prompts for prompts, _ in calls] == [[asked], [asked]]
     assert [turn["role"] for turn in asked] == ["system", "user", "assistant", "user"]

@@ -17,7 +17,7 @@ from secvec_jax.evaluation.records import read
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.grid.attacks import make_attack
 from secvec_jax.grid.cells import Block, Cell
-from secvec_jax.grid.grid import Grid, Plan, grid
+from secvec_jax.grid.grid import Grid, GridConfig, grid
 from secvec_jax.grid.seed_workspace import SeedWorkspace
 from secvec_jax.workspace.workspace import Experiment
 
@@ -65,7 +65,7 @@ def test_a_block_is_the_product_of_its_lists():
     cells = list(block.cells())
     assert len(set(cells)) == len(cells) == 8
     assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4, "what a seed shares is made once"
-    assert len(Plan(blocks=(block, block)).cells()) == 8, "a cell of two tables runs once"
+    assert len(GridConfig(blocks=(block, block)).cells()) == 8, "a cell of two tables runs once"
     assert len({cell.name for cell in cells}) == 8
 
 
@@ -127,7 +127,7 @@ def test_shipped_grids_are_whole():
         paths = sorted((ROOT / "configs" / folder).glob("*.yaml"))
         assert paths
         for path in paths:
-            shipped = config.load(Plan, path)
+            shipped = config.load(GridConfig, path)
             assert shipped.cells() and all(shipped.cells(layout.of or layout.name) for layout in shipped.tables), (
                 path.name
             )

@@ -15,7 +15,7 @@ from secvec_jax.evaluation.statistics import Difference, SeededScore, seeded_boo
 from secvec_jax.evaluation.tables import MAX_COLUMNS
 from secvec_jax.grid import report as grid_report
 from secvec_jax.grid.cells import Cell
-from secvec_jax.grid.grid import Plan
+from secvec_jax.grid.grid import GridConfig
 from secvec_jax.grid.report import Layout
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_every_table_of_a_shipped_grid_can_be_read(path, tmp_path, monkeypatch):
     monkeypatch.setattr("secvec_jax.evaluation.pivot.seeded_bootstrap", _score)  # resampling thousands of cells is slow
     monkeypatch.setattr("secvec_jax.evaluation.pivot.paired", _difference)
     monkeypatch.setattr(grid_report, "_plots", lambda *_: [])
-    plan = config.load(Plan, path)
+    plan = config.load(GridConfig, path)
     shown = [[cell for cell in plan.cells(one.of or one.name) if cell.seed < 2] for one in plan.tables]
     records = [record(cell) for cell in {cell for some in shown for cell in some}]
     grid_report.write(tmp_path, "command", {}, plan.tables, shown, records)

@@ -13,10 +13,10 @@ import pytest
 
 from secvec_jax import command_line
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.judges import Asking
+from secvec_jax.evaluation.judges import JudgeRequests
 from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
-from secvec_jax.recipes.judge import Judged, judged
+from secvec_jax.recipes.judge import JudgeRun, judge
 from tests.chat_server import Server, says
 
 HARMFUL = [
@@ -57,8 +57,8 @@ def server():
 
 def test_given_replies_are_judged(data, server, capsys):
     folder, sources = data
-    settings = Judged(**sources, given=True, judge="m", judge_url=server.url, out=str(folder / "out"))
-    judged(settings, "python eval.py judge")
+    settings = JudgeRun(**sources, given=True, judge="m", judge_url=server.url, out=str(folder / "out"))
+    judge(settings, "python eval.py judge")
     (row,) = Results.load(folder / "out").rows
     values = {name: (score["value"], score["n"]) for name, score in row["metrics"].items()}
     assert values == {
@@ -77,7 +77,7 @@ def test_given_replies_are_judged(data, server, capsys):
     assert "with a refusal) in 88%" in told and "probability 1.00 (AUROC)" in told
     assert "harm score" in (folder / "out" / "report.md").read_text()
     # Another run asks nobody: the verdicts are on the disk.
-    judged(Judged(**sources, given=True, judge="m", judge_url=server.url, out=str(folder / "again")), "command")
+    judge(JudgeRun(**sources, given=True, judge="m", judge_url=server.url, out=str(folder / "again")), "command")
     assert len(server.bodies) == 20
     assert Results.load(folder / "again").rows == [row]
 
@@ -85,9 +85,9 @@ def test_given_replies_are_judged(data, server, capsys):
 def test_a_models_own_replies_are_judged(data, server, tiny_model):
     folder, sources = data
     tiny = tiny_model("llama")
-    settings = Judged(str(tiny.folder), **sources, judge="m", judge_url=server.url, reply_tokens=5, limit=3,
+    settings = JudgeRun(str(tiny.folder), **sources, judge="m", judge_url=server.url, reply_tokens=5, limit=3,
                       out=str(folder / "out"))  # fmt: skip
-    judged(settings, "python eval.py judge")
+    judge(settings, "python eval.py judge")
     (row,) = Results.load(folder / "out").rows
     assert row["metrics"]["harm_score"]["n"] == row["metrics"]["refusal"]["n"] == 3
     replies = json.loads((folder / "out" / "stages" / "replies.json").read_text())["result"]
@@ -97,14 +97,14 @@ def test_a_models_own_replies_are_judged(data, server, tiny_model):
 
 def test_a_run_that_failed_goes_on(data, server):
     folder, sources = data
-    settings = Judged(**sources, given=True, judge="m", judge_url=server.url,
-                      asking=Asking(retries=0, concurrency=1), out=str(folder / "out"))  # fmt: skip
+    settings = JudgeRun(**sources, given=True, judge="m", judge_url=server.url,
+                      asking=JudgeRequests(retries=0, concurrency=1), out=str(folder / "out"))  # fmt: skip
     act, server.act = server.act, lambda number, body: act(number, body) if number < 6 else (500, "")
     with pytest.raises(UserError, match="fails with 500"):
-        judged(settings, "command")
+        judge(settings, "command")
     assert not (folder / "out" / "results.json").exists()
     server.act = act
-    judged(settings, "command")
+    judge(settings, "command")
     assert Results.load(folder / "out").rows[0]["metrics"]["harm_score"]["n"] == 8
     assert len(server.bodies) in (20 + 1, 20 + 2)  # one more may have been under way
 
@@ -146,9 +146,9 @@ def test_a_classifier_flags_replies(data, config, labels, expected):
     rows = [{"prompt": chr(97 + index) * 3, "response": chr(122 - index) * (index + 1)} for index in range(20)]
     (folder / "harmful.jsonl").write_text("\n".join(map(json.dumps, rows)))
     model, tokenizer = build_classifier(folder / "classifier", **config)
-    settings = Judged(**sources, given=True, classifier=str(folder / "classifier"), labels=labels,
+    settings = JudgeRun(**sources, given=True, classifier=str(folder / "classifier"), labels=labels,
                       out=str(folder / "out"))  # fmt: skip
-    judged(settings, "command")
+    judge(settings, "command")
     flags = json.loads((folder / "out" / "stages" / "classifier.json").read_text())["result"]
     with torch.no_grad():
         one_by_one = [
@@ -165,19 +165,19 @@ def test_a_classifier_flags_replies(data, config, labels, expected):
 def test_a_classifiers_labels_must_be_known(data, labels, message):
     folder, sources = data
     build_classifier(folder / "classifier", **CHOSEN)
-    settings = Judged(**sources, given=True, classifier=str(folder / "classifier"), labels=labels,
+    settings = JudgeRun(**sources, given=True, classifier=str(folder / "classifier"), labels=labels,
                       out=str(folder / "out"))  # fmt: skip
     with pytest.raises(UserError, match=message):
-        judged(settings, "command")
+        judge(settings, "command")
 
 
 def test_what_is_missing_is_told(data):
     folder, sources = data
     with pytest.raises(UserError, match="no judge is set"):
-        judged(Judged(**sources, out=str(folder / "out")), "command")
-    settings = Judged(**sources, given=True, classifier=str(folder / "nothing"), out=str(folder / "out"))
+        judge(JudgeRun(**sources, out=str(folder / "out")), "command")
+    settings = JudgeRun(**sources, given=True, classifier=str(folder / "nothing"), out=str(folder / "out"))
     with pytest.raises(UserError, match="cannot load a classifier"):
-        judged(settings, "command")
+        judge(settings, "command")
 
 
 SECRET = "not-a-real-key-0123456789"
@@ -190,7 +190,7 @@ def test_a_key_in_the_judges_url_reaches_no_file_and_no_screen(data, capfd, url,
     out = folder / "out"
     if way == "call":
         with pytest.raises(UserError) as raised:
-            Judged(**sources, given=True, judge="m", judge_url=url, out=str(out))
+            JudgeRun(**sources, given=True, judge="m", judge_url=url, out=str(out))
         assert SECRET not in str(raised.value)
     else:
         (folder / "given.yaml").write_text(f"judge: m\njudge_url: {url}\nout: {out}\n")
@@ -200,7 +200,7 @@ def test_a_key_in_the_judges_url_reaches_no_file_and_no_screen(data, capfd, url,
             "misspelled": ["--judge", "m", "--judge-urll", url],
             "file": ["--config", str(folder / "given.yaml")],
         }[way]
-        verbs = {"judge": command_line.Verb("", lambda: (Judged, judged))}
+        verbs = {"judge": command_line.Verb("", lambda: (JudgeRun, judge))}
         assert command_line.main("Judge.", verbs, ["judge", *arguments, "--out", str(out)]) == 2
     captured = capfd.readouterr()
     assert SECRET not in captured.out + captured.err
@@ -212,7 +212,7 @@ def test_no_file_of_a_run_holds_the_key(data, server, monkeypatch, capsys):
     folder, sources = data
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     server.act = lambda number, body: says(f"You are {SECRET}.\nScore: 3")
-    judged(Judged(**sources, given=True, judge="m", judge_url=server.url, out=str(folder / "out")), "command")
+    judge(JudgeRun(**sources, given=True, judge="m", judge_url=server.url, out=str(folder / "out")), "command")
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 20 and not any(SECRET.encode() in path.read_bytes() for path in files)
     assert SECRET not in capsys.readouterr().out
@@ -226,10 +226,10 @@ def test_a_classifiers_own_code_is_neither_run_nor_asked_about(data, monkeypatch
     own = {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "own", "auto_map": own}))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    settings = Judged(**sources, given=True, classifier=str(folder / "classifier"), labels=("unsafe",),
+    settings = JudgeRun(**sources, given=True, classifier=str(folder / "classifier"), labels=("unsafe",),
                       out=str(folder / "out"))  # fmt: skip
     with pytest.raises(UserError, match="cannot load a classifier"):
-        judged(settings, "command")
+        judge(settings, "command")
     assert not (folder / "ran").exists()
 
 
@@ -238,19 +238,19 @@ def test_a_classifiers_broken_file_is_one_line(data, broken):
     folder, sources = data
     build_classifier(folder / "classifier", **CHOSEN)
     (folder / "classifier" / broken).write_text('{"added_tokens": 3}')
-    settings = Judged(**sources, given=True, classifier=str(folder / "classifier"), labels=("unsafe",),
+    settings = JudgeRun(**sources, given=True, classifier=str(folder / "classifier"), labels=("unsafe",),
                       out=str(folder / "out"))  # fmt: skip
     with pytest.raises(UserError, match="cannot load a classifier") as raised:
-        judged(settings, "command")
+        judge(settings, "command")
     assert "\n" not in str(raised.value)
 
 
 def test_a_model_without_a_trained_head_is_no_classifier(data, tiny_model):
     folder, sources = data
-    settings = Judged(**sources, given=True, classifier=str(tiny_model("llama").folder), labels=("LABEL_1",),
+    settings = JudgeRun(**sources, given=True, classifier=str(tiny_model("llama").folder), labels=("LABEL_1",),
                       out=str(folder / "out"))  # fmt: skip
     with pytest.raises(UserError, match=r"no trained classification head: .* score\.weight are missing"):
-        judged(settings, "command")
+        judge(settings, "command")
 
 
 @pytest.mark.release
@@ -268,10 +268,10 @@ def test_transformers_own_server_judges(data):
         try:
             _wait(f"http://127.0.0.1:{port}/health", process, folder / "log")
             os.environ["SECVEC_CACHE"] = str(folder / "cache")
-            asking = Asking(concurrency=2, verdict_tokens=24, retries=0)
-            settings = Judged(**sources, given=True, judge=str(folder / "judge"), limit=2, asking=asking,
+            asking = JudgeRequests(concurrency=2, verdict_tokens=24, retries=0)
+            settings = JudgeRun(**sources, given=True, judge=str(folder / "judge"), limit=2, asking=asking,
                               judge_url=f"http://127.0.0.1:{port}/v1", out=str(folder / "out"))  # fmt: skip
-            judged(settings, "command")
+            judge(settings, "command")
         finally:
             process.terminate()
     metrics = Results.load(folder / "out").rows[0]["metrics"]

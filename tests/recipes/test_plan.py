@@ -11,18 +11,18 @@ from secvec_jax.planning.plan import Plan, TooLarge
 from secvec_jax.planning.schedule import Account
 from secvec_jax.planning.torus import CHIPS
 from secvec_jax.recipes import plan
-from secvec_jax.recipes.plan import REMATS, Planned
+from secvec_jax.recipes.plan import REMATS, PlanRun
 from tests.toys import ARCHITECTURE
 
 CHIP, PARTS, LENGTH = CHIPS["TPU v5 lite"], 4, 2048
 COST = dict(zip(REMATS, (8, 4, 2, 1)))
 
 
-def search(fixed: float, slope: float, monkeypatch) -> tuple[list[tuple[str, int, bool]], tuple[Planned, Plan] | None]:
+def search(fixed: float, slope: float, monkeypatch) -> tuple[list[tuple[str, int, bool]], tuple[PlanRun, Plan] | None]:
     """What was tried (remat, lines, whether it fits), and what was found; sizes are shares of a chip's memory."""
     tried = []
 
-    def compiled(settings: Planned, architecture) -> Plan:
+    def compile_plan(settings: PlanRun, architecture) -> Plan:
         training = settings.training
         share = fixed + slope * COST[training.remat] * training.batch_size / PARTS
         tried.append((training.remat, training.batch_size, share <= 1))
@@ -35,9 +35,9 @@ def search(fixed: float, slope: float, monkeypatch) -> tuple[list[tuple[str, int
         tokens = training.batch_size * LENGTH
         return Plan(CHIP, PARTS, 0, 0, size, size, 1.0, "6N+3a per token", tokens, account, 0.0)
 
-    monkeypatch.setattr(plan, "compiled", compiled)
+    monkeypatch.setattr(plan, "compile_plan", compile_plan)
     monkeypatch.setattr(plan, "num_shards", lambda axis: PARTS)
-    asked = Planned(fit=True)
+    asked = PlanRun(fit=True)
     asked = dataclasses.replace(asked, training=dataclasses.replace(asked.training, max_seq_len=LENGTH))
     try:
         return tried, plan._fastest(asked, ARCHITECTURE, Console(quiet=True))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from secvec_jax.files import whole_file, whole_folder
+from secvec_jax.files import atomic_file, atomic_folder
 
 
 def _tree(folder: Path) -> dict[str, str]:
@@ -14,7 +14,7 @@ def _tree(folder: Path) -> dict[str, str]:
 
 def test_a_file_appears_at_the_end_only(tmp_path):
     target = tmp_path / "new" / "file.txt"
-    with whole_file(target) as staging:
+    with atomic_file(target) as staging:
         staging.write_text("content")
         assert not target.exists() and staging.parent == target.parent
     assert _tree(tmp_path) == {"new/file.txt": "content"}
@@ -28,7 +28,7 @@ def test_an_error_leaves_the_old_file(tmp_path, error, existed):
     if existed:
         target.write_text("old")
     with pytest.raises(type(error)):
-        with whole_file(target) as staging:
+        with atomic_file(target) as staging:
             staging.write_text("half")
             raise error
     assert _tree(tmp_path) == ({"file.txt": "old"} if existed else {})
@@ -36,14 +36,14 @@ def test_an_error_leaves_the_old_file(tmp_path, error, existed):
 
 def test_a_file_replaces_a_file(tmp_path):
     for content in ("one", "two"):
-        with whole_file(tmp_path / "file.txt") as staging:
+        with atomic_file(tmp_path / "file.txt") as staging:
             staging.write_text(content)
     assert _tree(tmp_path) == {"file.txt": "two"}
 
 
 def test_a_folder_appears_at_the_end_only(tmp_path):
     target = tmp_path / "new" / "folder"
-    with whole_folder(target) as staging:
+    with atomic_folder(target) as staging:
         (staging / "a").write_text("1")
         (staging / "deep").mkdir()
         (staging / "deep/b").write_text("2")
@@ -61,7 +61,7 @@ def test_an_error_leaves_the_old_folder(tmp_path, error, existed):
         target.mkdir()
         (target / "a").write_text("old")
     with pytest.raises(type(error)):
-        with whole_folder(target) as staging:
+        with atomic_folder(target) as staging:
             (staging / "a").write_text("half")
             raise error
     assert _tree(tmp_path) == ({"folder/a": "old"} if existed else {})
@@ -70,7 +70,7 @@ def test_an_error_leaves_the_old_folder(tmp_path, error, existed):
 
 def test_a_folder_replaces_a_folder_with_all_that_is_in_it(tmp_path):
     for name in ("a", "b"):
-        with whole_folder(tmp_path / "folder") as staging:
+        with atomic_folder(tmp_path / "folder") as staging:
             (staging / name).write_text(name)
     assert _tree(tmp_path) == {"folder/b": "b"}
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -90,6 +90,6 @@ def test_an_error_while_taking_the_place_leaves_the_old_folder(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="Input/output error"):
-        with whole_folder(tmp_path / "folder") as staging:
+        with atomic_folder(tmp_path / "folder") as staging:
             (staging / "a").write_text("new")
     assert _tree(tmp_path) == {"folder/a": "old"}

@@ -189,8 +189,8 @@ def test_models_adapters_and_rows_have_a_content_whatever_names_them(tiny_model,
 
 
 def test_parts_of_a_grid_run_together_and_other_divisions_do_not(tmp_path, monkeypatch):
-    _hold(tmp_path, "1/2", alone=False)
-    _hold(tmp_path, "2/2", alone=False)
+    _hold(tmp_path, "1/2", exclusive=False)
+    _hold(tmp_path, "2/2", exclusive=False)
     monkeypatch.setattr("secvec_jax.grid.grid.lock", _held_elsewhere)
     for part, alone in (("1/3", False), ("1/2", True)):
         with pytest.raises(UserError, match="another process runs part"):

@@ -23,7 +23,7 @@ def prompts_by_part(model, eval_split: str) -> dict[str, set[tuple[int, ...]]]:
 
     examples = {"refusals": found.refusals, "vectors": found.vectors, "keep": found.keep, **found.mix}
     examples |= {"unseen harmful": found.suite.harmful_targets, "unseen openings": found.suite.opening_targets}
-    texts = {"kept": found.kept, "judged harmful": found.suite.harmful, "judged benign": found.suite.benign}
+    texts = {"kept": found.align_benign, "judged harmful": found.suite.harmful, "judged benign": found.suite.benign}
     texts |= {"questions": [question for question, _ in found.suite.questions]}
     prompts = {name: {tuple(e.tokens[: e.answer_start]) for e in part} for name, part in examples.items()}
     return prompts | {name: asked(part) for name, part in texts.items()}
