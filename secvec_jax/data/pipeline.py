@@ -2,7 +2,14 @@
 
 Several rows share one packed sequence of `seq_len` tokens; segment numbers keep them from attending to each other. The
 tokens with which all rows begin may be stored once per sequence (see `shared_prefix`). A row's forward pass and
-gradient are those of the row alone.
+gradient are those of the row alone. Two rows, `a b c d` and `e f g`, of which `c d` and `g` are replies, in a sequence
+of seven tokens:
+
+    tokens       a b c e f 0 0
+    targets      b c d f g 0 0      the token to predict
+    weights      0 1 1 0 1 0 0      whether its loss counts
+    segments     1 1 1 2 2 0 0      the row; 0: padding
+    positions    0 1 2 0 1 0 0      the place in the row
 
 A stream is divided into *substreams*. Each reads every n-th row and fills its own sequences of the batch. What a
 substream reads does not depend on the process that reads it, so a run's batches are the same on one device and on a
@@ -130,7 +137,7 @@ class _Substream:
         """The substream's sequences of every batch."""
         count, prefix = self._stream.sequences_per_substream, self.prefix
         keys = ("tokens", "targets", "weights", "groups")
-        packed = self._packed(_Lazy(len(self._lengths), self._record), keys)
+        packed = self._packed(_LazyRecords(len(self._lengths), self._record), keys)
         return packed.batch(count, batch_fn=lambda sequences: _collate(sequences, prefix, count))
 
     def count(self) -> int:
@@ -140,10 +147,10 @@ class _Substream:
         def blank(index: int) -> dict[str, np.ndarray]:
             return {"tokens": np.broadcast_to(np.int32(0), lengths[index])}
 
-        sequences = sum(1 for _ in self._packed(_Lazy(len(lengths), blank), ("tokens",)))
+        sequences = sum(1 for _ in self._packed(_LazyRecords(len(lengths), blank), ("tokens",)))
         return -(-sequences // self._stream.sequences_per_substream)
 
-    def _packed(self, records: "_Lazy", keys: Sequence[str]) -> grain.IterDataset:
+    def _packed(self, records: "_LazyRecords", keys: Sequence[str]) -> grain.IterDataset:
         stream = self._stream
         rows = grain.MapDataset.source(records).shuffle(seed=stream.seed + self._index).repeat(stream.epochs)
         return grain.experimental.FirstFitPackIterDataset(
@@ -159,10 +166,10 @@ class _Substream:
             index -= len(self._parts[kind][1])
             kind += 1
         examples, chosen = self._parts[kind]
-        return _record(kind, examples[chosen[index]], len(self.prefix))
+        return _arrays_to_pack(kind, examples[chosen[index]], len(self.prefix))
 
 
-class _Lazy(Sequence[dict[str, np.ndarray]]):
+class _LazyRecords(Sequence[dict[str, np.ndarray]]):
     """Records that are made on access."""
 
     def __init__(self, count: int, make: Any):
@@ -244,7 +251,7 @@ def _stacked(parts: Sequence[Batch]) -> Batch:
     return {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
 
 
-def _record(group: int, example: Example, skip: int) -> dict[str, np.ndarray]:
+def _arrays_to_pack(group: int, example: Example, skip: int) -> dict[str, np.ndarray]:
     """The arrays of an example to pack, without its first `skip` tokens."""
     tokens, supervised = example.tokens[skip:], example.supervised[skip:]
     token_weights = 1.0 if example.weights is None else example.weights[skip + 1 :]

@@ -21,7 +21,7 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.sharding import shard
-from secvec_jax.training.phase import Phase, merge
+from secvec_jax.training.phase import Phase, combine
 from secvec_jax.training.step import Loss, Metrics, TrainStep, make_train_step
 from secvec_jax.trees import Tree
 
@@ -67,6 +67,6 @@ def min_min(
         updated, frozen_now = phase.split(trained)
         updated, optimizer_state, metrics = train_step.step(updated, state["states"][name], frozen_now, batch)
         states = state["states"] | {name: optimizer_state}
-        return merge(updated, frozen_now), {"step": state["step"] + 1, "states": states}, metrics
+        return combine(updated, frozen_now), {"step": state["step"] + 1, "states": states}, metrics
 
     return Phase({"backbone": "train", "vectors": "train"}), TrainStep(init, step)

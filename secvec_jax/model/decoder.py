@@ -161,6 +161,7 @@ class Decoder(nnx.Module):
         segments, positions = _checked_inputs(tokens, None, positions)
         marked = cache.with_slots_marked(segments, positions)
         if unrolled is None:
+            # Attention reads the cache as it was: in a scan, the token's own key and value come as a further segment.
             hidden, new = self.prefill(tokens, segments, positions, adapters, cache, dtype)
             (part,) = cache.parts
             parts: tuple[KVSegment, ...] = (part.written(new, cache.length),)
@@ -206,9 +207,9 @@ class Decoder(nnx.Module):
         positions: jax.Array | None,
         adapters: tuple[Adapter, ...],
         options: ForwardOptions,
-        output: Callable[[LayerOutput], Any],
+        select: Callable[[LayerOutput], Any],
     ) -> tuple[jax.Array, Any]:
-        """The hidden states `[B, T, D]` of whole sequences, and `output` of every layer, stacked."""
+        """The hidden states `[B, T, D]` of whole sequences, and what `select` takes of each layer's output."""
         segments, positions = _checked_inputs(tokens, segments, positions)
         attention = partial(
             self_attention,
@@ -220,7 +221,7 @@ class Decoder(nnx.Module):
         )
         inputs_for = self._inputs_by_window(positions, attention)
         x = self._embedded(tokens, positions).astype(options.dtype)
-        return self._scan(x, adapters, (), inputs_for, output, options.remat)
+        return self._scan(x, adapters, (), inputs_for, select, options.remat)
 
     def _scan(
         self,
@@ -228,15 +229,15 @@ class Decoder(nnx.Module):
         adapters: tuple[Adapter, ...],
         cached: tuple[KVSegment, ...],
         inputs_for: InputsFor,
-        output: Callable[[LayerOutput], Any],
+        select: Callable[[LayerOutput], Any],
         remat: Remat = "none",
     ) -> tuple[jax.Array, Any]:
-        """All layers, one after the other in a scan, and the final norm."""
+        """All layers, one after the other in a scan, and the final norm; what `select` takes of each layer's output."""
 
         def layer(x: jax.Array, sliced: Any) -> tuple[jax.Array, Any]:
             block, adapters, cached, windowed = sliced
-            made = block(x, adapters, inputs_for(windowed)._replace(cached=cached))
-            return made.residual, output(made)
+            output = block(x, adapters, inputs_for(windowed)._replace(cached=cached))
+            return output.residual, select(output)
 
         windowed = self.architecture.windowed
         stacked = (self.layers, adapters, cached, None if windowed is None else jnp.asarray(windowed))
@@ -250,9 +251,9 @@ class Decoder(nnx.Module):
         windowed: Sequence[bool | None] = self.architecture.windowed or [None] * len(unrolled)
         parts = []
         for (block, adapters), part, local in zip(unrolled, cache.parts, windowed, strict=True):
-            made = block(x, adapters, inputs_for(local)._replace(cached=(part,), slot=cache.length))
-            x = made.residual
-            parts.append(made.kv)
+            output = block(x, adapters, inputs_for(local)._replace(cached=(part,), slot=cache.length))
+            x = output.residual
+            parts.append(output.kv)
         return self.final_norm(x), tuple(parts)
 
     def _embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:

@@ -82,11 +82,11 @@ class Linear(nnx.Module):
         """`[B, T, inputs]` -> `[B, T, outputs]`."""
         # Flat rows: XLA's CPU backend transposes three-dimensional operands for the gradient of a weight.
         rows = x.reshape(-1, x.shape[-1])
-        product: Callable[..., jax.Array] = partial(_product, self.projection)
+        compute: Callable[..., jax.Array] = partial(_product, self.projection)
         if adapters:
             # The backward pass makes the adapters' weight again: kept, it would be a second backbone.
-            product = jax.checkpoint(product, prevent_cse=False)
-        y = checkpoint_name(product(rows, self.kernel[...], adapters), PRODUCT)
+            compute = jax.checkpoint(compute, prevent_cse=False)
+        y = checkpoint_name(compute(rows, self.kernel[...], adapters), PRODUCT)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         for adapter in adapters:
@@ -138,8 +138,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, adapters: tuple[Adapter, ...], inputs: LayerInputs) -> tuple[jax.Array, KVSegment]:
         """The output `[B, T, D]` for hidden states `[B, T, D]`, and `LayerOutput.kv`."""
-        query = self._split_heads(self.q_proj(x, adapters))
-        key = self._split_heads(self.k_proj(x, adapters))
+        query = self._split_heads(self.q_proj(x, adapters))  # [B, T, query heads, H]
+        key = self._split_heads(self.k_proj(x, adapters))  # [B, T, key-value heads, H]
         value = self._split_heads(self.v_proj(x, adapters))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -149,15 +149,16 @@ class Attention(nnx.Module):
             key = rotate(key, inputs.positions, inputs.frequencies)
         if a.query_scalar not in (None, a.head_dim):
             query = query * math.sqrt(a.head_dim / a.query_scalar)  # attention divides by the root of the head's size
+        # As the products of attention read them: keys [B, heads, H, T], values [B, heads, T, H].
         kv = KVSegment(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
         if inputs.slot is None:
-            seen = (*inputs.cached, kv)
+            segments = (*inputs.cached, kv)
         else:
             (segment,) = inputs.cached
             kv = segment.written(kv, inputs.slot)
-            seen = (kv,)
-        keys, values = zip(*adapter_prefixes(adapters, x.dtype), *seen)
-        heads = inputs.attend(query, keys, values)
+            segments = (kv,)
+        keys, values = zip(*adapter_prefixes(adapters, x.dtype), *segments)
+        heads = inputs.attend(query, keys, values)  # [B, T, query heads, H]
         return self.o_proj(heads.reshape(*x.shape[:2], -1), adapters), kv
 
     def _split_heads(self, x: jax.Array) -> jax.Array:

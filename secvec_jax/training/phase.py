@@ -64,6 +64,6 @@ def _by_label(
     return optax.multi_transform(by_label, jax.tree.unflatten(structure, labels))
 
 
-def merge(trained: Tree, frozen: Tree) -> Tree:
-    """The parameters, merged from the two parts of `Phase.split`."""
+def combine(trained: Tree, frozen: Tree) -> Tree:
+    """The parameters again, from the two parts of `Phase.split`."""
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)

@@ -1,4 +1,14 @@
-"""The train step: forward pass with both trees, gradient and update of the trained part alone."""
+"""The train step: forward pass with both trees, gradient and update of the trained part alone.
+
+    trained, frozen = phase.split(params)
+    for micro in batch:                                     # gradient_of
+        gradients += grad of loss(combine(trained, frozen), micro) with respect to trained
+    updates, state = optimizer.update(gradients, state)     # step_from_gradient
+    trained = trained + updates
+
+All of it is one jitted program. The loss of a micro-batch is divided by the weights of the whole batch, so the sum of
+the gradients is the gradient of the whole.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -11,13 +21,12 @@ import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.sharding import device_kind, shard
-from secvec_jax.training.phase import merge
+from secvec_jax.training.phase import combine
 from secvec_jax.trees import Tree
 
 Metrics = dict[str, Any]
 Loss = Callable[[Tree, dict[str, Batch], dict[str, jax.Array]], tuple[jax.Array, Metrics]]
 Step = Callable[[Tree, Tree, Tree, dict[str, Batch]], tuple[Tree, Tree, Metrics]]
-
 
 Gradient = Callable[[Tree, Tree, dict[str, Batch]], tuple[Tree, Metrics]]
 """`(trained, frozen, batch)` -> the gradient with respect to the trained part, and the metrics, `loss` among them."""
@@ -34,7 +43,7 @@ class TrainStep(NamedTuple):
     takes: Callable[[int], Sequence[str]] | None = None
 
 
-_OPTIONS = {
+_COMPILER_OPTIONS = {
     # Gathers of weights and sums of gradients run alongside the products instead of before and after. For other
     # TPUs the compiler refuses this (libtpu 0.0.50) and says that results may be wrong.
     "TPU v5 lite": {
@@ -70,7 +79,7 @@ def step_from_gradient(gradient: Gradient, optimizer: optax.GradientTransformati
     metrics: sums and counts by name, `loss`, `grad_norm`.
     """
 
-    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_OPTIONS.get(device_kind()))
+    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_COMPILER_OPTIONS.get(device_kind()))
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         check_batch(batch)
         gradients, metrics = gradient(trained, frozen, batch)
@@ -109,14 +118,12 @@ def gradient_of(loss: Loss) -> Gradient:
     """The gradient of `loss` over all micro-batches of a batch."""
 
     def of_batch(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
-        for part in batch.values():
-            chex.assert_rank(part["tokens"], 3)
-            chex.assert_equal_shape(list(part.values()))
+        check_batch(batch)
         totals = {stream: jnp.maximum(part["weights"].sum(), 1.0) for stream, part in batch.items()}
 
         def gradient(micro: dict[str, Batch]) -> tuple[Tree, tuple[jax.Array, Metrics]]:
             def objective(trained: Tree) -> tuple[jax.Array, Metrics]:
-                return loss(merge(trained, frozen), micro, totals)
+                return loss(combine(trained, frozen), micro, totals)
 
             (value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
             return gradients, (value, metrics)

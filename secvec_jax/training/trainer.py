@@ -18,7 +18,7 @@ from secvec_jax.data.pipeline import Batches, Stream
 from secvec_jax.distributed import Consensus, all_max
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints, Store
-from secvec_jax.training.phase import Phase, merge
+from secvec_jax.training.phase import Phase, combine
 from secvec_jax.training.step import TrainStep
 from secvec_jax.training.validation import EVAL_LOSS, EarlyStopping, Validation
 from secvec_jax.trees import Tree
@@ -108,7 +108,7 @@ def fit(
             raise KeyboardInterrupt
         if store is not None and checkpoints is not None and checkpoints.best is not None and run.step:
             store.restore_best(run, last)
-    return merge(run.trained, frozen)
+    return combine(run.trained, frozen)
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from secvec_jax.batch import Batch
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.sharding import shard
 from secvec_jax.training.objective import LossSums, Objective
-from secvec_jax.training.phase import merge
+from secvec_jax.training.phase import combine
 from secvec_jax.trees import Tree
 
 EVAL_LOSS = "eval/loss"
@@ -60,7 +60,7 @@ class Validation:
 @partial(jax.jit, static_argnames=("objective",))
 def _added(objective: Objective, sums: LossSums, trained: Tree, frozen: Tree, batch: Batch) -> LossSums:
     """The sums with those of a batch `[1, B, T]`."""
-    params = merge(trained, frozen)
+    params = combine(trained, frozen)
     part = {key: array[0] for key, array in batch.items()}
     batch_sums = objective.by_group(objective.token_losses(params, part), part)
     return shard(jax.tree.map(jnp.add, sums, batch_sums))

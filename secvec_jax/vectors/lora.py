@@ -1,5 +1,9 @@
 """Security vectors as low-rank factors (LoRA, Hu et al. 2021), in a pytree separate from the backbone.
 
+    vectors = LoRA(rank=8).init(model.architecture, key)
+    hidden = model.backbone(tokens, adapters=(vectors,))    # with the vectors
+    merged = merge(model.backbone, vectors)                 # a backbone that computes the same
+
 At each target projection with weight W `[in, out]`, factors A `[in, r]` and B `[r, out]` and scale s, LoRA computes
 
     y  = x W + s (x A) B                          dx = dy Wᵀ + s (dy Bᵀ) Aᵀ
@@ -49,7 +53,7 @@ from secvec_jax.trees import num_parameters
 @checked
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters (LoRA, Hu et al. 2021); names and meanings follow PEFT's `LoraConfig`."""
+    """Low-rank adapters (LoRA, Hu et al. 2021); in PEFT's `LoraConfig`: r, lora_alpha, use_rslora, target_modules."""
 
     rank: PositiveInt = 8
     """rank of the factors"""

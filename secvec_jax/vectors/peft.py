@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +55,10 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
     tensors, arrays = {}, jax.tree.map(np.asarray, replicate(vectors).factors)
     for module, projections in modules.items():
         a = np.concatenate([arrays[projection]["a"] for projection in projections], axis=-1)
-        _, _, outputs = next(iter(projections.values()))
-        b = np.zeros((*a.shape[::2], outputs), a.dtype)
-        for i, (projection, (first, end, _)) in enumerate(projections.items()):
-            b[:, i * spec.rank : (i + 1) * spec.rank, first:end] = arrays[projection]["b"]
+        total = next(iter(projections.values())).total
+        b = np.zeros((*a.shape[::2], total), a.dtype)
+        for i, (projection, outputs) in enumerate(projections.items()):
+            b[:, i * spec.rank : (i + 1) * spec.rank, outputs.start : outputs.end] = arrays[projection]["b"]
         for name, array in (("A", a), ("B", b)):
             for layer, part in enumerate(array):
                 tensors[f"{module.format(layer)}.lora_{name}.weight"] = np.ascontiguousarray(part.T)
@@ -94,10 +95,11 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     try:
         for module, projections in modules.items():
             a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", layers[module], model) for name in "AB")
-            for i, (projection, (first, end, outputs)) in enumerate(projections.items()):
+            for i, (projection, outputs) in enumerate(projections.items()):
                 has_own_rank = is_own_format and len(projections) > 1
                 rank = slice(i * spec.rank, (i + 1) * spec.rank) if has_own_rank else slice(None)
-                rows = slice(first, end if end < outputs else None)  # the check below names what is too wide
+                # Up to the end, the last projection may be too wide: the check below names it.
+                rows = slice(outputs.start, outputs.end if outputs.end < outputs.total else None)
                 factors[projection] = {"a": a[..., rank], "b": b[:, rank, rows]}
     except KeyError as error:
         raise UserError(f"{folder} lacks {error}: the adapter is damaged, or was made for another model") from error
@@ -117,18 +119,23 @@ def _layers(tensors: Collection[str], module: str, count: int) -> set[int]:
     return {i for i in range(count) if any(f"{module.format(i)}.lora_{name}.weight" in tensors for name in "AB")}
 
 
-def _peft_modules(model: Model, projections: Collection[str]) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """PEFT's names of modules, with a `{}` for the layer -> the projections that they compute -> their outputs.
+class _Outputs(NamedTuple):
+    """Which of the `total` outputs of a module of PEFT are a projection's: from `start` to `end`, not included."""
 
-    Outputs are (start, end, total), with the end not included.
-    """
+    start: int
+    end: int
+    total: int
+
+
+def _peft_modules(model: Model, projections: Collection[str]) -> dict[str, dict[str, _Outputs]]:
+    """PEFT's names of modules, with a `{}` for the layer -> the projections that they compute -> their outputs."""
     names = weight_names(model.architecture)
-    modules: dict[str, dict[str, tuple[int, int, int]]] = {}
+    modules: dict[str, dict[str, _Outputs]] = {}
     for projection in model.architecture.projections:
         if projection in projections:
             name, width = names[f"layers.{projection}.kernel"], model.architecture.kernel_shape(projection)[1]
             module = f"base_model.model.{name.hf.removesuffix('.weight')}"
-            modules.setdefault(module, {})[projection] = name.rows or (0, width, width)
+            modules.setdefault(module, {})[projection] = _Outputs(*(name.rows or (0, width, width)))
     return modules
 
 

@@ -13,7 +13,7 @@ from secvec_jax.defenses.vaccine import Perturbation, perturbed, random_perturba
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import PROJECTIONS
 from secvec_jax.training.objective import Backbone, Objective, Params
-from secvec_jax.training.phase import merge
+from secvec_jax.training.phase import combine
 from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA
 
@@ -128,7 +128,7 @@ def test_the_step_moves_what_it_should(tiny_model, batch, task):
         trained, state, metrics = train_step.step(trained, state, frozen, stacked)
         before = before or float(metrics["loss"])
     assert float(metrics["loss"]) < before
-    after = merge(trained, frozen)
+    after = combine(trained, frozen)
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.backbone.decoder, model.backbone))
     assert (float(moved) > 0) == (task is None)
 

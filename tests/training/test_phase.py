@@ -16,7 +16,7 @@ from secvec_jax.data.pipeline import Stream
 from secvec_jax.training import step
 from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.training.optimizers import make_optimizer
-from secvec_jax.training.phase import Phase, merge
+from secvec_jax.training.phase import Phase, combine
 from secvec_jax.training.step import make_train_step
 from secvec_jax.trees import num_parameters
 from secvec_jax.vectors.lora import LoRA
@@ -57,7 +57,7 @@ def test_the_two_parts_of_a_split_make_the_whole(tree_labels):
     params = {"a": {"p": jnp.ones(2), "q": None}, "b": {"x": jnp.zeros(3), "y": [jnp.ones(1), jnp.zeros(1)]}}
     phase = Phase(tree_labels)
     trained, frozen = phase.split(params)
-    chex.assert_trees_all_equal(merge(trained, frozen), params)
+    chex.assert_trees_all_equal(combine(trained, frozen), params)
     wanted = jax.tree.leaves(phase.expand(params)).count("train")
     assert len(jax.tree.leaves(trained)) == wanted
     assert len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(params)) - wanted
@@ -66,7 +66,7 @@ def test_the_two_parts_of_a_split_make_the_whole(tree_labels):
 @pytest.mark.parametrize("name", PHASES)
 def test_a_split_parts_every_leaf_once(params, name):
     trained, frozen = PHASES[name].split(params)
-    chex.assert_trees_all_equal(merge(trained, frozen), params)
+    chex.assert_trees_all_equal(combine(trained, frozen), params)
     assert num_parameters(trained) == sum(num_parameters(parts(params)[part]) for part in MOVES[name])
     assert num_parameters(trained) + num_parameters(frozen) == num_parameters(params)
 
@@ -74,7 +74,7 @@ def test_a_split_parts_every_leaf_once(params, name):
 def test_absent_parts_are_allowed_and_labels_must_be_a_prefix(params):
     without = Params(Backbone(params.backbone.decoder))
     for phase in PHASES.values():
-        chex.assert_trees_all_equal(merge(*phase.split(without)), without)
+        chex.assert_trees_all_equal(combine(*phase.split(without)), without)
     with pytest.raises(ValueError):
         Phase({"backbone": "train"}).split(params)
     with pytest.raises(ValueError):
@@ -93,7 +93,7 @@ def test_a_step_changes_every_leaf_of_what_moves_and_no_bit_of_the_rest(params, 
     # The step donates what it trains; the parameters are the module's.
     trained, frozen = phase.split(jax.tree.map(jnp.copy, params))
     moved, _, metrics = train_step.step(trained, train_step.init(trained), frozen, batch)
-    after = merge(moved, frozen)
+    after = combine(moved, frozen)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, params)
     changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), params, after)
     mask = jax.tree.map(lambda label: label == "train", phase.expand(params))
