@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from secvec_jax.checks import Text, checked
 from secvec_jax.digests import difference
 from secvec_jax.distributed import is_main_process
@@ -15,6 +13,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.report import FILE, Results
 from secvec_jax.model.hub import Model, load
+from secvec_jax.terminal import Console
 from secvec_jax.vectors.lora import LoRAVectors, merge
 from secvec_jax.vectors.store import holds_security_vectors, load_vectors
 from secvec_jax.workspace.inputs import adapter, known, model
@@ -68,7 +67,7 @@ def export(settings: Export, command: str) -> None:
     base = _HUB_IDS.get(root) or (root if re.fullmatch(r"[\w.-]+/[\w.-]+", root) and not Path(root).exists() else None)
     dtype = settings.dtype or loaded.metadata.dtype
     merged.save(out, model_card(out.resolve().name, base, trained, scored, carried), dtype=dtype)
-    Console(quiet=not is_main_process()).print(f"the model is in {out}, in {dtype}", markup=False, highlight=False)
+    Console(quiet=not is_main_process()).print(f"the model is in {out}, in {dtype}")
 
 
 def _adapter(path: str) -> str:
