@@ -13,7 +13,7 @@ import pytest
 
 from secvec_jax import command_line
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.judges import Asking
+from secvec_jax.evaluation.judge_client import Asking
 from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
 from secvec_jax.recipes.judge import Judged, judged
