@@ -7,17 +7,16 @@ functions are the only ones that decide what is shown of such text: `printable` 
 """
 
 import re
-import unicodedata
 
 LONGEST_MESSAGE = 1_000
 """Characters of a message; what is longer is cut in the middle."""
 
-_KINDS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories that are shown as escapes: controls, formats (bidirectional overrides, tags), halves of a
-character, and line and paragraph separators."""
-_HARMLESS = frozenset("\u200c\u200d\u00ad")
-"""Format characters that words and emoji are written with: the joiners and the soft hyphen."""
-_PLAIN = re.compile(r"[ -~]*\Z")
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # controls, among them the escape that begins a terminal's sequences
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of writing, with which text can look like another
+    "\u180e\u200b\u2028\u2029\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # invisible
+    "\ud800-\udfff]"  # halves of a character
+)
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -25,14 +24,17 @@ def printable(text: str, keep: str = "") -> str:
 
     keep: control characters to leave as they are, such as "\n".
     """
-    if _PLAIN.match(text):
-        return text
-    return "".join(char if char in keep or _is_shown(char) else _escaped(char) for char in text)
+    return _HIDDEN.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), text)
 
 
-def is_printable(text: str, keep: str = "") -> bool:
-    """Return whether `printable` changes nothing."""
-    return printable(text, keep) == text
+def hidden(text: str, keep: str = "\n\r\t") -> str:
+    """Return the first character that `printable` changes, as its escape; "" if there is none."""
+    found = (match[0] for match in _HIDDEN.finditer(text))
+    return next((_escaped(char) for char in found if char not in keep), "")
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
 
 
 def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
@@ -44,14 +46,6 @@ def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
         return line
     kept = (longest - 5) // 2
     return f"{line[:kept]} ... {line[-kept:]}"
-
-
-def _is_shown(char: str) -> bool:
-    return unicodedata.category(char) not in _KINDS or char in _HARMLESS
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape", "surrogatepass").decode("ascii") if char != "\xad" else char
 
 
 class Markdown(str):
@@ -83,13 +77,14 @@ def paragraph(text: str) -> Markdown:
 
 
 def code(text: str) -> Markdown:
-    """Return `text` as inline code of Markdown, or as `markdown` where code cannot hold it."""
-    is_plain = is_printable(text) and text.strip() and not set(text) & {"`", "|"}
-    return Markdown(f"`{text}`") if is_plain else markdown(text)
+    """Return `text` as inline code of Markdown, or as a `paragraph` where code cannot hold it."""
+    is_plain = not hidden(text, keep="") and text.strip() and not set(text) & {"`", "|"}
+    return Markdown(f"`{text}`") if is_plain else paragraph(text)
 
 
 def fenced(text: str, language: str = "") -> Markdown:
     """Return `text`, of one or more lines, as a code block of Markdown that nothing in it can end."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return Markdown(f"{fence}{language}\n{printable(text, keep=chr(10))}\n{fence}")
+    shown = printable(text, keep="\n")
+    return Markdown(f"{fence}{language}\n{shown}\n{fence}")

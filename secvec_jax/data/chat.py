@@ -37,8 +37,9 @@ class Example:
 
 MAX_TURNS = 10_000
 """Turns of a row."""
-_RENDERED_TURNS = 64
-"""Turns of a row up to which all of its beginnings are rendered; the time for that grows with the square."""
+_RENDERED_TURNS = 2**16
+"""Turns that are rendered at most to find those of the assistant from the beginnings of a row, each of which is rendered
+from its first turn: all of some 360 turns, or a few of a longer row. Their number grows with the square."""
 _WINDOW = 16
 """Least turns of a longer row that are rendered together."""
 _LONGEST_WINDOW = 512
@@ -127,7 +128,8 @@ def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: st
     ids, starts = _read(lambda: tokenize(tokenizer, text, marks))
     tokens, begins = np.asarray(ids, np.int32), np.asarray(starts)
     supervised = np.zeros(len(tokens), bool)
-    find = _spans if len(messages) <= _RENDERED_TURNS else _spans_by_window
+    rendered = len(messages) * sum(map(_is_learned, messages))
+    find = _spans if rendered <= _RENDERED_TURNS else _spans_by_window
     is_end = np.isin(tokens, turn_ends(tokenizer)[:1])
     for before, after in find(tokenizer, messages, text):
         span = np.flatnonzero((begins >= before) & (begins < after))
@@ -176,8 +178,8 @@ def _spans_by_window(tokenizer: Any, messages: Sequence[Message], text: str) -> 
         added = window_text.removeprefix(head_text)
         if not (window_text.startswith(head_text) and text.startswith(added, at)):
             raise UserError(
-                f"a row has {len(messages):,} turns, and where those of the assistant are cannot be found in a row of "
-                f"more than {_RENDERED_TURNS}, since the chat template does not write each turn on its own: split it"
+                f"a row has {len(messages):,} turns, too many to find those of the assistant, since the chat template "
+                "does not write each turn on its own: split the row"
             )
         shift = at - len(head_text)
         yield from ((shift + first, shift + last) for first, last in _spans(tokenizer, window, window_text, len(head)))
