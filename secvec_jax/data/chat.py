@@ -38,8 +38,8 @@ class Example:
 MAX_TURNS = 10_000
 """Turns of a row."""
 _RENDERED_TURNS = 2**16
-"""Turns that are rendered at most to find those of the assistant from the beginnings of a row, each of which is rendered
-from its first turn: all of some 360 turns, or a few of a longer row. Their number grows with the square."""
+"""Turns that are rendered at most to find those of the assistant from the beginnings of a row, each of which is
+rendered from its first turn: all of some 360 turns, or a few of a longer row. Their number grows with the square."""
 _WINDOW = 16
 """Least turns of a longer row that are rendered together."""
 _LONGEST_WINDOW = 512

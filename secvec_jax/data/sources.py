@@ -230,7 +230,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             table = csv.DictReader(stream)
-            names = table.fieldnames or []
+            names = list(table.fieldnames or [])
+            if repeated := next((name for name in names if name and names.count(name) > 1), None):
+                raise UserError(f"{path.name} has the column {repeated!r} twice; keep the one that is meant")
             if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
                 raise UserError(f"{path.name} has its columns separated by {other!r}; separate them by commas")
             for number, record in enumerate(table, 1):

@@ -64,4 +64,5 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _vectors_of(run: Results) -> list[str]:
     """Return the vectors that were active during a training run; "none" in the settings means no vectors."""
     vectors = run.config.get("vectors") or []
-    return [name for name in ([vectors] if isinstance(vectors, str) else vectors) if str(name).lower() != "none"]
+    named = vectors if isinstance(vectors, list | tuple) else [vectors]
+    return [name for name in named if str(name).lower() != "none"]

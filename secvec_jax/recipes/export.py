@@ -63,8 +63,9 @@ def export(settings: Export, command: str) -> None:
     trained = list(_history(settings.model))[::-1]
     loaded = load(settings.model)
     merged = _merged(loaded, adapters)
-    root = str(trained[0].config["model"]) if trained else settings.model
-    base = _HUB_IDS.get(root) or (root if re.fullmatch(r"[\w.-]+/[\w.-]+", root) and not Path(root).exists() else None)
+    root = str(trained[0].config.get("model", "")) if trained else settings.model
+    is_hub_id = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", root, re.ASCII) is not None and not Path(root).exists()
+    base = _HUB_IDS.get(root) or (root if is_hub_id else None)
     dtype = settings.dtype or loaded.metadata.dtype
     merged.save(out, model_card(out.resolve().name, base, trained, scored, carried), dtype=dtype)
     Console(quiet=not is_main_process()).print(f"the model is in {out}, in {dtype}")
@@ -99,9 +100,12 @@ def _history(model: str) -> Iterator[Results]:
 
 def _run_of(model: str) -> Path | None:
     """Return the run directory of a model, given the path of the run or of the model in it; None if there is none."""
-    path = Path(model).expanduser()
-    runs = (folder for folder in (path, path.parent) if (folder / FILE).is_file() and (folder / "model").is_dir())
-    return next(runs, None)
+    try:
+        path = Path(model).expanduser()
+        runs = (folder for folder in (path, path.parent) if (folder / FILE).is_file() and (folder / "model").is_dir())
+        return next(runs, None)
+    except (OSError, RuntimeError):  # a name that is too long, or of a user that does not exist
+        return None
 
 
 def _merged(base: Model, adapters: Sequence[str]) -> Model:
