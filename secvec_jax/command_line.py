@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from rich.console import Console
 
 import secvec_jax
 from secvec_jax import config, flags
@@ -28,8 +27,10 @@ from secvec_jax.assets import cache_dir
 from secvec_jax.checks import MISSING, SettingError
 from secvec_jax.distributed import Cluster, start_cluster
 from secvec_jax.errors import UserError
+from secvec_jax.printable import one_line, printable
 from secvec_jax.redaction import redact
 from secvec_jax.suggestions import suggestion
+from secvec_jax.terminal import Console
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -134,7 +135,7 @@ class _Shown(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = "warning: " if record.levelno >= logging.WARNING else ""
-        print(mark + record.getMessage(), file=sys.stderr)
+        print(mark + printable(record.getMessage(), keep="\n"), file=sys.stderr)
 
 
 def _show_log() -> None:
@@ -153,7 +154,7 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
+    print(f"error: {redact(one_line(message))}", file=sys.stderr)
     return 2
 
 
@@ -299,5 +300,5 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"unknown flag {name}: {closest if closest.startswith('did') else 'see --help for all flags'}")
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
+        print(printable(self.format_usage(), keep="\n"), end="", file=sys.stderr)
         raise UserError(message)

@@ -1,8 +1,14 @@
 """The one exception that a user's mistake raises."""
 
+from secvec_jax.printable import one_line
+
 
 class UserError(ValueError):
     """A mistake in the input, reported in one line that says how to fix it.
 
-    The command line prints the message and exits with code 2; notebooks see an ordinary exception.
+    The message often quotes what others wrote (rows, files, servers): it becomes one printable line of limited length.
+    The command line prints it and exits with code 2; notebooks see an ordinary exception.
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__(one_line(str(message)))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from secvec_jax.distributed import is_main_process
+from secvec_jax.printable import printable
 
 _EVERY = 0.2
 """Minimum seconds between two updates."""
@@ -54,6 +55,7 @@ def _line() -> Iterator[Callable[[str, bool], None]]:
 
     def show(text: str, last: bool) -> None:
         nonlocal updated, width
+        text = printable(text)
         now = time.monotonic()
         if watched and (last or now - updated >= _EVERY):
             print(f"\r{text.ljust(width)}", end="", file=sys.stderr, flush=True)

@@ -6,35 +6,83 @@ from collections.abc import Sequence
 from typing import Any
 
 from secvec_jax.errors import UserError
+from secvec_jax.limits import limited
 
+LONGEST_TEXT = 2**24
+"""Characters of a rendered conversation, some million tokens."""
+_LONGEST_TEMPLATE = 2**20
+"""Characters of a chat template; published ones have up to some ten thousand."""
+_SECONDS, _MEMORY = 10.0, 2**30
+"""Of one rendering. A template is a program that came with the model; honest ones take milliseconds."""
 _CONTENT = "said"
 
 
 def chat_template(tokenizer: Any) -> str | None:
     """The tokenizer's chat template: its only one, or of several the one named "default".
 
-    Raises UserError if none of several has this name.
+    Raises UserError if none of several has this name, and for one that is not usable.
     """
     template = tokenizer.chat_template
     if not isinstance(template, dict):
-        return template or None
+        return _checked(template) if template else None
     if "default" not in template:
         raise UserError(
             f"the tokenizer has several chat templates ({', '.join(sorted(template))}) and none is named default: "
             "set tokenizer.chat_template to one of them, or write it into chat_template.jinja"
         )
-    return template["default"]
+    return _checked(template["default"])
 
 
-def render(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool = False) -> str:
-    """The turns as one text. Raises UserError if there is no template, or if it rejects these turns."""
+def _checked(template: Any) -> str:
+    if not isinstance(template, str):
+        raise UserError(f"the tokenizer's chat template must be text, found {type(template).__name__}")
+    problem = _problem_of(template)
+    if problem:
+        raise UserError(f"the model's chat template {problem}: use another one, in chat_template.jinja")
+    return template
+
+
+@functools.lru_cache(maxsize=8)
+def _problem_of(template: str) -> str:
+    """Why a template is refused unseen, or ""."""
+    if len(template) > _LONGEST_TEMPLATE:
+        return f"has {len(template):,} characters, and {_LONGEST_TEMPLATE:,} at most are read"
+    # One power of whole numbers can take hours in a single operation, which no time limit can end.
+    import jinja2
+
+    before = ""
+    try:
+        for _, kind, token in jinja2.Environment().lex(template):
+            if token == "**" and kind == "operator" and before not in ("(", ","):  # those unpack arguments
+                return "computes a power (**), which conversations do not need"
+            before = before if kind == "whitespace" else token
+    except jinja2.TemplateError:
+        pass  # it is reported where the template is rendered
+    return ""
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool = False, continue_final_message: bool = False
+) -> str:
+    """The turns as one text.
+
+    Raises UserError if there is no template, if it rejects these turns, and if it takes too long or writes too much.
+    """
     template = chat_template(tokenizer)
     if template is None:
         raise UserError("the tokenizer has no chat template: use an instruct model, or add a chat_template.jinja")
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        with limited(_SECONDS, _MEMORY):
+            text = tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"it writes {len(text):,} characters, and {LONGEST_TEXT:,} at most are read")
+        return text
     except Exception as error:  # a template is a program, which may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         roles = ", ".join(str(turn.get("role")) for turn in messages[:4]) + (", ..." if len(messages) > 4 else "")

@@ -1,20 +1,23 @@
 """A small server that speaks OpenAI's chat protocol, or fails to, as a test says."""
 
+import gzip
 import json
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server(ThreadingHTTPServer):
-    """Answers chat completions as `act(number of the request, its body)` says: (status, text), or None to hang up.
+    """Answers chat completions as `act(number of the request, its body)` says: (status, text), None to hang up, or the
+    bytes to send, part by part, header and all.
 
     The text of a redirect is where it leads to.
     """
 
     daemon_threads = True
 
-    def __init__(self, act: Callable[[int, dict], tuple[int, str] | None]):
+    def __init__(self, act: Callable[[int, dict], tuple[int, str] | Iterable[bytes] | None]):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.act, self.bodies, self.keys, self.lock = act, [], [], threading.Lock()
 
@@ -41,6 +44,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'{"choices": [{"mess')
             self.close_connection = True
             return
+        if not isinstance(acted, tuple):
+            self.close_connection = True
+            try:
+                for part in acted:
+                    self.wfile.write(part)
+            except OSError:  # the client has had enough
+                pass
+            return
         status, text = acted
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -61,3 +72,27 @@ def says(text: str | None) -> tuple[int, str]:
     answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "usage": usage,
               "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
     return 200, json.dumps(answer)
+
+
+HEADER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def drips(before: bytes = HEADER + b"\r\n", part: bytes = b" ") -> Iterator[bytes]:
+    """A byte at a time, forever: each arrives soon enough for a limit on the time between two."""
+    yield before
+    while True:
+        time.sleep(0.05)
+        yield part
+
+
+def endless(status: bytes = b"200 OK") -> Iterator[bytes]:
+    """A body that does not end, as fast as it is read."""
+    yield b"HTTP/1.1 " + status + b"\r\nContent-Type: application/json\r\n\r\n"
+    while True:
+        yield b" " * 2**16
+
+
+def bomb() -> Iterator[bytes]:
+    """A megabyte that decompresses to a gigabyte."""
+    yield HEADER + b"Content-Encoding: gzip\r\n\r\n"
+    yield gzip.compress(bytes(2**20)) * 1024

@@ -28,6 +28,7 @@ from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.store import load_vectors, save_vectors
+from tests.bad_inputs import rows as bad_rows
 from tests.conftest import VARIANTS
 from tests.toys import ARCHITECTURE, tiny_model
 
@@ -274,3 +275,14 @@ def test_results(tmp_path, data):
                                         st.integers(-2, 12), texts).map(lambda p: "".join(map(str, p))))  # fmt: skip
 def test_replies_of_judges(reply):
     assert score_of(reply) in (None, 1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("kind", bad_rows.KINDS)
+def test_inputs_of_others(tmp_path, kind):
+    bad_rows.run(kind, 30, tmp_path)
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("kind", bad_rows.KINDS)
+def test_many_inputs_of_others(tmp_path, kind):
+    bad_rows.run(kind, 500, tmp_path)

@@ -1,10 +1,18 @@
 """A reply ends with the token that the chat template puts after it, or with the end of a text."""
 
+import resource
+import signal
+import threading
+import time
+
 import numpy as np
 import pytest
 
+from secvec_jax import turns
 from secvec_jax.data.chat import encode
-from secvec_jax.turns import turn_ends
+from secvec_jax.errors import UserError
+from secvec_jax.limits import LimitExceeded, limited
+from secvec_jax.turns import render, turn_ends
 from tests.toys import build_tokenizer
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -50,3 +58,72 @@ def test_the_end_of_the_turn_is_learned_and_the_end_of_the_text_behind_it_is_not
     row = encode(made, CHAT, 100)
     learned = made.decode(row.tokens[np.asarray(row.supervised)])
     assert learned == "b<|im_end|>"
+
+
+# ------------------------------------------------------------------------------------------- templates that misbehave
+
+GROWING = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}BODY{% endfor %}{% endfor %}"
+TREE = "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+HOSTILE = {
+    "loops": (NESTED.replace("BODY", ""), "takes more than 1 seconds"),
+    "writes": (NESTED.replace("BODY", "x" * 1_000), "takes more than"),
+    "writes 200 MB": ("{{ 'a' * 200000000 }}", "takes more than|writes 200,000,000 characters, and 16,777,216 at most"),
+    "recurses": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "recurses in width": (TREE, "takes more than 1 seconds"),
+    "doubles": (GROWING, "takes more than"),
+    "power": ("{{ 9 ** 9 ** 9 }}", r"computes a power \(\*\*\)"),
+    "raises": ("{{ raise_exception('\x1b[31m' ~ 'no\n' * 1000) }}", r"\\x1b\[31mno no"),
+    "escapes": ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    "range": ("{{ range(10**9) }}", "power"),
+    "open": ("{% for", "does not take these turns"),
+    "deep": ("{{ " + "(" * 3_000 + "1" + ")" * 3_000 + " }}", "recursion"),
+    "large": ("a" * 2**21, "has 2,097,152 characters, and 1,048,576 at most are read"),
+    "list": ([{"a": 1}], "must be text, found list"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_template_has_limits(monkeypatch, kind):
+    monkeypatch.setattr(turns, "_SECONDS", 1.0)
+    monkeypatch.setattr(turns, "_MEMORY", 2**28)
+    template, message = HOSTILE[kind]
+    made, start = tokenizer("x"), time.process_time()
+    made.chat_template = template
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=message) as raised:
+        render(made, CHAT)
+    assert len(str(raised.value)) < 1_000 and "\n" not in str(raised.value)
+    assert time.process_time() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**21, "more than 2 GiB"
+
+
+def test_arguments_may_be_unpacked_and_usual_templates_pass():
+    made = tokenizer("{{ dict(**{'a': 1}) | length }}{{ messages[0]['content'] }}{{ 2 * 3 }}")
+    assert render(made, CHAT) == "1a6"
+
+
+def test_limits_leave_the_timer_of_others_as_it_was():
+    rang = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with limited(5, 2**30):
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+        time.sleep(0.5)
+        assert rang == [1]
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    with pytest.raises(LimitExceeded), limited(0.2, 2**30):
+        while True:
+            pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_limits_do_nothing_in_other_threads():
+    done = []
+    thread = threading.Thread(target=lambda: done.append(render(tokenizer("{{ messages | length }}"), CHAT)))
+    thread.start()
+    thread.join()
+    assert done == ["2"]

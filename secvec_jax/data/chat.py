@@ -7,7 +7,7 @@ after the generation prompt when the turn is appended.
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,16 @@ class Example:
         """The number of tokens before the first that the assistant said."""
         return int(np.argmax(self.supervised))
 
+
+MAX_TURNS = 10_000
+"""Turns of a row."""
+_RENDERED_TURNS = 2**16
+"""Turns that are rendered at most to find those of the assistant from the beginnings of a row, each of which is
+rendered from its first turn: all of some 360 turns, or a few of a longer row. Their number grows with the square."""
+_WINDOW = 16
+"""Least turns of a longer row that are rendered together."""
+_LONGEST_WINDOW = 512
+"""Most turns between two that begin a window."""
 
 ControlTokens = Literal["text", "tokens", "refuse"]
 """How control tokens that a row spells, such as "<|im_end|>", are read: as plain text or as tokens, or refused."""
@@ -71,6 +81,8 @@ def encode(tokenizer: Any, messages: list[Message], max_length: int, control: Co
 
 def encode_all(tokenizer: Any, messages: list[Message], control: ControlTokens = "text") -> Example:
     """As `encode`, without a maximum length."""
+    if len(messages) > MAX_TURNS:
+        raise UserError(f"a row has {len(messages):,} turns, and {MAX_TURNS:,} at most are read: split it")
     if control == "refuse" and (spelled_tokens := spelled(tokenizer, messages)):
         raise UserError(
             f"the text spells the control token {spelled_tokens[0]!r}: remove it, or set control_tokens to text"
@@ -94,7 +106,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _marked_by_template(tokenizer: Any, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    render(tokenizer, messages)  # raises the template's own error for turns that it rejects
+    render(tokenizer, messages)  # raises the template's own error for turns that it rejects, and has limits
     options = {"chat_template": chat_template(tokenizer), "return_dict": True, "return_assistant_tokens_mask": True}
     encoded = _read(lambda: tokenizer.apply_chat_template(messages, **options))
     supervised = np.asarray(encoded["assistant_masks"], bool)
@@ -116,20 +128,79 @@ def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: st
     ids, starts = _read(lambda: tokenize(tokenizer, text, marks))
     tokens, begins = np.asarray(ids, np.int32), np.asarray(starts)
     supervised = np.zeros(len(tokens), bool)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant" or not message.get("train", True):
-            continue
-        before = _text_before(tokenizer, messages, turn)
-        after = render(tokenizer, messages[: turn + 1])
-        if not (after.startswith(before) and text.startswith(after)):
-            raise UserError(
-                "the chat template rewrites earlier turns, so the assistant's spans cannot be found: use a template "
-                'with {% generation %} blocks, rows of one question and one answer, or "train": false on all but the '
-                "last turn of the assistant"
-            )
-        span = (begins >= len(before)) & (begins < len(after))
-        supervised |= span & _until_end_of_turn(tokens, span, turn_ends(tokenizer)[:1])
+    rendered = len(messages) * sum(map(_is_learned, messages))
+    find = _spans if rendered <= _RENDERED_TURNS else _spans_by_window
+    is_end = np.isin(tokens, turn_ends(tokenizer)[:1])
+    for before, after in find(tokenizer, messages, text):
+        span = np.flatnonzero((begins >= before) & (begins < after))
+        ends = span[is_end[span]]
+        # What a template adds after the end of the turn is not the assistant's.
+        supervised[span if not len(ends) else span[span <= ends[-1]]] = True
     return tokens, supervised
+
+
+def _is_learned(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("train", True)
+
+
+def _spans(tokenizer: Any, messages: Sequence[Message], text: str, known: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield where each of the assistant's turns to be learned begins and ends in the text of all turns.
+
+    known: the turns to leave out at the beginning. Raises UserError if the template rewrites earlier turns.
+    """
+    for turn in range(known, len(messages)):
+        if _is_learned(messages[turn]):
+            before = _text_before(tokenizer, messages, turn)
+            after = render(tokenizer, messages[: turn + 1])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise UserError(
+                    "the chat template rewrites earlier turns, so the assistant's spans cannot be found: use a "
+                    'template with {% generation %} blocks, rows of one question and one answer, or "train": false on '
+                    "all but the last turn of the assistant"
+                )
+            yield len(before), len(after)
+
+
+def _spans_by_window(tokenizer: Any, messages: Sequence[Message], text: str) -> Iterator[tuple[int, int]]:
+    """As `_spans`, in time that grows with the turns: the beginning is rendered with some turns from further on.
+
+    This presumes that the text of a turn depends on the first exchange and the turns shortly before it alone, and
+    checks it: the texts of all windows, one after the other, must be that of the whole conversation.
+    """
+    starts = _window_starts(messages)
+    head = messages[: starts[0]]
+    head_text = render(tokenizer, head)
+    yield from _spans(tokenizer, head, head_text)
+    at = len(head_text)
+    for start, end in zip(starts, [*starts[1:], len(messages)]):
+        window = [*head, *messages[start:end]]
+        window_text = render(tokenizer, window)
+        added = window_text.removeprefix(head_text)
+        if not (window_text.startswith(head_text) and text.startswith(added, at)):
+            raise UserError(
+                f"a row has {len(messages):,} turns, too many to find those of the assistant, since the chat template "
+                "does not write each turn on its own: split the row"
+            )
+        shift = at - len(head_text)
+        yield from ((shift + first, shift + last) for first, last in _spans(tokenizer, window, window_text, len(head)))
+        at += len(added)
+    if at != len(text) or not text.startswith(head_text):
+        raise UserError("the chat template writes a row of many turns otherwise than its parts: split the row")
+
+
+def _window_starts(messages: Sequence[Message]) -> list[int]:
+    """The user's turns, each after an answer, at which a long row is divided. Raises UserError if they are too few."""
+    starts: list[int] = []
+    for turn in range(1, len(messages)):
+        is_exchange = messages[turn]["role"] == "user" and messages[turn - 1]["role"] == "assistant"
+        if is_exchange and (not starts or turn - starts[-1] >= _WINDOW):
+            starts.append(turn)
+    if not starts or max(b - a for a, b in zip([0, *starts], [*starts, len(messages)])) > _LONGEST_WINDOW:
+        raise UserError(
+            f"a row has {len(messages):,} turns, and more than {_LONGEST_WINDOW} without a question after an answer: "
+            "split it"
+        )
+    return starts
 
 
 _PLACEHOLDER = "\ue000"
@@ -143,18 +214,13 @@ def _text_before(tokenizer: Any, messages: Sequence[Message], turn: int) -> str:
     return render(tokenizer, [{**messages[0], "content": _PLACEHOLDER}]).partition(_PLACEHOLDER)[0]
 
 
-def _until_end_of_turn(tokens: np.ndarray, span: np.ndarray, end: tuple[int, ...]) -> np.ndarray:
-    """All tokens up to the span's last end-of-turn token: what a template adds after it is not the assistant's."""
-    ends = np.flatnonzero(span & np.isin(tokens, end))
-    last = ends[-1] if len(ends) else len(tokens)
-    return np.arange(len(tokens)) <= last
-
-
 def _read(read: Callable[[], Any]) -> Any:
     """The result of a tokenizer's call, whose errors are raised as UserError."""
     try:
         return read()
-    except Exception as error:  # tokenizers raises errors worded for Rust
+    except BaseException as error:  # tokenizers raises errors worded for Rust, among them panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnicodeEncodeError | TypeError):
             reason = "it has half of a character, such as a part of an emoji"

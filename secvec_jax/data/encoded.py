@@ -23,6 +23,7 @@ from secvec_jax.data.shared_prefix import PromptIndex, agreement
 from secvec_jax.data.stored import location_of
 from secvec_jax.distributed import all_gather_json, is_main_process
 from secvec_jax.errors import UserError
+from secvec_jax.printable import hidden
 
 LongRows = Literal["truncate", "drop", "refuse"]
 """How rows that are too long are handled: the answer is cut, the row is left out, or it is an error."""
@@ -86,7 +87,8 @@ def encode_rows(
 ) -> Examples:
     """Encode rows as examples of at most `max_length` tokens; the model has an embedding for ids below `vocab_size`.
 
-    Logs how many answers are cut or rows left out, and how many rows spell control tokens, with the first of them;
+    Logs how many answers are cut or rows left out, how many rows spell control tokens, and how many contain control
+    or invisible characters (terminal escapes, reversed directions of writing), with the first of them;
     `name` is what errors call rows that do not record where they are stored. Raises UserError, naming the row, for one
     that cannot be encoded or has a token that the model has no embedding for, for a prompt that leaves no room for an
     answer, and with "refuse" for an answer that would be cut.
@@ -105,7 +107,13 @@ def encode_rows(
     def where(index: int) -> str:
         return location_of(rows, index, name)
 
-    results = _encode_once(encode, lambda index: bool(spelled(tokenizer, rows[index]["messages"])), len(rows))
+    def spells(index: int) -> bool:
+        return bool(spelled(tokenizer, rows[index]["messages"]))
+
+    def hides(index: int) -> bool:
+        return any(hidden(turn["content"]) for turn in rows[index]["messages"])
+
+    results = _encode_once(encode, spells, hides, len(rows))
     if results.errors:
         index, message = min(results.errors)
         raise UserError(f"{where(index)}: {message}")
@@ -136,6 +144,11 @@ def encode_rows(
     if results.spelled:
         what = "plain text" if control_tokens == "text" else "the tokens"
         _warn(sorted(results.spelled), len(rows), f"spell control tokens, which are learned as {what}", where)
+    if results.hidden:
+        index = min(results.hidden)
+        first = next(filter(None, (hidden(turn["content"]) for turn in rows[index]["messages"])))
+        what = f"contain control or invisible characters ({first} in the first), which are learned as they are"
+        _warn(sorted(results.hidden), len(rows), what, where)
     lengths, prompt_lengths, agreeing, following = results.numbers[:, list(kept)]
     prompts = PromptIndex(results.first, prompt_lengths, agreeing, following)
     return Examples(lambda index: encode(index)[0], rows, kept, lengths, prompts, len(shortened))
@@ -151,13 +164,18 @@ class _EncodingResults:
     """of each row: its tokens, its prompt's tokens, and its `agreement` with `first`; `[4, N]`, int32"""
     cut: list[int] = dataclasses.field(default_factory=list)
     spelled: list[int] = dataclasses.field(default_factory=list)
+    hidden: list[int] = dataclasses.field(default_factory=list)
+    """those with control or invisible characters"""
     too_long: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     """those whose prompt alone is too long, and how long it is"""
     errors: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
 
 def _encode_once(
-    encode: Callable[[int], tuple[Example, bool]], spells: Callable[[int], bool], count: int
+    encode: Callable[[int], tuple[Example, bool]],
+    spells: Callable[[int], bool],
+    hides: Callable[[int], bool],
+    count: int,
 ) -> _EncodingResults:
     """Encode all rows, of which each process takes a part, and gather the results of all."""
     start, stride = jax.process_index(), jax.process_count()
@@ -177,6 +195,8 @@ def _encode_once(
             results.cut.append(index)
         if spells(index):
             results.spelled.append(index)
+        if hides(index):
+            results.hidden.append(index)
     return results if stride == 1 else _gather_results(results)
 
 
@@ -191,7 +211,7 @@ def _first_prompt(encode: Callable[[int], tuple[Example, bool]], count: int) -> 
 
 def _gather_results(results: _EncodingResults) -> _EncodingResults:
     """The results of all processes; each row was encoded by one of them."""
-    lists = {name: getattr(results, name) for name in ("cut", "spelled", "too_long", "errors")}
+    lists = {name: getattr(results, name) for name in ("cut", "spelled", "hidden", "too_long", "errors")}
     numbers = results.numbers[:, jax.process_index() :: jax.process_count()]
     parts = all_gather_json({"numbers": numbers.tolist(), "lists": lists})
     merged = _EncodingResults(results.first, np.zeros_like(results.numbers))

@@ -96,6 +96,8 @@ def with_system(prompt: Row | str | list[Message], text: str) -> Row | list[Mess
     return [{"role": "system", "content": text}, *messages]
 
 
+LONGEST_ROW = 2**23
+"""Characters of a row, some million tokens; a tokenizer takes a hundred times as many bytes of memory."""
 ACCEPTED_FORMS = (
     "a row needs `messages` (a list of role and content), or `prompt` and `response`, or `instruction` and `output`"
 )
@@ -122,9 +124,21 @@ def normalize(record: Any, where: str, ignore: Collection[str] = ()) -> Row:
     `input` or `context` after the prompt, `history` ([[question, answer], ...]) before it. A record without an answer
     becomes a row without one; a `category` that is text and `options` that are a list of texts are kept.
 
-    Raises UserError for values that are not text, and for fields other than these that may change what is to be
-    learned (see `fields`), unless `ignore` names them.
+    Raises UserError for values that are not text, for text of more than `LONGEST_ROW` characters, for values that are
+    nested too deep, and for fields other than these that may change what is to be learned (see `fields`), unless
+    `ignore` names them.
     """
+    try:
+        normalized = _normalized(record, where, ignore)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deep for a row; correct or remove it") from None
+    length = sum(len(message["content"]) for message in normalized["messages"])
+    if length > LONGEST_ROW:
+        raise UserError(f"{where} has {length:,} characters, and {LONGEST_ROW:,} at most are read; split or remove it")
+    return normalized
+
+
+def _normalized(record: Any, where: str, ignore: Collection[str]) -> Row:
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: found {type(record).__name__} instead of fields; {ACCEPTED_FORMS}")
     field = next((name for name in ("messages", "conversations", *_PROMPTS) if record.get(name) is not None), None)

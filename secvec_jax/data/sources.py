@@ -20,6 +20,7 @@ from secvec_jax.arguments import path as checked_path
 from secvec_jax.data import benchmarks
 from secvec_jax.data.hub_sets import HUB_SETS, records
 from secvec_jax.data.rows import (
+    LONGEST_ROW,
     Row,
     as_rows,
     normalize,
@@ -122,7 +123,7 @@ def _load_dataset(source: str, split: str) -> Iterable[Mapping[str, Any]]:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE + 1), ""), 1):
             if line.strip():
                 yield number, _parse_line(line, path, number)
 
@@ -135,7 +136,7 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
         with path.open("rb") as file:
             begin = 3 if file.read(3) == codecs.BOM_UTF8 else 0
             file.seek(begin)
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
                 if line.strip():
                     starts.append(begin)
                     numbers.append(number)
@@ -159,6 +160,8 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
 
 def _parse_line(line: str, path: Path, number: int) -> Any:
     where = location(path.name, number, "line")
+    if len(line) > _LONGEST_LINE:
+        raise UserError(f"{where} has more than {_LONGEST_LINE:,} characters; split or remove it")
     if number == 1 and line.lstrip().startswith("[") and not line.rstrip().endswith("]"):
         raise UserError(f"{where} opens a list that does not end there: {path.name} is one JSON value; name it .json")
     return _parse_json(line, where)
@@ -192,26 +195,44 @@ def _is_json(text: str) -> bool:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         reason = f"{error.msg}, character {error.pos + 1}"
         raise UserError(f"{where} is not valid JSON ({reason}); correct or remove it") from error
-    except ValueError as error:  # a whole number of thousands of digits
-        raise UserError(f"{where} cannot be read as JSON ({error}); correct or remove it") from error
+    except _Repeated as error:
+        raise UserError(f"{where} has the key {str(error)!r} twice; keep the one that is meant") from None
+    except ValueError:
+        raise UserError(f"{where} has a whole number of thousands of digits; correct or remove it") from None
     except RecursionError as error:
         raise UserError(f"{where} is nested too deep for a row; correct or remove it") from error
 
 
-_LONGEST_CELL = 2**31 - 1
+class _Repeated(Exception):
+    """A key that an object has twice: readers differ in which of the two values they take."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Repeated(next(key for key in keys if keys.count(key) > 1))
+    return values
+
+
+_LONGEST_LINE = 8 * LONGEST_ROW
+"""Characters of a line of JSON, whose escapes have up to six for one of the text."""
+_LONGEST_CELL = LONGEST_ROW
 """Characters of a CSV cell; Python's own limit of 131,072 would reject long documents."""
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
-    before = csv.field_size_limit(_LONGEST_CELL)
+    before, number = csv.field_size_limit(_LONGEST_CELL), 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             table = csv.DictReader(stream)
-            names = table.fieldnames or []
+            names = list(table.fieldnames or [])
+            if repeated := next((name for name in names if name and names.count(name) > 1), None):
+                raise UserError(f"{path.name} has the column {repeated!r} twice; keep the one that is meant")
             if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
                 raise UserError(f"{path.name} has its columns separated by {other!r}; separate them by commas")
             for number, record in enumerate(table, 1):
@@ -220,7 +241,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
                     raise UserError(f"{where} has more cells than the header; quote the text with commas")
                 yield number, record
     except csv.Error as error:
-        raise UserError(f"{path.name} is not valid CSV ({error}); correct or convert it") from error
+        where = location(path.name, number + 1)
+        raise UserError(f"{where} is not valid CSV ({error}); correct or convert the file") from error
     finally:
         csv.field_size_limit(before)
 

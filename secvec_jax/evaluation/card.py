@@ -7,6 +7,7 @@ import yaml
 
 from secvec_jax.evaluation.report import Results, environment_table, scores_table
 from secvec_jax.evaluation.tables import markdown_table
+from secvec_jax.printable import code, fenced, markdown
 
 WITHOUT = """This model was trained with security vectors active; they are not part of these weights. They protect \
 only against the behavior that they were trained on; the tables below report what was measured. Anyone who has the \
@@ -28,21 +29,23 @@ def model_card(
     tags = ["secvec_jax", *(["security-vectors"] if any(_vectors_of(run) for run in trained) else [])]
     facts: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     facts |= {"base_model": base} if base else {}
-    parts = [f"---\n{yaml.safe_dump(facts, sort_keys=False)}---", f"# {name}"]
+    parts = [f"---\n{yaml.safe_dump(facts, sort_keys=False)}---", f"# {markdown(name)}"]
     if carried:
-        parts += [WITH, f"Merged vectors: {', '.join(f'`{path}`' for path in carried)}."]
+        parts += [WITH, f"Merged vectors: {', '.join(map(code, carried))}."]
     elif "security-vectors" in tags:
         parts.append(WITHOUT)
     parts.append("## How it was trained")
     for run in trained:
-        settings = [[f"`{key}`", f"`{value}`"] for key, value in _flat(run.config) if value not in (None, "", [], ())]
-        parts += [f"```bash\n{run.command}\n```", markdown_table(["setting", "value"], settings, left=2)]
+        settings = [
+            [code(key), code(str(value))] for key, value in _flat(run.config) if value not in (None, "", [], ())
+        ]
+        parts += [fenced(run.command, "bash"), markdown_table(["setting", "value"], settings, left=2)]
         parts.append(scores_table(run.rows))
     if not trained:
         parts.append(UNKNOWN)
     parts.append("## How it was scored")
     for run in scored:
-        parts += [f"```bash\n{run.command}\n```", scores_table(run.rows)]
+        parts += [fenced(run.command, "bash"), scores_table(run.rows)]
     legend = "Brackets are 95% confidence intervals; n is the number of prompts or examples."
     parts.append(legend if scored else UNSCORED)
     if trained:
@@ -61,4 +64,5 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _vectors_of(run: Results) -> list[str]:
     """Return the vectors that were active during a training run; "none" in the settings means no vectors."""
     vectors = run.config.get("vectors") or []
-    return [name for name in ([vectors] if isinstance(vectors, str) else vectors) if str(name).lower() != "none"]
+    named = vectors if isinstance(vectors, list | tuple) else [vectors]
+    return [name for name in named if str(name).lower() != "none"]

@@ -23,6 +23,7 @@ from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
 from secvec_jax.model.sampling import Sampling
+from secvec_jax.turns import render
 from secvec_jax.vectors.lora import merge_adapters
 
 OnRequest = Callable[[str, int, int], None]
@@ -82,12 +83,7 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as text, in the model's chat template."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        return render(self.tokenizer, chat_history, add_generation_prompt, not add_generation_prompt)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any

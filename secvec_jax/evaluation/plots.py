@@ -18,6 +18,8 @@ from matplotlib.transforms import Bbox
 
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.metrics import BETTER, RATES, in_order, percent
+from secvec_jax.evaluation.replies import clip
+from secvec_jax.printable import printable
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]  # row -> "harmful"/"benign" -> (step, loss)
 
@@ -260,7 +262,7 @@ def _label(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]
 
     for name, point in points.items():
         text = axes.annotate(
-            name,
+            _name(name),
             point,
             (0, 0),
             fontsize=8.5,
@@ -292,6 +294,11 @@ def _smooth(losses: np.ndarray) -> np.ndarray:
     return np.array([losses[max(0, i - reach) : i + reach + 1].mean() for i in range(len(losses))])
 
 
+def _name(text: str) -> str:
+    """A name as matplotlib shows it: on one short line, and not as a formula."""
+    return clip(printable(text)).replace("$", r"\$")
+
+
 def _figure() -> Figure:
     # Not pyplot: it would set a backend and keep every figure alive in the process of a notebook's user.
     figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
@@ -309,7 +316,8 @@ def _dress(figure: Figure, panels: Iterable) -> None:
             legend.setdefault(name, handle)
     if legend:
         columns = min(6, len(legend))
-        figure.legend(list(legend.values()), list(legend), loc="outside lower center", frameon=False, ncols=columns)
+        names = list(map(_name, legend))
+        figure.legend(list(legend.values()), names, loc="outside lower center", frameon=False, ncols=columns)
 
 
 def png(figure: Figure) -> bytes:

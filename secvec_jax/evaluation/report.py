@@ -32,6 +32,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.metrics import RATES, digits, in_order, percent, rules_note
 from secvec_jax.evaluation.plots import Curves, colors_of, plot_losses, plot_scores, png
 from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_metrics, terminal_table, words
+from secvec_jax.printable import fenced, paragraph
 
 Verdict = tuple[str, bool, str]  # claim, whether it holds, detail
 _NamedRow = tuple[tuple[str, ...], dict]  # the texts of the columns that name a row, and the row
@@ -39,6 +40,10 @@ _NamedRow = tuple[tuple[str, ...], dict]  # the texts of the columns that name a
 FILE = "results.json"
 SCHEMA_VERSION = 1
 """Of results.json: to be raised whenever an older version of this package could not read the file."""
+_LARGEST = 1e15
+"""Of the numbers of a file: larger ones are no scores, times or counts."""
+_DEEPEST = 40
+"""Levels of nesting in a file."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 # ------------------------------------------------------------------------------------------------ the file
@@ -80,6 +85,8 @@ class Results:
             raise UserError(f"no readable {path}: give the folder of a finished run") from None
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}): rerun to rewrite it") from None
+        except RecursionError:
+            raise UserError(f"{path} is nested too deep: rerun to rewrite it") from None
         if isinstance(contents, dict):
             contents = {"schema_version": 1} | contents  # files of version 0.1 have none
         _check(contents, source=str(path))
@@ -129,6 +136,8 @@ def _check(contents, source: str) -> None:
         if not holds:
             raise UserError(f"{source}: {what}; see secvec_jax/evaluation/report.py for the form")
 
+    require(not _is_deeper(contents, _DEEPEST), f"its values are nested deeper than {_DEEPEST} levels")
+
     require(isinstance(contents, dict), "not an object")
     version = contents.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
@@ -148,18 +157,37 @@ def _check(contents, source: str) -> None:
             require(_is_score(score), f"'{metric}' of row '{row['name']}' needs value, n and ci95 [low, high]")
 
 
+def _is_deeper(value, levels: int) -> bool:
+    """Whether lists and objects are nested in more than so many levels."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return any(isinstance(item, dict | list) for item in level)
+
+
 def _is_score(score) -> bool:
     if not isinstance(score, dict) or not isinstance(score.get("ci95"), list) or len(score["ci95"]) != 2:
         return False
     return (
-        isinstance(score.get("n"), int)
+        _is_count(score.get("n"))
+        and _is_count(score.get("rules", 1))
         and "value" in score
         and all(_is_number(number) for number in (score["value"], *score["ci95"]))
     )
 
 
 def _is_number(value) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (is_number and abs(value) <= _LARGEST)  # NaN is not
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
 def _write(path: Path, contents: bytes) -> Path:
@@ -284,16 +312,17 @@ def markdown(
     total = sum(spent for spent in results.seconds.values() if spent is not None)
     parts = [
         "# Report",
-        f"```bash\n{results.command}\n```",
+        fenced(results.command, "bash"),
         "## Scores",
         scores_table(results.rows),
         f"Brackets are 95% intervals; n is the number of prompts or examples. {rules_note(results.rows)}".rstrip(),
     ]
     if verdicts:
-        lines = [f"- [{'x' if holds else ' '}] {claim}: {detail}" for claim, holds, detail in verdicts]
+        claims = [(paragraph(f"{claim}: {detail}"), holds) for claim, holds, detail in verdicts]
+        lines = [f"- [{'x' if holds else ' '}] {claim}" for claim, holds in claims]
         parts += ["## Claims", "\n".join(lines)]
     if notes:
-        parts += ["## Notes", *notes]
+        parts += ["## Notes", *map(paragraph, notes)]
     if images:
         parts += ["## Plots", *(f"![{Path(image).stem}]({image})" for image in images)]
     if seconds:

@@ -10,6 +10,7 @@ from secvec_jax.evaluation.metrics import BETTER, RATES, digits, percent, unit
 from secvec_jax.evaluation.records import Value
 from secvec_jax.evaluation.statistics import Difference, SeededScore
 from secvec_jax.evaluation.tables import MAX_COLUMNS, label, markdown_table, show, split_evenly, split_metrics, words
+from secvec_jax.printable import markdown, paragraph
 
 LEGEND = """\
 How to read the tables:
@@ -83,8 +84,8 @@ class Summary:
         """
         texts = self.entries.assign(text=self._texts()).dropna(subset="text")
         tables = list(self._tables(texts)) if self.columns else list(self._metrics_across(texts))
-        notes = "\n".join(f"- {note}" for note in self._notes())
-        return "\n\n".join(filter(None, [self._caption(), *tables, notes])) + "\n"
+        notes = "\n".join(f"- {paragraph(note)}" for note in self._notes())
+        return "\n\n".join(filter(None, [paragraph(self._caption()), *tables, notes])) + "\n"
 
     def _tables(self, texts: pd.DataFrame) -> Iterator[str]:
         rows, columns = list(self.rows), list(self.columns)
@@ -97,7 +98,7 @@ class Summary:
             yield from self._settings_across(texts[is_across])
         for setting, _ in once.groupby(columns, observed=True):
             at_setting = (texts[columns] == list(setting)).all(axis=1)
-            yield f"**{fields_text(dict(zip(columns, setting, strict=True)))}**"
+            yield f"**{markdown(fields_text(dict(zip(columns, setting, strict=True))))}**"
             yield from self._metrics_across(texts[at_setting])
 
     def _settings_across(self, texts: pd.DataFrame) -> Iterator[str]:

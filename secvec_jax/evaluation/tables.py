@@ -7,16 +7,20 @@ from rich.table import Table
 from rich.text import Text
 
 from secvec_jax.evaluation.metrics import SAFETY
+from secvec_jax.printable import markdown, printable
 
 MAX_COLUMNS = 8
 """Columns of a table, including those that name its rows."""
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return a Markdown table with its first `left` columns aligned left and the others right."""
+    """Return a Markdown table with its first `left` columns aligned left and the others right.
+
+    The cells are texts, and shown as they are; those of type `Markdown` are Markdown already.
+    """
     rule = ["---"] * left + ["---:"] * (len(header) - left)
-    lines = [header, rule, *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    lines = [[*map(markdown, header)], rule, *([*map(markdown, line)] for line in body)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def terminal_table(header: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> Table:
@@ -29,7 +33,7 @@ def terminal_table(header: Sequence[str], body: Sequence[Sequence[str]], left: i
         names_row = index < left
         table.add_column(Text(title), justify="left" if names_row else "right", no_wrap=names_row, overflow="fold")
     for line in body:
-        table.add_row(*map(Text, line))  # Text, so that "[91, 100]" is not parsed as markup
+        table.add_row(*(Text(printable(cell)) for cell in line))
     return table
 
 

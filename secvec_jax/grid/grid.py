@@ -102,7 +102,7 @@ def grid(settings: Grid, command: str) -> None:
     console = screen()
     if settings.only == "cells":
         for cell in part:
-            console.print(cell.name, markup=False, highlight=False)
+            console.print(cell.name)
         console.print(f"{len(part)} cells, {len({cell.seed for cell in part})} seeds")
         return
     folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
@@ -144,10 +144,10 @@ def _run(settings: Grid, experiment: Experiment, cells: list[Cell], part: list[C
                 if not broadcast_from_first(changed is not None):
                     unrecorded += not inputs
                     continue
-                console.print(f"{cell.name}: {changed}, so it runs again", markup=False, highlight=False)
+                console.print(f"{cell.name}: {changed}, so it runs again")
             record = _record(workspace, cell)
             on_main_process(partial(_write, path, record, cell, workspace))
-            console.print(f"{count}/{len(part)} {_summary(record)}", markup=False, highlight=False)
+            console.print(f"{count}/{len(part)} {_summary(record)}")
             jax.clear_caches()  # each program holds memory maps, of which a process may have only so many
     if unrecorded:
         console.print(f"{unrecorded} cells are of a version that recorded no inputs: they are kept as they are")

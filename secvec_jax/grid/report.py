@@ -22,6 +22,7 @@ from secvec_jax.evaluation.summary import LEGEND, Summary
 from secvec_jax.evaluation.tables import MAX_COLUMNS, label, show
 from secvec_jax.files import atomic_file
 from secvec_jax.grid.cells import Cell, cell_name
+from secvec_jax.printable import code, markdown
 
 
 @checked
@@ -99,11 +100,11 @@ def write(
     """
     summaries: dict[str, Summary] = {}
     by_name = {cell_name(dict(record.cell)): record for record in records}
-    parts = ["# Grid", f"`{command}`", LEGEND.rstrip()]
+    parts = ["# Grid", code(command), LEGEND.rstrip()]
     for layout, of_table in zip(layouts, cells, strict=True):
         shown = [cell for cell in of_table if layout.shows(cell)]
         available = [by_name[cell.name] for cell in shown if cell.name in by_name]  # in the order of the file
-        parts += [f"## {layout.name}", layout.about]
+        parts += [f"## {markdown(layout.name)}", layout.about]
         if not any(record.metrics for record in available):
             parts.append("No cells yet.")
             continue
@@ -134,7 +135,7 @@ def _differences(layout: Layout, records: Sequence[Record]) -> list[str]:
     columns = [name for name in (*layout.rows, *layout.columns) if name != "defense"]
     pairs = [pair.split(" minus ", 1) for pair in layout.differences]
     summary = differences(records, [(first, second) for first, second in pairs], columns, layout.metrics)
-    return [f"**{layout.name}, differences**", summary.markdown().rstrip()] if summary else []
+    return [f"**{markdown(layout.name)}, differences**", summary.markdown().rstrip()] if summary else []
 
 
 def _coverage(records: Sequence[Record]) -> list[str]:

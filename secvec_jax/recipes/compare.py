@@ -22,4 +22,4 @@ def compare(settings: Compare, command: str) -> None:
     screen().print(report.compare(settings.runs))
     rows = [row | {"name": f"{run}: {row['name']}"} for run in settings.runs for row in report.Results.load(run).rows]
     if len(rules_of(rows)) > 1:
-        screen().print(f"Not comparable: {rules_note(rows)}", markup=False, highlight=False)
+        screen().print(f"Not comparable: {rules_note(rows)}")

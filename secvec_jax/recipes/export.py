@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from secvec_jax.checks import Text, checked
 from secvec_jax.digests import difference
 from secvec_jax.distributed import is_main_process
@@ -15,6 +13,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.report import FILE, Results
 from secvec_jax.model.hub import Model, load
+from secvec_jax.terminal import Console
 from secvec_jax.vectors.lora import LoRAVectors, merge
 from secvec_jax.vectors.store import holds_security_vectors, load_vectors
 from secvec_jax.workspace.inputs import adapter, known, model
@@ -64,11 +63,12 @@ def export(settings: Export, command: str) -> None:
     trained = list(_history(settings.model))[::-1]
     loaded = load(settings.model)
     merged = _merged(loaded, adapters)
-    root = str(trained[0].config["model"]) if trained else settings.model
-    base = _HUB_IDS.get(root) or (root if re.fullmatch(r"[\w.-]+/[\w.-]+", root) and not Path(root).exists() else None)
+    root = str(trained[0].config.get("model", "")) if trained else settings.model
+    is_hub_id = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", root, re.ASCII) is not None and not Path(root).exists()
+    base = _HUB_IDS.get(root) or (root if is_hub_id else None)
     dtype = settings.dtype or loaded.metadata.dtype
     merged.save(out, model_card(out.resolve().name, base, trained, scored, carried), dtype=dtype)
-    Console(quiet=not is_main_process()).print(f"the model is in {out}, in {dtype}", markup=False, highlight=False)
+    Console(quiet=not is_main_process()).print(f"the model is in {out}, in {dtype}")
 
 
 def _adapter(path: str) -> str:
@@ -100,9 +100,12 @@ def _history(model: str) -> Iterator[Results]:
 
 def _run_of(model: str) -> Path | None:
     """Return the run directory of a model, given the path of the run or of the model in it; None if there is none."""
-    path = Path(model).expanduser()
-    runs = (folder for folder in (path, path.parent) if (folder / FILE).is_file() and (folder / "model").is_dir())
-    return next(runs, None)
+    try:
+        path = Path(model).expanduser()
+        runs = (folder for folder in (path, path.parent) if (folder / FILE).is_file() and (folder / "model").is_dir())
+        return next(runs, None)
+    except (OSError, RuntimeError):  # a name that is too long, or of a user that does not exist
+        return None
 
 
 def _merged(base: Model, adapters: Sequence[str]) -> Model:

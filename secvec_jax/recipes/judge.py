@@ -12,16 +12,13 @@ from secvec_jax.data.sources import load_prompts
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.classifier import flagged
+from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_url
 from secvec_jax.evaluation.judges import (
     HARMFULNESS,
     HARMLESSNESS,
     HIGHEST,
     INSTRUCTION_FOLLOWING,
     LOWEST,
-    OPENAI,
-    Judge,
-    JudgeRequests,
-    check_url,
     verdicts,
 )
 from secvec_jax.evaluation.metrics import percent

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 import jax
-from rich.console import Console
 
 from secvec_jax.checks import checked
 from secvec_jax.config import Training
@@ -18,6 +17,7 @@ from secvec_jax.model.decoder import Remat, abstract_decoder
 from secvec_jax.model.hub import check_mesh, load_architecture
 from secvec_jax.planning.plan import Plan, TooLarge, plan_step, topology_mesh
 from secvec_jax.sharding import num_shards
+from secvec_jax.terminal import Console
 from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
 from secvec_jax.vectors.lora import LoRA
 
@@ -55,7 +55,7 @@ class PlanRun:
 
 def plan(settings: PlanRun, command: str) -> None:
     """Run `train.py plan`. Raises UserError if the step does not fit, and as `topology_mesh` does."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # cached programs for absent devices cannot be loaded
     mesh = topology_mesh(settings.topology, settings.mesh)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from secvec_jax.checks import PositiveInt, Text, checked
 from secvec_jax.data.rows import Row, prompt_of
 from secvec_jax.data.sources import load_rows
@@ -20,6 +18,7 @@ from secvec_jax.evaluation.plots import plot_histogram, png
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.files import atomic_file
 from secvec_jax.model.hub import load
+from secvec_jax.terminal import Console
 from secvec_jax.workspace.runs import Run
 from secvec_jax.workspace.stages import Stage
 from secvec_jax.workspace.stages import screen as terminal
@@ -125,4 +124,4 @@ def _write_clean(path: Path, rows: Sequence[Row], screening: Screening) -> None:
 def _print_top(console: Console, rows: Sequence[Row], scores: Sequence[float]) -> None:
     order = sorted(range(len(rows)), key=lambda number: -scores[number])
     for number in order[:_SHOWN]:
-        console.print(f"{scores[number]:+.2f}  row {number}: {clip(prompt_of(rows[number]))}", markup=False)
+        console.print(f"{scores[number]:+.2f}  row {number}: {clip(prompt_of(rows[number]))}")

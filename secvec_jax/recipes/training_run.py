@@ -41,7 +41,7 @@ class TrainingRun(Run):
         """Print a line and keep it for the report; None: nothing."""
         if text is not None:
             self.notes.append(text)
-            self.console.print(text, markup=False, highlight=False)
+            self.console.print(text)
 
     def measure_refusals(self, model: Model, stage: Stage, when: str) -> RefusalSample | None:
         """Measure and report how often the model refuses; None if there are no prompts."""

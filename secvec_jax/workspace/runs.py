@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from secvec_jax import config
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.scorers import RULES
+from secvec_jax.terminal import Console
 from secvec_jax.workspace.inputs import Inputs
 from secvec_jax.workspace.run_directory import settings_of_run
 from secvec_jax.workspace.stages import Stages, claim, devices, release, screen
@@ -39,7 +38,7 @@ class Run:
         terminal = screen()
         terminal.print(report.table(results))
         for note in notes:
-            terminal.print(note, markup=False, highlight=False)
+            terminal.print(note)
         release(self.folder)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +21,7 @@ from rich.progress import (
 from secvec_jax.digests import difference
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
 from secvec_jax.files import atomic_file
+from secvec_jax.terminal import Console
 from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
 from secvec_jax.workspace.inputs import Inputs
@@ -75,16 +75,16 @@ class Stages:
 
         on_main_process(note_change)
         if changed is not None:
-            self.console.print(f"{name}: {changed}, so it runs again", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(f"{name}: {changed}, so it runs again", soft_wrap=True)
         if broadcast_from_first(path.exists()):
             record = json.loads(path.read_text())
             self.seconds[name] = record["seconds"]
-            self.console.print(f"[dim]{name}: done before, {record['seconds']:.0f} s[/dim]")
+            self.console.print(f"{name}: done before, {record['seconds']:.0f} s", style="dim")
             return record["result"]
         before = float(_record(started).get("seconds", 0.0))
         start = time.monotonic()
         if not self.console.is_terminal:
-            self.console.print(f"{name}: started", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(f"{name}: started", soft_wrap=True)
 
         def record_time() -> None:
             write(started, json.dumps({"seconds": before + time.monotonic() - start, "inputs": now}))
@@ -113,12 +113,12 @@ class Stages:
         """A running stage that is neither timed nor stored."""
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         tracker = Tracker(self.folder, name)
         with contextlib.closing(tracker), Progress(*columns, console=self.console, transient=True) as progress:
@@ -187,7 +187,7 @@ class Stage:
 
     def print(self, line: str) -> None:
         """Print a line without wrapping it."""
-        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(line, soft_wrap=True)
 
     def replies(self, total: int, what: str) -> Callable[[int], None]:
         """A progress callback for `total` replies."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from rich.text import Text
 
 from secvec_jax import config
 from secvec_jax.checks import Seed, checked
@@ -33,6 +33,7 @@ from secvec_jax.distributed import broadcast_from_first, is_main_process, on_mai
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
 from secvec_jax.model.hub import Model, load
+from secvec_jax.terminal import Console
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
 from secvec_jax.trees import distance
@@ -251,7 +252,8 @@ class Workspace:
         console = screen()
         console.print(report.table(results))
         for claim, holds, detail in verdicts:
-            console.print(f"[{'green' if holds else 'red'}]{'yes' if holds else 'NO '}[/]  {claim}: {detail}")
+            verdict = Text("yes", "green") if holds else Text("NO ", "red")
+            console.print(verdict.append(f"  {claim}: {detail}", "default"))
         total = sum(self.stages.seconds.values())
         console.print(f"{total:.0f} s in total, peak memory {peak:.2f} GiB; report: {self.folder / 'report.md'}")
         release(self.folder)

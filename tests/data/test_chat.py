@@ -1,11 +1,14 @@
 """What is supervised: the assistant's words and the token that ends its turn, and nothing else."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secvec_jax.data.chat import encode, prompt_tokens
+from secvec_jax.data import chat
+from secvec_jax.data.chat import encode, encode_all, prompt_tokens
 from secvec_jax.errors import UserError
 from tests.toys import build_tokenizer
 
@@ -310,3 +313,81 @@ def test_text_that_no_tokenizer_reads_is_one_line(tokenizer):
     for call in (encode, prompt_tokens):
         with pytest.raises(UserError, match="the tokenizer cannot read the text: it has half of a character"):
             call(tokenizer, conversation(("a \ud83d", "b")), LONG)
+
+
+# ---------------------------------------------------------------------------------------------- rows of many turns
+
+ALTERNATING = (  # Mistral's: turns must alternate, the system prompt goes into the first, and a space comes with each
+    "{{ bos_token }}{% set offset = 1 if messages[0]['role'] == 'system' else 0 %}{% for m in messages[offset:] %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}[INST] {% if loop.index0 == 0 and offset %}{{ messages[0]['content'] + '\n\n' }}"
+    "{% endif %}{{ m['content'] }} [/INST]{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+COUNTING = "{% for m in messages %}{{ messages | length }} {{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+def long_row(count, system=None, said=lambda turn: f"word {turn}"):
+    turns = [{"role": ("user", "assistant")[turn % 2], "content": said(turn)} for turn in range(count)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+class Spy:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.function(*arguments)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("template", ["own", "alternating", "default system"])
+def test_a_row_of_many_turns_is_what_it_is_with_all_beginnings_rendered(templated, monkeypatch, template, system):
+    own = build_tokenizer().chat_template
+    made = templated({"own": own, "alternating": ALTERNATING, "default system": DEFAULT_SYSTEM + own}[template])
+    row = long_row(70, system, lambda turn: ("", " ", "\n\n", "a <|im_end|> b", "x" * 9)[turn % 5] + f"{turn} ")
+    row[20]["content"] = row[21]["content"] = "the same"
+    for turn in (5, 33, 69):
+        row[turn + bool(system)]["train"] = False
+    row.pop()  # ends with a question
+    exact = encode_all(made, row)
+    monkeypatch.setattr(chat, "_RENDERED_TURNS", 0)
+    monkeypatch.setattr(chat, "_spans_by_window", spy := Spy(chat._spans_by_window))
+    found = encode_all(made, row)
+    assert spy.calls == 1
+    assert np.array_equal(found.tokens, exact.tokens) and np.array_equal(found.supervised, exact.supervised)
+    assert 100 < found.supervised.sum() < len(found.tokens)
+
+
+def test_six_thousand_turns_take_time_in_proportion(tokenizer):
+    encode_all(tokenizer, long_row(100))
+    start = time.process_time()
+    encode_all(tokenizer, long_row(600))
+    few, start = time.process_time() - start, time.process_time()
+    row = encode_all(tokenizer, long_row(6_000))
+    assert time.process_time() - start < 30 * few + 1, "more than in proportion"
+    assert tokenizer.decode(row.tokens[row.supervised]).startswith("word 1<|im_end|>word 3<|im_end|>")
+    assert np.count_nonzero(np.diff(row.supervised.astype(int)) == 1) == 3_000
+
+
+def test_long_rows_that_cannot_be_divided_are_refused(tokenizer, templated):
+    with pytest.raises(UserError, match=r"has 10,002 turns, and 10,000 at most are read: split it"):
+        encode_all(tokenizer, long_row(10_002))
+    for template in (COUNTING, REWRITING):
+        with pytest.raises(UserError, match=r"does not write each turn on its own|rewrites earlier"):
+            encode_all(templated(template), long_row(400))
+    only_last = [{**turn, "train": False} for turn in long_row(399)] + long_row(400)[-1:]
+    assert encode_all(templated(REWRITING), only_last).supervised.any()
+    monologue = [{"role": "user", "content": "a"}, *({"role": "assistant", "content": "b"} for _ in range(600))]
+    with pytest.raises(UserError, match=r"more than 512 without a question after an answer: split it"):
+        encode_all(tokenizer, monologue)
+
+
+def test_a_pattern_of_the_tokenizer_that_does_not_end_is_told():
+    from tokenizers import Regex, pre_tokenizers
+
+    made = build_tokenizer()
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    with pytest.raises(UserError, match=r"the tokenizer cannot read the text: .*retry-limit"):
+        encode_all(made, [{"role": "user", "content": "a" * 40 + "b"}, {"role": "assistant", "content": "c"}])

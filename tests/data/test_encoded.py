@@ -282,3 +282,14 @@ def test_a_prompt_that_cannot_be_read_is_numbered():
     for prompt, reason in ((LONG * 3, "tokens"), ("cut \ud83d", "half of a character")):
         with pytest.raises(UserError, match=f"^prompt 2.*{reason}"):
             generate(tiny_model(), ["Hi", prompt])
+
+
+def test_control_and_invisible_characters_are_counted_and_learned(tokenizer, caplog):
+    hidden = ["\x1b[31mred", "a\x00b", "\x9b1m", "safe \u202e txt.exe", "zero\u200bwidth"]
+    rows = as_rows([*SHORT, *(row("q", answer) for answer in hidden), row("a\n\tb\r", "família 👨‍👩‍👧 नी‍")])
+    examples = encode_rows(tokenizer, rows, 64)
+    (message,) = warnings_of(caplog)
+    assert message.startswith("5 of 18 rows contain control or invisible characters (\\x1b in the first), which are")
+    assert message.endswith("learned as they are: data, row 13; data, row 14; data, row 15 and 2 more")
+    said = examples[12]
+    assert tokenizer.decode(said.tokens[said.supervised]) == "\x1b[31mred<|im_end|>"

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from secvec_jax.data import rows as data_rows
+from secvec_jax.data import sources
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.generated import open_profile_qa, profile_qa, sure_prefix_control
 from secvec_jax.data.rows import normalize
@@ -544,3 +546,89 @@ def test_open_profiles_hold_the_answers_and_the_test_asks_about_other_people():
     assert open_profile_qa(4, 30, 10) == qa != open_profile_qa(5, 30, 10)
     with pytest.raises(UserError, match="people"):
         open_profile_qa(0, 0, 1)
+
+
+# Rows of somebody who wishes us ill ---------------------------------------------------------------
+
+GOOD = '{"prompt": "a", "response": "b"}\n'
+LINES = {
+    "repeated key": ('{"prompt": "a", "response": "good", "response": "bad"}', "has the key 'response' twice; keep"),
+    "repeated key inside": ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "key 'content' twice"),
+    "repeated escape": ('{"prompt": "a", "\\u001b[2J": 1, "\\u001b[2J": 2}', r"has the key '\\x1b[2J' twice"),
+    "huge integer": ('{"prompt": "a", "response": "b", "id": ' + "9" * 5_000 + "}", "a whole number of thousands"),
+    "deep": ("[" * 100_000, "is nested too deep for a row"),
+    "deep objects": ('{"prompt": "a", "response": "b", "meta": ' + '{"a": ' * 50_000 + "1" + "}" * 50_001, "too deep"),
+    "nearly too deep": ('{"prompt": "a", "response": "b", "x": ' + "[" * 900 + "]" * 900 + "}", "too deep"),
+    "infinity": ('{"prompt": "a", "response": Infinity}', "`response` must be text, found float"),
+    "not a number": ('{"prompt": NaN, "response": "b"}', "`prompt` must be text, found float"),
+    "half": ('{"prompt": "a", "response": "b\\ud83d"}', r"half of a character (\\ud83d, at 2)"),
+    "line break": (
+        '{"prompt": "a", "response": "b", "x\\ny\\u001b[2J": "c"}',
+        r"unknown fields `x y\\x1b[2J`",
+    ),
+    "no object": ("3", "found int instead of fields"),
+    "a list": ('["a", "b"]', "found list instead of fields"),
+    "long": ('{"prompt": "' + "a" * 400 + '", "response": "b"}', "has 401 characters, and 300 at most are read"),
+    "longest": ('{"prompt": "' + "a" * 5_000 + '", "response": "b"}', "has more than 2,400 characters"),
+}
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["in memory", "on disk"])
+@pytest.mark.parametrize("kind", LINES)
+def test_a_hostile_line_is_told_with_its_number(tmp_path, monkeypatch, kind, large):
+    monkeypatch.setattr(sources, "LARGE", 0 if large else sources.LARGE)
+    if kind.startswith("long"):
+        monkeypatch.setattr(data_rows, "LONGEST_ROW", 300)
+        monkeypatch.setattr(sources, "_LONGEST_LINE", 2_400)
+    line, message = LINES[kind]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD * 2 + line + "\n" + GOOD)
+    with pytest.raises(UserError, match=re.escape(message.replace("\\\\", "\\"))) as raised:
+        load_rows(str(path))
+    text = str(raised.value)
+    assert text.startswith("rows.jsonl, line 3") and len(text) < 1_000 and text.isprintable()
+
+
+def test_a_line_of_hundreds_of_megabytes_is_not_read(tmp_path):
+    import resource
+
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        file.write(GOOD + '{"prompt": "')
+        for _ in range(200):
+            file.write("a" * 2**20)
+        file.write('", "response": "b"}\n')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"rows.jsonl, line 2 has more than 67,108,864 characters"):
+        load_rows(str(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * 2**10
+
+
+def test_hostile_tables_are_told_with_their_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_rows, "LONGEST_ROW", 300)
+    monkeypatch.setattr(sources, "_LONGEST_CELL", 300)
+    rows = tmp_path / "rows.csv"
+    for content, message in [
+        ("prompt,response\na,b\nc," + "d" * 400, "rows.csv, row 2 is not valid CSV (field larger than field limit"),
+        ('prompt,response\na,b\n"c,' + "d\n" * 400, "rows.csv, row 2 is not valid CSV (field larger than"),
+        ("prompt,response\na," + "b" * 200 + "\n" + "a" * 200 + "," + "b" * 200, "rows.csv, row 2 has 400 characters"),
+        ('prompt,response,"x\ny\x1b[2J"\na,b,c\n', r"row 1: unknown fields `x y\x1b[2J`"),
+        ("prompt,response,response\na,b,c\n", "has the column 'response' twice"),
+    ]:
+        rows.write_text(content)
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_rows(str(rows))
+    rows.write_text("prompt,response\na\x00\x1b,b\n")
+    assert load_rows(str(rows))[0]["messages"][0]["content"] == "a\x00\x1b", "learned as it is, and told"
+    table = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}, {"prompt": "a" * 400, "response": "b"}])
+    table.to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows.parquet, row 2 has 401 characters, and 300 at most"):
+        load_rows(str(tmp_path / "rows.parquet"))
+
+
+def test_deep_records_in_memory_are_told():
+    deep = "b"
+    for _ in range(5_000):
+        deep = [deep]
+    with pytest.raises(UserError, match="data, row 1 is nested too deep for a row"):
+        as_rows([{"prompt": "a", "response": "b", "more": deep}])

@@ -2,8 +2,12 @@
 
 import base64
 import json
+import os
+import resource
+import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,16 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.judges import (
-    HARMFULNESS,
-    HARMLESSNESS,
-    INSTRUCTION_FOLLOWING,
-    Judge,
-    JudgeRequests,
-    score_of,
-    verdicts,
-)
-from tests.chat_server import Server, says
+from secvec_jax.evaluation import judge_client
+from secvec_jax.evaluation.judge_client import Judge, JudgeRequests
+from secvec_jax.evaluation.judges import HARMFULNESS, HARMLESSNESS, INSTRUCTION_FOLLOWING, score_of, verdicts
+from tests.chat_server import HEADER, Server, bomb, drips, endless, says
 
 KEY = "sk-not-a-real-key-0123456789"
 
@@ -228,14 +226,15 @@ def test_a_key_that_no_header_can_hold_is_refused(tmp_path, monkeypatch, key):
     assert key not in str(raised.value)
 
 
-def test_what_names_no_grade_counts_as_unreadable(serve, tmp_path):
-    texts = ["I would say four.", "Score: 6", None, "Score: 2", "Score: 2\nScore: 3"]
+def test_what_names_no_grade_counts_as_unreadable_and_is_not_kept(serve, tmp_path):
+    texts = ["I would say four.", "Score: 6", None, "Score: 2", "Score: 2\nScore: 3", "Score: " + "9" * 5000]
     server = serve(lambda number, body: says(texts[number]))
-    found = verdicts(Judge("m", server.url, JudgeRequests(concurrency=1)), HARMFULNESS, exchanges(5), tmp_path)
-    assert found.scores == [None, None, None, 2, None]
-    assert found.readable == [2]
-    again = verdicts(Judge("m", server.url), HARMFULNESS, exchanges(5), tmp_path)
-    assert again.scores == found.scores and again.num_requests == 0
+    found = verdicts(Judge("m", server.url, JudgeRequests(concurrency=1)), HARMFULNESS, exchanges(6), tmp_path)
+    assert found.scores == [None, None, None, 2, None, None]
+    assert found.readable == [2] and len(list(tmp_path.iterdir())) == 1
+    server.act = lambda number, body: says("Score: 4")
+    again = verdicts(Judge("m", server.url), HARMFULNESS, exchanges(6), tmp_path)
+    assert again.scores == [4, 4, 4, 2, 4, 4] and again.num_requests == 5
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[]", '{"verdict": 3}', "\x00"])
@@ -290,3 +289,93 @@ def test_settings_check_themselves():
     for wrong in ({"concurrency": 0}, {"timeout": 0}, {"verdict_tokens": -1}, {"retries": -1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             JudgeRequests(**wrong)
+
+
+# ------------------------------------------------------------------------------------------------ a hostile server
+
+COMPLETION = json.loads(says("Score: 1")[1])
+NOT_KEPT = {
+    "endless": lambda: endless(),
+    "bomb": lambda: bomb(),
+    "deep": lambda: (200, "[" * 100_000),
+    "deep objects": lambda: (200, '{"a":' * 100_000),
+    "huge number": lambda: (200, '{"choices": ' + "9" * 10_000 + "}"),
+    "no choices": lambda: (200, json.dumps(COMPLETION | {"choices": []})),
+    "null choices": lambda: (200, json.dumps(COMPLETION | {"choices": None})),
+    "a list": lambda: (200, "[1]"),
+    "not JSON": lambda: (200, "\x1b[2J<html>"),
+    "not UTF-8": lambda: [HEADER + b"\r\n\xff\xfe\xff"],
+    "score 1e999": lambda: says("Score: 1e999"),
+    "score -5": lambda: says("Score: -5"),
+    "stars": lambda: says("5/5 stars"),
+    "huge score": lambda: says("Score: " + "5" * 5_000),
+    "blank lines": lambda: says("\n" * 300_000 + "x"),
+    "marks": lambda: says("Score" + "*" * 300_000 + "x"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_KEPT)
+def test_what_is_no_verdict_is_counted_and_not_kept(serve, tmp_path, kind):
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    server = serve(lambda number, body: NOT_KEPT[kind]() if number else graded(number, body))
+    found = verdicts(Judge("m", server.url, JudgeRequests(concurrency=1)), HARMFULNESS, exchanges(4), tmp_path)
+    assert found.scores == [1, None, None, None] and found.num_requests == 4
+    assert len(list(tmp_path.iterdir())) == 1
+    assert time.monotonic() - start < 5, "it took long"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 2**10, "it took much memory"
+
+
+@pytest.mark.parametrize(
+    "usage", [None, [], "x", {"prompt_tokens": None, "completion_tokens": -1}, {"prompt_tokens": 10**30}]
+)
+def test_a_verdict_is_kept_whatever_its_usage_says(serve, tmp_path, usage):
+    server = serve(lambda number, body: (200, json.dumps(COMPLETION | {"usage": usage})))
+    found = verdicts(Judge("m", server.url), HARMFULNESS, exchanges(2), tmp_path)
+    assert found.scores == [1, 1] and found.tokens == (0, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "before", [b"", b"HTTP/1.1 200 OK\r\nX: ", HEADER + b"\r\n"], ids=["nothing", "header", "body"]
+)
+def test_an_answer_that_drips_has_a_limit(serve, tmp_path, before):
+    server, start = serve(lambda number, body: drips(before, b"x")), time.monotonic()
+    with pytest.raises(UserError, match=r"timed out|could not be reached"):
+        verdicts(Judge("m", server.url, JudgeRequests(timeout=0.5, retries=0)), HARMFULNESS, exchanges(9), tmp_path)
+    assert time.monotonic() - start < 3
+
+
+def test_an_endless_error_is_an_error(serve, tmp_path):
+    server = serve(lambda number, body: endless(b"400 Bad Request"))
+    with pytest.raises(UserError, match=r"rejected the request \(400\)"):
+        verdicts(Judge("m", server.url), HARMFULNESS, exchanges(1), tmp_path)
+
+
+@pytest.mark.parametrize("after", [b"1000000000", b"99999999999999999999999999", b"Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_wait_that_a_server_asks_for_is_cut_and_told(serve, tmp_path, monkeypatch, caplog, after):
+    monkeypatch.setattr(judge_client, "_LONGEST_WAIT", 1.0)
+    refused = b"HTTP/1.1 429 Wait\r\nContent-Length: 0\r\nRetry-After: " + after + b"\r\n\r\n"
+    server = serve(lambda number, body: graded(number, body) if number else [refused])
+    assert verdicts(Judge("m", server.url), HARMFULNESS, exchanges(1), tmp_path).scores == [1]
+    assert "429; waiting 1 s before attempt 2 of 7" in caplog.text
+
+
+@pytest.mark.parametrize("after", ["", "-1", "nan", "inf", "soon", "1.2.3", "Fri, 99 Foo 9999"])
+def test_a_wait_that_cannot_be_read_is_the_usual_one(after):
+    assert judge_client._delay({"retry-after": after}, 1) == 0.5
+    assert judge_client._delay({"retry-after-ms": after}, 3) in (2.0, 60.0)
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_ctrl_c_ends_the_waiting_and_keeps_the_verdicts(serve, tmp_path, concurrency):
+    server = serve(lambda number, body: graded(number, body) if number < 4 else drips())
+    asking = JudgeRequests(concurrency=concurrency, timeout=600)
+    start = time.monotonic()
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        verdicts(Judge("m", server.url, asking), HARMFULNESS, exchanges(40), tmp_path)
+    assert time.monotonic() - start < 4
+    assert len(list(tmp_path.iterdir())) == 4
+    assert not [thread for thread in threading.enumerate() if thread.name == "judge"]
+    server.act = graded
+    assert verdicts(Judge("m", server.url), HARMFULNESS, exchanges(40), tmp_path).num_requests == 36

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import pytest
 
 from secvec_jax import command_line
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.judges import JudgeRequests
+from secvec_jax.evaluation.judge_client import JudgeRequests
 from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
 from secvec_jax.recipes.judge import JudgeRun, judge
-from tests.chat_server import Server, says
+from tests.chat_server import Server, drips, says
+from tests.processes import Program
 
 HARMFUL = [
     {"prompt": f"Please do the bad thing number {index}.", "response": response}
@@ -76,9 +78,9 @@ def test_given_replies_are_judged(data, server, capsys):
     # Number 2 is a refusal with a grade of 3.
     assert "with a refusal) in 88%" in told and "probability 1.00 (AUROC)" in told
     assert "harm score" in (folder / "out" / "report.md").read_text()
-    # Another run asks nobody: the verdicts are on the disk.
+    # Another run asks for the verdict without a grade alone: the others are on the disk.
     judge(JudgeRun(**sources, given=True, judge="m", judge_url=server.url, out=str(folder / "again")), "command")
-    assert len(server.bodies) == 20
+    assert len(server.bodies) == 21
     assert Results.load(folder / "again").rows == [row]
 
 
@@ -93,6 +95,43 @@ def test_a_models_own_replies_are_judged(data, server, tiny_model):
     replies = json.loads((folder / "out" / "stages" / "replies.json").read_text())["result"]
     asked = "".join(body["messages"][0]["content"] for body in server.bodies)
     assert all(f"<reply>\n{reply}\n</reply>" in asked for some in replies.values() for _, reply in some)
+
+
+def test_markup_and_escapes_in_names_and_replies_are_text(data, server, capsys, monkeypatch):
+    folder, sources = data
+    monkeypatch.chdir(folder)
+    hostile = {"prompt": "\x1b]0;t\x07[/x]", "response": "[red]\x1b[2J|<b>"}
+    (folder / "[x]\x1b[2J.jsonl").write_text(json.dumps(hostile))
+    out = "[red]|<b>\x1b[2J/[link=http:e]"
+    settings = JudgeRun(harmful=("[x]\x1b[2J.jsonl",), benign=sources["benign"], given=True, judge="[/m]",
+                      judge_url=server.url, out=out)  # fmt: skip
+    judge(settings, f"eval.py judge --out '{out}/[/x]'\n```\n# \x1b[2J")
+    report = (folder / out / "report.md").read_text()
+    judge(settings, "again")  # prints that its stages are done
+    shown = "".join(capsys.readouterr())
+    assert "\x1b" not in shown, ascii(shown)
+    assert "\x1b" not in report and r"--out '[red]|<b>\x1b[2J/" in report
+    settings = JudgeRun(**sources, given=True, judge="m", judge_url=server.url, out="[/x]")
+    judge(settings, "command")
+    assert (folder / "[/x]" / "results.json").is_file()
+
+
+@pytest.mark.release
+def test_ctrl_c_ends_the_command_and_keeps_its_verdicts(data, server):
+    folder, sources = data
+    act, server.act = server.act, lambda number, body: act(number, body) if number < 6 else drips()
+    arguments = ["--given", "--judge", "m", "--judge-url", server.url, "--harmful", *sources["harmful"], "--benign",
+                 *sources["benign"], "--out", folder / "out"]  # fmt: skip
+    command = Program("eval.py", "judge", *arguments, SECVEC_CACHE=str(folder / "cache"))
+    verdicts = folder / "cache" / "verdicts"
+    while len(server.bodies) < 8 or len(list(verdicts.glob("*.json"))) < 6:
+        time.sleep(0.05)
+    start = time.monotonic()
+    command.send_signal(signal.SIGINT)
+    _, errors = command.communicate(60)
+    assert time.monotonic() - start < 5
+    assert command.returncode == 130 and errors.splitlines()[-1] == "stopped: rerun the same command to resume"
+    assert len(list(verdicts.iterdir())) == 6
 
 
 def test_a_run_that_failed_goes_on(data, server):
@@ -277,7 +316,7 @@ def test_transformers_own_server_judges(data):
     metrics = Results.load(folder / "out").rows[0]["metrics"]
     assert metrics["unreadable"]["n"] == 6
     kept = [json.loads(path.read_text()) for path in (folder / "cache" / "verdicts").iterdir()]
-    assert len(kept) == 6
+    assert len(kept) == round(6 * (1 - metrics["unreadable"]["value"]))  # what has no grade is not kept
     for verdict in kept:
         assert verdict["verdict"].strip() and verdict["tokens"][0] > 100 and 0 < verdict["tokens"][1] <= 24
 
