@@ -44,11 +44,11 @@ class Finetune:
     vectors: tuple[str, ...] = ()
     """run directories of `train.py vectors`, their vector files, or PEFT adapter folders, all active at once; none:
     train without protection; required, except with a --defense, which needs no vectors or trains its own"""
+    model: str = "smollm2"
+    """the model to fine-tune, which the vectors were trained for"""
     defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=_DEFENSES)
     """how the training is defended, such as guarded-vectors; without a name, all defenses are listed with what they
     need and cost (default: security vectors)"""
-    model: str = "smollm2"
-    """the model to fine-tune, which the vectors were trained for"""
     safe: tuple[str, ...] = ()
     """for a defense: rows that teach the model to be safe, refusals and as many benign rows; by default packaged ones
     and the model's own replies"""
