@@ -2,7 +2,7 @@
 
     python docs/hooks.py
 
-writes the commands in docs/commands.md and the table in docs/defenses.md, which are committed for readers on a code
+writes the commands in docs/commands.md and the tables in docs/defenses.md, which are committed for readers on a code
 host, and secvec_jax/defenses/evidence.py, a line of the results in docs/results/cells for each defense. mkdocs fills in
 the pages each time the site is built.
 """
@@ -104,6 +104,12 @@ def defenses() -> str:
     return "\n".join([header, *lines, "", "In grids only:", "", *only])
 
 
+def needs() -> str:
+    """The table of what defenses need, as Markdown."""
+    (base,) = _imported("secvec_jax.defenses.base")
+    return "\n".join(["| | |", "|---|---|", *(f"| {need} | {meaning} |" for need, meaning in base.MEANING.items())])
+
+
 # What was measured, in the order of preference: the hardest setting that a defense has a cell of.
 _SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("50% harmful rows, Adam 3e-4", {"attack": "harmful", "poison": 0.5, "optimizer": "adamw", "learning_rate": 3e-4}),
@@ -158,7 +164,7 @@ def evidence_module() -> str:
     return "\n".join([*lines, "}", '"""Name of a defense -> its results; a defense that has none is left out."""', ""])
 
 
-GENERATED: dict[str, Callable[[], str]] = {"commands": commands, "defenses": defenses}
+GENERATED: dict[str, Callable[[], str]] = {"commands": commands, "defenses": defenses, "needs": needs}
 """Name of a mark -> what is written there."""
 
 if __name__ == "__main__":
