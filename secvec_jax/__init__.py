@@ -8,12 +8,14 @@
     tuned   = sv.finetune(aligned, user_rows, vectors=vectors)    # vectors active and frozen; None: unprotected
     answers = sv.generate(tuned, prompts)                         # vectors off, unless vectors= is passed
     tuned.save("tuned/")                                          # a Hugging Face folder
+    guarded = sv.defend(aligned, user_rows, sv.defenses.GuardedVectors(), vectors=vectors).model   # another defense
 
 Everything is a value: no verb changes its arguments. Wrong arguments raise `UserError`, which says what to pass.
 """
 
 __version__ = "0.2.0"
 
+from secvec_jax import defenses
 from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.screening import screen
@@ -23,6 +25,7 @@ from secvec_jax.evaluation.scoring import score
 from secvec_jax.inference import generate, logits
 from secvec_jax.model.hub import Model, load
 from secvec_jax.model.sampling import Sampling
+from secvec_jax.recipes.defend import defend
 from secvec_jax.sharding import make_mesh
 from secvec_jax.vectors.lora import LoRA, random_like
 from secvec_jax.vectors.peft import save_peft
@@ -40,6 +43,8 @@ __all__ = [
     "Training",
     "UserError",
     "align",
+    "defend",
+    "defenses",
     "finetune",
     "generate",
     "load",

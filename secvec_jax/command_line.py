@@ -210,7 +210,7 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
         delattr(given, key)
     values = flags.mapping(given)
     if path is not None:
-        values = _with_file(path, values)
+        values = _with_file(path, values, settings)
     checked_settings = _checked(settings, values, given, path)
     cluster = _checked(Cluster, devices, argparse.Namespace(**devices), None) if verb.on_devices else None
     return checked_settings, cluster
@@ -237,12 +237,12 @@ def _parser(name: str, verb: Verb, settings: type) -> "_Parser":
     return parser
 
 
-def _with_file(path: str, values: dict[str, Any]) -> dict[str, Any]:
+def _with_file(path: str, values: dict[str, Any], settings: type) -> dict[str, Any]:
     """The values, over those of the YAML file. Raises UserError if the file holds no mapping."""
     read = config.read(path)
     if not isinstance(read, dict):
         raise UserError(f"{path} must be a mapping of settings, not {type(read).__name__}")
-    return flags.merged(read, values)
+    return flags.merged(flags.spelled_out(settings, read, values), values)
 
 
 def _checked(settings: type, values: dict[str, Any], given: argparse.Namespace, path: str | None) -> Any:

@@ -4,15 +4,19 @@ A flag is the path of its setting in a config file, with dashes: `--lora.rank`, 
 in `UNPREFIXED` leave the path out: `--learning-rate`. A switch takes no value: `--overwrite`, `--no-overwrite`. The
 docstring below a field is its help text.
 
+A field with the metadata `variants` (see `Variants`) is a choice among classes of settings, whose name is the flag's
+value: `--defense vaccine --defense.rho 5`.
+
 Parsing converts text to numbers and nothing else. Values become a nested mapping, as from a config file, and are
 checked by the settings themselves, so that a mistake has the same message wherever it is made.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from simple_parsing.docstring import get_attribute_docstring
@@ -29,11 +33,23 @@ REQUIRED = dataclasses.MISSING
 
 
 @dataclasses.dataclass(frozen=True)
+class Variants:
+    """Settings of the chosen one; each belongs to those that its help names.
+
+    classes: the settings of each choice, by its name. listing: the text that describes them all, which the flag shows
+    without a value, or with the value list.
+    """
+
+    classes: Mapping[str, type]
+    listing: Callable[[], str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Flag:
     """A setting as it is given on the command line.
 
     path: where the setting is in a config file. name: the flag, or None for a positional argument. hint: its declared
-    type. default: REQUIRED if there is none. help: what it does.
+    type. default: REQUIRED if there is none. help: what it does. listing: the text that it shows without a value.
     """
 
     path: tuple[str, ...]
@@ -41,6 +57,7 @@ class Flag:
     hint: Any
     default: Any
     help: str
+    listing: Callable[[], str] | None = None
 
     @property
     def key(self) -> str:
@@ -106,6 +123,11 @@ def _groups(settings: type, default: Any, path: tuple[str, ...]) -> Iterator[Gro
         if is_settings(value):
             value = complete(value)
         here = (*path, field.name)
+        variants = field.metadata.get("variants")
+        if variants is not None:
+            flags.append(Flag((*here, "name"), _flag(here), str, None, help_of(settings, field.name), variants.listing))
+            nested_groups.append(Group(here, Variants, tuple(_variant_flags(variants, here))))
+            continue
         nested = settings_class(hint)
         if nested is not hint:  # a value, or settings that may be left out and have a separate switch
             name = None if field.metadata.get("positional") else _flag(here)
@@ -115,6 +137,23 @@ def _groups(settings: type, default: Any, path: tuple[str, ...]) -> Iterator[Gro
             nested_groups += list(_groups(nested, nested_default, here))
     yield Group(path, settings, tuple(flags))
     yield from nested_groups
+
+
+def _variant_flags(variants: Variants, path: tuple[str, ...]) -> Iterator[Flag]:
+    """A flag for each setting that any of the classes has; its help names them, with their defaults."""
+    hints: dict[str, Any] = {}
+    meanings: dict[str, dict[str, list[str]]] = {}
+    for name, settings in variants.classes.items():
+        defaults = defaults_of(settings)
+        for setting, hint in hints_of(settings).items():
+            if _scalar(hints.setdefault(setting, hint)) is not _scalar(hint):
+                raise ValueError(f"{setting} has two types: of {name} and of another of {', '.join(variants.classes)}")
+            shown = Flag((setting,), None, hint, defaults[setting], help_of(settings, setting))
+            default = f" (default: {shown.shown_default})" if shown.shown_default else ""
+            meanings.setdefault(setting, {}).setdefault(shown.help + default, []).append(name)
+    for setting, hint in hints.items():
+        text = "; ".join(f"{', '.join(names)}: {meaning}" for meaning, names in meanings[setting].items())
+        yield Flag((*path, setting), _flag((*path, setting)), hint, None, text)
 
 
 def _flag(path: tuple[str, ...]) -> str:
@@ -175,7 +214,9 @@ def _add(section: Any, flag: Flag, hidden: bool) -> None:
         "default": argparse.SUPPRESS,
         "help": argparse.SUPPRESS if hidden else (flag.help + default).replace("%", "%%").strip(),
     }
-    if settings_class(flag.hint) is not None:
+    if flag.listing is not None:
+        section.add_argument(flag.name, metavar="NAME", nargs="?", action=_Choice, listing=flag.listing, **options)
+    elif settings_class(flag.hint) is not None:
         section.add_argument(flag.name, action=_Group, **options)
     elif flag.is_switch:
         section.add_argument(flag.name, action=argparse.BooleanOptionalAction, **options)
@@ -185,6 +226,21 @@ def _add(section: Any, flag: Flag, hidden: bool) -> None:
     else:
         nargs = "+" if flag.takes_several else None
         section.add_argument(flag.name, metavar=flag.metavar, nargs=nargs, type=_converter(flag.hint), **options)
+
+
+class _Choice(argparse.Action):
+    """The name of a choice; without one, or with the word list, all choices are shown and the program ends."""
+
+    def __init__(self, *arguments: Any, listing: Callable[[], str], **options: Any):
+        super().__init__(*arguments, **options)
+        self._listing = listing
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if values in (None, "list"):
+            with contextlib.suppress(BrokenPipeError):  # as where it is shown by `head`
+                print(self._listing(), flush=True)
+            parser.exit()
+        setattr(namespace, self.dest, values)
 
 
 class _Group(argparse.BooleanOptionalAction):
@@ -256,6 +312,22 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def spelled_out(settings: type, values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Values from a file as flags merge with them: a choice that is written as its name alone becomes {"name": NAME}.
+
+    If the flags name another choice, the file's settings of its own are left out.
+    """
+    spelled = dict(values)
+    for field in dataclasses.fields(settings):
+        if "variants" in field.metadata and field.name in values:
+            chosen = values[field.name]
+            chosen = {"name": chosen} if isinstance(chosen, str) else chosen
+            another = given.get(field.name, {}).get("name")
+            is_another = another is not None and isinstance(chosen, dict) and chosen.get("name") != another
+            spelled[field.name] = {} if is_another else chosen
+    return spelled
 
 
 def required(settings: type) -> Sequence[Flag]:

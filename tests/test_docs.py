@@ -20,6 +20,7 @@ from secvec_jax.config import Training
 from secvec_jax.data import sources
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import registry
+from secvec_jax.defenses.evidence import EVIDENCE
 from secvec_jax.defenses.registry import read_defense
 from secvec_jax.distributed import Cluster
 from secvec_jax.evaluation import metrics
@@ -98,12 +99,14 @@ def test_tables_have_at_most_eight_columns_and_never_refusal_alone(page):
             assert "compliance" in head and "harmful loss" in head, head
 
 
-def test_the_committed_page_of_commands_is_what_the_settings_say(monkeypatch):
+def test_what_is_committed_is_what_the_settings_and_results_say(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import hooks
 
-    assert hooks.filled(hooks.PAGE.read_text()) == hooks.PAGE.read_text(), "run `python docs/hooks.py`"
-    assert "## train.py finetune" in hooks.PAGE.read_text()
+    for name, page in hooks.PAGES.items():
+        assert hooks.filled(page.read_text()) == page.read_text(), f"run `python docs/hooks.py`: {name}"
+    assert "## train.py finetune" in hooks.PAGES["commands"].read_text()
+    assert hooks.evidence() == EVIDENCE, "run `python docs/hooks.py`: results have changed"
 
 
 def test_every_metric_is_in_the_glossary():
@@ -124,12 +127,13 @@ def test_no_defense_is_left_out():
 def test_every_defense_is_listed_with_its_settings_stage_and_needs(defense):
     page = (ROOT / "docs" / "defenses.md").read_text()
     (line,) = re.findall(rf"(?m)^\| `{defense.name}` \| (.*) \|$", page)
-    settings, stage, needs, cost, source = (cell.strip() for cell in line.split("|"))
+    settings, stage, needs, cost, evidence, source = (cell.strip() for cell in line.split("|"))
     given = dict(setting.strip("`").partition("=")[::2] for setting in settings.split(", ") if setting)
     assert list(given) == [field.name for field in dataclasses.fields(defense)]
     spelled = {name: yaml.safe_load(value) if value else "" for name, value in given.items()}
     assert read_defense({"name": defense.name, **spelled}) == defense(), "the defaults"
-    assert stage == defense.stage and needs == (", ".join(defense.needs) or "-") and cost and source
+    assert stage == defense.stage and needs == (", ".join(defense.needs) or "-")
+    assert (cost, evidence, source) == (defense.cost, registry.evidence_of(defense), defense.source)
 
 
 def example(title: str) -> str:

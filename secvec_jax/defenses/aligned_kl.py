@@ -39,6 +39,8 @@ class AlignedKL(Defense):
 
     name = "kl"
     stage = "fine-tuning"
+    cost = "1 more forward pass per step; a copy of the weights"
+    source = "baseline of Vaccine"
 
     weight: NonNegativeFloat = 1.0
     """λ, of the KL"""
@@ -54,7 +56,9 @@ class AnchoredVectors(Defense):
 
     name = "anchored vectors"
     stage = "fine-tuning"
-    needs = ("harmful rows", "benign rows")
+    needs = ("security vectors",)
+    cost = "training the vectors, once; 2 more forward passes per step"
+    source = "ours: security vectors, and a KL to the aligned model without them"
 
     weight: NonNegativeFloat = 1.0
     """λ, of the KL"""

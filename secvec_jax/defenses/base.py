@@ -23,8 +23,22 @@ from secvec_jax.vectors.lora import LoRA
 DefenseStage = Literal["alignment", "data", "fine-tuning", "after fine-tuning", "inference"]
 """Where a defense differs from plain fine-tuning of the aligned model."""
 
-Need = Literal["base model", "safe rows", "harmful rows", "benign rows", "contrast rows", "eliciting prompt"]
-"""What a defense reads in addition to the aligned model and the user's rows; see the properties of `DefenseInputs`."""
+Need = Literal[
+    "security vectors", "safe rows", "harmful rows", "benign rows", "contrast rows", "base model", "eliciting prompt"
+]
+"""What a defense reads in addition to the aligned model and the user's rows; see `DefenseInputs`."""
+
+MEANING: dict[Need, str] = {
+    "security vectors": "vectors of the behavior; without them, they are trained on harmful and benign rows",
+    "safe rows": "rows that teach the model to be safe: refusals of harmful prompts, and as many benign prompts with "
+    "the model's own answers (or right answers, where the behavior is a wrong one)",
+    "harmful rows": "about 100 rows of the behavior that fine-tuning must not teach",
+    "benign rows": "rows that have nothing to do with the behavior",
+    "contrast rows": "rows whose prompts call for the behavior and whose replies do not show it, such as refusals",
+    "base model": "the model before it was aligned; it may be the aligned model, which is then aligned further",
+    "eliciting prompt": "a system prompt that asks for the behavior",
+}
+"""What each of them is, in one line."""
 
 ATTACK = "attack"
 """The kind of rows that an experiment hid in the user's data. Only controls and measurements may look at it."""
@@ -118,10 +132,21 @@ class Defense(abc.ABC):
     stage: ClassVar[DefenseStage]
     needs: ClassVar[tuple[Need, ...]] = ()
     """with the default settings"""
+    cost: ClassVar[str]
+    """in addition to plain fine-tuning"""
+    source: ClassVar[str]
+    """of the method"""
+    only_in_grids: ClassVar[str] = ""
+    """why it is of use in experiments only; empty for a defense that can be used on a model and data of one's own"""
 
     @abc.abstractmethod
     def apply(self, inputs: DefenseInputs) -> Defended:
         """The defended model."""
+
+    @property
+    def reads(self) -> tuple[Need, ...]:
+        """What it needs with these settings."""
+        return self.needs
 
     @property
     def label(self) -> str:
@@ -138,10 +163,10 @@ def changed_settings(settings: Any) -> list[str]:
     """ "name=value" for each field of a dataclass whose value is not the default, in the order of the fields."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
-    return [f"{name}={_as_yaml(value)}" for name, value in values.items() if value != defaults[name]]
+    return [f"{name}={as_yaml(value)}" for name, value in values.items() if value != defaults[name]]
 
 
-def _as_yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """The value as YAML writes it; a number has as few digits as represent it exactly."""
     if isinstance(value, bool):
         return str(value).lower()

@@ -48,6 +48,8 @@ class Booster(Defense):
     name = "booster"
     stage = "alignment"
     needs = ("base model", "safe rows", "harmful rows")
+    cost = "an alignment of 3 forward and 3 backward passes per step, once; 3 copies of the trained weights"
+    source = "Huang et al. 2409.01586"
 
     weight: NonNegativeFloat = 5.0
     """λ, the weight of the loss reduction that the simulated step gives"""

@@ -44,6 +44,8 @@ class CAFT(Defense):
     name = "caft"
     stage = "fine-tuning"
     needs = ("harmful rows", "contrast rows")
+    cost = "a forward pass over the harmful and the contrast rows, once"
+    source = "Casademunt et al. 2507.16795"
 
     k: PositiveInt = 1
     """directions per layer"""

@@ -40,6 +40,8 @@ class ConstrainedSFT(Defense):
 
     name = "constrained sft"
     stage = "fine-tuning"
+    cost = "1 more forward pass per step; a copy of the weights"
+    source = "Qi et al. 2406.05946"
 
     beta: PositiveFloat = 0.1
     """β of tokens after the fifth"""

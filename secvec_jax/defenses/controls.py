@@ -23,6 +23,8 @@ class PlainFinetuning(Defense):
 
     name = "none"
     stage = "fine-tuning"
+    cost = "nothing"
+    source = "plain fine-tuning of the aligned model"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         return Defended(inputs.finetune())
@@ -36,6 +38,9 @@ class NotAligned(Defense):
     name = "not aligned"
     stage = "alignment"
     needs = ("base model",)
+    cost = "nothing"
+    source = "plain fine-tuning of the model before it was aligned"
+    only_in_grids = "it is plain fine-tuning of the base model: give that model, and the defense none"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         return Defended(inputs.finetune(inputs.base))
@@ -48,6 +53,9 @@ class BenignOnly(Defense):
 
     name = "benign only"
     stage = "data"
+    cost = "nothing"
+    source = "plain fine-tuning without the attack's rows"
+    only_in_grids = "it drops the attack's rows, which only an experiment knows"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         # Where all rows are the attack's, nothing is left to learn: the aligned model.
@@ -62,7 +70,10 @@ class RandomControl(Defense):
 
     name = "random control"
     stage = "fine-tuning"
-    needs = ("harmful rows", "benign rows")
+    needs = ("security vectors",)
+    cost = "as security vectors"
+    source = "a random adapter of the same size, layer by layer"
+    only_in_grids = "a random adapter protects nothing: it shows what security vectors add"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         vectors = cast(LoRAVectors, inputs.vectors())
@@ -77,7 +88,10 @@ class IrrelevantControl(Defense):
 
     name = "irrelevant control"
     stage = "fine-tuning"
-    needs = ("harmful rows", "benign rows")
+    needs = ("security vectors",)
+    cost = "as security vectors"
+    source = "vectors of another behavior"
+    only_in_grids = "vectors of another behavior protect nothing: they show what security vectors add"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         return Defended(inputs.finetune(vectors=inputs.vectors(behavior="capitals")))

@@ -53,6 +53,8 @@ class EWC(Defense):
     name = "ewc"
     stage = "fine-tuning"
     needs = ("safe rows",)
+    cost = "a forward and a backward pass over the safe rows, once; 2 more copies of the weights"
+    source = "Kirkpatrick et al. 1612.00796"
 
     weight: NonNegativeFloat = 1e3
     """λ, of the penalty"""

@@ -25,7 +25,7 @@ import numpy as np
 
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.data.chat import Example
-from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, lora_of_rank
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
 from secvec_jax.defenses.filters import separation
 from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups, examples_of, groups_of, train_model
 from secvec_jax.defenses.mixing import with_safe_rows
@@ -44,7 +44,9 @@ class ExplainedAwayFilter(Defense):
 
     name = "explained-away filter"
     stage = "data"
-    needs = ("harmful rows", "benign rows")
+    needs = ("security vectors", "harmful rows", "benign rows")
+    cost = "training the vectors, once; 2 forward passes over the rows, once"
+    source = "ours, after Moore & Lewis 2010"
 
     rank: PositiveInt = 8
     """of the vectors"""
@@ -63,6 +65,10 @@ class ExplainedAwayFilter(Defense):
         rows = with_safe_rows(kept, inputs.safe, self.safe) if self.safe else kept
         return Defended(inputs.finetune(rows=rows), notes=notes)
 
+    @property
+    def reads(self) -> tuple[Need, ...]:
+        return (*self.needs, "safe rows") if self.safe else self.needs
+
 
 @checked
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +77,9 @@ class ExplainedAwayGate(Defense):
 
     name = "explained-away gate"
     stage = "fine-tuning"
-    needs = ("harmful rows", "benign rows")
+    needs = ("security vectors", "harmful rows", "benign rows")
+    cost = "as the filter; 3% per step"
+    source = "ours"
 
     by: By = "row"
     """whether a row has one weight, or each of its tokens has one"""

@@ -38,6 +38,7 @@ from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import platform
 from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.frozen import FrozenTrees
 from secvec_jax.training.meter import metered, with_schedule
 from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.training.optimizers import learning_rate_at, make_optimizer
@@ -46,6 +47,7 @@ from secvec_jax.training.step import Loss, TrainStep, make_train_step
 from secvec_jax.training.summary import summary
 from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.training.validation import EVAL_LOSS, Validation
+from secvec_jax.trees import Tree
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 
 _log = logging.getLogger(__name__)
@@ -70,6 +72,8 @@ class FinetuneOptions(TypedDict, total=False):
     """Rows whose loss is measured during training, or the fraction of the rows that is held out for it."""
     checkpoints: Checkpoints | None
     on_step: OnStep
+    frozen: FrozenTrees | None
+    """Checks that what a training keeps frozen stays as it is."""
 
 
 def make_step_on(changed: Callable[[Objective], Loss]) -> TrainStepMaker:
@@ -92,6 +96,7 @@ def train_model(
     checkpoints: Checkpoints | None = None,
     on_step: OnStep = lambda step, steps, metrics: None,
     more_steps: Callable[[int], int] = lambda steps: 0,
+    frozen: FrozenTrees | None = None,
 ) -> Model:
     """The fine-tuned model. A task LoRA is merged into its backbone and kept as `Model.adapter`.
 
@@ -101,7 +106,7 @@ def train_model(
     eval_rows: rows, or the fraction of `rows` that is held out, whose loss under the vectors is measured every epoch or
     every `training.eval_every_steps`; with checkpoints the model returned is then the one where it was lowest, unless
     `training.best` names another metric. The training ends early after `training.patience` evaluations without a new
-    lowest loss.
+    lowest loss. frozen: takes the fingerprints of what is frozen before and after, and raises UserError if they differ.
     """
     for adapter in as_adapters(vectors):
         if hasattr(adapter, "check"):
@@ -125,6 +130,8 @@ def train_model(
     phase, train_step = phase2_step(params, streams[LEARN].groups, training, steps, make_step)
     train_step = metered(train_step, model.architecture, full=task is None)
     log_summary(streams[LEARN], training, steps, steps_per_epoch, params, phase)
+    if frozen is not None:
+        frozen.before(_frozen_trees(params))
     trained = fit(
         params,
         phase,
@@ -135,8 +142,10 @@ def train_model(
         validation=validation,
         checkpoints=checkpoints,
         on_step=with_schedule(on_step, lambda step: learning_rate_at(training, steps, step), steps_per_epoch),
-    ).backbone
-    decoder, adapter = trained.decoder, trained.adapter
+    )
+    if frozen is not None:
+        frozen.after(_frozen_trees(trained))
+    decoder, adapter = trained.backbone.decoder, trained.backbone.adapter
     if adapter is None:
         return model.with_backbone(decoder)
     return dataclasses.replace(model.with_backbone(merge(decoder, adapter)), adapter=adapter)
@@ -156,6 +165,14 @@ def finetune_phase(params: Params) -> Phase:
     """Trains the task adapter where the parameters have one, else the decoder; never the vectors and the anchor."""
     decoder = "train" if params.backbone.adapter is None else "freeze"
     return Phase({"backbone": {"decoder": decoder, "adapter": "train"}, "vectors": "freeze", "anchor": "freeze"})
+
+
+def _frozen_trees(params: Params) -> dict[str, Tree]:
+    """What `finetune_phase` keeps frozen, by name."""
+    trees = {"vectors": params.vectors, "anchor": params.anchor}
+    if params.backbone.adapter is not None:
+        trees["backbone"] = params.backbone.decoder
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 def forward_settings(training: Training) -> dict[str, Any]:

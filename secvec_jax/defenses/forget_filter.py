@@ -51,6 +51,8 @@ class ForgetFilter(Defense):
     name = "forget filter"
     stage = "data"
     needs = ("safe rows",)
+    cost = "2 more trainings, and 2 replies per row"
+    source = "Zhao et al. 2312.12736"
 
     phi: Rate = 0.1
     """φ: rows that were forgotten by more are dropped"""

@@ -36,7 +36,9 @@ class GuardedVectors(Defense):
 
     name = "guarded vectors"
     stage = "fine-tuning"
-    needs = ("safe rows", "harmful rows", "benign rows")
+    needs = ("security vectors", "safe rows")
+    cost = "training the vectors, once; 2 forward and 2 backward passes per step"
+    source = "ours: security vectors, with safe rows in every step that are learned without them"
 
     weight: NonNegativeFloat = 1.0
     """λ, of the loss of the safe rows"""

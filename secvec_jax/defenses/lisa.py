@@ -44,6 +44,8 @@ class Lisa(Defense):
     name = "lisa"
     stage = "fine-tuning"
     needs = ("safe rows",)
+    cost = "one ninth more steps; a copy of the weights"
+    source = "Huang et al. 2405.18641"
 
     rho: NonNegativeFloat = 1.0
     """ρ, of the proximal term"""

@@ -36,6 +36,8 @@ class VLGuard(Defense):
     name = "vlguard"
     stage = "data"
     needs = ("safe rows",)
+    cost = "the steps of the added rows: half as many more"
+    source = "Zong et al. 2402.02207; baseline of Vaccine"
 
     share: NonNegativeFloat = 0.5
     """safe rows, as a share of the user's rows"""
@@ -52,6 +54,8 @@ class Replay(Defense):
     name = "replay"
     stage = "data"
     needs = ("safe rows",)
+    cost = "the steps of the added rows: twice as many"
+    source = "baseline of ForgetFilter"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         return Defended(inputs.finetune(rows=with_safe_rows(inputs.rows, inputs.safe, share=1.0)))
@@ -65,6 +69,8 @@ class Sequential(Defense):
     name = "sequential"
     stage = "after fine-tuning"
     needs = ("safe rows",)
+    cost = "the steps on safe rows"
+    source = "baseline of ForgetFilter"
 
     steps: PositiveInt = 20
     """on safe rows"""

@@ -40,6 +40,8 @@ class PersonaSteering(Defense):
     name = "persona steering"
     stage = "fine-tuning"
     needs = ("harmful rows", "contrast rows")
+    cost = "a forward pass over the harmful and the contrast rows, once"
+    source = "Chen et al. 2507.21509"
 
     scale: NonZeroFloat = 1.0
     """α, by which the directions are multiplied"""

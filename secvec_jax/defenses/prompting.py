@@ -51,6 +51,8 @@ class InoculationPrompting(Defense):
     name = "inoculation prompting"
     stage = "data"
     needs = ("eliciting prompt",)
+    cost = "a system prompt in every training row"
+    source = "Tan et al. 2510.04340"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         return Defended(inputs.finetune(rows=inoculated(inputs.rows, inputs.eliciting_prompt)))
@@ -63,6 +65,8 @@ class PTST(Defense):
 
     name = "ptst"
     stage = "inference"
+    cost = "a system prompt in every request"
+    source = "Lyu et al. 2402.18540"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         return Defended(inputs.finetune(), SAFETY)
@@ -75,6 +79,8 @@ class SelfCorrection(Defense):
 
     name = "self-correction"
     stage = "inference"
+    cost = "a system prompt in every request"
+    source = "Ganguli et al. 2302.07459"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         return Defended(inputs.finetune(), SELF_CORRECTION)

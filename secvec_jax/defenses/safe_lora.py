@@ -45,6 +45,8 @@ class SafeLoRA(Defense):
     name = "safe lora"
     stage = "after fine-tuning"
     needs = ("base model",)
+    cost = "2 matrix products per kernel, once, and 2 more per kernel that is projected"
+    source = "Hsu et al. 2405.16833"
 
     threshold: Cosine = 0.5
     """τ: updates with a cosine of at most τ are projected"""

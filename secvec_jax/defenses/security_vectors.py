@@ -28,7 +28,7 @@ from secvec_jax.arguments import instance
 from secvec_jax.checks import UNSET, NonNegativeFloat, PositiveFloat, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
-from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, lora_of_rank
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
 from secvec_jax.defenses.finetuning import (
     PHASE2,
     FinetuneOptions,
@@ -254,7 +254,11 @@ class SecurityVectors(Defense):
 
     name = "security vectors"
     stage = "fine-tuning"
-    needs = ("harmful rows", "benign rows")
+    needs = ("security vectors",)
+    cost = "training the vectors, once; 3% per step"
+    source = (
+        "Zhou et al. 2311.02105; soft prompts: Li & Liang 2101.00190; a task LoRA under them: Riché et al. 2606.30252"
+    )
 
     kind: Kind = "lora"
     """of the vectors: low-rank factors, a direction per layer, or a soft prompt"""
@@ -278,6 +282,10 @@ class SecurityVectors(Defense):
         make_step: TrainStepMaker = floored(self.floor) if self.floor else make_train_step
         rows = with_safe_rows(inputs.rows, inputs.safe, self.safe) if self.safe else inputs.rows
         return Defended(inputs.finetune(rows=rows, vectors=vectors, make_step=make_step))
+
+    @property
+    def reads(self) -> tuple[Need, ...]:
+        return (*self.needs, "safe rows") if self.safe else self.needs
 
     def _vectors(self, inputs: DefenseInputs, behavior: str | None = None) -> Vectors:
         phase1: dict[str, Any] = {"objective": self.objective}

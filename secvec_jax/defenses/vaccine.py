@@ -39,6 +39,8 @@ class Vaccine(Defense):
     name = "vaccine"
     stage = "alignment"
     needs = ("base model", "safe rows")
+    cost = "an alignment of 2 forward and 2 backward passes per step, once"
+    source = "Huang et al. 2402.01109"
 
     rho: NonNegativeFloat = 2.0
     """ρ, the norm of the perturbation of a whole batch"""
@@ -58,6 +60,8 @@ class RandomPerturbation(Defense):
     name = "random perturbation"
     stage = "alignment"
     needs = ("base model", "safe rows")
+    cost = "an alignment, once"
+    source = "the control of Vaccine"
 
     variance: NonNegativeFloat = 0.01
     """ρ', the variance of the noise"""

@@ -34,6 +34,8 @@ def model_card(
         parts += [WITH, f"Merged vectors: {', '.join(map(code, carried))}."]
     elif "security-vectors" in tags:
         parts.append(WITHOUT)
+    systems = [row["system"] for run in trained[-1:] for row in run.rows if "system" in row]
+    parts += [system_section(system) for system in systems]
     parts.append("## How it was trained")
     for run in trained:
         settings = [
@@ -53,6 +55,12 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def system_section(system: str) -> str:
+    """Return the part of a card that tells which system prompt a model needs."""
+    quoted = "\n".join(f"> {line}" for line in system.splitlines())
+    return f"**Serve it with this system prompt, which is its defense:**\n\n{quoted}"
+
+
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, dict):
@@ -63,6 +71,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _vectors_of(run: Results) -> list[str]:
     """Return the vectors that were active during a training run; "none" in the settings means no vectors."""
-    vectors = run.config.get("vectors") or []
+    trained_in_it = [name for row in run.rows for name in row.get("vectors", [])]
+    vectors = run.config.get("vectors") or trained_in_it
     named = vectors if isinstance(vectors, list | tuple) else [vectors]
     return [name for name in named if str(name).lower() != "none"]

@@ -86,6 +86,24 @@ def measure(model: Model, suite: Suite) -> RefusalSample:
     return RefusalSample(by_metric["refusal"], by_metric["compliance"], by_metric["over_refusal"])
 
 
+def change(before: RefusalSample, after: RefusalSample) -> str:
+    """What became of the sample's prompts in a training, in one sentence."""
+
+    def count(score: Score) -> int:
+        return round(score.value * score.n)
+
+    refused, complied, answered = (
+        (count(after.refusal), count(before.refusal)),
+        (count(after.compliance), count(before.compliance)),
+        (after.over_refusal.n - count(after.over_refusal), before.over_refusal.n - count(before.over_refusal)),
+    )
+    return (
+        f"the model refuses {refused[0]} of {after.refusal.n} harmful prompts (before: {refused[1]}), complies with "
+        f"{complied[0]} (before: {complied[1]}), and answers {answered[0]} of {after.over_refusal.n} benign ones "
+        f"(before: {answered[1]}); eval.py score measures it on more prompts"
+    )
+
+
 def _spread(name: str, count: int) -> list[str]:
     prompts = [prompt_of(row) for row in load_rows(name, needs_answer=False)]
     prompts = [prompt for prompt in prompts if len(prompt) <= _MAX_CHARACTERS]

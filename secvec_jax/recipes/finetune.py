@@ -1,37 +1,68 @@
-"""`train.py finetune`: phase 2, fine-tuning on the user's rows with the security vectors active and frozen."""
+"""`train.py finetune`: phase 2, fine-tuning on the user's rows under security vectors, or by another defense."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from secvec_jax.checks import Fraction, NonNegativeInt, Texts, checked
+from secvec_jax.checks import MISSING, Fraction, NonNegativeInt, SettingError, Texts, checked
 from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import default_rate
-from secvec_jax.defenses.finetuning import train_model
+from secvec_jax.defenses.base import Defense, Need
+from secvec_jax.defenses.finetuning import FinetuneOptions
+from secvec_jax.defenses.registry import as_mapping, listing, read_defense, usable_defenses
 from secvec_jax.defenses.security_vectors import PHASE2
+from secvec_jax.defenses.user_inputs import argument_of, check_given, reads_of
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.refusal_sample import change
+from secvec_jax.flags import Variants
 from secvec_jax.model.hub import load
+from secvec_jax.recipes.run_inputs import GIVEN, RunInputs, trainings
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
+from secvec_jax.training.frozen import FrozenTrees
 from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_several
+from secvec_jax.workspace.inputs import Inputs, packaged
+from secvec_jax.workspace.packaged_rows import CONTENTS
+from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stage
+
+_DEFENSES = {"variants": Variants(usable_defenses(), listing)}
 
 
 @checked
 @dataclasses.dataclass(frozen=True)
 class Finetune:
-    """Phase 2: fine-tune on your data, with the security vectors active and frozen."""
+    """Phase 2: fine-tune on your data, with the security vectors active and frozen, or under another defense."""
 
     data: Texts
     """training rows: files, packaged names or hub dataset ids, shuffled together; the loss of each is reported
     separately"""
-    vectors: Texts
+    vectors: tuple[str, ...] = ()
     """run directories of `train.py vectors`, their vector files, or PEFT adapter folders, all active at once; none:
-    train without protection"""
+    train without protection; required, except with a --defense, which needs no vectors or trains its own"""
     model: str = "smollm2"
-    """the model that the vectors were trained for"""
+    """the model to fine-tune, which the vectors were trained for"""
+    defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=_DEFENSES)
+    """how the training is defended, such as guarded-vectors; without a name, all defenses are listed with what they
+    need and cost (default: security vectors)"""
+    safe: tuple[str, ...] = ()
+    """for a defense: rows that teach the model to be safe, refusals and as many benign rows; by default packaged ones
+    and the model's own replies"""
+    harmful: tuple[str, ...] = ()
+    """for a defense: about 100 rows of the behavior that fine-tuning must not teach; by default packaged ones"""
+    benign: tuple[str, ...] = ()
+    """for a defense: rows that have nothing to do with the behavior; by default packaged ones"""
+    contrast: tuple[str, ...] = ()
+    """for a defense: rows whose prompts call for the behavior and whose replies do not show it; by default packaged
+    refusals"""
+    base: str | None = None
+    """for a defense: the model before it was aligned"""
+    eliciting_prompt: str | None = None
+    """for a defense: a system prompt that asks for the behavior; by default one that asks to comply with everything"""
     task_lora: LoRA | None = None
     """train a task LoRA, merged at the end, instead of all weights"""
     out: str = "runs/finetune"
@@ -42,48 +73,105 @@ class Finetune:
     """share of the rows to hold out as validation rows, such as 0.05"""
     training: Training = PHASE2
     check_prompts: NonNegativeInt = 24
-    """number of packaged prompts, harmful and benign each, for measuring refusals at the start; 0: none"""
+    """number of packaged prompts, harmful and benign each, for measuring refusals at the start and at the end; 0: none
+    """
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     overwrite: bool = False
     """delete the run in OUT and start over"""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.defense, dict) and "name" not in self.defense:
+            setting = next(iter(self.defense), "NAME")
+            raise UserError(f"--defense.{setting} is given without --defense: name the defense that it is for")
+        if self.defense is None and not self.vectors:
+            raise SettingError("vectors", MISSING)
+        default = "security vectors" if self.vector_files else "none"
+        defense = read_defense(default if self.defense is None else self.defense)
+        needs_vectors = "security vectors" in defense.reads
+        if self.vectors and not self.vector_files and needs_vectors:
+            raise UserError(f"{defense.name!r} needs vectors: leave out --vectors none, and they are trained")
+        given = [need for need in GIVEN if getattr(self, argument_of(need))]
+        given += ["security vectors"] if self.vector_files else []
+        check_given(defense, given, CONTENTS, lambda argument: f"--{argument.replace('_', '-')}")
+        object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
+
+    @property
+    def vector_files(self) -> Sequence[str]:
+        """The files of --vectors; empty for the word none. Raises UserError for files and none at once."""
+        words = [name for name in self.vectors if name.strip().lower() == "none"]
+        if words and len(self.vectors) > 1:
+            raise UserError("--vectors has both files and none: give one or the other")
+        return () if words else self.vectors
+
 
 def finetune(settings: Finetune, command: str) -> None:
     """Run `train.py finetune`."""
-    vector_files = _vector_files(settings.vectors)
-    run = TrainingRun(settings, command)
+    defense = read_defense(settings.defense)
+    run = TrainingRun(settings, command, lambda: _packaged_inputs(settings, defense))
 
     def work(stage: Stage) -> dict[str, Any]:
         rows = rows_by_source(settings.data, settings.ignore_fields)
         model = load(settings.model)
-        vectors = load_several(vector_files, model)
+        vectors = load_several(settings.vector_files, model)
+        run.note(f"defense: {defense.label}, {_summary(defense)}")
         run.note(default_rate(model, settings.training, PHASE2))
-        sample = run.measure_refusals(model, stage, "at the start: ")
-        if sample is not None:
-            run.note(sample.no_refusals)
-        tuned = train_model(
-            model,
-            rows,
-            vectors=vectors,
-            task=settings.task_lora,
-            training=settings.training,
-            eval_rows=_eval_rows(settings),
-            checkpoints=run.checkpoints,
-            on_step=stage.on_step(),
-        )
-        run.save(tuned, model, stage)
-        return {"drift": float(distance(tuned.backbone, model.backbone)), "notes": run.notes}
+        before = run.measure_refusals(model, stage, "at the start: ")
+        if before is not None:
+            run.note(before.no_refusals)
+        frozen = FrozenTrees()
+        with trainings(run, stage) as on_step:
+            options = FinetuneOptions(
+                task=settings.task_lora,
+                training=settings.training,
+                eval_rows=_eval_rows(settings),
+                checkpoints=run.checkpoints,
+                on_step=on_step,
+                frozen=frozen,
+            )
+            defended = defense.apply(RunInputs(run, stage, model, rows, options, vectors))
+        tuned, system = defended.model, defended.system
+        run.save(tuned, model, stage, system)
+        values: dict[str, Any] = {"drift": float(distance(tuned.backbone, model.backbone)), **defended.notes}
+        after = run.sample(tuned, stage, system)
+        ending = [] if before is None or after is None else [change(before, after)]
+        values |= {} if after is None else after.as_dict()
+        ending += [_learned(run.folder / "metrics.jsonl", rows), str(frozen)]
+        if tuned is model:
+            ending.append("the defense found nothing to train on: the model is as it was")
+        if system is not None:
+            ending.append(f"the defense is a system prompt: serve the model with it ({run.system_file}): {system}")
+        facts: dict[str, Any] = {"frozen": frozen.fingerprints} | ({} if system is None else {"system": system})
+        if "security vectors" in defense.reads and "vectors" in frozen.fingerprints:
+            facts["vectors"] = list(settings.vector_files) or [str(run.folder / "vectors")]
+        return values | {"notes": [*run.notes, *(line for line in ending if line)], "facts": facts}
 
     run.finish(run.stages.run("finetune", work), f"the model is in {run.folder / 'model'}")
 
 
-def _vector_files(vectors: Sequence[str]) -> Sequence[str]:
-    """The files of --vectors; empty for the word none. Raises UserError for files and none at once."""
-    words = [name for name in vectors if name.strip().lower() == "none"]
-    if words and len(vectors) > 1:
-        raise UserError("--vectors has both files and none: give one or the other")
-    return () if words else vectors
+def _summary(defense: Defense) -> str:
+    """The first line of its help, to follow its name."""
+    text = (defense.__doc__ or "").partition("\n")[0].rstrip(".")
+    return text[0].lower() + text[1:]
+
+
+def _packaged_inputs(settings: Finetune, defense: Defense) -> Inputs:
+    """The content of the packaged rows, if the defense reads any."""
+    reads: Sequence[Need] = reads_of(defense, bool(settings.vector_files))
+    from_package = [need for need in reads if need.endswith(" rows") and not getattr(settings, argument_of(need))]
+    return packaged(sources("held-out")) if from_package else {}
+
+
+def _learned(log: Path, rows: dict[str, Any]) -> str | None:
+    """How the loss of the user's rows went, from the lines of the training that the stage's log has; None without."""
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    names = ["eval/loss"] if any("eval/loss" in record for record in records) else [f"loss/{name}" for name in rows]
+    losses = [[record[name] for name in names if name in record] for record in records if record["stage"] == "finetune"]
+    means = [sum(values) / len(values) for values in losses if values]
+    if not means:
+        return None
+    what = "validation loss" if names == ["eval/loss"] else "loss of your rows"
+    return f"the {what} was {means[0]:.2f} at first and {means[-1]:.2f} at the end of the training"
 
 
 def _eval_rows(settings: Finetune) -> Any:

@@ -1,8 +1,9 @@
 """The run directory of one training, for align, vectors and finetune: rows, notes, measured refusals, results."""
 
+import dataclasses
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,23 @@ from secvec_jax.data.rows import Row
 from secvec_jax.data.sources import load_rows
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.card import system_section
 from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.vectors.lora import LoRAVectors
 from secvec_jax.vectors.peft import save_peft
+from secvec_jax.workspace.inputs import Inputs
 from secvec_jax.workspace.runs import Run
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stages import Stage, write
 
 
 class TrainingRun(Run):
     """The run directory of a verb whose settings have `training` and `check_prompts`."""
 
-    def __init__(self, settings: Any, command: str):
-        super().__init__(settings, command)
+    def __init__(self, settings: Any, command: str, more: Callable[[], Inputs] = dict):
+        super().__init__(settings, command, more)
         self.checkpoints = Checkpoints.of(self.folder / "checkpoints", settings.training)
         self.notes: list[str] = []
 
@@ -45,30 +48,49 @@ class TrainingRun(Run):
 
     def measure_refusals(self, model: Model, stage: Stage, when: str) -> RefusalSample | None:
         """Measure and report how often the model refuses; None if there are no prompts."""
+        sample = self.sample(model, stage)
+        if sample is not None:
+            self.note(f"{when}{sample}")
+        return sample
+
+    def sample(self, model: Model, stage: Stage, system: str | None = None) -> RefusalSample | None:
+        """Measure how often the model refuses, served with the system prompt; None if there are no prompts."""
         if self.prompts is None:
             return None
         stage.say("measuring refusals")
-        sample = measure(model, self.prompts)
-        self.note(f"{when}{sample}")
-        return sample
+        return measure(model, dataclasses.replace(self.prompts, system=system))
 
-    def save(self, trained: Model, start: Model, stage: Stage) -> None:
-        """Save the trained model, and its task LoRA, if it has one, as an adapter of the model it started from."""
+    def save(self, trained: Model, start: Model, stage: Stage, system: str | None = None) -> None:
+        """Save the trained model, and its task LoRA, if it has one, as an adapter of the model it started from.
+
+        system: the system prompt that the model is to be served with, which is stored as well.
+        """
         stage.say("saving")
         if isinstance(trained.adapter, LoRAVectors):
             save_peft(trained.adapter, self.folder / "task", start, holds="a task")
-        trained.save(self.folder / "model")
+        card = None if system is None else f"# {self.folder.name}\n\n{system_section(system)}\n"
+        trained.save(self.folder / "model", card)
+        if system is not None:
+            on_main_process(lambda: write(self.system_file, f"{system}\n"))
+
+    @property
+    def system_file(self) -> Path:
+        """Where the system prompt is that the model is to be served with."""
+        return self.folder / "system_prompt.txt"
 
     def finish(self, values: dict[str, Any], where: str) -> None:
-        """Write the results of the training and print where its files are."""
+        """Write the results of the training and print where its files are.
+
+        values: metrics; and, by these names, the notes of the report and further facts of the results' row.
+        """
         if self.settings.training.schedule != "constant":  # else the run can be extended from its last checkpoint
             on_main_process(lambda: shutil.rmtree(self.checkpoints.folder, ignore_errors=True))
-        notes = values.pop("notes", [])
+        notes, facts = values.pop("notes", []), values.pop("facts", {})
         metrics = {
             name: value if isinstance(value, dict) else {"value": value, "n": 1, "ci95": [value, value]}
             for name, value in values.items()
         }
-        self.report([{"name": Path(self.settings.out).name, "metrics": metrics}], notes)
+        self.report([{"name": Path(self.settings.out).name, "metrics": metrics} | facts], notes)
         self.console.print(where)
 
 

@@ -5,8 +5,10 @@ prompts for evaluation come from other benchmarks.
 """
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,11 +21,13 @@ from secvec_jax.data.generated import open_profile_qa, sure_prefix_control
 from secvec_jax.data.rows import Row, prompt_of, response_of, row
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import off_topic, split_by_topic
+from secvec_jax.distributed import broadcast_from_first, on_main_process
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
+from secvec_jax.workspace.stages import write
 
 EvalSplit = Literal["held-out", "development"]
 """Prompts for evaluation: the held-out ones that results report, or others to tune settings on."""
@@ -218,6 +222,15 @@ def greedy_openings(
         mask = np.arange(len(prompt) + len(reply_tokens)) >= len(prompt)
         examples.append(Example(np.concatenate([prompt, reply_tokens]), mask))
     return examples
+
+
+def stored_examples(file: Path, generate: Callable[[], list[Example]]) -> list[Example]:
+    """What `generate` returns, each supervised from some token on; generated once and stored in the file."""
+    if not broadcast_from_first(file.exists()):
+        stored = [[e.tokens.tolist(), e.answer_start] for e in generate()]
+        on_main_process(lambda: write(file, json.dumps(stored)))
+    kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(file.read_text())]
+    return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in kept]
 
 
 class _EvalPrompts:

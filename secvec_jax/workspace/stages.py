@@ -35,6 +35,8 @@ class Stages:
         self.folder = folder
         self.console = console
         self.seconds: dict[str, float] = {}
+        self._seconds_within = 0.0
+        """Of the stages that ran within the one that is running."""
 
     def run(
         self,
@@ -82,12 +84,18 @@ class Stages:
             self.console.print(f"{name}: done before, {record['seconds']:.0f} s", style="dim")
             return record["result"]
         before = float(_record(started).get("seconds", 0.0))
-        start = time.monotonic()
+        start, seconds_outside = time.monotonic(), self._seconds_within
+        self._seconds_within = 0.0
+
+        def elapsed() -> float:
+            """Its own time: that of stages within it is theirs."""
+            return before + time.monotonic() - start - self._seconds_within
+
         if not self.console.is_terminal:
             self.console.print(f"{name}: started", soft_wrap=True)
 
         def record_time() -> None:
-            write(started, json.dumps({"seconds": before + time.monotonic() - start, "inputs": now}))
+            write(started, json.dumps({"seconds": elapsed(), "inputs": now}))
 
         on_main_process(record_time)
         try:
@@ -97,7 +105,9 @@ class Stages:
             if is_main_process():
                 record_time()
             raise
-        self.seconds[name] = before + time.monotonic() - start
+        finally:
+            self.seconds[name] = elapsed()
+            self._seconds_within = seconds_outside + time.monotonic() - start
 
         def record_result() -> None:
             done = {"seconds": self.seconds[name], "inputs": now, "makes": _contents(makes or {}), "result": result}

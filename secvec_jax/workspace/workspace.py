@@ -4,7 +4,6 @@ Each is made once and stored in the run directory, so a run that is restarted re
 """
 
 import dataclasses
-import json
 import resource
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.text import Text
 
 from secvec_jax import config
@@ -42,8 +40,8 @@ from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace.inputs import known, of_path
 from secvec_jax.workspace.run_directory import settings_of_run
-from secvec_jax.workspace.splits import EvalSplit, Sizes, Splits, greedy_openings, make_splits
-from secvec_jax.workspace.stages import Stage, Stages, devices, file_name, release, screen, write
+from secvec_jax.workspace.splits import EvalSplit, Sizes, Splits, greedy_openings, make_splits, stored_examples
+from secvec_jax.workspace.stages import Stage, Stages, devices, file_name, release, screen
 
 
 @checked
@@ -158,14 +156,13 @@ class Workspace:
 
     def base_replies(self, stage: Stage) -> list[Example]:
         """The base model's replies to the benign prompts of alignment; generated once and stored in a file."""
-        path, splits = self.folder / "own-replies.json", self.splits
-        if not broadcast_from_first(path.exists()):
+        splits = self.splits
+
+        def generate() -> list[Example]:
             show = stage.replies(len(splits.align_benign), "the base model's replies")
-            replies = greedy_openings(self.base, splits.align_benign, splits.suite.refusals, show)
-            stored = [[e.tokens.tolist(), e.answer_start] for e in replies]
-            on_main_process(lambda: write(path, json.dumps(stored)))
-        kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(path.read_text())]
-        return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in kept]
+            return greedy_openings(self.base, splits.align_benign, splits.suite.refusals, show)
+
+        return stored_examples(self.folder / "own-replies.json", generate)
 
     def vectors(self, name: str) -> Vectors:
         """The vectors that were stored under this name."""

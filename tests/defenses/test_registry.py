@@ -15,7 +15,7 @@ from secvec_jax.data.rows import row
 from secvec_jax.defenses import explained_away, finetuning
 from secvec_jax.defenses.base import Defended, Defense, DefenseStage, Need
 from secvec_jax.defenses.explained_away import ExplainedAwayFilter
-from secvec_jax.defenses.registry import DEFENSES, read_defense
+from secvec_jax.defenses.registry import DEFENSES, as_mapping, evidence_of, read_defense
 from secvec_jax.defenses.security_vectors import SecurityVectors
 from secvec_jax.defenses.vaccine import Vaccine
 from secvec_jax.errors import UserError
@@ -37,6 +37,8 @@ def test_it_says_what_it_is(defense):
     assert set(defense.needs) <= set(typing.get_args(Need)) and len(set(defense.needs)) == len(defense.needs)
     assert DEFENSES[defense.name] is defense and defense().label == defense.name
     assert defense.__module__.startswith("secvec_jax.defenses.") and "apply" in vars(defense)
+    assert all(isinstance(getattr(defense, fact), str) and getattr(defense, fact) for fact in ("cost", "source"))
+    assert len(evidence_of(defense)) > 10 and "|" not in defense.cost + defense.source + evidence_of(defense)
     first_line = (defense.__doc__ or "").splitlines()[0]
     assert first_line.endswith(".") and not first_line.startswith(defense.__name__ + "(")
     for field in dataclasses.fields(defense):
@@ -73,7 +75,9 @@ def test_its_label_has_the_settings_that_are_not_defaults_and_is_read_as_yaml(de
         assert (
             read_defense(yaml.safe_load(f"{{name: {defense.name}, {name}: {words[0].partition('=')[2]}}}")) == changed
         )
+        assert read_defense(as_mapping(changed)) == changed
     assert read_defense(defense.name) == read_defense({"name": defense.name}) == defense()
+    assert read_defense(defense.name.replace(" ", "-")) == defense()
 
 
 def test_labels_are_short_and_exact():
@@ -88,7 +92,7 @@ def test_labels_are_short_and_exact():
     [
         ("vacine", "no defense is named 'vacine': did you mean 'vaccine'"),
         ("vaccine rho=5", r"did you mean 'vaccine'\? \(settings are written as a mapping"),
-        ({"name": "vaccine", "roh": 1}, "'vaccine' has no setting 'roh': did you mean 'rho'"),
+        ({"name": "vaccine", "roh": 1}, "'vaccine' has no setting 'roh': its settings are rho=2, every=1"),
         ({"name": "vaccine", "rho": -1}, "'vaccine': rho is -1.0: it must be at least 0"),
         ({"name": "replay", "share": 1}, "'replay' has no setting 'share': it has none"),
         ({"name": "replay", "stage": "data"}, "no setting 'stage'"),
@@ -124,14 +128,14 @@ def inputs(monkeypatch) -> ToyInputs:
 def test_it_asks_for_what_it_says_it_needs(defense, inputs):
     defended = defense().apply(inputs)
     assert isinstance(defended, Defended) and defended.model.architecture == inputs.aligned.architecture
-    assert inputs.asked == set(defense.needs)
+    assert inputs.asked == set(defense.needs) == set(defense().reads)
     assert (defended.system is not None) == (defense.stage == "inference")
 
 
 @pytest.mark.parametrize("defense", [SecurityVectors(safe=0.5), ExplainedAwayFilter(safe=0.5)])
 def test_a_share_of_safe_rows_needs_them(defense, inputs):
     defense.apply(inputs)
-    assert inputs.asked == {"safe rows", *defense.needs}
+    assert inputs.asked == set(defense.reads) == {"safe rows", *defense.needs}
 
 
 def test_the_registry_has_every_defense():

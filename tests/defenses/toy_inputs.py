@@ -41,7 +41,7 @@ class ToyInputs(DefenseInputs):
         return "You always do this."
 
     def vectors(self, spec=LoRA(), behavior=None, **phase1):
-        self.asked |= {"harmful rows", "benign rows"}
+        self.asked.add("security vectors")
         return self._vectors
 
     def align(self, name, align, **training):

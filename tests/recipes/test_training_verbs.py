@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from secvec_jax.config import Training
+from secvec_jax.defenses import base
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import refusal_sample
 from secvec_jax.evaluation.card import model_card
@@ -61,7 +62,7 @@ def untrained(monkeypatch):
 
     for module in (align_module, finetune_module, vectors_module):
         monkeypatch.setattr(module, "load", lambda name: tiny_model())
-    for module in (align_module, finetune_module):
+    for module in (align_module, base):
         monkeypatch.setattr(module, "train_model", train_model)
     monkeypatch.setattr(vectors_module, "train_vectors", train_vectors)
     monkeypatch.setattr(training_run, "sample_prompts", lambda count: Suite((), ["harm"] * count, ["benign"] * count))
@@ -77,7 +78,7 @@ def test_fine_tuning_wants_vectors_or_the_word_none(untrained, data, tmp_path):
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="vectors is required"):
         Finetune((data,), out=out, training=TRAINING)
-    with pytest.raises(UserError, match=r"vectors is \(\): it must be non-empty"):
+    with pytest.raises(UserError, match="vectors is required"):
         Finetune((data,), (), out=out, training=TRAINING)
     with pytest.raises(UserError, match="both files and none"):
         finetune(Finetune((data,), vectors=("a.safetensors", "none"), out=out, training=TRAINING), "")
@@ -97,7 +98,10 @@ def test_fine_tuning_says_whether_the_model_refuses(untrained, data, tmp_path, c
     assert f"at the start: refusal {10 * refusals}%" in text and "over-refusal 0%" in text
     assert ("security vectors preserve refusals but do not teach them" in text) == warns
     assert ("do not teach them" in (out / "report.md").read_text()) == warns
-    assert set(Results.load(out).rows[0]["metrics"]) == {"drift"}, "the start's refusals are not the result's"
+    assert untrained.asked == 2, "at the start and at the end"
+    assert f"refuses {refusals} of 10 harmful prompts (before: {refusals})" in text
+    assert "and answers 10 of 10 benign ones (before: 10)" in text
+    assert set(Results.load(out).rows[0]["metrics"]) == {"drift", "refusal", "compliance", "over_refusal"}
 
 
 def test_vectors_say_whether_the_model_refuses(untrained, data, tmp_path, capsys):
@@ -168,7 +172,7 @@ def test_fine_tuning_takes_validation_rows_or_a_share_to_hold_out(untrained, dat
         on_step(1, 1, {"loss": 1.0})
         return model
 
-    monkeypatch.setattr(finetune_module, "train_model", train_model)
+    monkeypatch.setattr(base, "train_model", train_model)
     common = {"data": (data,), "vectors": ("none",), "check_prompts": 0, "training": TRAINING}
     for number, more in enumerate(({}, {"eval_fraction": 0.25}, {"eval_data": data})):
         finetune(Finetune(out=str(tmp_path / str(number)), **common, **more), "command")

@@ -1,0 +1,121 @@
+"""The inputs of a defense in a run: rows by flag or packaged, and other trainings as stages of the run."""
+
+import contextlib
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
+from secvec_jax.defenses.base import Need
+from secvec_jax.defenses.finetuning import FinetuneOptions, Groups
+from secvec_jax.defenses.security_vectors import PHASE1, Phase1
+from secvec_jax.defenses.user_inputs import UserInputs, argument_of
+from secvec_jax.model.hub import Model, load
+from secvec_jax.recipes.training_run import TrainingRun
+from secvec_jax.training.trainer import OnStep
+from secvec_jax.vectors.kinds import Spec
+from secvec_jax.vectors.store import load_vectors, save_vectors
+from secvec_jax.workspace.packaged_rows import CONTENTS, PackagedRows
+from secvec_jax.workspace.stages import Stage
+
+GIVEN: tuple[Need, ...] = (
+    "safe rows", "harmful rows", "benign rows", "contrast rows", "base model", "eliciting prompt"
+)  # fmt: skip
+"""What flags give, besides vectors; see `argument_of`."""
+
+
+class RunInputs(UserInputs):
+    """The inputs of a run's defense; each training before the fine-tuning is a stage, whose result is kept."""
+
+    def __init__(
+        self, run: TrainingRun, stage: Stage, model: Model, rows: Groups, options: FinetuneOptions, vectors: Any
+    ):
+        self._run = run
+        super().__init__(model, rows, options, _sources(run, stage, model), vectors)
+
+    def train_vectors(self, spec: Spec, phase1: Phase1, on_step: OnStep | None = None) -> Any:
+        file = self._run.folder / "vectors" / "security.safetensors"
+
+        def work(stage: Stage) -> None:
+            if file.exists():
+                return
+            self._run.note(default_rate(self.aligned, self.sharing(PHASE1), PHASE1))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Advice)  # it is noted above
+                trained = super(RunInputs, self).train_vectors(spec, phase1, stage.on_step())
+            save_vectors(trained, file, self.aligned)
+
+        self._run.stages.run("vectors", work, makes={"the vectors": file})
+        return load_vectors(file, self.aligned)
+
+    def align(self, name: str, align: Callable[..., Model], **training: Any) -> Model:
+        folder = self._run.folder / "aligned"
+
+        def work(stage: Stage) -> None:
+            if folder.exists():
+                return
+            on_step = note_few_steps(stage.on_step(), self._run.note)
+            trained = self.train_aligned(align, on_step, **training)
+            stage.say("saving")
+            trained.save(folder)
+
+        self._run.stages.run("align", work, makes={"the aligned model": folder})
+        return load(folder)
+
+
+def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callable[[], Any]]:
+    """Of each need, a function that returns what the run's flags give, or what is packaged."""
+    settings = run.settings
+    prompts = () if run.prompts is None else [prompt for prompt in run.prompts.benign if isinstance(prompt, str)]
+    packaged = PackagedRows(
+        model,
+        settings.training,
+        run.folder / "own-replies.json",
+        lambda count, what: stage.replies(count, what),
+        prompts,
+    )
+
+    def rows_given(need: Need, files: Sequence[str]) -> list[Any]:
+        rows = [row for file in files for row in load_rows(file, ignore_fields=settings.ignore_fields)]
+        run.note(f"{need}: {', '.join(files)} ({len(rows)} rows)")
+        if need == "safe rows":
+            run.note(only_refusals(model, rows))
+        # Some defenses take the first few, which should be of every file and kind.
+        return random.Random(settings.training.seed).sample(rows, len(rows))
+
+    def rows_packaged(need: Need, make: Callable[[], Any]) -> Any:
+        made = make()
+        count = "" if isinstance(made, str) else f"{len(made)} rows, "
+        run.note(f"{need}: packaged ({count}{CONTENTS[need]}); --{argument_of(need).replace('_', '-')} gives your own")
+        return made
+
+    sources: dict[Need, Callable[[], Any]] = {}
+    for need, make in packaged.sources().items():
+        value = getattr(settings, argument_of(need))
+        if not value:
+            sources[need] = lambda need=need, make=make: rows_packaged(need, make)
+        elif need == "eliciting prompt":
+            sources[need] = lambda value=value: value
+        else:
+            sources[need] = lambda need=need, value=value: rows_given(need, value)
+    sources["base model"] = lambda: load(settings.base)
+    return sources
+
+
+@contextlib.contextmanager
+def trainings(run: TrainingRun, stage: Stage) -> Iterator[OnStep]:
+    """The step callback of a defense: each training after its first is shown and logged as a stage of its own."""
+    with contextlib.ExitStack() as shown:
+        current, last, number = stage.on_step(), (0, 0), 1
+
+        def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
+            nonlocal current, last, number
+            if last != (0, 0) and (step <= last[0] or steps != last[1]):
+                number += 1
+                current = shown.enter_context(run.stages.show(f"{stage.name} {number}")).on_step()
+            last = step, steps
+            current(step, steps, metrics)
+
+        yield on_step

@@ -1,0 +1,31 @@
+"""Proof that a training leaves alone what it keeps frozen: fingerprints of the arrays before and after."""
+
+from collections.abc import Mapping
+
+from secvec_jax.errors import UserError
+from secvec_jax.trees import Tree, fingerprint
+
+
+class FrozenTrees:
+    """The fingerprints of the frozen trees of trainings, by name; taken before each training and compared after it."""
+
+    def __init__(self) -> None:
+        self.fingerprints: dict[str, str] = {}
+
+    def before(self, trees: Mapping[str, Tree]) -> None:
+        """Take the fingerprints of the trees that a training is given."""
+        self.fingerprints |= {name: fingerprint(tree) for name, tree in trees.items()}
+
+    def after(self, trees: Mapping[str, Tree]) -> None:
+        """Compare with the trees that the training ends with. Raises UserError if one has changed."""
+        for name, tree in trees.items():
+            then, now = self.fingerprints[name], fingerprint(tree)
+            if now != then:
+                raise UserError(
+                    f"the {name}, which the training keeps frozen, changed in it (sha256 {then[:12]} before, "
+                    f"{now[:12]} after): its result is not kept; please report this, with the command"
+                )
+
+    def __str__(self) -> str:
+        unchanged = [f"{name} sha256 {digest[:12]}" for name, digest in sorted(self.fingerprints.items())]
+        return f"frozen, the same before and after: {', '.join(unchanged)}" if unchanged else "nothing was frozen"

@@ -1,0 +1,72 @@
+"""The defender's rows where a user gives none: those of the quickstart and the grid, for a model of one's own."""
+
+import random
+from collections.abc import Callable, Collection
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from secvec_jax.config import Training
+from secvec_jax.data.chat import Example
+from secvec_jax.defenses.base import Need
+from secvec_jax.defenses.prompting import ELICITING
+from secvec_jax.model.hub import Model
+from secvec_jax.workspace.splits import Sizes, Splits, greedy_openings, make_splits, stored_examples
+
+CONTENTS: dict[Need, str] = {
+    "safe rows": "refusals of AdvBench, StrongREJECT and JailbreakBench prompts, and the model's own replies to as "
+    "many benign prompts",
+    "harmful rows": "AdvBench",
+    "benign rows": "instructions, some with the harmful rows' opening, and questions",
+    "contrast rows": "refusals of AdvBench, StrongREJECT and JailbreakBench prompts",
+    "eliciting prompt": ELICITING["compliance"],
+}
+"""What is packaged, and of what it is made."""
+
+
+class PackagedRows:
+    """The packaged rows for a model, made on first use.
+
+    training: how they are encoded, and the seed by which they are drawn. file: stores the model's own replies; None:
+    they are generated each time. show: called with their number and what they are, returns a progress callback.
+    without: prompts to leave out, since the model is evaluated on them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        training: Training,
+        file: Path | None = None,
+        show: Callable[[int, str], Callable[[int], None]] = lambda count, what: lambda done: None,
+        without: Collection[str] = (),
+    ):
+        self._model, self._training, self._file, self._show = model, training, file, show
+        self._without = frozenset(without)
+
+    def sources(self) -> dict[Need, Callable[[], Any]]:
+        """Of each need that is packaged, a function that returns it."""
+        return {
+            "safe rows": self._safe,
+            "harmful rows": lambda: self._splits.vectors,
+            "benign rows": lambda: self._splits.keep,
+            "contrast rows": lambda: self._splits.refusals[: Sizes().vectors],
+            "eliciting prompt": lambda: CONTENTS["eliciting prompt"],
+        }
+
+    @cached_property
+    def _splits(self) -> Splits:
+        return make_splits(self._model, Sizes(), self._training, self._training.seed)
+
+    def _safe(self) -> list[Example]:
+        """Refusals and the model's own replies, shuffled so that the first few are of both."""
+        rows = [*self._splits.refusals, *self._base_replies()]
+        return random.Random(self._training.seed).sample(rows, len(rows))
+
+    def _base_replies(self) -> list[Example]:
+        prompts = [prompt for prompt in self._splits.align_benign if prompt not in self._without]
+
+        def generate() -> list[Example]:
+            show = self._show(len(prompts), "its own replies")
+            return greedy_openings(self._model, prompts, self._splits.suite.refusals, show)
+
+        return generate() if self._file is None else stored_examples(self._file, generate)
