@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ import secvec_jax
 from secvec_jax import config, flags
 from secvec_jax.assets import cache_dir
 from secvec_jax.checks import MISSING, SettingError, suggestion
-from secvec_jax.distributed import Cluster, start_cluster
+from secvec_jax.distributed import Cluster, is_clustered, lost_process, report_failure, start_cluster
 from secvec_jax.errors import UserError
 from secvec_jax.redaction import redact
 
@@ -58,9 +59,17 @@ def program(description: str, verbs: Verbs) -> NoReturn:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     _show_log()
     caught = _catch_ctrl_c()
-    code = main(description, verbs, interrupted=lambda: bool(caught))
-    if code == INTERRUPTED:
-        # Everything is saved by now, and with JAX loaded the interpreter's shutdown was seen to crash (SIGSEGV).
+    try:
+        code = main(description, verbs, interrupted=lambda: bool(caught))
+    except Exception as error:
+        if not is_clustered():
+            raise
+        traceback.print_exc()
+        report_failure(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        code = 1
+    if code == INTERRUPTED or (code and is_clustered()):
+        # Everything is saved by now, and with JAX loaded the interpreter's shutdown was seen to crash (SIGSEGV). In a
+        # cluster it would wait for the other processes, which have ended or never will.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -102,7 +111,7 @@ def main(
         settings_class, function = verb.load()
         settings, cluster = parse(verb, settings_class, arguments)
         if cluster is not None:
-            start_cluster(cluster)
+            start_cluster(cluster, {"the command": arguments[0], **_by_flag(settings)})
         function(settings, shlex.join([*_command(), *arguments]))
         return 0
     except Exception as error:
@@ -110,6 +119,8 @@ def main(
             return _stopped()
         if isinstance(error, UserError):
             return _fail(str(error))
+        if is_clustered() and (lost := lost_process()) is not None:  # the error is only how JAX noticed
+            return _fail(lost)
         if not _disk_is_full(error):
             raise
         return _fail("the disk is full: free some space and rerun the same command; no partial files were kept")
@@ -125,6 +136,7 @@ def _command() -> list[str]:
 
 def _stopped() -> int:
     Console(stderr=True).print("stopped: rerun the same command to resume")
+    report_failure("it was interrupted", interrupted=True)
     return INTERRUPTED
 
 
@@ -152,7 +164,9 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
+    line = redact(" ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    report_failure(line)
     return 2
 
 
@@ -212,6 +226,12 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
     checked_settings = _checked(settings, values, given, path)
     cluster = _checked(Cluster, devices, argparse.Namespace(**devices), None) if verb.on_devices else None
     return checked_settings, cluster
+
+
+def _by_flag(settings: Any) -> dict[str, Any]:
+    """The settings by the names of their flags, as plain values."""
+    names = {flag.key: flag.name or flag.metavar for group in flags.groups(type(settings)) for flag in group.flags}
+    return {names.get(key, key): value for key, value in config.flat(config.to_dict(settings)).items()}
 
 
 def _parser(name: str, verb: Verb, settings: type) -> "_Parser":

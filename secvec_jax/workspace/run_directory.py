@@ -95,14 +95,11 @@ def of_the_run(settings: Any) -> Any:
 
 def flat(settings: Any) -> dict[str, Any]:
     """The settings that a result may depend on, as plain values: {"training.max_steps": 3}."""
-    return {key: value for key, value in _flat(config.to_dict(settings)).items() if key.rpartition(".")[2] not in _FREE}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flattened: dict[str, Any] = {}
-    for key, value in values.items():
-        flattened |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flattened
+    return {
+        key: value
+        for key, value in config.flat(config.to_dict(settings)).items()
+        if key.rpartition(".")[2] not in _FREE
+    }
 
 
 def inputs_of_run(folder: str | Path) -> Inputs:
@@ -158,7 +155,7 @@ def _check_settings(settings: Any, folder: Path) -> bool:
     with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
         stored = yaml.safe_load((folder / CONFIG).read_text())
         if isinstance(stored, dict):
-            before = _flat(stored)
+            before = config.flat(stored)
             with contextlib.suppress(UserError):  # settings added in a later version have their defaults
                 before = flat(config.from_dict(type(settings), stored))
     now = flat(settings)

@@ -20,7 +20,13 @@ from rich.progress import (
 )
 
 from secvec_jax.digests import difference
-from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
+from secvec_jax.distributed import (
+    broadcast_from_first,
+    is_clustered,
+    is_main_process,
+    on_main_process,
+    require_same,
+)
 from secvec_jax.files import whole_file
 from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
@@ -246,14 +252,15 @@ def file_name(name: str) -> str:
 def claim(settings: Any, more: Callable[[], Inputs] = dict, *, alone: bool = True) -> Path:
     """The run directory of the settings, claimed by the first process (see `run_directory.claim`).
 
-    more: inputs that the settings do not name.
+    more: inputs that the settings do not name. Raises UserError if the processes of a cluster read other contents.
     """
     folder, again = Path(settings.out), bool(getattr(settings, "overwrite", False))
 
-    def work() -> None:
-        run_directory.claim(settings, folder, inputs.inputs_of(settings) | more(), overwrite=again, alone=alone)
-
-    on_main_process(work)
+    read: Inputs = {}
+    if is_main_process() or is_clustered():
+        read = inputs.inputs_of(settings) | more()
+    require_same(read | {"the kind of device": jax.local_devices()[0].device_kind})
+    on_main_process(lambda: run_directory.claim(settings, folder, read, overwrite=again, alone=alone))
     return folder
 
 
