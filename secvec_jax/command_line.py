@@ -7,7 +7,6 @@ settings of a run, and may change when it is resumed. A user's mistake is report
 
 import argparse
 import dataclasses
-import errno
 import logging
 import os
 import re
@@ -29,6 +28,7 @@ from secvec_jax.assets import cache_dir
 from secvec_jax.checks import MISSING, SettingError, suggestion
 from secvec_jax.distributed import Cluster, is_clustered, lost_process, report_failure, start_cluster
 from secvec_jax.errors import UserError
+from secvec_jax.files import system_error
 from secvec_jax.redaction import redact
 
 INTERRUPTED = 130
@@ -121,9 +121,9 @@ def main(
             return _fail(str(error))
         if is_clustered() and (lost := lost_process()) is not None:  # the error is only how JAX noticed
             return _fail(lost)
-        if not _disk_is_full(error):
+        if system_error(error) is None:
             raise
-        return _fail("the disk is full: free some space and rerun the same command; no partial files were kept")
+        return _fail(_of_the_system(error))
     except KeyboardInterrupt:
         return _stopped()
 
@@ -155,12 +155,11 @@ def _show_log() -> None:
     log.propagate = False  # else other packages' handlers would show it again
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether the error, or one that caused it, means that no space is left; only Python's errors have an errno."""
-    if error is None:
-        return False
-    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
-    return is_full or _disk_is_full(error.__cause__ or error.__context__)
+def _of_the_system(error: Exception) -> str:
+    """A line for an error of the system, such as a full disk, with the file that it is about, if that is known."""
+    name = getattr(error, "filename", None)
+    about = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
+    return f"{about}{system_error(error)}: correct that and rerun the same command; no partial files were kept"
 
 
 def _fail(message: str) -> int:

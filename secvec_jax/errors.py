@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The exceptions that a user's mistake raises, and a disk that does not take a file."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message and exits with code 2; notebooks see an ordinary exception.
     """
+
+
+class WriteError(UserError, OSError):
+    """A file or folder that cannot be written, as on a full disk; what was there before is unchanged."""

@@ -19,8 +19,8 @@ import yaml
 import secvec_jax
 from secvec_jax import config
 from secvec_jax.digests import difference
-from secvec_jax.errors import UserError
-from secvec_jax.files import lock, whole_file
+from secvec_jax.errors import UserError, WriteError
+from secvec_jax.files import clear_unfinished, lock, whole_file
 from secvec_jax.workspace.inputs import Inputs
 
 VERSION = secvec_jax.__version__
@@ -36,9 +36,9 @@ _MADE = (
 )  # fmt: skip
 """What runs write into their folder, in addition to a grid's seed folders."""
 
-_FREE = frozenset({"overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
+_FREE = frozenset({"out", "overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
                    "key_variable"})  # fmt: skip
-"""Settings that no result depends on: they may change from one start to the next."""
+"""Settings that no result depends on: they may change from one start to the next, `out` when the folder is moved."""
 
 _LENGTH = frozenset({"training.max_steps", "training.epochs"})
 """Settings that determine how long a training runs."""
@@ -59,6 +59,7 @@ def claim(settings: Any, folder: str | Path, inputs: Inputs, *, overwrite: bool 
     try:
         if alone:
             hold(folder)
+        clear_unfinished(folder)
         if overwrite and _has_progress(folder):
             _clear(folder, inputs)
         if not _has_progress(folder):
@@ -70,6 +71,8 @@ def claim(settings: Any, folder: str | Path, inputs: Inputs, *, overwrite: bool 
             if longer:
                 _open_stages(folder)
             _write(settings, folder, _recorded(folder) | {k: v for k, v in inputs.items() if v is not None})
+    except WriteError:
+        raise
     except OSError as error:
         raise UserError(f"cannot write into {folder} ({error.strerror or error}): give another --out") from error
     return folder
