@@ -26,7 +26,7 @@ import secvec_jax
 from secvec_jax import config, flags
 from secvec_jax.assets import cache_dir
 from secvec_jax.checks import MISSING, SettingError, suggestion
-from secvec_jax.distributed import Cluster, is_clustered, lost_process, report_failure, start_cluster
+from secvec_jax.distributed import Cluster, begin_ending, is_clustered, lost_process, report_failure, start_cluster
 from secvec_jax.errors import UserError
 from secvec_jax.files import system_error
 from secvec_jax.redaction import redact
@@ -64,6 +64,7 @@ def program(description: str, verbs: Verbs) -> NoReturn:
     except Exception as error:
         if not is_clustered():
             raise
+        begin_ending()
         traceback.print_exc()
         report_failure(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         code = 1
@@ -135,6 +136,7 @@ def _command() -> list[str]:
 
 
 def _stopped() -> int:
+    begin_ending()
     Console(stderr=True).print("stopped: rerun the same command to resume")
     report_failure("it was interrupted", interrupted=True)
     return INTERRUPTED
@@ -153,6 +155,8 @@ def _show_log() -> None:
     log.setLevel(logging.INFO)
     log.addHandler(_Shown())
     log.propagate = False  # else other packages' handlers would show it again
+    # Orbax logs the traceback of an error in one of its threads before it raises the error here.
+    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 def _of_the_system(error: Exception) -> str:
@@ -164,6 +168,7 @@ def _of_the_system(error: Exception) -> str:
 
 def _fail(message: str) -> int:
     line = redact(" ".join(message.split()))
+    begin_ending()
     print(f"error: {line}", file=sys.stderr, flush=True)
     report_failure(line)
     return 2

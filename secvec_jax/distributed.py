@@ -130,6 +130,12 @@ def require_same(record: Mapping[str, Any]) -> None:
         _rendezvous.require_same(record)
 
 
+def begin_ending() -> None:
+    """Call this before printing why this process ends: in a cluster, it may just be reporting a lost process itself."""
+    if _rendezvous is not None:
+        _rendezvous.begin_ending()
+
+
 def report_failure(line: str, *, interrupted: bool = False) -> None:
     """Tell the other processes, if there are any, that this one ends; they end as well."""
     if _rendezvous is not None:

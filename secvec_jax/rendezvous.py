@@ -92,7 +92,8 @@ class Rendezvous:
         self._service_port = 0
         self._loss: str | None = None
         self._is_lost = threading.Event()
-        self._is_ending = False
+        self._last_word = threading.Lock()
+        self._is_ending = self._has_reported = False
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="rendezvous", daemon=True).start()
 
@@ -114,9 +115,16 @@ class Rendezvous:
         """Tell the others that this process is done: that its connection will close is no loss."""
         self._loop.call_soon_threadsafe(self._broadcast, {"left": True})
 
+    def begin_ending(self) -> None:
+        """This process is about to print why it ends. Does not return if it has reported a loss, and is ending."""
+        with self._last_word:
+            self._is_ending = True
+            has_reported = self._has_reported
+        if has_reported:
+            threading.Event().wait()
+
     def fail(self, line: str, *, interrupted: bool = False) -> None:
-        """Tell the others that this process ends, and why; they end as well. Returns when they have heard it."""
-        self._is_ending = True
+        """Tell the others that this process ends, after `begin_ending`, so that they end too; waits until they know."""
         with contextlib.suppress(Exception):
             self._run(self._fail({"failed": line, "interrupted": interrupted}))
 
@@ -322,9 +330,12 @@ class Rendezvous:
 
     async def _end(self, line: str, grace: float) -> None:
         await asyncio.sleep(grace)
-        if self._is_ending:  # it says itself why
+        with self._last_word:
+            self._has_reported = not self._is_ending
+        if self._has_reported:
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        else:  # it says itself why
             await asyncio.sleep(self._timeout)
-        print(f"error: {line}", file=sys.stderr, flush=True)
         await self._flush()
         os._exit(2)
 

@@ -103,7 +103,7 @@ def test_another_learning_rate_is_told_before_the_first_step(two):
 DIFFERENT = {
     "--seed": 1,
     "--max-seq-len": 256,
-    "--optimizer": "sgd",
+    "--optimizer": "adamw",
     "--data": "other.jsonl",
     "--max-steps": 5,
     "--model": "smollm2",
@@ -173,6 +173,17 @@ def test_a_process_that_never_comes_is_told(two, absent):
     cluster.start(1 - absent)
     said = "process 0 of 2 does not answer at" if absent == 0 else "process 1 of 2 did not join within"
     assert said in cluster.end()
+
+
+@pytest.mark.release
+def test_processes_that_agree_end_well(two):
+    """What the others differ from."""
+    cluster = two()
+    for process in (0, 1):
+        cluster.start(process)
+    told = outputs(list(cluster.running.values()), 2 * BOUND)
+    assert [process.returncode for process in cluster.running.values()] == [0, 0], told
+    assert "error" not in "".join(err for _, err in told) and "Task" not in "".join(err for _, err in told)
 
 
 @pytest.mark.release

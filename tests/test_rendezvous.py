@@ -165,7 +165,7 @@ def test_a_failure_is_told_with_its_reason_but_the_cause_speaks_first(ends, caps
     assert first.loss(5) == "process 1 of 2 failed: no file rows.jsonl"
     wait_for(lambda: ends == [2])
     first, last = met(timeout=5)
-    first._is_ending = True  # it is printing an error of its own
+    first.begin_ending()  # to print an error of its own
     last.fail("the main process failed")
     first.loss(5)
     time.sleep(1)

@@ -27,6 +27,7 @@ from secvec_jax.distributed import (
     on_main_process,
     require_same,
 )
+from secvec_jax.errors import WriteError
 from secvec_jax.files import whole_file
 from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
@@ -101,7 +102,8 @@ class Stages:
                 result = work(stage)
         except BaseException:
             if is_main_process():
-                record_time()
+                with contextlib.suppress(WriteError):  # the first error says more
+                    record_time()
             raise
         self.seconds[name] = before + time.monotonic() - start
 
@@ -256,12 +258,21 @@ def claim(settings: Any, more: Callable[[], Inputs] = dict, *, alone: bool = Tru
     """
     folder, again = Path(settings.out), bool(getattr(settings, "overwrite", False))
 
+    read = read_by_all(settings, more)
+    on_main_process(lambda: run_directory.claim(settings, folder, read, overwrite=again, alone=alone))
+    return folder
+
+
+def read_by_all(settings: Any, more: Callable[[], Inputs] = dict) -> Inputs:
+    """The inputs of a command, empty on processes that do not need them.
+
+    Raises UserError if the processes of a cluster read other contents, or have other kinds of devices.
+    """
     read: Inputs = {}
     if is_main_process() or is_clustered():
         read = inputs.inputs_of(settings) | more()
     require_same(read | {"the kind of device": jax.local_devices()[0].device_kind})
-    on_main_process(lambda: run_directory.claim(settings, folder, read, overwrite=again, alone=alone))
-    return folder
+    return read
 
 
 def release(folder: Path) -> None:
