@@ -7,7 +7,6 @@ settings of a run, and may change when it is resumed. A user's mistake is report
 
 import argparse
 import dataclasses
-import errno
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ import shlex
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,8 +25,9 @@ import secvec_jax
 from secvec_jax import config, flags
 from secvec_jax.assets import cache_dir
 from secvec_jax.checks import MISSING, SettingError
-from secvec_jax.distributed import Cluster, start_cluster
+from secvec_jax.distributed import Cluster, begin_ending, is_clustered, lost_process, report_failure, start_cluster
 from secvec_jax.errors import UserError
+from secvec_jax.files import system_error
 from secvec_jax.printable import one_line, printable
 from secvec_jax.redaction import redact
 from secvec_jax.suggestions import suggestion
@@ -60,9 +61,18 @@ def program(description: str, verbs: Verbs) -> NoReturn:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     _show_log()
     caught = _catch_ctrl_c()
-    code = main(description, verbs, interrupted=lambda: bool(caught))
-    if code == INTERRUPTED:
-        # Everything is saved by now, and with JAX loaded the interpreter's shutdown was seen to crash (SIGSEGV).
+    try:
+        code = main(description, verbs, interrupted=lambda: bool(caught))
+    except Exception as error:
+        if not is_clustered():
+            raise
+        begin_ending()
+        traceback.print_exc()
+        report_failure(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        code = 1
+    if code == INTERRUPTED or (code and is_clustered()):
+        # Everything is saved by now, and with JAX loaded the interpreter's shutdown was seen to crash (SIGSEGV). In a
+        # cluster it would wait for the other processes, which have ended or never will.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -104,7 +114,7 @@ def main(
         settings_class, function = verb.load()
         settings, cluster = parse(verb, settings_class, arguments)
         if cluster is not None:
-            start_cluster(cluster)
+            start_cluster(cluster, {"the command": arguments[0], **_by_flag(settings)})
         function(settings, shlex.join([*_command(), *arguments]))
         return 0
     except Exception as error:
@@ -112,9 +122,11 @@ def main(
             return _stopped()
         if isinstance(error, UserError):
             return _fail(str(error))
-        if not _disk_is_full(error):
+        if is_clustered() and (lost := lost_process()) is not None:  # the error is only how JAX noticed
+            return _fail(lost)
+        if system_error(error) is None:
             raise
-        return _fail("the disk is full: free some space and rerun the same command; no partial files were kept")
+        return _fail(_of_the_system(error))
     except KeyboardInterrupt:
         return _stopped()
 
@@ -126,7 +138,9 @@ def _command() -> list[str]:
 
 
 def _stopped() -> int:
+    begin_ending()
     Console(stderr=True).print("stopped: rerun the same command to resume")
+    report_failure("it was interrupted", interrupted=True)
     return INTERRUPTED
 
 
@@ -143,18 +157,22 @@ def _show_log() -> None:
     log.setLevel(logging.INFO)
     log.addHandler(_Shown())
     log.propagate = False  # else other packages' handlers would show it again
+    # Orbax logs the traceback of an error in one of its threads before it raises the error here.
+    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether the error, or one that caused it, means that no space is left; only Python's errors have an errno."""
-    if error is None:
-        return False
-    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
-    return is_full or _disk_is_full(error.__cause__ or error.__context__)
+def _of_the_system(error: Exception) -> str:
+    """A line for an error of the system, such as a full disk, with the file that it is about, if that is known."""
+    name = getattr(error, "filename", None)
+    about = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
+    return f"{about}{system_error(error)}: correct that and rerun the same command; no partial files were kept"
 
 
 def _fail(message: str) -> int:
-    print(f"error: {redact(one_line(message))}", file=sys.stderr)
+    line = redact(one_line(message))
+    begin_ending()
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    report_failure(line)
     return 2
 
 
@@ -214,6 +232,12 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
     checked_settings = _checked(settings, values, given, path)
     cluster = _checked(Cluster, devices, argparse.Namespace(**devices), None) if verb.on_devices else None
     return checked_settings, cluster
+
+
+def _by_flag(settings: Any) -> dict[str, Any]:
+    """The settings by the names of their flags, as plain values."""
+    names = {flag.key: flag.name or flag.metavar for group in flags.groups(type(settings)) for flag in group.flags}
+    return {names.get(key, key): value for key, value in config.flat(config.to_dict(settings)).items()}
 
 
 def _parser(name: str, verb: Verb, settings: type) -> "_Parser":

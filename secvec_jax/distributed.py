@@ -1,20 +1,28 @@
 """Start a cluster of processes, and make decisions that hold for all of them."""
 
+import atexit
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import xla_bridge
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import secvec_jax
 from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
 from secvec_jax.errors import UserError
+from secvec_jax.rendezvous import Rendezvous
 from secvec_jax.sharding import MESH_AXES, make_mesh, parse_mesh
 
 
@@ -32,34 +40,116 @@ class Cluster:
     """with HOST:PORT: number of processes"""
     process: NonNegativeInt | None = None
     """with HOST:PORT: index of this process, from 0"""
+    distributed_timeout: PositiveInt = 60
+    """seconds after which a process that does not come, or does not answer, is lost; all others then end"""
 
 
-def start_cluster(settings: Cluster) -> None:
+def start_cluster(settings: Cluster, record: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Join the cluster and set the ambient mesh.
 
-    Raises UserError if the cluster cannot be joined, if the mesh does not fit the devices, or if several processes run
-    without a mesh.
+    record: JSON values that must be the same on all processes. Once all have joined, each ends with one line and exit
+    code 2 when another one is lost (see `rendezvous`).
+    Raises UserError if the cluster cannot be joined, if the processes, their versions or records differ, if the mesh
+    does not fit the devices, or if several processes run without a mesh.
     """
     if settings.cluster and not jax.distributed.is_initialized():
-        # JAX's preemption service would swallow SIGTERM; training handles it itself by saving and exiting.
-        jax.config.update("jax_enable_preemption_service", False)
-        try:
-            if settings.cluster == "auto":
-                jax.distributed.initialize()
-            elif ":" not in settings.cluster:
-                raise ValueError("it has no port")
-            else:
-                jax.distributed.initialize(settings.cluster, settings.processes, settings.process)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"cannot join the cluster {settings.cluster!r} ({str(error).splitlines()[0]}): --cluster HOST:PORT "
-                "also needs --processes and --process; on a single host, omit --cluster"
-            ) from error
+        _join(settings, {"--mesh": settings.mesh, **_versions(), **record})
     if settings.mesh:
         jax.set_mesh(make_mesh(**parse_mesh(settings.mesh)))
     elif jax.process_count() > 1:
         count = jax.device_count()
         raise UserError(f"{jax.process_count()} processes need a mesh: set one, such as --mesh fsdp={count}")
+
+
+_rendezvous: Rendezvous | None = None
+
+
+def _join(settings: Cluster, record: Mapping[str, Any]) -> None:
+    global _rendezvous
+    # JAX's preemption service would swallow SIGTERM; training handles it itself by saving and exiting.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        if xla_bridge.backends_are_initialized():
+            raise ValueError("JAX has already computed something in this process")
+        address, processes, process, local_devices = _place(settings)
+        rendezvous = Rendezvous(address, processes, process, settings.distributed_timeout)
+        rendezvous.meet(record)
+        service = rendezvous.open_relay()
+        jax.distributed.initialize(
+            service,
+            processes,
+            process,
+            local_devices,
+            initialization_timeout=settings.distributed_timeout,
+            heartbeat_timeout_seconds=_NEVER,  # the rendezvous notices first
+            shutdown_timeout_seconds=settings.distributed_timeout,
+            coordinator_bind_address=service,
+        )
+    except UserError as error:
+        raise UserError(f"cannot join the cluster {settings.cluster!r}: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot join the cluster {settings.cluster!r} ({str(error).splitlines()[0]}): --cluster HOST:PORT "
+            "also needs --processes and --process; on a single host, omit --cluster"
+        ) from error
+    _rendezvous = rendezvous
+    atexit.register(rendezvous.leave)  # before JAX waits for the other processes
+
+
+_NEVER = 10**6
+
+
+def _place(settings: Cluster) -> tuple[str, int, int, Sequence[int] | None]:
+    """The address of process 0, the number of processes, this one's index, and its devices, if not all of the host's.
+
+    Raises ValueError if they cannot be determined.
+    """
+    if settings.cluster != "auto":
+        if settings.processes is None or settings.process is None:
+            raise ValueError("the number of processes and the index of this one are not given")
+        if settings.process >= settings.processes:
+            raise ValueError(f"--process {settings.process} of {settings.processes}: they count from 0")
+        return settings.cluster, settings.processes, settings.process, None
+    detect = ClusterEnv.auto_detect_unset_distributed_params
+    address, processes, process, local_devices = detect(None, None, None, None, None, settings.distributed_timeout)
+    if address is None or processes is None or process is None:
+        raise ValueError("this is no TPU pod, Slurm or MPI job that JAX can detect")
+    return address, processes, process, local_devices
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    python = ".".join(map(str, sys.version_info[:2]))
+    versions = {"secvec_jax": secvec_jax.__version__, "python": python} | {name: version(name) for name in names}
+    return {f"the version of {name}": number for name, number in versions.items()}
+
+
+def require_same(record: Mapping[str, Any]) -> None:
+    """Compare JSON values of all processes, which must all call this. Raises UserError that names a difference."""
+    if _rendezvous is not None:
+        _rendezvous.require_same(record)
+
+
+def begin_ending() -> None:
+    """Call this before printing why this process ends: in a cluster, it may just be reporting a lost process itself."""
+    if _rendezvous is not None:
+        _rendezvous.begin_ending()
+
+
+def report_failure(line: str, *, interrupted: bool = False) -> None:
+    """Tell the other processes, if there are any, that this one ends; they end as well."""
+    if _rendezvous is not None:
+        _rendezvous.fail(line, interrupted=interrupted)
+
+
+def lost_process(seconds: float = 3.0) -> str | None:
+    """Return the line that says which process of the cluster was lost, waiting so long for it; None if none was."""
+    return None if _rendezvous is None else _rendezvous.loss(seconds)
+
+
+def is_clustered() -> bool:
+    """Return whether this process has joined a cluster."""
+    return _rendezvous is not None
 
 
 def is_main_process() -> bool:

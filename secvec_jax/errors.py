@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The exceptions that a user's mistake raises, and a disk that does not take a file."""
 
 from secvec_jax.printable import one_line
 
@@ -12,3 +12,7 @@ class UserError(ValueError):
 
     def __init__(self, message: str = ""):
         super().__init__(one_line(str(message)))
+
+
+class WriteError(UserError, OSError):
+    """A file or folder that cannot be written, as on a full disk; what was there before is unchanged."""

@@ -1,57 +1,182 @@
-"""Atomic writes of files and folders, and locks on folders."""
+"""Atomic writes of files and folders, and locks on folders.
+
+What is being written has a hidden name next to its target, such as `.model.unfinished-k3x9a_2q`, and is locked as long
+as its process lives: those that a killed process has left are known by being unlocked.
+"""
 
 import contextlib
+import errno
+import fcntl
+import glob
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from secvec_jax.errors import UserError
+from secvec_jax.errors import UserError, WriteError
 
 
 @contextlib.contextmanager
 def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder next to `target` that replaces it when the block succeeds.
 
-    After an error (a full disk, Ctrl-C) `target` is unchanged, and the temporary folder is deleted.
+    After an error (a full disk, Ctrl-C) `target` is unchanged, and the temporary folder is deleted, as are those that
+    killed processes have left. Raises WriteError if the system cannot write.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield staging
-        os.chmod(staging, 0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.rename(target, old / "it")
-            try:
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_unfinished(target.parent, target.name)
+        with _temporary_folder(target, _UNFINISHED) as staging:
+            yield staging
+            os.chmod(staging, 0o755)
+            if not target.exists():
                 os.rename(staging, target)
-            except BaseException:
-                os.rename(old / "it", target)
-                os.rmdir(old)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.rename(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+                return
+            with _temporary_folder(target, _OLD) as old:
+                os.rename(target, old / _REPLACED)
+                try:
+                    os.rename(staging, target)
+                except BaseException:
+                    os.rename(old / _REPLACED, target)
+                    raise
 
 
 @contextlib.contextmanager
 def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary file next to `target` that replaces it when the block succeeds."""
+    """Yield a temporary file next to `target` that replaces it when the block succeeds.
+
+    Raises WriteError if the system cannot write.
+    """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, staging = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging, handle = _temporary(target, _UNFINISHED, _new_file)
+        try:
+            yield staging
+            os.chmod(staging, 0o644)
+            os.replace(staging, target)
+        finally:
+            os.close(handle)
+            staging.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file; an error leaves the file as it was. Raises WriteError if the system cannot write."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        remaining = memoryview(line.encode() + b"\n")
+        try:
+            while remaining:
+                remaining = remaining[file.write(remaining) :]  # a disk that fills up takes a part
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Raise WriteError, which names the target and the cause, for the system's errors inside the block."""
     try:
-        yield Path(staging)
-        os.chmod(staging, 0o644)
-        os.replace(staging, target)
+        yield
+    except Exception as error:
+        cause = system_error(error)
+        if cause is None or isinstance(error, UserError):
+            raise
+        cure = f": {_CURE}" if cause in _FULL else ""
+        raise WriteError(f"cannot write {target} ({cause}){cure}") from error
+
+
+def system_error(error: BaseException) -> str | None:
+    """The system's words for an error, such as "No space left on device"; None for an error of another kind.
+
+    That a disk is full is also known from the texts of libraries that have exceptions of their own, and from causes.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        for words in _FULL:
+            if words in str(cause):
+                return words
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+_CURE = "free some space and rerun the same command; what was written before is kept"
+
+_UNFINISHED, _OLD, _REPLACED = "unfinished-", "replaced-", "it"
+_LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(?P<kind>{_UNFINISHED}|{_OLD})[a-z0-9_]{{8}}")
+
+
+def clear_unfinished(folder: Path, name: str | None = None) -> None:
+    """Delete what killed processes left unfinished in a folder: of one target, or of all, in subfolders too.
+
+    A folder that was being replaced, and whose successor had not taken its place, is put back.
+    """
+    for path in folder.glob(f".{glob.escape(name)}.*") if name is not None else [*folder.rglob(".*")]:
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or (name is not None and match["name"] != name):
+            continue
+        with contextlib.suppress(OSError), _only_lock(path) as is_leftover:
+            if not is_leftover:
+                continue
+            target = path.with_name(match["name"])
+            if match["kind"] == _OLD and (path / _REPLACED).exists() and not target.exists():
+                os.rename(path / _REPLACED, target)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def _temporary_folder(target: Path, kind: str) -> Iterator[Path]:
+    """A locked folder next to the target, deleted in the end if it is still there."""
+    folder, handle = _temporary(target, kind, tempfile.mkdtemp)
+    try:
+        yield folder
     finally:
-        Path(staging).unlink(missing_ok=True)
+        os.close(handle)
+        if kind != _OLD or target.exists():  # else it holds the only copy
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary(target: Path, kind: str, make: Callable[..., str]) -> tuple[Path, int]:
+    """A new file or folder next to the target, and a handle that holds its lock."""
+    while True:
+        path = Path(make(prefix=f".{target.name}.{kind}", dir=target.parent))
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for a leftover before it was locked
+            continue
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if path.exists():
+            return path, handle
+        os.close(handle)
+
+
+def _new_file(prefix: str, dir: Path) -> str:
+    handle, name = tempfile.mkstemp(prefix=prefix, dir=dir)
+    os.close(handle)
+    return name
+
+
+@contextlib.contextmanager
+def _only_lock(path: Path) -> Iterator[bool]:
+    """Whether no process holds the lock of a file or folder, which this one then holds."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
 
 
 def check_replaceable(target: Path, mark: str | None = None) -> None:

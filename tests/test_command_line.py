@@ -82,9 +82,12 @@ def test_errors_of_a_verb_have_their_exit_codes(capsys):
     assert raises(UserError("no\nsuch thing")) == 2
     assert capsys.readouterr().err == "error: no such thing\n"
     assert raises(KeyboardInterrupt()) == 130
-    for full in (OSError(errno.ENOSPC, "x"), RuntimeError("I/O error: No space left on device (os error 28)")):
-        assert raises(full) == 2
-        assert "disk is full" in capsys.readouterr().err
+    full = OSError(errno.ENOSPC, "No space left on device", "a/file")
+    for error, about in ((full, "a/file: "), (RuntimeError("I/O error: No space left on device (os error 28)"), "")):
+        assert raises(error) == 2
+        assert capsys.readouterr().err.startswith(f"error: {about}No space left on device: ")
+    assert raises(PermissionError(errno.EACCES, "Permission denied", "rows")) == 2
+    assert capsys.readouterr().err.startswith("error: rows: Permission denied: ")
     with pytest.raises(ZeroDivisionError):
         raises(ZeroDivisionError())
 

@@ -32,6 +32,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.metrics import RATES, digits, in_order, percent, rules_note
 from secvec_jax.evaluation.plots import Curves, colors_of, plot_losses, plot_scores, png
 from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_metrics, terminal_table, words
+from secvec_jax.files import atomic_file
 from secvec_jax.printable import fenced, paragraph
 
 Verdict = tuple[str, bool, str]  # claim, whether it holds, detail
@@ -191,13 +192,8 @@ def _is_count(value) -> bool:
 
 
 def _write(path: Path, contents: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(contents)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with atomic_file(path) as staging:
+        staging.write_bytes(contents)
     return path
 
 

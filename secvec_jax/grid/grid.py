@@ -22,8 +22,8 @@ from secvec_jax import config
 from secvec_jax.activations import attention_difference
 from secvec_jax.checks import Text, checked
 from secvec_jax.defenses.finetuning import FinetuneOptions
-from secvec_jax.digests import difference
-from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
+from secvec_jax.digests import difference, of_values
+from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process, require_same
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.records import Record, read
 from secvec_jax.evaluation.scorers import RULES
@@ -96,6 +96,7 @@ class Grid:
 def grid(settings: Grid, command: str) -> None:
     """Runs `train.py grid`."""
     grid_config = config.load(GridConfig, settings.grid)
+    require_same({settings.grid: of_values([config.to_dict(grid_config)])})
     cells = grid_config.cells()
     cells_of_tables = grid_config.cells_of_tables()
     part = _part(cells, settings.part)

@@ -18,6 +18,7 @@ from secvec_jax.vectors.lora import LoRAVectors, merge
 from secvec_jax.vectors.store import holds_security_vectors, load_vectors
 from secvec_jax.workspace.inputs import adapter, known, model
 from secvec_jax.workspace.run_directory import inputs_of_run
+from secvec_jax.workspace.stages import read_by_all
 
 _HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -61,6 +62,7 @@ def export(settings: Export, command: str) -> None:
     for run in settings.scores:
         _check_inputs(run, f"score it again, or omit --scores {run}")
     trained = list(_history(settings.model))[::-1]
+    read_by_all(settings)
     loaded = load(settings.model)
     merged = _merged(loaded, adapters)
     root = str(trained[0].config.get("model", "")) if trained else settings.model

@@ -25,7 +25,7 @@ from secvec_jax.data.pipeline import Batches
 from secvec_jax.digests import difference
 from secvec_jax.distributed import all_max, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import atomic_file, lock
+from secvec_jax.files import atomic_file, lock, writing
 from secvec_jax.training.validation import EarlyStopping
 from secvec_jax.trees import Tree
 
@@ -111,10 +111,11 @@ class Store:
         best = self._settings.best
         counts = best in metrics and (evaluated or not str(best).startswith("eval/"))
         reported = {best: metrics[best]} if best is not None and counts else None
-        if _on_host():  # the next step could not reuse memory that a background writer still reads
-            self._checkpointer.save_checkpointables(run.step, items, metrics=reported)
-        else:
-            self._checkpointer.save_checkpointables_async(run.step, items, metrics=reported)
+        with writing(self._settings.folder / str(run.step)):
+            if _on_host():  # the next step could not reuse memory that a background writer still reads
+                self._checkpointer.save_checkpointables(run.step, items, metrics=reported)
+            else:
+                self._checkpointer.save_checkpointables_async(run.step, items, metrics=reported)
         self._last = time.monotonic()
 
     def restore(self, run: State) -> None:
@@ -154,7 +155,8 @@ class Store:
 
     def close(self) -> None:
         try:
-            self._checkpointer.close()
+            with writing(self._settings.folder):
+                self._checkpointer.close()
         finally:
             if self._lock is not None:
                 self._lock.release()

@@ -19,8 +19,8 @@ import yaml
 import secvec_jax
 from secvec_jax import config
 from secvec_jax.digests import difference
-from secvec_jax.errors import UserError
-from secvec_jax.files import atomic_file, lock
+from secvec_jax.errors import UserError, WriteError
+from secvec_jax.files import atomic_file, clear_unfinished, lock
 from secvec_jax.workspace.inputs import Inputs
 
 VERSION = secvec_jax.__version__
@@ -37,9 +37,9 @@ _MADE = (
 )  # fmt: skip
 """What runs write into their folder, in addition to a grid's seed folders."""
 
-_FREE = frozenset({"overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
+_FREE = frozenset({"out", "overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
                    "key_variable"})  # fmt: skip
-"""Settings that no result depends on: they may change from one start to the next."""
+"""Settings that no result depends on: they may change from one start to the next, `out` when the folder is moved."""
 
 _LENGTH = frozenset({"training.max_steps", "training.epochs"})
 """Settings that determine how long a training runs."""
@@ -62,6 +62,7 @@ def claim(
     try:
         if exclusive:
             acquire(folder)
+        clear_unfinished(folder)
         if overwrite and _has_progress(folder):
             _clear(folder, inputs)
         if not _has_progress(folder):
@@ -73,6 +74,8 @@ def claim(
             if longer:
                 _open_stages(folder)
             _write(settings, folder, _recorded(folder) | {k: v for k, v in inputs.items() if v is not None})
+    except WriteError:
+        raise
     except OSError as error:
         raise UserError(f"cannot write into {folder} ({error.strerror or error}): give another --out") from error
     return folder
@@ -98,14 +101,11 @@ def settings_of_run(settings: Any) -> Any:
 
 def flat(settings: Any) -> dict[str, Any]:
     """The settings that a result may depend on, as plain values: {"training.max_steps": 3}."""
-    return {key: value for key, value in _flat(config.to_dict(settings)).items() if key.rpartition(".")[2] not in _FREE}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flattened: dict[str, Any] = {}
-    for key, value in values.items():
-        flattened |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flattened
+    return {
+        key: value
+        for key, value in config.flat(config.to_dict(settings)).items()
+        if key.rpartition(".")[2] not in _FREE
+    }
 
 
 def inputs_of_run(folder: str | Path) -> Inputs:
@@ -161,7 +161,7 @@ def _check_settings(settings: Any, folder: Path) -> bool:
     with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
         stored = yaml.safe_load((folder / CONFIG).read_text())
         if isinstance(stored, dict):
-            before = _flat(stored)
+            before = config.flat(stored)
             with contextlib.suppress(UserError):  # settings added in a later version have their defaults
                 before = flat(config.from_dict(type(settings), stored))
     now = flat(settings)

@@ -19,7 +19,14 @@ from rich.progress import (
 )
 
 from secvec_jax.digests import difference
-from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
+from secvec_jax.distributed import (
+    broadcast_from_first,
+    is_clustered,
+    is_main_process,
+    on_main_process,
+    require_same,
+)
+from secvec_jax.errors import WriteError
 from secvec_jax.files import atomic_file
 from secvec_jax.terminal import Console
 from secvec_jax.training.meter import Pace
@@ -103,7 +110,8 @@ class Stages:
                 result = work(stage)
         except BaseException:
             if is_main_process():
-                record_time()
+                with contextlib.suppress(WriteError):  # the first error says more
+                    record_time()
             raise
         finally:
             self.seconds[name] = elapsed()
@@ -256,15 +264,25 @@ def file_name(name: str) -> str:
 def claim(settings: Any, more: Callable[[], Inputs] = dict, *, exclusive: bool = True) -> Path:
     """Claim the run directory of the settings on the main process (see `run_directory.claim`), and return it.
 
-    more: inputs that the settings do not name.
+    more: inputs that the settings do not name. Raises UserError if the processes of a cluster read other contents.
     """
     folder, again = Path(settings.out), bool(getattr(settings, "overwrite", False))
 
-    def work() -> None:
-        run_directory.claim(settings, folder, inputs.inputs_of(settings) | more(), overwrite=again, exclusive=exclusive)
-
-    on_main_process(work)
+    read = read_by_all(settings, more)
+    on_main_process(lambda: run_directory.claim(settings, folder, read, overwrite=again, exclusive=exclusive))
     return folder
+
+
+def read_by_all(settings: Any, more: Callable[[], Inputs] = dict) -> Inputs:
+    """The inputs of a command, empty on processes that do not need them.
+
+    Raises UserError if the processes of a cluster read other contents, or have other kinds of devices.
+    """
+    read: Inputs = {}
+    if is_main_process() or is_clustered():
+        read = inputs.inputs_of(settings) | more()
+    require_same(read | {"the kind of device": jax.local_devices()[0].device_kind})
+    return read
 
 
 def release(folder: Path) -> None:

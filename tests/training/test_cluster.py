@@ -221,7 +221,9 @@ def test_a_full_disk_costs_no_older_checkpoint_and_is_told_in_words(small_disk, 
 
     steps_begun: list[int] = []
     assert run(filling) == 2 and not seen
-    assert capsys.readouterr().err.startswith("error: the disk is full: free some space and rerun the same command")
+    assert capsys.readouterr().err.startswith(
+        f"error: cannot write {small_disk / 'run'}/5 (No space left on device): free some space and rerun the same"
+    )
     assert steps_begun[-1] == 5 and steps_kept(small_disk / "run")[-1] == 4
     (small_disk / "ballast").unlink()
     steps_begun.clear()

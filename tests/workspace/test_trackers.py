@@ -2,17 +2,21 @@
 
 import io
 import json
+import logging
 import struct
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.record_writer import RecordWriter
 
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.recipes.finetune import Finetune, finetune
-from secvec_jax.workspace import stages
+from secvec_jax.workspace import stages, trackers
 from secvec_jax.workspace.stages import Stages
 from tests.toys import tiny_model
 
@@ -90,6 +94,49 @@ def test_lines_of_a_pipe_name_their_numbers_and_are_not_broken(tmp_path):
 def test_without_steps_there_are_no_files(tmp_path):
     Stages(tmp_path, Console(file=io.StringIO())).run("score", lambda stage: None)
     assert not (tmp_path / "tensorboard").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_tensorboard_that_cannot_be_written_is_switched_off(tmp_path, monkeypatch, caplog):
+    """tensorboardX's own writer would wait forever for a thread that has died."""
+    monkeypatch.setattr(logging.getLogger("secvec_jax"), "propagate", True)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "tensorboard").touch()
+    run(tmp_path / "first", steps=30)
+    written = EventsWriter.write_event
+
+    def full(self, event):
+        if event.step > 3:
+            raise OSError(28, "No space left on device")
+        return written(self, event)
+
+    monkeypatch.setattr(EventsWriter, "write_event", full)
+    run(tmp_path / "later", steps=30)
+    monkeypatch.setattr(EventsWriter, "write_event", written)
+    monkeypatch.setattr(RecordWriter, "close", lambda self: full(None, SimpleNamespace(step=9)))
+    run(tmp_path / "close", steps=30)
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == ["TensorBoard failed"] * 3
+    assert "No space left on device" in caplog.text and "the run goes on without it" in caplog.text
+    for name in ("first", "later", "close"):
+        assert (tmp_path / name / "metrics.jsonl").read_text().count("\n") == 30
+
+
+def test_weights_and_biases_that_fail_are_switched_off(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("secvec_jax"), "propagate", True)
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    steps = []
+
+    class Biases:
+        def log(self, numbers, step):
+            steps.append(step)
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def finish(self):
+            raise AssertionError
+
+    monkeypatch.setattr(trackers.Tracker, "_start_biases", lambda *arguments: Biases())
+    run(tmp_path)
+    assert steps == [1] and "Weights & Biases failed" in caplog.text
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
 
 
 @pytest.mark.slow
