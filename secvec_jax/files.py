@@ -12,6 +12,14 @@ from typing import Any
 from secvec_jax.errors import UserError
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """The path with ~ replaced by the home folder. Raises UserError if it has none, as for `~somebody`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} names a home folder that does not exist: write the whole path") from error
+
+
 def check_regular(path: str | os.PathLike, max_bytes: int | None = None) -> None:
     """Raise UserError if anything but a regular file is at `path`, or one of more than `max_bytes`.
 

@@ -42,7 +42,7 @@ class Checkpoints:
     and is what the training returns. A step without it, such as one whose rows are of other kinds, counts with its last
     value; a validation loss counts only where it was measured. inputs: what goes into the training (see
     `digests.difference`); `finetune` and `train_vectors` add theirs. A resume with others raises UserError. keep_end:
-    save the state after the last step too, so that more steps can follow.
+    save the state after the last step too, so that more steps can follow. private: only the owner can read them.
     """
 
     folder: Path
@@ -51,6 +51,7 @@ class Checkpoints:
     best: str | None = None
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keep_end: bool = False
+    private: bool = False
 
     @classmethod
     def of(cls, folder: Path, training: Training) -> "Checkpoints":
@@ -184,6 +185,8 @@ class Store:
 
     def _lock_folder(self) -> None:
         self._lock = lock(self._settings.folder)
+        if self._settings.private:
+            self._settings.folder.chmod(0o700)
 
     def _check_inputs(self) -> None:
         path, now = self._settings.folder / "inputs.json", dict(self._settings.inputs)
