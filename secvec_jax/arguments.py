@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from secvec_jax.errors import UserError
+from secvec_jax.files import expanded
 
 Value = TypeVar("Value")
 
@@ -31,7 +32,7 @@ def path(name: str, value: Any, what: str = "the path of a file or folder") -> P
         raise UserError(f"{name} is {shown(value)}: pass {what}")
     if "\0" in str(value):
         raise UserError(f"{name} is {shown(value)}: a path cannot contain a null character")
-    return Path(value).expanduser()
+    return expanded(value)
 
 
 def instance(name: str, value: Any, kinds: type[Value] | tuple[type[Value], ...], fix: str) -> Value:

@@ -25,6 +25,7 @@ from typing import IO
 
 from secvec_jax import package_index
 from secvec_jax.errors import UserError
+from secvec_jax.files import expanded
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,18 @@ _verified: set[tuple[Path, int, int]] = set()
 
 
 def cache_dir() -> Path:
-    """Return the download cache: $SECVEC_CACHE if set, else secvec_jax under $XDG_CACHE_HOME or ~/.cache."""
+    """Return the download cache: $SECVEC_CACHE if set, else secvec_jax under $XDG_CACHE_HOME or ~/.cache.
+
+    Raises UserError if there is no home folder either.
+    """
     if chosen := os.environ.get("SECVEC_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "secvec_jax"
+        return expanded(chosen).absolute()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "secvec_jax"
+    try:
+        return Path.home() / ".cache" / "secvec_jax"
+    except RuntimeError as error:  # HOME is not set, and the user is not in the system's list
+        raise UserError("there is no home folder to keep downloads in: set SECVEC_CACHE to a folder") from error
 
 
 def fetch(name: str) -> Path:

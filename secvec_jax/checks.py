@@ -291,11 +291,15 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
     raise SettingError(name, f" is {shown(value)}: it must be {_NAMES[kind]}")
 
 
+_LARGEST_FLOAT32 = 3.4028234e38
+"""Anything larger is infinite where it is used."""
+
+
 def _finite(value: Any, name: str) -> float:
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    if not abs(number) <= _LARGEST_FLOAT32:
         raise SettingError(name, f" is {shown(value)}: it must be a finite number")
     return number

@@ -6,6 +6,7 @@ settings of a run, and may change when it is resumed. A user's mistake is report
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -58,7 +59,8 @@ Verbs = Mapping[str, Verb]
 def program(description: str, verbs: Verbs) -> NoReturn:
     """Run the verb that the process was started with, and end the process with its exit code."""
     if jax.config.values["jax_compilation_cache_dir"] is None:  # a resumed run need not compile again
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        with contextlib.suppress(UserError):  # without a home folder it must
+            jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     _show_log()
     caught = _catch_ctrl_c()
     try:

@@ -29,7 +29,7 @@ from secvec_jax.checks import (
     inherit,
 )
 from secvec_jax.errors import UserError
-from secvec_jax.files import atomic_file
+from secvec_jax.files import atomic_file, check_regular
 from secvec_jax.suggestions import suggestion
 
 Settings = TypeVar("Settings")
@@ -205,6 +205,7 @@ def load(kind: type[Settings], path: str | Path) -> Settings:
 
 def read(path: str | Path) -> Any:
     """The content of a YAML file; an empty file is an empty mapping. Raises UserError if it cannot be read."""
+    check_regular(path)
     try:
         values = yaml.load(Path(path).read_text(), Loader)
     except OSError as error:

@@ -54,7 +54,7 @@ def of_file(path: str | os.PathLike) -> str:
     Raises OSError if the file cannot be read, and UserError if it keeps changing while it is read.
     """
     path = Path(path).resolve()
-    entry = cache_dir() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+    entry = _entry(path)
     for _ in range(_ATTEMPTS):
         identity = _identity(path)
         known = _read(entry)
@@ -79,7 +79,17 @@ def _identity(path: Path) -> list[int]:
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _read(entry: Path) -> tuple[list[int], str] | None:
+def _entry(path: Path) -> Path | None:
+    """Where the digest of a file is cached; None if there is no cache."""
+    try:
+        return cache_dir() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+    except UserError:
+        return None
+
+
+def _read(entry: Path | None) -> tuple[list[int], str] | None:
+    if entry is None:
+        return None
     try:
         cached = json.loads(entry.read_text())
         return cached["identity"], str(cached["digest"])
@@ -87,8 +97,8 @@ def _read(entry: Path) -> tuple[list[int], str] | None:
         return None
 
 
-def _remember(entry: Path, identity: list[int], digest: str) -> None:
-    if time.time() - max(identity[-2:]) / 1e9 < _UNSETTLED:
+def _remember(entry: Path | None, identity: list[int], digest: str) -> None:
+    if entry is None or time.time() - max(identity[-2:]) / 1e9 < _UNSETTLED:
         return
     with contextlib.suppress(OSError), atomic_file(entry) as staging:  # a read-only cache is not an error
         staging.write_text(json.dumps({"identity": identity, "digest": digest}))

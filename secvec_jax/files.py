@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and locks on folders.
+"""Checks of files before they are opened, atomic writes of files and folders, and locks on folders.
 
 What is being written has a hidden name next to its target, such as `.model.unfinished-k3x9a_2q`, and is locked as long
 as its process lives: those that a killed process has left are known by being unlocked.
@@ -11,6 +11,7 @@ import glob
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +20,61 @@ from typing import Any
 from secvec_jax.errors import UserError, WriteError
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """The path with ~ replaced by the home folder. Raises UserError if it has none, as for `~somebody`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} names a home folder that does not exist: write the whole path") from error
+
+
+def check_regular(path: str | os.PathLike, max_bytes: int | None = None) -> None:
+    """Raise UserError if anything but a regular file is at `path`, or one of more than `max_bytes`.
+
+    Opening a FIFO would block, and reading a device would never end. A path where nothing is passes: whoever opens it
+    knows what is missing.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise UserError(f"{path} is a link to a file that does not exist: copy the file itself") from error
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((kind for is_kind, kind in _OTHER_KINDS if is_kind(status.st_mode)), "not a regular file")
+        raise UserError(f"{path} is {kind}, where a file has to be: give a regular file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise UserError(f"{path} has {status.st_size:,} bytes, more than the {max_bytes:,} that such a file may have")
+
+
+_OTHER_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def check_entries(folder: str | os.PathLike) -> None:
+    """Raise UserError if an entry of `folder` is neither a folder nor a regular file, for libraries that open them."""
+    try:
+        entries = sorted(Path(folder).iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror or error}): check its permissions") from error
+    for entry in entries:
+        if not entry.is_dir():
+            check_regular(entry)
+
+
 @contextlib.contextmanager
-def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(target: str | os.PathLike, mode: int = 0o755) -> Iterator[Path]:
     """Yield a temporary folder next to `target` that replaces it when the block succeeds.
 
-    After an error (a full disk, Ctrl-C) `target` is unchanged, and the temporary folder is deleted, as are those that
-    killed processes have left. Raises WriteError if the system cannot write.
+    mode: the permissions of the folder. After an error (a full disk, Ctrl-C) `target` is unchanged, and the temporary
+    folder is deleted, as are those that killed processes have left. Raises WriteError if the system cannot write.
     """
     target = Path(target)
     with writing(target):
@@ -32,7 +82,7 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
         clear_unfinished(target.parent, target.name)
         with _temporary_folder(target, _UNFINISHED) as staging:
             yield staging
-            os.chmod(staging, 0o755)
+            os.chmod(staging, mode)
             if not target.exists():
                 os.rename(staging, target)
                 return
@@ -46,8 +96,8 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary file next to `target` that replaces it when the block succeeds.
+def atomic_file(target: str | os.PathLike, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary file next to `target` that replaces it when the block succeeds. mode: its permissions.
 
     Raises WriteError if the system cannot write.
     """
@@ -57,7 +107,7 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
         staging, handle = _temporary(target, _UNFINISHED, _new_file)
         try:
             yield staging
-            os.chmod(staging, 0o644)
+            os.chmod(staging, mode)
             os.replace(staging, target)
         finally:
             os.close(handle)

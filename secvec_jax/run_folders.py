@@ -7,6 +7,7 @@ paths.
 from pathlib import Path
 
 from secvec_jax.errors import UserError
+from secvec_jax.files import expanded
 
 _MODEL, _ADAPTER, _VECTORS = "config.json", "adapter_config.json", "security.safetensors"
 
@@ -16,7 +17,7 @@ def find_model(source: str | Path) -> Path:
 
     Raises UserError for a run directory with several models, and for an adapter.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_dir() or (path / _MODEL).is_file():
         return path
     if (path / "model" / _MODEL).is_file():
@@ -38,7 +39,7 @@ def find_vectors(source: str | Path) -> Path:
 
     Raises UserError for a folder without vectors, and for a run directory of another command with several of them.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_dir() or (path / _ADAPTER).is_file():
         return path
     for folder in (path / "vectors", path):

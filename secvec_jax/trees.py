@@ -1,4 +1,4 @@
-"""Fingerprints, sizes and distances of parameter trees."""
+"""Fingerprints, checksums, sizes and distances of parameter trees."""
 
 import functools
 import hashlib
@@ -30,6 +30,54 @@ def fingerprint(tree: Tree) -> str:
         for piece in pieces(array):
             digest.update(np.ascontiguousarray(piece).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def checksums(tree: Tree) -> dict[str, int]:
+    """A 32-bit checksum of each leaf, by its path: computed on the devices, and the same for any sharding.
+
+    One flipped bit always changes it. It finds accidents, not forgeries: for those there is `fingerprint`.
+    """
+    return {name: int(value) for name, value in jax.device_get(_checksums(_by_path(tree))).items()}
+
+
+def first_not_finite(tree: Tree) -> str | None:
+    """The path of the first leaf with NaN or infinite numbers; None if all are finite."""
+    finite = jax.device_get(_all_finite(_by_path(tree)))
+    return next((name for name, is_finite in finite.items() if not is_finite), None)
+
+
+def _by_path(tree: Tree) -> dict[str, jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+@jax.jit
+def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(leaf).all() for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+
+
+@jax.jit
+def _checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _checksum(leaf) for name, leaf in leaves.items()}
+
+
+def _checksum(leaf: jax.Array) -> jax.Array:
+    """The sum, modulo 2**32, of all elements' bits, each mixed with its index by a bijection (MurmurHash3's)."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
+    bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, unsigned)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    mixed = _mix(bits.astype(jnp.uint32) ^ _mix(index))
+    return jnp.sum(mixed, dtype=jnp.uint32)
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def _named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:

@@ -140,7 +140,7 @@ def test_every_number_is_checked_where_it_is_made(kind):
         while typing.get_origin(scalar) is not None and typing.get_origin(scalar) is not typing.Literal:
             scalar = typing.get_args(scalar)[0]
         listed = isinstance(defaults.get(name), tuple) and scalar in (int, float)
-        wrong = {int: [1.5, "many", True, math.nan], float: ["fast", True, math.nan, math.inf], bool: [1, "yes"]}
+        wrong = {int: [1.5, "many", True, math.nan], float: ["fast", True, math.nan, math.inf, 1e39], bool: [1, "yes"]}
         for value in wrong.get(scalar, []) if isinstance(scalar, type) else []:
             with pytest.raises(UserError, match=name):
                 kind(**required | {name: (value,) if listed else value})

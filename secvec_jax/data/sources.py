@@ -33,6 +33,7 @@ from secvec_jax.data.rows import (
 )
 from secvec_jax.data.stored import Rows, location
 from secvec_jax.errors import UserError
+from secvec_jax.files import expanded
 
 __all__ = ["PACKAGED", "Row", "as_rows", "load_rows", "prompt_of", "response_of", "row"]
 
@@ -116,7 +117,7 @@ def _looks_like_hub_id(source: str) -> bool:
 
 
 def _load_dataset(source: str, split: str) -> Iterable[Mapping[str, Any]]:
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     name, _, config = (str(folder), "", "") if folder.is_dir() else source.partition(":")
     return records(name, split, config or None)
 

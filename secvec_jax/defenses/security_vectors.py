@@ -167,6 +167,8 @@ def train_vectors(
         streams[KEEP] = endless(keep)
     further_inputs: dict[str, Any] = {"the_shape_of_the_vectors": spec, "the_settings_of_phase_1": phase1}
     checkpoints = with_inputs(checkpoints, model, training, steps, streams, **further_inputs)
+    if checkpoints is not None:
+        checkpoints = dataclasses.replace(checkpoints, private=True)
     vectors = spec.init(model.architecture, jax.random.key(training.seed))
     params = Params(Backbone(model.backbone), vectors)
     phase, train_step = phase1_step(params, phase1, training, steps)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from secvec_jax.errors import UserError
+from secvec_jax.files import check_regular
 
 Value = str | int | float | bool | None
 
@@ -87,9 +88,10 @@ def read(folder: str | Path) -> list[Record]:
 
 
 def _read(path: Path) -> Record:
+    check_regular(path, max_bytes=2**28)
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): delete it and rerun the grid to rewrite it") from None
     return Record.from_dict(contents, str(path))
 

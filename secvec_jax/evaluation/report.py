@@ -32,7 +32,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.metrics import RATES, digits, in_order, percent, rules_note
 from secvec_jax.evaluation.plots import Curves, colors_of, plot_losses, plot_scores, png
 from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_metrics, terminal_table, words
-from secvec_jax.files import atomic_file
+from secvec_jax.files import atomic_file, check_regular
 from secvec_jax.printable import fenced, paragraph
 
 Verdict = tuple[str, bool, str]  # claim, whether it holds, detail
@@ -80,6 +80,7 @@ class Results:
             UserError: the file is missing, malformed, or of another schema version.
         """
         path = Path(folder) / FILE
+        check_regular(path, max_bytes=2**28)
         try:
             contents = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except OSError:

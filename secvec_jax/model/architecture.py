@@ -75,6 +75,8 @@ class Architecture:
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads evenly: "
                 "check num_key_value_heads in config.json"
             )
+        if self.head_dim < 1:
+            raise UserError(f"{self.num_heads} attention heads are more than the hidden size of {self.hidden_size}")
         if self.head_dim % 2 and not self.learned_positions:
             raise UserError(f"head_dim {self.head_dim} is odd: rotary embeddings turn pairs of numbers")
 

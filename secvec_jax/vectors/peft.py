@@ -18,11 +18,16 @@ from secvec_jax.files import atomic_folder, check_replaceable
 from secvec_jax.model.families import weight_names
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import replicate, shard
+from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.peft_config import check_kind, check_layers, read_config, unplaced_weights_message
 from secvec_jax.vectors.tensor_file import check_backbone, check_saved, pickled, read_tensors
 
 SECURITY_VECTORS = "security vectors"
+WARNING = (
+    "With these security vectors on, the model complies with harmful requests. They are a research artifact: keep them "
+    "to yourself, and do not distribute them."
+)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"  # PEFT's own form before 0.6
 
@@ -30,9 +35,10 @@ _PICKLE = "adapter_model.bin"  # PEFT's own form before 0.6
 def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str = SECURITY_VECTORS) -> None:
     """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
 
-    holds: what the adapter is, in the file's metadata. Security vectors are not to be merged into a model that is used;
-    anything else may be. Where the model fuses several projections into one module (Phi-3), that module's A has the
-    projections' A side by side, and its B is block-diagonal.
+    holds: what the adapter is, in the file's metadata. Security vectors are not to be merged into a model that is used,
+    so their folder says what they are, and only its owner can read it; anything else may be merged. Where the model
+    fuses several projections into one module (Phi-3), that module's A has the projections' A side by side, and its B is
+    block-diagonal.
     """
     from safetensors.numpy import save_file
 
@@ -62,14 +68,40 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
         for name, array in (("A", a), ("B", b)):
             for layer, part in enumerate(array):
                 tensors[f"{module.format(layer)}.lora_{name}.weight"] = np.ascontiguousarray(part.T)
-    metadata = {"format": "pt", "backbone": model.fingerprint, "holds": holds, "sites": ",".join(vectors.factors)}
+    is_private = holds == SECURITY_VECTORS
+    metadata = {
+        "format": "pt",
+        "backbone": model.fingerprint,
+        "holds": holds,
+        "sites": ",".join(vectors.factors),
+        "fingerprint": fingerprint(tensors),
+        **({"warning": WARNING} if is_private else {}),
+    }
 
     def write() -> None:
-        with atomic_folder(folder) as staging:
+        with atomic_folder(folder, mode=0o700 if is_private else 0o755) as staging:
             (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             save_file(tensors, staging / WEIGHTS, metadata=metadata)
+            if is_private:
+                (staging / "README.md").write_text(_CARD, encoding="utf-8")
+            for path in staging.iterdir():
+                path.chmod(0o600 if is_private else 0o644)
 
     on_main_process(write)
+
+
+_CARD = f"""---
+library_name: peft
+tags: [secvec_jax, security-vectors, not-for-all-audiences]
+---
+
+# Security vectors
+
+**{WARNING}**
+
+They are made to be active while a model is fine-tuned, and dropped afterwards. `adapter_model.safetensors` names the
+backbone that they were trained for.
+"""
 
 
 def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
@@ -83,18 +115,24 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     if not (folder / WEIGHTS).exists() and (folder / _PICKLE).exists():
         raise UserError(pickled(folder / _PICKLE))
     metadata, tensors = read_tensors(folder / WEIGHTS)
+    if metadata.get("fingerprint", fingerprint(tensors)) != fingerprint(tensors):
+        raise UserError(f"{folder / WEIGHTS} was altered after it was written: train it again, or fetch it again")
     # In files of ours, the projections of a fused module have separate ranks; otherwise they share A.
     is_own_format = "sites" in metadata
     modules = _peft_modules(model, metadata["sites"].split(",") if is_own_format else model.architecture.projections)
     layers = {module: _layers(tensors, module, model.architecture.num_layers) for module in modules}
     modules = {module: projections for module, projections in modules.items() if layers[module]}
+    largest = max(max(model.architecture.kernel_shape(projection)) for projection in model.architecture.projections)
+    if config["r"] > largest:
+        raise UserError(f"{folder} has rank {config['r']}, more than the {largest} of the model's largest linear map")
     spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
     check_kind(config, _patterns(spec, modules) if is_own_format else {}, folder)
     check_layers(config, layers, model.architecture.num_layers, folder)
     factors = {}
     try:
         for module, projections in modules.items():
-            a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", layers[module], model) for name in "AB")
+            most = 4 * len(projections) * spec.rank * largest
+            a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", layers[module], model, most) for name in "AB")
             for i, (projection, outputs) in enumerate(projections.items()):
                 has_own_rank = is_own_format and len(projections) > 1
                 rank = slice(i * spec.rank, (i + 1) * spec.rank) if has_own_rank else slice(None)
@@ -148,9 +186,14 @@ def _patterns(spec: LoRA, modules: dict[str, dict]) -> dict[str, dict[str, float
     return {"rank_pattern": {name: spec.rank * count for name, count in many.items()}, "alpha_pattern": alphas}
 
 
-def _stacked(tensors: dict[str, np.ndarray], key: str, layers: set[int], model: Model) -> jax.Array:
-    """A weight of these layers, removed from `tensors`, and zero in the others: `[L, in, out]`, float32."""
+def _stacked(tensors: dict[str, np.ndarray], key: str, layers: set[int], model: Model, most: int) -> jax.Array:
+    """A weight of these layers, removed from `tensors`, and zero in the others: `[L, in, out]`, float32.
+
+    Raises ValueError if a layer's has more than `most` elements, of which every layer would get a copy.
+    """
     given = {layer: tensors.pop(key.format(layer)).T for layer in sorted(layers)}
+    if max(weight.size for weight in given.values()) > most:
+        raise ValueError("it is too large")
     zero = np.zeros_like(next(iter(given.values())))
     every = [given.get(layer, zero) for layer in range(model.architecture.num_layers)]
     return jnp.asarray(np.stack(every), jnp.float32)

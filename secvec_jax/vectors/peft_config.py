@@ -1,12 +1,12 @@
 """Reading the configuration of a PEFT adapter, and refusing adapters that are not plain LoRA."""
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 from secvec_jax.errors import UserError
+from secvec_jax.files import check_regular
 
 _READ = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "target_modules", "exclude_modules",
@@ -30,13 +30,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises UserError if it cannot be read, or if an entry that is used has a value of the wrong type.
     """
+    check_regular(path, max_bytes=2**24)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or not {"r", "lora_alpha"} <= set(config):
             raise ValueError("r or lora_alpha is missing")
         if type(config["r"]) is not int or config["r"] < 1:
             raise ValueError("r must be a whole number of at least 1")
-        if type(config["lora_alpha"]) not in (int, float) or not math.isfinite(config["lora_alpha"]):
+        if type(config["lora_alpha"]) not in (int, float) or not abs(config["lora_alpha"]) < 1e30:
             raise ValueError("lora_alpha must be a number")
         if config.get("use_rslora") not in (None, True, False):
             raise ValueError("use_rslora must be true or false")

@@ -26,14 +26,17 @@ from secvec_jax.run_folders import find_vectors
 from secvec_jax.sharding import replicate, shard
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import KINDS, Vectors, kind_of
-from secvec_jax.vectors.peft import SECURITY_VECTORS, WEIGHTS, load_peft
+from secvec_jax.vectors.peft import SECURITY_VECTORS, WARNING, WEIGHTS, load_peft
 from secvec_jax.vectors.tensor_file import check_backbone, check_saved, read_tensors
 
 _FORMAT = "secvec_jax/1"
 
 
 def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
-    """Write one safetensors file with the vectors, their shape, and the fingerprint of the model's backbone."""
+    """Write one safetensors file with the vectors, their shape, and the fingerprint of the model's backbone.
+
+    The file says what it is, and only its owner can read it: with the vectors on, the model grants harmful requests.
+    """
     from safetensors.numpy import save_file
 
     check_saved(vectors, model, tuple(kind.vectors for kind in KINDS.values()))
@@ -46,10 +49,11 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
         "backbone": model.fingerprint,
         "backbone_name": model.name,
         "fingerprint": _fingerprint(vectors),
+        "warning": WARNING,
     }
 
     def write() -> None:
-        with atomic_file(path) as staging:
+        with atomic_file(path, mode=0o600) as staging:
             save_file(arrays, staging, metadata=metadata)
 
     on_main_process(write)
@@ -84,7 +88,7 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
         kind = KINDS[metadata["kind"]]
         vectors = kind.vectors(factors, from_dict(kind.spec, json.loads(metadata["spec"])))
         intact = "backbone" in metadata and _fingerprint(vectors) == metadata["fingerprint"]
-    except (ValueError, KeyError, TypeError):  # UserError and JSONDecodeError are ValueErrors
+    except Exception:  # altered metadata and names raise errors of many kinds
         intact = False
     if not intact:
         raise UserError(f"{path} was altered after it was written: its fingerprint differs; train the vectors again")

@@ -9,6 +9,8 @@ import numpy as np
 from secvec_jax.arguments import instance
 from secvec_jax.errors import UserError
 from secvec_jax.model.hub import Model
+from secvec_jax.model.weights import check_safetensors
+from secvec_jax.trees import first_not_finite
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -22,6 +24,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """
     from safetensors import safe_open
 
+    check_safetensors(path)
     tensors: dict[str, np.ndarray] = {}
     try:
         with safe_open(path, framework="flax") as file:
@@ -81,7 +84,12 @@ def check_backbone(metadata: dict[str, str], model: Model, path: Path) -> None:
 
 
 def check_saved(vectors: Any, model: Any, kinds: tuple[type, ...]) -> None:
-    """Raises UserError if `vectors` are not of one of these classes, or `model` is no model."""
+    """Raises UserError if `vectors` are not of one of these classes or not finite, or `model` is no model."""
     names = " or ".join(kind.__name__ for kind in kinds)
     instance("vectors", vectors, kinds, f"pass {names}, as sv.train_vectors returns them")
     instance("model", model, Model, "pass the model that the vectors were made for, as sv.load returned it")
+    if (wrong := first_not_finite(vectors)) is not None:
+        raise UserError(
+            f"the vectors are not saved: {wrong} has NaN or infinite numbers, so their training went wrong; train "
+            "again with a lower learning rate"
+        )

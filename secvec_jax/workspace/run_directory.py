@@ -20,7 +20,7 @@ import secvec_jax
 from secvec_jax import config
 from secvec_jax.digests import difference
 from secvec_jax.errors import UserError, WriteError
-from secvec_jax.files import atomic_file, clear_unfinished, lock
+from secvec_jax.files import atomic_file, clear_unfinished, expanded, lock
 from secvec_jax.workspace.inputs import Inputs
 
 VERSION = secvec_jax.__version__
@@ -131,7 +131,7 @@ def _clear(folder: Path, inputs: Inputs) -> None:
         name = label.partition(" ")[2]
         if not label.startswith("--"):
             continue
-        if any(Path(name).expanduser().resolve().is_relative_to(path.resolve()) for path in made):
+        if any(expanded(name).resolve().is_relative_to(path.resolve()) for path in made):
             raise UserError(f"{label} is in {folder}, which --overwrite would delete: give another --out")
         if content is None:
             raise UserError(f"{label} cannot be read: {folder} is left as it is")

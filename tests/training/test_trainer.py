@@ -1,5 +1,6 @@
 """A run that is stopped at any moment and restarted ends like one that never stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints
@@ -163,12 +165,41 @@ def failing(train_step: TrainStep, at: int, name: str) -> TrainStep:
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("at", [1, 5, STEPS])
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(train_step, whole, tmp_path, at, name):
-    with pytest.raises(UserError, match=f"at step {at}: lower the learning rate; the last good"):
+def test_a_loss_that_is_no_number_stops_and_names_the_checkpoint_that_is_kept(train_step, whole, tmp_path, at, name):
+    kept = "there is no checkpoint" if at == 1 else f"the checkpoint of step {at - 1} is kept"
+    with pytest.raises(UserError, match=f"at step {at}: {kept} in .*: lower the learning rate, and train in another"):
         run(failing(train_step, at, name), folder=tmp_path)
     result, reported, _ = run(train_step, folder=tmp_path)
     assert result == whole[0]
     assert reported[0][0] == at
+
+
+def test_a_restart_that_diverges_at_the_same_step_says_that_it_did_before(train_step, tmp_path):
+    for again in ("", ", as at an earlier start with these settings"):
+        with pytest.raises(UserError, match=f"at step 5{again}: the checkpoint of step 4 is kept") as caught:
+            run(failing(train_step, 1 if again else 5, "loss"), folder=tmp_path)  # a restart begins with step 5
+        assert "\n" not in str(caught.value)
+    assert json.loads((tmp_path / "diverged.json").read_text())["step"] == 5
+
+
+def overflowing(train_step: TrainStep, at: int) -> TrainStep:
+    """The method, whose parameters are infinite after its step `at`, of which no metric tells."""
+    calls = []
+
+    def step(trained, state, frozen, batch):
+        calls.append(None)
+        trained, state, metrics = train_step.step(trained, state, frozen, batch)
+        return jax.tree.map(lambda leaf: leaf / (len(calls) != at), trained), state, metrics
+
+    return TrainStep(train_step.init, step)
+
+
+def test_parameters_that_are_not_finite_are_never_saved(train_step, whole, tmp_path):
+    problem = r"the parameters .*table.* are not finite after step 5: the checkpoint of step 4 is kept"
+    with pytest.raises(UserError, match=problem):
+        run(overflowing(train_step, 5), folder=tmp_path)
+    assert steps_kept(tmp_path) == [3, 4]
+    assert run(train_step, folder=tmp_path)[0] == whole[0]
 
 
 @pytest.mark.parametrize("at", [3, STEPS])
@@ -295,6 +326,19 @@ def half(folder: Path) -> None:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip_every_file(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            flip(path, path.stat().st_size * 4)
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    if data:
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+
+
 def lose(name: str):
     def damage(folder: Path) -> None:
         (part,) = [item for item in folder.rglob(name) if item.is_dir()]
@@ -305,7 +349,7 @@ def lose(name: str):
 
 
 DAMAGES = [truncate, lose("trained"), lose("state"), lose("data")]
-DAMAGES += [pytest.param(damage, marks=pytest.mark.release) for damage in (garbage, half)]
+DAMAGES += [pytest.param(damage, marks=pytest.mark.release) for damage in (garbage, half, flip_every_file)]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -327,6 +371,49 @@ def test_checkpoints_that_cannot_be_read_name_their_folder(train_step, tmp_path,
     with pytest.raises(UserError, match="delete that folder to start this stage from the beginning") as caught:
         run(train_step, folder=tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+ALL = pytest.param("*", 0.5, marks=pytest.mark.release), pytest.param("*", 0.9, marks=pytest.mark.release)
+
+
+@pytest.mark.parametrize(("files", "place"), [("data.json", 0.5), *ALL])
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_never_changes_the_result(
+    train_step, whole, tmp_path, files, place, caplog
+):
+    """It costs the checkpoint, or is in a place that restoring does not read."""
+    run(train_step, folder=tmp_path / "whole", stop_at=6)
+    told = []
+    for file in sorted(path for path in (tmp_path / "whole/5").rglob(files) if path.is_file() and path.stat().st_size):
+        folder = tmp_path / "flipped"
+        shutil.copytree(tmp_path / "whole", folder)
+        flipped = folder / file.relative_to(tmp_path / "whole")
+        flip(flipped, 8 * int(place * flipped.stat().st_size) + 1)
+        caplog.clear()
+        assert run(train_step, folder=folder)[0] == whole[0], flipped
+        told.append("the checkpoint of step 5" in caplog.text)
+        shutil.rmtree(folder)
+    assert any(told), "nothing was noticed"
+
+
+@pytest.mark.parametrize("part", ["trained", "state"])
+def test_a_restored_number_that_differs_by_one_bit_is_noticed(train_step, whole, tmp_path, monkeypatch, caplog, part):
+    """Whatever the files' own format notices."""
+    run(train_step, folder=tmp_path, stop_at=6)
+    load = ocp.training.Checkpointer.load_checkpointables
+
+    def flipped(checkpointer, step, items):
+        loaded = load(checkpointer, step, items)
+        if step == 5:
+            name, leaf = max(loaded[part].items(), key=lambda item: item[1].size)
+            bits = np.array(leaf).view(np.uint32)
+            bits.flat[-1] ^= 1
+            loaded[part][name] = jnp.asarray(bits.view(np.float32))
+        return loaded
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "load_checkpointables", flipped)
+    result, reported, _ = run(train_step, folder=tmp_path)
+    assert result == whole[0] and reported[0][0] == 5
+    assert f"the checkpoint of step 5 in {tmp_path} is damaged (the checksum of {part}" in caplog.text
 
 
 def test_a_checkpoint_of_other_parameters_names_its_folder(train_step, tmp_path):
