@@ -31,14 +31,17 @@ FORMAT = 1
 CONFIG, INPUTS = "config.yaml", "inputs.json"
 
 _MADE = (
-    CONFIG, INPUTS, "metrics.jsonl", "stages", "checkpoints", "results.json", "report.md", "vectors", "model", "task",
-    "own-replies.json", "scores.jsonl", "tensorboard", "cells", "scores.png", "losses.png", "histogram.png",
+    CONFIG, INPUTS, "metrics.jsonl", "stages", "checkpoints", "results.json", "report.md", "report.html", "vectors", "model",
+    "task", "own-replies.json", "scores.jsonl", "tensorboard", "cells", "scores.png", "losses.png", "histogram.png",
 )  # fmt: skip
 """What runs write into their folder, in addition to a grid's seed folders."""
 
 _FREE = frozenset({"overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
-                   "key_variable"})  # fmt: skip
-"""Settings that no result depends on: they may change from one start to the next."""
+                   "key_variable", "json"})  # fmt: skip
+"""Settings that nothing stored depends on: they may change from one start to the next."""
+
+_FREE_GROUPS = ("limits",)
+"""Groups of such settings: limits apply to what was measured, whenever that was."""
 
 _LENGTH = frozenset({"training.max_steps", "training.epochs"})
 """Settings that determine how long a training runs."""
@@ -95,7 +98,12 @@ def of_the_run(settings: Any) -> Any:
 
 def flat(settings: Any) -> dict[str, Any]:
     """The settings that a result may depend on, as plain values: {"training.max_steps": 3}."""
-    return {key: value for key, value in _flat(config.to_dict(settings)).items() if key.rpartition(".")[2] not in _FREE}
+    values = _flat(config.to_dict(settings))
+    return {
+        key: value
+        for key, value in values.items()
+        if key.rpartition(".")[2] not in _FREE and key.partition(".")[0] not in _FREE_GROUPS
+    }
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
