@@ -31,8 +31,9 @@ FORMAT = 1
 CONFIG, INPUTS = "config.yaml", "inputs.json"
 
 _MADE = (
-    CONFIG, INPUTS, "metrics.jsonl", "stages", "checkpoints", "results.json", "report.md", "report.html", "vectors", "model",
-    "task", "own-replies.json", "scores.jsonl", "tensorboard", "cells", "scores.png", "losses.png", "histogram.png",
+    CONFIG, INPUTS, "metrics.jsonl", "stages", "checkpoints", "results.json", "report.md", "report.html", "vectors",
+    "model", "task", "own-replies.json", "scores.jsonl", "tensorboard", "cells", "scores.png", "losses.png",
+    "histogram.png",
 )  # fmt: skip
 """What runs write into their folder, in addition to a grid's seed folders."""
 
