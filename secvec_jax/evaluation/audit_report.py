@@ -241,7 +241,10 @@ _TEMPLATES = {
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>Audit: {{ audit.verdict }}</title>
-<style>body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: light-dark(#fff, #16181d); }</style>
+<style>
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
+@media (prefers-color-scheme: dark) { body { background: #16181d; } }
+</style>
 </head>
 <body>
 {{ body }}
@@ -263,10 +266,12 @@ _TEMPLATES = {
 """,
     "audit": """<div class="secvec-audit">
 <style>
-.secvec-audit { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; color: light-dark(#1c1f24, #e4e6ea);
-  --line: light-dark(#d8dbe0, #3a3f48); --soft: light-dark(#5a626e, #a2a9b4); --passes: light-dark(#1a7f37, #3fb950);
-  --fails: light-dark(#c62828, #ff7b72); --inconclusive: light-dark(#8a5a00, #e3a33b);
-  --allowed: light-dark(#e3f3e6, #1d3325); }
+.secvec-audit { font: 15px/1.5 system-ui, sans-serif; color: var(--text); --text: #1c1f24; --line: #d8dbe0;
+  --soft: #5a626e; --passes: #1a7f37; --fails: #c62828; --inconclusive: #8a5a00; --allowed: #e3f3e6; }
+@media (prefers-color-scheme: dark) {
+  .secvec-audit { --text: #e4e6ea; --line: #3a3f48; --soft: #a2a9b4; --passes: #3fb950; --fails: #ff7b72;
+    --inconclusive: #e3a33b; --allowed: #1d3325; }
+}
 .secvec-audit h1 { font-size: 1.5rem; margin: 0 0 .5rem; }
 .secvec-audit h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; }
 .secvec-audit code, .secvec-audit pre { font: 13px/1.45 ui-monospace, monospace; overflow-wrap: anywhere;

@@ -96,7 +96,7 @@ def test_the_page_needs_nothing_from_elsewhere(audit, results):
     assert not [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
     assert "url(" not in text and "@import" not in text and "http" not in text
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
-    assert "light dark" in text
+    assert "prefers-color-scheme: dark" in text
 
 
 def test_the_table_fits_a_terminal_of_118_columns(audit):
