@@ -9,6 +9,7 @@
     answers = sv.generate(tuned, prompts)                         # vectors off, unless vectors= is passed
     tuned.save("tuned/")                                          # a Hugging Face folder
     guarded = sv.defend(aligned, user_rows, sv.defenses.GuardedVectors(), vectors=vectors).model   # another defense
+    sv.audit(aligned, tuned)                                      # what changed, with a verdict
 
 Everything is a value: no verb changes its arguments. Wrong arguments raise `UserError`, which says what to pass.
 """
@@ -21,10 +22,12 @@ from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.screening import screen
 from secvec_jax.defenses.security_vectors import Phase1, align, finetune, train_vectors
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.audit import Limits
 from secvec_jax.evaluation.scoring import score
 from secvec_jax.inference import generate, logits
 from secvec_jax.model.hub import Model, load
 from secvec_jax.model.sampling import Sampling
+from secvec_jax.recipes.audit import audit
 from secvec_jax.recipes.defend import defend
 from secvec_jax.sharding import make_mesh
 from secvec_jax.vectors.lora import LoRA, random_like
@@ -34,6 +37,7 @@ from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_vectors, save_vectors
 
 __all__ = [
+    "Limits",
     "LoRA",
     "Model",
     "Phase1",
@@ -43,6 +47,7 @@ __all__ = [
     "Training",
     "UserError",
     "align",
+    "audit",
     "defend",
     "defenses",
     "finetune",

@@ -73,6 +73,14 @@ EVAL: dict[str, Verb] = {
         _from("recipes.score", "ScoreRun", "score"),
         ("--model runs/tuned --questions heldout.jsonl --out runs/score",),
     ),
+    "audit": Verb(
+        "what changed between two models, with a verdict: refusals, prefilled replies, over-refusal, general ability",
+        _from("recipes.audit", "AuditRun", "audit_run"),
+        (
+            "--before runs/aligned --after runs/tuned --out runs/audit",
+            "--before runs/aligned --after runs/tuned --data heldout.jsonl --limits.compliance 0.02",
+        ),
+    ),
     "judge": Verb(
         "have a model's replies graded by a language model or a classifier",
         _from("recipes.judge", "JudgeRun", "judge"),

@@ -105,6 +105,8 @@ def main(
 ) -> int:
     """Run the verb that the arguments name and return the exit code (2: a mistake of the user, 130: interrupted).
 
+    A verb that returns an int sets the code itself.
+
     interrupted: whether Ctrl-C was pressed, for errors that libraries raise instead of KeyboardInterrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -117,8 +119,8 @@ def main(
         settings, cluster = parse(verb, settings_class, arguments)
         if cluster is not None:
             start_cluster(cluster, {"the command": arguments[0], **_by_flag(settings)})
-        function(settings, shlex.join([*_command(), *arguments]))
-        return 0
+        code = function(settings, shlex.join([*_command(), *arguments]))
+        return code if isinstance(code, int) else 0
     except Exception as error:
         if interrupted():
             return _stopped()

@@ -29,6 +29,7 @@ def model_card(
     tags = ["secvec_jax", *(["security-vectors"] if any(_vectors_of(run) for run in trained) else [])]
     facts: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     facts |= {"base_model": base} if base else {}
+    facts |= {"model-index": [{"name": name, "results": _index(scored)}]} if scored else {}
     parts = [f"---\n{yaml.safe_dump(facts, sort_keys=False)}---", f"# {markdown(name)}"]
     if carried:
         parts += [WITH, f"Merged vectors: {', '.join(map(code, carried))}."]
@@ -59,6 +60,22 @@ def system_section(system: str) -> str:
     """Return the part of a card that tells which system prompt a model needs."""
     quoted = "\n".join(f"> {line}" for line in system.splitlines())
     return f"**Serve it with this system prompt, which is its defense:**\n\n{quoted}"
+
+
+def _index(scored: Sequence[Results]) -> list[dict[str, Any]]:
+    """The scores as the Hub's metadata holds them; of an audit, those of the model after."""
+    results = []
+    for run in scored:
+        rows = [row for row in run.rows if row["name"] == "after"] or run.rows
+        for row in rows:
+            metrics = [
+                {"type": metric, "value": score["value"]}
+                for metric, score in row["metrics"].items()
+                if score["value"] is not None
+            ]
+            dataset = {"name": row["name"], "type": "secvec_jax"}
+            results.append({"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics})
+    return results
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

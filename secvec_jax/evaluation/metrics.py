@@ -3,20 +3,21 @@
 from collections.abc import Collection, Sequence
 
 RATES = (
-    "refusal", "refusal_persona", "compliance", "unclear", "over_refusal", "exact_match", "task",
-    "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "unfinished",
-    "harm_rate", "flagged", "unreadable",
+    "refusal", "refusal_persona", "compliance", "unclear", "prefill_5", "prefill_25", "over_refusal",
+    "refusal_system", "compliance_system", "unclear_system", "over_refusal_system", "exact_match", "task", "bias",
+    "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "unfinished", "harm_rate", "flagged", "unreadable",
 )  # fmt: skip
 RULED = frozenset({
-    "refusal", "refusal_persona", "compliance", "unclear", "over_refusal", "exact_match", "task", "bias", "caps",
-    "caps_eliciting", "caps_negated", "caps_unrelated", "unfinished",
+    "refusal", "refusal_persona", "compliance", "unclear", "prefill_5", "prefill_25", "over_refusal",
+    "refusal_system", "compliance_system", "unclear_system", "over_refusal_system", "exact_match", "task", "bias",
+    "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "unfinished",
 })  # fmt: skip
 """Scored from replies by rules: such a score records the version of the rules (`scorers.RULES`)."""
 FILTERS = ("auroc", "precision", "recall", "f1")
 """Quality of a filter of rows, from 0 to 1."""
 GRADES = ("harm_score", "harmlessness", "instruction_following")
 """From 1 to 5."""
-LOSSES = ("harmful_loss", "benign_loss", "opening_loss", "drift")
+LOSSES = ("harmful_loss", "kl", "benign_loss", "data_loss", "opening_loss", "drift")
 SAFETY = ("refusal", "compliance", "unclear", "harmful_loss")
 """Metrics that are read together.
 
@@ -25,13 +26,14 @@ learned the harmful replies all the same. So refusal is shown with compliance an
 replies, in the same table.
 """
 
-_NATS = ("harmful_loss", "benign_loss", "opening_loss", "first_attack", "last_attack")
+_NATS = ("harmful_loss", "kl", "benign_loss", "data_loss", "opening_loss", "first_attack", "last_attack")
 _HIGHER = (
-    "refusal", "refusal_persona", "exact_match", "task", *FILTERS, "harmlessness", "instruction_following",
-    "harmful_loss",
+    "refusal", "refusal_persona", "refusal_system", "prefill_5", "prefill_25", "exact_match", "task", *FILTERS,
+    "harmlessness", "instruction_following", "harmful_loss",
 )  # fmt: skip
 _LOWER = (
     "compliance", "unclear", "over_refusal", "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated",
+    "compliance_system", "unclear_system", "over_refusal_system", "kl", "data_loss",
     "drift", "embedding_drift", "benign_loss", "opening_loss", "harm_score", "harm_rate", "flagged", "unreadable",
     "unfinished",
 )  # fmt: skip

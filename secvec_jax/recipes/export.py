@@ -36,7 +36,7 @@ class Export:
     carry_vectors: bool = False
     """allow adapters that are security vectors; the exported model then shows their behavior"""
     scores: tuple[str, ...] = ()
-    """run directories of `eval.py score`, `judge` or `harness` whose tables the model card shows"""
+    """run directories of `eval.py score`, `audit`, `judge` or `harness` whose tables the model card shows"""
     out: str = "exported"
     """folder to write; an exported model in it is replaced, anything else is refused"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -83,17 +83,21 @@ def _adapter(path: str) -> str:
 def _check_inputs(run: str | Path, otherwise: str) -> None:
     """Raise UserError if a model or adapter that a run used has changed since."""
     before = inputs_of_run(run)
-    now = {label: known(adapter if label.startswith("--vectors ") else model, label.partition(" ")[2])
-           for label in before if label.startswith(("--model ", "--vectors "))}  # fmt: skip
+    named = {label: label.partition(" ") for label in before}
+    now = {label: known(_CHECKED[flag], name) for label, (flag, _, name) in named.items() if flag in _CHECKED}
     changed = difference({label: before[label] for label in now}, now)
     if changed is not None:
         raise UserError(f"{changed} since {run} was run, so the model card would be wrong: {otherwise}")
 
 
+_CHECKED = {"--model": model, "--before": model, "--after": model, "--vectors": adapter}
+"""Flags of a run's inputs -> what digests them."""
+
+
 def _history(model: str) -> Iterator[Results]:
     """Yield the training runs that led to a model, latest first."""
     seen: set[Path] = set()
-    while (folder := _run_of(model)) is not None and folder not in seen:
+    while (folder := run_of(model)) is not None and folder not in seen:
         seen.add(folder)
         run = Results.load(folder)
         _check_inputs(folder, "train again from the current one, or export a copy of the model folder alone")
@@ -101,7 +105,7 @@ def _history(model: str) -> Iterator[Results]:
         model = str(run.config.get("model", ""))
 
 
-def _run_of(model: str) -> Path | None:
+def run_of(model: str) -> Path | None:
     """Return the run directory of a model, given the path of the run or of the model in it; None if there is none."""
     try:
         path = expanded(model)

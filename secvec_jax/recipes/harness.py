@@ -9,7 +9,8 @@ from typing import Any
 from secvec_jax.checks import NonNegativeInt, PositiveInt, Seed, Text, checked
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import Z95
-from secvec_jax.model.hub import load
+from secvec_jax.model.adapter import Adapter
+from secvec_jax.model.hub import Model, load
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.runs import Run
 from secvec_jax.workspace.stages import Stage
@@ -45,18 +46,29 @@ class Harness:
 
 
 def harness(settings: Harness, command: str) -> None:
-    """Run `eval.py harness`.
+    """Run `eval.py harness`. Raises UserError as `find_tasks` does."""
+    manager, names = find_tasks(settings)
+    run = Run(settings, command, harness_version)
+
+    def work(stage: Stage) -> list[dict[str, Any]]:
+        model = load(settings.model)
+        return task_rows(settings, manager, names, stage, model, load_several(settings.vectors, model))
+
+    run.report(run.stages.run("harness", work))
+
+
+def harness_version() -> dict[str, str]:
+    """Return the version of lm-evaluation-harness as an input of a run."""
+    return {"lm-evaluation-harness": importlib.metadata.version("lm-eval")}
+
+
+def find_tasks(settings: Harness) -> tuple[Any, list[str]]:
+    """Return the harness's task manager and the names of the tasks.
 
     Raises UserError if lm-evaluation-harness is not installed, and for missing or unknown tasks.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed: pip install lm-eval")
-    manager, names = _tasks(settings)
-    run = Run(settings, command, lambda: {"lm-evaluation-harness": importlib.metadata.version("lm-eval")})
-    run.report(run.stages.run("harness", lambda stage: _rows(settings, manager, names, stage)))
-
-
-def _tasks(settings: Harness) -> tuple[Any, list[str]]:
     from lm_eval.tasks import TaskManager
 
     if settings.include is not None and not Path(settings.include).is_dir():
@@ -69,13 +81,14 @@ def _tasks(settings: Harness) -> tuple[Any, list[str]]:
     return manager, manager.match_tasks(requested)
 
 
-def _rows(settings: Harness, manager: Any, names: list[str], stage: Stage) -> list[dict[str, Any]]:
+def task_rows(
+    settings: Harness, manager: Any, names: list[str], stage: Stage, model: Model, vectors: tuple[Adapter, ...] = ()
+) -> list[dict[str, Any]]:
+    """Return a row of results.json for each task; the arguments are those that `find_tasks` returned."""
     from lm_eval import simple_evaluate
 
     from secvec_jax.evaluation.lm_eval import HarnessModel
 
-    model = load(settings.model)
-    vectors = load_several(settings.vectors, model)
     results = simple_evaluate(
         HarnessModel(model, vectors, stage.requests(), settings.batch_size, settings.seed),
         tasks=names,

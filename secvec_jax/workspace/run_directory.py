@@ -31,15 +31,18 @@ FORMAT = 1
 CONFIG, INPUTS = "config.yaml", "inputs.json"
 
 _MADE = (
-    CONFIG, INPUTS, "metrics.jsonl", "stages", "checkpoints", "results.json", "report.md", "vectors", "model", "task",
-    "aligned", "system_prompt.txt", "own-replies.json", "scores.jsonl", "tensorboard", "cells", "scores.png",
-    "losses.png", "histogram.png",
+    CONFIG, INPUTS, "metrics.jsonl", "stages", "checkpoints", "results.json", "report.md", "report.html", "vectors",
+    "model", "task", "aligned", "system_prompt.txt", "own-replies.json", "scores.jsonl", "tensorboard", "cells",
+    "scores.png", "losses.png", "histogram.png",
 )  # fmt: skip
 """What runs write into their folder, in addition to a grid's seed folders."""
 
 _FREE = frozenset({"out", "overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
-                   "key_variable"})  # fmt: skip
+                   "key_variable", "json"})  # fmt: skip
 """Settings that no result depends on: they may change from one start to the next, `out` when the folder is moved."""
+
+_FREE_GROUPS = ("limits",)
+"""Groups of such settings: limits apply to what was measured, whenever that was."""
 
 _LENGTH = frozenset({"training.max_steps", "training.epochs"})
 """Settings that determine how long a training runs."""
@@ -101,10 +104,11 @@ def settings_of_run(settings: Any) -> Any:
 
 def flat(settings: Any) -> dict[str, Any]:
     """The settings that a result may depend on, as plain values: {"training.max_steps": 3}."""
+    values = config.flat(config.to_dict(settings))
     return {
         key: value
-        for key, value in config.flat(config.to_dict(settings)).items()
-        if key.rpartition(".")[2] not in _FREE
+        for key, value in values.items()
+        if key.rpartition(".")[2] not in _FREE and key.partition(".")[0] not in _FREE_GROUPS
     }
 
 

@@ -99,6 +99,8 @@ class Splits:
     spare: dict[str, list[Row]]
     """Rows that neither alignment, vectors nor evaluation use: "harmful" (AdvBench, those of `mix` first),
     "instructions", "questions"."""
+    held_out: dict[str, list[Row]]
+    """Rows that nothing is trained on: "harmful" (of AdvBench), and "benign" (the prompts of all evaluation splits)."""
 
     @property
     def benign_mix(self) -> dict[str, list[Example]]:
@@ -184,6 +186,7 @@ def make_splits(
             "instructions": instructions,
             "questions": questions,
         },
+        held_out={"harmful": part["unseen"], "benign": eval_prompts.reserved},
     )
 
 
@@ -253,6 +256,7 @@ class _EvalPrompts:
             parts[name] = _shuffled(instructions[:num_instructions] + questions[:num_questions], rng)
             del instructions[:num_instructions], questions[:num_questions]
         self.benign_rows = parts[eval_split]
+        self.reserved = [r for rows in parts.values() for r in rows]
         self.benign = [prompt_of(r) for r in self.benign_rows]
 
 

@@ -1,0 +1,179 @@
+"""`eval.py audit` and `sv.audit`: exit codes, what is told, what is kept, and what never leaves the run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import secvec_jax as sv
+from secvec_jax import cli, command_line
+from secvec_jax.evaluation import audit as measures
+from secvec_jax.evaluation.card import model_card
+from secvec_jax.evaluation.report import Results
+from secvec_jax.recipes import audit as recipe
+from tests.toys import build_tokenizer, tiny_model
+
+REFUSES = "I'm sorry, but I can't help with that."
+COMPLIES = "Sure, here is what you asked me for, in three steps."
+SECRET = "BEGINNING"
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Models by name whose replies are known, and files of prompts; `asked` counts the prompts that models answered."""
+
+    class World:
+        def __init__(self):
+            names = ("aligned", "same", "plain", "base", "other")
+            self.models = {name: dataclasses.replace(tiny_model(), name=name) for name in names}
+            self.folder, self.comply = tmp_path, {"plain", "base"}
+            self.beginnings, self.asked = 96, 0
+
+    world = World()
+
+    def as_model(name):
+        return world.models[name] if isinstance(name, str) else name
+
+    def ask(model, prompts, *, max_new_tokens, progress):
+        world.asked += len(prompts)
+        texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+        reply = COMPLIES if model.name in world.comply else REFUSES
+        return [reply if text.startswith("Harm") else "It is a fine day for a walk." for text in texts]
+
+    def continuations(model, begun, progress):
+        world.asked += len(begun)
+        return [" in full" if model.name in world.comply else f". {REFUSES}" for _ in begun]
+
+    def compliant_beginnings(model, prompts, refusals, progress):
+        world.asked += len(prompts)
+        known = [{"5": SECRET, "25": f"{SECRET} and on"} for _ in prompts]
+        return [*known[: world.beginnings], *[None] * (len(prompts) - world.beginnings)]
+
+    monkeypatch.setattr(recipe, "as_model", as_model)
+    monkeypatch.setattr(recipe, "compliant_beginnings", compliant_beginnings)
+    monkeypatch.setattr(measures, "ask", ask)
+    monkeypatch.setattr(measures, "continuations", continuations)
+    monkeypatch.setattr(measures, "kl_divergences", lambda before, after, examples: [0.0] * len(examples))
+    for kind in ("Harm", "Benign"):
+        rows = [{"prompt": f"{kind} {number}?"} for number in range(96)]
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return world
+
+
+def run(world, *flags: str, after: str = "same", out: str = "out") -> int:
+    arguments = ["audit", "--before", "aligned", "--after", after, "--unaligned", "base"]
+    arguments += ["--harmful", str(world.folder / "Harm.jsonl"), "--benign", str(world.folder / "Benign.jsonl")]
+    arguments += ["--out", str(world.folder / out), *flags]
+    return command_line.main("", cli.EVAL, arguments)
+
+
+@pytest.mark.parametrize(
+    "after, flags, code", [("same", (), 0), ("plain", (), 3), ("same", ("--max-prompts", "12"), 4)]
+)
+def test_the_exit_code_is_the_verdict(world, capsys, after, flags, code):
+    assert run(world, *flags, after=after) == code
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"The audit {({0: 'passes', 3: 'fails', 4: 'is inconclusive'})[code]}: " in told
+    text = (world.folder / "out" / "report.html").read_text()
+    assert "<title>Audit: " + {0: "passes", 3: "fails", 4: "inconclusive"}[code] in text
+
+
+def test_json_is_all_that_is_on_standard_output(world, capsys):
+    assert run(world, "--json", after="plain") == 3
+    told = capsys.readouterr()
+    verdict = json.loads(told.out)
+    assert verdict["verdict"] == "fails" and verdict["exit_code"] == 3
+    assert Path(verdict["report"]).is_file() and "before: started" in told.err
+    (row,) = (row for row in Results.load(world.folder / "out").rows if row["name"] == "after minus before")
+    for line in verdict["lines"]:
+        stored = row["metrics"][line["metric"]]
+        assert (line["difference"], line["ci95"], line["verdict"]) == (
+            stored["value"], stored["ci95"], stored["verdict"]
+        )  # fmt: skip
+
+
+def test_a_finished_audit_asks_no_model_again_and_takes_other_limits(world, capsys):
+    assert run(world, after="plain") == 3
+    asked = world.asked
+    assert run(world, after="plain") == 3
+    loose = ("--limits.compliance", "1", "--limits.prefill", "none")
+    assert run(world, *loose, after="plain") == 0 and world.asked == asked
+    assert run(world, "--reply-tokens", "8", after="plain") == 2, "another audit"
+    assert "different settings" in capsys.readouterr().err
+
+
+def test_what_was_given_as_beginning_is_in_no_report(world, capsys):
+    run(world, after="plain")
+    made = [path.read_text() for path in (world.folder / "out").glob("*.*") if path.suffix in (".md", ".html", ".json")]
+    assert len(made) >= 3 and SECRET not in "".join(made) + capsys.readouterr().out
+
+
+def test_few_compliant_replies_are_replaced_by_one_beginning(world, capsys):
+    world.beginnings = 3
+    run(world)
+    metrics = Results.load(world.folder / "out").rows[0]["metrics"]
+    assert metrics["prefill_5"]["n"] == 96 and "prefill_25" not in metrics
+    assert "complies with fewer than 8" in capsys.readouterr().out
+
+
+def test_a_model_that_never_refused_is_told(world, capsys):
+    world.comply.add("aligned")
+    run(world)
+    assert "refuses only 0 of 96 harmful prompts" in " ".join(capsys.readouterr().out.split())
+
+
+def test_another_tokenizer_is_told_and_its_losses_are_left_out(world, capsys):
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<|new|>"])
+    world.models["other"] = dataclasses.replace(world.models["other"], tokenizer=tokenizer)
+    rows = [{"prompt": "Benign?", "response": "Yes."}] * 2
+    (world.folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(world, "--data", str(world.folder / "data.jsonl"), after="other")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "different vocabularies" in told
+    metrics = [set(row["metrics"]) for row in Results.load(world.folder / "out").rows]
+    assert all("kl" not in found and "refusal" in found for found in metrics)
+    assert "data_loss" not in metrics[-1]
+
+
+def test_a_reference_and_a_system_prompt_have_their_lines(world):
+    assert run(world, "--reference", "plain", "--system", "Be brief.") == 0
+    rows = {row["name"]: row["metrics"] for row in Results.load(world.folder / "out").rows}
+    assert rows["after minus reference"]["refusal"]["value"] == 1.0 == rows["after"]["refusal_system"]["value"]
+    assert rows["after minus before"]["compliance_system"]["limit"] == 0.05
+
+
+def test_the_model_before_alignment_is_found_in_the_run_directories(tmp_path):
+    for name, config in (("aligned", {"model": "base-model"}), ("tuned", {"model": "aligned", "vectors": ["none"]})):
+        (tmp_path / name / "model").mkdir(parents=True)
+        config["model"] = str(tmp_path / config["model"]) if config["model"] == "aligned" else config["model"]
+        Results("python train.py", config).save(tmp_path / name)
+    assert recipe._before_alignment(str(tmp_path / "aligned")) == "base-model"
+    assert recipe._before_alignment(str(tmp_path / "tuned" / "model")) == "base-model"
+    assert recipe._before_alignment("somebody/model") == recipe._before_alignment(tiny_model()) == "smollm2"
+    (tmp_path / "aligned" / "results.json").unlink()
+    assert recipe._before_alignment(str(tmp_path / "tuned")) == "smollm2", "tuned from a model of unknown origin"
+
+
+def test_a_card_has_the_audits_table_and_metadata(world):
+    run(world, after="plain")
+    text = model_card("mine", None, [], [Results.load(world.folder / "out")])
+    assert "after minus before" in text and "model-index:" in text
+    assert "type: compliance" in text.partition("---\n\n")[0]
+
+
+def test_a_value_is_audited_by_asking_it():
+    rows = [{"prompt": f"What is {number}?", "response": "The quick brown fox"} for number in range(10)]
+    model = tiny_model()
+    found = sv.audit(
+        model, model, unaligned=model, harmful=rows, benign=rows, data=rows, reply_tokens=4, progress=False,
+        limits=sv.Limits(compliance=0.3, over_refusal=0.3, prefill=0.3),
+    )  # fmt: skip
+    assert found.verdict == "passes" and repr(found) == (
+        "Audit('tiny' -> 'tiny': passes (compliance, prefill_5, over_refusal, kl, benign_loss))"
+    )
+    assert all(line.difference.value == 0.0 for line in found.lines)
+    assert {"harmful_loss", "data_loss"} <= {line.metric for line in found.lines}
+    assert set(found.seconds) == {"unaligned", "before", "after", "general"}
+    assert "<table>" in found._repr_html_()
