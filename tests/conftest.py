@@ -216,6 +216,19 @@ def random_vectors() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """A cache of the test's own, but for the packages' archives, whose download starts pip."""
+    from secvec_jax import assets
+
+    shared, own = assets.cache_dir() / "packages", tmp_path / "cache"
+    shared.mkdir(parents=True, exist_ok=True)
+    own.mkdir()
+    (own / "packages").symlink_to(shared)
+    monkeypatch.setenv("SECVEC_CACHE", str(own))
+    return own
+
+
+@pytest.fixture
 def tokens() -> np.ndarray:
     """Three lines of twelve random tokens."""
     return np.random.default_rng(0).integers(3, VOCABULARY, (3, 12)).astype(np.int32)

@@ -55,9 +55,11 @@ def write_tasks(folder: Path) -> Path:
         lines.append({"question": f"What color has thing {index}?", "choices": choices,
                       "label": int(rng.integers(len(choices))), "text": text})  # fmt: skip
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    files = {"train": str(folder / "rows.jsonl"), "test": str(folder / "rows.jsonl")}
-    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, lines[:3])))  # of every length; long ones take long
     for name, task in TASKS.items():
+        rows = str(folder / ("texts.jsonl" if task["output_type"] == "loglikelihood_rolling" else "rows.jsonl"))
+        files = {"train": rows, "test": rows}
+        common = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name} | common | task))  # JSON is YAML
     return folder
 
