@@ -131,6 +131,11 @@ def build_hf_model(seed: int = 0, **config: Any):
     return hf
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not go through it again and again."""
+    gc.freeze()
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """No workers where one file is tested: all of it would go to one of them."""
     files = {str(argument).partition("::")[0] for argument in config.args}

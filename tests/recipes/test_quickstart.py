@@ -30,8 +30,8 @@ SIZES = [
 ]
 TRAINING = [
     f"--{stage}-training.{setting}"
-    for stage in ("align", "vectors", "finetune")
-    for setting in ("max-seq-len=600", "remat=none")
+    for stage, steps in (("align", 2), ("vectors", 3), ("finetune", 6))
+    for setting in ("max-seq-len=600", "remat=none", "batch-size=2", f"max-steps={steps}")
 ]
 
 
