@@ -100,8 +100,8 @@ def assert_alike(ours, theirs):
 
 @pytest.mark.parametrize(
     ("variant", "chat"),
-    [("llama", False), ("qwen3", True),
-     *(pytest.param(*case, marks=pytest.mark.release) for case in (("llama", True), ("qwen3", False)))],
+    [("qwen3", True), *(pytest.param(*case, marks=pytest.mark.release) for case in (
+        ("llama", False), ("llama", True), ("qwen3", False)))],
 )  # fmt: skip
 def test_as_the_hugging_face_backend(tiny_model, tmp_path, variant, chat):
     tiny, folder = tiny_model(variant), write_tasks(tmp_path / "tasks")
@@ -110,6 +110,7 @@ def test_as_the_hugging_face_backend(tiny_model, tmp_path, variant, chat):
     assert_alike(ours, theirs)
 
 
+@pytest.mark.release  # by default, replies and losses on a mesh are compared in tests/test_sharded.py
 def test_on_a_mesh(tiny_model, tmp_path):
     tiny, folder = tiny_model("llama"), write_tasks(tmp_path / "tasks")
     alone = evaluated(HarnessModel(tiny.model), folder)

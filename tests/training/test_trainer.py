@@ -486,7 +486,7 @@ def unkilled(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.release)])
 def test_ctrl_c_finishes_the_step_saves_and_the_next_start_goes_on(unkilled, tmp_path, number):
     process = start(tmp_path, "--pause", 0.2)
     seen = [process.stdout.readline() for _ in range(4)]
