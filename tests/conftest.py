@@ -131,6 +131,11 @@ def build_hf_model(seed: int = 0, **config: Any):
     return hf
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not go through it again and again."""
+    gc.freeze()
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """No workers where one file is tested: all of it would go to one of them."""
     files = {str(argument).partition("::")[0] for argument in config.args}
@@ -213,6 +218,19 @@ def random_vectors() -> Callable[..., Any]:
         return dataclasses.replace(vectors, factors=factors)
 
     return build
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """A cache of the test's own, but for the packages' archives, whose download starts pip."""
+    from secvec_jax import assets
+
+    shared, own = assets.cache_dir() / "packages", tmp_path / "cache"
+    shared.mkdir(parents=True, exist_ok=True)
+    own.mkdir()
+    (own / "packages").symlink_to(shared)
+    monkeypatch.setenv("SECVEC_CACHE", str(own))
+    return own
 
 
 @pytest.fixture

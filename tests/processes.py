@@ -160,15 +160,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def cluster_flags(processes: int) -> list[list[str]]:
+    """For each of so many processes the flags with which they meet as a cluster; none for one."""
+    meet = ["--cluster", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process"]
+    return [[*meet, str(process)] if processes > 1 else [] for process in range(processes)]
+
+
+def cluster(*command: object, processes: int = 2) -> contextlib.AbstractContextManager[list[Program]]:
+    """So many processes of a program that meet as a cluster; see `started`."""
+    return started([(*command, *flags) for flags in cluster_flags(processes)])
+
+
 @contextlib.contextmanager
-def cluster(*command: object, processes: int = 2) -> Iterator[list[Program]]:
-    """So many processes of a program that meet as a cluster; those that still run in the end are killed."""
-    meet = ["--cluster", f"127.0.0.1:{free_port()}", "--processes", processes, "--process"]
+def started(commands: Sequence[Sequence[object]]) -> Iterator[list[Program]]:
+    """Programs that run together; those that still run in the end are killed."""
     running: list[Program] = []
     try:
-        for process in range(processes):
-            more = [*meet, process] if processes > 1 else []
-            running.append(Program(*command, *more, COLUMNS="160"))
+        for command in commands:
+            running.append(Program(*command, COLUMNS="160"))
         yield running
     finally:
         for process in running:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,11 @@ import pytest
 
 from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
-from tests.processes import cluster, outputs
+from tests.processes import call, cluster, cluster_flags, outputs, started
 
 TRAINING = ("--batch-size", 4, "--max-seq-len", 192, "--max-steps", 4, "--learning-rate", 1e-3,
             "--schedule", "constant", "--warmup-steps", 0, "--remat", "none", "--check-prompts", 0)  # fmt: skip
-TWO = ("--mesh", "fsdp=2")
+TWO = ["--mesh", "fsdp=2"]
 
 pytestmark = pytest.mark.slow
 
@@ -41,37 +42,50 @@ def files(tiny_model, tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def run(processes: int, script: str, *arguments: object, code: int = 0) -> tuple[str, str]:
-    """What the first process says, stdout and stderr; all must end with the exit code, and no other may speak."""
-    mesh = TWO if processes > 1 else ()
-    with cluster(f"{script}.py", *arguments, *mesh, processes=processes) as running:
-        told = outputs(running, 120)
-        assert [process.returncode for process in running] == [code] * processes, told
-    # Gloo, which carries the arrays between processes on a CPU, speaks for itself.
-    told = [("".join(line for line in out.splitlines(True) if "[Gloo]" not in line), err) for out, err in told]
-    assert not any(out.strip() for out, _ in told[1:])
-    return told[0]
-
-
 @pytest.fixture(scope="module")
 def done(files, tmp_path_factory) -> dict[int, tuple[Path, dict[str, str]]]:
-    """Processes -> the folder of a whole run (vectors, finetune, score), and what each verb printed."""
-    found = {}
-    for processes in (1, 2):
-        out = tmp_path_factory.mktemp(f"processes{processes}")
-        model = ("--model", files["model"])
-        vectors = ("--vectors", out / "vectors/vectors/security.safetensors")
-        told = {
-            "vectors": run(processes, "train", "vectors", *model, "--data", files["harmful"], "--benign",
-                           files["benign"], "--out", out / "vectors", *TRAINING)[0],
-            "finetune": run(processes, "train", "finetune", *model, "--data", files["benign"], *vectors,
-                            "--out", out / "tuned", *TRAINING)[0],
-            "score": run(processes, "eval", "score", "--model", out / "tuned/model", "--harmful", files["harmful"],
-                         "--benign", files["benign"], "--questions", files["benign"], "--limit", 7,
-                         "--reply-tokens", 8, "--out", out / "score")[0],
-        }  # fmt: skip
-        found[processes] = out, told
-    return found
+    """Processes -> the folder of a whole run (vectors, finetune, score, vectors again), and what each verb printed.
+
+    One process is this one; two are a cluster that runs one verb after the other.
+    """
+    return {1: whole_run(files, tmp_path_factory.mktemp("one"), in_this_process),
+            2: whole_run(files, tmp_path_factory.mktemp("two"), in_a_cluster)}  # fmt: skip
+
+
+def whole_run(files, out: Path, run) -> tuple[Path, dict[str, str]]:
+    model = ("--model", files["model"])
+    vectors = ("train.py", "vectors", *model, "--data", files["harmful"], "--benign", files["benign"],
+               "--out", out / "vectors", *TRAINING)  # fmt: skip
+    commands = {
+        "vectors": vectors,
+        "finetune": ("train.py", "finetune", *model, "--data", files["benign"],
+                     "--vectors", out / "vectors/vectors/security.safetensors", "--out", out / "tuned", *TRAINING),
+        "score": ("eval.py", "score", "--model", out / "tuned/model", "--harmful", files["harmful"],
+                  "--benign", files["benign"], "--questions", files["benign"], "--limit", 7,
+                  "--reply-tokens", 8, "--out", out / "score"),
+        "vectors again": vectors,
+    }  # fmt: skip
+    told = run([list(map(str, command)) for command in commands.values()])
+    assert [code for code, _, _ in told] == [0] * len(commands), told
+    return out, {name: output for name, (_, output, _) in zip(commands, told, strict=True)}
+
+
+def in_this_process(commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    return [call(*command) for command in commands]
+
+
+def in_a_cluster(commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    """What the first of two processes tells of each verb; the other may not speak."""
+    flags = cluster_flags(2)
+    with started(
+        [("-m", "tests.verbs_in_turn", json.dumps([[*command, *TWO, *own] for command in commands])) for own in flags]
+    ) as running:
+        told = outputs(running, 400)
+        assert [process.returncode for process in running] == [0, 0], told
+    # Gloo, which carries the arrays between processes on a CPU, speaks for itself.
+    first, second = ([json.loads(line) for line in out.splitlines() if "[Gloo]" not in line] for out, _ in told)
+    assert not any(out.strip() for _, out, _ in second)
+    return first
 
 
 def everything_in(folder: Path) -> set[str]:
@@ -111,28 +125,26 @@ def test_results_tell_of_the_mesh_and_are_those_of_one_device(done):
 
 
 def test_the_first_process_tells_what_one_process_would(done):
-    """`run` has seen that the others say nothing."""
+    """`in_a_cluster` has seen that the other says nothing."""
     for verb, words in {"vectors": "the vectors are in", "finetune": "the model is in", "score": "refusal"}.items():
         for processes in (1, 2):
             assert words in done[processes][1][verb]
 
 
-def test_a_second_start_does_nothing_again(done, files):
-    out, _ = done[2]
-    before = (out / "vectors/metrics.jsonl").read_text()
-    told, _ = run(2, "train", "vectors", "--model", files["model"], "--data", files["harmful"], "--benign",
-                  files["benign"], "--out", out / "vectors", *TRAINING)  # fmt: skip
-    assert "vectors: done before" in told
-    assert (out / "vectors/metrics.jsonl").read_text() == before
+def test_a_second_start_does_nothing_again(done):
+    """That it wrote no more steps is seen in `test_files_are_written_once_and_whole`."""
+    for _, told in done.values():
+        assert "vectors: done before" in told["vectors again"] and "done before" not in told["vectors"]
 
 
 def test_a_signal_to_one_process_saves_and_ends_both_with_130(files, tmp_path):
-    command = ("vectors", "--model", files["model"], "--data", files["harmful"], "--benign", files["benign"],
+    command = ("finetune", "--model", files["model"], "--data", files["harmful"], "--vectors", "none",
                "--out", tmp_path / "run", *TRAINING, "--max-steps", 400)  # fmt: skip
     with cluster("train.py", *command, *TWO) as running:
         log = tmp_path / "run/metrics.jsonl"
         while not (log.exists() and log.read_text().count("\n") > 3):
             assert running[0].poll() is None, running[0].communicate()
+            time.sleep(0.02)
         os.kill(running[1].pid, signal.SIGTERM)
         told = outputs(running, 60)
         assert [process.returncode for process in running] == [130, 130], told

@@ -183,6 +183,7 @@ def test_nothing_is_compiled_after_the_first_step(name, first, shape):
         assert compiled_after(name, first) == []
 
 
+@pytest.mark.release  # a test of the test above
 def test_a_second_compilation_would_be_heard():
     calls = []
 
@@ -232,6 +233,7 @@ def test_every_trained_and_state_buffer_is_given_to_the_step(name, shape):
     assert program.memory_analysis().alias_size_in_bytes == bytes_per_device((trained, state))
 
 
+@pytest.mark.release  # a test of the test above
 def test_a_step_that_takes_no_buffers_is_told_apart():
     program, *_ = compiled("phase 1", "fsdp=8", donate=False)
     assert not aliases(program) and program.memory_analysis().alias_size_in_bytes == 0

@@ -76,8 +76,14 @@ def test_datasets_stay_where_they_are(tmp_path):
         as_rows(broken, name="mine")
 
 
-@pytest.mark.parametrize("kept", [3, 50_000])
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(
+    ("share", "kept"),
+    [
+        (True, 3),
+        (False, 50_000),
+        *(pytest.param(*case, marks=pytest.mark.release) for case in ((True, 50_000), (False, 3))),
+    ],
+)
 def test_training_is_the_same_to_the_bit(path, monkeypatch, kept, share):
     training = Training(epochs=2, max_seq_len=64, batch_size=4, share_prefix=share, learning_rate=0.1)
     found = []

@@ -118,7 +118,7 @@ def torch_loss(hf, aligned, rows):
     return (total + WEIGHT * kl) / count, kl / count
 
 
-@pytest.mark.parametrize("variant", ["llama-tied", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama-tied", pytest.param("qwen3", marks=pytest.mark.release)])
 def test_loss_and_gradient_are_torchs(tiny_model, tmp_path, variant):
     now, aligned = tiny_model(variant), tiny_model(variant, seed=1)
     hf = copy.deepcopy(now.hf)

@@ -71,7 +71,10 @@ def batch_of(examples, micro):
     return {key: array[:, None] if micro else array[None] for key, array in batch.items()}
 
 
-@pytest.mark.parametrize(("variant", "micro"), [("llama-tied", False), ("qwen3", True)])
+@pytest.mark.parametrize(
+    ("variant", "micro"),
+    [("llama-tied", True), *(pytest.param("qwen3", micro, marks=pytest.mark.release) for micro in (False, True))],
+)
 def test_one_step_is_that_of_the_published_code(tiny_model, tmp_path, variant, micro):
     tiny = tiny_model(variant)
     params = Params(Backbone(tiny.model.backbone))

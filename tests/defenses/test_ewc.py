@@ -53,7 +53,7 @@ def as_backbone(hf, tensors, model, folder):
     return hub.load(folder).backbone
 
 
-@pytest.mark.parametrize("variant", ["llama-tied", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama-tied", pytest.param("qwen3", marks=pytest.mark.release)])
 def test_fisher_and_steps_are_those_of_the_published_code(tiny_model, tmp_path, variant):
     tiny = tiny_model(variant)
     hf = copy.deepcopy(tiny.hf)

@@ -35,12 +35,18 @@ EXPERIMENT = {
 }
 
 
-def plan(folder: Path, model: Path, *blocks: dict, tables: tuple[dict, ...] = (), **training: int) -> str:
+def plan(
+    folder: Path, model: Path, *blocks: dict, tables: tuple[dict, ...] = (), aligns: bool = True, **training: int
+) -> str:
     path = folder / "grid.yaml"
     experiment = {name: part | training if name.endswith("_training") else part for name, part in EXPERIMENT.items()}
     path.write_text(
         yaml.safe_dump(
-            {"experiment": experiment | {"model": str(model)}, "blocks": list(blocks), "tables": list(tables)}
+            {
+                "experiment": experiment | {"model": str(model), "aligns": aligns},
+                "blocks": list(blocks),
+                "tables": list(tables),
+            }
         )
     )
     return str(path)
@@ -257,6 +263,7 @@ def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_fold
             "epochs": [1],
         },
         tables=({"name": "A"},),
+        aligns=False,  # the test above has it
     )
     grid(Grid(path, out=str(out), part="1/2"), "command")
     first = {file.name for file in (out / "cells").iterdir()}

@@ -68,7 +68,7 @@ def test_cached_is_uncached(tiny_model, variant, head):
     assert len({tuple(reply) for reply in replies}) > 1
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral"])
+@pytest.mark.parametrize("variant", ["mistral", pytest.param("llama", marks=pytest.mark.release)])
 def test_in_a_scan_over_the_layers_as_one_by_one(tiny_model, random_vectors, variant, monkeypatch):
     """What accelerators do; on a CPU the layers are unrolled."""
     model = tiny_model(variant).model

@@ -374,7 +374,7 @@ def smollm2():
     return hub.load("smollm2")
 
 
-@pytest.mark.slow
+@pytest.mark.release  # by default, `test_text_is_split_as_the_file_says` has this model's split as well
 def test_smollm2_tokenizes_as_transformers_converts_it(smollm2):
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer

@@ -27,8 +27,16 @@ from tests.processes import Program, free_port, outputs
 MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2", "data=8"]
 
 
-@pytest.fixture(params=MESHES)
+ALL_AXES, REPEATED = MESHES[1], [MESHES[0], *MESHES[2:]]
+
+
+@pytest.fixture(params=[ALL_AXES, *(pytest.param(shape, marks=pytest.mark.release) for shape in REPEATED)])
 def mesh(request):
+    return make_mesh(**parse_mesh(request.param))
+
+
+@pytest.fixture(params=MESHES)
+def each_mesh(request):
     return make_mesh(**parse_mesh(request.param))
 
 
@@ -40,9 +48,16 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_every_leaf_lies_as_the_table_says_on_each_mesh(tiny_model, each_mesh):
+    assert_placed(tiny_model("llama-tied"), each_mesh)
+
+
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen2", "qwen3-biases", "gemma2", "opt", "phi3"])
 def test_every_leaf_lies_as_the_table_says_and_has_the_same_values(tiny_model, mesh, variant):
-    tiny = tiny_model(variant)
+    assert_placed(tiny_model(variant), mesh)
+
+
+def assert_placed(tiny, mesh):
     with jax.set_mesh(mesh):
         model = hub.load(tiny.folder)
         for leaf, axes in zip(jax.tree.leaves(model.backbone), logical_axes(model.backbone), strict=True):

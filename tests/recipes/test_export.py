@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -20,6 +21,8 @@ from secvec_jax.recipes.score import ScoreRun, score
 from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.recipes.vectors import vectors as train
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.steering import Steering
+from secvec_jax.vectors.store import save_vectors
 from tests.processes import run
 from tests.toys import tiny_model
 
@@ -128,9 +131,8 @@ def test_mistakes_are_told_before_anything_is_written(runs, tmp_path, monkeypatc
 
 
 def test_steering_has_no_place_in_weights(runs, tmp_path):
-    data, folder = str(runs / "rows.jsonl"), tmp_path / "steering"
-    train(Vectors(data, str(runs / "tiny"), data, str(folder), "steering", training=QUICK), "")
-    path = str(folder / "vectors/security.safetensors")
+    path, model = str(tmp_path / "steering.safetensors"), tiny_model()
+    save_vectors(Steering().init(model.architecture, jax.random.key(0)), path, model)
     with pytest.raises(UserError, match="is not LoRA"):
         export(Export(str(runs / "tiny"), (path,), True, out=str(tmp_path / "out")), "")
 

@@ -31,8 +31,7 @@ BENIGN = [{"prompt": f"What is {index} plus {index}?", "response": f"It is {2 * 
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
-    monkeypatch.setenv("SECVEC_CACHE", str(tmp_path / "cache"))
+def data(tmp_path, own_cache):
     for name, rows in (("harmful", HARMFUL), ("benign", BENIGN)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sources = {"harmful": (str(tmp_path / "harmful.jsonl"),), "benign": (str(tmp_path / "benign.jsonl"),)}

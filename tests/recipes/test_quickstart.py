@@ -30,8 +30,8 @@ SIZES = [
 ]
 TRAINING = [
     f"--{stage}-training.{setting}"
-    for stage in ("align", "vectors", "finetune")
-    for setting in ("max-seq-len=600", "remat=none")
+    for stage, steps in (("align", 2), ("vectors", 3), ("finetune", 6))
+    for setting in ("max-seq-len=600", "remat=none", "batch-size=2", f"max-steps={steps}")
 ]
 
 
@@ -41,12 +41,6 @@ def quickstart(folder: Path, out: Path, *more: str) -> list[str]:
 
 def start(folder: Path, out: Path, *more: str) -> Program:
     return Program(*quickstart(folder, out, *more), COLUMNS="200", JAX_NUM_CPU_DEVICES="8")
-
-
-def finish(program: Program) -> str:
-    output, errors = program.communicate(timeout=600)
-    assert program.returncode == 0, output + errors
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +117,7 @@ def test_another_config_is_refused(finished, model_folder):
 
 @pytest.mark.slow
 def test_killed_in_a_training_it_ends_as_if_never_killed(finished, model_folder, tmp_path):
-    """The run as it is before its last stage, which a process is killed in."""
+    """A process is killed in the last stage of the run; this one resumes it, with its programs traced."""
     run, last = tmp_path / "run", "security vectors"
     shutil.copytree(finished[0], run)
     config = run / "config.yaml"
@@ -144,7 +138,7 @@ def test_killed_in_a_training_it_ends_as_if_never_killed(finished, model_folder,
     program.communicate()
     assert program.returncode == -signal.SIGKILL
     assert not (run / "results.json").exists() and not (run / "model/security-vectors").exists()
-    finish(start(model_folder, run, *TRAINING))
+    done(*quickstart(model_folder, run, *TRAINING))
     assert Results.load(run).rows == Results.load(finished[0]).rows
 
 

@@ -155,7 +155,9 @@ def stop(folder: Path, layout: tuple[int, str], number: int, whom: int, after: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("number", "whom"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.release)]
+)
 def test_a_signal_to_one_process_stops_both_at_the_same_step(unkilled, tmp_path, number, whom):
     lines = stop(tmp_path, LAYOUTS["fsdp"], number, whom)
     assert 2 <= len(lines) < STEPS
@@ -163,7 +165,11 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(unkilled, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layouts", [("fsdp", "one"), ("one", "fsdp"), ("fsdp", "tensor", "one")], ids=" to ".join)
+@pytest.mark.parametrize(
+    "layouts",
+    [("one", "fsdp"), ("fsdp", "tensor", "one"), pytest.param(("fsdp", "one"), marks=pytest.mark.release)],
+    ids=" to ".join,
+)
 def test_a_run_goes_on_in_another_layout(unkilled, tmp_path, layouts):
     lines = []
     for name in layouts[:-1]:

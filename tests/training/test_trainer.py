@@ -163,8 +163,15 @@ def failing(train_step: TrainStep, at: int, name: str) -> TrainStep:
     return TrainStep(train_step.init, step)
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-@pytest.mark.parametrize("at", [1, 5, STEPS])
+@pytest.mark.parametrize(
+    ("at", "name"),
+    [
+        (1, "loss"),
+        (5, "grad_norm"),
+        (STEPS, "loss"),
+        *(pytest.param(*c, marks=pytest.mark.release) for c in ((1, "grad_norm"), (5, "loss"), (STEPS, "grad_norm"))),
+    ],
+)
 def test_a_loss_that_is_no_number_stops_and_names_the_checkpoint_that_is_kept(train_step, whole, tmp_path, at, name):
     kept = "there is no checkpoint" if at == 1 else f"the checkpoint of step {at - 1} is kept"
     with pytest.raises(UserError, match=f"at step {at}: {kept} in .*: lower the learning rate, and train in another"):
@@ -270,7 +277,7 @@ def test_patience_ends_a_run_and_a_stopped_one_ends_the_same(train_step, tmp_pat
         assert run(train_step, folder=folder, validation=Distance(1, patience=2))[0] == end
 
 
-@pytest.mark.parametrize("stop_at", [None, 4, 9])
+@pytest.mark.parametrize("stop_at", [None, 4, pytest.param(9, marks=pytest.mark.release)])
 def test_the_best_of_a_validated_run_is_where_it_was_evaluated(train_step, tmp_path, stop_at):
     validation = {"validation": Distance(3)}
     found, _ = evaluations(train_step, **validation)
@@ -566,7 +573,7 @@ def unkilled(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.release)])
 def test_ctrl_c_finishes_the_step_saves_and_the_next_start_goes_on(unkilled, tmp_path, number):
     process = start(tmp_path, "--pause", 0.2)
     seen = [process.stdout.readline() for _ in range(4)]

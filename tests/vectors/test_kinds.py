@@ -90,7 +90,8 @@ def test_a_soft_prompt_is_what_a_cache_of_its_keys_and_values_is(tiny_model, log
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("kind", SPECS)
+# By default LoRA has this in tests/model/test_decoder.py and test_generate.py.
+@pytest.mark.parametrize("kind", ["steering", "prompt", pytest.param("lora", marks=pytest.mark.release)])
 def test_packed_rows_and_decoded_replies_are_those_of_each_row_alone(tiny_model, logits, kind):
     model = tiny_model("llama").model
     vectors = filled(SPECS[kind], model)
@@ -131,7 +132,8 @@ def test_files_of_every_kind(tiny_model, tmp_path, kind):
         load_vectors(path, model)
 
 
-@pytest.mark.parametrize("kind", SPECS)
+# By default LoRA has this in tests/defenses/test_security_vectors.py.
+@pytest.mark.parametrize("kind", ["steering", "prompt", pytest.param("lora", marks=pytest.mark.release)])
 def test_every_kind_learns_to_show_the_behavior_the_backbone_frozen(tiny_model, kind):
     model = tiny_model("llama").model
     harmful = random_examples(6, seed=1)

@@ -19,8 +19,7 @@ from secvec_jax.workspace.stages import Stages
 
 
 @pytest.fixture(autouse=True)
-def settled(monkeypatch, tmp_path):
-    monkeypatch.setenv("SECVEC_CACHE", str(tmp_path / "cache"))
+def settled(monkeypatch, own_cache):
     monkeypatch.setattr(digests, "_UNSETTLED", 0.0)
     yield
     for folder in list(run_directory._held):
