@@ -80,7 +80,7 @@ def in_a_cluster(commands: list[list[str]]) -> list[tuple[int, str, str]]:
     with started(
         [("-m", "tests.verbs_in_turn", json.dumps([[*command, *TWO, *own] for command in commands])) for own in flags]
     ) as running:
-        told = outputs(running, 400)
+        told = outputs(running, 600)
         assert [process.returncode for process in running] == [0, 0], told
     # Gloo, which carries the arrays between processes on a CPU, speaks for itself.
     first, second = ([json.loads(line) for line in out.splitlines() if "[Gloo]" not in line] for out, _ in told)

@@ -99,11 +99,11 @@ def test_no_radius_is_plain_fine_tuning(tiny_model, batch):
     params = Params(Backbone(tiny_model("llama").model.backbone))
     loss = Objective()
     plain, none = (
-        jax.tree.leaves(jax.jit(jax.grad(lambda p, f=f: f(p, batch, totals(batch))[0]))(params))
+        jax.tree.leaves(jax.jit(jax.grad(f, has_aux=True))(params, batch, totals(batch))[0])
         for f in (loss, perturbed(loss, 0.0))
     )
     for one, other in zip(plain, none, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6 * np.abs(one).max())
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
 
 
 def test_only_attention_outputs_are_moved():
