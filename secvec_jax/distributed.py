@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -75,6 +76,8 @@ def _join(settings: Cluster, record: Mapping[str, Any]) -> None:
         rendezvous = Rendezvous(address, processes, process, settings.distributed_timeout)
         rendezvous.meet(record)
         service = rendezvous.open_relay()
+        if any(name.lower() in _PROXY for name in os.environ):  # which gRPC would use for addresses of this host, too
+            os.environ["no_grpc_proxy"] = ",".join(filter(None, [*map(os.environ.get, _NO_PROXY), "127.0.0.1"]))
         jax.distributed.initialize(
             service,
             processes,
@@ -97,6 +100,8 @@ def _join(settings: Cluster, record: Mapping[str, Any]) -> None:
 
 
 _NEVER = 10**6
+_PROXY = ("http_proxy", "https_proxy", "grpc_proxy")
+_NO_PROXY = ("no_grpc_proxy", "no_proxy")
 
 
 def _place(settings: Cluster) -> tuple[str, int, int, Sequence[int] | None]:
