@@ -112,6 +112,8 @@ def main(
             return _stopped()
         if isinstance(error, UserError):
             return _fail(str(error))
+        if isinstance(error, OSError) and error.errno in _PLACES and error.filename is not None:
+            return _fail(f"cannot read or write {error.filename} ({error.strerror}): check it and its permissions")
         if not _disk_is_full(error):
             raise
         return _fail("the disk is full: free some space and rerun the same command; no partial files were kept")
@@ -143,6 +145,11 @@ def _show_log() -> None:
     log.setLevel(logging.INFO)
     log.addHandler(_Shown())
     log.propagate = False  # else other packages' handlers would show it again
+
+
+_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR,
+           errno.EISDIR)  # fmt: skip
+"""Errors that are of a place in the file system, whatever was done there."""
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
