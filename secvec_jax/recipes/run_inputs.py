@@ -69,13 +69,12 @@ def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callabl
     """Of each need, a function that returns what the run's flags give, or what is packaged."""
     settings = run.settings
     prompts = () if run.prompts is None else [prompt for prompt in run.prompts.benign if isinstance(prompt, str)]
-    packaged = PackagedRows(
-        model,
-        settings.training,
-        run.folder / "own-replies.json",
-        lambda count, what: stage.replies(count, what),
-        prompts,
-    )
+
+    def show_replies(count: int) -> Callable[[int], None]:
+        stage.print(f"{stage.name}: generating the model's own replies to {count} benign prompts, for the safe rows")
+        return stage.replies(count, "its own replies")
+
+    packaged = PackagedRows(model, settings.training, run.folder / "own-replies.json", show_replies, prompts)
 
     def rows_given(need: Need, files: Sequence[str]) -> list[Any]:
         rows = [row for file in files for row in load_rows(file, ignore_fields=settings.ignore_fields)]
