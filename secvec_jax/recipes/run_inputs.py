@@ -12,6 +12,7 @@ from secvec_jax.defenses.base import Need
 from secvec_jax.defenses.finetuning import FinetuneOptions, Groups
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1
 from secvec_jax.defenses.user_inputs import UserInputs, argument_of
+from secvec_jax.distributed import broadcast_from_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.recipes.training_run import TrainingRun
 from secvec_jax.training.trainer import OnStep
@@ -39,7 +40,7 @@ class RunInputs(UserInputs):
         file = self._run.folder / "vectors" / "security.safetensors"
 
         def work(stage: Stage) -> None:
-            if file.exists():
+            if broadcast_from_first(file.exists()):
                 return
             self._run.note(default_rate(self.aligned, self.sharing(PHASE1), PHASE1))
             with warnings.catch_warnings():
@@ -54,7 +55,7 @@ class RunInputs(UserInputs):
         folder = self._run.folder / "aligned"
 
         def work(stage: Stage) -> None:
-            if folder.exists():
+            if broadcast_from_first(folder.exists()):
                 return
             on_step = note_few_steps(stage.on_step(), self._run.note)
             trained = self.train_aligned(align, on_step, **training)
