@@ -12,6 +12,7 @@ from secvec_jax.defenses.base import Need
 from secvec_jax.defenses.finetuning import FinetuneOptions, Groups
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1
 from secvec_jax.defenses.user_inputs import UserInputs, argument_of
+from secvec_jax.distributed import broadcast_from_first
 from secvec_jax.model.hub import Model, load
 from secvec_jax.recipes.training_run import TrainingRun
 from secvec_jax.training.trainer import OnStep
@@ -39,7 +40,7 @@ class RunInputs(UserInputs):
         file = self._run.folder / "vectors" / "security.safetensors"
 
         def work(stage: Stage) -> None:
-            if file.exists():
+            if broadcast_from_first(file.exists()):
                 return
             self._run.note(default_rate(self.aligned, self.sharing(PHASE1), PHASE1))
             with warnings.catch_warnings():
@@ -54,7 +55,7 @@ class RunInputs(UserInputs):
         folder = self._run.folder / "aligned"
 
         def work(stage: Stage) -> None:
-            if folder.exists():
+            if broadcast_from_first(folder.exists()):
                 return
             on_step = note_few_steps(stage.on_step(), self._run.note)
             trained = self.train_aligned(align, on_step, **training)
@@ -69,13 +70,12 @@ def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callabl
     """Of each need, a function that returns what the run's flags give, or what is packaged."""
     settings = run.settings
     prompts = () if run.prompts is None else [prompt for prompt in run.prompts.benign if isinstance(prompt, str)]
-    packaged = PackagedRows(
-        model,
-        settings.training,
-        run.folder / "own-replies.json",
-        lambda count, what: stage.replies(count, what),
-        prompts,
-    )
+
+    def show_replies(count: int) -> Callable[[int], None]:
+        stage.print(f"{stage.name}: generating the model's own replies to {count} benign prompts, for the safe rows")
+        return stage.replies(count, "its own replies")
+
+    packaged = PackagedRows(model, settings.training, run.folder / "own-replies.json", show_replies, prompts)
 
     def rows_given(need: Need, files: Sequence[str]) -> list[Any]:
         rows = [row for file in files for row in load_rows(file, ignore_fields=settings.ignore_fields)]

@@ -28,4 +28,8 @@ class FrozenTrees:
 
     def __str__(self) -> str:
         unchanged = [f"{name} sha256 {digest[:12]}" for name, digest in sorted(self.fingerprints.items())]
-        return f"frozen, the same before and after: {', '.join(unchanged)}" if unchanged else "nothing was frozen"
+        return (
+            f"frozen, the same before and after: {', '.join(unchanged)}"
+            if unchanged
+            else "nothing was frozen: all weights were trained"
+        )

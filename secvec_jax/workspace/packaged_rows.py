@@ -28,7 +28,7 @@ class PackagedRows:
     """The packaged rows for a model, made on first use.
 
     training: how they are encoded, and the seed by which they are drawn. file: stores the model's own replies; None:
-    they are generated each time. show: called with their number and what they are, returns a progress callback.
+    they are generated each time. show: called with the number of replies, returns their progress callback.
     without: prompts to leave out, since the model is evaluated on them.
     """
 
@@ -37,7 +37,7 @@ class PackagedRows:
         model: Model,
         training: Training,
         file: Path | None = None,
-        show: Callable[[int, str], Callable[[int], None]] = lambda count, what: lambda done: None,
+        show: Callable[[int], Callable[[int], None]] = lambda count: lambda done: None,
         without: Collection[str] = (),
     ):
         self._model, self._training, self._file, self._show = model, training, file, show
@@ -66,7 +66,7 @@ class PackagedRows:
         prompts = [prompt for prompt in self._splits.align_benign if prompt not in self._without]
 
         def generate() -> list[Example]:
-            show = self._show(len(prompts), "its own replies")
+            show = self._show(len(prompts))
             return greedy_openings(self._model, prompts, self._splits.suite.refusals, show)
 
         return generate() if self._file is None else stored_examples(self._file, generate)

@@ -2,11 +2,13 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import secvec_jax as sv
 from secvec_jax import cli, command_line
@@ -16,12 +18,17 @@ from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import guarded, registry
 from secvec_jax.defenses.base import Defended
 from secvec_jax.defenses.finetuning import train_model
+from secvec_jax.defenses.prompting import SAFETY
 from secvec_jax.defenses.registry import DEFENSES, usable_defenses
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.card import model_card
+from secvec_jax.evaluation.intervals import bootstrap
+from secvec_jax.evaluation.refusal_sample import RefusalSample
 from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.suite import Suite
 from secvec_jax.model.hub import load
 from secvec_jax.recipes import finetune as finetune_module
-from secvec_jax.recipes import run_inputs
+from secvec_jax.recipes import training_run
 from secvec_jax.recipes.finetune import Finetune, finetune
 from secvec_jax.training import trainer
 from secvec_jax.vectors.lora import LoRA
@@ -149,6 +156,7 @@ def test_the_vectors_of_a_run_are_trained_once_and_found_in_its_folder(files, tm
     _, results = run(files, tmp_path / "first", "security vectors", **known)
     kept = load_vectors(tmp_path / "first", load(files["model"]))
     assert results.rows[0]["vectors"] == [str(tmp_path / "first/vectors")]
+    assert "- security-vectors\n" in model_card("mine", None, [results], [])
     again, results = run(files, tmp_path / "again", vectors=(str(tmp_path / "first"),))
     assert again.fingerprint == load(str(tmp_path / "first")).fingerprint
     assert results.rows[0]["vectors"] == [str(tmp_path / "first")] and kept.spec == LoRA()
@@ -157,11 +165,6 @@ def test_the_vectors_of_a_run_are_trained_once_and_found_in_its_folder(files, tm
 
 
 def test_a_system_prompt_is_stored_measured_and_told(files, tmp_path, monkeypatch, capsys):
-    from secvec_jax.evaluation.intervals import bootstrap
-    from secvec_jax.evaluation.refusal_sample import RefusalSample
-    from secvec_jax.evaluation.suite import Suite
-    from secvec_jax.recipes import training_run
-
     systems = []
 
     def measure(model, suite):
@@ -175,13 +178,14 @@ def test_a_system_prompt_is_stored_measured_and_told(files, tmp_path, monkeypatc
     monkeypatch.setattr(training_run, "measure", measure)
     out = tmp_path / "out"
     _, results = run(files, out, "ptst", check_prompts=5)
-    system = sv.defenses.PTST().apply.__globals__["SAFETY"]
+    system = SAFETY
     assert systems == [None, system] and results.rows[0]["system"] == system
     assert (out / "system_prompt.txt").read_text() == system + "\n" and system in (out / "model/README.md").read_text()
     assert results.rows[0]["metrics"]["refusal"]["value"] == 0.8
     said = " ".join(capsys.readouterr().out.split())
     assert "refuses 4 of 5 harmful prompts (before: 2), complies with 0 (before: 0)" in said
     assert "answers 3 of 4 benign ones (before: 3)" in said
+    assert system in model_card("mine", None, [results], [])
     assert "serve the model with it" in said and "the loss of your rows was" in said
 
 
@@ -195,12 +199,10 @@ def test_what_is_frozen_is_checked_and_told(files, tmp_path, monkeypatch, capsys
 
     merge = trainer.merge
 
-    def training_all(trained, frozen):
-        moved = merge(trained, frozen)
-        moved = jax.tree.map(lambda leaf: leaf + 1e-3, moved)
-        return moved
+    def moving_all(trained, frozen):
+        return jax.tree.map(lambda leaf: leaf + 1e-3, merge(trained, frozen))
 
-    monkeypatch.setattr(trainer, "merge", training_all)
+    monkeypatch.setattr(trainer, "merge", moving_all)
     with pytest.raises(UserError, match=r"the vectors, which the training keeps frozen, changed in it \(sha256"):
         run(files, tmp_path / "wrong", vectors=(files["vectors"],))
     assert not (tmp_path / "wrong/model").exists()
@@ -258,6 +260,24 @@ def test_the_function_names_its_arguments(files):
         sv.defend(model, user, sv.defenses.SecurityVectors(both="capitals"), vectors=files["vectors"])
 
 
+def test_validation_rows_and_a_task_lora_work_with_a_defense_of_two_trainings(files, tmp_path, capsys):
+    options = {"task_lora": LoRA(rank=2), "eval_fraction": 0.25, "safe": (files["safe"],)}
+    _, results = run(files, tmp_path / "out", {"name": "sequential", "steps": 3}, **options)
+    log = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [(record["stage"], record["step"]) for record in log] == [
+        ("finetune", 1), ("finetune", 2), ("finetune 2", 1), ("finetune 2", 2), ("finetune 2", 3)
+    ]  # fmt: skip
+    assert "eval/loss" in log[1] and "the validation loss was" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "out/task/adapter_config.json").exists()
+    assert results.rows[0]["frozen"] == {"backbone": load(files["model"]).fingerprint}
+
+
+def test_the_time_of_a_stage_within_a_stage_counts_once(tmp_path):
+    found = stages.Stages(tmp_path, Console(quiet=True))
+    found.run("outer", lambda stage: found.run("inner", lambda within: time.sleep(0.2)))
+    assert found.seconds["inner"] >= 0.2 > found.seconds["outer"]
+
+
 def parsed(*arguments: str) -> Finetune:
     return command_line.parse(cli.TRAIN["finetune"], Finetune, ["finetune", "--data", "x", *arguments])[0]
 
@@ -294,4 +314,3 @@ def test_packaged_safe_rows_leave_out_the_prompts_that_the_model_is_measured_on(
     monkeypatch.setattr(packaged_rows, "own_replies", lambda model, prompts, *_: made.append(prompts) or prompts)
     safe = packaged_rows.PackagedRows(None, TRAINING.over(Training.base), without=["b"]).sources()["safe rows"]()
     assert made == [["a", "c"]] and sorted(safe) == ["a", "c", "refusal", "refusal"]
-    assert run_inputs.GIVEN
