@@ -311,6 +311,6 @@ def test_packaged_safe_rows_leave_out_the_prompts_that_the_model_is_measured_on(
         suite = type("Suite", (), {"refusals": ()})
 
     monkeypatch.setattr(packaged_rows, "make_splits", lambda *_: Splits())
-    monkeypatch.setattr(packaged_rows, "own_replies", lambda model, prompts, *_: made.append(prompts) or prompts)
+    monkeypatch.setattr(packaged_rows, "greedy_openings", lambda model, prompts, *_: made.append(prompts) or prompts)
     safe = packaged_rows.PackagedRows(None, TRAINING.over(Training.base), without=["b"]).sources()["safe rows"]()
     assert made == [["a", "c"]] and sorted(safe) == ["a", "c", "refusal", "refusal"]
