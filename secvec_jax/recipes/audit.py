@@ -237,7 +237,10 @@ def _audited(asked: _Asked, stages: Stages) -> Audit:
         model = before if role == "before" else asked.model(role)
         comparable = same_vocabulary(before, model)
         progress = stage.replies(num_replies(prompts, beginnings), "replying")
-        values = measure(model, prompts, beginnings, asked.reply_tokens, comparable, progress)
+        try:
+            values = measure(model, prompts, beginnings, asked.reply_tokens, comparable, progress)
+        except UserError as error:  # of three models, which one
+            raise UserError(f"{asked.name(role)}: {error}") from error
         return dataclasses.asdict(values)
 
     roles = [role for role in ("before", "after", "reference") if asked.models[role] is not None]
