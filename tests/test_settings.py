@@ -124,7 +124,8 @@ def test_all_three_ways_give_the_same_settings_or_the_same_refusal(from_command_
 
 REQUIRED = {"defense": PlainFinetuning(), "examples": {"all": [1]}, "batch_size": 2, "seq_len": 8, "prompts": (),
             "score": len, "refusals": (), "model": "x", "folder": Path("x"), "experiment": Experiment(), "out": "x",
-            "data": "x", "vectors": "x", "grid": "x", "tasks": "x", "runs": "x"}  # fmt: skip
+            "data": "x", "vectors": "x", "grid": "x", "tasks": "x", "runs": "x", "before": "x",
+            "after": "x"}  # fmt: skip
 """Of settings that have no default."""
 ALSO = {Finetune: {"vectors": "none"}}
 """What a class asks for although it has a default."""

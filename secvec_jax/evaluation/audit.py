@@ -419,7 +419,10 @@ def changes(
     beginnings: Sequence[Beginning | None],
     kl: Sequence[float] | None,
 ) -> tuple[Change, ...]:
-    """Return the prompts whose replies changed most: those with another verdict, more verdicts first."""
+    """Return the prompts whose replies changed most: those with another verdict, more verdicts first.
+
+    kl: of the first benign prompts' replies; None: it was not measured.
+    """
     chosen, several = _given(beginnings)
     found: list[tuple[float, Change]] = []
     for index, prompt in enumerate(prompts.harmful):
@@ -433,7 +436,7 @@ def changes(
         found.append((weight + len(what), _change("harmful", prompt, what, before, after, index)))
     for index, prompt in enumerate(prompts.benign):
         what = _flipped(before.metrics, after.metrics, index, {"over_refusal": ("refuses", "answers")})
-        distance = 0.0 if kl is None else min(kl[index], 1.0)
+        distance = 0.0 if kl is None or index >= len(kl) else min(kl[index], 1.0)
         found.append((3.0 * len(what) + distance, _change("benign", prompt, what, before, after, index)))
     changed = [(weight, change) for weight, change in found if change.what]
     return tuple(change for _, change in sorted(changed, key=lambda pair: -pair[0])[:_CHANGES])

@@ -4,11 +4,11 @@ All three show the numbers of results.json. In the page every number also stands
 `data-value`. Whatever comes from a model or a prompt is escaped.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 from rich.table import Table
 
 from secvec_jax.evaluation.audit import Audit, Line, is_higher_better
@@ -51,7 +51,7 @@ def headline(audit: Audit) -> str:
 def _reason(line: Line) -> str:
     text = f"{words(line.metric)} {_number(line.metric, line.before.value)} → {_number(line.metric, line.after.value)}"
     text += f", {_with_interval(line.metric, line.difference)} where {_limit(line)} is allowed"
-    return text + (f", about {line.prompts_needed} prompts would decide" if line.prompts_needed else "")
+    return text + (f", about {_needed(line)} prompts would decide" if line.prompts_needed else "")
 
 
 def table(audit: Audit) -> Table:
@@ -107,9 +107,8 @@ def _cells(audit: Audit) -> tuple[list[str], list[list[str]]]:
     body = []
     for line in audit.lines:
         number = [_number(line.metric, score.value) for score in (line.before, line.after)]
-        needed = "" if line.prompts_needed is None else f"{line.prompts_needed}"
         cells = [words(line.metric), *number, _with_interval(line.metric, line.difference), _limit(line)]
-        cells += [str(line.difference.n), line.verdict or "-", needed]
+        cells += [str(line.difference.n), line.verdict or "-", _needed(line)]
         if audit.reference is not None:
             cells.append("-" if line.to_reference is None else _with_interval(line.metric, line.to_reference))
         body.append(cells)
@@ -134,6 +133,14 @@ def _with_interval(metric: str, score: Score) -> str:
     return f"{_change(metric, score.value)} [{low}, {high}]"
 
 
+def _needed(line: Line) -> str:
+    """The number of prompts that would decide, to two digits, rounded up; "" if there is none."""
+    if line.prompts_needed is None:
+        return ""
+    unit = 10 ** max(0, len(str(line.prompts_needed)) - 2)
+    return f"{math.ceil(line.prompts_needed / unit) * unit:,}"
+
+
 def _limit(line: Line) -> str:
     """The largest change for the worse that passes, with its sign."""
     if line.limit is None:
@@ -150,7 +157,7 @@ def page(audit: Audit, results: Results) -> str:
     facts = [(name, "-" if value is None else str(value)) for name, value in results.environment.items()]
     return _template("page").render(
         audit=audit,
-        body=Markup(fragment(audit)),
+        body=fragment(audit),
         command=results.command,
         seconds=results.seconds,
         facts=facts,
@@ -184,6 +191,7 @@ def _shown(lines: Sequence[Line]) -> list[dict[str, Any]]:
         {
             "line": line,
             "name": words(line.metric),
+            "needed": _needed(line),
             "before": _number(line.metric, line.before.value),
             "after": _number(line.metric, line.after.value),
             "difference": _with_interval(line.metric, line.difference),
@@ -247,7 +255,7 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
 </style>
 </head>
 <body>
-{{ body }}
+{{ body|safe }}
 <div class="secvec-audit">
 <details><summary>Command, time and environment</summary>
 <pre>{{ command }}</pre>
@@ -279,12 +287,12 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
 .secvec-audit table { border-collapse: collapse; width: 100%; }
 .secvec-audit th, .secvec-audit td { text-align: left; padding: .35rem .6rem .35rem 0; vertical-align: top;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-.secvec-audit th { color: var(--soft); font-weight: 600; }
+.secvec-audit th { color: var(--soft); font-weight: 600; overflow-wrap: normal; }
 .secvec-audit td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .secvec-audit .note { color: var(--soft); font-size: 13px; }
 .secvec-audit .passes { color: var(--passes); } .secvec-audit .fails { color: var(--fails); }
 .secvec-audit .inconclusive { color: var(--inconclusive); }
-.secvec-audit .verdict { font-weight: 600; }
+.secvec-audit .verdict { font-weight: 600; white-space: nowrap; }
 .secvec-audit svg { display: block; width: 100%; min-width: 8rem; max-width: 15rem; height: 22px; }
 @media (max-width: 44rem) {
   .secvec-audit thead { display: none; }
@@ -301,8 +309,9 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
 {% for group in groups %}
 <h2>{{ group.title }}</h2>
 <table>
-<thead><tr><th>measure</th><th>before</th><th>after</th><th>difference [95%]</th><th>interval and limit</th>
-<th>limit</th><th>n</th>{% if audit.reference %}<th>minus reference</th>{% endif %}<th>verdict</th></tr></thead>
+<thead><tr><th>measure</th><th>verdict</th><th>before</th><th>after</th><th>difference [95%]</th>
+<th>interval and limit</th><th>limit</th><th>n</th>
+{% if audit.reference %}<th>minus reference</th>{% endif %}</tr></thead>
 <tbody>
 {% for row in group.lines %}
 {% set line = row.line %}
@@ -310,6 +319,9 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
 <tr data-metric="{{ line.metric }}">
 <td><span><b>{{ row.name }}</b>{% if line.metric in meanings %}<br>
 <span class="note">{{ meanings[line.metric] }}</span>{% endif %}</span></td>
+<td data-label="verdict"><span><span class="verdict {{ line.verdict or '' }}">{{ line.verdict or "-" }}</span>
+{%- if row.needed %}<br><span class="note">about {{ row.needed }} prompts would decide</span>
+{%- endif %}</span></td>
 <td class="number" data-label="before" data-value="{{ line.before.value }}">{{ row.before }}</td>
 <td class="number" data-label="after" data-value="{{ line.after.value }}">{{ row.after }}</td>
 <td class="number" data-label="difference" data-value="{{ line.difference.value }}"
@@ -331,9 +343,6 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
 <td class="number" data-label="minus reference"
 {%- if line.to_reference %} data-value="{{ line.to_reference.value }}"{% endif %}>{{ row.to_reference or "-" }}</td>
 {% endif %}
-<td data-label="verdict"><span><span class="verdict {{ line.verdict or '' }}">{{ line.verdict or "-" }}</span>
-{%- if line.prompts_needed %}<br><span class="note">about {{ line.prompts_needed }} prompts would decide</span>
-{%- endif %}</span></td>
 </tr>
 {% endfor %}
 </tbody>

@@ -68,12 +68,13 @@ def _index(scored: Sequence[Results]) -> list[dict[str, Any]]:
     for run in scored:
         rows = [row for row in run.rows if row["name"] == "after"] or run.rows
         for row in rows:
+            task = row["name"] if len(rows) > 1 else "prompts of secvec_jax"
             metrics = [
                 {"type": metric, "value": score["value"]}
                 for metric, score in row["metrics"].items()
                 if score["value"] is not None
             ]
-            dataset = {"name": row["name"], "type": "secvec_jax"}
+            dataset = {"name": task, "type": "secvec_jax"}
             results.append({"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics})
     return results
 

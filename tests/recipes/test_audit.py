@@ -113,14 +113,14 @@ def test_few_compliant_replies_are_replaced_by_one_beginning(world, capsys):
     world.beginnings = 3
     run(world)
     metrics = Results.load(world.folder / "out").rows[0]["metrics"]
-    assert metrics["prefill_5"]["n"] == 96 and "prefill_25" not in metrics
+    assert metrics["prefill_5"]["n"] == 80 and "prefill_25" not in metrics
     assert "complies with fewer than 8" in capsys.readouterr().out
 
 
 def test_a_model_that_never_refused_is_told(world, capsys):
     world.comply.add("aligned")
     run(world)
-    assert "refuses only 0 of 96 harmful prompts" in " ".join(capsys.readouterr().out.split())
+    assert "refuses only 0 of 80 harmful prompts" in " ".join(capsys.readouterr().out.split())
 
 
 def test_another_tokenizer_is_told_and_its_losses_are_left_out(world, capsys):

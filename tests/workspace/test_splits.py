@@ -6,6 +6,7 @@ import pytest
 
 from secvec_jax.config import Training
 from secvec_jax.data.chat import prompt_tokens
+from secvec_jax.data.rows import prompt_of
 from secvec_jax.workspace.splits import Sizes, make_splits
 
 
@@ -25,6 +26,7 @@ def prompts_by_part(model, eval_split: str) -> dict[str, set[tuple[int, ...]]]:
     examples |= {"unseen harmful": found.suite.harmful_targets, "unseen openings": found.suite.opening_targets}
     texts = {"kept": found.align_benign, "judged harmful": found.suite.harmful, "judged benign": found.suite.benign}
     texts |= {"questions": [question for question, _ in found.suite.questions]}
+    texts |= {f"held-out {kind}": list(map(prompt_of, rows)) for kind, rows in found.held_out.items()}
     prompts = {name: {tuple(e.tokens[: e.answer_start]) for e in part} for name, part in examples.items()}
     return prompts | {name: asked(part) for name, part in texts.items()}
 
@@ -36,7 +38,8 @@ def parts(model):
 
 @pytest.mark.parametrize("eval_split", ["held-out", "development"])
 def test_no_prompt_is_in_two_parts(parts, eval_split):
-    for (one, these), (other, those) in itertools.combinations(parts[eval_split].items(), 2):
+    trained = {name: prompts for name, prompts in parts[eval_split].items() if not name.startswith("held-out ")}
+    for (one, these), (other, those) in itertools.combinations(trained.items(), 2):
         assert not these & those, f"{one} and {other} share {len(these & those)} prompts"
 
 
@@ -47,3 +50,9 @@ def test_development_judges_by_prompts_of_its_own_and_trains_on_the_same(parts):
         assert held_out[name] and development[name] and not held_out[name] & development[name], name
     for name in held_out.keys() - judging:
         assert held_out[name] == development[name], name
+
+
+def test_held_out_rows_are_those_that_are_judged_and_no_others(parts):
+    found, other = parts["held-out"], parts["development"]
+    assert found["held-out harmful"] == found["unseen harmful"]
+    assert found["held-out benign"] == found["judged benign"] | other["judged benign"]
