@@ -17,6 +17,13 @@ from secvec_jax.sharding import make_mesh
 
 lm_eval = pytest.importorskip("lm_eval")
 
+
+@pytest.fixture(autouse=True)
+def no_census(monkeypatch):
+    """Without the harness's list of the machine's packages, for which it starts pip each time."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 TASKS = {
     "our_choices": {
         "output_type": "multiple_choice",
