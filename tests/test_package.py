@@ -29,9 +29,6 @@ OPTIONAL = {"lm_eval", "torch", "wandb"}
 UNLISTED = {"pip"}
 """Imported, and part of every environment."""
 
-NOT_IMPORTED = {"jinja2"}
-"""Required by transformers for chat templates, which does not depend on it."""
-
 
 def imported() -> set[str]:
     """The top-level modules that the package imports, other than its own and Python's."""
@@ -54,7 +51,7 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
     modules = imported()
     used = {canonicalize_name(name) for module in modules - OPTIONAL for name in distributions[module]}
     listed = {name_of(line) for line in requirements("requirements.txt")}
-    assert used - UNLISTED == listed - NOT_IMPORTED
+    assert used - UNLISTED == listed
     assert OPTIONAL <= modules
 
 
