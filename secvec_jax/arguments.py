@@ -4,6 +4,7 @@ Each check returns the value in the form that the code uses, or raises UserError
 was passed and what to pass instead. Settings and numbers are checked by `checks`.
 """
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ def shown(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if value is None or isinstance(value, bool | int | float | str | os.PathLike):
+        if isinstance(value, int) and value.bit_length() > 1024:
+            return f"a whole number of {value.bit_length():,} bits"
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
     name = type(value).__name__
@@ -32,7 +35,13 @@ def path(name: str, value: Any, what: str = "the path of a file or folder") -> P
         raise UserError(f"{name} is {shown(value)}: pass {what}")
     if "\0" in str(value):
         raise UserError(f"{name} is {shown(value)}: a path cannot contain a null character")
-    return expanded(value)
+    expanded_path = expanded(value)
+    try:
+        expanded_path.exists()
+    except OSError as error:  # whoever reads it reports any other error
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{name} is {shown(value)}: the name is too long for a file") from None
+    return expanded_path
 
 
 def instance(name: str, value: Any, kinds: type[Value] | tuple[type[Value], ...], fix: str) -> Value:

@@ -231,7 +231,7 @@ def check(hint: Any, value: Any, name: str, default: Any = None) -> Any:
         value = check(options[0], value, name, default)
         for bounds in options[1:]:
             if isinstance(bounds, Bounds | NonEmpty) and value is not None and not bounds.hold(value):
-                raise SettingError(name, f" is {value!r}: it must be {bounds}")
+                raise SettingError(name, f" is {shown(value)}: it must be {bounds}")
         return value
     if origin is Literal:
         if not any(value == option and type(value) is type(option) for option in options):
@@ -287,7 +287,10 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
     if kind is float and number:
         return _finite(value, name)
     if kind is str and isinstance(value, str | os.PathLike):
-        return os.fspath(value)
+        text = os.fspath(value)
+        if "\0" in text:
+            raise SettingError(name, f" is {shown(value)}: it cannot contain a null character")
+        return text
     raise SettingError(name, f" is {shown(value)}: it must be {_NAMES[kind]}")
 
 

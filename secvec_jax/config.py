@@ -214,11 +214,54 @@ def read(path: str | Path) -> Any:
         raise UserError(f"{path} is not UTF-8 text: check --config") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]})") from error
+    except (ValueError, TypeError, OverflowError) as error:  # a date or a number that there is not
+        raise UserError(f"{path} has a value that is not valid YAML ({error})") from error
+    _check_size(values, str(path))
     return {} if values is None else values
+
+
+_MOST_VALUES = 100_000
+"""Values of a YAML file, each counted as often as aliases repeat it; grids have some thousand."""
+_DEEPEST = 40
+"""Levels of a YAML file."""
+_MOST_BITS = 1024
+"""Of a whole number, which covers every float."""
+
+
+def _check_size(values: Any, path: str) -> None:
+    """Raise UserError for values that a few aliases multiply without end, and for numbers of thousands of digits."""
+    counts: dict[int, int] = {}
+    begun: set[int] = set()
+
+    def count(value: Any) -> int:
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise UserError(f"{path} has a whole number of {value.bit_length():,} bits: settings take no such number")
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in counts:
+            if id(value) in begun:
+                raise UserError(f"{path} has a value that contains itself: write out what is meant")
+            begun.add(id(value))
+            counts[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
+        return counts[id(value)]
+
+    if count(values) > _MOST_VALUES:
+        raise UserError(f"{path} has more than {_MOST_VALUES:,} values, aliases written out: settings have fewer")
 
 
 class Loader(yaml.SafeLoader):
     """YAML that refuses duplicate keys, of which PyYAML silently keeps the last, and reads 1e-3 as a number."""
+
+    _level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self._level > _DEEPEST:  # before thousands of levels take seconds and then the stack
+            raise yaml.composer.ComposerError(None, None, f"it is nested deeper than {_DEEPEST} levels")
+        self._level += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._level -= 1
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)

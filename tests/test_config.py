@@ -1,6 +1,7 @@
 """Settings check themselves, survive their file, and guard a run's folder."""
 
 import dataclasses
+import time
 import typing
 
 import pytest
@@ -49,11 +50,11 @@ trainings = st.builds(
 )
 recipes = st.builds(
     Experiment,
-    name=st.text(max_size=20),
+    name=st.text(st.characters(exclude_characters="\0"), max_size=20),
     seeds=st.lists(st.integers(), max_size=4).map(tuple),
     weights=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=4),
     verbose=st.booleans(),
-    folder=st.none() | st.text(max_size=20),
+    folder=st.none() | st.text(st.characters(exclude_characters="\0"), max_size=20),
     training=trainings,
     vectors=st.builds(LoRA, rank=count, alpha=positive, targets=st.sampled_from([("*",), ("q_proj", "*_proj")])),
     phase1=st.builds(
@@ -193,3 +194,30 @@ def test_a_binary_file_is_named(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the config file .*c.yaml.*check --config"):
         load(Training, tmp_path / "c.yaml")
+
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[" * 100_000, "nested deeper than 40 levels"),
+        ("a: " + "{a: " * 5_000, "nested deeper than 40 levels"),
+        (ALIASES + "name: *a8", "has more than 100,000 values, aliases written out"),
+        ("name: &a [*a]", "contains itself"),
+        ("seeds: [" + "9" * 5_000 + "]", "not valid YAML"),
+        ("seeds: [0x" + "f" * 5_000 + "]", "a whole number of 20,000 bits"),
+        ("name: 2026-99-99", "not valid YAML"),
+        ('name: "a\\0b"', "cannot contain a null character"),
+        ('"na\\nme\\e[2J": 1', r"unknown key 'na\\nme\\x1b\[2J': did you mean 'name'"),
+    ],
+)
+def test_a_hostile_file_is_told_in_one_line_and_in_time(tmp_path, text, problem):
+    path, start = tmp_path / "config.yaml", time.process_time()
+    path.write_text(text)
+    with pytest.raises(UserError, match=problem) as raised:
+        load(Experiment, path)
+    assert str(raised.value).isprintable() and time.process_time() - start < 3

@@ -18,8 +18,8 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]], left: i
 
     The cells are texts, and shown as they are; those of type `Markdown` are Markdown already.
     """
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    lines: list[list[str]] = [[*map(markdown, header)], rule, *([*map(markdown, line)] for line in body)]
+    rule: list[str] = ["---"] * left + ["---:"] * (len(header) - left)
+    lines: list[Sequence[str]] = [[*map(markdown, header)], rule, *([*map(markdown, line)] for line in body)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

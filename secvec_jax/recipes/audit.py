@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from secvec_jax import config
 from secvec_jax.checks import PositiveInt, Text, checked
 from secvec_jax.data.benchmarks import refusal_prefixes
@@ -44,6 +42,7 @@ from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
 from secvec_jax.recipes.export import run_of
 from secvec_jax.recipes.harness import Harness, find_tasks, harness_version, task_rows
+from secvec_jax.terminal import Console
 from secvec_jax.workspace.inputs import packaged
 from secvec_jax.workspace.run_directory import settings_of_run
 from secvec_jax.workspace.runs import Run, scoring_inputs

@@ -134,7 +134,7 @@ def finetune(settings: Finetune, command: str) -> None:
         run.save(tuned, model, stage, system)
         values: dict[str, Any] = {"drift": float(distance(tuned.backbone, model.backbone)), **defended.notes}
         after = run.sample(tuned, stage, system)
-        ending = [] if before is None or after is None else [change(before, after)]
+        ending: list[str | None] = [] if before is None or after is None else [change(before, after)]
         values |= {} if after is None else after.as_dict()
         ending += [_learned(run.folder / "metrics.jsonl", rows), str(frozen)]
         if tuned is model:

@@ -52,7 +52,7 @@ def harness(settings: Harness, command: str) -> None:
 
     def work(stage: Stage) -> list[dict[str, Any]]:
         model = load(settings.model)
-        return task_rows(settings, manager, names, stage, model, load_several(settings.vectors, model))
+        return task_rows(settings, manager, names, stage, model, load_several(settings.vectors, model) or ())
 
     run.report(run.stages.run("harness", work))
 
