@@ -4,6 +4,7 @@ import contextlib
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from secvec_jax.data.sources import load_rows
@@ -95,11 +96,11 @@ def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callabl
     for need, make in packaged.sources().items():
         value = getattr(settings, argument_of(need))
         if not value:
-            sources[need] = lambda need=need, make=make: rows_packaged(need, make)
+            sources[need] = partial(rows_packaged, need, make)
         elif need == "eliciting prompt":
-            sources[need] = lambda value=value: value
+            sources[need] = partial(str, value)
         else:
-            sources[need] = lambda need=need, value=value: rows_given(need, value)
+            sources[need] = partial(rows_given, need, value)
     sources["base model"] = lambda: load(settings.base)
     return sources
 
