@@ -56,7 +56,8 @@ def reads_of(defense: Defense, with_vectors: bool) -> tuple[Need, ...]:
     """What a defense reads with its settings: also what its vectors are trained on, unless it is given vectors."""
     reads = dict.fromkeys(defense.reads)
     if "security vectors" in reads and not with_vectors:
-        reads |= dict.fromkeys(("harmful rows", "benign rows"))
+        trained_on: tuple[Need, ...] = ("harmful rows", "benign rows")
+        reads |= dict.fromkeys(trained_on)
     return tuple(reads)
 
 
