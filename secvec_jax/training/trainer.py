@@ -16,7 +16,7 @@ import jax
 
 from secvec_jax.data.pipeline import Batches, Stream
 from secvec_jax.distributed import Consensus, all_max
-from secvec_jax.errors import UserError
+from secvec_jax.errors import UserError, WriteError
 from secvec_jax.training.checkpoints import Checkpoints, Store
 from secvec_jax.training.phase import Phase, combine
 from secvec_jax.training.step import TrainStep
@@ -153,8 +153,11 @@ def _store(settings: Checkpoints | None, run: _Run) -> Iterator[Store | None]:
     store = Store(settings, run)
     try:
         yield store
-    finally:
-        store.close()
+    except BaseException:
+        with contextlib.suppress(WriteError):  # the first error says more
+            store.close()
+        raise
+    store.close()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import os
 import resource
 import stat
@@ -154,7 +155,7 @@ def _killed_in(write, target: Path) -> Path:
             path.write_text("half")
             os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
-    (leftover,) = target.parent.glob(f".{target.name}.*")
+    (leftover,) = target.parent.glob(f".{glob.escape(target.name)}.*")
     return leftover
 
 
