@@ -19,7 +19,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -116,7 +116,7 @@ Answer = tuple[str, tuple[int, int]] | None
 """A verdict with its (prompt, completion) tokens; None for an answer that is not a chat completion."""
 
 
-def answers(judge: Judge, questions: Sequence[str]) -> Iterator[tuple[str, Answer]]:
+def answers(judge: Judge, questions: Sequence[str]) -> Generator[tuple[str, Answer], None, None]:
     """Yield each question with its answer, in the order in which they arrive; closing it cancels the open requests.
 
     Raises UserError if the endpoint rejects the key, the model or a request, or if it cannot be reached or keeps
