@@ -231,7 +231,8 @@ def check(hint: Any, value: Any, name: str, default: Any = None) -> Any:
         value = check(options[0], value, name, default)
         for bounds in options[1:]:
             if isinstance(bounds, Bounds | NonEmpty) and value is not None and not bounds.hold(value):
-                raise SettingError(name, f" is {shown(value)}: it must be {bounds}")
+                given = shown(value) if isinstance(value, int) else repr(value)  # Python prints no huge number
+                raise SettingError(name, f" is {given}: it must be {bounds}")
         return value
     if origin is Literal:
         if not any(value == option and type(value) is type(option) for option in options):
