@@ -80,7 +80,7 @@ class Results:
             contents = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except OSError:
             raise UserError(f"no readable {path}: give the folder of a finished run") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON ({error}): rerun to rewrite it") from None
         if isinstance(contents, dict):
             contents = {"schema_version": 1} | contents  # files of version 0.1 have none
