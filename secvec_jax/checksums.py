@@ -30,16 +30,22 @@ def changed_file(folder: Path) -> Path | None:
     if not path.is_file():
         return None
     try:
-        checksums = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
+    except ValueError:
+        return path
+    try:
+        checksums = json.loads(text)
         for name, checksum in checksums.items():
             if name.startswith("/") or ".." in name.split("/"):
                 return path
             check_regular(folder / name)
             if (folder / name).is_file() and _checksum(folder / name) != checksum:
                 return folder / name
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return path
     return None
 
@@ -56,7 +62,10 @@ def check_folder(folder: Path) -> None:
 
 def _checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
     return f"xxh3-128:{digest.hexdigest()}"

@@ -28,6 +28,7 @@ from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.store import load_vectors, save_vectors
+from tests.bad_inputs import models
 from tests.bad_inputs import rows as bad_rows
 from tests.conftest import VARIANTS
 from tests.toys import ARCHITECTURE, tiny_model
@@ -287,3 +288,20 @@ def test_inputs_of_others(tmp_path, kind):
 @pytest.mark.parametrize("kind", bad_rows.KINDS)
 def test_many_inputs_of_others(tmp_path, kind):
     bad_rows.run(kind, 500, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole_models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    models.make_whole(folder)
+    return folder
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.release) for part in range(1, 11))])
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_damaged_models(whole_models, tmp_path, kind, part):
+    """3,000 in the release tier: each is told in one line or read, in bounded time and memory."""
+    count = models.KINDS[kind].default
+    numbers = range(count) if part == 0 else range(count + 25 * (part - 1), count + 25 * part)
+    outcomes = [models.check(kind, number, whole_models, tmp_path / "damaged") for number in numbers]
+    assert kind == "checkpoint" or any(outcomes), "no damage was noticed"

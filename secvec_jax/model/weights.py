@@ -113,12 +113,12 @@ def open_safetensors(folder: Path) -> dict[str, _Stored]:
             other = f"{pickled.name} is a pickle, convert it" if pickled else "fetch the model again"
             raise UserError(f"{path} is missing: the model's weights must be safetensors, {other}") from error
         except Exception as error:  # a damaged header raises errors of many kinds
-            raise UserError(f"{path} is truncated or corrupt ({error}): fetch it again") from error
+            raise UserError(f"{path} is truncated or corrupt ({str(error)[:200]}): fetch it again") from error
         for name, kind in kinds.items():
             if kind not in _FLOATS and not name.endswith(_REDUNDANT):
                 raise UserError(
-                    f"{path}: {name} is of type {kind}, as in quantized models: give the original model, with weights "
-                    f"of {', '.join(_FLOATS)}"
+                    f"{path}: {name[:80]} is of type {kind}, as in quantized models: give the original model, with "
+                    f"weights of {', '.join(_FLOATS)}"
                 )
         weights |= {name: _Stored(path, name, shape, kinds[name]) for name, shape in shapes.items()}
     return weights
@@ -188,7 +188,7 @@ def assemble(
     redundant = {n for n in present if n.endswith(_REDUNDANT)}
     missing, unused = sorted(needed - present), sorted(present - needed - redundant)
     if missing or unused:
-        problem = f"lacks {missing[0]}" if missing else f"has {unused[0]}, which the model has no place for"
+        problem = f"lacks {missing[0]}" if missing else f"has {unused[0][:80]}, which the model has no place for"
         count = len(missing) + len(unused)
         raise UserError(f"{source}: the checkpoint {problem} ({count} such names): config.json and weights differ")
 

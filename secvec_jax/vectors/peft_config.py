@@ -117,7 +117,9 @@ def unplaced_weights_message(folder: Path, names: list[str]) -> str:
         return f"{folder} has no weights for a linear map of the model: the adapter was made for another model"
     outside = [name.removeprefix("base_model.model.") for name in names if not re.search(r"\.\d+\.", name)]
     if not outside:
-        return f"{folder} has weights with no place in the model ({names[0]}): the adapter was made for another model"
+        return (
+            f"{folder} has weights with no place in the model ({names[0][:80]}): the adapter was made for another model"
+        )
     modules = sorted(
         {re.split(r"\.(?:lora_|base_layer|weight|bias|original_module|modules_to_save)", name)[0] for name in outside}
     )

@@ -39,10 +39,10 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         raise UserError(_unreadable(path, error)) from error
     if unsupported is not None:
         raise UserError(
-            f"{path}: {unsupported} is of type {kinds[unsupported]}: factors must be of {', '.join(_FLOATS)}"
+            f"{path}: {unsupported[:80]} is of type {kinds[unsupported]}: factors must be of {', '.join(_FLOATS)}"
         )
     if wrong := next((key for key, array in tensors.items() if not bool(jnp.isfinite(array).all())), None):
-        raise UserError(f"{path}: {wrong} has NaN or infinite numbers: its training went wrong, train it again")
+        raise UserError(f"{path}: {wrong[:80]} has NaN or infinite numbers: its training went wrong, train it again")
     return metadata, tensors
 
 
@@ -59,7 +59,8 @@ def _unreadable(path: Path, error: Exception) -> str:
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is only a pointer of Git LFS: run `git lfs pull` in its folder"
     return (
-        f"{path} is truncated or corrupt ({' '.join(str(error).split())}): fetch it again, or train the vectors again"
+        f"{path} is truncated or corrupt ({' '.join(str(error).split())[:200]}): fetch it again, or train the vectors "
+        "again"
     )
 
 

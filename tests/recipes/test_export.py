@@ -1,6 +1,7 @@
 """`eval.py export`: a model is exported with its history, and without vectors unless they are asked for."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.recipes.vectors import vectors as train
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.steering import Steering
-from secvec_jax.vectors.store import save_vectors
+from secvec_jax.vectors.store import holds_security_vectors, save_vectors
 from tests.processes import run
 from tests.toys import tiny_model
 
@@ -104,6 +105,20 @@ def test_vectors_stay_behind_unless_told_to(runs, tmp_path, form):
     assert hub.load(tmp_path / "out").fingerprint != hub.load(runs / "aligned/model").fingerprint
     text = (tmp_path / "out/README.md").read_text()
     assert "include security vectors" in text and "are not part of these weights" not in text
+
+
+def test_an_export_holds_no_file_of_vectors(runs, tmp_path):
+    """Of a run directory that holds some beside its model."""
+    shutil.copytree(runs / "tuned", tmp_path / "tuned")
+    shutil.copytree(runs / "vectors/vectors", tmp_path / "tuned/vectors")
+    shutil.copytree(runs / "vectors/vectors", tmp_path / "tuned/model/vectors")
+    export(Export(str(tmp_path / "tuned"), out=str(tmp_path / "out")), "")
+    assert {path.name for path in (tmp_path / "out").rglob("*")} == {
+        "README.md", "checksums.json", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert not holds_security_vectors(path)
 
 
 def test_a_model_without_a_history_says_so(runs, tmp_path):
