@@ -46,6 +46,10 @@ class Finetune:
     train without protection; required, except with a --defense, which needs no vectors or trains its own"""
     model: str = "smollm2"
     """the model to fine-tune, which the vectors were trained for"""
+    task_lora: LoRA | None = None
+    """train a task LoRA, merged at the end, instead of all weights"""
+    out: str = "runs/finetune"
+    """run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
     defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=_DEFENSES)
     """how the training is defended, such as guarded-vectors; without a name, all defenses are listed with what they
     need and cost (default: security vectors)"""
@@ -63,10 +67,6 @@ class Finetune:
     """for a defense: the model before it was aligned"""
     eliciting_prompt: str | None = None
     """for a defense: a system prompt that asks for the behavior; by default one that asks to comply with everything"""
-    task_lora: LoRA | None = None
-    """train a task LoRA, merged at the end, instead of all weights"""
-    out: str = "runs/finetune"
-    """run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
     eval_data: str | None = None
     """validation rows; their loss is measured every epoch, and the model with the lowest loss is kept"""
     eval_fraction: Fraction = 0.0
