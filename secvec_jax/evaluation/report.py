@@ -85,7 +85,7 @@ class Results:
             contents = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except OSError:
             raise UserError(f"no readable {path}: give the folder of a finished run") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}): rerun to rewrite it") from None
         except RecursionError:
             raise UserError(f"{path} is nested too deep: rerun to rewrite it") from None
