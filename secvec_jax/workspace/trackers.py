@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Tracker:
         numbers = metrics | pace
         append_line(self._folder / "metrics.jsonl", json.dumps({"stage": self._stage, "step": step} | numbers))
         for name, tracker in list(self._trackers.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(numbers, step=step))
+            self._try(name, partial(tracker.log, numbers, step=step))
 
     def close(self) -> None:
         """Flush and close all logs."""
