@@ -1,7 +1,6 @@
 """Files that are not what they say: sizes, kinds, bits, permissions. Each is told at once, in one line."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from secvec_jax import assets, config, digests
 from secvec_jax.checksums import changed_file
 from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
-from secvec_jax.defenses.security_vectors import train_vectors
+from secvec_jax.defenses.security_vectors import Phase1, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
@@ -52,6 +51,12 @@ def whole(tmp_path_factory) -> Path:
     (folder / "config.yaml").write_text("{}")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """The first import of transformers takes longer than anything here may."""
+    from_hf_config(to_hf_config(ARCHITECTURE, {}))
 
 
 @pytest.fixture
@@ -438,8 +443,7 @@ def test_a_task_lora_is_no_secret(whole):
 
 def test_checkpoints_of_vectors_are_their_owners(tmp_path):
     training = Training(max_steps=2, max_seq_len=64, batch_size=1, save_every_seconds=1e-9)
-    phase1 = dataclasses.replace(train_vectors.__kwdefaults__["phase1"], objective="cross_entropy")
-    train_vectors(tiny_model(), ROWS, LoRA(rank=1), phase1=phase1, training=training,
+    train_vectors(tiny_model(), ROWS, LoRA(rank=1), phase1=Phase1("cross_entropy"), training=training,
                   checkpoints=Checkpoints(tmp_path / "checkpoints", 1e-9))  # fmt: skip
     assert stat.S_IMODE((tmp_path / "checkpoints").stat().st_mode) == 0o700
     assert [item for item in (tmp_path / "checkpoints").iterdir() if item.is_dir()], "nothing was saved"
