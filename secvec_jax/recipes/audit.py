@@ -8,15 +8,17 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from secvec_jax import config
+from secvec_jax.assets import cache_dir
 from secvec_jax.checks import PositiveInt, Text, checked
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.rows import Row, full_prompt_of, response_of
 from secvec_jax.data.sources import as_rows, load_prompts, load_rows
 from secvec_jax.defenses.security_vectors import PHASE2
-from secvec_jax.distributed import is_main_process, on_main_process
+from secvec_jax.digests import of_values
+from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import audit_report
 from secvec_jax.evaluation.audit import (
@@ -36,14 +38,16 @@ from secvec_jax.evaluation.audit import (
     task_line,
 )
 from secvec_jax.evaluation.intervals import Score
-from secvec_jax.evaluation.prefill import GENERIC, Beginning, compliant_beginnings
+from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, compliant_beginnings
 from secvec_jax.evaluation.report import Results, environment
+from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
 from secvec_jax.recipes.export import run_of
 from secvec_jax.recipes.harness import Harness, find_tasks, harness_version, task_rows
 from secvec_jax.terminal import Console
-from secvec_jax.workspace.inputs import packaged
+from secvec_jax.workspace import inputs
+from secvec_jax.workspace.inputs import known, packaged
 from secvec_jax.workspace.run_directory import settings_of_run
 from secvec_jax.workspace.runs import Run, scoring_inputs
 from secvec_jax.workspace.splits import Sizes, make_splits, sources
@@ -55,7 +59,7 @@ UNALIGNED = "smollm2"
 _FEWEST = 8
 """Compliant replies; with fewer, all models are given the same generic beginning instead."""
 
-_LONG_SHARE = 0.6
+_LONG_SHARE = 0.5
 """Share of the prompts that the measures that take longest use."""
 
 _TRUSTED = 0.5
@@ -93,7 +97,7 @@ class AuditRun:
     """comma-separated tasks of lm-evaluation-harness (pip install lm-eval) to run on both models"""
     limits: Limits = Limits()
     max_prompts: PositiveInt = 80
-    """maximum number of prompts of each kind; the measures that take longest, prefill and kl, use up to 60% of it"""
+    """maximum number of prompts of each kind; the measures that take longest, prefill and kl, use up to half of it"""
     reply_tokens: PositiveInt = 16
     """maximum tokens per reply; for a model that thinks before it answers, include its thoughts"""
     ignore_fields: tuple[str, ...] = ()
@@ -110,11 +114,11 @@ def audit_run(settings: AuditRun, command: str) -> int:
     """Run `eval.py audit`; returns the exit code."""
     tasks = None if settings.tasks is None else find_tasks(Harness(settings.tasks))
 
-    def inputs() -> dict[str, Any]:
+    def more_inputs() -> dict[str, Any]:
         own = () if settings.harmful and settings.benign else sources("held-out")
         return scoring_inputs() | packaged(own) | ({} if tasks is None else harness_version())
 
-    run = Run(settings, command, inputs)
+    run = Run(settings, command, more_inputs)
     if settings.json:
         run.stages.console = Console(stderr=True, quiet=not is_main_process(), soft_wrap=True)
     asked = _Asked(
@@ -277,8 +281,31 @@ def _audited(asked: _Asked, stages: Stages) -> Audit:
 
 
 def _beginnings(asked: _Asked, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
+    """The beginnings, from the cache folder if another audit made the same ones."""
+    kept = _kept_beginnings(asked, prompts)
+    if broadcast_from_first(kept is not None and kept.exists()):
+        return json.loads(cast(Path, kept).read_text())
     progress = stage.replies(len(prompts.harmful), "compliant replies")
-    return compliant_beginnings(asked.model("unaligned"), prompts.harmful, refusal_prefixes(), progress)
+    made = compliant_beginnings(asked.model("unaligned"), prompts.harmful, refusal_prefixes(), progress)
+    if kept is not None:
+        path = kept
+
+        def keep() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, json.dumps(made))
+
+        on_main_process(keep)
+    return made
+
+
+def _kept_beginnings(asked: _Asked, prompts: AuditPrompts) -> Path | None:
+    """Where the beginnings are kept, by what they depend on; None for a model that is given as a value."""
+    source = asked.models["unaligned"]
+    digest = known(inputs.model, str(source)) if isinstance(source, str | Path) else None
+    if digest is None:
+        return None
+    content = of_values([digest, list(prompts.harmful), list(GIVEN), RULES])
+    return cache_dir() / "beginnings" / f"{content.removeprefix('sha256:')}.json"
 
 
 _ORDER = (

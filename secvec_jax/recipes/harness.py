@@ -82,7 +82,12 @@ def find_tasks(settings: Harness) -> tuple[Any, list[str]]:
 
 
 def task_rows(
-    settings: Harness, manager: Any, names: list[str], stage: Stage, model: Model, vectors: tuple[Adapter, ...] = ()
+    settings: Harness,
+    manager: Any,
+    names: list[str],
+    stage: Stage,
+    model: Model,
+    vectors: tuple[Adapter, ...] | None = None,
 ) -> list[dict[str, Any]]:
     """Return a row of results.json for each task; the arguments are those that `find_tasks` returned."""
     from lm_eval import simple_evaluate

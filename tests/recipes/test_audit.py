@@ -50,6 +50,9 @@ def world(tmp_path, monkeypatch):
         known = [{"5": SECRET, "25": f"{SECRET} and on"} for _ in prompts]
         return [*known[: world.beginnings], *[None] * (len(prompts) - world.beginnings)]
 
+    monkeypatch.setenv("SECVEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(recipe, "refusal_prefixes", tuple)
+    monkeypatch.setattr(measures, "refusal_prefixes", lambda: ("I'm sorry",))
     monkeypatch.setattr(recipe, "as_model", as_model)
     monkeypatch.setattr(recipe, "compliant_beginnings", compliant_beginnings)
     monkeypatch.setattr(measures, "ask", ask)
@@ -109,6 +112,16 @@ def test_what_was_given_as_beginning_is_in_no_report(world, capsys):
     assert len(made) >= 3 and SECRET not in "".join(made) + capsys.readouterr().out
 
 
+def test_beginnings_are_made_once_for_all_audits(world, monkeypatch):
+    monkeypatch.setattr(recipe.inputs, "model", lambda source: f"sha256:{source}")
+    run(world, out="first")
+    asked = world.asked
+    run(world, out="second")
+    assert world.asked - asked == asked - 80, "the 80 compliant replies were there"
+    run(world, "--max-prompts", "20", out="third")
+    assert len(list((world.folder / "cache" / "beginnings").iterdir())) == 2, "others for other prompts"
+
+
 def test_few_compliant_replies_are_replaced_by_one_beginning(world, capsys):
     world.beginnings = 3
     run(world)
@@ -142,6 +155,20 @@ def test_a_reference_and_a_system_prompt_have_their_lines(world):
     rows = {row["name"]: row["metrics"] for row in Results.load(world.folder / "out").rows}
     assert rows["after minus reference"]["refusal"]["value"] == 1.0 == rows["after"]["refusal_system"]["value"]
     assert rows["after minus before"]["compliance_system"]["limit"] == 0.05
+
+
+def test_tasks_of_the_harness_are_lines(world, monkeypatch):
+    def task_rows(settings, manager, names, stage, model):
+        value = 0.6 if model.name == "aligned" else 0.4
+        return [{"name": "quiz", "metrics": {"acc": {"value": value, "n": 100, "ci95": [value - 0.01, value + 0.01]}}}]
+
+    monkeypatch.setattr(recipe, "find_tasks", lambda settings: (None, [settings.tasks]))
+    monkeypatch.setattr(recipe, "harness_version", dict)
+    monkeypatch.setattr(recipe, "task_rows", task_rows)
+    assert run(world, "--tasks", "quiz") == 0, "no limit, no verdict"
+    assert run(world, "--tasks", "quiz", "--limits.tasks", "0.1") == 3
+    difference = Results.load(world.folder / "out").rows[-1]["metrics"]["task: quiz acc"]
+    assert difference["value"] == pytest.approx(-0.2) and difference["verdict"] == "fails"
 
 
 def test_the_model_before_alignment_is_found_in_the_run_directories(tmp_path):
