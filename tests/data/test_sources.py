@@ -253,7 +253,7 @@ def test_a_folder_is_loaded_by_split(tmp_path):
             b'[\n{"prompt": "a"}\n]\n',
             "line 1 opens a list that does not end there: rows.jsonl",
         ),
-        ("rows.jsonl", b'{"prompt": ' + b"1" * 5_000 + b"}", "line 1 cannot be read as JSON"),
+        ("rows.jsonl", b'{"prompt": ' + b"1" * 5_000 + b"}", "line 1 has a whole number of thousands of digits"),
         ("rows.jsonl", b'\n{"prompt": "c", "response": "cut \\ud83d"}', r"line 2: `response` has half of a char.*at 5"),
         ("rows.jsonl", b'{"prompt": "a", "response": "b", "persona": "a pirate"}', "line 1: unknown fields `persona`"),
         ("rows.csv", b"prompt,response\n", "holds no rows"),
