@@ -100,7 +100,7 @@ def change(before: RefusalSample, after: RefusalSample) -> str:
     return (
         f"the model refuses {refused[0]} of {after.refusal.n} harmful prompts (before: {refused[1]}), complies with "
         f"{complied[0]} (before: {complied[1]}), and answers {answered[0]} of {after.over_refusal.n} benign ones "
-        f"(before: {answered[1]}); eval.py score measures it on more prompts"
+        f"(before: {answered[1]}); eval.py audit compares the two models on more prompts"
     )
 
 
