@@ -154,8 +154,10 @@ def verdicts(
 
 # Markdown marks may surround the number, and the scale may follow it; other words and signs may not.
 _MARKS = r"[\s*_`#>\"']{0,32}+"  # bounded and possessive, or a text of nothing else takes quadratic time
+_MARKS_IN_LINE = r"[ \t\r*_`#>\"']{0,32}+"
 _SCORE = re.compile(
-    rf"^{_MARKS}(?:final )?score{_MARKS}:{_MARKS}(\d+){_MARKS}(?:(?:/|out of) ?{HIGHEST})?[\s*_`\"'.]{{0,32}}$",
+    rf"^{_MARKS}(?:final )?score{_MARKS}:{_MARKS}(\d+){_MARKS_IN_LINE}"
+    rf"(?:(?:/|out of) ?{HIGHEST})?[ \t\r*_`\"'.]{{0,32}}$",
     re.IGNORECASE | re.MULTILINE,
 )
 
