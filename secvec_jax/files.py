@@ -96,14 +96,17 @@ def atomic_folder(target: str | os.PathLike, mode: int = 0o755) -> Iterator[Path
 
 
 @contextlib.contextmanager
-def atomic_file(target: str | os.PathLike, mode: int = 0o644) -> Iterator[Path]:
-    """Yield a temporary file next to `target` that replaces it when the block succeeds. mode: its permissions.
+def atomic_file(target: str | os.PathLike, mode: int = 0o644, *, clears: bool = True) -> Iterator[Path]:
+    """Yield a temporary file next to `target` that replaces it when the block succeeds.
 
-    Raises WriteError if the system cannot write.
+    mode: its permissions. clears: first delete what killed processes have left of this target, which reads the names
+    of all files in its folder. Raises WriteError if the system cannot write.
     """
     target = Path(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        if clears:
+            clear_unfinished(target.parent, target.name)
         staging, handle = _temporary(target, _UNFINISHED, _new_file)
         try:
             yield staging
@@ -112,6 +115,19 @@ def atomic_file(target: str | os.PathLike, mode: int = 0o644) -> Iterator[Path]:
         finally:
             os.close(handle)
             staging.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder next to `target`, on its file system, and delete it in the end.
+
+    Those that killed processes have left are deleted first. Raises OSError if the system cannot write.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_unfinished(target.parent, target.name)
+    with _temporary_folder(target, _UNFINISHED) as folder:
+        yield folder
 
 
 def append_line(path: Path, line: str) -> None:
@@ -217,7 +233,7 @@ def _new_file(prefix: str, dir: Path) -> str:
 @contextlib.contextmanager
 def _only_lock(path: Path) -> Iterator[bool]:
     """Whether no process holds the lock of a file or folder, which this one then holds."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe of such a name would block
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
