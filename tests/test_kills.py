@@ -107,7 +107,9 @@ def made(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
-        if re.search(r"(^settings|/run\.lock|\.lock$|/checkpoints/|/tensorboard/|\.md$|\.png$|/digests/|/cache/[pf])", name):
+        if re.search(
+            r"(^settings|/run\.lock|\.lock$|/checkpoints/|/tensorboard/|\.md$|\.png$|/digests/|/cache/[pf])", name
+        ):
             continue
         if path.name == "metrics.jsonl":
             records = map(json.loads, path.read_text().splitlines())

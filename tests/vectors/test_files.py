@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import os
 import resource
 import stat
@@ -154,15 +155,17 @@ def _killed_in(write, target: Path) -> Path:
             path.write_text("half")
             os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
-    (leftover,) = target.parent.glob(f".{target.name}.*")
+    (leftover,) = target.parent.glob(f".{glob.escape(target.name)}.*")
     return leftover
 
 
-def test_the_next_writer_clears_what_a_killed_one_left(tmp_path):
-    leftover = _killed_in(atomic_folder, tmp_path / "[model]")
+@pytest.mark.parametrize("write", [atomic_folder, atomic_file, temporary_folder])
+def test_the_next_writer_clears_what_a_killed_one_left(tmp_path, write):
+    leftover = _killed_in(write, tmp_path / "[model]")
     other = tmp_path / ".model.unfinished-mine"
     other.touch()
-    with atomic_folder(tmp_path / "[model]"):
+    os.mkfifo(tmp_path / ".[model].unfinished-abcd1234")
+    with write(tmp_path / "[model]"):
         assert not leftover.exists() and other.exists()
 
 
@@ -170,7 +173,7 @@ def test_a_run_clears_all_leftovers_but_those_of_living_processes(tmp_path):
     (tmp_path / "deep").mkdir()
     leftovers = [_killed_in(atomic_folder, tmp_path / "deep" / "model"), _killed_in(atomic_file, tmp_path / "a.json")]
     with atomic_folder(tmp_path / "alive") as alive, atomic_file(tmp_path / "b.json") as file:
-        clear_unfinished(tmp_path)
+        clear_unfinished(tmp_path, within=("d*p",))
         assert alive.exists() and file.exists()
         assert not any(path.exists() for path in leftovers)
 
