@@ -2,12 +2,10 @@
 
     python -m tests.kills SETTINGS.json
 
-SETTINGS.json: {"part": a pattern of paths, "number": the change after which to end, or null, "size": bytes,
-"command": [script, argument...], "gguf": a file that stands for the embedded model's, "changes": where to write how
-many changes there were}.
+SETTINGS.json: {"part": a pattern of paths, "number": the change after which to end, "size": bytes,
+"command": [script, argument...], "gguf": a file that stands for the embedded model's}.
 """
 
-import atexit
 import json
 import os
 import re
@@ -66,8 +64,7 @@ def main() -> None:
     probes.NUM_PROMPTS, attacks.NUM_KNOWN = 4, 8
     script = {"train.py": train, "eval.py": eval}[settings["command"][0]]
     sys.argv = settings["command"]
-    seen = arm(settings["part"], settings["number"], settings["size"])
-    atexit.register(lambda: Path(settings["changes"]).write_text(json.dumps(seen)))
+    arm(settings["part"], settings["number"], settings["size"])
     sys.exit(command_line.main(script.__doc__, script.VERBS))
 
 

@@ -1,4 +1,4 @@
-"""A process that is killed amid a write: the same command then ends as if nothing had been, and leaves nothing behind."""
+"""A process that is killed amid a write: the same command then ends as if nothing had been, and nothing is left over."""
 
 import json
 import random
@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ from secvec_jax import assets, digests
 from secvec_jax.grid import attacks, probes
 from tests.bad_inputs.models import write_gguf
 from tests.chat_server import Server, says
+from tests.kills import arm
 from tests.processes import Program, call
 from tests.toys import tiny_model
 
-KILLS = 5
-"""Of each kind of write."""
 TRAINING = ["--batch-size", "4", "--max-seq-len", "64", "--max-steps", "4", "--learning-rate", "1e-2", "--schedule",
             "constant", "--warmup-steps", "0", "--remat", "none", "--check-prompts", "0",
             "--save-every-seconds", "0.001"]  # fmt: skip
@@ -30,22 +29,27 @@ TRAINING = ["--batch-size", "4", "--max-seq-len", "64", "--max-steps", "4", "--l
 
 @dataclass(frozen=True)
 class Kind:
-    """verb: of `commands`. part: the paths whose writes are interrupted, as a pattern."""
+    """verb: of `commands`. part: the paths whose writes are interrupted, as a pattern. kills: how many."""
 
     verb: str
     part: str
+    kills: int
 
 
 KINDS = {
-    "model": Kind("finetune", r"/run/\.?model\b"),
-    "checkpoint": Kind("finetune", r"/run/checkpoints/"),
-    "vectors": Kind("vectors", r"/run/vectors\b"),
-    "export": Kind("export", r"/\.?run\b"),
-    "conversion": Kind("convert", r"/cache/models/"),
-    "verdicts": Kind("judge", r"/cache/verdicts/"),
-    "cell": Kind("grid", r"/run/cells/"),
-    "results": Kind("score", r"/run/\.?results\.json"),
+    "model": Kind("finetune", r"/run/\.?model\b", 5),
+    "checkpoint": Kind("finetune", r"/run/checkpoints/", 5),
+    "vectors": Kind("vectors", r"/run/vectors\b", 4),
+    "export": Kind("export", r"/\.?run\b", 7),
+    "conversion": Kind("convert", r"/cache/models/", 6),
+    "verdicts": Kind("judge", r"/cache/verdicts/", 5),
+    "cell": Kind("grid", r"/run/cells/", 3),
+    "results": Kind("judge", r"/run/\.?results\.json", 5),
 }
+
+
+NOT_COMPARED = re.compile(r"^settings|\.lock$|/checkpoints/|/tensorboard/|\.md$|\.png$|/digests/|/cache/[pf]")
+"""Times, locks, and what is kept to resume."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,6 @@ def commands(files, judge) -> dict[str, list[str]]:
     return {
         "finetune": ["train.py", "finetune", "--model", model, "--data", benign, "--vectors", "none", *TRAINING],
         "vectors": ["train.py", "vectors", "--model", model, "--data", harmful, "--benign", benign, *TRAINING],
-        "score": ["eval.py", "score", "--model", model, *rows, "--limit", "2", "--reply-tokens", "4"],
         "export": ["eval.py", "export", "--model", model],
         "convert": ["eval.py", "export", "--model", "smollm2"],
         "judge": ["eval.py", "judge", "--given", *rows, "--limit", "4", "--judge", "m", "--judge-url", judge.url],
@@ -107,9 +110,7 @@ def made(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
-        if re.search(
-            r"(^settings|/run\.lock|\.lock$|/checkpoints/|/tensorboard/|\.md$|\.png$|/digests/|/cache/[pf])", name
-        ):
+        if NOT_COMPARED.search(name):
             continue
         if path.name == "metrics.jsonl":
             records = map(json.loads, path.read_text().splitlines())
@@ -118,6 +119,8 @@ def made(folder: Path) -> dict[str, Any]:
             found[name] = json.loads(path.read_text())["rows"]
         elif path.parent.name in ("stages", "cells"):
             found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+        elif path.suffix in (".yaml", ".json"):
+            found[name] = path.read_text()
         else:
             found[name] = digests.of_values([path.read_bytes().hex()])
     return json.loads(json.dumps(found).replace(str(folder), ""))
@@ -128,51 +131,46 @@ def leftovers(folder: Path) -> list[str]:
     return [name for name in names if re.search(r"(^|/)\.|unfinished|tmp", name)]
 
 
-@pytest.fixture
-def start(files, commands) -> Callable[..., Program]:
-    """Starts the command of a kind in a folder, to be killed after that change and that many bytes."""
-
-    def run(kind: Kind, folder: Path, number: int | None = None, size: int = 0) -> Program:
-        environment = begin(folder)
-        command = [*commands[kind.verb], "--out", str(folder / "run")]
-        settings = {"part": re.escape(str(folder)) + kind.part, "number": number, "size": size, "command": command,
-                    "gguf": str(files / "tiny.gguf"), "changes": str(folder / "settings.changes")}  # fmt: skip
-        (folder / "settings.json").write_text(json.dumps(settings))
-        return Program("-m", "tests.kills", folder / "settings.json", **environment)
-
-    return run
+def start_to_be_killed(files: Path, folder: Path, kind: Kind, command: list[str], number: int, size: int) -> Program:
+    environment = begin(folder)
+    settings = {"part": re.escape(str(folder)) + kind.part, "number": number, "size": size, "command": command,
+                "gguf": str(files / "tiny.gguf")}  # fmt: skip
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return Program("-m", "tests.kills", folder / "settings.json", **environment)
 
 
 @pytest.mark.release
 @pytest.mark.parametrize("name", KINDS)
-def test_kills_amid_writes(start, commands, files, tmp_path, monkeypatch, name):
+def test_kills_amid_writes(commands, files, tmp_path, monkeypatch, name):
     kind = KINDS[name]
-    whole = start(kind, tmp_path / "whole")
-    _, err = whole.communicate(timeout=600)
-    assert whole.returncode == 0, err
-    changes = json.loads((tmp_path / "whole" / "settings.changes").read_text())
-    expected = made(tmp_path / "whole")
-    assert len(changes) > 2 and expected and leftovers(tmp_path / "whole") == []
-
     monkeypatch.setattr(assets, "extract", lambda *_: files / "tiny.gguf")
     monkeypatch.setattr(probes, "NUM_PROMPTS", 4)
     monkeypatch.setattr(attacks, "NUM_KNOWN", 8)
-    choose, ends = random.Random(name), []
-    for kill in range(KILLS):
-        folder = tmp_path / f"killed-{kill}"
-        number = choose.randrange(1, len(changes))
-        size = int(2 ** choose.uniform(0, 6 if kill % 2 else 17))
-        killed = start(kind, folder, number, size)
-        _, err = killed.communicate(timeout=600)
-        aimed = f"{name}: change {number} of {len(changes)} ({changes[number - 1]}), {size} bytes"
-        assert killed.returncode in (-signal.SIGKILL, -signal.SIGXFSZ), f"{aimed}: {killed.returncode} {err}"
-        left = leftovers(folder)
+
+    def run(folder: Path) -> None:
         monkeypatch.setenv("SECVEC_CACHE", str(folder / "cache"))
         code, _, err = call(*commands[kind.verb], "--out", str(folder / "run"))
-        assert code == 0, f"{aimed}: {err}"
+        assert code == 0, err
+
+    whole = tmp_path / "whole"
+    begin(whole)
+    changes = arm(re.escape(str(whole)) + kind.part, None, 0)
+    run(whole)
+    expected, choose, ends = made(whole), random.Random(name), []
+    assert len(changes) > 2 and expected and leftovers(whole) == []
+    for kill in range(kind.kills):
+        folder = tmp_path / f"killed-{kill}"
+        number, size = choose.randrange(1, len(changes)), int(2 ** choose.uniform(0, 6 if kill % 2 else 17))
+        aimed = f"{name}: change {number} of {len(changes)} ({changes[number - 1]}), {size} bytes"
+        command = [*commands[kind.verb], "--out", str(folder / "run")]
+        killed = start_to_be_killed(files, folder, kind, command, number, size)
+        _, err = killed.communicate(timeout=1200)
+        assert killed.returncode in (-signal.SIGKILL, -signal.SIGXFSZ), f"{aimed}: {killed.returncode} {err}"
+        left = leftovers(folder)
+        run(folder)
         assert leftovers(folder) == [], aimed
         assert made(folder) == expected, aimed
         ends.append(signal.Signals(-killed.returncode).name)
-        print(f"{aimed}: {ends[-1]}, {len(left)} left behind and cleared")
+        print(f"{aimed}: {ends[-1]}, {len(left)} left behind and cleared", flush=True)
         shutil.rmtree(folder)
-    print(f"{name}: {len(ends)} kills, {ends.count('SIGXFSZ')} of them amid a write's bytes; all resumed")
+    print(f"{name}: {len(ends)} kills, {ends.count('SIGXFSZ')} of them amid a write's bytes; all resumed", flush=True)

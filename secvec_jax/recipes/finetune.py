@@ -164,11 +164,9 @@ def _packaged_inputs(settings: Finetune, defense: Defense) -> Inputs:
 
 def _learned(log: Path, rows: dict[str, Any]) -> str | None:
     """How the loss of the user's rows went, from the lines of the training that the stage's log has; None without."""
-    records = read_log(log)
+    records = [record for record in read_log(log) if record.get("stage") == "finetune"]
     names = ["eval/loss"] if any("eval/loss" in record for record in records) else [f"loss/{name}" for name in rows]
-    losses = [
-        [record[name] for name in names if name in record] for record in records if record.get("stage") == "finetune"
-    ]
+    losses = [[record[name] for name in names if name in record] for record in records]
     means = [sum(values) / len(values) for values in losses if values]
     if not means:
         return None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from secvec_jax.errors import UserError, WriteError
-from secvec_jax.files import append_line, atomic_file, atomic_folder, clear_unfinished, system_error
+from secvec_jax.files import append_line, atomic_file, atomic_folder, clear_unfinished, system_error, temporary_folder
 
 
 def _tree(folder: Path) -> dict[str, str]:
