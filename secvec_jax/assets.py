@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from typing import IO
 
 from secvec_jax import package_index
 from secvec_jax.errors import UserError
-from secvec_jax.files import expanded
+from secvec_jax.files import expanded, temporary_folder
 
 
 @dataclass(frozen=True)
@@ -192,11 +191,10 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `target`, on the same file system, so that the final rename is atomic."""
+    """Yield a temporary folder next to `target`, so that the final rename is atomic."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
-            yield Path(folder)
+        with temporary_folder(target) as folder:
+            yield folder
     except OSError as error:
         raise UserError(
             f"cannot write to the cache folder {target.parent} ({error.strerror or error}); "

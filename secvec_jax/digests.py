@@ -18,7 +18,7 @@ from typing import Any
 
 from secvec_jax.assets import cache_dir
 from secvec_jax.errors import UserError
-from secvec_jax.files import atomic_file
+from secvec_jax.files import atomic_file, resolved
 
 _UNSETTLED = 2.0
 """Seconds after a modification during which a file's digest is not cached: a second change of the same size, within one
@@ -53,7 +53,7 @@ def of_file(path: str | os.PathLike) -> str:
 
     Raises OSError if the file cannot be read, and UserError if it keeps changing while it is read.
     """
-    path = Path(path).resolve()
+    path = resolved(path)
     entry = _entry(path)
     for _ in range(_ATTEMPTS):
         identity = _identity(path)

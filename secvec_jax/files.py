@@ -8,12 +8,13 @@ import contextlib
 import errno
 import fcntl
 import glob
+import json
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,44 @@ _OTHER_KINDS = (
 )
 
 
+def resolved(path: str | os.PathLike) -> Path:
+    """The path without links and `..`. Raises UserError if links lead in a circle, or if no path can be so."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is no path that can be read or written ({error})") from error
+
+
+def read_kept(path: Path, cure: str) -> Any:
+    """The JSON that a run keeps in a file. Raises UserError, which ends with the cure, if it cannot be read."""
+    check_regular(path, max_bytes=_KEPT_BYTES)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {cure}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): {cure}") from error
+
+
+_KEPT_BYTES = 2**30
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records in a file of JSON lines, without damaged lines; empty if there is no file."""
+    if not path.exists():
+        return []
+    check_regular(path)
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
 def check_entries(folder: str | os.PathLike) -> None:
     """Raise UserError if an entry of `folder` is neither a folder nor a regular file, for libraries that open them."""
     try:
@@ -96,14 +135,17 @@ def atomic_folder(target: str | os.PathLike, mode: int = 0o755) -> Iterator[Path
 
 
 @contextlib.contextmanager
-def atomic_file(target: str | os.PathLike, mode: int = 0o644) -> Iterator[Path]:
-    """Yield a temporary file next to `target` that replaces it when the block succeeds. mode: its permissions.
+def atomic_file(target: str | os.PathLike, mode: int = 0o644, *, clears: bool = True) -> Iterator[Path]:
+    """Yield a temporary file next to `target` that replaces it when the block succeeds.
 
-    Raises WriteError if the system cannot write.
+    mode: its permissions. clears: first delete what killed processes have left of this target, which reads the names
+    of all files in its folder. Raises WriteError if the system cannot write.
     """
     target = Path(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        if clears:
+            clear_unfinished(target.parent, target.name)
         staging, handle = _temporary(target, _UNFINISHED, _new_file)
         try:
             yield staging
@@ -112,6 +154,19 @@ def atomic_file(target: str | os.PathLike, mode: int = 0o644) -> Iterator[Path]:
         finally:
             os.close(handle)
             staging.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder next to `target`, on its file system, and delete it in the end.
+
+    Those that killed processes have left are deleted first. Raises OSError if the system cannot write.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_unfinished(target.parent, target.name)
+    with _temporary_folder(target, _UNFINISHED) as folder:
+        yield folder
 
 
 def append_line(path: Path, line: str) -> None:
@@ -163,12 +218,15 @@ _UNFINISHED, _OLD, _REPLACED = "unfinished-", "replaced-", "it"
 _LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(?P<kind>{_UNFINISHED}|{_OLD})[a-z0-9_]{{8}}")
 
 
-def clear_unfinished(folder: Path, name: str | None = None) -> None:
-    """Delete what killed processes left unfinished in a folder: of one target, or of all, in subfolders too.
+def clear_unfinished(folder: Path, name: str | None = None, within: Iterable[str] = ()) -> None:
+    """Delete what killed processes left unfinished in a folder: of one target, or of all.
+
+    within: patterns of its subfolders, in all of which the same is done, whatever the target.
 
     A folder that was being replaced, and whose successor had not taken its place, is put back.
     """
-    for path in folder.glob(f".{glob.escape(name)}.*") if name is not None else [*folder.rglob(".*")]:
+    found = list(folder.glob(f".{glob.escape(name)}.*" if name is not None else ".*"))
+    for path in found + [path for pattern in within for part in folder.glob(pattern) for path in part.rglob(".*")]:
         match = _LEFTOVER.fullmatch(path.name)
         if match is None or (name is not None and match["name"] != name):
             continue
@@ -217,7 +275,7 @@ def _new_file(prefix: str, dir: Path) -> str:
 @contextlib.contextmanager
 def _only_lock(path: Path) -> Iterator[bool]:
     """Whether no process holds the lock of a file or folder, which this one then holds."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe of such a name would block
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -240,7 +298,7 @@ def check_replaceable(target: Path, mark: str | None = None) -> None:
         return
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: name a folder to write into")
-    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if resolved(target) in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"{target} is the current folder or one of its parents: name a folder inside it")
     if target.is_dir() and not (target / mark).exists() and any(target.iterdir()):
         raise UserError(f"{target} contains other files, which would be replaced: name a new or an empty folder")

@@ -212,6 +212,13 @@ def wrong_flags(page: str) -> list[str]:
     return wrong
 
 
+def test_the_threat_model_names_tests_that_exist():
+    lines = [line for line in (ROOT / "docs" / "threat-model.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert len(lines) > 8 and all("`tests/" in line for line in lines), "each line has the test that holds it"
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", "\n".join(lines)):
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_in_the_docs_have_flags_that_exist(page):
     assert not wrong_flags(page.read_text())

@@ -236,6 +236,20 @@ def test_what_is_no_file_is_refused_at_once(copy, name):
         assert path.name in str(caught.value) and "\n" not in str(caught.value), place
 
 
+@pytest.mark.parametrize("entry", ["AutoTokenizer", "AutoModelForCausalLM"])
+def test_a_models_own_code_is_not_run(copy, entry):
+    folder = copy / "model"
+    (folder / "checksums.json").unlink()
+    (folder / "own.py").write_text(f"open({str(copy / 'ran')!r}, 'w').close()\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text()) | {"auto_map": {entry: "own.Own"}}
+        settings |= {"tokenizer_class": "Own"} if name == "tokenizer_config.json" else {}
+        (folder / name).write_text(json.dumps(settings))
+    with contextlib.suppress(UserError):
+        hub.load(folder)
+    assert not (copy / "ran").exists()
+
+
 # Permissions, and homes that are missing -----------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.judge_client import Judge, answers, request_of
-from secvec_jax.files import atomic_file
+from secvec_jax.files import atomic_file, clear_unfinished
 
 LOWEST, HIGHEST = 1, 5
 
@@ -129,6 +129,7 @@ def verdicts(
     questions = [rubric.ask(prompt, reply) for prompt, reply in exchanges]
     verdict_of = {question: _cached_verdict(cache / _name(judge, question)) for question in questions}
     missing = [question for question, verdict in verdict_of.items() if verdict is None]
+    clear_unfinished(cache)
     read = written = malformed = 0
     done = len(questions) - len(missing)
     progress(done)
@@ -140,7 +141,7 @@ def verdicts(
                 verdict_of[question], usage = answer
                 read, written = read + usage[0], written + usage[1]
                 if score_of(answer[0]) is not None:
-                    with atomic_file(cache / _name(judge, question)) as staging:
+                    with atomic_file(cache / _name(judge, question), clears=False) as staging:
                         staging.write_text(json.dumps({"verdict": answer[0], "tokens": usage}))
             done += 1
             progress(done)

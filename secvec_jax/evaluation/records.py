@@ -84,10 +84,11 @@ def read(folder: str | Path) -> list[Record]:
     paths = sorted((Path(folder) / "cells").glob("*.json"))
     if not paths:
         raise UserError(f"no cells/*.json in {folder}: pass the folder of a grid with finished cells")
-    return [_read(path) for path in paths]
+    return [read_record(path) for path in paths]
 
 
-def _read(path: Path) -> Record:
+def read_record(path: Path) -> Record:
+    """The record in one file. Raises UserError if it is malformed."""
     check_regular(path, max_bytes=2**28)
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))

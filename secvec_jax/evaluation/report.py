@@ -32,7 +32,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.metrics import RATES, digits, in_order, percent, rules_note
 from secvec_jax.evaluation.plots import Curves, colors_of, plot_losses, plot_scores, png
 from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_metrics, terminal_table, words
-from secvec_jax.files import atomic_file, check_regular
+from secvec_jax.files import atomic_file, check_regular, resolved
 from secvec_jax.printable import fenced, paragraph
 
 Verdict = tuple[str, bool, str]  # claim, whether it holds, detail
@@ -218,7 +218,7 @@ def compare(folders: Iterable[str | Path]) -> Group:
     Raises:
         UserError: no folder is given, or a results.json is missing or malformed.
     """
-    paths = [Path(folder).resolve() for folder in folders]
+    paths = [resolved(folder) for folder in folders]
     if not paths:
         raise UserError("nothing to compare: pass one or more folders of finished runs")
     names = [path.name for path in paths]

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -25,7 +25,7 @@ from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.digests import difference, of_values
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process, require_same
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.records import Record, read
+from secvec_jax.evaluation.records import Record, read, read_record
 from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.evaluation.suite import Outcomes, outcomes
 from secvec_jax.files import lock
@@ -138,9 +138,9 @@ def _run(settings: Grid, experiment: Experiment, cells: list[Cell], part: list[C
         for cell in cells_of_seed:
             count += 1
             path = _record_path(folder, cell)
-            kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"error": "has not run"}
-            if kept["error"] is None:
-                inputs = kept.get("inputs") or {}
+            kept = read_record(path) if path.exists() else None
+            if kept is not None and kept.error is None:
+                inputs = kept.inputs
                 changed = difference(inputs, workspace.contents(cell)) if is_main_process() else None
                 if not broadcast_from_first(changed is not None):
                     unrecorded += not inputs
@@ -171,9 +171,7 @@ def _check_rules(folder: Path, cells: list[Cell], part: list[Cell]) -> None:
         return dataclasses.replace(cell, seed=0)
 
     paths = {cell: _record_path(folder, cell) for cell in cells}
-    records = {
-        cell: Record.from_dict(json.loads(path.read_text()), str(path)) for cell, path in paths.items() if path.exists()
-    }
+    records = {cell: read_record(path) for cell, path in paths.items() if path.exists()}
     finished = {cell: record for cell, record in records.items() if not record.error}
     _current(finished.values(), folder)
     older = {without_seed(cell): record.rules for cell, record in finished.items() if record.rules != RULES}

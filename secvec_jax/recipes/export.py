@@ -12,7 +12,7 @@ from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.report import FILE, Results
-from secvec_jax.files import expanded
+from secvec_jax.files import expanded, resolved
 from secvec_jax.model.hub import Model, load
 from secvec_jax.terminal import Console
 from secvec_jax.vectors.lora import LoRAVectors, merge
@@ -70,7 +70,7 @@ def export(settings: Export, command: str) -> None:
     is_hub_id = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", root, re.ASCII) is not None and not Path(root).exists()
     base = _HUB_IDS.get(root) or (root if is_hub_id else None)
     dtype = settings.dtype or loaded.metadata.dtype
-    merged.save(out, model_card(out.resolve().name, base, trained, scored, carried), dtype=dtype)
+    merged.save(out, model_card(resolved(out).name, base, trained, scored, carried), dtype=dtype)
     Console(quiet=not is_main_process()).print(f"the model is in {out}, in {dtype}")
 
 

@@ -1,7 +1,6 @@
 """`train.py finetune`: phase 2, fine-tuning on the user's rows under security vectors, or by another defense."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.defenses.user_inputs import argument_of, check_given, reads_of
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.refusal_sample import change
+from secvec_jax.files import read_log
 from secvec_jax.flags import Variants
 from secvec_jax.model.hub import load
 from secvec_jax.recipes.run_inputs import GIVEN, RunInputs, trainings
@@ -164,9 +164,9 @@ def _packaged_inputs(settings: Finetune, defense: Defense) -> Inputs:
 
 def _learned(log: Path, rows: dict[str, Any]) -> str | None:
     """How the loss of the user's rows went, from the lines of the training that the stage's log has; None without."""
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    records = [record for record in read_log(log) if record.get("stage") == "finetune"]
     names = ["eval/loss"] if any("eval/loss" in record for record in records) else [f"loss/{name}" for name in rows]
-    losses = [[record[name] for name in names if name in record] for record in records if record["stage"] == "finetune"]
+    losses = [[record[name] for name in names if name in record] for record in records]
     means = [sum(values) / len(values) for values in losses if values]
     if not means:
         return None

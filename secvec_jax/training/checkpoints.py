@@ -26,7 +26,7 @@ from secvec_jax.data.pipeline import Batches
 from secvec_jax.digests import difference, of_values
 from secvec_jax.distributed import all_max, is_main_process, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import atomic_file, lock, writing
+from secvec_jax.files import atomic_file, lock, read_kept, writing
 from secvec_jax.training.validation import EarlyStopping
 from secvec_jax.trees import Tree, checksums, first_not_finite
 
@@ -193,7 +193,7 @@ class Store:
     def _check_inputs(self) -> None:
         path, now = self._settings.folder / "inputs.json", dict(self._settings.inputs)
         if self._checkpointer.latest is not None and path.exists():
-            changed = difference(json.loads(path.read_text()), now)
+            changed = difference(self._kept_inputs(path), now)
             if changed is not None:
                 raise UserError(
                     f"{changed} since the training in {path.parent} was started, which cannot resume with it: train in "
@@ -202,6 +202,14 @@ class Store:
         if now:
             with atomic_file(path) as staging:
                 staging.write_text(json.dumps(now, indent=2) + "\n")
+
+    @staticmethod
+    def _kept_inputs(path: Path) -> dict[str, Any]:
+        cure = f"delete {path.parent} to train from the start"
+        kept = read_kept(path, cure)
+        if not isinstance(kept, dict):
+            raise UserError(f"{path} is damaged: {cure}")
+        return kept
 
     def _load(self, run: State, step: int) -> str | None:
         """Set the run to a checkpoint and return None, or return why it cannot be read."""
@@ -246,8 +254,8 @@ def _data(run: State) -> dict[str, Any]:
 def _recorded_step(path: Path) -> int | None:
     """The step in a record of a divergence; None if there is none that can be read."""
     try:
-        return json.loads(path.read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_kept(path, "delete it")["step"]
+    except (UserError, KeyError, TypeError):
         return None
 
 

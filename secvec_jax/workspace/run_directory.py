@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import secvec_jax
 from secvec_jax import config
 from secvec_jax.digests import difference
 from secvec_jax.errors import UserError, WriteError
-from secvec_jax.files import atomic_file, clear_unfinished, expanded, lock
+from secvec_jax.evaluation.records import is_number
+from secvec_jax.files import atomic_file, clear_unfinished, expanded, lock, read_kept, resolved
 from secvec_jax.workspace.inputs import Inputs
 
 VERSION = secvec_jax.__version__
@@ -65,7 +64,7 @@ def claim(
     try:
         if exclusive:
             acquire(folder)
-        clear_unfinished(folder)
+        clear_unfinished(folder, within=(*_MADE, "seed-*"))
         if overwrite and _has_progress(folder):
             _clear(folder, inputs)
         if not _has_progress(folder):
@@ -86,13 +85,13 @@ def claim(
 
 def acquire(folder: Path) -> None:
     """Let no other process run in the folder until `release`, or until this one ends."""
-    if folder.resolve() not in _held:
-        _held[folder.resolve()] = lock(folder)
+    if resolved(folder) not in _held:
+        _held[resolved(folder)] = lock(folder)
 
 
 def release(folder: Path) -> None:
     """Let other processes run in the folder again."""
-    held = _held.pop(folder.resolve(), None)
+    held = _held.pop(resolved(folder), None)
     if held is not None:
         held.release()
 
@@ -135,7 +134,7 @@ def _clear(folder: Path, inputs: Inputs) -> None:
         name = label.partition(" ")[2]
         if not label.startswith("--"):
             continue
-        if any(expanded(name).resolve().is_relative_to(path.resolve()) for path in made):
+        if any(resolved(expanded(name)).is_relative_to(resolved(path)) for path in made):
             raise UserError(f"{label} is in {folder}, which --overwrite would delete: give another --out")
         if content is None:
             raise UserError(f"{label} cannot be read: {folder} is left as it is")
@@ -162,8 +161,8 @@ def _check_version(settings: Any, folder: Path) -> None:
 def _check_settings(settings: Any, folder: Path) -> bool:
     """Whether the run is being extended. Raises UserError if it is a different run."""
     before: dict[str, Any] = {}
-    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
-        stored = yaml.safe_load((folder / CONFIG).read_text())
+    with contextlib.suppress(UserError):
+        stored = config.read(folder / CONFIG)
         if isinstance(stored, dict):
             before = config.flat(stored)
             with contextlib.suppress(UserError):  # settings added in a later version have their defaults
@@ -207,8 +206,17 @@ def _open_stages(folder: Path) -> None:
     """Let the finished stages run again: they continue from their last checkpoint."""
     for path in folder.glob("stages/*.json"):
         with atomic_file(path.with_suffix(".seconds")) as staging:
-            staging.write_text(json.dumps({"seconds": json.loads(path.read_text())["seconds"]}))
+            staging.write_text(json.dumps({"seconds": read_stage(path)["seconds"]}))
         path.unlink()
+
+
+def read_stage(path: Path) -> dict[str, Any]:
+    """The record of a finished stage. Raises UserError if it is damaged."""
+    cure = "delete it, and the stage runs again"
+    record = read_kept(path, cure)
+    if not isinstance(record, dict) or "result" not in record or not is_number(record.get("seconds")):
+        raise UserError(f"{path} is damaged (it has no seconds and result): {cure}")
+    return record
 
 
 def _check_inputs(folder: Path, inputs: Inputs) -> None:
@@ -223,7 +231,7 @@ def _check_inputs(folder: Path, inputs: Inputs) -> None:
 
 def _recorded(folder: Path) -> Inputs:
     try:
-        recorded = json.loads((folder / INPUTS).read_text())
-    except (OSError, ValueError):
+        recorded = read_kept(folder / INPUTS, "pass --overwrite to replace the run")
+    except UserError:
         return {}
     return recorded if isinstance(recorded, dict) else {}

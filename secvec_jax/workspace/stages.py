@@ -26,8 +26,9 @@ from secvec_jax.distributed import (
     on_main_process,
     require_same,
 )
-from secvec_jax.errors import WriteError
-from secvec_jax.files import atomic_file
+from secvec_jax.errors import UserError, WriteError
+from secvec_jax.evaluation.records import is_number
+from secvec_jax.files import atomic_file, read_kept, read_log
 from secvec_jax.terminal import Console
 from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
@@ -86,7 +87,7 @@ class Stages:
         if changed is not None:
             self.console.print(f"{name}: {changed}, so it runs again", soft_wrap=True)
         if broadcast_from_first(path.exists()):
-            record = json.loads(path.read_text())
+            record = run_directory.read_stage(path)
             self.seconds[name] = record["seconds"]
             self.console.print(f"{name}: done before, {record['seconds']:.0f} s", style="dim")
             return record["result"]
@@ -152,9 +153,19 @@ def _contents(named: Mapping[str, Path | str]) -> Inputs:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """The content of a file in `stages`; empty if it is absent. Earlier versions wrote the seconds alone."""
-    content = json.loads(path.read_text()) if path.exists() else {}
-    return content if isinstance(content, dict) else {"seconds": content}
+    """The content of a file in `stages`; empty if it is absent. Earlier versions wrote the seconds alone.
+
+    Raises UserError if it is damaged.
+    """
+    if not path.exists():
+        return {}
+    if path.suffix == ".json":
+        return run_directory.read_stage(path)
+    content = read_kept(path, "delete it")
+    record = content if isinstance(content, dict) else {"seconds": content}
+    if not is_number(record.get("seconds", 0.0)) or not isinstance(record.get("inputs", {}), dict):
+        raise UserError(f"{path} is damaged: delete it")
+    return record
 
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -312,9 +323,8 @@ def curves(log: Path, stages: dict[str, str]) -> dict[str, dict[str, list[tuple[
     kinds of rows but the harmful.
     """
     losses_by_row: dict[str, dict[str, dict[int, float]]] = {}
-    for line in log.read_text().splitlines() if log.exists() else []:
-        record = json.loads(line)
-        if record["stage"] not in stages:
+    for record in read_log(log):
+        if record.get("stage") not in stages:
             continue
         row = losses_by_row.setdefault(stages[record["stage"]], {"harmful": {}, "benign": {}})
         losses = {key.removeprefix("loss/"): value for key, value in record.items() if key.startswith("loss/")}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from secvec_jax.errors import UserError, WriteError
-from secvec_jax.files import append_line, atomic_file, atomic_folder, clear_unfinished, system_error
+from secvec_jax.files import append_line, atomic_file, atomic_folder, clear_unfinished, system_error, temporary_folder
 
 
 def _tree(folder: Path) -> dict[str, str]:
@@ -159,11 +159,13 @@ def _killed_in(write, target: Path) -> Path:
     return leftover
 
 
-def test_the_next_writer_clears_what_a_killed_one_left(tmp_path):
-    leftover = _killed_in(atomic_folder, tmp_path / "[model]")
+@pytest.mark.parametrize("write", [atomic_folder, atomic_file, temporary_folder])
+def test_the_next_writer_clears_what_a_killed_one_left(tmp_path, write):
+    leftover = _killed_in(write, tmp_path / "[model]")
     other = tmp_path / ".model.unfinished-mine"
     other.touch()
-    with atomic_folder(tmp_path / "[model]"):
+    os.mkfifo(tmp_path / ".[model].unfinished-abcd1234")
+    with write(tmp_path / "[model]"):
         assert not leftover.exists() and other.exists()
 
 
@@ -171,7 +173,7 @@ def test_a_run_clears_all_leftovers_but_those_of_living_processes(tmp_path):
     (tmp_path / "deep").mkdir()
     leftovers = [_killed_in(atomic_folder, tmp_path / "deep" / "model"), _killed_in(atomic_file, tmp_path / "a.json")]
     with atomic_folder(tmp_path / "alive") as alive, atomic_file(tmp_path / "b.json") as file:
-        clear_unfinished(tmp_path)
+        clear_unfinished(tmp_path, within=("d*p",))
         assert alive.exists() and file.exists()
         assert not any(path.exists() for path in leftovers)
 
