@@ -171,7 +171,8 @@ def protect_run(settings: Protect, command: str) -> int:
     work = Work(asked, run.stages)
     protected = _protected(work)
     results = results_of(protected.audit, settings, command, run.stages.seconds)
-    results = dataclasses.replace(results, rows=[row | work.facts for row in results.rows[:1]] + results.rows[1:])
+    rows = [row | (work.facts if row["name"] == "after" else {}) for row in results.rows]
+    results = dataclasses.replace(results, rows=rows)
     write_report(protected.audit, results, run.folder)
     on_main_process(lambda: write(run.folder / "model" / "README.md", _card(work, protected.audit, results)))
     if settings.training.schedule != "constant":  # else the training can be extended from its last checkpoint
@@ -294,10 +295,18 @@ def _card(work: Work, audit: Audit, results: Results) -> str:
     root = str(earlier[0].config.get("model", "")) if earlier else work.model_name
     drift = work.facts["drift"]
     row = work.facts | {"name": name, "metrics": {"drift": {"value": drift, "n": 1, "ci95": [drift, drift]}}}
-    if "security vectors" in work.asked.defense.reads:
-        row["vectors"] = [str(work.folder / "vectors")]
     trained = dataclasses.replace(results, rows=[row])
     return model_card(name, hub_id(root), [*earlier, trained], [results]) + "\n" + audit_report.section(audit)
+
+
+def _learned(audit: Audit) -> list[str]:
+    """What was learned, in one sentence; none without held-out rows."""
+    return [
+        f"the loss of your {line.before.n} held-out rows is {line.after.value:.2f} nats per token (before: "
+        f"{line.before.value:.2f})"
+        for line in audit.lines
+        if line.metric == "data_loss"
+    ]
 
 
 def _show(protected: Protected, folder: Path, as_json: bool, work: Work) -> None:
@@ -311,7 +320,7 @@ def _show(protected: Protected, folder: Path, as_json: bool, work: Work) -> None
         return
     terminal = screen()
     terminal.print(audit_report.table(audit))
-    lines = [audit_report.headline(audit), *audit.notes]
+    lines = [audit_report.headline(audit), *_learned(audit), *audit.notes[len(protected.notes) :]]
     if protected.system is not None:
         lines.append(f"serve the model with its system prompt, which is its defense: {folder / 'system_prompt.txt'}")
     lines.append(f"suspects: {folder / 'suspects.jsonl'}; report: {folder / 'report.html'}")

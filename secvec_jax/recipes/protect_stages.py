@@ -134,7 +134,7 @@ def num_held_out(count: int, fraction: float) -> int:
     if not fraction:
         return 0
     fewest = _FEWEST_HELD_OUT if count >= _ENOUGH else 0
-    return min(max(round(fraction * count), fewest), count - 1)
+    return max(0, min(max(round(fraction * count), fewest), count - 1))
 
 
 def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
@@ -173,6 +173,8 @@ def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
     found = work.stage("fine-tune", run, reads=reads, makes={"the model": folder}, forget=forget)
     system: str | None = found["system"]
     work.facts |= {"drift": found["drift"], "frozen": found["frozen"]} | ({} if system is None else {"system": system})
+    if "security vectors" in asked.defense.reads:
+        work.facts["vectors"] = [str(work.vectors_file)]
     return system
 
 
