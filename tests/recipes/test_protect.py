@@ -1,8 +1,10 @@
 """`train.py protect` and `sv.protect`: the whole command on toys, resumed, cached, gated, and its verdicts."""
 
 import json
+import threading
 from pathlib import Path
 
+import jax
 import pytest
 
 import secvec_jax as sv
@@ -195,6 +197,26 @@ def test_other_rows_or_settings_have_other_vectors():
         vector_cache.key_of(other, base, sv.Training(), sv.LoRA()),
     ]
     assert len({key, *others}) == 5
+
+
+def test_who_comes_second_waits_for_the_vectors_of_the_first(own_cache):
+    model, told, found = tiny_model(), [], []
+    vectors = sv.LoRA(rank=2).init(model.architecture, jax.random.key(0))
+
+    def second():
+        with vector_cache.locked_entry("key", lambda text: told.append(text) or waiting.set()) as entry:
+            found.append(entry.read(model, told.append))
+
+    waiting = threading.Event()
+    with vector_cache.locked_entry("key", told.append) as entry:
+        assert entry.read(model, told.append) is None and told == []
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(60) and found == [], "it waits"
+        entry.write(vectors, model, {"measured": 1.0})
+    thread.join(60)
+    assert told == ["another process is making the vectors of this model: waiting for it"]
+    assert fingerprint(found[0][0]) == fingerprint(vectors) and found[0][1] == {"measured": 1.0}
 
 
 def test_vectors_that_do_not_pass_the_gate_stop_the_command(toys, judged, monkeypatch, capsys):
