@@ -10,6 +10,7 @@
     tuned.save("tuned/")                                          # a Hugging Face folder
     guarded = sv.defend(aligned, user_rows, sv.defenses.GuardedVectors(), vectors=vectors).model   # another defense
     sv.audit(aligned, tuned)                                      # what changed, with a verdict
+    result  = sv.protect(aligned, user_rows)                      # screened, defended and audited: the recommended way
 
 Everything is a value: no verb changes its arguments. Wrong arguments raise `UserError`, which says what to pass.
 """
@@ -29,6 +30,7 @@ from secvec_jax.model.hub import Model, load
 from secvec_jax.model.sampling import Sampling
 from secvec_jax.recipes.audit import audit
 from secvec_jax.recipes.defend import defend
+from secvec_jax.recipes.protect import protect
 from secvec_jax.sharding import make_mesh
 from secvec_jax.vectors.lora import LoRA, random_like
 from secvec_jax.vectors.peft import save_peft
@@ -57,6 +59,7 @@ __all__ = [
     "load_vectors",
     "logits",
     "make_mesh",
+    "protect",
     "random_like",
     "save_peft",
     "save_vectors",

@@ -54,6 +54,14 @@ TRAIN: dict[str, Verb] = {
             "--model runs/aligned --data user.jsonl --vectors runs/vectors --task-lora.rank 16 --task-lora.alpha 32",
         ),
     ),
+    "protect": Verb(
+        "fine-tune on your data the recommended way: screen it, defend the training, audit the result",
+        _from("recipes.protect", "Protect", "protect_run"),
+        (
+            "--model runs/aligned --data user.jsonl --out runs/protected",
+            "--model runs/aligned --data user.jsonl --drop --task-lora.rank 16 --json",
+        ),
+    ),
     "grid": Verb(
         "research: fine-tune and evaluate every cell of a grid of defenses and attacks",
         _from("grid.grid", "Grid", "grid"),

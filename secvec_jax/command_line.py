@@ -125,7 +125,7 @@ def main(
         if interrupted():
             return _stopped()
         if isinstance(error, UserError):
-            return _fail(str(error))
+            return _fail(str(error), getattr(error, "__notes__", ()))
         if is_clustered() and (lost := lost_process()) is not None:  # the error is only how JAX noticed
             return _fail(lost)
         if system_error(error) is None:
@@ -172,9 +172,12 @@ def _of_the_system(error: Exception) -> str:
     return f"{about}{system_error(error)}: correct that and rerun the same command; no partial files were kept"
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, notes: Sequence[str] = ()) -> int:
+    """Report an error in one line, after the notes that it has, and return the exit code."""
     line = redact(one_line(message))
     begin_ending()
+    for note in notes:
+        print(redact(one_line(note)), file=sys.stderr)
     print(f"error: {line}", file=sys.stderr, flush=True)
     report_failure(line)
     return 2

@@ -1,4 +1,4 @@
-"""A process that is killed amid a write: the same command then ends as if nothing had been, and nothing is left over."""
+"""A process that is killed during a write: the same command then ends as if it had not been, and leaves nothing over."""
 
 import json
 import random

@@ -5,7 +5,7 @@ ends with the user's turn has no answer yet: good for scoring, useless for train
 """
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict, overload
 
 from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned
@@ -228,16 +228,50 @@ def normalized_rows(
     unit: str = "row",
     ignore_fields: Collection[str] = (),
 ) -> Iterator[Row]:
-    """The rows of numbered records one by one; raises UserError as `as_rows` does."""
-    empty = True
+    """The rows of numbered records one by one; raises UserError as `as_rows` does, after all records are read.
+
+    A record may be the UserError that its reader met. Of several records that cannot be read, the error tells how many,
+    and its notes (`__notes__`) tell up to ten of them.
+    """
+    empty, problems, count = True, list[UserError](), 0
     for number, record in records:
-        where = location(name, number, unit)
-        normalized, empty = normalize(record, where, ignore_fields), False
-        if needs_answer:
-            check_answer(normalized, where)
-        yield normalized
+        empty = False
+        try:
+            normalized = _checked_row(record, location(name, number, unit), needs_answer, ignore_fields)
+        except UserError as error:
+            count += 1
+            problems += [error] if count <= _MOST_TOLD else []
+            continue
+        if not problems:
+            yield normalized
     if empty:
         raise UserError(f"{name} holds no rows; {ACCEPTED_FORMS}")
+    if count == 1:
+        raise problems[0]
+    if problems:
+        raise _unreadable(name, problems, count)
+
+
+_MOST_TOLD = 10
+"""Rows that cannot be read and are told one by one."""
+
+
+def _checked_row(record: Any, where: str, needs_answer: bool, ignore_fields: Collection[str]) -> Row:
+    if isinstance(record, UserError):
+        raise record
+    normalized = normalize(record, where, ignore_fields)
+    if needs_answer:
+        check_answer(normalized, where)
+    return normalized
+
+
+def _unreadable(name: str, problems: Sequence[UserError], count: int) -> UserError:
+    error = UserError(f"{count:,} rows of {name} cannot be read, the first: {problems[0]}")
+    for problem in problems:
+        error.add_note(str(problem))
+    if count > len(problems):
+        error.add_note(f"... and {count - len(problems):,} more rows")
+    return error
 
 
 def check_answer(row: Row, where: str) -> None:

@@ -126,7 +126,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE + 1), ""), 1):
             if line.strip():
-                yield number, _parse_line(line, path, number)
+                yield number, _parsed(line, path, number)
 
 
 def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str]) -> Rows[Row]:
@@ -141,7 +141,7 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
                 if line.strip():
                     starts.append(begin)
                     numbers.append(number)
-                    yield number, _parse_line(line.decode(), path, number)
+                    yield number, _parsed(line.decode(), path, number)
                 begin += len(line)
 
     for _ in normalized_rows(lines(), needs_answer, path.name, "line", ignore_fields):
@@ -154,18 +154,29 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
         with path.open("rb") as file:
             file.seek(starts[index])
             line = file.readline().decode()
-            return normalize(_parse_line(line, path, numbers[index]), where(index), ignore_fields)
+            return normalize(_parse_json(line, where(index)), where(index), ignore_fields)
 
     return Rows(read, len(starts), where, answered=needs_answer)
 
 
-def _parse_line(line: str, path: Path, number: int) -> Any:
+def _parsed(line: str, path: Path, number: int) -> Any:
+    """The value in a line, or the error that it has none, so that the next lines can still be read.
+
+    Raises UserError for a line after which nothing can be.
+    """
+    _check_line(line, path, number)
+    try:
+        return _parse_json(line, location(path.name, number, "line"))
+    except UserError as error:
+        return error
+
+
+def _check_line(line: str, path: Path, number: int) -> None:
     where = location(path.name, number, "line")
     if len(line) > _LONGEST_LINE:
         raise UserError(f"{where} has more than {_LONGEST_LINE:,} characters; split or remove it")
     if number == 1 and line.lstrip().startswith("[") and not line.rstrip().endswith("]"):
         raise UserError(f"{where} opens a list that does not end there: {path.name} is one JSON value; name it .json")
-    return _parse_json(line, where)
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -239,8 +250,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
             for number, record in enumerate(table, 1):
                 if None in record:
                     where = location(path.name, number)
-                    raise UserError(f"{where} has more cells than the header; quote the text with commas")
-                yield number, record
+                    yield number, UserError(f"{where} has more cells than the header; quote the text with commas")
+                else:
+                    yield number, record
     except csv.Error as error:
         where = location(path.name, number + 1)
         raise UserError(f"{where} is not valid CSV ({error}); correct or convert the file") from error

@@ -20,7 +20,7 @@ from secvec_jax.training.trainer import OnStep
 from secvec_jax.vectors.kinds import Spec
 from secvec_jax.vectors.lora import LoRA
 
-_SHARED = (
+SHARED = (
     "batch_size", "max_seq_len", "long_rows", "control_tokens", "grad_accum_steps", "remat", "share_prefix", "seed",
     "save_every_seconds", "max_checkpoints",
 )  # fmt: skip
@@ -165,7 +165,7 @@ class UserInputs(DefenseInputs):
 
     def sharing(self, training: Training) -> Training:
         """A training with what the fine-tuning's settings say of rows and memory."""
-        return dataclasses.replace(training, **{name: getattr(self._options["training"], name) for name in _SHARED})
+        return dataclasses.replace(training, **{name: getattr(self._options["training"], name) for name in SHARED})
 
     def _of(self, need: Need) -> Any:
         if need not in self._kept:

@@ -85,6 +85,14 @@ def markdown(audit: Audit, results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def section(audit: Audit) -> str:
+    """Return the audit as the section of a model card: the verdict, the table and what was compared."""
+    header, body = _cells(audit)
+    compared = f"Before: `{audit.before}`. After: these files."
+    parts = [f"## Audit: {audit.verdict}", headline(audit), compared, markdown_table(header, body), INTERVALS]
+    return "\n\n".join(parts) + "\n"
+
+
 _ONE_LINE = "Each text is clipped to one line."
 _CHANGE_HEADER = ["kind", "prompt", "what changed", "reply before", "reply after"]
 

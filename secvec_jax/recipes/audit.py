@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any
 
 from secvec_jax import config
 from secvec_jax.assets import cache_dir
@@ -121,20 +122,20 @@ def audit_run(settings: AuditRun, command: str) -> int:
     run = Run(settings, command, more_inputs)
     if settings.json:
         run.stages.console = Console(stderr=True, quiet=not is_main_process(), soft_wrap=True)
-    asked = _Asked(
+    asked = Asked(
         {"before": settings.before, "after": settings.after, "reference": settings.reference,
-         "unaligned": settings.unaligned or _before_alignment(settings.before)},
+         "unaligned": settings.unaligned or before_alignment(settings.before)},
         partial(_loaded, settings),
         settings.system,
         settings.limits,
         settings.max_prompts,
         settings.reply_tokens,
     )  # fmt: skip
-    audit = _audited(asked, run.stages)
+    audit = audited(asked, run.stages)
     if tasks is not None:
         lines = _task_lines(settings, tasks, asked, run.stages)
         audit = dataclasses.replace(audit, lines=(*audit.lines, *lines))
-    _report(audit, settings, command, run.folder, run.stages.seconds)
+    write_report(audit, results_of(audit, settings, command, run.stages.seconds), run.folder)
     if settings.json:
         on_main_process(lambda: print(json.dumps(audit.as_dict() | {"report": str(run.folder / "report.html")})))
     else:
@@ -177,8 +178,8 @@ def audit(
     def rows_of(kind: str) -> Sequence[Row] | None:
         return None if given[kind] is None else as_rows(given[kind], needs_answer=kind == "data", name=kind)
 
-    asked = _Asked(
-        names | {"unaligned": _before_alignment(before) if unaligned is None else unaligned},
+    asked = Asked(
+        names | {"unaligned": before_alignment(before) if unaligned is None else unaligned},
         rows_of,
         system,
         limits,
@@ -186,11 +187,11 @@ def audit(
         reply_tokens,
     )
     with tempfile.TemporaryDirectory() as folder:
-        return _audited(asked, Stages(Path(folder), Console(quiet=not (progress and is_main_process()))))
+        return audited(asked, Stages(Path(folder), Console(quiet=not (progress and is_main_process()))))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class Asked:
     """What to audit. models: by role, values or what `sv.load` takes. rows_of: kind -> rows; None: packaged ones."""
 
     models: Mapping[str, Any]
@@ -215,8 +216,10 @@ class _Asked:
         return model.name if isinstance(model, Model) else str(model)
 
 
-def _audited(asked: _Asked, stages: Stages) -> Audit:
-    """Measure the models, one stage each, and compare them."""
+def audited(
+    asked: Asked, stages: Stages, reads: Mapping[str, Mapping[str, Path | str]] = MappingProxyType({})
+) -> Audit:
+    """Measure the models, one stage each, and compare them. reads: of a role, files that its model is read from."""
     notes: list[str] = []
     before = asked.model("before")
     prompts = _prompts(asked, before)
@@ -247,14 +250,15 @@ def _audited(asked: _Asked, stages: Stages) -> Audit:
         return dataclasses.asdict(values)
 
     roles = [role for role in ("before", "after", "reference") if asked.models[role] is not None]
-    found = {role: Measured(**stages.run(role, partial(measured, role))) for role in roles}
+    found = {role: Measured(**stages.run(role, partial(measured, role), reads=reads.get(role))) for role in roles}
 
     def general(stage: Stage) -> dict[str, Any]:
         others = [role for role in roles if role != "before"]
         replies, count = found["before"].benign_replies, asked.most_long
         return {role: general_kl(before, asked.model(role), prompts.benign[:count], replies[:count]) for role in others}
 
-    kl = stages.run("general", general)
+    all_files = {label: path for files in reads.values() for label, path in files.items()}
+    kl = stages.run("general", general, reads=all_files)
     for role, divergences in kl.items():
         if isinstance(divergences, str):
             notes.append(f"{role}: {divergences}")
@@ -280,11 +284,12 @@ def _audited(asked: _Asked, stages: Stages) -> Audit:
     )
 
 
-def _beginnings(asked: _Asked, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
+def _beginnings(asked: Asked, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
     """The beginnings, from the cache folder if another audit made the same ones."""
     kept = _kept_beginnings(asked, prompts)
-    if broadcast_from_first(kept is not None and kept.exists()):
-        return json.loads(cast(Path, kept).read_text())
+    stored = broadcast_from_first(None if kept is None else _stored_beginnings(kept, len(prompts.harmful)))
+    if stored is not None:
+        return stored
     progress = stage.replies(len(prompts.harmful), "compliant replies")
     made = compliant_beginnings(asked.model("unaligned"), prompts.harmful, refusal_prefixes(), progress)
     if kept is not None:
@@ -298,7 +303,16 @@ def _beginnings(asked: _Asked, prompts: AuditPrompts, stage: Stage) -> list[Begi
     return made
 
 
-def _kept_beginnings(asked: _Asked, prompts: AuditPrompts) -> Path | None:
+def _stored_beginnings(path: Path, count: int) -> list[Beginning | None] | None:
+    """The beginnings in a file of the cache, one for each prompt; None if it is missing or damaged."""
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return stored if isinstance(stored, list) and len(stored) == count else None
+
+
+def _kept_beginnings(asked: Asked, prompts: AuditPrompts) -> Path | None:
     """Where the beginnings are kept, by what they depend on; None for a model that is given as a value."""
     source = asked.models["unaligned"]
     digest = known(inputs.model, str(source)) if isinstance(source, str | Path) else None
@@ -321,7 +335,7 @@ def _ordered(lines: Sequence[Line]) -> tuple[Line, ...]:
 # ---------------------------------------------------------------------------------------------- prompts
 
 
-def _prompts(asked: _Asked, model: Model) -> AuditPrompts:
+def _prompts(asked: Asked, model: Model) -> AuditPrompts:
     """The given prompts, packaged ones where none are given; at most `max_prompts` of each kind."""
     harmful, benign, data = map(asked.rows_of, ("harmful", "benign", "data"))
     packaged_rows = {"harmful": (), "benign": ()} if harmful and benign else _packaged(model)
@@ -365,7 +379,7 @@ def _loaded(settings: AuditRun, kind: str) -> Sequence[Row] | None:
     return load_prompts(names, settings.max_prompts, ignore_fields=settings.ignore_fields) if names else None
 
 
-def _before_alignment(model: Any) -> str:
+def before_alignment(model: Any) -> str:
     """The model that the run directories of this package say another was aligned from; smollm2 if they do not."""
     if not isinstance(model, str | Path):
         return UNALIGNED
@@ -382,7 +396,7 @@ def _before_alignment(model: Any) -> str:
 # ---------------------------------------------------------------------------------------------- tasks and report
 
 
-def _task_lines(settings: AuditRun, tasks: tuple[Any, list[str]], asked: _Asked, stages: Stages) -> list[Line]:
+def _task_lines(settings: AuditRun, tasks: tuple[Any, list[str]], asked: Asked, stages: Stages) -> list[Line]:
     """A line for each score of lm-evaluation-harness."""
     options = Harness(str(settings.tasks))
 
@@ -400,10 +414,15 @@ def _task_lines(settings: AuditRun, tasks: tuple[Any, list[str]], asked: _Asked,
     return lines
 
 
-def _report(audit: Audit, settings: AuditRun, command: str, folder: Path, seconds: dict[str, float]) -> None:
+def results_of(audit: Audit, settings: Any, command: str, seconds: Mapping[str, float]) -> Results:
+    """The results of the command that ended with this audit."""
+    return Results(
+        command, config.to_dict(settings_of_run(settings)), environment() | devices(), dict(seconds), audit.rows
+    )
+
+
+def write_report(audit: Audit, results: Results, folder: Path) -> None:
     """Write results.json, report.md and report.html."""
-    facts = environment() | devices()
-    results = Results(command, config.to_dict(settings_of_run(settings)), facts, dict(seconds), audit.rows)
 
     def work() -> None:
         results.save(folder)

@@ -62,13 +62,11 @@ def export(settings: Export, command: str) -> None:
     scored = [Results.load(run) for run in settings.scores]
     for run in settings.scores:
         _check_inputs(run, f"score it again, or omit --scores {run}")
-    trained = list(_history(settings.model))[::-1]
+    trained = list(history(settings.model))[::-1]
     read_by_all(settings)
     loaded = load(settings.model)
     merged = _merged(loaded, adapters)
-    root = str(trained[0].config.get("model", "")) if trained else settings.model
-    is_hub_id = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", root, re.ASCII) is not None and not Path(root).exists()
-    base = _HUB_IDS.get(root) or (root if is_hub_id else None)
+    base = hub_id(str(trained[0].config.get("model", "")) if trained else settings.model)
     dtype = settings.dtype or loaded.metadata.dtype
     merged.save(out, model_card(resolved(out).name, base, trained, scored, carried), dtype=dtype)
     Console(quiet=not is_main_process()).print(f"the model is in {out}, in {dtype}")
@@ -94,7 +92,7 @@ _CHECKED = {"--model": model, "--before": model, "--after": model, "--vectors": 
 """Flags of a run's inputs -> what digests them."""
 
 
-def _history(model: str) -> Iterator[Results]:
+def history(model: str) -> Iterator[Results]:
     """Yield the training runs that led to a model, latest first."""
     seen: set[Path] = set()
     while (folder := run_of(model)) is not None and folder not in seen:
@@ -113,6 +111,12 @@ def run_of(model: str) -> Path | None:
         return next(runs, None)
     except OSError:  # a name that is too long
         return None
+
+
+def hub_id(model: str) -> str | None:
+    """Return the hub id that a model's name is, or stands for; None if it is neither."""
+    is_hub_id = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model, re.ASCII) is not None and not Path(model).exists()
+    return _HUB_IDS.get(model) or (model if is_hub_id else None)
 
 
 def _merged(base: Model, adapters: Sequence[str]) -> Model:

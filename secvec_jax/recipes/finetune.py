@@ -120,7 +120,7 @@ def finetune(settings: Finetune, command: str) -> None:
         if before is not None:
             run.note(before.no_refusals)
         frozen = FrozenTrees()
-        with trainings(run, stage) as on_step:
+        with trainings(run.stages, stage) as on_step:
             options = FinetuneOptions(
                 task=settings.task_lora,
                 training=settings.training,

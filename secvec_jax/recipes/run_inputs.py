@@ -20,7 +20,7 @@ from secvec_jax.training.trainer import OnStep
 from secvec_jax.vectors.kinds import Spec
 from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace.packaged_rows import CONTENTS, PackagedRows
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stages import Stage, Stages
 
 GIVEN: tuple[Need, ...] = (
     "safe rows", "harmful rows", "benign rows", "contrast rows", "base model", "eliciting prompt"
@@ -79,24 +79,17 @@ def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callabl
     packaged = PackagedRows(model, settings.training, run.folder / "own-replies.json", show_replies, prompts)
 
     def rows_given(need: Need, files: Sequence[str]) -> list[Any]:
-        rows = [row for file in files for row in load_rows(file, ignore_fields=settings.ignore_fields)]
+        rows = rows_of_files(files, settings.ignore_fields, settings.training.seed)
         run.note(f"{need}: {', '.join(files)} ({len(rows)} rows)")
         if need == "safe rows":
             run.note(only_refusals(model, rows))
-        # Some defenses take the first few, which should be of every file and kind.
-        return random.Random(settings.training.seed).sample(rows, len(rows))
-
-    def rows_packaged(need: Need, make: Callable[[], Any]) -> Any:
-        made = make()
-        count = "" if isinstance(made, str) else f"{len(made)} rows, "
-        run.note(f"{need}: packaged ({count}{CONTENTS[need]}); --{argument_of(need).replace('_', '-')} gives your own")
-        return made
+        return rows
 
     sources: dict[Need, Callable[[], Any]] = {}
     for need, make in packaged.sources().items():
         value = getattr(settings, argument_of(need))
         if not value:
-            sources[need] = partial(rows_packaged, need, make)
+            sources[need] = partial(packaged_and_told, need, make, run.note)
         elif need == "eliciting prompt":
             sources[need] = partial(str, value)
         else:
@@ -105,8 +98,22 @@ def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callabl
     return sources
 
 
+def rows_of_files(files: Sequence[str], ignore_fields: Sequence[str], seed: int) -> list[Any]:
+    """The rows of all files, shuffled: some defenses take the first few, which should be of every file and kind."""
+    rows = [row for file in files for row in load_rows(file, ignore_fields=ignore_fields)]
+    return random.Random(seed).sample(rows, len(rows))
+
+
+def packaged_and_told(need: Need, make: Callable[[], Any], note: Callable[[str], None]) -> Any:
+    """What is packaged for a need, with a note of what it is."""
+    made = make()
+    count = "" if isinstance(made, str) else f"{len(made)} rows, "
+    note(f"{need}: packaged ({count}{CONTENTS[need]}); --{argument_of(need).replace('_', '-')} gives your own")
+    return made
+
+
 @contextlib.contextmanager
-def trainings(run: TrainingRun, stage: Stage) -> Iterator[OnStep]:
+def trainings(stages: Stages, stage: Stage) -> Iterator[OnStep]:
     """The step callback of a defense: each training after its first is shown and logged as a stage of its own."""
     with contextlib.ExitStack() as shown:
         current, last, number = stage.on_step(), (0, 0), 1
@@ -115,7 +122,7 @@ def trainings(run: TrainingRun, stage: Stage) -> Iterator[OnStep]:
             nonlocal current, last, number
             if last != (0, 0) and (step <= last[0] or steps != last[1]):
                 number += 1
-                current = shown.enter_context(run.stages.show(f"{stage.name} {number}")).on_step()
+                current = shown.enter_context(stages.show(f"{stage.name} {number}")).on_step()
             last = step, steps
             current(step, steps, metrics)
 

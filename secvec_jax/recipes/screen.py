@@ -105,10 +105,16 @@ def _write(folder: Path, rows: Sequence[Row], screening: Screening) -> None:
         for number, (row, score) in enumerate(zip(rows, screening.scores, strict=True)):
             line = {"row": number, "score": round(score, 4), "prompt": clip(prompt_of(row))}
             file.write(json.dumps(line | ({} if threshold is None else {"above": score > threshold})) + "\n")
+    write_histogram(folder / "histogram.png", screening)
+
+
+def write_histogram(path: Path, screening: Screening) -> None:
+    """Draw the scores of the rows, and of those of known kind, with the threshold."""
     by_kind = {"data": screening.scores, "harmful": screening.harmful, "benign": screening.benign}
     drawn = {name: scores for name, scores in by_kind.items() if scores is not None}
-    with atomic_file(folder / "histogram.png") as staging:
-        staging.write_bytes(png(plot_histogram(drawn, "loss reduction by the vectors (nats per token)", threshold)))
+    figure = plot_histogram(drawn, "loss reduction by the vectors (nats per token)", screening.threshold)
+    with atomic_file(path) as staging:
+        staging.write_bytes(png(figure))
 
 
 def _write_clean(path: Path, rows: Sequence[Row], screening: Screening) -> None:

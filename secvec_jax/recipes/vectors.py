@@ -2,20 +2,26 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from secvec_jax.checks import NonNegativeInt, Text, checked
 from secvec_jax.config import Training
+from secvec_jax.data.chat import Example
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import Advice, default_rate
+from secvec_jax.defenses.finetuning import examples_of
+from secvec_jax.defenses.gate import FEWEST_HELD_OUT, Gate, measure_gate
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, train_vectors
-from secvec_jax.model.hub import load
+from secvec_jax.errors import UserError
+from secvec_jax.model.hub import Model, load
 from secvec_jax.recipes.training_run import TrainingRun
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import save_vectors
+from secvec_jax.workspace.packaged_rows import PackagedRows
 from secvec_jax.workspace.stages import Stage
 
 
@@ -40,7 +46,8 @@ class Vectors:
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
     training: Training = PHASE1
     check_prompts: NonNegativeInt = 24
-    """number of packaged prompts, harmful and benign each, for measuring refusals before training; 0: none"""
+    """number of packaged prompts, harmful and benign each, for measuring refusals before training; 0: none, and no test
+    of the vectors at the end"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     overwrite: bool = False
@@ -86,6 +93,37 @@ def vectors(settings: Vectors, command: str) -> None:
         if isinstance(trained, LoRAVectors):
             save_peft(trained, folder / "peft", model)
         values = {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
-        return values | {"notes": run.notes}
+        gate = _gate(run, model, trained, {"harmful": rows, "benign": benign}, stage)
+        facts = {} if gate is None else {"gate": gate.as_dict()}
+        return values | {"notes": run.notes, "facts": facts}
 
     run.finish(run.stages.run("vectors", work), f"the vectors are in {folder}")
+
+
+def _gate(run: TrainingRun, model: Model, trained: Any, rows: dict[str, Any], stage: Stage) -> Gate | None:
+    """The gate of the vectors, told and no error; None if no refusals are measured, which takes packaged rows, too.
+
+    All rows that are given are trained on, so it is measured on packaged ones that are not among them.
+    """
+    if run.prompts is None:
+        return None
+    stage.say("testing the vectors")
+    try:
+        held_out = PackagedRows(model, dataclasses.replace(run.settings.training.over(PHASE1), seed=0)).held_out()
+    except UserError as error:
+        run.note(f"the vectors are not tested ({error}); --check-prompts 0 skips this")
+        return None
+    unseen = {kind: _unseen(model, held_out[kind], rows[kind]) for kind in ("harmful", "benign")}
+    if min(map(len, unseen.values())) < FEWEST_HELD_OUT:
+        run.note("the vectors are not tested: they were trained on (nearly) all packaged rows that could test them")
+        return None
+    gate = measure_gate(model, trained, **unseen)
+    run.note(f"{gate}; the rows are packaged ones (AdvBench), and say nothing of vectors for another behavior")
+    return gate
+
+
+def _unseen(model: Model, candidates: Sequence[Example], trained_on: Any) -> list[Example]:
+    """The candidates whose prompt no row has that was trained on."""
+    examples = [] if trained_on is None else examples_of(model, trained_on)
+    prompts = {example.tokens[: example.answer_start].tobytes() for example in examples}
+    return [each for each in candidates if each.tokens[: each.answer_start].tobytes() not in prompts]

@@ -53,6 +53,14 @@ class PackagedRows:
             "eliciting prompt": lambda: CONTENTS["eliciting prompt"],
         }
 
+    def held_out(self) -> dict[str, list[Example]]:
+        """Rows, "harmful" and "benign", that none of the others has; half of the benign open as the harmful ones do."""
+        suite = self._splits.suite
+        return {
+            "harmful": list(suite.harmful_targets),
+            "benign": [*suite.benign_targets, *suite.opening_targets],
+        }
+
     @cached_property
     def _splits(self) -> Splits:
         return make_splits(self._model, Sizes(), self._training, self._training.seed)

@@ -32,7 +32,7 @@ CONFIG, INPUTS = "config.yaml", "inputs.json"
 _MADE = (
     CONFIG, INPUTS, "metrics.jsonl", "stages", "checkpoints", "results.json", "report.md", "report.html", "vectors",
     "model", "task", "aligned", "system_prompt.txt", "own-replies.json", "scores.jsonl", "tensorboard", "cells",
-    "scores.png", "losses.png", "histogram.png",
+    "scores.png", "losses.png", "histogram.png", "suspects.jsonl",
 )  # fmt: skip
 """What runs write into their folder, in addition to a grid's seed folders."""
 

@@ -176,11 +176,11 @@ def test_the_model_before_alignment_is_found_in_the_run_directories(tmp_path):
         (tmp_path / name / "model").mkdir(parents=True)
         config["model"] = str(tmp_path / config["model"]) if config["model"] == "aligned" else config["model"]
         Results("python train.py", config).save(tmp_path / name)
-    assert recipe._before_alignment(str(tmp_path / "aligned")) == "base-model"
-    assert recipe._before_alignment(str(tmp_path / "tuned" / "model")) == "base-model"
-    assert recipe._before_alignment("somebody/model") == recipe._before_alignment(tiny_model()) == "smollm2"
+    assert recipe.before_alignment(str(tmp_path / "aligned")) == "base-model"
+    assert recipe.before_alignment(str(tmp_path / "tuned" / "model")) == "base-model"
+    assert recipe.before_alignment("somebody/model") == recipe.before_alignment(tiny_model()) == "smollm2"
     (tmp_path / "aligned" / "results.json").unlink()
-    assert recipe._before_alignment(str(tmp_path / "tuned")) == "smollm2", "tuned from a model of unknown origin"
+    assert recipe.before_alignment(str(tmp_path / "tuned")) == "smollm2", "tuned from a model of unknown origin"
 
 
 def test_a_card_has_the_audits_table_and_metadata(world):

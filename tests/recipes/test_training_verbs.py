@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from secvec_jax.config import Training
+from secvec_jax.data.rows import prompt_of, row
+from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import base
+from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import refusal_sample
 from secvec_jax.evaluation.card import model_card
@@ -22,6 +25,7 @@ from secvec_jax.recipes.align import Align, align
 from secvec_jax.recipes.finetune import Finetune, finetune
 from secvec_jax.recipes.vectors import Vectors, vectors
 from secvec_jax.vectors.steering import Steering
+from secvec_jax.workspace import packaged_rows
 from tests.toys import tiny_model
 
 TRAINING = Training(max_steps=1, batch_size=2, max_seq_len=64)
@@ -104,10 +108,28 @@ def test_fine_tuning_says_whether_the_model_refuses(untrained, data, tmp_path, c
     assert set(Results.load(out).rows[0]["metrics"]) == {"drift", "refusal", "compliance", "over_refusal"}
 
 
-def test_vectors_say_whether_the_model_refuses(untrained, data, tmp_path, capsys):
+def test_vectors_say_whether_the_model_refuses(untrained, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packaged_rows.PackagedRows, "held_out", lambda self: {"harmful": [], "benign": []})
     untrained.sample = sample(0, 0)
     vectors(Vectors(data, benign=data, out=str(tmp_path / "out"), training=TRAINING), "")
-    assert "align the model first" in said(capsys)
+    text = said(capsys)
+    assert "align the model first" in text and "the vectors are not tested: they were trained on" in text
+
+
+def test_vectors_end_with_their_gate_on_rows_that_they_were_not_trained_on(
+    untrained, data, tmp_path, monkeypatch, capsys
+):
+    untrained.sample = sample(10, 0)
+    trained_on = [row(prompt_of(each), "Another answer.") for each in load_rows(data)]
+    others = [row(f"Other {number}?", "An answer.") for number in range(9)]
+    held_out = examples_of(tiny_model(), [*trained_on, *others])
+    kinds = {"harmful": held_out, "benign": held_out}
+    monkeypatch.setattr(packaged_rows.PackagedRows, "held_out", lambda self: kinds)
+    vectors(Vectors(data, benign=data, out=str(tmp_path / "out"), training=TRAINING), "")
+    gate = Results.load(tmp_path / "out").rows[0]["gate"]
+    assert gate["harmful"]["n"] == gate["benign"]["n"] == 9, "those that were not trained on"
+    assert not gate["passes"], "vectors that change nothing"
+    assert "the gate fails: with the vectors on, the loss of 9 held-out harmful rows is" in said(capsys)
 
 
 def test_alignment_ends_with_over_refusal_and_warns(untrained, data, tmp_path, capsys):

@@ -1,0 +1,328 @@
+"""`train.py protect` and `sv.protect`: a fine-tuning of one's own, screened, defended, and audited against the model
+before.
+
+    preflight ──> vectors ──> screen ──> fine-tune ──> audit of the exported files ──> a verdict, and a model card
+
+Each stage is done once; a command that was interrupted goes on where it stopped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Texts, checked
+from secvec_jax.config import Training
+from secvec_jax.defenses.base import Defense, Need
+from secvec_jax.defenses.finetuning import PHASE2, groups_of
+from secvec_jax.defenses.inputs import as_row_source, as_task
+from secvec_jax.defenses.registry import as_mapping, listing, read_defense, usable_defenses
+from secvec_jax.defenses.user_inputs import argument_of, check_given
+from secvec_jax.distributed import is_main_process, on_main_process
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation import audit_report
+from secvec_jax.evaluation.audit import Audit, Limits
+from secvec_jax.evaluation.card import model_card
+from secvec_jax.evaluation.report import Results
+from secvec_jax.flags import Variants
+from secvec_jax.inference import as_model
+from secvec_jax.model.hub import Model
+from secvec_jax.recipes.audit import results_of, write_report
+from secvec_jax.recipes.export import history, hub_id
+from secvec_jax.recipes.protect_stages import audit_export, divide, fine_tune, preflight, screen_rows
+from secvec_jax.recipes.protect_vectors import make_vectors
+from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work
+from secvec_jax.recipes.run_inputs import GIVEN, rows_of_files
+from secvec_jax.recipes.training_run import rows_by_source
+from secvec_jax.terminal import Console
+from secvec_jax.vectors.kinds import Vectors
+from secvec_jax.vectors.lora import LoRA
+from secvec_jax.workspace.inputs import packaged
+from secvec_jax.workspace.packaged_rows import CONTENTS
+from secvec_jax.workspace.runs import Run, scoring_inputs
+from secvec_jax.workspace.splits import sources
+from secvec_jax.workspace.stages import Stages, release, screen, write
+
+_SAME = (
+    "vectors", "drop", "eval_fraction", "task_lora", "training", "system", "limits", "max_prompts", "reply_tokens",
+    "check_prompts",
+)  # fmt: skip
+"""Settings of the command that are passed on as they are."""
+
+_DEFENSES = {"variants": Variants(usable_defenses(), listing)}
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class Protect:
+    """Fine-tune on your data the recommended way: screened, defended, and audited against the model before.
+
+    The exit code is 0 if the audit passes, 3 if it fails and 4 if it is inconclusive.
+    """
+
+    data: Texts
+    """training rows: files, packaged names or hub dataset ids, shuffled together"""
+    model: str = "smollm2"
+    """the model to fine-tune; it must refuse already (train.py align)"""
+    vectors: str | None = None
+    """run directory of `train.py vectors`, its vector file, or a PEFT adapter folder; by default vectors are trained on
+    the harmful and benign rows, once for a model, and kept in the cache folder"""
+    defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=_DEFENSES)
+    """how the training is defended; without a name, all defenses are listed with what they need and cost (default:
+    guarded vectors)"""
+    safe: tuple[str, ...] = ()
+    """rows that teach the model to be safe, refusals and as many benign rows; by default packaged ones and the model's
+    own replies"""
+    harmful: tuple[str, ...] = ()
+    """about 100 rows of the behavior that fine-tuning must not teach, a tenth of which tests the vectors; by default
+    packaged ones"""
+    benign: tuple[str, ...] = ()
+    """rows that have nothing to do with the behavior; by default packaged ones"""
+    contrast: tuple[str, ...] = ()
+    """for other defenses: rows whose prompts call for the behavior and whose replies do not show it; by default
+    packaged refusals"""
+    base: str | None = None
+    """for other defenses: the model before it was aligned"""
+    eliciting_prompt: str | None = None
+    """for other defenses: a system prompt that asks for the behavior; by default one that asks to comply with
+    everything"""
+    drop: bool = False
+    """do not train on the suspects, the rows that the vectors explain; without it they are only listed"""
+    eval_fraction: Fraction = 0.05
+    """share of the rows to hold out, to measure what was learned; at least 8 rows where there are 40 or more"""
+    task_lora: LoRA | None = None
+    """train a task LoRA, merged at the end, instead of all weights"""
+    training: Training = PHASE2
+    system: str | None = None
+    """a system prompt under which the audit asks all prompts once more, such as the one you serve the model with"""
+    limits: Limits = Limits()
+    max_prompts: PositiveInt = 80
+    """maximum number of prompts of each kind in the audit"""
+    reply_tokens: PositiveInt = 16
+    """maximum tokens per reply in the audit; for a model that thinks before it answers, include its thoughts"""
+    check_prompts: NonNegativeInt = 24
+    """number of packaged prompts, harmful and benign each, for measuring at the start whether the model refuses; 0:
+    none"""
+    ignore_fields: tuple[str, ...] = ()
+    """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
+    json: bool = False
+    """print the verdict as JSON, and nothing else, on standard output"""
+    out: str = "runs/protect"
+    """run directory; writes the model with its card to OUT/model, and suspects.jsonl, results.json, report.md and
+    report.html"""
+    overwrite: bool = False
+    """delete the run in OUT and start over"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.defense, dict) and "name" not in self.defense:
+            object.__setattr__(self, "defense", {"name": RECOMMENDED} | self.defense)
+        defense = read_defense(RECOMMENDED if self.defense is None else self.defense)
+        given = [need for need in GIVEN if getattr(self, argument_of(need))]
+        _check_defense(defense, given, lambda argument: f"--{argument.replace('_', '-')}")
+        object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
+
+
+@dataclasses.dataclass(frozen=True)
+class Protected:
+    """A protected fine-tuning. A notebook shows its audit.
+
+    model: as exported, read back. suspects: indices of the rows that the vectors explain, the highest score first.
+    system: the system prompt that the model must be served with, for the defenses that are one; else None.
+    """
+
+    model: Model
+    audit: Audit
+    suspects: list[int]
+    vectors: Vectors
+    system: str | None
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Protected({self.model.name!r}: audit {self.audit.verdict}, {len(self.suspects)} suspects)"
+
+    def _repr_html_(self) -> str:
+        return self.audit._repr_html_()
+
+
+def protect_run(settings: Protect, command: str) -> int:
+    """Run `train.py protect`; returns the exit code of its audit."""
+    run = Run(settings, command, lambda: scoring_inputs() | packaged(sources("held-out")))
+    if settings.json:
+        run.stages.console = Console(stderr=True, quiet=not is_main_process(), soft_wrap=True)
+
+    def given(need: Need) -> Callable[[], Any] | None:
+        value = getattr(settings, argument_of(need))
+        if not value or isinstance(value, str):
+            return (lambda: value) if value else None
+        return lambda: rows_of_files(value, settings.ignore_fields, seed=0)
+
+    asked = Asked(
+        model=settings.model,
+        rows=lambda: rows_by_source(settings.data, settings.ignore_fields),
+        defense=read_defense(settings.defense),
+        given={need: rows for need in GIVEN if (rows := given(need)) is not None},
+        **{name: getattr(settings, name) for name in _SAME},
+    )
+    work = Work(asked, run.stages)
+    protected = _protected(work)
+    results = results_of(protected.audit, settings, command, run.stages.seconds)
+    rows = [row | (work.facts if row["name"] == "after" else {}) for row in results.rows]
+    results = dataclasses.replace(results, rows=rows)
+    write_report(protected.audit, results, run.folder)
+    on_main_process(lambda: write(run.folder / "model" / "README.md", _card(work, protected.audit, results)))
+    if settings.training.schedule != "constant":  # else the training can be extended from its last checkpoint
+        on_main_process(lambda: shutil.rmtree(run.folder / "checkpoints", ignore_errors=True))
+    _show(protected, run.folder, settings.json, work)
+    release(run.folder)
+    return protected.audit.exit_code
+
+
+def protect(
+    model: Any,
+    rows: Any,
+    *,
+    vectors: Any = None,
+    defense: Any = None,
+    safe: Any = None,
+    harmful: Any = None,
+    benign: Any = None,
+    contrast: Any = None,
+    base: Any = None,
+    eliciting_prompt: str | None = None,
+    drop: bool = False,
+    eval_fraction: float = 0.05,
+    task: LoRA | None = None,
+    training: Training = PHASE2,
+    system: str | None = None,
+    limits: Limits = Limits(),
+    max_prompts: int = 80,
+    reply_tokens: int = 16,
+    check_prompts: int = 24,
+    progress: bool = True,
+) -> Protected:
+    """The model fine-tuned on `rows` the recommended way, screened, defended and audited, as `train.py protect` does.
+
+        result = sv.protect(model, rows)
+        result.audit.verdict, result.suspects
+        result.model.save("protected/")
+
+    model: a model, or what `sv.load` takes. rows: dicts, a DataFrame, a `datasets.Dataset`, a path, or {kind: rows}.
+    vectors: security vectors of the model, or their file; None: they are trained, once for a model, and kept in the
+    cache folder. defense: one of `sv.defenses`, or its name; None: guarded vectors. safe, harmful, benign, contrast:
+    rows; None: packaged ones. task: a LoRA to train in place of all weights. progress: show the stages. The other
+    arguments are those of the command. Files are written to a temporary folder only, and no suspect is dropped without
+    `drop`.
+
+    Raises UserError for a model that does not refuse, for vectors that do not pass their gate, and for rows that cannot
+    be read.
+    """
+    if not isinstance(defense, Defense):
+        defense = read_defense(RECOMMENDED if defense is None else defense)
+    values: dict[Need, Any] = {
+        "safe rows": safe, "harmful rows": harmful, "benign rows": benign, "contrast rows": contrast,
+        "base model": base, "eliciting prompt": eliciting_prompt,
+    }  # fmt: skip
+    values = {need: value for need, value in values.items() if value is not None}
+    _check_defense(defense, list(values), lambda argument: f"{argument}=")
+
+    def source_of(need: Need, value: Any) -> Callable[[], Any]:
+        return partial(as_row_source, value, argument_of(need)) if need.endswith(" rows") else lambda: value
+
+    asked = Asked(
+        model=model,
+        rows=lambda: groups_of(rows),
+        defense=defense,
+        given={need: source_of(need, value) for need, value in values.items()},
+        vectors=vectors,
+        drop=drop,
+        eval_fraction=eval_fraction,
+        task_lora=as_task(task),
+        training=training,
+        system=system,
+        limits=limits,
+        max_prompts=max_prompts,
+        reply_tokens=reply_tokens,
+        check_prompts=check_prompts,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        console = Console(quiet=not (progress and is_main_process()), soft_wrap=True)
+        return _protected(Work(asked, Stages(Path(folder), console)))
+
+
+def _check_defense(defense: Defense, given: Sequence[Need], named: Callable[[str], str]) -> None:
+    """Raise UserError if the defense does not read what is given, or lacks something.
+
+    Harmful and benign rows are always read, for the vectors; vectors, too, which are those that rows are screened with.
+    """
+    for setting, default in (("rank", 8), ("kind", "lora"), ("objective", "kl")):
+        if "security vectors" in defense.reads and getattr(defense, setting, default) != default:
+            raise UserError(
+                f"{defense.name!r}: {setting} is a setting of vectors that a defense trains, and here they are trained "
+                f"before it: leave it out, or train other vectors with train.py vectors and pass {named('vectors')}"
+            )
+    others: list[Need] = [need for need in given if need not in ("harmful rows", "benign rows")]
+    shared: list[Need] = ["security vectors"] if "security vectors" in defense.reads else []
+    check_given(defense, [*others, *shared], [*CONTENTS, "harmful rows", "benign rows"], named)
+
+
+# ---------------------------------------------------------------------------------------------- the stages
+
+
+def _protected(work: Work) -> Protected:
+    """All stages, in order."""
+    preflight(work)
+    vectors = make_vectors(work)
+    screening = screen_rows(work, vectors)
+    rows = divide(work, screening)
+    system = fine_tune(work, vectors, rows)
+    audit = audit_export(work, rows.held_out, system)
+    audit = dataclasses.replace(audit, notes=(*work.notes, *audit.notes))
+    model = as_model(str(work.model_folder))
+    return Protected(model, audit, screening.suspects, vectors, system, tuple(work.notes))
+
+
+def _card(work: Work, audit: Audit, results: Results) -> str:
+    """The model card, with the audit."""
+    name = work.folder.resolve().name
+    earlier: list[Results] = []
+    with contextlib.suppress(UserError):  # a run that was moved or changed is left out
+        earlier = list(history(str(work.asked.model)))[::-1]
+    root = str(earlier[0].config.get("model", "")) if earlier else work.model_name
+    drift = work.facts["drift"]
+    row = work.facts | {"name": name, "metrics": {"drift": {"value": drift, "n": 1, "ci95": [drift, drift]}}}
+    trained = dataclasses.replace(results, rows=[row])
+    return model_card(name, hub_id(root), [*earlier, trained], [results]) + "\n" + audit_report.section(audit)
+
+
+def _learned(audit: Audit) -> list[str]:
+    """What was learned, in one sentence; none without held-out rows."""
+    return [
+        f"the loss of your {line.before.n} held-out rows is {line.after.value:.2f} nats per token (before: "
+        f"{line.before.value:.2f})"
+        for line in audit.lines
+        if line.metric == "data_loss"
+    ]
+
+
+def _show(protected: Protected, folder: Path, as_json: bool, work: Work) -> None:
+    """Print the verdict: as JSON alone on standard output, or as a table and lines that begin with it."""
+    audit = protected.audit
+    if as_json:
+        files = {"model": str(folder / "model"), "report": str(folder / "report.html")}
+        counts = {name: work.facts[name] for name in ("suspects", "dropped")}
+        verdict = audit.as_dict() | {"reason": audit_report.headline(audit)} | files | counts
+        on_main_process(lambda: print(json.dumps(verdict)))
+        return
+    terminal = screen()
+    terminal.print(audit_report.table(audit))
+    lines = [audit_report.headline(audit), *_learned(audit), *audit.notes[len(protected.notes) :]]
+    if protected.system is not None:
+        lines.append(f"serve the model with its system prompt, which is its defense: {folder / 'system_prompt.txt'}")
+    lines.append(f"suspects: {folder / 'suspects.jsonl'}; report: {folder / 'report.html'}")
+    for line in (*lines, f"the model, with its card, is in {folder / 'model'}"):
+        terminal.print(line)

@@ -1,0 +1,210 @@
+"""The stages of `train.py protect`, but for its vectors."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from secvec_jax.data.rows import Row
+from secvec_jax.defenses.advice import default_rate
+from secvec_jax.defenses.base import Defended, Defense
+from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups
+from secvec_jax.defenses.registry import evidence_of
+from secvec_jax.defenses.screening import Screening
+from secvec_jax.defenses.screening import screen as score_rows
+from secvec_jax.defenses.user_inputs import UserInputs
+from secvec_jax.digests import of_values
+from secvec_jax.distributed import on_main_process
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.audit import Audit
+from secvec_jax.evaluation.refusal_sample import measure, sample_prompts
+from secvec_jax.files import atomic_file
+from secvec_jax.model.hub import Model
+from secvec_jax.recipes.audit import Asked as AuditAsked
+from secvec_jax.recipes.audit import audited, before_alignment
+from secvec_jax.recipes.preflight import estimate
+from secvec_jax.recipes.protect_work import RECOMMENDED, Work
+from secvec_jax.recipes.run_inputs import trainings
+from secvec_jax.recipes.screen import write_histogram
+from secvec_jax.training.frozen import FrozenTrees
+from secvec_jax.trees import distance
+from secvec_jax.vectors.kinds import Vectors
+from secvec_jax.vectors.lora import LoRAVectors
+from secvec_jax.vectors.peft import save_peft
+from secvec_jax.workspace.stages import Stage, write
+
+_FEWEST_HELD_OUT, _ENOUGH = 8, 40
+"""Of the user's rows, held out where there are enough of them."""
+
+
+def preflight(work: Work) -> None:
+    """Whether the model refuses and answers, what the rows are, and what the fine-tuning will take."""
+    asked = work.asked
+
+    def run(stage: Stage) -> dict[str, Any] | None:
+        # The rows first: what is wrong with a file should be told before a minute has passed.
+        stage.say("reading the rows")
+        streams = 2 if "safe rows" in asked.defense.reads else 1
+        took = estimate(work.model, work.groups, asked.training, full=asked.task_lora is None, streams=streams)
+        work.note(str(took))
+        work.note("chat template: the model's own")  # without one no row can be encoded, which is an error by now
+        work.note(default_rate(work.model, asked.training, PHASE2))
+        if not asked.check_prompts:
+            return None
+        stage.say("measuring refusals")
+        sample = measure(work.model, sample_prompts(asked.check_prompts))
+        work.note(f"before: {sample}")
+        work.note(sample.over_refusals)
+        return {"refusal": sample.refusal.value, "no_refusals": sample.no_refusals}
+
+    found = work.stage("preflight", run)
+    if found is not None and found["no_refusals"] is not None:
+        raise UserError(
+            f"{found['no_refusals']}: run train.py align --model {work.model_name} --data refusals.jsonl benign.jsonl "
+            "--out runs/aligned, and give its --out as the model"
+        )
+
+
+def screen_rows(work: Work, vectors: Vectors) -> Screening:
+    """The score of each row under the vectors; the suspects are listed and none is dropped here."""
+
+    def run(stage: Stage) -> dict[str, Any]:
+        found = score_rows(
+            work.model,
+            vectors,
+            work.rows,
+            harmful=work.rows_for("harmful rows"),
+            benign=work.rows_for("benign rows"),
+            progress=lambda name: stage.say(f"scoring {name}"),
+        )
+        on_main_process(lambda: _write_suspects(work, found))
+        then = "left out" if work.asked.drop else "trained on like all others; drop leaves them out"
+        work.note(
+            f"suspects: {len(found.suspects)} of {len(work.rows)} rows score above {found.threshold:+.2f} nats per "
+            f"token, and are {then}"
+        )
+        return dataclasses.asdict(found)
+
+    return Screening(**work.stage("screen", run, reads={"the vectors": work.vectors_file}))
+
+
+def _write_suspects(work: Work, screening: Screening) -> None:
+    """Write suspects.jsonl, with where each row is and its score and nothing of its text, and a histogram."""
+    with atomic_file(work.folder / "suspects.jsonl") as staging, staging.open("w") as file:
+        for index in screening.suspects:
+            line = {"row": index, "where": work.rows.where(index), "score": round(screening.scores[index], 4)}
+            file.write(json.dumps(line) + "\n")
+    write_histogram(work.folder / "histogram.png", screening)
+
+
+class _Division(NamedTuple):
+    """The rows to learn, by kind; the held-out ones; and the indices of all that are not learned."""
+
+    learned: Groups
+    held_out: list[Row]
+    left_out: set[int]
+
+
+def divide(work: Work, screening: Screening) -> _Division:
+    """Hold rows out, none of them suspects, since they measure what should be learned; leave out those to drop."""
+    suspects = set(screening.suspects)
+    clean = [index for index in range(len(work.rows)) if index not in suspects]
+    count = num_held_out(len(clean), work.asked.eval_fraction)
+    order = np.random.default_rng(work.asked.training.over(PHASE2).seed).permutation(len(clean))
+    held_out = {clean[position] for position in order[:count]}
+    left_out = held_out | (suspects if work.asked.drop else set())
+    learned: Groups = {}
+    start = 0
+    for name, group in work.groups.items():
+        kept = [index for index in range(len(group)) if start + index not in left_out]
+        start += len(group)
+        if kept:
+            learned[name] = group.select(kept)
+    if not learned:
+        raise UserError(f"no row is left to train on: {len(suspects)} of {len(work.rows)} are suspects, and dropped")
+    work.facts |= {"suspects": len(suspects), "dropped": len(suspects) if work.asked.drop else 0}
+    return _Division(learned, list(work.rows.select(sorted(held_out))), left_out)
+
+
+def num_held_out(count: int, fraction: float) -> int:
+    """How many of so many rows are held out: the fraction, but at least 8 where there are 40 or more."""
+    if not fraction:
+        return 0
+    fewest = _FEWEST_HELD_OUT if count >= _ENOUGH else 0
+    return max(0, min(max(round(fraction * count), fewest), count - 1))
+
+
+def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
+    """Fine-tune under the defense and export the model; returns the system prompt that it is to be served with."""
+    asked, folder = work.asked, work.model_folder
+
+    def run(stage: Stage) -> dict[str, Any]:
+        work.note(f"defense: {asked.defense.label} ({_reason(asked.defense)})")
+        count = len(work.rows) - len(rows.left_out)
+        work.note(f"training on {count} rows; {len(rows.held_out)} others are held out for the audit")
+        frozen = FrozenTrees()
+        with trainings(work.stages, stage) as on_step:
+            options = FinetuneOptions(
+                task=asked.task_lora,
+                training=asked.training,
+                checkpoints=work.checkpoints("fine-tune"),
+                on_step=on_step,
+                frozen=frozen,
+            )
+            adapters = (vectors,) if "security vectors" in asked.defense.reads else None
+            inputs = UserInputs(work.model, rows.learned, options, work.needs(stage), adapters)
+            defended = asked.defense.apply(inputs)
+        stage.say("exporting")
+        _export(work, defended)
+        work.note(str(frozen))
+        if defended.model is work.model:
+            work.note("the defense found nothing to train on: the model is as it was")
+        drift = float(distance(defended.model.backbone, work.model.backbone))
+        return {"drift": drift, "system": defended.system, "frozen": frozen.fingerprints, **defended.notes}
+
+    def forget() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(work.folder / "checkpoints" / "fine-tune", ignore_errors=True)
+
+    reads = {"the vectors": work.vectors_file, "which rows": of_values(sorted(rows.left_out))}
+    found = work.stage("fine-tune", run, reads=reads, makes={"the model": folder}, forget=forget)
+    system: str | None = found["system"]
+    work.facts |= {"drift": found["drift"], "frozen": found["frozen"]} | ({} if system is None else {"system": system})
+    if "security vectors" in asked.defense.reads:
+        work.facts["vectors"] = [str(work.vectors_file)]
+    return system
+
+
+def _reason(defense: Defense) -> str:
+    """Why this defense: what was measured of it."""
+    why = "recommended" if defense.name == RECOMMENDED else "as asked"
+    return f"{why}; {evidence_of(type(defense))}"
+
+
+def _export(work: Work, defended: Defended) -> None:
+    """Write the model in the dtype of the model before, as eval.py export does, and its task LoRA if it has one."""
+    if isinstance(defended.model.adapter, LoRAVectors):
+        save_peft(defended.model.adapter, work.folder / "task", work.model, holds="a task")
+    defended.model.save(work.model_folder, dtype=work.model.metadata.dtype)
+    if defended.system is not None:
+        on_main_process(lambda: write(work.folder / "system_prompt.txt", f"{defended.system}\n"))
+
+
+def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Audit:
+    """The audit of the exported files against the model before."""
+    asked = work.asked
+    served = "\n".join(text for text in (system, asked.system) if text is not None) or None
+    before = work.model if isinstance(asked.model, Model) else asked.model
+    questions = AuditAsked(
+        {"before": before, "after": str(work.model_folder), "reference": None, "unaligned": before_alignment(before)},
+        lambda kind: held_out if kind == "data" and held_out else None,
+        served,
+        asked.limits,
+        asked.max_prompts,
+        asked.reply_tokens,
+    )
+    work.forget_model()  # the audit loads it again; a small machine cannot hold three
+    return audited(questions, work.stages, {"after": {"the model": work.model_folder}})

@@ -1,0 +1,100 @@
+"""The vectors of `train.py protect`: given, from the cache, or trained; and their gate."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from secvec_jax.defenses.gate import Gate, measure_gate, tenth
+from secvec_jax.defenses.security_vectors import Phase1, train_vectors
+from secvec_jax.distributed import is_clustered
+from secvec_jax.errors import UserError
+from secvec_jax.inference import as_vectors
+from secvec_jax.recipes.protect_work import Work
+from secvec_jax.vectors.kinds import Vectors
+from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.store import load_vectors, save_vectors
+from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.vector_cache import key_of, locked_entry
+
+
+def make_vectors(work: Work) -> Vectors:
+    """The vectors: given, from the cache, or trained; they have passed the gate."""
+    asked, file = work.asked, work.vectors_file
+
+    def run(stage: Stage) -> dict[str, Any]:
+        if asked.vectors is not None:
+            vectors, gate = _given_vectors(work, stage)
+        elif is_clustered():
+            vectors, gate = _trained_vectors(work, stage)
+        else:
+            vectors, gate = _cached_vectors(work, stage)
+        save_vectors(vectors, file, work.model)
+        work.note(str(gate))
+        return dataclasses.asdict(gate)
+
+    gate = Gate(**work.stage("vectors", run, makes={"the vectors": file}))
+    work.facts["gate"] = gate.as_dict()
+    if gate.failure is not None:
+        cure = "train them on more rows, or pass harmful rows of their own behavior" if asked.vectors else (
+            "give more harmful rows, or other ones, or pass vectors that you trained with other settings"
+        )  # fmt: skip
+        raise UserError(f"{gate.failure}; {cure}")
+    return load_vectors(file, work.model)
+
+
+def _given_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
+    """The user's vectors, and their gate on the rows that the user gives, else on packaged ones."""
+    adapters = as_vectors(work.asked.vectors, work.model)
+    if len(adapters) != 1:
+        raise UserError(f"{len(adapters)} vectors are given: pass one, which rows are screened with, too")
+    stage.say("testing the vectors")
+    unseen = work.packaged.held_out()
+    rows = {kind: work.rows_for(f"{kind} rows") if f"{kind} rows" in work.asked.given else unseen[kind]
+            for kind in ("harmful", "benign")}  # fmt: skip
+    return adapters[0], measure_gate(work.model, adapters[0], **rows)
+
+
+def _cached_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
+    """The vectors of this model, rows and settings from the cache; trained and kept there if it has none."""
+    rows = {f"{kind} rows": work.rows_for(f"{kind} rows") for kind in ("harmful", "benign")}
+    key = key_of(work.model, rows, work.vectors_training, LoRA(), Phase1())
+    with locked_entry(key, work.note) as entry:
+        found = entry.read(work.model, work.note)
+        if found is not None:
+            work.note("vectors: from the cache, trained before for this model and these rows")
+            return found[0], Gate(**found[1])
+        vectors, gate = _trained_vectors(work, stage)
+        if gate.failure is None:
+            try:
+                entry.write(vectors, work.model, dataclasses.asdict(gate))
+            except UserError as error:
+                work.note(f"the vectors are not kept in the cache ({error})")
+        return vectors, gate
+
+
+def _trained_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
+    """New vectors from all but a tenth of the harmful and of the benign rows, and their gate on these."""
+    harmful, harmful_held_out = _without_tenth(work.rows_for("harmful rows"), "harmful")
+    benign, benign_held_out = _without_tenth(work.rows_for("benign rows"), "benign")
+    vectors = train_vectors(
+        work.model,
+        harmful,
+        LoRA(),
+        benign=benign,
+        phase1=Phase1(),
+        training=work.vectors_training,
+        checkpoints=work.checkpoints("vectors"),
+        on_step=stage.on_step(),
+    )
+    stage.say("testing the vectors")
+    return vectors, measure_gate(work.model, vectors, harmful_held_out, benign_held_out)
+
+
+def _without_tenth(rows: Sequence[Any], kind: str) -> tuple[list[Any], list[Any]]:
+    """The rows to train vectors on, and those that test them. Raises UserError if there are too few."""
+    count = tenth(len(rows))
+    if count < 2:
+        raise UserError(f"{len(rows)} {kind} rows are too few to train vectors on and to test them: give about 100")
+    shuffled = random.Random(0).sample(list(rows), len(rows))
+    return shuffled[count:], shuffled[:count]

@@ -1,0 +1,157 @@
+"""What `train.py protect` is asked for, and what its stages share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Text, checked
+from secvec_jax.config import Training
+from secvec_jax.data.rows import Row, as_rows
+from secvec_jax.data.stored import Rows
+from secvec_jax.defenses.base import Defense, Need
+from secvec_jax.defenses.finetuning import PHASE2, Groups
+from secvec_jax.defenses.security_vectors import PHASE1
+from secvec_jax.defenses.user_inputs import SHARED
+from secvec_jax.evaluation.audit import Limits
+from secvec_jax.inference import as_model
+from secvec_jax.model.hub import Model
+from secvec_jax.recipes.run_inputs import packaged_and_told
+from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.workspace.packaged_rows import PackagedRows
+from secvec_jax.workspace.stages import Stage, Stages
+
+RECOMMENDED = "guarded vectors"
+"""The defense that is used if none is named: the best that docs/results.md shows."""
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What to protect. model, vectors: values or what names them. rows: loads the user's rows by kind.
+
+    given: of each need that the user gives, a function that returns it.
+    """
+
+    model: Any
+    rows: Callable[[], Groups]
+    defense: Defense
+    given: Mapping[Need, Callable[[], Any]]
+    vectors: Any
+    drop: bool
+    eval_fraction: Fraction
+    task_lora: LoRA | LoRAVectors | None
+    training: Training
+    system: Text | None
+    limits: Limits
+    max_prompts: PositiveInt
+    reply_tokens: PositiveInt
+    check_prompts: NonNegativeInt
+
+
+class Work:
+    """What the stages share: the model, the rows, the notes and facts of the report."""
+
+    def __init__(self, asked: Asked, stages: Stages):
+        self.asked, self.stages, self.folder = asked, stages, stages.folder
+        self.notes: list[str] = []
+        self.facts: dict[str, Any] = {}
+        self._noted: list[str] = []
+        self._kept: dict[Need, Any] = {}
+
+    def stage(self, name: str, run: Callable[[Stage], Any], **contents: Any) -> Any:
+        """The result of a stage (see `Stages.run`), which is stored with its notes."""
+
+        def noted(stage: Stage) -> dict[str, Any]:
+            self._noted = []
+            result = run(stage)
+            return {"result": result, "notes": self._noted}
+
+        done = self.stages.run(name, noted, **contents)
+        self.notes += done["notes"]
+        return done["result"]
+
+    def note(self, text: str | None) -> None:
+        """Print a line and keep it for the report; None: nothing."""
+        if text is not None:
+            self._noted.append(text)
+            self.stages.console.print(text)
+
+    @cached_property
+    def model(self) -> Model:
+        """The model before."""
+        return as_model(self.asked.model)
+
+    def forget_model(self) -> None:
+        """Let go of the model before, unless the caller holds it."""
+        self.__dict__.pop("model", None)
+        self.__dict__.pop("packaged", None)
+
+    @property
+    def model_name(self) -> str:
+        return self.asked.model.name if isinstance(self.asked.model, Model) else str(self.asked.model)
+
+    @property
+    def vectors_file(self) -> Path:
+        return self.folder / "vectors" / "security.safetensors"
+
+    @property
+    def model_folder(self) -> Path:
+        return self.folder / "model"
+
+    @cached_property
+    def groups(self) -> dict[str, Rows[Row]]:
+        """The user's rows by kind."""
+        groups = self.asked.rows()
+        return {name: as_rows(group, name="data" if name == "all" else name) for name, group in groups.items()}
+
+    @cached_property
+    def rows(self) -> Rows[Row]:
+        """The user's rows, one kind after the other."""
+        places = [(group, index) for group in self.groups.values() for index in range(len(group))]
+        return Rows(
+            lambda index: places[index][0][places[index][1]],
+            len(places),
+            lambda index: places[index][0].where(places[index][1]),
+            answered=True,
+        )
+
+    @cached_property
+    def packaged(self) -> PackagedRows:
+        """The packaged rows. Their seed is fixed: those of others hold prompts of the audit."""
+        training = dataclasses.replace(self.asked.training.over(PHASE2), seed=0)
+        return PackagedRows(self.model, training, self.folder / "own-replies.json", self._show_replies)
+
+    def needs(self, stage: Stage) -> dict[Need, Callable[[], Any]]:
+        """Of each need, a function that returns what is given, or what is packaged."""
+        self._stage = stage
+        found: dict[Need, Callable[[], Any]] = {
+            need: partial(packaged_and_told, need, make, self.note) for need, make in self.packaged.sources().items()
+        }
+        found |= self.asked.given
+        if "base model" in found:
+            found["base model"] = lambda: as_model(self.asked.given["base model"]())
+        return found
+
+    def rows_for(self, need: Need) -> Sequence[Any]:
+        """The rows for a need, given or packaged."""
+        if need not in self._kept:
+            source = self.asked.given.get(need) or self.packaged.sources()[need]
+            self._kept[need] = source()
+        return self._kept[need]
+
+    @property
+    def vectors_training(self) -> Training:
+        """How vectors are trained: as in the quickstart, but for what the settings say of rows and memory."""
+        training = self.asked.training.over(PHASE2)
+        shared = {name: getattr(training, name) for name in SHARED if name != "seed"}
+        return dataclasses.replace(PHASE1, **shared)
+
+    def checkpoints(self, name: str) -> Checkpoints:
+        return Checkpoints.of(self.folder / "checkpoints" / name, self.asked.training.over(PHASE2))
+
+    def _show_replies(self, count: int) -> Callable[[int], None]:
+        self._stage.print(f"generating the model's own replies to {count} benign prompts, for the safe rows")
+        return self._stage.replies(count, "its own replies")

@@ -1,0 +1,95 @@
+"""Security vectors kept in the cache folder, so that those of a model are trained once.
+
+CACHE/vectors/KEY/security.safetensors     the vectors, for their owner only
+CACHE/vectors/KEY/entry.json               the version that trained them, and what was measured of them
+CACHE/vectors/KEY.lock                     held while they are read or trained
+
+KEY is the digest of all that goes into them: the model's fingerprint and tokenizer, the rows, the settings. Several
+processes may use one cache: entries appear and are replaced as whole folders, and who comes second waits for the first.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+import secvec_jax
+from secvec_jax.assets import cache_dir
+from secvec_jax.config import Training
+from secvec_jax.defenses.identity import content_of, of_rows, of_tokenizer
+from secvec_jax.digests import of_values
+from secvec_jax.errors import UserError
+from secvec_jax.files import atomic_folder
+from secvec_jax.model.hub import Model
+from secvec_jax.vectors.kinds import Vectors
+from secvec_jax.vectors.store import load_vectors, save_vectors
+
+_FILE, _ENTRY = "security.safetensors", "entry.json"
+
+_FREE = ("save_every_seconds", "max_checkpoints", "remat")
+"""Settings that the vectors do not depend on."""
+
+
+def key_of(model: Model, rows: Mapping[str, Sequence[Any]], training: Training, *settings: Any) -> str:
+    """The key of the vectors trained for a model on rows, by kind, with these settings."""
+    trained = {name: value for name, value in content_of(training.over(Training.base))[1].items() if name not in _FREE}
+    contents = [of_rows(rows[kind]) for kind in sorted(rows)]
+    inputs = [model.fingerprint, of_tokenizer(model.tokenizer), contents, trained, content_of(settings)]
+    return of_values(inputs).removeprefix("sha256:")
+
+
+class Entry:
+    """The place of one key's vectors in the cache, locked by this process."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def read(self, model: Model, tell: Callable[[str], None]) -> tuple[Vectors, dict[str, Any]] | None:
+        """The vectors and what was measured of them; None if there are none, or, which is told, none to be used."""
+        if not self.folder.exists():
+            return None
+        try:
+            record = json.loads((self.folder / _ENTRY).read_text(encoding="utf-8"))
+            version, measured = record["version"], dict(record["measured"])
+            if version != secvec_jax.__version__:
+                tell(f"the cached vectors are of version {version}, this is {secvec_jax.__version__}: trained again")
+                return None
+            return load_vectors(self.folder / _FILE, model), measured
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # UserErrors are ValueErrors
+            tell(f"the cached vectors cannot be read ({str(error) or type(error).__name__}): trained again")
+            return None
+
+    def write(self, vectors: Vectors, model: Model, measured: Mapping[str, Any]) -> None:
+        """Keep the vectors and what was measured of them, in place of what is there. Raises UserError if it cannot."""
+        with atomic_folder(self.folder, mode=0o700) as staging:
+            save_vectors(vectors, staging / _FILE, model)
+            record = {"version": secvec_jax.__version__, "measured": dict(measured)}
+            (staging / _ENTRY).write_text(json.dumps(record))
+
+
+@contextlib.contextmanager
+def locked_entry(key: str, tell: Callable[[str], None]) -> Iterator[Entry]:
+    """The entry of a key, which no other process reads or makes in the meantime; `tell` is called before a wait.
+
+    Raises UserError if the cache cannot be written.
+    """
+    folder = cache_dir() / "vectors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = FileLock(folder / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            tell("another process is making the vectors of this model: waiting for it")
+            lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache folder {folder} ({error.strerror or error}); set SECVEC_CACHE to a writable one"
+        ) from error
+    try:
+        yield Entry(folder / key)
+    finally:
+        lock.release()

@@ -1,0 +1,353 @@
+"""`train.py protect` and `sv.protect`: the whole command on toys, resumed, cached, gated, and its verdicts."""
+
+import json
+import threading
+from pathlib import Path
+
+import jax
+import pytest
+
+import secvec_jax as sv
+from secvec_jax import cli, command_line
+from secvec_jax.data.rows import row
+from secvec_jax.defenses.gate import Gate, tenth
+from secvec_jax.evaluation.audit import Audit, Line
+from secvec_jax.evaluation.intervals import Score, bootstrap
+from secvec_jax.evaluation.refusal_sample import RefusalSample
+from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.suite import Suite
+from secvec_jax.model.hub import load
+from secvec_jax.recipes import audit as audit_module
+from secvec_jax.recipes import protect as protect_module
+from secvec_jax.recipes import protect_stages, protect_vectors, protect_work
+from secvec_jax.recipes.protect_stages import num_held_out
+from secvec_jax.trees import fingerprint
+from secvec_jax.vectors.store import load_vectors
+from secvec_jax.workspace import packaged_rows, stages, vector_cache
+from tests.toys import random_decoder, tiny_model
+
+FLAGS = ("--max-steps", "2", "--batch-size", "2", "--max-seq-len", "64", "--remat", "none", "--no-share-prefix")
+SECRET = "forbidden"
+
+
+def rows(kind: str, count: int, reply: str = "yes") -> list:
+    return [row(f"{kind} {number}?", f"{reply} {number % 3}") for number in range(count)]
+
+
+def verdict(name: str, difference: float = 0.0) -> Audit:
+    score = Score(difference, 96, (difference, difference))
+    return Audit("before", "after", (Line("compliance", score, score, score, 0.05, name),))
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch, own_cache):
+    """A model and a user's file; what is packaged is a few toy rows. `refused`: how many of 10 prompts it refuses."""
+
+    class Toys:
+        def __init__(self):
+            self.folder, self.model, self.refused, self.trained = tmp_path, str(tmp_path / "aligned"), 10, 0
+
+    toys = Toys()
+    tiny_model().save(toys.model)
+    user = [*rows("user", 44, "a fox jumps"), *rows("harmful", 4, SECRET)]
+    (tmp_path / "user.jsonl").write_text("\n".join(map(json.dumps, user)))
+    packaged = {
+        "safe rows": rows("packaged safe", 9, "no"),
+        "harmful rows": rows("harmful", 24, SECRET),
+        "benign rows": rows("packaged benign", 24, "a dog jumps"),
+    }
+    held_out = {"harmful": rows("harmful", 9, SECRET), "benign": rows("held out", 9, "a dog jumps")}
+    monkeypatch.setattr(
+        packaged_rows.PackagedRows,
+        "sources",
+        lambda self: {need: lambda need=need: packaged[need] for need in packaged},
+    )
+    monkeypatch.setattr(packaged_rows.PackagedRows, "held_out", lambda self: held_out)
+    monkeypatch.setattr(protect_module, "packaged", lambda names: {})
+    phase1 = sv.Training(learning_rate=0.02, epochs=12).over(protect_work.PHASE1)
+    monkeypatch.setattr(protect_work, "PHASE1", phase1)
+    prompts = {"harmful": rows("harm", 12), "unseen": rows("harmful", 4, SECRET), "benign": rows("benign", 12)}
+    monkeypatch.setattr(audit_module, "_packaged", lambda model: prompts)
+    monkeypatch.setattr(protect_stages, "before_alignment", lambda model: toys.model)
+    monkeypatch.setattr(protect_stages, "sample_prompts", lambda count: Suite(()))
+
+    def measure(model, suite):
+        refusal = bootstrap([1.0] * toys.refused + [0.0] * (10 - toys.refused))
+        return RefusalSample(refusal, bootstrap([0.0] * 10), bootstrap([0.0] * 10))
+
+    monkeypatch.setattr(protect_stages, "measure", measure)
+    train_vectors = protect_vectors.train_vectors
+
+    def counted(*arguments, **options):
+        toys.trained += 1
+        return train_vectors(*arguments, **options)
+
+    monkeypatch.setattr(protect_vectors, "train_vectors", counted)
+    return toys
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """No model is asked in the audit, whose verdict is `judged.verdict`; `judged.data` is what it was given."""
+
+    class Judged:
+        verdict, data, before, after = "passes", None, None, None
+
+    def audited(asked, run_stages, reads):
+        Judged.data, Judged.before = asked.rows_of("data"), asked.models["before"]
+        Judged.after = load(asked.models["after"])
+        return verdict(Judged.verdict)
+
+    monkeypatch.setattr(protect_stages, "audited", audited)
+    return Judged
+
+
+def run(toys, *flags: str, out: str = "out") -> int:
+    given = ["protect", "--model", toys.model, "--data", str(toys.folder / "user.jsonl")]
+    return command_line.main("", cli.TRAIN, [*given, "--out", str(toys.folder / out), *FLAGS, *flags])
+
+
+def told(capsys) -> str:
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).split())
+
+
+def suspects(toys, out: str = "out") -> list[dict]:
+    return [json.loads(line) for line in (toys.folder / out / "suspects.jsonl").read_text().splitlines()]
+
+
+def test_the_whole_command(toys, capsys):
+    code = run(toys, "--max-prompts", "12", "--reply-tokens", "4")
+    said, out = told(capsys), toys.folder / "out"
+    assert code in (0, 3, 4) and "error" not in said, said
+    assert "defense: guarded vectors (recommended" in said and "the gate passes" in said
+    assert "48 with answers" in said and "exact duplicates: 0" in said and "training on 40 rows" in said
+    found = suspects(toys)
+    assert {line["row"] for line in found} == {44, 45, 46, 47}
+    assert found[0].keys() == {"row", "where", "score"} and "user.jsonl, line 4" in found[0]["where"]
+    results = Results.load(out)
+    assert [each["name"] for each in results.rows] == ["before", "after", "after minus before"]
+    assert results.rows[1]["metrics"]["data_loss"]["n"] == 8, "the user's held-out rows"
+    assert results.rows[1]["gate"]["passes"] and results.rows[1]["suspects"] == 4 and results.rows[1]["dropped"] == 0
+    assert "the loss of your 8 held-out rows is" in said
+    card = (out / "model" / "README.md").read_text()
+    assert f"## Audit: {['passes', '', '', 'fails', 'inconclusive'][code]}" in card and "security-vectors" in card
+    assert (out / "report.html").is_file() and (out / "histogram.png").is_file() and not (out / "checkpoints").exists()
+    assert set(results.seconds) >= {"preflight", "vectors", "screen", "fine-tune", "before", "after", "general"}
+    assert load(str(out)).fingerprint != load(toys.model).fingerprint
+
+
+STAGES = {
+    "preflight": (protect_stages, "measure"),
+    "vectors": (protect_vectors, "measure_gate"),
+    "screen": (protect_stages, "score_rows"),
+    "fine-tune": (protect_stages, "_export"),
+    "audit": (protect_stages, "audited"),
+}
+
+
+def test_a_command_interrupted_in_any_stage_goes_on_there(toys, judged, monkeypatch, capsys):
+    begun = []
+    show = stages.Stages.show
+    monkeypatch.setattr(stages.Stages, "show", lambda self, name: begun.append(name) or show(self, name))
+    for module, name in STAGES.values():
+
+        def stop(*arguments, **options):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, stop)
+            assert run(toys) == command_line.INTERRUPTED
+        assert "stopped: rerun the same command" in told(capsys)
+    assert run(toys) == 0
+    once = ["preflight", "vectors", "screen", "fine-tune"]
+    assert begun == [name for name in once for _ in range(2)], "each a second time, where it was interrupted"
+    whole = load(str(toys.folder / "out")).fingerprint
+    assert run(toys, out="whole") == 0 and load(str(toys.folder / "whole")).fingerprint == whole
+
+
+def test_vectors_are_trained_once_for_a_model_and_its_rows(toys, judged, capsys):
+    assert run(toys, out="first") == 0 and run(toys, "--defense", "none", "--seed", "3", out="second") == 0
+    assert toys.trained == 1 and "vectors: from the cache" in told(capsys)
+    file = toys.folder / "first/vectors/security.safetensors"
+    first, second = (load_vectors(toys.folder / out, load(toys.model)) for out in ("first", "second"))
+    assert fingerprint(first) == fingerprint(second)
+    (entry,) = (path for path in (toys.folder / "cache" / "vectors").iterdir() if path.is_dir())
+    assert oct(entry.stat().st_mode)[-3:] == "700"
+
+    (entry / "security.safetensors").write_bytes(file.read_bytes()[:-7])
+    assert run(toys, out="third") == 0 and toys.trained == 2
+    assert "the cached vectors cannot be read" in told(capsys)
+    (entry / "entry.json").write_text((entry / "entry.json").read_text().replace(sv.__version__, "0.1.9"))
+    assert run(toys, out="fourth") == 0 and toys.trained == 3
+    assert "the cached vectors are of version 0.1.9" in told(capsys)
+    assert run(toys, out="fifth") == 0 and toys.trained == 3
+
+
+def test_other_rows_or_settings_have_other_vectors():
+    model = tiny_model()
+    other = model.with_backbone(random_decoder(seed=1))
+    base = {"harmful rows": rows("a", 3), "benign rows": rows("b", 3)}
+    key = vector_cache.key_of(model, base, sv.Training(), sv.LoRA())
+    assert key == vector_cache.key_of(model, dict(reversed(base.items())), sv.Training(remat="full"), sv.LoRA())
+    others = [
+        vector_cache.key_of(model, base | {"benign rows": rows("b", 4)}, sv.Training(), sv.LoRA()),
+        vector_cache.key_of(model, base, sv.Training(epochs=9), sv.LoRA()),
+        vector_cache.key_of(model, base, sv.Training(), sv.LoRA(rank=2)),
+        vector_cache.key_of(other, base, sv.Training(), sv.LoRA()),
+    ]
+    assert len({key, *others}) == 5
+
+
+def test_who_comes_second_waits_for_the_vectors_of_the_first(own_cache):
+    model, told, found = tiny_model(), [], []
+    vectors = sv.LoRA(rank=2).init(model.architecture, jax.random.key(0))
+
+    def second():
+        with vector_cache.locked_entry("key", lambda text: told.append(text) or waiting.set()) as entry:
+            found.append(entry.read(model, told.append))
+
+    waiting = threading.Event()
+    with vector_cache.locked_entry("key", told.append) as entry:
+        assert entry.read(model, told.append) is None and told == []
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(60) and found == [], "it waits"
+        entry.write(vectors, model, {"measured": 1.0})
+    thread.join(60)
+    assert told == ["another process is making the vectors of this model: waiting for it"]
+    assert fingerprint(found[0][0]) == fingerprint(vectors) and found[0][1] == {"measured": 1.0}
+
+
+def test_vectors_that_do_not_pass_the_gate_stop_the_command(toys, judged, monkeypatch, capsys):
+    weak = sv.Training(learning_rate=1e-6, epochs=1).over(protect_work.PHASE1)
+    monkeypatch.setattr(protect_work, "PHASE1", weak)
+    for _ in range(2):
+        assert run(toys) == 2
+        assert "the vectors do not show the behavior: the loss of 8 harmful rows" in told(capsys)
+    assert toys.trained == 1 and not (toys.folder / "out" / "suspects.jsonl").exists()
+    assert not [path for path in (toys.folder / "cache" / "vectors").iterdir() if path.is_dir()], "not kept"
+
+
+@pytest.mark.parametrize(
+    "harmful_on, benign_on, failure",
+    [
+        ([0.1] * 8, [2.0] * 8, None),
+        ([1.1] * 8, [2.0] * 8, "do not show the behavior"),
+        ([0.0] * 5 + [2.5] * 3, [2.0] * 8, None),
+        ([0.0] * 7 + [6.9], [2.0] * 8, "do not show the behavior"),  # less than half, but the interval reaches 0
+        ([0.1] * 8, [1.0] * 8, "do not leave benign rows alone"),
+        ([0.1] * 8, [3.0] * 8, "do not leave benign rows alone"),
+    ],
+)
+def test_the_gate(harmful_on, benign_on, failure):
+    gate = Gate([2.0] * 8, harmful_on, [2.0] * 8, benign_on)
+    assert (gate.failure is None) if failure is None else failure in gate.failure
+    assert gate.as_dict()["passes"] == (failure is None)
+
+
+def test_how_many_rows_are_held_out():
+    assert [tenth(count) for count in (2, 10, 16, 100, 180)] == [1, 5, 8, 10, 18]
+    assert [num_held_out(count, 0.05) for count in (1, 20, 39, 40, 200, 1000)] == [0, 1, 2, 8, 10, 50]
+    assert num_held_out(100, 0.0) == 0
+
+
+def test_drop_leaves_out_the_suspects_and_nothing_else(toys, judged, monkeypatch):
+    learned = []
+    apply = sv.defenses.GuardedVectors.apply
+
+    def noted(self, inputs):
+        learned.append([each["messages"][0]["content"] for group in inputs.rows.values() for each in group])
+        return apply(self, inputs)
+
+    monkeypatch.setattr(sv.defenses.GuardedVectors, "apply", noted)
+    assert run(toys) == 0
+    held_out = {each["messages"][0]["content"] for each in judged.data}
+    everything = {f"user {number}?" for number in range(44)} | {f"harmful {number}?" for number in range(4)}
+    assert len(held_out) == 8 and set(learned[0]) == everything - held_out and not any("harmful" in t for t in held_out)
+    assert run(toys, "--drop", out="dropped") == 0
+    assert set(learned[0]) - set(learned[1]) == {f"harmful {number}?" for number in range(4)}
+    assert set(learned[1]) < set(learned[0]) and Results.load(toys.folder / "dropped").rows[1]["dropped"] == 4
+
+
+@pytest.mark.parametrize("name, code", [("passes", 0), ("fails", 3), ("inconclusive", 4)])
+def test_the_exit_code_is_the_verdict_and_json_is_alone_on_standard_output(toys, judged, capsys, name, code):
+    judged.verdict = name
+    assert run(toys, "--json") == code
+    captured = capsys.readouterr()
+    said = json.loads(captured.out)
+    assert said["verdict"] == name and said["exit_code"] == code and said["suspects"] == 4
+    assert said["reason"].startswith("The audit ") and Path(said["report"]).is_file()
+    assert "vectors: started" in captured.err and "suspects: 4 of 48 rows" in " ".join(captured.err.split())
+    assert SECRET not in captured.out + captured.err
+    assert run(toys) == code, "in words, without doing anything again"
+    assert "The audit " in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_refuse_is_told_how_to_align_it(toys, judged, capsys):
+    toys.refused = 4
+    for _ in range(2):
+        assert run(toys) == 2
+        said = told(capsys)
+        assert "refuses only 40%" in said and "train.py align" in said
+    assert toys.trained == 0
+    assert run(toys, "--check-prompts", "0", out="unasked") == 0
+
+
+def test_rows_that_cannot_be_read_are_told_one_by_one(toys, capsys):
+    lines = [json.dumps(each) for each in rows("user", 30)]
+    for number in range(0, 28, 2):
+        lines[number] = ('{"prompt": "a", ', '{"prompt": "a", "response": ""}', "[1]")[number % 3]
+    (toys.folder / "user.jsonl").write_text("\n".join(lines))
+    assert run(toys) == 2
+    said = capsys.readouterr().err.splitlines()
+    begun = next(index for index, line in enumerate(said) if line.startswith("user.jsonl, line 1"))
+    assert [line.split()[2].rstrip(":") for line in said[begun : begun + 10]] == [str(2 * n + 1) for n in range(10)]
+    assert said[begun + 10] == "... and 4 more rows"
+    assert said[begun + 11].startswith("error: 14 rows of user.jsonl cannot be read, the first: user.jsonl, line 1 ")
+
+
+def test_given_vectors_are_tested_on_rows_they_have_not_seen(toys, judged, monkeypatch, capsys):
+    assert run(toys, out="first") == 0
+    measured = []
+    measure_gate = protect_vectors.measure_gate
+    monkeypatch.setattr(
+        protect_vectors, "measure_gate", lambda *given, **kinds: measured.append(kinds) or measure_gate(*given, **kinds)
+    )
+    given = ("--vectors", str(toys.folder / "first"))
+    assert run(toys, *given, out="second") == 0 and toys.trained == 1
+    assert len(measured[0]["harmful"]) == 9, "the packaged held-out rows"
+    (toys.folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows("harmful", 10, SECRET))))
+    assert run(toys, *given, "--harmful", str(toys.folder / "own.jsonl"), out="third") == 0
+    assert len(measured[1]["harmful"]) == 10
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--defense", "vaccine"), "'vaccine' needs --base: the model before"),
+        (("--defense", "none", "--safe", "x.jsonl"), "'none' reads no safe rows: leave out --safe"),
+        (("--defense.rank", "4"), "rank is a setting of vectors that a defense trains"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(toys, capsys, flags, message):
+    assert run(toys, *flags) == 2
+    assert message in told(capsys) and not (toys.folder / "out").exists()
+
+
+def test_as_a_value(toys, judged, capsys):
+    judged.verdict = "fails"
+    model = load(toys.model)
+    user = [*rows("user", 10, "a fox jumps"), *rows("harmful", 2, SECRET)]
+    training = sv.Training(max_steps=2, batch_size=2, max_seq_len=64, remat="none", share_prefix=False)
+    result = sv.protect(model, user, training=training, progress=False)
+    assert sorted(result.suspects) == [10, 11] and result.system is None and judged.before is model
+    assert result.model.fingerprint == judged.after.fingerprint != model.fingerprint
+    assert repr(result).startswith("Protected(") and "audit fails, 2 suspects" in repr(result)
+    assert result._repr_html_() == result.audit._repr_html_()
+    assert any(note.startswith("defense: guarded vectors") for note in result.notes)
+    assert capsys.readouterr().out == ""
+    system = sv.protect(model, user, defense="ptst", training=training, progress=False)
+    assert system.system and toys.trained == 1
+    with pytest.raises(sv.UserError, match="'none' reads no safe rows: leave out safe="):
+        sv.protect(model, user, defense="none", safe=user)
