@@ -1,4 +1,4 @@
-"""A process that is killed during a write: the same command then ends as if it had not been, and leaves nothing over."""
+"""A process that is killed during a write: the same command then ends as if it had not been."""
 
 import json
 import random

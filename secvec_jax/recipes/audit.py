@@ -19,7 +19,7 @@ from secvec_jax.data.rows import Row, full_prompt_of, response_of
 from secvec_jax.data.sources import as_rows, load_prompts, load_rows
 from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.digests import of_values
-from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
+from secvec_jax.distributed import all_max, is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import audit_report
 from secvec_jax.evaluation.audit import (
@@ -287,9 +287,9 @@ def audited(
 def _beginnings(asked: Asked, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
     """The beginnings, from the cache folder if another audit made the same ones."""
     kept = _kept_beginnings(asked, prompts)
-    stored = broadcast_from_first(None if kept is None else _stored_beginnings(kept, len(prompts.harmful)))
-    if stored is not None:
-        return stored
+    stored = None if kept is None else _stored_beginnings(kept, len(prompts.harmful))
+    if not all_max(int(stored is None)):
+        return cast(list[Beginning | None], stored)
     progress = stage.replies(len(prompts.harmful), "compliant replies")
     made = compliant_beginnings(asked.model("unaligned"), prompts.harmful, refusal_prefixes(), progress)
     if kept is not None:
