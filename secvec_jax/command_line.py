@@ -161,8 +161,9 @@ def _show_log() -> None:
     log.setLevel(logging.INFO)
     log.addHandler(_Shown())
     log.propagate = False  # else other packages' handlers would show it again
-    # Orbax logs the traceback of an error in one of its threads before it raises the error here.
-    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+    # Orbax and its tasks log the traceback of an error before it is raised here.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info)
 
 
 def _of_the_system(error: Exception) -> str:
