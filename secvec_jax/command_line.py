@@ -128,11 +128,21 @@ def main(
             return _fail(str(error))
         if is_clustered() and (lost := lost_process()) is not None:  # the error is only how JAX noticed
             return _fail(lost)
+        if _is_out_of_memory(error):
+            return _fail(f"out of memory ({error}): {_SMALLER}")
         if system_error(error) is None:
             raise
         return _fail(_of_the_system(error))
     except KeyboardInterrupt:
         return _stopped()
+
+
+_SMALLER = "choose smaller sizes (--batch-size, --max-seq-len, the rank of a LoRA), or a device with more memory"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, numpy or a device could not provide the memory that was asked for."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def _command() -> list[str]:

@@ -88,6 +88,9 @@ def test_errors_of_a_verb_have_their_exit_codes(capsys):
         assert capsys.readouterr().err.startswith(f"error: {about}No space left on device: ")
     assert raises(PermissionError(errno.EACCES, "Permission denied", "rows")) == 2
     assert capsys.readouterr().err.startswith("error: rows: Permission denied: ")
+    for error in (MemoryError("466 TiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+        assert raises(error) == 2
+        assert re.fullmatch(r"error: out of memory \(.+\): choose smaller sizes .*\n", capsys.readouterr().err)
     with pytest.raises(ZeroDivisionError):
         raises(ZeroDivisionError())
 
