@@ -82,6 +82,7 @@ def test_errors_of_a_verb_have_their_exit_codes(capsys):
     assert raises(UserError("no\nsuch thing")) == 2
     assert capsys.readouterr().err == "error: no such thing\n"
     assert raises(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "stopped: rerun the same command to resume\n"
     full = OSError(errno.ENOSPC, "No space left on device", "a/file")
     for error, about in ((full, "a/file: "), (RuntimeError("I/O error: No space left on device (os error 28)"), "")):
         assert raises(error) == 2
