@@ -128,11 +128,21 @@ def main(
             return _fail(str(error), getattr(error, "__notes__", ()))
         if is_clustered() and (lost := lost_process()) is not None:  # the error is only how JAX noticed
             return _fail(lost)
+        if _is_out_of_memory(error):
+            return _fail(f"out of memory ({error}): {_SMALLER}")
         if system_error(error) is None:
             raise
         return _fail(_of_the_system(error))
     except KeyboardInterrupt:
         return _stopped()
+
+
+_SMALLER = "choose smaller sizes (--batch-size, --max-seq-len, the rank of a LoRA), or a device with more memory"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, numpy or a device could not provide the memory that was asked for."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def _command() -> list[str]:
@@ -161,8 +171,9 @@ def _show_log() -> None:
     log.setLevel(logging.INFO)
     log.addHandler(_Shown())
     log.propagate = False  # else other packages' handlers would show it again
-    # Orbax logs the traceback of an error in one of its threads before it raises the error here.
-    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+    # Orbax and its tasks log the traceback of an error before it is raised here.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info)
 
 
 def _of_the_system(error: Exception) -> str:

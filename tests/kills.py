@@ -31,7 +31,7 @@ def arm(part: str, number: int | None, size: int) -> list[str]:
     """End this process after the change of that number of a path that contains the pattern `part`.
 
     The kernel ends it amid the first write that goes beyond `size` bytes of a file; if there is none, SIGKILL ends it
-    right before the next change. number: None never ends it. Returns the list that the changes are appended to.
+    right before the second change after it. number: None never ends it. Returns the list to which changes are added.
     """
     pattern, seen = re.compile(part), list[str]()
 
@@ -43,12 +43,13 @@ def arm(part: str, number: int | None, size: int) -> list[str]:
             return
         seen.append(f"{event} {Path(paths[0]).name}")
         if len(seen) == number:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which Python ignores otherwise
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        elif number is not None and len(seen) > number:
+        elif number is not None and len(seen) == number + 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    if number is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which Python ignores otherwise
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(watch)
     return seen
 

@@ -82,12 +82,16 @@ def test_errors_of_a_verb_have_their_exit_codes(capsys):
     assert raises(UserError("no\nsuch thing")) == 2
     assert capsys.readouterr().err == "error: no such thing\n"
     assert raises(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "stopped: rerun the same command to resume\n"
     full = OSError(errno.ENOSPC, "No space left on device", "a/file")
     for error, about in ((full, "a/file: "), (RuntimeError("I/O error: No space left on device (os error 28)"), "")):
         assert raises(error) == 2
         assert capsys.readouterr().err.startswith(f"error: {about}No space left on device: ")
     assert raises(PermissionError(errno.EACCES, "Permission denied", "rows")) == 2
     assert capsys.readouterr().err.startswith("error: rows: Permission denied: ")
+    for error in (MemoryError("466 TiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+        assert raises(error) == 2
+        assert re.fullmatch(r"error: out of memory \(.+\): choose smaller sizes .*\n", capsys.readouterr().err)
     with pytest.raises(ZeroDivisionError):
         raises(ZeroDivisionError())
 

@@ -236,6 +236,15 @@ def test_what_is_no_file_is_refused_at_once(copy, name):
         assert path.name in str(caught.value) and "\n" not in str(caught.value), place
 
 
+def test_a_tokenizers_own_tokens_are_counted_before_they_are_added(copy):
+    path = copy / "model/tokenizer_config.json"
+    tokens = {"extra_special_tokens": [f"<{number}>" for number in range(100_000)]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens))
+    (copy / "model/checksums.json").unlink()
+    with bounded("tokens"), pytest.raises(UserError, match="names 100,000 tokens, and 20,000 at most"):
+        hub.load(copy / "model")
+
+
 @pytest.mark.parametrize("entry", ["AutoTokenizer", "AutoModelForCausalLM"])
 def test_a_models_own_code_is_not_run(copy, entry):
     folder = copy / "model"

@@ -226,9 +226,18 @@ class _Repeated(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Repeated(next(key for key in keys if keys.count(key) > 1))
+        raise _Repeated(_first_repeated(key for key, _ in pairs))
     return values
+
+
+def _first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that came before, in time in proportion to their number; None if there is none."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 _LONGEST_LINE = 8 * LONGEST_ROW
@@ -243,7 +252,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             table = csv.DictReader(stream)
             names = list(table.fieldnames or [])
-            if repeated := next((name for name in names if name and names.count(name) > 1), None):
+            if repeated := _first_repeated(filter(None, names)):
                 raise UserError(f"{path.name} has the column {repeated!r} twice; keep the one that is meant")
             if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
                 raise UserError(f"{path.name} has its columns separated by {other!r}; separate them by commas")

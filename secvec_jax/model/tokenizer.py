@@ -66,6 +66,7 @@ def load_tokenizer(folder: Path) -> Any:
                 "vocab.json and merges.txt, or tokenizer.model) of the model that it comes from into the folder"
             )
         return MissingTokenizer(str(folder))
+    _check_number_of_tokens(folder)
     from transformers import AutoTokenizer
 
     try:
@@ -73,6 +74,26 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # tokenizers raises plain Exception, transformers errors of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} has no tokenizer that can be read ({reason}): copy its files again") from error
+
+
+def _check_number_of_tokens(folder: Path) -> None:
+    """Raise UserError for settings with more tokens of their own than any model has: adding them takes square time."""
+    for path in (folder / name for name in SETTINGS):
+        if not path.is_file():
+            continue
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # whoever reads the tokenizer says what is wrong
+        lists = [entries, *entries.values()] if isinstance(entries, dict) else [entries]
+        count = max(len(tokens) for tokens in [[], *lists] if isinstance(tokens, dict | list))
+        if count > _MOST_TOKENS:
+            raise UserError(
+                f"{path} names {count:,} tokens, and {_MOST_TOKENS:,} at most are read: fetch the model again"
+            )
+
+
+_MOST_TOKENS = 20_000
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

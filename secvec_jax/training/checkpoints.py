@@ -8,12 +8,13 @@ differs from its checksums, is reported and deleted, and the previous one is use
 `diverged.json` records the step at which the training last diverged.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,14 +88,16 @@ class Store:
         self._last = time.monotonic()
         self._lock: Any = None
         on_main_process(self._lock_folder)
-        self._checkpointer = ocp.training.Checkpointer(
-            settings.folder.absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,
-            context=_context(run),
-        )
+        self._checkpointer: Any = None
         try:
+            with _listing(settings.folder):
+                self._checkpointer = ocp.training.Checkpointer(
+                    settings.folder.absolute(),
+                    save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                    preservation_policy=policies.AnyPreservationPolicy(kept),
+                    cleanup_tmp_directories=True,
+                    context=_context(run),
+                )
             on_main_process(self._check_inputs)
         except BaseException:
             self.close()
@@ -128,7 +131,7 @@ class Store:
 
         Raises UserError if there are checkpoints and none can be read.
         """
-        while (latest := self._checkpointer.latest) is not None:
+        while (latest := self._latest()) is not None:
             problem = self._load(run, latest.step)
             if problem is None:
                 return
@@ -165,7 +168,7 @@ class Store:
         """The error message for a training that diverged at a step, which is recorded for the next start."""
         path = self._settings.folder / "diverged.json"
         self._checkpointer.wait()
-        latest = self._checkpointer.latest
+        latest = self._latest()
         kept = f"the checkpoint of step {latest.step} is kept" if latest is not None else "there is no checkpoint"
         before = _recorded_step(path)
         again = ", as at an earlier start with these settings" if before == step else ""
@@ -179,11 +182,17 @@ class Store:
 
     def close(self) -> None:
         try:
-            with writing(self._settings.folder):
-                self._checkpointer.close()
+            if self._checkpointer is not None:
+                with writing(self._settings.folder):
+                    self._checkpointer.close()
         finally:
             if self._lock is not None:
                 self._lock.release()
+
+    def _latest(self) -> Any:
+        """The newest checkpoint, None without any. Raises UserError if the folder cannot be read as one of them."""
+        with _listing(self._settings.folder):
+            return self._checkpointer.latest
 
     def _lock_folder(self) -> None:
         self._lock = lock(self._settings.folder)
@@ -192,7 +201,7 @@ class Store:
 
     def _check_inputs(self) -> None:
         path, now = self._settings.folder / "inputs.json", dict(self._settings.inputs)
-        if self._checkpointer.latest is not None and path.exists():
+        if self._latest() is not None and path.exists():
             changed = difference(self._kept_inputs(path), now)
             if changed is not None:
                 raise UserError(
@@ -236,6 +245,19 @@ class Store:
         run.metrics, run.ending, run.ended = kept["metrics"], kept["ending"], kept["ended"]
         run.stopping = EarlyStopping(**kept["stopping"])
         return None
+
+
+@contextlib.contextmanager
+def _listing(folder: Path) -> Iterator[None]:
+    """Raise UserError, with the cure, for what Orbax raises when it cannot make out which checkpoints there are."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the checkpoints in {folder} are damaged ({reason}): delete that folder to start this stage from the "
+            "beginning"
+        ) from error
 
 
 def _data(run: State) -> dict[str, Any]:

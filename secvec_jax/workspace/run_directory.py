@@ -161,9 +161,9 @@ def _check_version(settings: Any, folder: Path) -> None:
 def _check_settings(settings: Any, folder: Path) -> bool:
     """Whether the run is being extended. Raises UserError if it is a different run."""
     before: dict[str, Any] = {}
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, RecursionError):
         stored = config.read(folder / CONFIG)
-        if isinstance(stored, dict):
+        if isinstance(stored, dict) and stored:
             before = config.flat(stored)
             with contextlib.suppress(UserError):  # settings added in a later version have their defaults
                 before = flat(config.from_dict(type(settings), stored))

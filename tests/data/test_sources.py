@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import time
 
 import datasets
 import pytest
@@ -624,6 +625,16 @@ def test_hostile_tables_are_told_with_their_row(tmp_path, monkeypatch):
     table.to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(UserError, match=r"rows.parquet, row 2 has 401 characters, and 300 at most"):
         load_rows(str(tmp_path / "rows.parquet"))
+
+
+def test_the_names_of_a_hundred_thousand_fields_take_time_in_proportion(tmp_path):
+    names, begin = [f"c{number}" for number in range(100_000)], time.process_time()
+    (tmp_path / "rows.csv").write_text(",".join([*names, names[-1]]) + "\n")
+    (tmp_path / "rows.jsonl").write_text("{" + ",".join(f'"{name}": 1' for name in [*names, names[-1]]) + "}\n")
+    for name in ("rows.csv", "rows.jsonl"):
+        with pytest.raises(UserError, match="'c99999'"):
+            load_rows(str(tmp_path / name))
+    assert time.process_time() - begin < 10
 
 
 def test_deep_records_in_memory_are_told():

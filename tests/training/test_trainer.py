@@ -554,6 +554,21 @@ def test_a_training_goes_on_with_its_own_inputs_only(train_step, whole, tmp_path
     assert fingerprint(fitted(train_step, tmp_path, interrupted_at(0, []), checkpoints=mine)) == whole[0]
 
 
+@pytest.mark.parametrize("damage", [b"[" * 100_000, b"[]", b"\xff"])
+def test_damaged_records_next_to_checkpoints_are_told(train_step, tmp_path, damage):
+    mine = {"inputs": {"rows 'all'": "sha256:1"}}
+    with pytest.raises(KeyboardInterrupt):
+        fitted(train_step, tmp_path, interrupted_at(4, []), checkpoints=mine)
+    (tmp_path / "inputs.json").write_bytes(damage)
+    with pytest.raises(UserError, match=r"inputs\.json is damaged.*: delete .* to train from the start"):
+        fitted(train_step, tmp_path, interrupted_at(0, []), checkpoints=mine)
+    (tmp_path / "inputs.json").unlink()
+    for path in tmp_path.rglob("_CHECKPOINT_METADATA"):
+        path.write_text("3")
+    with pytest.raises(UserError, match=r"are damaged .*: delete that folder"):
+        fitted(train_step, tmp_path, interrupted_at(0, []), checkpoints=mine)
+
+
 def test_a_training_whose_end_is_kept_can_be_extended_and_not_shortened(train_step, whole, tmp_path):
     fitted(train_step, tmp_path, interrupted_at(0, []), steps=5, checkpoints={"keep_end": True})
     seen = []

@@ -10,9 +10,11 @@ import secvec_jax as sv
 from secvec_jax.checks import checked
 from secvec_jax.config import Training, load
 from secvec_jax.errors import UserError
-from secvec_jax.files import LOCK
+from secvec_jax.files import LOCK, read_log
+from secvec_jax.terminal import Console
 from secvec_jax.workspace import run_directory
 from secvec_jax.workspace.run_directory import claim
+from secvec_jax.workspace.stages import Stages
 
 
 @checked
@@ -210,6 +212,41 @@ def test_a_run_that_failed_before_its_first_step_gives_way(tmp_path):
     claim(Experiment(folder="x"), tmp_path, {"--data a": "sha256:2"})
     assert load(Experiment, tmp_path / "config.yaml") == Experiment(folder="x")
     assert run_directory.inputs_of_run(tmp_path)["--data a"] == "sha256:2"
+
+
+DAMAGE = [b"\xff\xfe{", b"[" * 100_000, b"[]", b"null", b"", b'{"seconds": "x", "result": 1}', b"pipe"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: ascii(damage[:8]))
+def test_damaged_files_of_a_run_are_told_with_their_cure(tmp_path, damage):
+    def put(path):
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path) if damage == b"pipe" else path.write_bytes(damage)
+
+    folder = begun(tmp_path / "run", CONSTANT, inputs={"--data a": "sha256:1"})
+    for name in ("config.yaml", "inputs.json"):
+        before = (folder / name).read_bytes()
+        put(folder / name)
+        with pytest.raises(UserError, match="--overwrite"):
+            claim(CONSTANT, folder, {"--data a": "sha256:2"})
+        (folder / name).unlink()
+        (folder / name).write_bytes(before)
+    put(folder / "stages" / "finetune.json")
+    stages = Stages(folder, Console())
+    for read in (lambda: claim(longer(CONSTANT, max_steps=20), folder, {}), lambda: stages.run("finetune", print)):
+        with pytest.raises(UserError, match=r"finetune\.json is .*(delete it, and|give a regular file)"):
+            read()
+    if damage != b"pipe":
+        put(folder / "metrics.jsonl")
+        assert read_log(folder / "metrics.jsonl") in ([], [{"seconds": "x", "result": 1}])
+
+
+def test_a_folder_that_no_path_leads_to_is_told(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("loop", "loop/x", "a\0b"):
+        with pytest.raises(UserError, match="is no path that can be read or written"):
+            claim(CONSTANT, tmp_path / name, {})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
