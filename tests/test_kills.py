@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """A process that is killed during a write: the same command then ends as if it had not been."""
-=======
-"""A process that is killed amid a write: the same command then ends as if nothing had been, and nothing is left."""
->>>>>>> wt-threat
 
 import json
 import random

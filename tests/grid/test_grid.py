@@ -88,7 +88,10 @@ def test_every_setting_of_a_cell_is_in_its_name():
     ("values", "message"),
     [
         ({"blocks": [{"defense": ["nonne"]}]}, "no defense is named 'nonne'"),
-        ({"blocks": [{"defense": [{"name": "ewc", "wait": 1}]}]}, "'ewc' has no setting 'wait': its settings are weight"),
+        (
+            {"blocks": [{"defense": [{"name": "ewc", "wait": 1}]}]},
+            "'ewc' has no setting 'wait': its settings are weight",
+        ),
         ({"blocks": [{"defense": [{"name": "ewc", "weight": "much"}]}]}, "weight is 'much': it must be a number"),
         ({"blocks": [{"defense": [{"name": "ewc", "inputs": 1}]}]}, "no setting 'inputs'"),
         ({"blocks": [{"defense": ["ewc weight=2"]}]}, "did you mean 'ewc'.*{name: vaccine, rho: 5}"),

@@ -197,7 +197,7 @@ def test_a_folder_without_a_tokenizer_takes_token_ids(folder, tiny_model, tokens
             ask()
     model.save(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors"]  # fmt: skip
+        "checksums.json", "config.json", "generation_config.json", "model.safetensors"]  # fmt: skip
     assert hub.load(tmp_path / "out").fingerprint == model.fingerprint
 
 
