@@ -26,7 +26,7 @@ from secvec_jax.data.encoded import encode_rows
 from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
-from secvec_jax.evaluation.judge_client import JudgeRequests, Judge
+from secvec_jax.evaluation.judge_client import Judge, JudgeRequests
 from secvec_jax.evaluation.judges import HARMFULNESS, verdicts
 from secvec_jax.evaluation.report import Results, compare, markdown
 from secvec_jax.recipes.score import ScoreRun
