@@ -182,6 +182,7 @@ def protect_run(settings: Protect, command: str) -> int:
     return protected.audit.exit_code
 
 
+@checked
 def protect(
     model: Any,
     rows: Any,
@@ -195,14 +196,14 @@ def protect(
     base: Any = None,
     eliciting_prompt: str | None = None,
     drop: bool = False,
-    eval_fraction: float = 0.05,
+    eval_fraction: Fraction = 0.05,
     task: LoRA | None = None,
     training: Training = PHASE2,
     system: str | None = None,
     limits: Limits = Limits(),
-    max_prompts: int = 80,
-    reply_tokens: int = 16,
-    check_prompts: int = 24,
+    max_prompts: PositiveInt = 80,
+    reply_tokens: PositiveInt = 16,
+    check_prompts: NonNegativeInt = 24,
     progress: bool = True,
 ) -> Protected:
     """The model fine-tuned on `rows` the recommended way, screened, defended and audited, as `train.py protect` does.

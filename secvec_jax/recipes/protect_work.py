@@ -6,7 +6,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Text, checked
 from secvec_jax.config import Training
 from secvec_jax.data.rows import Row, as_rows
 from secvec_jax.data.stored import Rows
@@ -27,7 +26,6 @@ RECOMMENDED = "guarded vectors"
 """The defense that is used if none is named: the best that docs/results.md shows."""
 
 
-@checked
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """What to protect. model, vectors: values or what names them. rows: loads the user's rows by kind.
@@ -41,14 +39,14 @@ class Asked:
     given: Mapping[Need, Callable[[], Any]]
     vectors: Any
     drop: bool
-    eval_fraction: Fraction
+    eval_fraction: float
     task_lora: LoRA | LoRAVectors | None
     training: Training
-    system: Text | None
+    system: str | None
     limits: Limits
-    max_prompts: PositiveInt
-    reply_tokens: PositiveInt
-    check_prompts: NonNegativeInt
+    max_prompts: int
+    reply_tokens: int
+    check_prompts: int
 
 
 class Work:

@@ -26,7 +26,7 @@ from secvec_jax.data.encoded import encode_rows
 from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
-from secvec_jax.evaluation.judge_client import Asking, Judge
+from secvec_jax.evaluation.judge_client import Judge, JudgeRequests
 from secvec_jax.evaluation.judges import HARMFULNESS, verdicts
 from secvec_jax.evaluation.report import Results, compare, markdown
 from secvec_jax.recipes.score import ScoreRun
@@ -216,7 +216,7 @@ heads = st.sampled_from(
 def check_answers(answer: tuple[bytes, bytes], folder: Path) -> None:
     head, body = answer
     with _serving([head + b"\r\n" + body]) as url:
-        judge = Judge("m", url, Asking(retries=0, timeout=1.0))
+        judge = Judge("m", url, JudgeRequests(retries=0, timeout=1.0))
         found = verdicts(judge, HARMFULNESS, [(body.hex()[:50], "reply")], folder / "verdicts")
     assert found.scores[0] in (None, 1, 2, 3, 4, 5)
 

@@ -351,3 +351,5 @@ def test_as_a_value(toys, judged, capsys):
     assert system.system and toys.trained == 1
     with pytest.raises(sv.UserError, match="'none' reads no safe rows: leave out safe="):
         sv.protect(model, user, defense="none", safe=user)
+    with pytest.raises(sv.UserError, match=r"eval_fraction is 2\.0"):
+        sv.protect(model, user, eval_fraction=2.0)
