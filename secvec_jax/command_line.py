@@ -128,11 +128,11 @@ def main(
             return _fail(str(error), getattr(error, "__notes__", ()))
         if is_clustered() and (lost := lost_process()) is not None:  # the error is only how JAX noticed
             return _fail(lost)
+        if system_error(error) is not None:
+            return _fail(_of_the_system(error))
         if _is_out_of_memory(error):
             return _fail(f"out of memory ({error}): {_SMALLER}")
-        if system_error(error) is None:
-            raise
-        return _fail(_of_the_system(error))
+        raise
     except KeyboardInterrupt:
         return _stopped()
 
