@@ -165,7 +165,7 @@ def protect_run(settings: Protect, command: str) -> int:
         model=settings.model,
         rows=lambda: rows_by_source(settings.data, settings.ignore_fields),
         defense=read_defense(settings.defense),
-        given={need: rows for need in GIVEN if (rows := given(need)) is not None},
+        given={need: source for need in GIVEN if (source := given(need)) is not None},
         **{name: getattr(settings, name) for name in _SAME},
     )
     work = Work(asked, run.stages)

@@ -3,7 +3,7 @@
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from secvec_jax.defenses.gate import Gate, measure_gate, tenth
 from secvec_jax.defenses.security_vectors import Phase1, train_vectors
@@ -49,15 +49,15 @@ def _given_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
     if len(adapters) != 1:
         raise UserError(f"{len(adapters)} vectors are given: pass one, which rows are screened with, too")
     stage.say("testing the vectors")
-    unseen = work.packaged.held_out()
-    rows = {kind: work.rows_for(f"{kind} rows") if f"{kind} rows" in work.asked.given else unseen[kind]
-            for kind in ("harmful", "benign")}  # fmt: skip
-    return adapters[0], measure_gate(work.model, adapters[0], **rows)
+    unseen, given = work.packaged.held_out(), work.asked.given
+    harmful = work.rows_for("harmful rows") if "harmful rows" in given else unseen["harmful"]
+    benign = work.rows_for("benign rows") if "benign rows" in given else unseen["benign"]
+    return cast(Vectors, adapters[0]), measure_gate(work.model, adapters[0], harmful, benign)
 
 
 def _cached_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
     """The vectors of this model, rows and settings from the cache; trained and kept there if it has none."""
-    rows = {f"{kind} rows": work.rows_for(f"{kind} rows") for kind in ("harmful", "benign")}
+    rows = {"harmful rows": work.rows_for("harmful rows"), "benign rows": work.rows_for("benign rows")}
     key = key_of(work.model, rows, work.vectors_training, LoRA(), Phase1())
     with locked_entry(key, work.note) as entry:
         found = entry.read(work.model, work.note)

@@ -117,7 +117,7 @@ def _gate(run: TrainingRun, model: Model, trained: Any, rows: dict[str, Any], st
     if min(map(len, unseen.values())) < FEWEST_HELD_OUT:
         run.note("the vectors are not tested: they were trained on (nearly) all packaged rows that could test them")
         return None
-    gate = measure_gate(model, trained, **unseen)
+    gate = measure_gate(model, trained, unseen["harmful"], unseen["benign"])
     run.note(f"{gate}; the rows are packaged ones (AdvBench), and say nothing of vectors for another behavior")
     return gate
 
