@@ -171,8 +171,8 @@ def protect_run(settings: Protect, command: str) -> int:
     work = Work(asked, run.stages)
     protected = _protected(work)
     results = results_of(protected.audit, settings, command, run.stages.seconds)
-    rows = [row | (work.facts if row["name"] == "after" else {}) for row in results.rows]
-    results = dataclasses.replace(results, rows=rows)
+    rows_with_facts = [row | (work.facts if row["name"] == "after" else {}) for row in results.rows]
+    results = dataclasses.replace(results, rows=rows_with_facts)
     write_report(protected.audit, results, run.folder)
     on_main_process(lambda: write(run.folder / "model" / "README.md", _card(work, protected.audit, results)))
     if settings.training.schedule != "constant":  # else the training can be extended from its last checkpoint
