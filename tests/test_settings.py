@@ -194,7 +194,7 @@ def test_every_setting_that_counts_or_measures_has_bounds():
         (lambda: mixing.with_safe_rows([1], [1], share=-1), "share is -1.0"),
         (lambda: persona.persona_directions(None, [], [], scale=0), "scale is 0.0"),
         (lambda: read_defense({"name": "vaccine", "rho": -1}), "'vaccine': rho is -1.0"),
-        (lambda: read_defense({"name": "vaccine", "roh": 1}), "did you mean 'rho'"),
+        (lambda: read_defense({"name": "vaccine", "roh": 1}), "its settings are rho"),
         (lambda: vaccine.Vaccine(roh=1), "did you mean 'rho'"),
         (lambda: read_defense({"name": "sequential", "steps": 2.5}), "steps is 2.5: it must be an integer"),
         (lambda: read_defense({"name": "security vectors", "inner": "perhaps"}), "inner is 'perhaps': it must be"),
