@@ -197,12 +197,12 @@ def test_what_is_frozen_is_checked_and_told(files, tmp_path, monkeypatch, capsys
     said = " ".join(capsys.readouterr().out.split())
     assert f"frozen, the same before and after: backbone sha256 {model.fingerprint[:12]}, vectors sha256" in said
 
-    merge = trainer.merge
+    combine = trainer.combine
 
     def moving_all(trained, frozen):
-        return jax.tree.map(lambda leaf: leaf + 1e-3, merge(trained, frozen))
+        return jax.tree.map(lambda leaf: leaf + 1e-3, combine(trained, frozen))
 
-    monkeypatch.setattr(trainer, "merge", moving_all)
+    monkeypatch.setattr(trainer, "combine", moving_all)
     with pytest.raises(UserError, match=r"the vectors, which the training keeps frozen, changed in it \(sha256"):
         run(files, tmp_path / "wrong", vectors=(files["vectors"],))
     assert not (tmp_path / "wrong/model").exists()
@@ -307,7 +307,7 @@ def test_packaged_safe_rows_leave_out_the_prompts_that_the_model_is_measured_on(
     made = []
 
     class Splits:
-        refusals, kept = ["refusal"] * 2, ["a", "b", "c"]
+        refusals, align_benign = ["refusal"] * 2, ["a", "b", "c"]
         suite = type("Suite", (), {"refusals": ()})
 
     monkeypatch.setattr(packaged_rows, "make_splits", lambda *_: Splits())
