@@ -131,7 +131,7 @@ def made(folder: Path) -> dict[str, Any]:
 
 def leftovers(folder: Path) -> list[str]:
     names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
-    return [name for name in names if re.search(r"(^|/)\.|unfinished|tmp", name)]
+    return [name for name in names if re.search(r"(^|/)\.|unfinished|tmp", name) and not name.endswith(".lock")]
 
 
 def start_to_be_killed(files: Path, folder: Path, kind: Kind, command: list[str], number: int, size: int) -> Program:

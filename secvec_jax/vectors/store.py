@@ -37,7 +37,7 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
 
     The file says what it is, and only its owner can read it: with the vectors on, the model grants harmful requests.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     check_saved(vectors, model, tuple(kind.vectors for kind in KINDS.values()))
     check_replaceable(checked_path("path", path, "a file to write the vectors to"))
@@ -54,7 +54,8 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
 
     def write() -> None:
         with atomic_file(path, mode=0o600) as staging:
-            save_file(arrays, staging, metadata=metadata)
+            # `save_file` would write a hidden file of its own next to it, which a kill leaves behind.
+            staging.write_bytes(save(arrays, metadata=metadata))
 
     on_main_process(write)
 

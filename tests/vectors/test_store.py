@@ -158,9 +158,15 @@ def test_a_failed_save_leaves_what_was_there(file, model, random_vectors, monkey
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
+    def half(path, data):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_vectors(random_vectors(model, seed=9, rank=2), file, model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(OSError, match="No space left"):
+            save_vectors(random_vectors(model, seed=9, rank=2), file, model)
     with pytest.raises(OSError, match="No space left"):
         save_peft(random_vectors(model, rank=2), file.parent / "peft", model)
     assert file.read_bytes() == before
