@@ -52,7 +52,7 @@ def _given_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
     unseen, given = work.packaged.held_out(), work.asked.given
     harmful = work.rows_for("harmful rows") if "harmful rows" in given else unseen["harmful"]
     benign = work.rows_for("benign rows") if "benign rows" in given else unseen["benign"]
-    return cast(Vectors, adapters[0]), measure_gate(work.model, adapters[0], harmful, benign)
+    return cast(Vectors, adapters[0]), measure_gate(work.model, adapters[0], harmful=harmful, benign=benign)
 
 
 def _cached_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
