@@ -102,7 +102,7 @@ def begin(folder: Path) -> dict[str, str]:
     for name in ("packages", "files"):
         (packages / name).mkdir(parents=True, exist_ok=True)
         (folder / "cache" / name).symlink_to(packages / name)
-    return {"SECVEC_CACHE": str(folder / "cache"), "COLUMNS": "160"}
+    return {"SECVEC_CACHE": str(folder / "cache"), "COLUMNS": "160", "JAX_NUM_CPU_DEVICES": "8"}
 
 
 def made(folder: Path) -> dict[str, Any]:
