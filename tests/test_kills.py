@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from secvec_jax import assets, digests
 from secvec_jax.grid import attacks, probes
@@ -48,7 +49,9 @@ KINDS = {
 }
 
 
-NOT_COMPARED = re.compile(r"^settings|\.lock$|/checkpoints/|/tensorboard/|\.md$|\.png$|/digests/|/cache/[pf]")
+NOT_COMPARED = re.compile(
+    r"^settings|checksums\.json|\.lock$|/checkpoints/|/tensorboard/|\.md$|\.png$|/digests/|/cache/[pf]"
+)
 """Times, locks, and what is kept to resume."""
 
 
@@ -122,6 +125,8 @@ def made(folder: Path) -> dict[str, Any]:
             if isinstance(record.get("result"), dict):
                 record["result"] |= {"asked": 0, "tokens": 0}  # of the judge, by the last start
             found[name] = record | {"seconds": 0.0}
+        elif path.suffix == ".safetensors":  # in which the order of metadata is that of a hash table
+            found[name] = {key: digests.of_values([array.tolist()]) for key, array in sorted(load_file(path).items())}
         elif path.suffix in (".yaml", ".json"):
             found[name] = path.read_text()
         else:
