@@ -49,9 +49,7 @@ KINDS = {
 }
 
 
-NOT_COMPARED = re.compile(
-    r"^settings|checksums\.json|\.lock$|/checkpoints/|/tensorboard/|\.md$|\.png$|/digests/|/cache/[pf]"
-)
+NOT_COMPARED = re.compile(r"^settings|\.lock$|/checkpoints/|/tensorboard/|\.md$|\.png$|/digests/|/cache/[pf]")
 """Times, locks, and what is kept to resume."""
 
 
