@@ -295,7 +295,7 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
     raise SettingError(name, f" is {shown(value)}: it must be {_NAMES[kind]}")
 
 
-_LARGEST_FLOAT32 = 3.4028234e38
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 """Anything larger is infinite where it is used."""
 
 

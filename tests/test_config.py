@@ -52,7 +52,7 @@ recipes = st.builds(
     Experiment,
     name=st.text(st.characters(exclude_characters="\0"), max_size=20),
     seeds=st.lists(st.integers(), max_size=4).map(tuple),
-    weights=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=4),
+    weights=st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), max_size=4),
     verbose=st.booleans(),
     folder=st.none() | st.text(st.characters(exclude_characters="\0"), max_size=20),
     training=trainings,
