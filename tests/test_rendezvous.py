@@ -161,11 +161,13 @@ def test_a_process_that_is_stopped_ends_the_others_in_time(ends):
 
 def test_a_failure_is_told_with_its_reason_but_the_cause_speaks_first(ends, capsys):
     first, last = met(timeout=5)
+    last.begin_ending()  # as the command line does: it prints its own error
     last.fail("no file rows.jsonl")
     assert first.loss(5) == "process 1 of 2 failed: no file rows.jsonl"
     wait_for(lambda: ends == [2])
     first, last = met(timeout=5)
     first.begin_ending()  # to print an error of its own
+    last.begin_ending()
     last.fail("the main process failed")
     first.loss(5)
     time.sleep(1)
