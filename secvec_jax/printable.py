@@ -56,7 +56,7 @@ class Markdown(str):
 
 _ACTIVE = re.compile(r"\\(?=[!-/:-@\[-`{-~]|\Z)|[`*<|]|&(?=#?\w+;)|\](?=[(\[:])")
 """What has a meaning in Markdown within a line: escapes, code, emphasis, HTML, cells, entities and links."""
-_BLOCK = re.compile(r"(?:[#>+=~\[-]|\d+[.)](?=\s))")
+_BLOCK = re.compile(r"(?:[#>+=~\[-]|\d+[.)](?=\s|\Z))")
 """What has a meaning at the beginning of a line: headings, quotes, lists, rules, fences and definitions of links."""
 _ENTITIES = {"<": "&lt;", "&": "&amp;"}
 

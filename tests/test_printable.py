@@ -4,7 +4,7 @@ import io
 import logging
 import re
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt  # rich depends on it
 from rich.progress import Progress, TextColumn
@@ -106,6 +106,7 @@ def rendered(text: str) -> str:
 
 
 @many
+@example("1. ")
 @given(hostile)
 def test_markdown_shows_the_text_and_makes_nothing_of_it(text):
     html = rendered(paragraph(text))
