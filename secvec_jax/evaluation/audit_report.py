@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 from rich.table import Table
 
 from secvec_jax.evaluation.audit import Audit, Line, is_higher_better
@@ -242,7 +241,9 @@ def _picture(line: Line, extent: float) -> dict[str, float | None]:
     }
 
 
-def _template(name: str) -> jinja2.Template:
+def _template(name: str) -> Any:
+    import jinja2
+
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.DictLoader(_TEMPLATES)
     )

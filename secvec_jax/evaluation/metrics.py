@@ -1,6 +1,6 @@
 """The metrics by name: which are rates, which direction is better, their units, and the order to show them in."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 RATES = (
     "refusal", "refusal_persona", "compliance", "unclear", "prefill_5", "prefill_25", "over_refusal",
@@ -90,3 +90,7 @@ def percent(rate: float) -> str:
 def digits(value: float) -> str:
     """Return a number to three significant digits."""
     return f"{value:#.3g}".rstrip(".")
+
+
+Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
+"""Losses in the course of a training: row -> "harmful" or "benign" -> (step, loss)."""

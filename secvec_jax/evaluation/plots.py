@@ -17,11 +17,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 
 from secvec_jax.evaluation.intervals import Score
-from secvec_jax.evaluation.metrics import BETTER, RATES, in_order, percent
+from secvec_jax.evaluation.metrics import BETTER, RATES, Curves, in_order, percent
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.printable import printable
-
-Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]  # row -> "harmful"/"benign" -> (step, loss)
 
 # Okabe and Ito's palette, safe for color-blind readers; models trained without harmful data are gray.
 _FIXED_COLORS = {

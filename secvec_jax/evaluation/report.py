@@ -29,8 +29,7 @@ from rich.console import Group
 from rich.table import Table
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.metrics import RATES, digits, in_order, percent, rules_note
-from secvec_jax.evaluation.plots import Curves, colors_of, plot_losses, plot_scores, png
+from secvec_jax.evaluation.metrics import RATES, Curves, digits, in_order, percent, rules_note
 from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_metrics, terminal_table, words
 from secvec_jax.files import atomic_file, check_regular, resolved
 from secvec_jax.printable import fenced, paragraph
@@ -348,6 +347,8 @@ def write(
     contents = _jsonable(asdict(results))
     _check(contents, source="these results")
     results = Results(**contents)
+    from secvec_jax.evaluation.plots import colors_of, plot_losses, plot_scores, png
+
     colors = colors_of([*(row["name"] for row in results.rows), *(curves or {})])
     plots = {
         "scores.png": plot_scores(results.rows, colors),

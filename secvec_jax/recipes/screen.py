@@ -14,7 +14,6 @@ from secvec_jax.defenses.screening import screen as screen_rows
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import bootstrap
-from secvec_jax.evaluation.plots import plot_histogram, png
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.files import atomic_file
 from secvec_jax.model.hub import load
@@ -110,6 +109,8 @@ def _write(folder: Path, rows: Sequence[Row], screening: Screening) -> None:
 
 def write_histogram(path: Path, screening: Screening) -> None:
     """Draw the scores of the rows, and of those of known kind, with the threshold."""
+    from secvec_jax.evaluation.plots import plot_histogram, png
+
     by_kind = {"data": screening.scores, "harmful": screening.harmful, "benign": screening.benign}
     drawn = {name: scores for name, scores in by_kind.items() if scores is not None}
     figure = plot_histogram(drawn, "loss reduction by the vectors (nats per token)", screening.threshold)
