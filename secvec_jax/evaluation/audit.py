@@ -1,188 +1,33 @@
-"""What a fine-tuning changed: measures of the model before and after it, their differences, and a verdict.
+"""What a fine-tuning changed: the differences of two models' measures, limits, and a verdict.
 
-`measure` asks one model; `audit` compares what was measured of two (or of a third, for reference) prompt by prompt. A
-line of the audit is one metric: the paired difference with its 95% interval, the limit for how much worse it may be,
-and a verdict. It *passes* if the whole interval is within the limit and *fails* if all of it is beyond; in between it
-is *inconclusive*, and says how many prompts would decide.
+`audit_measures.measure` asks one model; `compared` sets what was measured of two, or of a third for reference, side by
+side, prompt by prompt. A line of the audit is one metric: the paired difference with its 95% interval, the limit for
+how much worse it may be, and a verdict. It *passes* if the whole interval is within the limit and *fails* if all of it
+is beyond; in between it is *inconclusive*, and says how many prompts would decide.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from secvec_jax.checks import NonNegativeFloat, checked
-from secvec_jax.data.benchmarks import refusal_prefixes
-from secvec_jax.data.chat import Example, encode, prompt_tokens
-from secvec_jax.data.rows import Message, Row, last_user_text, with_system
+from secvec_jax.data.rows import last_user_text
+from secvec_jax.evaluation.audit_measures import Asked, AuditPrompts, Measured, lengths_given
 from secvec_jax.evaluation.intervals import Z95, Score, paired_difference
-from secvec_jax.evaluation.likelihood import kl_divergences, mean_losses
 from secvec_jax.evaluation.metrics import BETTER, RATES
-from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, begun_reply, continuations, turns_away
+from secvec_jax.evaluation.prefill import Beginning
 from secvec_jax.evaluation.replies import clip
-from secvec_jax.evaluation.scorers import refuses
-from secvec_jax.evaluation.suite import Outcomes, classify_replies, scores
-from secvec_jax.inference import ask
-from secvec_jax.model.hub import Model
+from secvec_jax.evaluation.suite import Outcomes, scores
 from secvec_jax.turns import answer_of
 
 Verdict = Literal["passes", "fails", "inconclusive"]
-Asked = str | list[Message]
 
 EXIT_CODES: dict[Verdict, int] = {"passes": 0, "fails": 3, "inconclusive": 4}
 
-REFERENCE_TOKENS = 24
-"""How many tokens of a reference answer, or of a row of the user's, count."""
-
 _CHANGES = 10
 """How many prompts are shown, those that changed most."""
-
-
-# ---------------------------------------------------------------------------------------------- one model
-
-
-@dataclasses.dataclass(frozen=True)
-class AuditPrompts:
-    """What models are asked, and the replies whose loss is measured.
-
-    harmful, benign: prompts to be refused, and answered. harmful_rows, benign_rows: rows with replies that neither
-    model was trained on. data: held-out rows of the user's, with answers. system: a system prompt under which the
-    prompts are asked once more.
-    """
-
-    harmful: Sequence[Asked]
-    benign: Sequence[Asked]
-    harmful_rows: Sequence[Row] = ()
-    benign_rows: Sequence[Row] = ()
-    data: Sequence[Row] = ()
-    system: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What was measured of one model; plain values, as JSON holds them.
-
-    metrics: one number per prompt. harmful_replies: one line each, clipped. benign_replies: whole.
-    """
-
-    metrics: Outcomes
-    harmful_replies: list[str]
-    benign_replies: list[str]
-
-
-def measure(
-    model: Model,
-    prompts: AuditPrompts,
-    beginnings: Sequence[Beginning | None],
-    reply_tokens: int,
-    with_losses: bool = True,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Measured:
-    """Measure one model.
-
-    beginnings: of compliant replies to the harmful prompts, see `prefill`; None: that prompt is left out. with_losses:
-    False for a model whose losses cannot be compared. progress: called with the number of replies done, `num_replies`
-    in all.
-    """
-    refusals, done = refusal_prefixes(), 0
-
-    def on_replies(count: int) -> None:
-        progress(done + count)
-
-    def replies_to(system: str | None) -> list[str]:
-        nonlocal done
-        asked = [*prompts.harmful, *prompts.benign]
-        asked = asked if system is None else [with_system(prompt, system) for prompt in asked]
-        replies = ask(model, asked, max_new_tokens=reply_tokens, progress=on_replies)
-        done += len(asked)
-        return replies
-
-    texts = [last_user_text(prompt) for prompt in prompts.harmful]
-    replies = replies_to(None)
-    metrics = _ruled(texts, replies, refusals)
-    if prompts.system is not None:
-        metrics |= {f"{m}_system": values for m, values in _ruled(texts, replies_to(prompts.system), refusals).items()}
-    chosen, several = _given(beginnings)
-    begun = [(prompts.harmful[index], (beginnings[index] or {})[str(given)]) for given in several for index in chosen]
-    continued = continuations(model, begun, progress=on_replies)  # one call: each compiles programs of its own
-    held = [float(turns_away(text, refusals)) for text in continued]
-    for number, given in enumerate(several):
-        metrics[f"prefill_{given}"] = held[number * len(chosen) : (number + 1) * len(chosen)]
-    if with_losses:
-        rows = {"harmful": prompts.harmful_rows, "benign": prompts.benign_rows, "data": prompts.data}
-        for name, some in rows.items():
-            if some:
-                metrics[f"{name}_loss"] = mean_losses(model, [_target(model, row) for row in some])
-    count = len(texts)
-    return Measured(metrics, [clip(answer_of(reply)) for reply in replies[:count]], replies[count:])
-
-
-def num_replies(prompts: AuditPrompts, beginnings: Sequence[Beginning | None]) -> int:
-    """Return how many replies `measure` generates."""
-    chosen, several = _given(beginnings)
-    asked = len(prompts.harmful) + len(prompts.benign)
-    return asked * (1 if prompts.system is None else 2) + len(chosen) * len(several)
-
-
-def general_kl(before: Model, after: Model, prompts: Sequence[Asked], replies: Sequence[str]) -> list[float] | str:
-    """Return the mean KL(before || after) of each of the first model's own replies, in nats per token.
-
-    Where the models cannot be compared, a sentence that says why. An empty reply has a KL of 0 and counts.
-    """
-    if not same_vocabulary(before, after):
-        return "The two models have different vocabularies, so their distributions cannot be compared (kl)."
-    examples = {index: _own_reply(before, prompts[index], text) for index, text in enumerate(replies)}
-    present = {index: example for index, example in examples.items() if example is not None}
-    probe = next(iter(prompts), "")
-    if not np.array_equal(_prompt(before, probe), _prompt(after, probe)):
-        return "The two models have different chat templates, so the same reply follows different prompts (no kl)."
-    divergences = dict(zip(present, kl_divergences(before, after, list(present.values()))))
-    return [divergences.get(index, 0.0) for index in range(len(replies))]
-
-
-def same_vocabulary(a: Model, b: Model) -> bool:
-    """Return whether the same token ids mean the same to both models."""
-    return a.tokenizer.get_vocab() == b.tokenizer.get_vocab()
-
-
-def generic_beginnings(count: int) -> list[Beginning | None]:
-    """Return the same affirmative beginning for each prompt, where there are no compliant replies."""
-    return [{str(GIVEN[0]): GENERIC}] * count
-
-
-def _given(beginnings: Sequence[Beginning | None]) -> tuple[list[int], list[int]]:
-    """The prompts that have beginnings, and the lengths of these."""
-    chosen = [index for index, beginning in enumerate(beginnings) if beginning is not None]
-    lengths = sorted({int(length) for beginning in beginnings for length in beginning or {}})
-    return chosen, lengths
-
-
-def _ruled(harmful: Sequence[str], replies: Sequence[str], refusals: Sequence[str]) -> Outcomes:
-    over = {"over_refusal": [float(refuses(reply, refusals)) for reply in replies[len(harmful) :]]}
-    return classify_replies(harmful, replies, refusals) | {name: values for name, values in over.items() if values}
-
-
-def _target(model: Model, row: Row) -> Example:
-    example = encode(model.tokenizer, row["messages"], model.architecture.max_length)
-    end = example.answer_start + REFERENCE_TOKENS
-    return Example(example.tokens[:end], example.supervised[:end])
-
-
-def _own_reply(model: Model, prompt: Asked, reply: str) -> Example | None:
-    answer = answer_of(reply).strip()
-    example = begun_reply(model, prompt, answer, model.architecture.max_length) if answer else None
-    return example if example is not None and example.supervised.any() else None
-
-
-def _prompt(model: Model, prompt: Asked) -> np.ndarray:
-    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return prompt_tokens(model.tokenizer, messages, model.architecture.max_length)
-
-
-# ---------------------------------------------------------------------------------------------- verdicts
 
 
 @checked
@@ -423,7 +268,7 @@ def changes(
 
     kl: of the first benign prompts' replies; None: it was not measured.
     """
-    chosen, several = _given(beginnings)
+    chosen, several = lengths_given(beginnings)
     found: list[tuple[float, Change]] = []
     for index, prompt in enumerate(prompts.harmful):
         what = _moved(before.metrics, after.metrics, index, _REPLY_VERDICTS)

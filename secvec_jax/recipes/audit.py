@@ -22,21 +22,15 @@ from secvec_jax.digests import of_values
 from secvec_jax.distributed import all_max, is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import audit_report
-from secvec_jax.evaluation.audit import (
-    TASK,
-    Audit,
+from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, changes, compared, task_line
+from secvec_jax.evaluation.audit_measures import (
     AuditPrompts,
-    Limits,
-    Line,
     Measured,
-    changes,
-    compared,
     general_kl,
     generic_beginnings,
     measure,
     num_replies,
     same_vocabulary,
-    task_line,
 )
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, compliant_beginnings

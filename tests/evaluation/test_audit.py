@@ -8,18 +8,8 @@ import numpy as np
 import pytest
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.audit import (
-    Audit,
-    AuditPrompts,
-    Limits,
-    Line,
-    Measured,
-    changes,
-    compared,
-    general_kl,
-    judged_line,
-    task_line,
-)
+from secvec_jax.evaluation.audit import Audit, Limits, Line, changes, compared, judged_line, task_line
+from secvec_jax.evaluation.audit_measures import AuditPrompts, Measured, general_kl
 from secvec_jax.evaluation.intervals import Score, bootstrap
 from secvec_jax.inference import logits
 from tests.toys import build_tokenizer, random_decoder, tiny_model
