@@ -281,13 +281,13 @@ def test_replies_of_judges(reply):
 
 @pytest.mark.parametrize("kind", bad_rows.KINDS)
 def test_inputs_of_others(tmp_path, kind):
-    bad_rows.run(kind, 30, tmp_path)
+    assert bad_rows.run(kind, 30, tmp_path) == 30
 
 
 @pytest.mark.release
 @pytest.mark.parametrize("kind", bad_rows.KINDS)
 def test_many_inputs_of_others(tmp_path, kind):
-    bad_rows.run(kind, 500, tmp_path)
+    assert bad_rows.run(kind, 500, tmp_path) == 500
 
 
 @pytest.fixture(scope="module")
