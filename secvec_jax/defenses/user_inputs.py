@@ -61,6 +61,11 @@ def reads_of(defense: Defense, with_vectors: bool) -> tuple[Need, ...]:
     return tuple(reads)
 
 
+def sharing(training: Training, finetuning: Training) -> Training:
+    """A training with what the fine-tuning's settings, which are complete, say of rows and memory."""
+    return dataclasses.replace(training, **{name: getattr(finetuning, name) for name in SHARED})
+
+
 class UserInputs(DefenseInputs):
     """A user's model and rows, how they are trained on, and the defender's rows as far as there are any.
 
@@ -165,7 +170,7 @@ class UserInputs(DefenseInputs):
 
     def sharing(self, training: Training) -> Training:
         """A training with what the fine-tuning's settings say of rows and memory."""
-        return dataclasses.replace(training, **{name: getattr(self._options["training"], name) for name in SHARED})
+        return sharing(training, self._options["training"])
 
     def _of(self, need: Need) -> Any:
         if need not in self._kept:

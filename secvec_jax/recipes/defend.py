@@ -62,6 +62,23 @@ def defend(
         defense = read_defense(instance("defense", defense, (str, dict), fix))
     checkpoints, on_step = as_options(training, checkpoints, on_step)
     adapters = as_vectors(vectors, model)
+    given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)
+    packaged = PackagedRows(model, training.over(PHASE2)).sources()
+    vectors_given: tuple[Need, ...] = ("security vectors",) if adapters else ()
+    check_given(defense, [*given, *vectors_given], packaged, lambda argument: f"{argument}=")
+    sources = packaged | given
+    with step_progress("defend", on_step) as show:
+        options = FinetuneOptions(
+            task=as_task(task), training=training, eval_rows=eval_rows, checkpoints=checkpoints, on_step=show
+        )
+        inputs = UserInputs(model, groups_of(rows), options, sources, adapters or None)
+        return defense.apply(inputs)
+
+
+def sources_of(
+    safe: Any, harmful: Any, benign: Any, contrast: Any, base: Any, eliciting_prompt: str | None
+) -> dict[Need, Callable[[], Any]]:
+    """Of each need for which a caller gives a value, a function that checks and returns it."""
     values: dict[Need, Any] = {
         "safe rows": safe,
         "harmful rows": harmful,
@@ -70,10 +87,6 @@ def defend(
         "base model": base,
         "eliciting prompt": eliciting_prompt,
     }
-    given = {need: value for need, value in values.items() if value is not None}
-    packaged = PackagedRows(model, training.over(PHASE2)).sources()
-    vectors_given: tuple[Need, ...] = ("security vectors",) if adapters else ()
-    check_given(defense, [*given, *vectors_given], packaged, lambda argument: f"{argument}=")
 
     def source_of(need: Need, value: Any) -> Callable[[], Any]:
         if need == "base model":
@@ -82,10 +95,4 @@ def defend(
             return lambda: value
         return lambda: as_row_source(value, argument_of(need))
 
-    sources = packaged | {need: source_of(need, value) for need, value in given.items()}
-    with step_progress("defend", on_step) as show:
-        options = FinetuneOptions(
-            task=as_task(task), training=training, eval_rows=eval_rows, checkpoints=checkpoints, on_step=show
-        )
-        inputs = UserInputs(model, groups_of(rows), options, sources, adapters or None)
-        return defense.apply(inputs)
+    return {need: source_of(need, value) for need, value in values.items() if value is not None}

@@ -11,15 +11,14 @@ from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import default_rate
 from secvec_jax.defenses.base import Defense, Need
 from secvec_jax.defenses.finetuning import FinetuneOptions
-from secvec_jax.defenses.registry import as_mapping, listing, read_defense, usable_defenses
+from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.defenses.user_inputs import argument_of, check_given, reads_of
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.refusal_sample import change
 from secvec_jax.files import read_log
-from secvec_jax.flags import Variants
 from secvec_jax.model.hub import load
-from secvec_jax.recipes.run_inputs import GIVEN, RunInputs, trainings
+from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, RunInputs, trainings
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.training.frozen import FrozenTrees
 from secvec_jax.trees import distance
@@ -29,8 +28,6 @@ from secvec_jax.workspace.inputs import Inputs, packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stage
-
-_DEFENSES = {"variants": Variants(usable_defenses(), listing)}
 
 
 @checked
@@ -50,7 +47,7 @@ class Finetune:
     """train a task LoRA, merged at the end, instead of all weights"""
     out: str = "runs/finetune"
     """run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
-    defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=_DEFENSES)
+    defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=DEFENSE_VARIANTS)
     """how the training is defended, such as guarded-vectors; without a name, all defenses are listed with what they
     need and cost (default: security vectors)"""
     safe: tuple[str, ...] = ()

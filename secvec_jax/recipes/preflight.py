@@ -56,12 +56,12 @@ def estimate(
     batches of rows a step reads: two where a defense's safe rows are learned beside the user's."""
     training = training.over(PHASE2)
     stream = stream_of(model, dict(groups), training)
-    tokens = sum(int(group.lengths.sum()) for group in stream.examples.values() if isinstance(group, Examples))
+    encoded = [group for group in stream.examples.values() if isinstance(group, Examples)]
+    tokens = sum(int(group.lengths.sum()) for group in encoded)
     _, steps, steps_per_epoch = stream_and_steps(stream, training)
     rows = [row for group in groups.values() for row in group]
     forward = _seconds_per_token(model, rows[:: max(1, len(rows) // _TIMED)][:_TIMED], training.max_seq_len)
     bytes_per_parameter = 4 if not full else (16 if training.optimizer == "adamw" else 12)
-    encoded = [group for group in stream.examples.values() if isinstance(group, Examples)]
     return Estimate(
         rows=len(rows),
         tokens=tokens,

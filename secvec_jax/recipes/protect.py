@@ -12,7 +12,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Texts, chec
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defense, Need
 from secvec_jax.defenses.finetuning import PHASE2, groups_of
-from secvec_jax.defenses.inputs import as_row_source, as_task
-from secvec_jax.defenses.registry import as_mapping, listing, read_defense, usable_defenses
+from secvec_jax.defenses.inputs import as_task
+from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.user_inputs import argument_of, check_given
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.errors import UserError
@@ -29,16 +28,16 @@ from secvec_jax.evaluation import audit_report
 from secvec_jax.evaluation.audit import Audit, Limits
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.report import Results
-from secvec_jax.flags import Variants
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
 from secvec_jax.recipes.audit import results_of, write_report
+from secvec_jax.recipes.defend import sources_of
 from secvec_jax.recipes.export import history, hub_id
 from secvec_jax.recipes.protect_stages import audit_export, divide, fine_tune, preflight, screen_rows
 from secvec_jax.recipes.protect_vectors import make_vectors
 from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work
-from secvec_jax.recipes.run_inputs import GIVEN, rows_of_files
-from secvec_jax.recipes.training_run import rows_by_source
+from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, rows_of_files
+from secvec_jax.recipes.training_run import SYSTEM_FILE, rows_by_source
 from secvec_jax.terminal import Console
 from secvec_jax.vectors.kinds import Vectors
 from secvec_jax.vectors.lora import LoRA
@@ -53,8 +52,6 @@ _SAME = (
     "check_prompts",
 )  # fmt: skip
 """Settings of the command that are passed on as they are."""
-
-_DEFENSES = {"variants": Variants(usable_defenses(), listing)}
 
 
 @checked
@@ -72,7 +69,7 @@ class Protect:
     vectors: str | None = None
     """run directory of `train.py vectors`, its vector file, or a PEFT adapter folder; by default vectors are trained on
     the harmful and benign rows, once for a model, and kept in the cache folder"""
-    defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=_DEFENSES)
+    defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=DEFENSE_VARIANTS)
     """how the training is defended; without a name, all defenses are listed with what they need and cost (default:
     guarded vectors)"""
     safe: tuple[str, ...] = ()
@@ -224,21 +221,13 @@ def protect(
     """
     if not isinstance(defense, Defense):
         defense = read_defense(RECOMMENDED if defense is None else defense)
-    values: dict[Need, Any] = {
-        "safe rows": safe, "harmful rows": harmful, "benign rows": benign, "contrast rows": contrast,
-        "base model": base, "eliciting prompt": eliciting_prompt,
-    }  # fmt: skip
-    values = {need: value for need, value in values.items() if value is not None}
-    _check_defense(defense, list(values), lambda argument: f"{argument}=")
-
-    def source_of(need: Need, value: Any) -> Callable[[], Any]:
-        return partial(as_row_source, value, argument_of(need)) if need.endswith(" rows") else lambda: value
-
+    given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)
+    _check_defense(defense, list(given), lambda argument: f"{argument}=")
     asked = Asked(
         model=model,
         rows=lambda: groups_of(rows),
         defense=defense,
-        given={need: source_of(need, value) for need, value in values.items()},
+        given=given,
         vectors=vectors,
         drop=drop,
         eval_fraction=eval_fraction,
@@ -323,7 +312,7 @@ def _show(protected: Protected, folder: Path, as_json: bool, work: Work) -> None
     terminal.print(audit_report.table(audit))
     lines = [audit_report.headline(audit), *_learned(audit), *audit.notes[len(protected.notes) :]]
     if protected.system is not None:
-        lines.append(f"serve the model with its system prompt, which is its defense: {folder / 'system_prompt.txt'}")
+        lines.append(f"serve the model with its system prompt, which is its defense: {folder / SYSTEM_FILE}")
     lines.append(f"suspects: {folder / 'suspects.jsonl'}; report: {folder / 'report.html'}")
     for line in (*lines, f"the model, with its card, is in {folder / 'model'}"):
         terminal.print(line)

@@ -10,7 +10,7 @@ import numpy as np
 
 from secvec_jax.data.rows import Row
 from secvec_jax.defenses.advice import default_rate
-from secvec_jax.defenses.base import Defended, Defense
+from secvec_jax.defenses.base import Defense
 from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups
 from secvec_jax.defenses.registry import evidence_of
 from secvec_jax.defenses.screening import Screening
@@ -29,12 +29,11 @@ from secvec_jax.recipes.preflight import estimate
 from secvec_jax.recipes.protect_work import RECOMMENDED, Work
 from secvec_jax.recipes.run_inputs import trainings
 from secvec_jax.recipes.screen import write_histogram
+from secvec_jax.recipes.training_run import save_trained
 from secvec_jax.training.frozen import FrozenTrees
 from secvec_jax.trees import distance
 from secvec_jax.vectors.kinds import Vectors
-from secvec_jax.vectors.lora import LoRAVectors
-from secvec_jax.vectors.peft import save_peft
-from secvec_jax.workspace.stages import Stage, write
+from secvec_jax.workspace.stages import Stage
 
 _FEWEST_HELD_OUT, _ENOUGH = 8, 40
 """Of the user's rows, held out where there are enough of them."""
@@ -158,7 +157,9 @@ def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
             inputs = UserInputs(work.model, rows.learned, options, work.needs(stage), adapters)
             defended = asked.defense.apply(inputs)
         stage.say("exporting")
-        _export(work, defended)
+        # In the dtype of the model before, as eval.py export does.
+        dtype = work.model.metadata.dtype
+        save_trained(work.folder, defended.model, work.model, defended.system, dtype=dtype)
         work.note(str(frozen))
         if defended.model is work.model:
             work.note("the defense found nothing to train on: the model is as it was")
@@ -182,15 +183,6 @@ def _reason(defense: Defense) -> str:
     """Why this defense: what was measured of it."""
     why = "recommended" if defense.name == RECOMMENDED else "as asked"
     return f"{why}; {evidence_of(type(defense))}"
-
-
-def _export(work: Work, defended: Defended) -> None:
-    """Write the model in the dtype of the model before, as eval.py export does, and its task LoRA if it has one."""
-    if isinstance(defended.model.adapter, LoRAVectors):
-        save_peft(defended.model.adapter, work.folder / "task", work.model, holds="a task")
-    defended.model.save(work.model_folder, dtype=work.model.metadata.dtype)
-    if defended.system is not None:
-        on_main_process(lambda: write(work.folder / "system_prompt.txt", f"{defended.system}\n"))
 
 
 def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Audit:

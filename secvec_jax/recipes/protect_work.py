@@ -12,7 +12,7 @@ from secvec_jax.data.stored import Rows
 from secvec_jax.defenses.base import Defense, Need
 from secvec_jax.defenses.finetuning import PHASE2, Groups
 from secvec_jax.defenses.security_vectors import PHASE1
-from secvec_jax.defenses.user_inputs import SHARED
+from secvec_jax.defenses.user_inputs import sharing
 from secvec_jax.evaluation.audit import Limits
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
@@ -143,9 +143,7 @@ class Work:
     @property
     def vectors_training(self) -> Training:
         """How vectors are trained: as in the quickstart, but for what the settings say of rows and memory."""
-        training = self.asked.training.over(PHASE2)
-        shared = {name: getattr(training, name) for name in SHARED if name != "seed"}
-        return dataclasses.replace(PHASE1, **shared)
+        return dataclasses.replace(sharing(PHASE1, self.asked.training.over(PHASE2)), seed=PHASE1.seed)
 
     def checkpoints(self, name: str) -> Checkpoints:
         return Checkpoints.of(self.folder / "checkpoints" / name, self.asked.training.over(PHASE2))

@@ -11,9 +11,11 @@ from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
 from secvec_jax.defenses.base import Need
 from secvec_jax.defenses.finetuning import FinetuneOptions, Groups
+from secvec_jax.defenses.registry import listing, usable_defenses
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1
 from secvec_jax.defenses.user_inputs import UserInputs, argument_of
 from secvec_jax.distributed import broadcast_from_first
+from secvec_jax.flags import Variants
 from secvec_jax.model.hub import Model, load
 from secvec_jax.recipes.training_run import TrainingRun
 from secvec_jax.training.trainer import OnStep
@@ -26,6 +28,9 @@ GIVEN: tuple[Need, ...] = (
     "safe rows", "harmful rows", "benign rows", "contrast rows", "base model", "eliciting prompt"
 )  # fmt: skip
 """What flags give, besides vectors; see `argument_of`."""
+
+DEFENSE_VARIANTS = {"variants": Variants(usable_defenses(), listing)}
+"""The metadata of a setting whose values are the defenses, as `flags` reads them."""
 
 
 class RunInputs(UserInputs):

@@ -22,6 +22,9 @@ from secvec_jax.workspace.inputs import Inputs
 from secvec_jax.workspace.runs import Run
 from secvec_jax.workspace.stages import Stage, write
 
+SYSTEM_FILE = "system_prompt.txt"
+"""In a run directory: the system prompt that its model is to be served with."""
+
 
 class TrainingRun(Run):
     """The run directory of a verb whose settings have `training` and `check_prompts`."""
@@ -66,17 +69,13 @@ class TrainingRun(Run):
         system: the system prompt that the model is to be served with, which is stored as well.
         """
         stage.say("saving")
-        if isinstance(trained.adapter, LoRAVectors):
-            save_peft(trained.adapter, self.folder / "task", start, holds="a task")
         card = None if system is None else f"# {self.folder.name}\n\n{system_section(system)}\n"
-        trained.save(self.folder / "model", card)
-        if system is not None:
-            on_main_process(lambda: write(self.system_file, f"{system}\n"))
+        save_trained(self.folder, trained, start, system, card=card)
 
     @property
     def system_file(self) -> Path:
         """Where the system prompt is that the model is to be served with."""
-        return self.folder / "system_prompt.txt"
+        return self.folder / SYSTEM_FILE
 
     def finish(self, values: dict[str, Any], where: str) -> None:
         """Write the results of the training and print where its files are.
@@ -92,6 +91,18 @@ class TrainingRun(Run):
         }
         self.report([{"name": Path(self.settings.out).name, "metrics": metrics} | facts], notes)
         self.console.print(where)
+
+
+def save_trained(
+    folder: Path, trained: Model, start: Model, system: str | None, *, card: str | None = None, dtype: Any = None
+) -> None:
+    """Save a trained model in a run directory, its task LoRA, if it has one, as an adapter of the model it started
+    from, and its system prompt, if it needs one. card, dtype: as in `Model.save`."""
+    if isinstance(trained.adapter, LoRAVectors):
+        save_peft(trained.adapter, folder / "task", start, holds="a task")
+    trained.save(folder / "model", card, dtype=dtype)
+    if system is not None:
+        on_main_process(lambda: write(folder / SYSTEM_FILE, f"{system}\n"))
 
 
 def rows_by_source(sources: Sequence[str], ignore_fields: Sequence[str]) -> dict[str, Sequence[Row]]:

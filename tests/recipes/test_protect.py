@@ -141,7 +141,7 @@ STAGES = {
     "preflight": (protect_stages, "measure"),
     "vectors": (protect_vectors, "measure_gate"),
     "screen": (protect_stages, "score_rows"),
-    "fine-tune": (protect_stages, "_export"),
+    "fine-tune": (protect_stages, "save_trained"),
     "audit": (protect_stages, "audited"),
 }
 
