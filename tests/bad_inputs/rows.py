@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -298,7 +299,11 @@ def check_results(found: dict[str, Any], folder: Path) -> None:
     card = model_card("name", None, [loaded], [loaded], list(found["config"]))
     for text in (stream.getvalue(), card, markdown(loaded)):
         assert not CONTROLS.search(text), ascii(text)
-    outside = re.sub(r"(?s)^(`{3,})bash\n.*?\n\1$", "", card, flags=re.MULTILINE)
+    _, header, body = card.split("---\n", 2)  # the Hub's metadata is YAML, not Markdown
+    scored = yaml.safe_load(header)["model-index"][0]["results"]
+    names = {row["name"] for row in found["rows"]} | {"prompts of secvec_jax"}
+    assert all(entry["dataset"]["name"] in names for entry in scored)
+    outside = re.sub(r"(?s)^(`{3,})bash\n.*?\n\1$", "", body, flags=re.MULTILINE)
     outside = re.sub(r"`[^`\n]*`", "", outside.replace("\\`", ""))
     assert not re.search(r"<[a-z!/]|(?<!\\)\]\(", outside), outside
 
