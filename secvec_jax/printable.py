@@ -54,8 +54,13 @@ class Markdown(str):
     __slots__ = ()
 
 
-_ACTIVE = re.compile(r"\\(?=[!-/:-@\[-`{-~]|\Z)|[`*<|]|&(?=#?\w+;)|\](?=[(\[:])")
-"""What has a meaning in Markdown within a line: escapes, code, emphasis, HTML, cells, entities and links."""
+_ACTIVE = re.compile(
+    r"\\(?=[!-/:-@\[-`{-~]|\Z)"  # an escape
+    r"|[`*<|]|(?<![^\W_])_|_(?![^\W_])|~(?=~)"  # code, emphasis (which no _ within a word is), HTML, cells, deletions
+    r"|&(?=#?\w+;)|\](?=[(\[:])"  # entities, links
+    r"|:(?=//)|(?<=\bwww)\."  # addresses, which GitHub and the Hub make links of
+)
+"""What has a meaning in Markdown within a line, in CommonMark or as GitHub extends it."""
 _BLOCK = re.compile(r"(?:[#>+=~\[-]|\d+[.)](?=\s|\Z))")
 """What has a meaning at the beginning of a line: headings, quotes, lists, rules, fences and definitions of links."""
 _ENTITIES = {"<": "&lt;", "&": "&amp;"}

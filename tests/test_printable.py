@@ -102,21 +102,26 @@ def test_words_that_are_plain_stay_as_they_are():
 
 
 def rendered(text: str) -> str:
-    return MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    return MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(text)
 
 
 @many
 @example("1. ")
+@example("_a_ __b__ _a-")
+@example("~~a~~")
+@example("see https://a.example/b or www.a.example")
 @given(hostile)
 def test_markdown_shows_the_text_and_makes_nothing_of_it(text):
     html = rendered(paragraph(text))
     assert re.sub(r"</?(?:p|code)>|\s", "", html).count("<") == 0, html
+    assert not re.search(r"(?<!\\)://|\bwww(?<!\\)\.", paragraph(text)), "GitHub and the Hub make links of addresses"
     table = rendered(markdown_table(["name", "n"], [[text, "1"]]))
     tags = re.findall(r"<(\w+)", table)
     assert tags == ["table", "thead", "tr", "th", "th", "tbody", "tr", "td", "td"], table
 
 
 @many
+@example("_\x1b[31m_")
 @given(hostile)
 def test_code_ends_where_it_ends(text):
     html = rendered(f"{code(text)}\n\n{fenced(text, 'bash')}\n\nlast")
