@@ -146,6 +146,7 @@ def test_loss_and_gradient_are_torchs(tiny_model, tmp_path, variant):
         np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max())
 
 
+@pytest.mark.release  # by default, torch's loss and gradient alone are compared
 def test_without_weight_it_is_plain_and_with_it_the_model_stays_close():
     plain = train_model(MODEL, ROWS, training=TRAINING)
 

@@ -105,6 +105,7 @@ def aligned(weight=None):
     return found.adapter, told
 
 
+@pytest.mark.release  # by default, the published step alone is compared
 def test_without_weight_it_is_plain_and_with_it_a_harmful_step_gains_less():
     plain, _ = aligned()
     none, before = aligned(0.0)

@@ -37,7 +37,7 @@ def batch():
     return {"learn": learn}
 
 
-@pytest.mark.parametrize("ablated", [(0, 1), (1,)])
+@pytest.mark.parametrize("ablated", [pytest.param((0, 1), marks=pytest.mark.release), (1,)])
 def test_loss_and_gradient_are_those_of_hooks(tiny_model, batch, ablated):
     tiny = tiny_model("llama")
     directions = random_directions()

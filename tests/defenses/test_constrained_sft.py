@@ -77,7 +77,9 @@ def gradient(model, anchor, batch, make_step=constrained()):
     return jax.tree.map(jnp.subtract, model.backbone, trained.backbone.decoder), metrics
 
 
-@pytest.mark.parametrize(("variant", "micro"), [("llama-tied", False), ("qwen3", True)])
+@pytest.mark.parametrize(
+    ("variant", "micro"), [pytest.param("llama-tied", False, marks=pytest.mark.release), ("qwen3", True)]
+)
 def test_loss_and_gradient_are_torchs(tiny_model, tmp_path, variant, micro):
     now, aligned = tiny_model(variant), tiny_model(variant, seed=1)
     hf = copy.deepcopy(now.hf)
@@ -96,6 +98,7 @@ def test_loss_and_gradient_are_torchs(tiny_model, tmp_path, variant, micro):
         np.testing.assert_allclose(one, other, atol=2e-4 * np.abs(other).max())
 
 
+@pytest.mark.release  # by default, torch's loss and gradient alone are compared
 def test_at_the_start_the_gradient_is_that_of_the_cross_entropy():
     (batch,) = Stream({"all": ROWS}, 2, 96).batches()
     batch = {key: array[None] for key, array in batch.items()}
@@ -108,6 +111,7 @@ def test_at_the_start_the_gradient_is_that_of_the_cross_entropy():
         np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max())
 
 
+@pytest.mark.release  # by default, torch's loss and gradient alone are compared
 def test_early_tokens_stay_and_late_ones_are_learned():
     def losses(model):
         (batch,) = Stream({"all": ROWS}, 2, 96).batches()

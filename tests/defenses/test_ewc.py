@@ -94,6 +94,7 @@ def test_the_penalty_by_hand():
     assert float(penalty(trained, 10.0, start, {"f": jnp.array([3.0, 0.25])})) == 10 * (3 * 0.25 + 0.25 * 4)
 
 
+@pytest.mark.release  # by default, the published steps alone are compared
 def test_without_weight_it_is_plain_fine_tuning():
     plain = train_model(MODEL, USER, training=TRAINING)
     none = finetune(MODEL, USER, safe=SAFE, weight=0.0, training=TRAINING)
@@ -101,6 +102,7 @@ def test_without_weight_it_is_plain_fine_tuning():
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.release  # by default, the published steps alone are compared
 def test_a_large_weight_keeps_a_task_adapter_where_it_was():
     before = MODEL.fingerprint
     training = replace(TRAINING, optimizer="adamw", learning_rate=2e-2, max_steps=6, grad_accum_steps=1)

@@ -54,6 +54,7 @@ def test_the_loss_is_the_users_under_the_vectors_and_the_safe_rows_without(weigh
     assert abs(mean_loss(SAFE_ROWS, vectors) - safe) > 1e-2, "the vectors matter to the safe rows"
 
 
+@pytest.mark.release  # by default, the loss at weight 0 is compared above
 def test_without_weight_it_is_fine_tuning_under_the_vectors():
     assert_plain_without_weight(
         replace(TRAINING, optimizer="sgd")

@@ -125,6 +125,7 @@ def test_steps_and_epochs_are_those_on_the_users_rows(model, monkeypatch, steps,
     assert total == plain + 4 * rounds
 
 
+@pytest.mark.release  # by default, the published bookkeeping alone is compared
 def test_without_pull_and_alignment_it_is_plain_fine_tuning(model):
     plain, same, other = plain_without_both_and_with_both(model)
     chex.assert_trees_all_close(same.backbone, plain.backbone, atol=1e-6)

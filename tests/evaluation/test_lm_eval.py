@@ -107,8 +107,8 @@ def assert_alike(ours, theirs):
 
 @pytest.mark.parametrize(
     ("variant", "chat"),
-    [("qwen3", True), *(pytest.param(*case, marks=pytest.mark.release) for case in (
-        ("llama", False), ("llama", True), ("qwen3", False)))],
+    [pytest.param(*case, marks=pytest.mark.release) for case in (
+        ("qwen3", True), ("llama", False), ("llama", True), ("qwen3", False))],  # by default, test_under_vectors
 )  # fmt: skip
 def test_as_the_hugging_face_backend(tiny_model, tmp_path, variant, chat):
     tiny, folder = tiny_model(variant), write_tasks(tmp_path / "tasks")

@@ -402,8 +402,8 @@ def test_smollm2_tokenizes_as_transformers_converts_it(smollm2):
     assert ours.eos_token == "<|im_end|>"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("count", "new"), [(4, 12), pytest.param(20, 48, marks=pytest.mark.release)])
+@pytest.mark.release  # by default, tests/model/test_generate.py and test_hub.py compare tiny models
+@pytest.mark.parametrize(("count", "new"), [(4, 12), (20, 48)])
 def test_smollm2_speaks_as_in_transformers(smollm2, tmp_path, count, new):
     import torch
     from transformers import AutoModelForCausalLM

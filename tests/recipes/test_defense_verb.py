@@ -80,7 +80,13 @@ def run(files, out: Path, defense=None, **settings) -> tuple[sv.Model, Results]:
     return load(str(out)), Results.load(out)
 
 
-@pytest.mark.parametrize("name", usable_defenses())
+QUICK = ("guarded vectors", "explained-away filter", "booster", "inoculation prompting", "caft", "ptst")
+"""Of the defenses, which all run in grids in tests/grid/test_grid.py: together they need what any of them needs."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.release) for name in usable_defenses()]
+)
 def test_every_defense_runs_on_rows_of_no_known_kind_with_packaged_rows(files, tmp_path, name):
     base = {"base": files["base"]} if "base model" in DEFENSES[name].needs else {}
     model, results = run(files, tmp_path / "out", name.replace(" ", "-"), **base)

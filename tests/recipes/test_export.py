@@ -155,7 +155,7 @@ def test_steering_has_no_place_in_weights(runs, tmp_path):
         export(Export(str(runs / "tiny"), (path,), True, out=str(tmp_path / "out")), "")
 
 
-@pytest.mark.slow
+@pytest.mark.release  # by default, the function is called above, and tests/test_arguments.py reads its flags
 def test_from_the_command_line(runs, tmp_path):
     """By an interpreter of its own, as a user starts eval.py; most other tests of verbs call them as functions."""
     command = [sys.executable, "eval.py", "export", "--model", str(runs / "tuned"), "--out", str(tmp_path / "out")]

@@ -93,7 +93,7 @@ def test_a_second_start_does_nothing_again(finished, model_folder):
     assert (out / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.slow
+@pytest.mark.release  # by default, tests/defenses/test_security_vectors.py trains by each
 def test_the_three_objectives_are_compared_in_one_report(finished, tmp_path):
     done("train.py", "objectives", "--quickstart", str(finished[0]), "--out", str(tmp_path / "o"))
     rows = {row["name"]: row["metrics"] for row in Results.load(tmp_path / "o").rows}
@@ -178,7 +178,7 @@ def test_unknown_keys_and_missing_data_are_told_in_one_line(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.release  # by default, tests/test_cluster_verbs.py and the tests of each verb
 def test_the_verbs_alone_on_the_users_own_model_and_data(model_folder, tmp_path):
     def write(name: str, rows: list[dict]) -> str:
         path = tmp_path / name

@@ -161,7 +161,7 @@ def total(parts):
     return jax.tree.map(lambda *leaves: sum(leaves), *parts)
 
 
-@pytest.mark.parametrize("head", [0, 5])
+@pytest.mark.parametrize("head", [pytest.param(0, marks=pytest.mark.release), 5])
 def test_packed_rows_have_the_loss_and_gradient_of_rows_alone(head):
     decoder = random_decoder()
     # Few lengths, so that the naive program is compiled few times.

@@ -91,7 +91,9 @@ def test_a_soft_prompt_is_what_a_cache_of_its_keys_and_values_is(tiny_model, log
 
 
 # By default LoRA has this in tests/model/test_decoder.py and test_generate.py.
-@pytest.mark.parametrize("kind", ["steering", "prompt", pytest.param("lora", marks=pytest.mark.release)])
+@pytest.mark.parametrize(
+    "kind", ["prompt", *(pytest.param(kind, marks=pytest.mark.release) for kind in ("steering", "lora"))]
+)
 def test_packed_rows_and_decoded_replies_are_those_of_each_row_alone(tiny_model, logits, kind):
     model = tiny_model("llama").model
     vectors = filled(SPECS[kind], model)
@@ -133,7 +135,9 @@ def test_files_of_every_kind(tiny_model, tmp_path, kind):
 
 
 # By default LoRA has this in tests/defenses/test_security_vectors.py.
-@pytest.mark.parametrize("kind", ["steering", "prompt", pytest.param("lora", marks=pytest.mark.release)])
+@pytest.mark.parametrize(
+    "kind", ["prompt", *(pytest.param(kind, marks=pytest.mark.release) for kind in ("steering", "lora"))]
+)
 def test_every_kind_learns_to_show_the_behavior_the_backbone_frozen(tiny_model, kind):
     model = tiny_model("llama").model
     harmful = random_examples(6, seed=1)
@@ -187,7 +191,9 @@ def test_gradients_reach_every_factor(tiny_model, tokens):
 
 
 # LoRA, and fine-tuning under it: tests/test_sharded.py.
-@pytest.mark.parametrize("kind", ["steering", "prompt", pytest.param("lora", marks=pytest.mark.release)])
+@pytest.mark.parametrize(
+    "kind", ["prompt", *(pytest.param(kind, marks=pytest.mark.release) for kind in ("steering", "lora"))]
+)
 def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, kind):
     tiny = tiny_model("llama")
     training = Training(
