@@ -27,6 +27,7 @@ from secvec_jax.evaluation.report import Results
 from secvec_jax.model import hub
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.hf_config import from_hf_config, to_hf_config
+from secvec_jax.model.tokenizer import load_tokenizer
 from secvec_jax.recipes.finetune import Finetune
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import checksums, first_not_finite
@@ -234,6 +235,15 @@ def test_what_is_no_file_is_refused_at_once(copy, name):
         with bounded(f"{place} at {name}"), pytest.raises(UserError) as caught:
             OPENED[name](copy)
         assert path.name in str(caught.value) and "\n" not in str(caught.value), place
+
+
+def test_a_tokenizer_that_draws_random_merges_is_refused(copy):
+    path = copy / "model/tokenizer.json"
+    contents = json.loads(path.read_text())
+    contents["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(contents))
+    with pytest.raises(UserError, match="sets dropout to 0.1, so that the same text becomes other tokens"):
+        load_tokenizer(copy / "model")
 
 
 def test_a_tokenizers_own_tokens_are_counted_before_they_are_added(copy):

@@ -56,7 +56,7 @@ class MissingTokenizer:
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or a `MissingTokenizer` if it has no file of one.
 
-    Raises UserError if the files are incomplete or cannot be read.
+    Raises UserError if the files are incomplete or cannot be read, or if the tokenizer draws random merges.
     """
     if not any((folder / name).is_file() for name in VOCABULARIES):
         # transformers would create an empty tokenizer.
@@ -70,10 +70,18 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception, transformers errors of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} has no tokenizer that can be read ({reason}): copy its files again") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # of the tokenizers package, which all but a few have
+    dropout = getattr(getattr(backend, "model", None), "dropout", None)
+    if dropout:
+        raise UserError(
+            f"{folder / 'tokenizer.json'} sets dropout to {dropout:g}, so that the same text becomes other tokens at "
+            "every call: set it to null"
+        )
+    return tokenizer
 
 
 def _check_number_of_tokens(folder: Path) -> None:
