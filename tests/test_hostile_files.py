@@ -242,7 +242,7 @@ def test_a_tokenizer_that_draws_random_merges_is_refused(copy):
     contents = json.loads(path.read_text())
     contents["model"]["dropout"] = 0.1
     path.write_text(json.dumps(contents))
-    with pytest.raises(UserError, match="sets dropout to 0.1, so that the same text becomes other tokens"):
+    with pytest.raises(UserError, match=r"sets dropout to 0\.1, so that the same text becomes other tokens"):
         load_tokenizer(copy / "model")
 
 
