@@ -22,7 +22,7 @@ from toy import SIZES, toy_model
 
 import secvec_jax as sv
 from secvec_jax.data.chat import prompt_tokens
-from secvec_jax.evaluation.report import environment
+from secvec_jax.evaluation.results import environment_facts
 from secvec_jax.files import atomic_file
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.workspace.splits import make_splits
@@ -79,7 +79,7 @@ def main() -> None:
     measured = ratio(side_times[best], side_times["ours"])
     results = {
         "command": "python benchmarks/decode_speed.py",
-        "environment": environment() | machine(),
+        "environment": environment_facts() | machine(),
         "ratios": {"decode_vs_transformers": measured["median"]},
         "ranges": {"decode_vs_transformers": measured},
         "faster cache of transformers": best,

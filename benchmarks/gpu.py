@@ -203,13 +203,13 @@ def child(row: dict[str, Any]) -> dict[str, Any]:
 
 def surroundings() -> dict[str, Any]:
     """Return package versions, the GPU, its driver and the commit."""
-    from secvec_jax.evaluation.report import environment
+    from secvec_jax.evaluation.results import environment_facts
 
     packages = ("torch", "peft", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13")
     installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
     gpu = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     versions = {package: installed.get(package) for package in packages}
-    return environment() | versions | {"gpu": gpu, "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD")}
+    return environment_facts() | versions | {"gpu": gpu, "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD")}
 
 
 def _output(*command: str) -> str | None:

@@ -30,7 +30,7 @@ from secvec_jax.data.chat import Example
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.finetuning import PHASE2, phase2_step
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_step
-from secvec_jax.evaluation.report import environment
+from secvec_jax.evaluation.results import environment_facts
 from secvec_jax.files import atomic_file
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
@@ -199,7 +199,7 @@ def run_part(part: Part, measure: Callable[[Point], dict]) -> dict:
         points.append({"size": size} | measure(part.point(size)))
         print(f"{part.size} {size}: {points[-1]['seconds']:.3f} s", flush=True)
     results = {name: fits(list(part.sizes), [point[name] for point in points]) for name in ("seconds", "bytes")}
-    return {"environment": environment() | devices(), "title": part.title, "points": points, "fits": results}
+    return {"environment": environment_facts() | devices(), "title": part.title, "points": points, "fits": results}
 
 
 def tables(results: dict[str, dict]) -> str:

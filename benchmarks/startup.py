@@ -83,7 +83,7 @@ def run(command: Sequence[str], cache: Path, out: Path, stderr_file: Path | None
 
 def measured(work: Path, toy: bool = False) -> dict[str, Any]:
     """Run everything in the folder `work`. toy: fewer runs, on a model with two small layers."""
-    from secvec_jax.evaluation.report import environment
+    from secvec_jax.evaluation.results import environment_facts
     from secvec_jax.workspace.stages import devices
 
     rows = work / "rows.jsonl"
@@ -113,7 +113,7 @@ def measured(work: Path, toy: bool = False) -> dict[str, Any]:
     account = work / "imports.txt"
     run([sys.executable, "-X", "importtime", *train[1:], *finetune], caches[-1], work / "imports", account)
     return {
-        "environment": environment() | devices(),
+        "environment": environment_facts() | devices(),
         "command": "python train.py finetune --model smollm2 --data ROWS --vectors VECTORS --max-steps 2",
         "rows": ROWS,
         "cold": cold,

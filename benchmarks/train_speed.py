@@ -31,7 +31,7 @@ from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.finetuning import phase2_step
 from secvec_jax.defenses.security_vectors import Phase1, phase1_step
 from secvec_jax.defenses.vaccine import vaccine
-from secvec_jax.evaluation.report import environment
+from secvec_jax.evaluation.results import environment_facts
 from secvec_jax.files import atomic_file
 from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
 from secvec_jax.training.step import make_train_step
@@ -254,7 +254,7 @@ def summary(side_times: dict[str, Times], chosen: dict[str, dict[str, Side]], pi
         medians["frozen_vectors_overhead"] = medians.pop("frozen_vectors") - 1
     return {
         "command": "python benchmarks/train_speed.py",
-        "environment": environment() | machine(),
+        "environment": environment_facts() | machine(),
         "ratios": medians,
         "ranges": ratios,
         "largest difference of losses": check_losses(side_times),

@@ -19,7 +19,8 @@ from secvec_jax.batch import check_token_ids
 from secvec_jax.checks import Bounds, NonNegativeFloat, PositiveInt, check
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.frames import records_of
-from secvec_jax.data.rows import Message, Row, as_rows, normalize, response_of
+from secvec_jax.data.normalize import as_rows, normalize
+from secvec_jax.data.rows import Message, Row, response_of
 from secvec_jax.errors import UserError
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture

@@ -17,7 +17,7 @@ from secvec_jax.data.rows import response_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.judges import score_of
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.grid.grid import GridConfig
 from secvec_jax.model import weights
 from secvec_jax.model.architecture import Architecture

@@ -23,7 +23,7 @@ from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.security_vectors import Phase1, train_vectors
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.model import hub
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.hf_config import from_hf_config, to_hf_config

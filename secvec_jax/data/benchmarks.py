@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from secvec_jax.assets import read_text
-from secvec_jax.data.rows import Row, choice, normalize, response_of, row
+from secvec_jax.data.normalize import normalize
+from secvec_jax.data.rows import Row, choice, response_of, row
 from secvec_jax.errors import UserError
 
 

@@ -19,18 +19,8 @@ from typing import Any
 from secvec_jax.arguments import path as checked_path
 from secvec_jax.data import benchmarks
 from secvec_jax.data.hub_sets import HUB_SETS, records
-from secvec_jax.data.rows import (
-    LONGEST_ROW,
-    Row,
-    as_rows,
-    normalize,
-    normalized_rows,
-    prompt_of,
-    response_of,
-    row,
-    rows_in_memory,
-    rows_on_disk,
-)
+from secvec_jax.data.normalize import LONGEST_ROW, as_rows, normalize, normalized_rows, rows_in_memory, rows_on_disk
+from secvec_jax.data.rows import Row, prompt_of, response_of, row
 from secvec_jax.data.stored import Rows, location
 from secvec_jax.errors import UserError
 from secvec_jax.files import expanded

@@ -10,7 +10,8 @@ from typing import Any
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.frames import records_of
-from secvec_jax.data.rows import as_rows, response_of
+from secvec_jax.data.normalize import as_rows
+from secvec_jax.data.rows import response_of
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.model.hub import Model
 from secvec_jax.training.trainer import OnStep

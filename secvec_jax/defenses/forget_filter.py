@@ -25,7 +25,8 @@ from typing import Annotated, Any, Unpack
 
 from secvec_jax.checks import Bounds, PositiveInt, checked
 from secvec_jax.config import Training
-from secvec_jax.data.rows import Row, as_rows, response_of
+from secvec_jax.data.normalize import as_rows
+from secvec_jax.data.rows import Row, response_of
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.filters import separation
 from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, groups_of, train_model

@@ -19,7 +19,8 @@ import dataclasses
 from typing import Any
 
 from secvec_jax.checks import checked
-from secvec_jax.data.rows import as_rows, with_system
+from secvec_jax.data.normalize import as_rows
+from secvec_jax.data.rows import with_system
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import groups_of
 

@@ -13,7 +13,8 @@ from rich.table import Table
 from secvec_jax.evaluation.audit import Audit, Line, is_higher_better
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.metrics import RATES, percent, rules_note
-from secvec_jax.evaluation.report import Results, environment_table
+from secvec_jax.evaluation.report import environment_table
+from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.tables import markdown_table, terminal_table, words
 
 MEANINGS = {

@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from secvec_jax.evaluation.report import Results, environment_table, scores_table
+from secvec_jax.evaluation.report import environment_table, scores_table
+from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.tables import markdown_table
 from secvec_jax.printable import code, fenced, markdown
 

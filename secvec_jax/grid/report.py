@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from secvec_jax.checks import checked
 from secvec_jax.defenses.registry import DEFENSES
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import published, report
+from secvec_jax.evaluation import published
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.metrics import RULED
 from secvec_jax.evaluation.pivot import RULES_FIELD, differences, summarize
 from secvec_jax.evaluation.plots import colors_of, plot_pareto, plot_sweep, png
 from secvec_jax.evaluation.records import Record
+from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.evaluation.summary import LEGEND, Summary
 from secvec_jax.evaluation.tables import MAX_COLUMNS, label, show
 from secvec_jax.files import atomic_file
@@ -120,7 +121,7 @@ def write(
     with atomic_file(folder / "report.md") as staging:
         staging.write_text("\n\n".join(filter(None, parts)) + "\n")
     seconds = {"cells": sum(record.seconds for record in records)}
-    report.Results(command, settings, report.environment(), seconds, _rows(summaries)).save(folder)
+    Results(command, settings, environment_facts(), seconds, _rows(summaries)).save(folder)
 
 
 def _summary(layout: Layout, records: Sequence[Record]) -> Summary:

@@ -34,7 +34,7 @@ from secvec_jax.evaluation.audit_measures import (
 )
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, compliant_beginnings
-from secvec_jax.evaluation.report import Results, environment
+from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
@@ -411,7 +411,7 @@ def _task_lines(settings: AuditRun, tasks: tuple[Any, list[str]], asked: Asked, 
 def results_of(audit: Audit, settings: Any, command: str, seconds: Mapping[str, float]) -> Results:
     """The results of the command that ended with this audit."""
     return Results(
-        command, config.to_dict(settings_of_run(settings)), environment() | devices(), dict(seconds), audit.rows
+        command, config.to_dict(settings_of_run(settings)), environment_facts() | devices(), dict(seconds), audit.rows
     )
 
 

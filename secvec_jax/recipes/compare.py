@@ -5,6 +5,7 @@ import dataclasses
 from secvec_jax.checks import Texts, checked
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.metrics import rules_note, rules_of
+from secvec_jax.evaluation.results import Results
 from secvec_jax.workspace.stages import screen
 
 
@@ -20,6 +21,6 @@ class Compare:
 def compare(settings: Compare, command: str) -> None:
     """Run `eval.py compare`."""
     screen().print(report.compare(settings.runs))
-    rows = [row | {"name": f"{run}: {row['name']}"} for run in settings.runs for row in report.Results.load(run).rows]
+    rows = [row | {"name": f"{run}: {row['name']}"} for run in settings.runs for row in Results.load(run).rows]
     if len(rules_of(rows)) > 1:
         screen().print(f"Not comparable: {rules_note(rows)}")

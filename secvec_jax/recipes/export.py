@@ -11,7 +11,7 @@ from secvec_jax.digests import difference
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
-from secvec_jax.evaluation.report import FILE, Results
+from secvec_jax.evaluation.results import FILE, Results
 from secvec_jax.files import expanded, resolved
 from secvec_jax.model.hub import Model, load
 from secvec_jax.terminal import Console

@@ -8,7 +8,7 @@ from secvec_jax import config
 from secvec_jax.checks import checked
 from secvec_jax.defenses.security_vectors import ObjectiveName
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import report
+from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.recipes.quickstart import Quickstart
 from secvec_jax.workspace import run_directory
@@ -34,7 +34,7 @@ class Objectives:
     """delete the run in OUT and start over"""
 
 
-def objectives(settings: Objectives, command: str) -> report.Results:
+def objectives(settings: Objectives, command: str) -> Results:
     """Run what is not done yet and write the report; returns the results.
 
     Raises UserError if there is no quickstart with an aligned model.

@@ -27,7 +27,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import audit_report
 from secvec_jax.evaluation.audit import Audit, Limits
 from secvec_jax.evaluation.card import model_card
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
 from secvec_jax.recipes.audit import results_of, write_report

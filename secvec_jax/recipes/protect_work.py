@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from secvec_jax.config import Training
-from secvec_jax.data.rows import Row, as_rows
+from secvec_jax.data.normalize import as_rows
+from secvec_jax.data.rows import Row
 from secvec_jax.data.stored import Rows
 from secvec_jax.defenses.base import Defense, Need
 from secvec_jax.defenses.finetuning import PHASE2, Groups

@@ -17,6 +17,7 @@ import jax
 from secvec_jax.checks import checked
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.intervals import Score, paired_difference
+from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.vectors.lora import random_like
 from secvec_jax.workspace.inputs import packaged
@@ -41,7 +42,7 @@ ROWS = ("benign only", "plain", "random control", "security vectors")
 """The fine-tuned models, in the order of the table, after `base` and `aligned`."""
 
 
-def quickstart(settings: Quickstart, command: str) -> report.Results:
+def quickstart(settings: Quickstart, command: str) -> Results:
     """Run what is not done yet and write the report; returns the results."""
     workspace = Workspace(settings, claim(settings, lambda: packaged(sources(settings.eval_split)) | scoring_inputs()))
     fit, gate = workspace.phase2, partial(workspace.phase1, "security", settings.phase1)

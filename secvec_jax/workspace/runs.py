@@ -6,6 +6,7 @@ from typing import Any
 from secvec_jax import config
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import report
+from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.terminal import Console
 from secvec_jax.workspace.inputs import Inputs
@@ -25,8 +26,8 @@ class Run:
 
     def report(self, rows: list[dict[str, Any]], notes: Sequence[str] = ()) -> None:
         """Write results.json and report.md, and show the table and the notes; ends the run."""
-        environment = report.environment() | devices()
-        results = report.Results(
+        environment = environment_facts() | devices()
+        results = Results(
             self.command, config.to_dict(settings_of_run(self.settings)), environment, self.stages.seconds, rows
         )
 

@@ -29,6 +29,7 @@ from secvec_jax.defenses.security_vectors import (
 )
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
 from secvec_jax.evaluation import report
+from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
 from secvec_jax.model.hub import Model, load
 from secvec_jax.terminal import Console
@@ -229,17 +230,15 @@ class Workspace:
         verdicts: Sequence[report.Verdict],
         curves: report.Curves,
         notes: Sequence[str],
-    ) -> report.Results:
+    ) -> Results:
         """Write results.json, report.md and the plots, and show the table."""
         rows = [
             {"name": name, "metrics": {metric: score.as_dict() for metric, score in scores(outcome).items()}}
             for name, outcome in outcomes_by_row.items()
         ]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
-        environment = report.environment() | devices() | {"peak memory of this process, GiB": round(peak, 2)}
-        results = report.Results(
-            command, config.to_dict(settings_of_run(settings)), environment, self.stages.seconds, rows
-        )
+        environment = environment_facts() | devices() | {"peak memory of this process, GiB": round(peak, 2)}
+        results = Results(command, config.to_dict(settings_of_run(settings)), environment, self.stages.seconds, rows)
 
         def write() -> None:
             results.save(self.folder)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.model import hub
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.training.checkpoints import Checkpoints

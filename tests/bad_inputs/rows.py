@@ -29,7 +29,8 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.judge_client import Judge, JudgeRequests
 from secvec_jax.evaluation.judges import HARMFULNESS, verdicts
-from secvec_jax.evaluation.report import Results, compare, markdown
+from secvec_jax.evaluation.report import compare, markdown
+from secvec_jax.evaluation.results import Results
 from secvec_jax.recipes.score import ScoreRun
 from secvec_jax.terminal import Console
 from tests.chat_server import HEADER, Server, says

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from secvec_jax.data import attacks
 from secvec_jax.data.benchmarks import refusal_prefixes
-from secvec_jax.data.rows import as_rows, normalize, prompt_of, response_of, row, with_system
+from secvec_jax.data.normalize import as_rows, normalize
+from secvec_jax.data.rows import prompt_of, response_of, row, with_system
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import off_topic
 from secvec_jax.errors import UserError

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from secvec_jax.config import Training
 from secvec_jax.data import encoded, sources
-from secvec_jax.data import rows as data_rows
+from secvec_jax.data import normalize as normalization
 from secvec_jax.data.chat import encode
 from secvec_jax.data.encoded import encode_rows
-from secvec_jax.data.rows import as_rows, row
+from secvec_jax.data.normalize import as_rows
+from secvec_jax.data.rows import row
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import finetuning, guarded, lisa, security_vectors
 from secvec_jax.defenses.finetuning import examples_of, groups_of, stream_of, train_model
@@ -79,8 +80,10 @@ def test_rows_are_named_after_where_they_were_read(tmp_path, tokenizer):
 
 def test_rows_are_normalized_once_and_do_not_change(tmp_path, monkeypatch):
     normalized = []
-    real = data_rows.normalize
-    monkeypatch.setattr(data_rows, "normalize", lambda record, *more: normalized.append(record) or real(record, *more))
+    real = normalization.normalize
+    monkeypatch.setattr(
+        normalization, "normalize", lambda record, *more: normalized.append(record) or real(record, *more)
+    )
     rows = load_rows(written(tmp_path, SHORT))
     assert len(normalized) == len(SHORT)
     assert as_rows(rows) is rows and not hasattr(rows, "append")

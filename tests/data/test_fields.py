@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secvec_jax.data.fields import LABELS
-from secvec_jax.data.rows import as_rows, normalize
+from secvec_jax.data.normalize import as_rows, normalize
 from secvec_jax.errors import UserError
 
 few = settings(max_examples=50, deadline=None)

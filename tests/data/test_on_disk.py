@@ -9,7 +9,7 @@ import pytest
 
 from secvec_jax.config import Training
 from secvec_jax.data import encoded, sources
-from secvec_jax.data.rows import as_rows
+from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.stored import Rows
 from secvec_jax.defenses.security_vectors import finetune

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secvec_jax.data import rows as data_rows
+from secvec_jax.data import normalize as normalization
 from secvec_jax.data import sources
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.generated import open_profile_qa, profile_qa, sure_prefix_control
-from secvec_jax.data.rows import normalize
+from secvec_jax.data.normalize import normalize
 from secvec_jax.data.sources import PACKAGED, as_rows, load_rows, prompt_of, response_of, row
 from secvec_jax.data.topics import off_topic, split_by_topic, topic_words
 from secvec_jax.errors import UserError
@@ -579,7 +579,7 @@ LINES = {
 def test_a_hostile_line_is_told_with_its_number(tmp_path, monkeypatch, kind, large):
     monkeypatch.setattr(sources, "LARGE", 0 if large else sources.LARGE)
     if kind.startswith("long"):
-        monkeypatch.setattr(data_rows, "LONGEST_ROW", 300)
+        monkeypatch.setattr(normalization, "LONGEST_ROW", 300)
         monkeypatch.setattr(sources, "_LONGEST_LINE", 2_400)
     line, message = LINES[kind]
     path = tmp_path / "rows.jsonl"
@@ -606,7 +606,7 @@ def test_a_line_of_hundreds_of_megabytes_is_not_read(tmp_path):
 
 
 def test_hostile_tables_are_told_with_their_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_rows, "LONGEST_ROW", 300)
+    monkeypatch.setattr(normalization, "LONGEST_ROW", 300)
     monkeypatch.setattr(sources, "_LONGEST_CELL", 300)
     rows = tmp_path / "rows.csv"
     for content, message in [

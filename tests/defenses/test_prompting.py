@@ -2,7 +2,8 @@
 
 import pytest
 
-from secvec_jax.data.rows import as_rows, prompt_of, response_of, row, with_system
+from secvec_jax.data.normalize import as_rows
+from secvec_jax.data.rows import prompt_of, response_of, row, with_system
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import off_topic
 from secvec_jax.defenses.finetuning import examples_of

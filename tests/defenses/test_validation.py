@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from secvec_jax.config import Training
-from secvec_jax.data.rows import as_rows, row
+from secvec_jax.data.normalize import as_rows
+from secvec_jax.data.rows import row
 from secvec_jax.defenses.finetuning import examples_of, groups_of, hold_out, train_model
 from secvec_jax.defenses.security_vectors import finetune
 from secvec_jax.errors import UserError

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from secvec_jax.evaluation import audit_report
 from secvec_jax.evaluation.audit import Audit, Change, Limits, compared
-from secvec_jax.evaluation.report import Results, markdown
+from secvec_jax.evaluation.report import markdown
+from secvec_jax.evaluation.results import Results
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}|`"
 BEFORE = {

@@ -10,7 +10,7 @@ import pytest
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.lm_eval import HarnessModel
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.model import hub
 from secvec_jax.recipes.harness import Harness, harness
 from secvec_jax.sharding import make_mesh

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import plots, report
+from secvec_jax.evaluation import results as results_file
+from secvec_jax.evaluation.results import PACKAGES, SCHEMA_VERSION, Results, environment_facts
 
 NAMES = ("base", "aligned", "benign only", "plain", "random control", "security vectors")
 
@@ -34,7 +36,7 @@ def results():
         for i, name in enumerate(NAMES)
     ]
     del rows[0]["metrics"]["drift"]
-    return report.Results("python train.py quickstart", {"lr": 0.1}, {"cpus": 2}, {"align": 61.25}, rows)
+    return Results("python train.py quickstart", {"lr": 0.1}, {"cpus": 2}, {"align": 61.25}, rows)
 
 
 @pytest.fixture
@@ -75,8 +77,8 @@ class TestFile:
     def test_round_trip(self, tmp_path, results):
         path = results.save(tmp_path / "new" / "run")
         assert path.name == "results.json"
-        assert report.Results.load(path.parent) == results
-        assert json.loads(path.read_text())["schema_version"] == report.SCHEMA_VERSION == 1
+        assert Results.load(path.parent) == results
+        assert json.loads(path.read_text())["schema_version"] == SCHEMA_VERSION == 1
         assert [item.name for item in path.parent.iterdir()] == ["results.json"]
 
     def test_a_file_without_a_schema_version_is_of_version_1(self, tmp_path, results):
@@ -84,14 +86,14 @@ class TestFile:
         contents = json.loads(path.read_text())
         del contents["schema_version"]
         path.write_text(json.dumps(contents))
-        assert report.Results.load(tmp_path) == results
+        assert Results.load(tmp_path) == results
 
     @pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5])
     def test_another_schema_version_is_refused_in_one_line(self, tmp_path, results, version):
         path = results.save(tmp_path)
         path.write_text(json.dumps({"schema_version": version}))
         with pytest.raises(UserError, match=r"results\.json: schema_version is .*reads 1: use the version") as error:
-            report.Results.load(tmp_path)
+            Results.load(tmp_path)
         assert "\n" not in str(error.value)
 
     def test_nan_is_stored_as_null_and_numpy_as_numbers(self, tmp_path, results):
@@ -99,7 +101,7 @@ class TestFile:
         results.seconds["tune"] = np.float32(1.5)
         results.config = {"folder": tmp_path, "steps": np.int64(7), "betas": (0.9, 0.99), "seed": None}
         results.save(tmp_path)
-        loaded = report.Results.load(tmp_path)
+        loaded = Results.load(tmp_path)
         assert loaded.rows[1]["metrics"]["drift"] == {"value": None, "n": 64, "ci95": [None, None]}
         assert loaded.seconds["tune"] == 1.5
         assert loaded.config == {"folder": str(tmp_path), "steps": 7, "betas": [0.9, 0.99], "seed": None}
@@ -126,13 +128,13 @@ class TestFile:
 
     def test_a_missing_file_names_the_mend(self, tmp_path):
         with pytest.raises(UserError, match="folder of a finished run"):
-            report.Results.load(tmp_path)
+            Results.load(tmp_path)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", "\xff\xfe", '{"command": NaN}'])
     def test_malformed_json_is_refused(self, tmp_path, text):
         (tmp_path / "results.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=r"results\.json"):
-            report.Results.load(tmp_path)
+            Results.load(tmp_path)
 
     @pytest.mark.parametrize(
         "key, value",
@@ -156,22 +158,22 @@ class TestFile:
         path = results.save(tmp_path)
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
         with pytest.raises(UserError, match=key.rstrip("s") + "|metrics|refusal"):
-            report.Results.load(tmp_path)
+            Results.load(tmp_path)
         setattr(results, key, value)
         with pytest.raises(UserError):
             results.save(tmp_path)
 
 
 def test_environment_reads_versions():
-    facts = report.environment()
+    facts = environment_facts()
     assert facts["numpy"] == np.__version__
-    assert set(report.PACKAGES) < set(facts)
+    assert set(PACKAGES) < set(facts)
     json.dumps(facts)
 
 
 def test_a_missing_package_has_no_version(monkeypatch):
-    monkeypatch.setattr(report, "PACKAGES", ("no-such-package-here",))
-    assert report.environment()["no-such-package-here"] is None
+    monkeypatch.setattr(results_file, "PACKAGES", ("no-such-package-here",))
+    assert environment_facts()["no-such-package-here"] is None
 
 
 class TestTable:
@@ -202,7 +204,7 @@ class TestTable:
         assert "[red]base[/red]" in show(report.table(results))
 
     def test_no_rows_still_print(self):
-        assert "model" in show(report.table(report.Results("command")))
+        assert "model" in show(report.table(Results("command")))
 
     def test_a_narrow_console_loses_no_digit(self, results):
         assert "\u2026" not in show(report.table(results), width=50)
@@ -290,7 +292,7 @@ class TestWrite:
     def test_only_what_has_data_is_drawn(self, tmp_path):
         rows = [{"name": "plain", "metrics": {"drift": score(0.1)}}]
         empty = {"plain": {"harmful": [], "benign": [(0, 0.0), (1, float("nan"))]}}
-        text = report.write(tmp_path, report.Results("command", rows=rows), curves=empty).read_text()
+        text = report.write(tmp_path, Results("command", rows=rows), curves=empty).read_text()
         assert [item.name for item in tmp_path.iterdir()] == ["report.md"]
         assert "png" not in text
 
@@ -299,13 +301,13 @@ class TestWrite:
             {"name": "vaccine", "metrics": {"refusal": {"value": 0.5, "n": 2, "ci95": [None, None]}}},
             {"name": "forget filter", "metrics": {"refusal": score(float("nan")), "compliance": score(1)}},
         ]
-        report.write(tmp_path, report.Results("command", rows=rows), curves={"vaccine": {"benign": [(1, 2.0)]}})
+        report.write(tmp_path, Results("command", rows=rows), curves={"vaccine": {"benign": [(1, 2.0)]}})
         assert has_color(tmp_path / "scores.png", plots._SPARE_COLORS[0])
         assert has_color(tmp_path / "scores.png", plots._SPARE_COLORS[1])
 
     def test_malformed_results_are_refused_before_writing(self, tmp_path):
         with pytest.raises(UserError, match="metrics"):
-            report.write(tmp_path, report.Results("command", rows=[{"name": "plain"}]))
+            report.write(tmp_path, Results("command", rows=[{"name": "plain"}]))
         assert not list(tmp_path.iterdir())
 
 

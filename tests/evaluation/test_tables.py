@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from secvec_jax.evaluation import published, report
 from secvec_jax.evaluation.metrics import SAFETY, with_companions
+from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.tables import MAX_COLUMNS, split_evenly, split_metrics
 
 METRICS = (
@@ -71,7 +72,7 @@ def test_a_report_and_a_terminal_split_wide_tables(tmp_path):
     refusals = next(header for header in headers(text) if "| refusal (n=4) |" in header)
     assert "| refusal (n=4) | compliance (n=4) | harmful loss (n=4) |" in refusals
     assert text.count("| base |") == 1, "a row without a number of the part is left out"
-    results = report.Results("command", rows=rows)
+    results = Results("command", rows=rows)
     assert [len(view.columns) for view in report.table(results).renderables if view] == [6, 6]
     results.save(tmp_path / "run")
     compared = report.compare([tmp_path / "run"]).renderables

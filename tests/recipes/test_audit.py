@@ -10,7 +10,7 @@ import secvec_jax as sv
 from secvec_jax import cli, command_line
 from secvec_jax.evaluation import audit_measures as measures
 from secvec_jax.evaluation.card import model_card
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.recipes import audit as recipe
 from tests.toys import build_tokenizer, tiny_model
 

@@ -24,7 +24,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.refusal_sample import RefusalSample
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.model.hub import load
 from secvec_jax.recipes import finetune as finetune_module

@@ -13,7 +13,7 @@ import yaml
 
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.model import hub
 from secvec_jax.recipes.align import Align, align
 from secvec_jax.recipes.export import Export, export

@@ -15,7 +15,7 @@ import pytest
 from secvec_jax import command_line
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.judge_client import JudgeRequests
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.model import hub
 from secvec_jax.recipes.judge import JudgeRun, judge
 from tests.chat_server import Server, drips, says

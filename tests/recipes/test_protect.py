@@ -14,7 +14,7 @@ from secvec_jax.defenses.gate import Gate, tenth
 from secvec_jax.evaluation.audit import Audit, Line
 from secvec_jax.evaluation.intervals import Score, bootstrap
 from secvec_jax.evaluation.refusal_sample import RefusalSample
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.model.hub import load
 from secvec_jax.recipes import audit as audit_module

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from tests.processes import Program, call, run
 
 ROWS = ["base", "aligned", "benign only", "plain", "random control", "security vectors"]

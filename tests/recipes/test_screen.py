@@ -9,7 +9,7 @@ from secvec_jax.config import Training
 from secvec_jax.defenses import explained_away
 from secvec_jax.defenses.security_vectors import train_vectors
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.recipes.screen import Screen, screen
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import save_vectors

@@ -15,7 +15,7 @@ from secvec_jax.evaluation import refusal_sample
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
-from secvec_jax.evaluation.report import Results
+from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.recipes import align as align_module
 from secvec_jax.recipes import finetune as finetune_module
