@@ -6,10 +6,12 @@
                                 └── ... under the security vectors ───────────> security vectors
 
 All four start from the aligned model and take the same steps on the same rows in the same order. All are evaluated
-without vectors, on prompts of benchmarks that nothing was trained on.
+without vectors, on prompts of benchmarks that nothing was trained on. The answer comes first: aligned, plain and
+security vectors are trained, evaluated and shown before the controls.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -19,6 +21,7 @@ from secvec_jax.evaluation import report
 from secvec_jax.evaluation.intervals import Score, paired_difference
 from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.suite import Outcomes
+from secvec_jax.vectors.kinds import Vectors
 from secvec_jax.vectors.lora import random_like
 from secvec_jax.workspace.inputs import packaged
 from secvec_jax.workspace.runs import scoring_inputs
@@ -50,29 +53,30 @@ def quickstart(settings: Quickstart, command: str) -> Results:
     def control():
         return random_like(workspace.vectors("security"), jax.random.fold_in(jax.random.key(settings.seed), 1))
 
-    results: dict[str, Outcomes] = {
-        "base": workspace.stages.run("base", lambda stage: workspace.evaluate(workspace.base, stage)),
+    def fine_tuned(name: str, rows, vectors: Callable[[], Vectors | None] = lambda: None, keep_model: bool = False):
+        """The stage that fine-tunes the aligned model on `rows`, under what `vectors` returns, and evaluates it."""
+        return workspace.stage(
+            name,
+            lambda stage: fit(name, rows, vectors(), stage, keep_model=keep_model),
+            vectors=() if name in ("benign only", "plain") else ("security",),
+            makes_model=keep_model,
+        )
+
+    splits = workspace.splits
+    answer = {
         "aligned": workspace.align_stage(),
+        "vectors on": workspace.stage("vectors", gate, makes_vectors="security"),
+        "plain": fine_tuned("plain", splits.mix),
+        "security vectors": fine_tuned("security vectors", splits.mix, lambda: workspace.vectors("security"), True),
     }
-    vectors_on = workspace.stage("vectors", gate, makes_vectors="security")
-    results |= {
-        "benign only": workspace.stage(
-            "benign only", lambda s: fit("benign only", workspace.splits.benign_mix, None, s)
-        ),
-        "plain": workspace.stage("plain", lambda s: fit("plain", workspace.splits.mix, None, s)),
-        "random control": workspace.stage(
-            "random control",
-            lambda s: fit("random control", workspace.splits.mix, control(), s),
-            vectors=("security",),
-        ),
-        "security vectors": workspace.stage(
-            "security vectors",
-            lambda s: fit("security vectors", workspace.splits.mix, workspace.vectors("security"), s, keep_model=True),
-            vectors=("security",),
-            makes_model=True,
-        ),
-        "vectors on": vectors_on,
+    workspace.show(answer, "The answer. The controls follow, and the report.")
+    controls = {
+        "base": workspace.stages.run("base", lambda stage: workspace.evaluate(workspace.base, stage)),
+        "benign only": fine_tuned("benign only", splits.benign_mix),
+        "random control": fine_tuned("random control", splits.mix, control),
     }
+    by_name = answer | controls
+    results: dict[str, Outcomes] = {name: by_name[name] for name in ("base", "aligned", *ROWS, "vectors on")}
     losses = curves(workspace.folder / "metrics.jsonl", dict(zip(ROWS, ROWS)))
     return workspace.report(command, settings, results, verdicts(results), losses, NOTES)
 

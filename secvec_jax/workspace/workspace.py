@@ -222,6 +222,12 @@ class Workspace:
         suite = self.splits.suite
         return outcomes(model, suite, vectors, stage.replies(suite.size, "evaluating"))
 
+    def show(self, outcomes_by_row: Mapping[str, Outcomes], note: str) -> None:
+        """Show the table of what has been evaluated so far, with a note below it."""
+        console = screen()
+        console.print(report.table(Results("", rows=_rows(outcomes_by_row))))
+        console.print(note)
+
     def report(
         self,
         command: str,
@@ -232,10 +238,7 @@ class Workspace:
         notes: Sequence[str],
     ) -> Results:
         """Write results.json, report.md and the plots, and show the table."""
-        rows = [
-            {"name": name, "metrics": {metric: score.as_dict() for metric, score in scores(outcome).items()}}
-            for name, outcome in outcomes_by_row.items()
-        ]
+        rows = _rows(outcomes_by_row)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
         environment = environment_facts() | devices() | {"peak memory of this process, GiB": round(peak, 2)}
         results = Results(command, config.to_dict(settings_of_run(settings)), environment, self.stages.seconds, rows)
@@ -289,3 +292,11 @@ class Workspace:
 
     def _seeded(self, training: Training) -> Training:
         return dataclasses.replace(training, seed=self.experiment.seed)
+
+
+def _rows(outcomes_by_row: Mapping[str, Outcomes]) -> list[dict]:
+    """The rows of a results.json."""
+    return [
+        {"name": name, "metrics": {metric: score.as_dict() for metric, score in scores(outcome).items()}}
+        for name, outcome in outcomes_by_row.items()
+    ]

@@ -82,6 +82,8 @@ def test_a_run_leaves_results_report_plots_and_models(finished):
     assert (out / "vectors" / "security.safetensors").exists()
     assert not any((out / "checkpoints").glob("*"))
     assert "report.md" in output.replace("\n", "")
+    answer, controls = output.index("The answer."), output.index("benign only: started")
+    assert output.index("security vectors: started") < output.index("vectors on") < answer < controls, "it comes first"
 
 
 @pytest.mark.slow
@@ -117,19 +119,21 @@ def test_another_config_is_refused(finished, model_folder):
 
 @pytest.mark.slow
 def test_killed_in_a_training_it_ends_as_if_never_killed(finished, model_folder, tmp_path):
-    """A process is killed in the last stage of the run; this one resumes it, with its programs traced."""
-    run, last = tmp_path / "run", "security vectors"
+    """A process is killed in the last stage of the answer; this one resumes it, with its programs traced."""
+    run, repeated = tmp_path / "run", ("security vectors", "benign only", "random control")
     shutil.copytree(finished[0], run)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(finished[0]), str(run)))
     log = run / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True)
-    before = [line for line in lines if json.loads(line)["stage"] != last]
+    before = [line for line in lines if json.loads(line)["stage"] not in repeated]
+    interrupted = [line for line in lines if json.loads(line)["stage"] == repeated[0]]
     log.write_text("".join(before))
     (run / "results.json").unlink()
-    (run / "stages/security-vectors.json").unlink()
+    for stage in repeated:
+        (run / f"stages/{stage.replace(' ', '-')}.json").unlink()
     shutil.rmtree(run / "model/security-vectors")
-    killed_at = random.Random(0).randrange(len(before) + 1, len(lines))
+    killed_at = random.Random(0).randrange(len(before) + 1, len(before) + len(interrupted))
     program = start(model_folder, run, *TRAINING)
     while len(log.read_text().splitlines()) < killed_at:
         assert program.poll() is None, program.communicate()
