@@ -162,7 +162,9 @@ def parse_gpus(topology: str) -> tuple[Gpu, int]:
     """Parse "h100:8" into (the GPU, 8); without a number it is one. Raises UserError for any other form."""
     name, colon, number = topology.partition(":")
     if name.lower() not in GPUS:
-        raise UserError(f"unknown GPU {name!r} ({suggestion(name, GPUS)}); TPU slices are named as in v5e:4x4")
+        longer = [known for known in GPUS if name and known.startswith(name.lower())]
+        hint = f"use {' or '.join(longer)}" if longer else suggestion(name, GPUS)
+        raise UserError(f"unknown GPU {name!r} ({hint}); TPU slices are named as in v5e:4x4")
     if not colon:
         return GPUS[name.lower()], 1
     count = int(number) if re.fullmatch(r"[1-9][0-9]{0,4}", number) else 0

@@ -41,7 +41,7 @@ def test_slices_of_tpus_are_no_gpus(topology):
     ("topology", "words"),
     [
         ("h1000:8", "unknown GPU 'h1000' (did you mean 'h100'?)"),
-        ("a100", "unknown GPU 'a100' (did you mean 'a100-80'?)"),
+        ("a100:8", "unknown GPU 'a100' (use a100-40 or a100-80)"),
         ("potato", "known are a100-40, a100-80, h100, h200, b200, l4, rtx4090"),
         ("", "unknown GPU ''"),
         ("h100:0", "use h100:N, with N from 1 to 8, or a multiple of 8"),
@@ -134,8 +134,8 @@ def test_products_bytes_and_collectives_count_as_often_as_they_run():
     product, attention = 2 * 256 * 512 * 1024, 2 * 8 * 256 * 256 * 128
     assert found.flops == 4 * 2 * product + attention
     layer, x, y = MIB, MIB / 2, MIB / 4
-    # The slice reads one layer of four; cuBLAS's workspace of 1024 bytes counts, too.
-    per_layer = 2 * layer + (x + layer + y) + (y + layer + x + 1024)
+    # The slice reads its index and one layer of four; cuBLAS's workspace of 1024 bytes counts, too.
+    per_layer = (4 + 2 * layer) + (x + layer + y) + (y + layer + x + 1024)
     assert found.bytes == 4 * per_layer + 4 * MIB / 2
     assert found.collectives == {"all-gather": (4, 4 * layer)}
     assert found.kernels == {"triton_gemm": 1, "cublas$gemm": 1, "packed_attention_forward": 1}
