@@ -11,12 +11,18 @@ halved until it fits, first with remat attention and then with full.
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from scale import write
 
 from secvec_jax.files import atomic_file
+from secvec_jax.model.attention import Path as AttentionPath
+from secvec_jax.model.attention import self_attention
+from secvec_jax.model.attention_masks import visible
 from secvec_jax.model.hub import check_mesh, load_architecture
 from secvec_jax.planning.plan import Plan, TooLarge, topology_mesh
 from secvec_jax.planning.roofline import Roofline
@@ -30,6 +36,8 @@ MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "llama-3.1-8b", "llama-2
 TRAINED = {"vectors": "vectors (phase 1)", "task_lora": "task LoRA", "full": "all weights"}
 TOPOLOGIES = ("rtx4090:1", "rtx4090:8", "h100:1", "h100:8")
 SEQUENCES, LENGTH = 4, 2048
+ATTENTION_SHAPE = (2, 4096, 32, 128)
+"""Sequences, tokens, heads and channels of the attention that is compiled alone."""
 
 ROWS = [(model, topology, trained) for model in MODELS for topology in TOPOLOGIES for trained in TRAINED]
 TOY_ROW = ("llama-3.2-1b", "h100:1", "task_lora")
@@ -89,6 +97,57 @@ def figures(plan: Plan, sequences: int, length: int, remat: str) -> dict:
     }
 
 
+# ------------------------------------------------------------------------------------------ attention alone
+
+
+def ours(path: AttentionPath, segments, positions, query, key, value):
+    attend = self_attention(segments, positions, path=path, window=None, shared_prefix=False)
+    return attend(query, (key.transpose(0, 2, 3, 1),), (value.swapaxes(1, 2),))
+
+
+def of_jax(implementation: str, segments, positions, query, key, value):
+    mask = visible(segments, segments, positions, positions)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+
+
+def triton_of_jax(segments, positions, query, key, value):
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    return mha(query, key, value, segments, query.shape[-1] ** -0.5, True)
+
+
+ATTENTION: dict[str, Callable] = {
+    "this library: Triton": partial(ours, "triton"),
+    "this library: blockwise": partial(ours, "blockwise"),
+    "JAX's Triton `mha` with segments": triton_of_jax,
+    "`jax.nn.dot_product_attention`, cuDNN, the mask as a bias": partial(of_jax, "cudnn"),
+    "`jax.nn.dot_product_attention`, XLA, with a mask": partial(of_jax, "xla"),
+}
+
+
+def attention_program(attend: Callable, shape: tuple[int, int, int, int] = ATTENTION_SHAPE) -> jax.stages.Compiled:
+    """Attention and its gradients, compiled for an H100."""
+
+    def both_passes(segments, positions, query, key, value, slope):
+        out, pull = jax.vjp(partial(attend, segments, positions), query, key, value)
+        return out, *pull(slope)
+
+    mesh = topology_mesh("h100", "")
+    with jax.set_mesh(mesh):
+        everywhere = jax.NamedSharding(mesh, jax.P())
+        marks = [jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=everywhere)] * 2
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=everywhere)] * 4
+        return jax.jit(both_passes).lower(*marks, *arrays).compile()
+
+
+def attention_table() -> str:
+    lines = ["| attention | temporary memory |", "| --- | ---: |"]
+    for name, attend in ATTENTION.items():
+        size = attention_program(attend).memory_analysis().temp_size_in_bytes
+        lines.append(f"| {name} | {size / 2**20:,.0f} MiB |")
+    return "\n".join(lines)
+
+
 def load() -> dict[str, dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
@@ -141,6 +200,7 @@ def main() -> None:
             if key(row) not in load():
                 print(key(row), flush=True)
                 save(key(row), measured(row))
+        write("gpu attention", attention_table())
     write("gpus", table(load()))
 
 

@@ -17,8 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from secvec_jax.batch import SHARED
 from secvec_jax.model.attention_masks import KERNEL, MASKED, joined, on_each_device, softcapped, visible
 
-BLOCK = 512
+_BLOCKS = (512, 256, 128)
 """Tokens in a block of queries or keys."""
+
+_MOST_BYTES = 32 << 20
+"""Of the scores of one pair of blocks: the largest blocks whose scores take no more are used."""
 
 _LAST_POSITION = np.iinfo(np.int32).max // 2
 """The position of keys before all tokens: later than all, so that they are in every window."""
@@ -70,13 +73,13 @@ def blockwise(
     window: int | None,
     shared_prefix: bool,
     softcap: float | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> jax.Array:
     """Attention of packed sequences over themselves, and over the keys before them, which every token sees.
 
     query `[B, T, N, H]`; keys `[B, K, H, S_i]` and values `[B, K, S_i, H]`, of which the last are those of the tokens
     and the others adapters' prefixes; segments and positions `[B, T]`. The other arguments are those of
-    `attention.self_attention`. Returns `[B, T, N, H]`.
+    `attention.self_attention`. block: tokens in a block; None: by the size of the scores. Returns `[B, T, N, H]`.
     """
     rows, length = segments.shape
     key, value = joined(keys, rows, axis=3), joined(values, rows, axis=2)
@@ -85,22 +88,20 @@ def blockwise(
     late = jnp.full((rows, prefix_len), _LAST_POSITION, positions.dtype)
     key_segments = jnp.concatenate([before, segments], axis=1)
     key_positions = jnp.concatenate([late, positions], axis=1)
-    blocks = min(block, length), min(block, key.shape[3])
-    spec = _Spec(prefix_len, window, softcap, not shared_prefix, *blocks)
 
     def one_device(query, key, value, *marks):
-        """query `[B, N, T, H]` -> `[B, N, T, H]`."""
-        b, n, _, h = query.shape
-        grouped = _padded(query.reshape(b, key.shape[1], -1, length, h), 3, spec.query_block)
+        b, _, n, h = query.shape
+        size = block or next((size for size in _BLOCKS if 4 * b * n * size**2 <= _MOST_BYTES), _BLOCKS[-1])
+        spec = _Spec(prefix_len, window, softcap, not shared_prefix, min(size, length), min(size, key.shape[3]))
+        grouped = _padded(query.reshape(b, length, key.shape[1], -1, h), 1, spec.query_block)
         query_segments, query_positions = (_padded(x, 1, spec.query_block) for x in marks[:2])
         key_marks = [_padded(x, 1, spec.key_block) for x in marks[2:]]
         padded_marks = _Marks(query_segments, query_positions, *key_marks)
         key, value = _padded(key, 3, spec.key_block), _padded(value, 2, spec.key_block)
         out = _attend(spec, grouped, key, value, padded_marks)
-        return out[:, :, :, :length].reshape(b, n, length, h)
+        return out[:, :length].reshape(b, length, n, h)
 
-    marks = segments, positions, key_segments, key_positions
-    return on_each_device(one_device, (query.swapaxes(1, 2), key, value), marks).swapaxes(1, 2)
+    return on_each_device(one_device, query, key, value, segments, positions, key_segments, key_positions)
 
 
 def _padded(x: jax.Array, axis: int, block: int) -> jax.Array:
@@ -111,7 +112,7 @@ def _padded(x: jax.Array, axis: int, block: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: _Spec, query: jax.Array, key: jax.Array, value: jax.Array, marks: _Marks) -> jax.Array:
-    """query `[B, K, G, T, H]`, key `[B, K, H, S]`, value `[B, K, S, H]`, in whole blocks -> `[B, K, G, T, H]`."""
+    """query `[B, T, K, G, H]`, key `[B, K, H, S]`, value `[B, K, S, H]`, in whole blocks -> `[B, T, K, G, H]`."""
     return _forward(spec, query, key, value, marks)[0]
 
 
@@ -119,7 +120,7 @@ def _forward(
     spec: _Spec, query: jax.Array, key: jax.Array, value: jax.Array, marks: _Marks
 ) -> tuple[jax.Array, jax.Array]:
     """The output, and the logarithm of the softmax's sum `[B, K, G, T]`."""
-    *heads, _, h = query.shape
+    b, t, k, g, h = query.shape
     size = spec.query_block
 
     def step(carry, pair):
@@ -136,14 +137,14 @@ def _forward(
         weighted = weighted * correction[..., None]
         weighted += _product(weights.astype(value.dtype), _value_block(spec, value, j))
         # The last pair of a query block writes its result; XLA does it in place.
-        out = _written(out, (weighted / total[..., None]).astype(out.dtype), i * size)
-        log_total = _written(log_total, new_highest + jnp.log(total), i * size)
+        out = _written(out, _as_queries((weighted / total[..., None]).astype(out.dtype)), i * size, axis=1)
+        log_total = _written(log_total, new_highest + jnp.log(total), i * size, axis=3)
         return (weighted, total, new_highest, out, log_total), None
 
-    row = jnp.zeros((*heads, size), jnp.float32)
-    one_block = jnp.zeros((*heads, size, h), jnp.float32), row, row
-    outputs = jnp.zeros_like(query), jnp.zeros(query.shape[:-1], jnp.float32)
-    pairs = _with_starts(spec.pairs(query.shape[3], key.shape[3]), by=0)
+    row = jnp.zeros((b, k, g, size), jnp.float32)
+    one_block = jnp.zeros((b, k, g, size, h), jnp.float32), row, row
+    outputs = jnp.zeros_like(query), jnp.zeros((b, k, g, t), jnp.float32)
+    pairs = _with_starts(spec.pairs(t, key.shape[3]), by=0)
     (*_, out, log_total), _ = jax.lax.scan(step, (*one_block, *outputs), pairs)
     return out, log_total
 
@@ -159,7 +160,7 @@ def _backward_rule(spec, residuals, gradient):
     size, keys_size = spec.query_block, spec.key_block
     *kv_heads, h, _ = key.shape
     # What the softmax's normalization takes from every score's gradient.
-    mean = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
+    mean = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1).transpose(0, 2, 3, 1)
 
     def step(carry, pair):
         key_gradient, value_gradient, query_gradients, key_gradients, value_gradients = carry
@@ -177,15 +178,16 @@ def _backward_rule(spec, residuals, gradient):
             by_scores *= 1 - (jnp.maximum(scores, -spec.softcap) / spec.softcap) ** 2
         by_scores = (by_scores * h**-0.5).astype(key.dtype)
         key_gradient += _product(_rows(queries).swapaxes(2, 3), _rows(by_scores))
-        new = _slice(query_gradients, i, size, 3) + _product(by_scores, keys.swapaxes(2, 3))
-        query_gradients = _written(query_gradients, new, i * size)
-        key_gradients = _written(key_gradients, key_gradient.astype(key.dtype), j * keys_size)
+        query_gradient = _as_queries(_product(by_scores, keys.swapaxes(2, 3)))
+        query_gradient += _slice(query_gradients, i, size, 1)
+        query_gradients = _written(query_gradients, query_gradient, i * size, axis=1)
+        key_gradients = _written(key_gradients, key_gradient.astype(key.dtype), j * keys_size, axis=3)
         value_gradients = _written(value_gradients, value_gradient.astype(value.dtype), j * keys_size, axis=2)
         return (key_gradient, value_gradient, query_gradients, key_gradients, value_gradients), None
 
     one_block = jnp.zeros((*kv_heads, h, keys_size), jnp.float32), jnp.zeros((*kv_heads, keys_size, h), jnp.float32)
     outputs = jnp.zeros(query.shape, jnp.float32), jnp.zeros_like(key), jnp.zeros_like(value)
-    by_keys = sorted(spec.pairs(query.shape[3], key.shape[3]), key=lambda pair: pair[::-1])
+    by_keys = sorted(spec.pairs(query.shape[1], key.shape[3]), key=lambda pair: pair[::-1])
     (*_, query_gradients, key_gradients, value_gradients), _ = jax.lax.scan(
         step, (*one_block, *outputs), _with_starts(by_keys, by=1)
     )
@@ -230,7 +232,13 @@ def _slice(x: jax.Array, block: jax.Array, size: int, axis: int) -> jax.Array:
 
 
 def _queries(x: jax.Array, i: jax.Array, size: int) -> jax.Array:
-    return _slice(x, i, size, 3)
+    """Block i of `[B, T, K, G, H]`, as `[B, K, G, size, H]`."""
+    return _slice(x, i, size, 1).transpose(0, 2, 3, 1, 4)
+
+
+def _as_queries(block: jax.Array) -> jax.Array:
+    """`[B, K, G, size, H]` -> `[B, size, K, G, H]`."""
+    return block.transpose(0, 3, 1, 2, 4)
 
 
 def _key_block(spec: _Spec, key: jax.Array, j: jax.Array) -> jax.Array:
@@ -241,5 +249,5 @@ def _value_block(spec: _Spec, value: jax.Array, j: jax.Array) -> jax.Array:
     return _slice(value, j, spec.key_block, 2)
 
 
-def _written(x: jax.Array, part: jax.Array, start: jax.Array, axis: int = 3) -> jax.Array:
+def _written(x: jax.Array, part: jax.Array, start: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis)

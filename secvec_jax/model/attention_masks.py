@@ -62,16 +62,17 @@ def joined(parts: Sequence[jax.Array], rows: int, axis: int) -> jax.Array:
     return jnp.concatenate([jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in parts], axis=axis)
 
 
-def on_each_device(run: Callable[..., jax.Array], per_head: Sequence[jax.Array], per_row: Sequence[jax.Array]):
-    """`run(*per_head, *per_row)`, on each device of the ambient mesh for its own rows and heads.
+def on_each_device(
+    run: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array, *marks: jax.Array
+) -> jax.Array:
+    """`run(query, key, value, *marks)`, on each device of the ambient mesh for its own rows and heads.
 
-    per_head: arrays `[B, heads, ...]`, as the result is. per_row: arrays `[B, ...]`. Attention needs no other device,
+    query `[B, T, N, H]`, as the result; key and value `[B, K, ...]`; marks `[B, ...]`. Attention needs no other device,
     and compilers cannot partition the kernels that compute it.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return run(*per_head, *per_row)
-    divides = len(per_head[0]) % num_shards("batch") == 0
-    row_axes = AXIS_RULES["batch"] if divides else None
-    rows, heads = P(row_axes), P(row_axes, AXIS_RULES["heads"])
-    in_specs = (*[heads] * len(per_head), *[rows] * len(per_row))
-    return jax.shard_map(run, in_specs=in_specs, out_specs=heads, check_vma=False)(*per_head, *per_row)
+        return run(query, key, value, *marks)
+    rows = AXIS_RULES["batch"] if len(query) % num_shards("batch") == 0 else None
+    of_query, of_keys, of_marks = P(rows, None, AXIS_RULES["heads"]), P(rows, AXIS_RULES["heads"]), P(rows)
+    in_specs = (of_query, of_keys, of_keys, *[of_marks] * len(marks))
+    return jax.shard_map(run, in_specs=in_specs, out_specs=of_query, check_vma=False)(query, key, value, *marks)

@@ -28,6 +28,7 @@ def splash(
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     def one_device(query, key, value, segments):
+        query, key = query.swapaxes(1, 2), key.swapaxes(2, 3)
         _, heads, length, _ = query.shape
         mask = splash_attention.CausalMask((length, length))
         if window is not None:
@@ -48,10 +49,11 @@ def splash(
             attn_logits_soft_cap=softcap,
             interpret=interpret,
         )
-        return jax.vmap(kernel)(query, key, value, splash_attention.SegmentIds(segments, segments))
+        segment_ids = splash_attention.SegmentIds(segments, segments)
+        return jax.vmap(kernel)(query, key, value, segment_ids).swapaxes(1, 2)
 
-    query = (query.swapaxes(1, 2) * query.shape[-1] ** -0.5).astype(keys[0].dtype)
-    return on_each_device(one_device, (query, keys[0].swapaxes(2, 3), values[0]), (segments,)).swapaxes(1, 2)
+    query = (query * query.shape[-1] ** -0.5).astype(keys[0].dtype)
+    return on_each_device(one_device, query, keys[0], values[0], segments)
 
 
 def splash_blocks(length: int, head_dim: int) -> tuple[int, int]:

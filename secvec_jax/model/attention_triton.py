@@ -64,13 +64,12 @@ def triton(
     def one_device(query, key, value, *marks):
         return _attend(spec, query, key, value, _Marks(*marks))
 
-    per_head = query.swapaxes(1, 2), keys[0], values[0]
-    return on_each_device(one_device, per_head, (segments, positions)).swapaxes(1, 2)
+    return on_each_device(one_device, query, keys[0], values[0], segments, positions)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: _Spec, query: jax.Array, key: jax.Array, value: jax.Array, marks: _Marks) -> jax.Array:
-    """query `[B, N, T, H]`, key `[B, K, H, T]`, value `[B, K, T, H]` -> `[B, N, T, H]`."""
+    """query `[B, T, N, H]`, key `[B, K, H, T]`, value `[B, K, T, H]` -> `[B, T, N, H]`."""
     return _forward(spec, query, key, value, marks)[0]
 
 
@@ -78,7 +77,7 @@ def _forward(
     spec: _Spec, query: jax.Array, key: jax.Array, value: jax.Array, marks: _Marks
 ) -> tuple[jax.Array, jax.Array]:
     """The output, and the logarithm of the softmax's sum `[B, N, T]`."""
-    b, n, t, h = query.shape
+    b, t, n, h = query.shape
     blocks = _Blocks(64, 32, 4) if h > 128 else _Blocks(128, 64, 4 if h <= 64 else 8)
     first_key, _ = _bounds(spec, marks, blocks)
     specs = _BlockSpecs(query, key)
@@ -139,12 +138,12 @@ def _forward_rule(spec, query, key, value, marks):
 
 def _backward_rule(spec, residuals, slope):
     query, key, value, marks, out, log_total = residuals
-    b, n, t, h = query.shape
+    b, t, n, h = query.shape
     kv_heads = key.shape[1]
     blocks = _Blocks(32, 32, 4) if h > 128 else _Blocks(64, 64, 4 if h <= 64 else 8)
     first_key, end_query = _bounds(spec, marks, blocks)
     # What the softmax's normalization takes from every score's gradient.
-    mean = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), axis=-1)
+    mean = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     specs = _BlockSpecs(query, key)
     settings: dict[str, Any] = {
         "compiler_params": plgpu.CompilerParams(num_warps=blocks.warps, num_stages=2),
@@ -169,9 +168,12 @@ def _backward_rule(spec, residuals, slope):
         **settings,
     )(query, key, value, *marks, first_key, slope, log_total, mean)
 
-    def by_group(x: jax.Array) -> jax.Array:
-        return x.reshape(b, kv_heads, n // kv_heads, *x.shape[2:])
+    def by_group(x: jax.Array, axis: int) -> jax.Array:
+        """The axis of heads split in two, `[..., K, G, ...]`."""
+        return x.reshape(*x.shape[:axis], kv_heads, n // kv_heads, *x.shape[axis + 1 :])
 
+    queries_by_group, slope_by_group = by_group(query, 2), by_group(slope, 2)
+    numbers_by_group = by_group(log_total, 1), by_group(mean, 1)
     key_gradient, value_gradient = pl.pallas_call(
         partial(_key_gradient_kernel, spec, blocks, h),
         grid=(t // blocks.keys, b, kv_heads),
@@ -189,7 +191,7 @@ def _backward_rule(spec, residuals, slope):
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
         name="packed_attention_key_gradient",
         **settings,
-    )(by_group(query), key, value, *marks, end_query, by_group(slope), by_group(log_total), by_group(mean))
+    )(queries_by_group, key, value, *marks, end_query, slope_by_group, *numbers_by_group)
     return query_gradient, key_gradient, value_gradient, None
 
 
@@ -237,8 +239,8 @@ def _key_gradient_kernel(
     def step(group, i, carry):
         key_gradient, value_gradient = carry
         here = pl.ds(i * blocks.queries, blocks.queries)
-        queries = _load(query_ref.at[group, here], head_dim, axis=1)
-        slope = _load(slope_ref.at[group, here], head_dim, axis=1)
+        queries = _load(query_ref.at[here, group], head_dim, axis=1)
+        slope = _load(slope_ref.at[here, group], head_dim, axis=1)
         query_marks = _block_of(all_marks, i, blocks.queries)
         scores = _scores(spec, blocks, head_dim, queries, keys, query_marks, key_marks, i, j)
         weights = jnp.exp(scores - log_total_ref[group, here][:, None])
@@ -252,7 +254,7 @@ def _key_gradient_kernel(
         return jax.lax.fori_loop(first_query, end_query, partial(step, group), carry)
 
     start = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
-    key_gradient, value_gradient = jax.lax.fori_loop(0, query_ref.shape[0], of_group, start)
+    key_gradient, value_gradient = jax.lax.fori_loop(0, query_ref.shape[1], of_group, start)
     _store(key_gradient_ref, key_gradient, head_dim, axis=0)
     _store(value_gradient_ref, value_gradient, head_dim, axis=1)
 
@@ -261,16 +263,16 @@ class _BlockSpecs:
     """Which part of each array a kernel sees; its grid is (blocks, rows, heads). Heads are padded to a power of two."""
 
     def __init__(self, query: jax.Array, key: jax.Array) -> None:
-        _, n, t, h = query.shape
+        _, t, n, h = query.shape
         self.length, self.head_dim, group = t, pl.next_power_of_2(h), n // key.shape[1]
         self.marks = [pl.BlockSpec((None, t), lambda i, b, n: (b, 0))] * 2
         self.keys = pl.BlockSpec((None, None, self.head_dim, t), lambda i, b, n: (b, jax.lax.div(n, group), 0, 0))
         self.values = pl.BlockSpec((None, None, t, self.head_dim), lambda i, b, n: (b, jax.lax.div(n, group), 0, 0))
-        self.queries_of_group = pl.BlockSpec((None, None, group, t, self.head_dim), lambda i, b, n: (b, n, 0, 0, 0))
+        self.queries_of_group = pl.BlockSpec((None, t, None, group, self.head_dim), lambda i, b, n: (b, 0, n, 0, 0))
         self.numbers_of_group = pl.BlockSpec((None, None, group, t), lambda i, b, n: (b, n, 0, 0))
 
     def queries(self, blocks: _Blocks) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, blocks.queries, self.head_dim), lambda i, b, n: (b, n, i, 0))
+        return pl.BlockSpec((None, blocks.queries, None, self.head_dim), lambda i, b, n: (b, i, n, 0))
 
     def numbers_of_queries(self, blocks: _Blocks) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, blocks.queries), lambda i, b, n: (b, n, i))

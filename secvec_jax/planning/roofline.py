@@ -144,8 +144,8 @@ class _Count:
 
     def _attention_product(self, op: Op) -> float:
         """The FLOPs of one product over all scores of an attention kernel, of which causality leaves half."""
-        queries = self.program.operands(op)[0].arrays[0][1]
-        return float(math.prod(queries) * queries[-2])
+        queries = self.program.operands(op)[0].arrays[0][1]  # [B, T, heads, H] or [B, T, K, G, H]
+        return float(math.prod(queries) * queries[1])
 
     def _gemm_flops(self, op: Op) -> float:
         """Two per multiply-add of a product by cuBLAS, whose result may come with a workspace."""

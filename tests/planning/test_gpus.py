@@ -117,14 +117,14 @@ PROGRAM = """HloModule step, is_scheduled=true
   ROOT %less = pred[] constant(true)
 }
 
-ENTRY %main (weights.1: bf16[4,512,1024], x.1: bf16[256,1024], q: bf16[1,8,256,128]) -> bf16[1,8,256,128] {
+ENTRY %main (weights.1: bf16[4,512,1024], x.1: bf16[256,1024], q: bf16[1,256,8,128]) -> bf16[1,256,8,128] {
   %weights.1 = bf16[4,512,1024]{2,1,0} parameter(0)
   %x.1 = bf16[256,1024]{1,0} parameter(1)
-  %q = bf16[1,8,256,128]{3,2,1,0} parameter(2)
+  %q = bf16[1,256,8,128]{3,2,1,0} parameter(2)
   %start = s32[] constant(0)
   %init = (s32[], bf16[4,512,1024]{2,1,0}, bf16[256,1024]{1,0}) tuple(%start, %weights.1, %x.1)
   %loop = (s32[], bf16[4,512,1024]{2,1,0}, bf16[256,1024]{1,0}) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"4"}}
-  ROOT %attention = bf16[1,8,256,128]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="__gpu$xla.gpu.triton", backend_config={name = "packed_attention_forward"}
+  ROOT %attention = bf16[1,256,8,128]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="__gpu$xla.gpu.triton", backend_config={name = "packed_attention_forward"}
 }
 """  # noqa: E501
 
