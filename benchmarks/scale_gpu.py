@@ -34,12 +34,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "scale_gpu.json"
 MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "llama-3.1-8b", "llama-2-13b", "llama-2-70b")
 TRAINED = {"vectors": "vectors (phase 1)", "task_lora": "task LoRA", "full": "all weights"}
-TOPOLOGIES = ("rtx4090:1", "rtx4090:8", "h100:1", "h100:8")
+TOPOLOGIES = ("rtx4090:1", "h100:1", "h100:8", "rtx4090:8")
 SEQUENCES, LENGTH = 4, 2048
 ATTENTION_SHAPE = (2, 4096, 32, 128)
 """Sequences, tokens, heads and channels of the attention that is compiled alone."""
 
-ROWS = [(model, topology, trained) for model in MODELS for topology in TOPOLOGIES for trained in TRAINED]
+ROWS = [(model, topology, trained) for topology in TOPOLOGIES for model in MODELS for trained in TRAINED]
 TOY_ROW = ("llama-3.2-1b", "h100:1", "task_lora")
 
 
@@ -165,7 +165,7 @@ def table(results: dict[str, dict], rows: list[tuple[str, str, str]] = ROWS) -> 
         "| --- | --- | --- | ---: | ---: | --- | ---: |",
     ]
     lines: dict[str, list[str]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: MODELS.index(row[0])):
         result = results.get(key(row))
         if result is None:
             continue

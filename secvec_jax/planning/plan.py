@@ -181,8 +181,9 @@ def plan_step(
         jitted: Any = train_step.step
         compiled = jitted.lower(trained, state, frozen, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or "memory space vmem" in str(error):
-            raise  # a kernel that exceeds VMEM does so regardless of the size of the model or the batch
+        on_chip = any(words in str(error) for words in ("memory space vmem", "Shared memory"))
+        if "RESOURCE_EXHAUSTED" not in str(error) or on_chip:
+            raise  # a kernel that exceeds on-chip memory does so regardless of the size of the model or the batch
         reason = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
         raise TooLarge(f"it does not fit into {size} ({reason.strip()})") from error
     compile_seconds = time.monotonic() - start

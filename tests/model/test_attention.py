@@ -1,5 +1,6 @@
 """Every way of computing attention agrees with plain attention; kernels of other platforms in interpret mode."""
 
+import dataclasses
 import importlib.util
 import re
 from functools import partial
@@ -15,6 +16,8 @@ from secvec_jax.model.attention_blockwise import blockwise
 from secvec_jax.model.attention_masks import visible
 from secvec_jax.model.attention_splash import splash, splash_blocks
 from secvec_jax.model.attention_triton import triton
+from secvec_jax.model.decoder import ForwardOptions, abstract_decoder
+from tests.toys import ARCHITECTURE
 
 needs_cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the CUDA plugin is not installed"
@@ -153,9 +156,9 @@ def loss_of(attend, query, key, value):
 
 
 def largest_scores(text: str, length: int) -> list[str]:
-    """The types in a program's text with two axes of at least `length`."""
+    """The types in a program's text with two axes of `length`."""
     types = set(re.findall(r"\b[a-z]+\d*\[[\d,]+\]", text))
-    return [found for found in types if sum(int(size) >= length for size in re.findall(r"[\[,](\d+)", found)) > 1]
+    return [found for found in types if re.findall(r"\d+", found.partition("[")[2]).count(str(length)) > 1]
 
 
 def test_blockwise_attention_holds_no_scores_of_all_tokens_and_its_memory_grows_with_them():
@@ -171,6 +174,62 @@ def test_blockwise_attention_holds_no_scores_of_all_tokens_and_its_memory_grows_
     assert largest_scores("f32[1,2,4096,4096]{3,2,1,0} dot(bf16[1,4096,64])", 4096) == ["f32[1,2,4096,4096]"]
     sizes = {length: program.memory_analysis().temp_size_in_bytes for length, program in programs.items()}
     assert sizes[8192] < 2.2 * sizes[4096]
+
+
+def compiled_for(gpu: str, function, *shapes_and_types):
+    """The function compiled for a GPU that is not here."""
+    from secvec_jax.planning.plan import topology_mesh
+
+    mesh = topology_mesh(gpu, "")
+    with jax.set_mesh(mesh):
+        everywhere = jax.NamedSharding(mesh, jax.P())
+        arguments = [jax.ShapeDtypeStruct(*one, sharding=everywhere) for one in shapes_and_types]
+        return jax.jit(function).lower(*arguments).compile()
+
+
+@needs_cuda
+@release
+@pytest.mark.parametrize(
+    ("gpu", "length", "heads", "kv_heads", "head_dim", "window", "softcap"),
+    [
+        ("h100", 4096, 32, 32, 128, None, None),
+        ("l4", 1024, 8, 4, 256, 512, 50.0),
+        ("b200", 384, 8, 1, 256, 512, 50.0),
+        ("a100-40", 1024, 32, 32, 96, 2047, None),
+        ("rtx4090", 640, 14, 2, 64, None, None),
+    ],
+)
+def test_the_kernel_for_gpus_compiles_for_them(gpu, length, heads, kv_heads, head_dim, window, softcap):
+    def with_gradients(segments, positions, query, key, value):
+        settings = {"window": window, "softcap": softcap, "shared_prefix": True}
+        attend = attention.self_attention(segments, positions, path="triton", **settings)
+        return jax.value_and_grad(partial(loss_of, attend), (0, 1, 2))(query, key, value)
+
+    marks = [((2, length), jnp.int32)] * 2
+    shapes = (2, length, heads, head_dim), (2, kv_heads, head_dim, length), (2, kv_heads, length, head_dim)
+    program = compiled_for(gpu, with_gradients, *marks, *((shape, jnp.bfloat16) for shape in shapes))
+    assert not largest_scores(program.as_text(), length)
+    assert program.memory_analysis().temp_size_in_bytes < 0.4 * 2**30
+
+
+@needs_cuda
+@release
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_a_training_at_4096_tokens_on_a_gpu_holds_no_scores_of_all_tokens(head_dim):
+    """By the fused kernel, and blockwise where heads are too large for it."""
+    architecture = dataclasses.replace(ARCHITECTURE, head_dim=head_dim)
+    decoder = abstract_decoder(architecture)
+
+    def loss(tokens, segments, positions, *weights):
+        model = jax.tree.unflatten(jax.tree.structure(decoder), weights)
+        return model(tokens, segments, positions, (), ForwardOptions(jnp.bfloat16)).astype(jnp.float32).sum()
+
+    weights = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(decoder)]
+    gradients = jax.grad(loss, tuple(range(3, 3 + len(weights))))
+    program = compiled_for("h100", gradients, *[((2, 4096), jnp.int32)] * 3, *weights)
+    text = program.as_text()
+    assert not largest_scores(text, 4096)
+    assert ("packed_attention_forward" in text) == (head_dim == 64)
 
 
 @pytest.mark.parametrize(
