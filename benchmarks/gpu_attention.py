@@ -12,7 +12,8 @@ from gpu_rows import MOST, Row, config, packed, segment_starts, timed
 
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.attention import self_attention, visible
+from secvec_jax.model.attention import attention_path, self_attention
+from secvec_jax.model.attention_masks import visible
 from secvec_jax.model.hf_config import from_hf_config
 
 Marks = dict[str, jax.Array]
@@ -46,7 +47,8 @@ class Problem(NamedTuple):
 
 def library(marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """The kernel that training uses on this device."""
-    attend = self_attention(marks["segments"], marks["positions"], window=None, shared_prefix=False)
+    path = attention_path(query.shape[1], query.shape[3], query.dtype, shared_prefix=False)
+    attend = self_attention(marks["segments"], marks["positions"], path=path, window=None, shared_prefix=False)
     return attend(query, [key.transpose(0, 2, 3, 1)], [value.swapaxes(1, 2)])
 
 

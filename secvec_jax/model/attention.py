@@ -1,34 +1,81 @@
-"""Attention over packed, padded or cached tokens: masks, kernels, and the choice of a kernel by platform."""
+"""Attention over packed, padded or cached tokens: which way of computing it a program takes, and plain attention."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
-from secvec_jax.batch import SHARED
+from secvec_jax.model.attention_blockwise import blockwise
+from secvec_jax.model.attention_masks import KERNEL, MASKED, joined, softcapped, visible
+from secvec_jax.model.attention_splash import LANES, splash
 from secvec_jax.model.kv_cache import KVCache
-from secvec_jax.sharding import AXIS_RULES, platform
+from secvec_jax.sharding import device_kind, platform
 
 Attend = Callable[[jax.Array, Sequence[jax.Array], Sequence[jax.Array]], jax.Array]
 """Attention with its mask bound: queries `[B, T, N, H]`, segments of keys `[B, K, H, S_i]` and of values
 `[B, K, S_i, H]` -> `[B, T, N, H]`."""
 
-KERNEL = "attention"
-"""The name by which remat policies recognize the output of attention, to keep it for the backward pass."""
+Path = Literal["plain", "blocks of queries", "splash", "triton", "blockwise"]
+"""How self-attention is computed.
 
-_LANES = 128
+plain: matrix products over all scores. blocks of queries: the same without the scores of later keys. splash: the fused
+kernel for TPUs. triton: the fused kernel for GPUs. blockwise: an online softmax in plain JAX.
+"""
+
+PATHS: dict[Path, str] = {
+    "plain": "plain, with all scores in memory",
+    "blocks of queries": "plain, in blocks of queries",
+    "splash": "Splash, fused",
+    "triton": "Triton, fused",
+    "blockwise": "blockwise, with an online softmax",
+}
+"""What a training's summary says of each."""
+
+_PRE_AMPERE = ("GTX", "TITAN", "Quadro", "RTX 20")
+"""Parts of the names of NVIDIA GPUs for which Triton does not compile products of 16-bit matrices."""
+
+_TRITON_MULTIPLE = 128
+"""Sequences of a multiple of this many tokens are whole blocks of all Triton kernels."""
+
+_SMALLEST_QUERY_BLOCK = 128
 _MAX_QUERY_BLOCKS = 8
 """Each block of queries is compiled separately, and more blocks would skip few more keys."""
+
+
+def attention_path(
+    length: int, head_dim: int, dtype: DTypeLike, *, shared_prefix: bool = True, prefix_len: int = 0
+) -> Path:
+    """How self-attention over sequences of `length` tokens is computed on the platform that programs are compiled for.
+
+    dtype: of activations. shared_prefix: whether tokens may have the segment `SHARED`. prefix_len: the number of keys
+    of adapters.
+    """
+    on = platform()
+    if on == "cpu":
+        return "plain" if prefix_len else "blocks of queries"
+    if on == "tpu" and not shared_prefix and not prefix_len and length % LANES == 0:
+        return "splash"
+    if on == "gpu" and not prefix_len and _triton_takes(length, head_dim, dtype):
+        return "triton"
+    return "blockwise"
+
+
+def _triton_takes(length: int, head_dim: int, dtype: DTypeLike) -> bool:
+    kind = device_kind()
+    supported = kind.startswith("NVIDIA") and not any(name in kind for name in _PRE_AMPERE)
+    return supported and length % _TRITON_MULTIPLE == 0 and head_dim <= 256 and jnp.dtype(dtype).itemsize == 2
 
 
 def self_attention(
     segments: jax.Array,
     positions: jax.Array,
     *,
+    path: Path,
     window: int | None,
     shared_prefix: bool,
     prefix_len: int = 0,
@@ -36,15 +83,22 @@ def self_attention(
 ) -> Attend:
     """Attention of packed sequences `[B, T]` over themselves, and over `prefix_len` keys of adapters before them.
 
-    shared_prefix: whether tokens may have the segment `SHARED`, which the fused kernel for TPUs does not support.
+    path: `attention_path` of the same arguments.
     """
-    if prefix_len:
-        mask = visible(segments, segments, positions, positions, window=window)
-        return partial(attend, mask=_after_prefix(prefix_len, mask), softcap=softcap)
-    if platform() == "tpu" and not shared_prefix and segments.shape[1] % _LANES == 0:
-        return partial(_splash, segments=segments, window=window, softcap=softcap)
+    marks = {"segments": segments, "positions": positions}
+    match path:
+        case "splash":
+            return partial(splash, segments=segments, window=window, softcap=softcap)
+        case "triton":
+            from secvec_jax.model.attention_triton import triton  # Pallas takes a tenth of a second to import
+
+            return partial(triton, **marks, window=window, softcap=softcap)
+        case "blockwise":
+            return partial(blockwise, **marks, window=window, shared_prefix=shared_prefix, softcap=softcap)
     mask = visible(segments, segments, positions, positions, window=window)
-    return partial(_in_blocks if platform() == "cpu" else attend, mask=mask, softcap=softcap)
+    if path == "plain":
+        return partial(attend, mask=_after_prefix(prefix_len, mask), softcap=softcap)
+    return partial(_in_blocks, mask=mask, softcap=softcap)
 
 
 def cached_attention(
@@ -77,34 +131,6 @@ def _after_prefix(prefix_len: int, *masks: jax.Array) -> jax.Array:
     return jnp.concatenate([everywhere, *masks], axis=-1)
 
 
-def visible(
-    query_segments: jax.Array,
-    key_segments: jax.Array,
-    query_positions: jax.Array,
-    key_positions: jax.Array,
-    offset: jax.Array | int = 0,
-    window: int | None = None,
-) -> jax.Array:
-    """Which keys each query may see, a mask `[B, 1, T, S]`.
-
-    A token sees the tokens of its own segment and of the shared prefix (segment `SHARED`) at its own slot or earlier
-    ones. offset: the slot of the first query among the keys. window: how many positions a token sees, its own included.
-    Segment 0 is padding.
-    """
-    query_slots = jnp.arange(query_segments.shape[1]) + offset
-    key_slots = jnp.arange(key_segments.shape[1])
-    mask = (query_segments[:, :, None] == key_segments[:, None, :]) | (key_segments == SHARED)[:, None, :]
-    mask &= query_slots[:, None] >= key_slots[None, :]
-    if window is not None:
-        mask &= query_positions[:, :, None] - key_positions[:, None, :] < window
-    return mask[:, None]
-
-
-def softcapped(x: jax.Array, bound: float | None) -> jax.Array:
-    """`c tanh(x / c)`, which is within c of zero (Gemma 2's soft cap); `x` itself where `bound` is None."""
-    return x if bound is None else bound * jnp.tanh(x / bound)
-
-
 def attend(
     query: jax.Array,
     keys: Sequence[jax.Array],
@@ -119,10 +145,7 @@ def attend(
     the scores, which are float32. Returns `[B, T, N, H]`.
     """
     if platform() != "cpu" and softcap is None:  # JAX's own attention has no soft cap
-        key, value = (
-            jnp.concatenate([jnp.broadcast_to(part, (len(query), *part.shape[1:])) for part in parts], axis=axis)
-            for parts, axis in ((keys, 3), (values, 2))
-        )
+        key, value = joined(keys, len(query), axis=3), joined(values, len(query), axis=2)
         return jax.nn.dot_product_attention(query, key.transpose(0, 3, 1, 2), value.swapaxes(1, 2), mask=mask)
     return _attend_by_batched_products(query, keys, values, mask, softcap)
 
@@ -130,7 +153,7 @@ def attend(
 def _in_blocks(query, keys, values, mask, softcap=None):
     """Causal `attend` over one segment of keys, in blocks of queries: no scores are computed of keys after a block."""
     length = query.shape[1]
-    block = max(_LANES, -(-length // _MAX_QUERY_BLOCKS))
+    block = max(_SMALLEST_QUERY_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
     [keys], [values] = keys, values
     outputs = []
     for start in range(0, length, block):
@@ -151,7 +174,7 @@ def _attend_by_batched_products(query, keys, values, mask, softcap=None):
     scores = jnp.concatenate([_product_of_rows(query, key, jnp.float32) for key in keys], axis=-1)
     s = scores.shape[-1]
     scores = softcapped(scores.reshape(b, k, n // k, t, s) * h**-0.5, softcap)
-    scores = jnp.where(mask[:, :, None], scores, -1e30)
+    scores = jnp.where(mask[:, :, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).reshape(b, k, -1, s).astype(values[0].dtype)
     ends = np.cumsum([value.shape[2] for value in values])[:-1]
     weights_by_segment = jnp.split(weights, ends, axis=-1)
@@ -167,48 +190,6 @@ def _product_of_rows(rows: jax.Array, table: jax.Array, dtype) -> jax.Array:
     b, k, r, x = rows.shape
     out = jnp.matmul(rows.swapaxes(0, 1).reshape(k, b * r, x), table[0], preferred_element_type=dtype)
     return out.reshape(k, b, r, -1).swapaxes(0, 1)
-
-
-def _splash(query, keys, values, *, segments, window, softcap=None, interpret=False):
-    """Splash attention, the fused kernel for TPUs, on each device's rows and heads; scores are never in memory."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    def one_device(query, key, value, segments):
-        _, heads, length, _ = query.shape
-        mask = splash.CausalMask((length, length))
-        if window is not None:
-            mask = splash.LocalMask((length, length), (window - 1, 0), 0)
-        block, wide = _splash_blocks(length, query.shape[-1])
-        kernel = splash.make_splash_mha_single_device(
-            mask=splash.MultiHeadMask([mask] * heads),
-            block_sizes=splash.BlockSizes(
-                block_q=block,
-                block_kv=block,
-                block_q_dkv=block,
-                # The backward kernel writes a gradient of the queries for each block of keys.
-                block_kv_dkv=wide,
-                block_kv_dkv_compute=block,
-                use_fused_bwd_kernel=True,
-            ),
-            residual_checkpoint_name=KERNEL,
-            attn_logits_soft_cap=softcap,
-            interpret=interpret,
-        )
-        return jax.vmap(kernel)(query, key, value, splash.SegmentIds(segments, segments))
-
-    run = one_device
-    if not jax.sharding.get_abstract_mesh().empty:
-        rows, heads = P(AXIS_RULES["batch"]), P(AXIS_RULES["batch"], AXIS_RULES["heads"])
-        run = jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    query = query.swapaxes(1, 2) * query.shape[-1] ** -0.5
-    return run(query.astype(keys[0].dtype), keys[0].swapaxes(2, 3), values[0], segments).swapaxes(1, 2)
-
-
-def _splash_blocks(length: int, head_dim: int) -> tuple[int, int]:
-    """(block size, key block size of the backward kernel, which keeps keys, values and their gradients in VMEM)."""
-    widest = 2048 * _LANES // max(head_dim, _LANES)
-    sizes = [size for size in (2048, 1024, 512, 256, _LANES) if length % size == 0]
-    return next(size for size in sizes if size <= 512), next(size for size in sizes if size <= widest)
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:

@@ -28,7 +28,8 @@ from jax.typing import DTypeLike
 
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture, rope_frequencies
-from secvec_jax.model.attention import KERNEL, Attend, cached_attention, self_attention, softcapped
+from secvec_jax.model.attention import Attend, attention_path, cached_attention, self_attention
+from secvec_jax.model.attention_masks import KERNEL, softcapped
 from secvec_jax.model.kv_cache import KVCache, KVSegment
 from secvec_jax.model.layers import (
     PRODUCT,
@@ -211,12 +212,20 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """The hidden states `[B, T, D]` of whole sequences, and what `select` takes of each layer's output."""
         segments, positions = _checked_inputs(tokens, segments, positions)
+        prefix_len, shared_prefix = adapter_prefix_len(adapters), options.shared_prefix
         attention = partial(
             self_attention,
             segments,
             positions,
-            shared_prefix=options.shared_prefix,
-            prefix_len=adapter_prefix_len(adapters),
+            path=attention_path(
+                tokens.shape[1],
+                self.architecture.head_dim,
+                options.dtype,
+                shared_prefix=shared_prefix,
+                prefix_len=prefix_len,
+            ),
+            shared_prefix=shared_prefix,
+            prefix_len=prefix_len,
             softcap=self.architecture.attention_softcap,
         )
         inputs_for = self._inputs_by_window(positions, attention)

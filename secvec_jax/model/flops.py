@@ -24,7 +24,9 @@ PEAK_FLOPS = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
 }
 """Published dense bfloat16 FLOPs per second of one device, by JAX's `device_kind`."""
 

@@ -1,8 +1,8 @@
-"""Plan a run without access to its TPUs: compile the train step for their topology and report memory and time.
+"""Plan a run without access to its TPUs or GPUs: compile the train step for their topology, report memory and time.
 
 The step is the one that a run would execute, traced on abstract weights; nothing is computed. Memory is the compiler's
-own figure for the program. Time is estimated at compile time from the program's schedule (see `schedule`), not measured
-on a TPU.
+own figure for the program. Time is not measured: on TPUs it is estimated from the program's schedule (see `schedule`),
+on GPUs bounded from below (see `roofline`).
 """
 
 import dataclasses
@@ -20,9 +20,11 @@ from secvec_jax.batch import KEYS
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.flops import forward_flops, training_flops
+from secvec_jax.planning.gpus import BY_KIND, GPUS_PER_HOST, Gpu, names_gpus, parse_gpus
+from secvec_jax.planning.roofline import Roofline, roofline
 from secvec_jax.planning.schedule import Account, account
 from secvec_jax.planning.torus import CHIPS, Chip
-from secvec_jax.sharding import make_mesh, named_sharding, num_shards, parse_mesh, shard
+from secvec_jax.sharding import make_mesh, named_sharding, num_shards, parse_mesh, platform, shard
 from secvec_jax.training.loss import CHUNK
 from secvec_jax.training.objective import KEEP, LEARN, Params
 from secvec_jax.training.phase import Phase
@@ -69,7 +71,7 @@ class Work:
 class Plan:
     """A compiled step. Figures are per chip unless noted, in bytes, seconds and FLOPs."""
 
-    chip: Chip
+    chip: Chip | Gpu
     chips: int
     parameters: int
     optimizer: int
@@ -81,7 +83,7 @@ class Plan:
     formula: str
     tokens: int
     """tokens per step on all chips"""
-    account: Account
+    account: Account | Roofline
     compile_seconds: float
 
     @property
@@ -95,10 +97,29 @@ class Plan:
 
 
 def topology_mesh(topology: str, mesh: str) -> Mesh:
-    """Return the mesh over the chips of a topology such as "v5e:4x4"; an empty `mesh` means fsdp over all of them.
+    """Return the mesh over the chips of a topology such as "v5e:4x4" or "h100:8"; empty `mesh`: fsdp over all of them.
 
-    Raises UserError if libtpu is not installed, for an unknown topology, and for a mesh that does not fit it.
+    Raises UserError if the compiler is not installed, for an unknown topology, and for a mesh that does not fit it.
     """
+    devices = _gpus(topology) if names_gpus(topology) else _tpus(topology)
+    return make_mesh(**(parse_mesh(mesh) if mesh else {"fsdp": len(devices)}), devices=devices)
+
+
+def _gpus(topology: str) -> Any:
+    """The GPUs of a topology, as devices to compile for."""
+    gpu, count = parse_gpus(topology)
+    if not any(importlib.util.find_spec(plugin) for plugin in ("jax_cuda13_plugin", "jax_cuda12_plugin")):
+        raise UserError('planning for GPUs needs the CUDA compiler, but no GPU: pip install "secvec_jax[cuda]"')
+    from jax.experimental import topologies
+
+    hosts, on_host = max(count // GPUS_PER_HOST, 1), min(count, GPUS_PER_HOST)
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=gpu.target_config, topology=f"1x{hosts}x{on_host}"
+    ).devices
+
+
+def _tpus(topology: str) -> Any:
+    """The chips of a slice, as devices to compile for."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('planning needs the TPU compiler, libtpu, but no TPU: pip install "jax[tpu]"')
     # Do not look for a TPU or claim one, and keep the compiler quiet.
@@ -122,7 +143,7 @@ def topology_mesh(topology: str, mesh: str) -> Mesh:
     if devices[0].device_kind not in CHIPS:
         supported = ", ".join(chip.name for chip in CHIPS.values())
         raise UserError(f"the planner does not support {devices[0].device_kind}, only {supported}")
-    return make_mesh(**(parse_mesh(mesh) if mesh else {"fsdp": len(devices)}), devices=devices)
+    return devices
 
 
 def plan_step(
@@ -145,47 +166,53 @@ def plan_step(
             raise UserError(
                 f"{count} sequences of the stream {stream} cannot be sharded over {parts} devices: change --batch-size"
             )
-    chip = CHIPS[mesh.devices.flat[0].device_kind]
+    kind = mesh.devices.flat[0].device_kind
+    chip = BY_KIND[kind] if kind in BY_KIND else CHIPS[kind]
     trained, frozen = phase.split(shard(params))
     state = shard(jax.eval_shape(train_step.init, trained))
+    parameters, optimizer = _bytes((trained, frozen)), _bytes(state)
+    size = f"the {chip.memory / 2**30:.0f} GiB of a {chip.name}"
+    if parameters + optimizer > chip.memory:  # compiling takes long and would find the same
+        held = f"{(parameters + optimizer) / 2**30:.1f} GiB"
+        raise TooLarge(f"it does not fit into {size}: parameters and optimizer state alone take {held}")
     batch = {stream: _batch(count, length) for stream, count in batch_sizes.items()}
     start = time.monotonic()
     try:
         jitted: Any = train_step.step
         compiled = jitted.lower(trained, state, frozen, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or "memory space vmem" in str(error):
-            raise  # a kernel that exceeds VMEM does so regardless of the size of the model or the batch
+        on_chip = any(words in str(error) for words in ("memory space vmem", "Shared memory"))
+        if "RESOURCE_EXHAUSTED" not in str(error) or on_chip:
+            raise  # a kernel that exceeds on-chip memory does so regardless of the size of the model or the batch
         reason = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
-        raise TooLarge(
-            f"it does not fit into the {chip.memory / 2**30:.0f} GiB of a {chip.name} ({reason.strip()})"
-        ) from error
+        raise TooLarge(f"it does not fit into {size} ({reason.strip()})") from error
     compile_seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     total = program_bytes(compiled) + memory.generated_code_size_in_bytes
     if total > chip.memory:  # the compiler has accepted a program of 16.8 GiB for a chip of 16
-        raise TooLarge(f"{total / 2**30:.1f} GiB do not fit into the {chip.memory / 2**30:.0f} GiB of a {chip.name}")
+        raise TooLarge(f"{total / 2**30:.1f} GiB do not fit into {size}")
     local = sum(batch_sizes.values()) // parts
-    simulated = account(
-        compiled.as_text(),
-        chip,
-        [device.coords for device in mesh.devices.flat],
-        trips=-(-local * length // CHUNK["tpu"]),
-        kernels=_kernels(architecture, batch_sizes, length, chip),
-    )
+    chunks = -(-local * length // CHUNK[platform()])
+    text = compiled.as_text()
+    cost: Account | Roofline
+    if isinstance(chip, Gpu):
+        cost = roofline(text, chip, mesh.size, trips=chunks)
+    else:
+        kernels = _kernels(architecture, batch_sizes, length, chip)
+        cost = account(text, chip, [device.coords for device in mesh.devices.flat], trips=chunks, kernels=kernels)
     is_full = bool(jax.tree.leaves(trained.backbone.decoder))
     work = Work(batch_sizes[LEARN] * length, batch_sizes.get(KEEP, 0) * length, is_full)
     return Plan(
         chip=chip,
         chips=mesh.size,
-        parameters=_bytes((trained, frozen)),
-        optimizer=_bytes(state),
+        parameters=parameters,
+        optimizer=optimizer,
         activations=memory.temp_size_in_bytes,
         total=total,
         flops=work.flops(architecture, length) / mesh.size,
         formula=work.formula,
         tokens=work.learn + work.keep,
-        account=simulated,
+        account=cost,
         compile_seconds=compile_seconds,
     )
 

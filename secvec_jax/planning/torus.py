@@ -50,7 +50,7 @@ CHIPS = {
 COLLECTIVES = frozenset(
     "all-gather reduce-scatter all-reduce all-to-all ragged-all-to-all collective-permute collective-broadcast".split()
 )
-_GROUPS = (
+GROUPS = (
     r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\(\S+\))? \{[^}]*\}"  # mesh['a'=4,'b'=2], device_ids=(..) {'a'}
     r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{\{.*?\}\}|\{\})"  # [2,4]<=[4,2]T(1,0); {{0,1},{2,3}}; {}: all
 )
@@ -76,7 +76,7 @@ class Torus:
         if kind == "collective-permute":
             load, resources = self.route(op.read(r"source_target_pairs=\{(.*?\})\}"))
             return size, size * load / self.chip.link_bandwidth, resources
-        members, links, resources = self.share(op.read(_GROUPS))
+        members, links, resources = self.share(op.read(GROUPS))
         sent = size * (members - 1) / members * {"all-gather": members, "all-reduce": 2}.get(kind, 1)
         # A point-to-point message crosses a quarter of the ring on average, more if the axis does not wrap around.
         hops = max(1.0, members / 4) if "all-to-all" in kind else 1.0
@@ -84,7 +84,7 @@ class Torus:
 
     def _share(self, text: str) -> tuple[int, int, frozenset]:
         """Return (members of a group, links that each member uses, resources)."""
-        groups = self._groups(text)
+        groups = replica_groups(text, len(self.coords))
         links, resources = [], set()
         for group in groups:
             spanned = [len(set(axis)) for axis in self.coords[group].T.tolist()]
@@ -92,27 +92,6 @@ class Torus:
             links.append(sum(1 + (self.closed[axis] and spanned[axis] == self.extent[axis]) for axis in used))
             resources |= {(axis, direction) for axis in used for direction in (1, -1)}
         return groups.shape[1], max(1, min(links)), frozenset(resources)
-
-    def _groups(self, text: str) -> np.ndarray:
-        """Return device indices in the mesh, `[groups, members]`."""
-        if text.startswith("{"):
-            groups = [_integers(group) for group in re.findall(r"\d[\d,]*", text)]
-            return np.array(groups or [list(range(len(self.coords)))])
-        if text.startswith("["):
-            shape, source = text.split("<=")
-            return _permutation(source).reshape(_integers(shape))
-        sizes = {name: int(size) for name, size in re.findall(r"('[^']*')=(\d+)", text)}
-        given = re.search(r"device_ids=\((\S+)\)", text)
-        devices = _permutation(given[1]) if given else np.arange(math.prod(sizes.values()))
-        group, members = np.arange(len(devices)), 1
-        # 'a':(pre)size is part of axis 'a': `size` steps in each of `pre` segments.
-        for name, pre, size in re.findall(r"('[^']*')(?::\((\d+)\)(\d+))?", text[text.rindex("{") :]):
-            length, names = int(size or sizes[name]), list(sizes)
-            after = math.prod(sizes[x] for x in names[names.index(name) + 1 :])
-            stride = after * sizes[name] // (int(pre or 1) * length)
-            group -= np.arange(len(devices)) // stride % length * stride
-            members *= length
-        return devices[np.argsort(group, kind="stable")].reshape(-1, members)
 
     def _route(self, text: str) -> tuple[int, frozenset]:
         """Return (messages over the busiest link, resources)."""
@@ -128,6 +107,28 @@ class Torus:
                     load[*position, axis, direction] += 1
                     position[axis] = (position[axis] + direction) % extent
         return max(load.values(), default=0), frozenset((axis, direction) for *_, axis, direction in load)
+
+
+def replica_groups(text: str, devices: int) -> np.ndarray:
+    """Parse the `GROUPS` of a collective over this many devices: their indices in the mesh, `[groups, members]`."""
+    if text.startswith("{"):
+        groups = [_integers(group) for group in re.findall(r"\d[\d,]*", text)]
+        return np.array(groups or [list(range(devices))])
+    if text.startswith("["):
+        shape, source = text.split("<=")
+        return _permutation(source).reshape(_integers(shape))
+    sizes = {name: int(size) for name, size in re.findall(r"('[^']*')=(\d+)", text)}
+    given = re.search(r"device_ids=\((\S+)\)", text)
+    order = _permutation(given[1]) if given else np.arange(math.prod(sizes.values()))
+    group, members = np.arange(len(order)), 1
+    # 'a':(pre)size is part of axis 'a': `size` steps in each of `pre` segments.
+    for name, pre, size in re.findall(r"('[^']*')(?::\((\d+)\)(\d+))?", text[text.rindex("{") :]):
+        length, names = int(size or sizes[name]), list(sizes)
+        after = math.prod(sizes[x] for x in names[names.index(name) + 1 :])
+        stride = after * sizes[name] // (int(pre or 1) * length)
+        group -= np.arange(len(order)) // stride % length * stride
+        members *= length
+    return order[np.argsort(group, kind="stable")].reshape(-1, members)
 
 
 def _integers(text: str) -> list[int]:

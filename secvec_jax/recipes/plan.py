@@ -1,4 +1,4 @@
-"""`train.py plan`: check whether a run fits a TPU slice, and how fast it would be, without access to the TPU."""
+"""`train.py plan`: check whether a run fits a TPU slice or GPUs, and how fast it would be, without access to them."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,7 +15,10 @@ from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Remat, abstract_decoder
 from secvec_jax.model.hub import check_mesh, load_architecture
+from secvec_jax.planning.gpus import USABLE
 from secvec_jax.planning.plan import Plan, TooLarge, plan_step, topology_mesh
+from secvec_jax.planning.roofline import Roofline
+from secvec_jax.planning.schedule import Account
 from secvec_jax.sharding import num_shards
 from secvec_jax.terminal import Console
 from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
@@ -31,13 +34,13 @@ _TOKENS = 32768
 @checked
 @dataclasses.dataclass(frozen=True)
 class PlanRun:
-    """Compile the train step for a TPU slice without access to it: memory, FLOPs, collectives and estimated time."""
+    """Compile the train step for TPUs or GPUs without access to them: memory, FLOPs, collectives and estimated time."""
 
     model: str = "configs/models/llama-2-7b.json"
     """a model as for the other verbs, or only its config.json; weights are not needed"""
     topology: str = "v5p:2x2x1"
-    """chips of the slice: v5e:4x4 is a v5e-16, v6e:2x4 a v6e-8, v5p:2x2x1 a v5p-8 (named by cores), v5p:4x4x4 a
-    v5p-128"""
+    """GPUs: h100:8, and a100-40, a100-80, h200, b200, l4, rtx4090; or the chips of a TPU slice: v5e:4x4 is a v5e-16,
+    v6e:2x4 a v6e-8, v5p:2x2x1 a v5p-8 (named by cores), v5p:4x4x4 a v5p-128"""
     mesh: str = ""
     """mesh axes and sizes, as for the other verbs; empty: fsdp over all chips"""
     phase: Literal["vectors", "finetune"] = "finetune"
@@ -152,7 +155,10 @@ def _ladder(settings: PlanRun, architecture: Architecture, console: Console) -> 
 
 
 def _short(plan: Plan) -> str:
-    return f"HBM {_gib(plan.total)} of {_gib(plan.chip.memory)} GiB, {plan.seconds:.3f} s, MFU {100 * plan.mfu:.1f}%"
+    memory, mfu = f"{_gib(plan.total)} of {_gib(plan.chip.memory)} GiB", f"{100 * plan.mfu:.1f}%"
+    if isinstance(plan.account, Roofline):
+        return f"memory {memory}, at least {plan.seconds:.3f} s, MFU at most {mfu}"
+    return f"HBM {memory}, {plan.seconds:.3f} s, MFU {mfu}"
 
 
 def _gib(size: float) -> str:
@@ -162,21 +168,51 @@ def _gib(size: float) -> str:
 def report_lines(settings: PlanRun, plan: Plan) -> Iterator[str]:
     """Yield the lines that the command prints."""
     training, account = settings.training, plan.account
+    on_gpus = isinstance(account, Roofline)
+    chips, memory = ("GPUs", "memory per GPU") if on_gpus else ("chips", "HBM per chip")
+    one = chips.removesuffix("s")
     yield (
         f"{settings.model}, phase {settings.phase}, {training.batch_size} sequences x {length_of(training)} tokens, "
-        f"remat {training.remat}, on {plan.chips} {plan.chip.name} chips ({settings.topology})"
+        f"remat {training.remat}, on {plan.chips} {plan.chip.name} {chips} ({settings.topology})"
     )
     yield (
-        f"HBM per chip: parameters {_gib(plan.parameters)} + optimizer {_gib(plan.optimizer)} + activations "
+        f"{memory}: parameters {_gib(plan.parameters)} + optimizer {_gib(plan.optimizer)} + activations "
         f"{_gib(plan.activations)} (including gradients and gathered weights); total {_gib(plan.total)} of "
         f"{_gib(plan.chip.memory)} GiB ({100 * plan.total / plan.chip.memory:.0f}%)"
     )
+    compiled_flops = account.flops if isinstance(account, Roofline) else account.flops + account.kernel_flops
     yield (
-        f"FLOPs per step and chip: {plan.flops / 1e12:.1f} T by {plan.formula} (remat not counted); "
-        f"products in the compiled program {(account.flops + account.kernel_flops) / 1e12:.1f} T"
+        f"FLOPs per step and {one}: {plan.flops / 1e12:.1f} T by {plan.formula} (remat not counted); "
+        f"products in the compiled program {compiled_flops / 1e12:.1f} T"
     )
     for kind, (count, size) in sorted(account.collectives.items()):
-        yield f"collective {kind}: {count} per step, {_gib(size)} GiB sent per chip"
+        yield f"collective {kind}: {count} per step, {_gib(size)} GiB sent per {one}"
+    yield from _bound_lines(plan, account) if isinstance(account, Roofline) else _time_lines(plan, account)
+
+
+def _bound_lines(plan: Plan, account: Roofline) -> Iterator[str]:
+    """Yield the lines on the time of a step on GPUs."""
+    kernels = ", ".join(f"{name} ({count})" for name, count in account.kernels.items())
+    yield f"kernels in the compiled program: {kernels or 'only those that XLA generates'}"
+    yield (
+        f"a step takes at least {plan.seconds:.3f} s: products {account.flops_seconds:.3f} s at "
+        f"{plan.chip.peak / 1e12:.0f} TFLOP/s, memory {account.bytes_seconds:.3f} s, interconnect "
+        f"{account.interconnect_seconds:.3f} s"
+    )
+    yield (
+        f"so at most {plan.tokens / plan.seconds:.0f} tokens/s, {plan.tokens / plan.seconds / plan.chips:.0f} per GPU, "
+        f"MFU {100 * plan.mfu:.1f}%"
+    )
+    yield f"compiled in {plan.compile_seconds:.0f} s"
+    yield (
+        "These are compile-time figures; nothing was run on a GPU. Memory is reported by the compiler, of the "
+        f"{100 * USABLE:.0f}% that a program can take with XLA_CLIENT_MEM_FRACTION={USABLE}. Time is a bound, not an "
+        "estimate: the longest of products, memory and interconnect at their published rates."
+    )
+
+
+def _time_lines(plan: Plan, account: Account) -> Iterator[str]:
+    """Yield the lines on the time of a step on TPUs."""
     yield (
         f"estimated step time {plan.seconds:.3f} s: compute {account.compute_seconds:.3f} s, of which attention kernel "
         f"{account.kernel_seconds:.3f} s; waiting for other chips {account.exposed_seconds:.3f} s"

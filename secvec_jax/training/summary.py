@@ -10,6 +10,9 @@ import numpy as np
 from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import Examples
 from secvec_jax.data.pipeline import Stream
+from secvec_jax.model.adapter import as_adapters
+from secvec_jax.model.attention import PATHS, attention_path
+from secvec_jax.model.layers import adapter_prefix_len
 from secvec_jax.training.objective import Params
 from secvec_jax.training.phase import Phase
 from secvec_jax.trees import num_parameters
@@ -18,7 +21,7 @@ from secvec_jax.trees import num_parameters
 def summary(
     stream: Stream, grad_accum_steps: int, steps: int, steps_per_epoch: float, params: Params, phase: Phase, dtype: Any
 ) -> str:
-    """The tokens, steps, trained parameters, devices and precision of a training, as text.
+    """The tokens, steps, trained parameters, devices, precision and attention of a training, as text.
 
     dtype: of the forward pass.
     """
@@ -31,6 +34,14 @@ def summary(
     else:
         active = f"{vectors:,} parameters, {'trained' if num_parameters(trained.vectors) else 'frozen'}"
     kinds = [device.device_kind for device in jax.devices()]
+    decoder = params.backbone.decoder
+    path = attention_path(
+        stream.seq_len,
+        decoder.architecture.head_dim,
+        dtype,
+        shared_prefix=stream.share_prefix,
+        prefix_len=adapter_prefix_len(as_adapters(params.backbone.adapter, params.vectors)),
+    )
     devices = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
     accumulated = f" x {grad_accum_steps} accumulated" if grad_accum_steps > 1 else ""
     return "\n".join([
@@ -39,6 +50,7 @@ def summary(
         f"(on all devices together){accumulated}, about {stream.num_rows / steps_per_epoch:.0f} rows",
         f"trained: {num_parameters(trained):,} of {num_parameters(params):,} parameters; active vectors: {active}",
         f"devices: {devices}; precision: {np.dtype(dtype).name}",
+        f"attention: {PATHS[path]}",
     ])  # fmt: skip
 
 

@@ -16,7 +16,11 @@ HELPERS = {"gpu_attention", "gpu_rows", "rival", "sides", "toy"}
 """Files of benchmarks/ that are parts of the others."""
 PATHS = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+COMPILERS = {
+    name: pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+    for name, package in (("scale", "libtpu"), ("scale_gpu", "jax_cuda13_plugin"))
+}
+"""Scripts that need a compiler for devices that are not here."""
 
 
 def run_script(name: str, *arguments: object) -> str:
@@ -90,7 +94,11 @@ def scale(out: Path) -> None:
     assert "llama-3.2-1b" in run_script("scale")
 
 
-SCRIPTS = {check.__name__: check for check in (train_speed, decode_speed, growth, startup, gpu, scale)}
+def scale_gpu(out: Path) -> None:
+    assert "1 x h100 | task LoRA | 1 x 128, attention |" in run_script("scale_gpu")
+
+
+SCRIPTS = {check.__name__: check for check in (train_speed, decode_speed, growth, startup, gpu, scale, scale_gpu)}
 """What each script must leave; one that is not listed fails."""
 
 
@@ -99,7 +107,7 @@ SCRIPTS = {check.__name__: check for check in (train_speed, decode_speed, growth
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(path.stem, marks=needs_compiler if path.stem == "scale" else ())
+        pytest.param(path.stem, marks=COMPILERS.get(path.stem, ()))
         for path in sorted((ROOT / "benchmarks").glob("*.py"))
         if path.stem not in HELPERS
     ],

@@ -124,7 +124,7 @@ def test_a_training_says_what_it_is_about_to_do_and_at_which_rate_and_epoch_it_i
     messages = [r.getMessage() for r in caplog.records]
     assert sum("12 rows" in message for message in messages) == 1, "the number of rows is logged once"
     (text,) = [message for message in messages if "devices: " in message]
-    packed, steps, trained, device = text.splitlines()
+    packed, steps, trained, device, attention = text.splitlines()
     tokens = sum(len(e.tokens) for e in examples_of(model, ROWS))
     assert packed.startswith(f"tokens: {tokens}, in about ") and packed.endswith(" packed sequences of 64")
     assert steps.startswith(
@@ -133,6 +133,7 @@ def test_a_training_says_what_it_is_about_to_do_and_at_which_rate_and_epoch_it_i
     assert f"trained: {num_parameters(model.backbone):,} of " in trained
     assert trained.endswith(f"active vectors: {num_parameters(vectors):,} parameters, frozen")
     assert device.startswith("devices: ") and device.endswith(" x cpu; precision: float32")
+    assert attention == "attention: plain, in blocks of queries"
     rates = [metrics["learning_rate"] for metrics in told.values()]
     assert rates[0] == pytest.approx(0.05) and rates == sorted(rates, reverse=True) and rates[-1] < 0.02
     assert told[max(told)]["epoch"] == pytest.approx(3, abs=0.3)

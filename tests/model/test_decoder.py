@@ -15,7 +15,8 @@ from secvec_jax.batch import SHARED
 from secvec_jax.model import attention
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import PROJECTIONS, Architecture
-from secvec_jax.model.attention import _attend_by_batched_products, rotate, visible
+from secvec_jax.model.attention import _attend_by_batched_products, rotate
+from secvec_jax.model.attention_masks import visible
 from secvec_jax.model.decoder import ForwardOptions, abstract_decoder, leaf_name
 from secvec_jax.model.families import weight_names
 from secvec_jax.trees import fingerprint

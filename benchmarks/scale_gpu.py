@@ -1,0 +1,208 @@
+"""Generate the GPU table of docs/scale.md: which model fits which GPUs, by the compiler's account.
+
+    python benchmarks/scale_gpu.py [--part 0/2]      # compile the rows missing in docs/scale_gpu.json
+    python benchmarks/scale_gpu.py --table           # write the table from docs/scale_gpu.json
+    python benchmarks/scale_gpu.py --toy             # smoke test: compile one small row and print it
+
+Needs the compiler of `secvec_jax[cuda]`, but no GPU. A row is compiled with four sequences for each GPU, which are
+halved until it fits, first with remat attention and then with full.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from scale import write
+
+from secvec_jax.files import atomic_file
+from secvec_jax.model.attention import Path as AttentionPath
+from secvec_jax.model.attention import self_attention
+from secvec_jax.model.attention_masks import visible
+from secvec_jax.model.hub import check_mesh, load_architecture
+from secvec_jax.planning.plan import Plan, TooLarge, topology_mesh
+from secvec_jax.planning.roofline import Roofline
+from secvec_jax.recipes.plan import PlanRun, compile_plan
+from secvec_jax.sharding import num_shards
+from secvec_jax.vectors.lora import LoRA
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "scale_gpu.json"
+MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "llama-3.1-8b", "llama-2-13b", "llama-2-70b")
+TRAINED = {"vectors": "vectors (phase 1)", "task_lora": "task LoRA", "full": "all weights"}
+TOPOLOGIES = ("rtx4090:1", "h100:1", "h100:8", "rtx4090:8")
+SEQUENCES, LENGTH = 4, 2048
+ATTENTION_SHAPE = (2, 4096, 32, 128)
+"""Sequences, tokens, heads and channels of the attention that is compiled alone."""
+
+ROWS = [(model, topology, trained) for topology in TOPOLOGIES for model in MODELS for trained in TRAINED]
+TOY_ROW = ("llama-3.2-1b", "h100:1", "task_lora")
+
+
+def key(row: tuple[str, str, str]) -> str:
+    return " ".join(row)
+
+
+def measured(row: tuple[str, str, str], sequences: int = SEQUENCES, length: int = LENGTH) -> dict:
+    """Compile a row and return the plan's figures, of the largest batch that fits."""
+    model, topology, trained = row
+    file = f"configs/models/{model}.json"
+    architecture = load_architecture(ROOT / file)
+    phase = "vectors" if trained == "vectors" else "finetune"
+    settings = PlanRun(file, topology, phase=phase, task_lora=LoRA(16) if trained == "task_lora" else None)
+    smallest = 2 if phase == "vectors" else 1
+    with jax.set_mesh(topology_mesh(topology, "")):
+        check_mesh(architecture)
+        parts, reason = num_shards("batch"), ""
+        for remat in ("attention", "full"):
+            local = max(sequences, smallest)
+            while local >= smallest:
+                training = dataclasses.replace(
+                    settings.training, batch_size=local * parts, max_seq_len=length, remat=remat
+                )
+                try:
+                    plan = compile_plan(dataclasses.replace(settings, training=training), architecture)
+                    return figures(plan, local * parts, length, remat)
+                except TooLarge as error:
+                    reason = str(error)
+                    print(f"  {local} sequences per GPU, remat {remat}: {reason}", flush=True)
+                    if "alone" in reason:
+                        return {"fits": False, "reason": reason}
+                local //= 2
+    return {"fits": False, "reason": reason}
+
+
+def figures(plan: Plan, sequences: int, length: int, remat: str) -> dict:
+    assert isinstance(plan.account, Roofline)
+    return {
+        "fits": True,
+        "sequences": sequences,
+        "length": length,
+        "remat": remat,
+        "total_gib": plan.total / 2**30,
+        "memory_gib": plan.chip.memory / 2**30,
+        "parameters_gib": plan.parameters / 2**30,
+        "optimizer_gib": plan.optimizer / 2**30,
+        "activations_gib": plan.activations / 2**30,
+        "bound_seconds": plan.seconds,
+        "limited_by": plan.account.limited_by,
+        "bound_tokens_per_second": plan.tokens / plan.seconds,
+        "kernels": plan.account.kernels,
+        "compile_seconds": plan.compile_seconds,
+        "jax": jax.__version__,
+    }
+
+
+# ------------------------------------------------------------------------------------------ attention alone
+
+
+def ours(path: AttentionPath, segments, positions, query, key, value):
+    attend = self_attention(segments, positions, path=path, window=None, shared_prefix=False)
+    return attend(query, (key.transpose(0, 2, 3, 1),), (value.swapaxes(1, 2),))
+
+
+def of_jax(implementation: str, segments, positions, query, key, value):
+    mask = visible(segments, segments, positions, positions)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+
+
+def triton_of_jax(segments, positions, query, key, value):
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    return mha(query, key, value, segments, query.shape[-1] ** -0.5, True)
+
+
+ATTENTION: dict[str, Callable] = {
+    "this library: Triton": partial(ours, "triton"),
+    "this library: blockwise": partial(ours, "blockwise"),
+    "JAX's Triton `mha` with segments": triton_of_jax,
+    "`jax.nn.dot_product_attention`, cuDNN, the mask as a bias": partial(of_jax, "cudnn"),
+    "`jax.nn.dot_product_attention`, XLA, with a mask": partial(of_jax, "xla"),
+}
+
+
+def attention_program(attend: Callable, shape: tuple[int, int, int, int] = ATTENTION_SHAPE) -> jax.stages.Compiled:
+    """Attention and its gradients, compiled for an H100."""
+
+    def both_passes(segments, positions, query, key, value, slope):
+        out, pull = jax.vjp(partial(attend, segments, positions), query, key, value)
+        return out, *pull(slope)
+
+    mesh = topology_mesh("h100", "")
+    with jax.set_mesh(mesh):
+        everywhere = jax.NamedSharding(mesh, jax.P())
+        marks = [jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=everywhere)] * 2
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=everywhere)] * 4
+        return jax.jit(both_passes).lower(*marks, *arrays).compile()
+
+
+def attention_table() -> str:
+    lines = ["| attention | temporary memory |", "| --- | ---: |"]
+    for name, attend in ATTENTION.items():
+        size = attention_program(attend).memory_analysis().temp_size_in_bytes
+        lines.append(f"| {name} | {size / 2**20:,.0f} MiB |")
+    return "\n".join(lines)
+
+
+def load() -> dict[str, dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def save(name: str, result: dict) -> None:
+    everything = load() | {name: result}
+    with atomic_file(RESULTS) as staging:
+        staging.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+def table(results: dict[str, dict], rows: list[tuple[str, str, str]] = ROWS) -> str:
+    """Return one Markdown table per model."""
+    head = [
+        "| GPUs | trained | batch, remat | memory per GPU | step, at least | limited by | tokens/s, at most |",
+        "| --- | --- | --- | ---: | ---: | --- | ---: |",
+    ]
+    lines: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: MODELS.index(row[0])):
+        result = results.get(key(row))
+        if result is None:
+            continue
+        model, topology, trained = row
+        model_lines = lines.setdefault(model, [f"**{model}**", "", *head])
+        name, _, count = topology.partition(":")
+        start = f"| {count} x {name} | {TRAINED[trained]} |"
+        if not result["fits"]:
+            model_lines.append(f"{start} does not fit | | | | |")
+            continue
+        model_lines.append(
+            f"{start} {result['sequences']} x {result['length']}, {result['remat']} | "
+            f"{result['total_gib']:.1f} of {result['memory_gib']:.1f} GiB | {result['bound_seconds']:.2f} s | "
+            f"{result['limited_by']} | {result['bound_tokens_per_second']:,.0f} |"
+        )
+    return "\n\n".join("\n".join(model_lines) for model_lines in lines.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th row, starting with row i")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--toy", action="store_true", help="smoke test: compile one small row and print it")
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    if options.toy:
+        print(table({key(TOY_ROW): measured(TOY_ROW, 1, 128)}, [TOY_ROW]))
+        return
+    if not options.table:
+        part, parts = map(int, options.part.split("/"))
+        for row in ROWS[part::parts]:
+            if key(row) not in load():
+                print(key(row), flush=True)
+                save(key(row), measured(row))
+        write("gpu attention", attention_table())
+    write("gpus", table(load()))
+
+
+if __name__ == "__main__":
+    main()
