@@ -108,6 +108,8 @@ def train_model(
     `training.best` names another metric. The training ends early after `training.patience` evaluations without a new
     lowest loss. frozen: takes the fingerprints of what is frozen before and after, and raises UserError if they differ.
     """
+    if task is None:
+        check_trainable(model)
     for adapter in as_adapters(vectors):
         if hasattr(adapter, "check"):
             adapter.check(model.architecture)
@@ -148,7 +150,16 @@ def train_model(
     decoder, adapter = trained.backbone.decoder, trained.backbone.adapter
     if adapter is None:
         return model.with_backbone(decoder)
-    return dataclasses.replace(model.with_backbone(merge(decoder, adapter)), adapter=adapter)
+    return model.with_merged(merge(decoder, adapter), adapter)
+
+
+def check_trainable(model: Model) -> None:
+    """Raises UserError if the backbone's weights are held in fewer bits than training needs."""
+    if model.precision != "float32":
+        raise UserError(
+            f"the model's weights are held in {model.precision}, which is for frozen weights, and this trains them: "
+            "train a task LoRA instead, or load the model in float32"
+        )
 
 
 def phase2_step(
