@@ -103,7 +103,7 @@ def pieces(array: jax.Array | np.ndarray, rows: int | None = None) -> Iterator[n
     a method `pieces` of its own.
     """
     if hasattr(array, "pieces"):
-        yield from array.pieces()
+        yield from array.pieces(rows)
         return
     if not isinstance(array, jax.Array) or array.is_fully_replicated:
         host = np.asarray(array)

@@ -34,6 +34,7 @@ from secvec_jax.defenses.finetuning import (
     FinetuneOptions,
     TrainStepMaker,
     check_trainable,
+    check_trained_weights,
     endless,
     forward_settings,
     groups_of,
@@ -158,6 +159,7 @@ def train_vectors(
     instance("spec", spec, (LoRA, Steering, SoftPrompt), "pass sv.LoRA(rank=8), sv.Steering() or sv.SoftPrompt()")
     checkpoints, on_step = as_options(training, checkpoints, on_step)
     phase1.check_rows(benign)
+    check_trained_weights(training.over(PHASE1), full=False)
     if phase1.objective == "min_min":
         check_trainable(model)
     _warn(default_rate(model, training, PHASE1))

@@ -41,7 +41,9 @@ from secvec_jax.model.tokenizer import SETTINGS, VOCABULARIES, MissingTokenizer,
 from secvec_jax.model.weights import (
     INDEX,
     SINGLE_FILE,
+    Backbone,
     FullPrecision,
+    Widened,
     assemble,
     exact_dtypes,
     files_of,
@@ -113,16 +115,18 @@ class Model:
         """sha256 of the backbone's parameters in float32, whatever they are held in; all processes must call this."""
         return fingerprint(self._in_full("the backbone's fingerprint is not known"))
 
-    def _in_full(self, problem: str) -> Decoder | FullPrecision:
+    def _in_full(self, problem: str) -> Backbone:
         """The backbone in float32, for fingerprints and files. Raises UserError if it is nowhere to be read."""
         if self.precision == "float32":
             return self.backbone
-        if self.full_precision is None:
-            raise UserError(
-                f"{problem}: the weights are held in {self.precision}, and where they are in full precision is not "
-                "known; load the model without frozen_weights"
-            )
-        return self.full_precision
+        if self.full_precision is not None:
+            return self.full_precision
+        if self.precision == "bfloat16":
+            return Widened(self.backbone)
+        raise UserError(
+            f"{problem}: the weights are held in {self.precision}, and where they are in full precision is not known; "
+            "load the model without frozen_weights"
+        )
 
     def save(self, folder: str | Path, card: str | None = None, *, dtype: Any = None) -> None:
         """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all.
@@ -325,7 +329,7 @@ def check_mesh(architecture: Architecture) -> None:
 def _write_folder(
     folder: str | Path,
     tokenizer: Any,
-    backbone: Decoder | FullPrecision,
+    backbone: Backbone,
     weights: Iterable[tuple[str, np.ndarray]],
     kinds: Mapping[str, str],
     metadata: Metadata,

@@ -361,6 +361,39 @@ class FullPrecision:
 
 
 @dataclasses.dataclass(frozen=True)
+class Widened:
+    """The weights of a decoder that is in bfloat16, as float32; in files it stands for the decoder."""
+
+    decoder: Decoder
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.decoder.architecture
+
+    def named_leaves(self) -> Iterator[tuple[str, "_WidenedLeaf"]]:
+        """Every array of the decoder by name."""
+        return ((name, _WidenedLeaf(leaf)) for name, leaf in self.decoder.named_leaves())
+
+
+@dataclasses.dataclass(frozen=True)
+class _WidenedLeaf:
+    array: jax.Array
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def size(self) -> int:
+        return self.array.size
+
+    def pieces(self, rows: int | None = None) -> Iterator[np.ndarray]:
+        """As `trees.pieces`."""
+        return (piece.astype(np.float32) for piece in pieces(self.array, rows))
+
+
+@dataclasses.dataclass(frozen=True)
 class _LeafOnDisk:
     """An array of the decoder, float32, that is read layer by layer."""
 
@@ -374,8 +407,8 @@ class _LeafOnDisk:
     def size(self) -> int:
         return math.prod(self.shape)
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The layers, `[1, ...]` each, or the one array."""
+    def pieces(self, rows: int | None = None) -> Iterator[np.ndarray]:
+        """The layers, `[1, ...]` each, or the one array, whatever `rows` is."""
         for layer, hf in enumerate(members(self.name, self.source.architecture)):
             first, count = (self.name.rows[0], self.shape[-1]) if self.name.rows else (0, None)
             stored = self.source.weight(hf)
@@ -393,10 +426,13 @@ class _LeafOnDisk:
         return kernel
 
 
-Leaf = jax.Array | _LeafOnDisk
+Backbone = Decoder | FullPrecision | Widened
+"""Float32 weights, wherever they are."""
+
+Leaf = jax.Array | _LeafOnDisk | _WidenedLeaf
 
 
-def _leaves(backbone: Decoder | FullPrecision) -> Iterator[tuple[WeightName, list[Leaf]]]:
+def _leaves(backbone: Backbone) -> Iterator[tuple[WeightName, list[Leaf]]]:
     """The decoder's arrays, grouped by the checkpoint weight that stores them, in the order of its rows."""
     names = weight_names(backbone.architecture)
     by_weight: dict[str, list[tuple[WeightName, Leaf]]] = {}
@@ -408,7 +444,7 @@ def _leaves(backbone: Decoder | FullPrecision) -> Iterator[tuple[WeightName, lis
         yield parts[0][0], [leaf for _, leaf in parts]
 
 
-def exact_dtypes(backbone: Decoder | FullPrecision, dtype: str) -> dict[str, str]:
+def exact_dtypes(backbone: Backbone, dtype: str) -> dict[str, str]:
     """By weight: `dtype` where it holds the values exactly, else float32. All processes must call this."""
     kinds: dict[str, str] = {}
     for name, leaves in _leaves(backbone):
@@ -431,7 +467,7 @@ def _fits(leaf: jax.Array, dtype: str) -> jax.Array:
     return jnp.all((bits & 0x1FFF == 0) & (jnp.abs(leaf) <= 65504) & (steps == jnp.round(steps)))
 
 
-def weight_sizes(backbone: Decoder | FullPrecision, kinds: Mapping[str, str]) -> dict[str, int]:
+def weight_sizes(backbone: Backbone, kinds: Mapping[str, str]) -> dict[str, int]:
     """The bytes of every weight, by Hugging Face name, in the order of the decoder's leaves. kinds: dtype by name."""
     sizes: dict[str, int] = {}
     for name, leaves in _leaves(backbone):
@@ -441,7 +477,7 @@ def weight_sizes(backbone: Decoder | FullPrecision, kinds: Mapping[str, str]) ->
     return sizes
 
 
-def gathered(backbone: Decoder | FullPrecision, kinds: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
+def gathered(backbone: Backbone, kinds: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight on the host as a checkpoint keeps it, in the order of `weight_sizes`, one layer at a time.
 
     kinds: the dtype of each, by name. Raises UserError for a weight with values too large for its dtype.

@@ -103,6 +103,8 @@ class Finetune:
     @property
     def precision(self) -> Precision:
         """What the model's weights are held in."""
+        if self.task_lora is None and self.training.over(PHASE2).trained_weights == "bfloat16":
+            return "bfloat16"
         is_trained = self._trained(read_defense(self.defense)) is not None
         return "float32" if is_trained else frozen_precision(self.frozen_weights)
 
