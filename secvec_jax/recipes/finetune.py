@@ -10,7 +10,7 @@ from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import default_rate
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import FinetuneOptions
+from secvec_jax.defenses.finetuning import FinetuneOptions, check_trained_weights
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.defenses.user_inputs import argument_of, check_given, reads_of
@@ -29,6 +29,10 @@ from secvec_jax.workspace.inputs import Inputs, packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stage
+
+
+_CHANGES_WEIGHTS = ("alignment", "after fine-tuning")
+"""Stages of defenses that change weights in addition to those that fine-tuning trains."""
 
 
 @checked
@@ -100,6 +104,9 @@ class Finetune:
         if self.frozen_weights not in (None, "float32") and (trained := self._trained(defense)) is not None:
             raise UserError(f"--frozen-weights {self.frozen_weights} is for frozen weights, {trained}")
 
+        if check_trained_weights(self.training, self.task_lora is None) and defense.stage in _CHANGES_WEIGHTS:
+            raise UserError(f"--trained-weights bfloat16 is not for {defense.name!r}, which trains in float32")
+
     @property
     def precision(self) -> Precision:
         """What the model's weights are held in."""
@@ -112,7 +119,7 @@ class Finetune:
         """Why the weights cannot be held in fewer bits; None if they are frozen."""
         if self.task_lora is None:
             return "and all weights are trained: add --task-lora.rank 8, or leave --frozen-weights out"
-        if defense.stage in ("alignment", "after fine-tuning"):
+        if defense.stage in _CHANGES_WEIGHTS:
             return f"and {defense.name!r} changes them: choose another --defense, or leave --frozen-weights out"
         return None
 

@@ -28,14 +28,15 @@ def make_optimizer(training: Training, steps: int) -> optax.GradientTransformati
     a step: see `step.make_train_step`.
     """
     training = training.over(Training.base)
+    in_bfloat16 = training.trained_weights == "bfloat16"
     return _optimizer(
         training.optimizer,
         (training.learning_rate, training.schedule, min(training.warmup_steps, steps - 1), steps),
         training.momentum,
         training.weight_decay,
         training.max_grad_norm,
-        training.trained_weights == "bfloat16",
-        training.seed,
+        in_bfloat16,
+        training.seed if in_bfloat16 or training.optimizer == "adamw-bf16" else 0,
     )
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import secvec_jax as sv
+from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.likelihood import token_losses
 from secvec_jax.model import hub, weights
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, ForwardOptions, abstract_decoder
@@ -244,6 +246,22 @@ def test_no_more_is_read_than_is_quantized_at_a_time(tiny_model, monkeypatch):
     expected = with_precision(tiny_model("llama").model.backbone, "nf4")
     for ours, theirs in zip(*map(jax.tree.leaves, (loaded.backbone, expected)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.release
+@pytest.mark.slow
+def test_the_loss_of_the_embedded_model_stays_near_that_in_float32():
+    def loss(precision: str) -> float:
+        model = hub.load("smollm2", precision)
+        losses = np.concatenate(token_losses(model, examples_of(model, sv.load_rows("alpaca")[:16], 96)))
+        return float(losses.mean())
+
+    exact = loss("float32")
+    # nf4 costs a model of 135 million parameters far more than a large one; the bound is what was measured and a third.
+    for precision, bound in {"bfloat16": 0.005, "int8": 0.01, "nf4": 0.18}.items():
+        found = loss(precision)
+        print(f"{precision}: loss {found:.4f}, float32 {exact:.4f}, change {found / exact - 1:+.2%}")
+        assert abs(found / exact - 1) <= bound, precision
 
 
 _PEAK = """
