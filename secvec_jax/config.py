@@ -45,8 +45,10 @@ class Training:
     Raises UserError for a value of the wrong type or out of range.
     """
 
-    optimizer: Literal["sgd", "adamw"] = UNSET
-    """sgd keeps small gradients small, which security vectors rely on; adamw rescales them to full steps"""
+    optimizer: Literal["sgd", "adamw", "adamw-bf16", "adafactor", "muon"] = UNSET
+    """sgd keeps small gradients small, which security vectors rely on; adamw rescales them to full steps. Experimental,
+    their safety is not measured: adamw-bf16 (both moments in bfloat16), adafactor (factored second moments) and muon
+    (orthogonalized updates) take less memory than adamw and rescale gradients as it does"""
     learning_rate: PositiveFloat = UNSET
     """peak learning rate"""
     schedule: Literal["cosine", "linear", "constant"] = UNSET
@@ -56,7 +58,10 @@ class Training:
     momentum: Fraction = UNSET
     """momentum of sgd"""
     weight_decay: NonNegativeFloat = UNSET
-    """weight decay of all weights except norms and biases: decoupled with adamw, added to the gradient with sgd"""
+    """weight decay of all weights except norms and biases: added to the gradient with sgd, else decoupled"""
+    trained_weights: Literal["float32", "bfloat16"] = UNSET
+    """what all weights are held in while they are trained; bfloat16 halves them and their gradients, and rounds each
+    update at random; a task LoRA and vectors are float32"""
     max_grad_norm: NonNegativeFloat = UNSET
     """clip the gradient to this norm; 0: do not clip"""
     epochs: PositiveInt = UNSET
@@ -114,6 +119,7 @@ Training.base = Training(
     warmup_steps=3,
     momentum=0.9,
     weight_decay=0.0,
+    trained_weights="float32",
     max_grad_norm=0.0,
     epochs=1,
     max_steps=None,

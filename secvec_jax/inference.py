@@ -27,6 +27,7 @@ from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import ForwardOptions
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model, load
+from secvec_jax.model.quantized import Precision
 from secvec_jax.model.sampling import GREEDY, Sampling
 from secvec_jax.progress import reply_progress
 from secvec_jax.sharding import platform
@@ -251,6 +252,12 @@ def _token_ids(tokens: Any, architecture: Architecture) -> jax.Array:
 @partial(jax.jit, static_argnames="dtype")
 def _logits(decoder, tokens, adapters, *, dtype):
     return decoder.logits(decoder(tokens, adapters=adapters, options=ForwardOptions(dtype)))
+
+
+def frozen_precision(asked: Precision | None = None) -> Precision:
+    """What the weights of a model are held in that is used and not trained: as asked, else bfloat16 on accelerators,
+    which compute in it anyway, and float32 on CPU."""
+    return asked or ("float32" if platform() == "cpu" else "bfloat16")
 
 
 def compute_dtype() -> DTypeLike:

@@ -157,12 +157,14 @@ def logical_axes(tree: Any) -> list[LogicalAxes]:
     """Return the `LogicalAxes` of every leaf of a tree: decoders, vectors, and what mirrors them (optimizer states).
 
     NNX variables provide them in their metadata `axes`, other nodes through a method `axes()` that returns a tree of
-    the same structure. All other leaves are replicated.
+    the same structure. All other leaves are replicated, and so are those that have lost axes of their variable, as the
+    factored moments of an optimizer have.
     """
 
     def of(node: Any) -> list[LogicalAxes]:
         if isinstance(node, nnx.Variable):
-            return [node.get_metadata("axes")] * len(jax.tree.leaves(node))
+            axes = node.get_metadata("axes")
+            return [axes if np.ndim(leaf) == len(axes) else (None,) * np.ndim(leaf) for leaf in jax.tree.leaves(node)]
         if hasattr(node, "axes"):
             return jax.tree.leaves(node.axes(), is_leaf=lambda axes: type(axes) is tuple)
         return [(None,) * np.ndim(node)]

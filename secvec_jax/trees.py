@@ -25,7 +25,7 @@ def fingerprint(tree: Tree) -> str:
     """
     digest = hashlib.sha256()
     for name, leaf in _named_leaves(tree):
-        array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        array = leaf if isinstance(leaf, jax.Array) or hasattr(leaf, "pieces") else np.asarray(leaf)
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
         for piece in pieces(array):
             digest.update(np.ascontiguousarray(piece).view(np.uint8).data)
@@ -99,8 +99,12 @@ def pieces(array: jax.Array | np.ndarray, rows: int | None = None) -> Iterator[n
     """Yield the array in blocks `[rows, ...]` on the host of every process.
 
     Without `rows`, it is yielded whole if that needs no copy, else in blocks of at most 64 MiB, or of one row. If the
-    array is sharded over several processes, all of them must consume all blocks.
+    array is sharded over several processes, all of them must consume all blocks. An array that is read from a file has
+    a method `pieces` of its own.
     """
+    if hasattr(array, "pieces"):
+        yield from array.pieces(rows)
+        return
     if not isinstance(array, jax.Array) or array.is_fully_replicated:
         host = np.asarray(array)
         if rows is None:
@@ -142,8 +146,12 @@ def distance(a: Tree, b: Tree) -> jax.Array:
 
 
 def num_parameters(tree: Tree) -> int:
-    """Return the number of array elements in a tree; leaves that are not arrays count as 0."""
-    return sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(tree))
+    """Return the number of array elements in a tree; leaves that are not arrays count as 0.
+
+    A node with a `parameter_count`, such as a quantized weight, counts as that many.
+    """
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "parameter_count"))
+    return sum(getattr(node, "parameter_count", getattr(node, "size", 0)) for node in nodes)
 
 
 def unstacked(tree: Tree, count: int) -> list[Tree]:

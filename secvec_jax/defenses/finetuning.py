@@ -36,6 +36,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.hub import Model
+from secvec_jax.model.quantized import with_precision
 from secvec_jax.sharding import platform
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.frozen import FrozenTrees
@@ -108,6 +109,9 @@ def train_model(
     `training.best` names another metric. The training ends early after `training.patience` evaluations without a new
     lowest loss. frozen: takes the fingerprints of what is frozen before and after, and raises UserError if they differ.
     """
+    in_bfloat16 = check_trained_weights(training, task is None)
+    if task is None and not (in_bfloat16 and model.precision == "bfloat16"):
+        check_trainable(model)
     for adapter in as_adapters(vectors):
         if hasattr(adapter, "check"):
             adapter.check(model.architecture)
@@ -126,7 +130,8 @@ def train_model(
     checkpoints = with_inputs(checkpoints, model, training, steps, streams, eval_stream, **further_inputs)
     if isinstance(task, LoRA):
         task = task.init(model.architecture, jax.random.key(training.seed))
-    params = Params(Backbone(model.backbone, task), vectors, anchor)
+    backbone = with_precision(model.backbone, "bfloat16") if in_bfloat16 else model.backbone
+    params = Params(Backbone(backbone, task), vectors, anchor)
     phase, train_step = phase2_step(params, streams[LEARN].groups, training, steps, make_step)
     train_step = metered(train_step, model.architecture, full=task is None)
     log_summary(streams[LEARN], training, steps, steps_per_epoch, params, phase)
@@ -148,7 +153,27 @@ def train_model(
     decoder, adapter = trained.backbone.decoder, trained.backbone.adapter
     if adapter is None:
         return model.with_backbone(decoder)
-    return dataclasses.replace(model.with_backbone(merge(decoder, adapter)), adapter=adapter)
+    return model.with_merged(merge(decoder, adapter), adapter)
+
+
+def check_trained_weights(training: Training, full: bool) -> bool:
+    """Whether all weights are trained in bfloat16. Raises UserError if that is asked for where they are not trained."""
+    in_bfloat16 = training.over(PHASE2).trained_weights == "bfloat16"
+    if in_bfloat16 and not full:
+        raise UserError(
+            "trained_weights is 'bfloat16', which is for training all weights: a task LoRA and vectors are trained in "
+            "float32; leave it out"
+        )
+    return in_bfloat16
+
+
+def check_trainable(model: Model) -> None:
+    """Raises UserError if the backbone's weights are held in fewer bits than training needs."""
+    if model.precision != "float32":
+        raise UserError(
+            f"the model's weights are held in {model.precision}, which is for frozen weights, and this trains them: "
+            "train a task LoRA instead, or load the model in float32"
+        )
 
 
 def phase2_step(

@@ -33,6 +33,8 @@ from secvec_jax.defenses.finetuning import (
     PHASE2,
     FinetuneOptions,
     TrainStepMaker,
+    check_trainable,
+    check_trained_weights,
     endless,
     forward_settings,
     groups_of,
@@ -61,6 +63,7 @@ from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
+from secvec_jax.vectors.store import trained_over
 
 ALIGN = Training(optimizer="adamw", learning_rate=4e-3, max_grad_norm=1.0).over(Training.base)
 ALIGN_TASK = LoRA(rank=16, alpha=32.0)
@@ -156,6 +159,9 @@ def train_vectors(
     instance("spec", spec, (LoRA, Steering, SoftPrompt), "pass sv.LoRA(rank=8), sv.Steering() or sv.SoftPrompt()")
     checkpoints, on_step = as_options(training, checkpoints, on_step)
     phase1.check_rows(benign)
+    check_trained_weights(training.over(PHASE1), full=False)
+    if phase1.objective == "min_min":
+        check_trainable(model)
     _warn(default_rate(model, training, PHASE1))
     stream = stream_of(model, {"harmful": harmful}, training)
     learn, steps, steps_per_epoch = stream_and_steps(stream, training)
@@ -232,12 +238,29 @@ def finetune(
     adapters = as_vectors(vectors, model)
     if vectors is not None and not adapters:
         raise UserError("vectors is empty: pass security vectors, or vectors=None to train without protection")
-    _warn(default_rate(model, training, PHASE2))
+    _warn(default_rate(model, training, PHASE2), *(_other_precision(item, model) for item in _files(vectors)))
     with step_progress("finetune", on_step) as show:
         options = FinetuneOptions(
             task=task, training=training, eval_rows=eval_rows, checkpoints=checkpoints, on_step=show
         )
         return train_model(model, rows, vectors=adapters or None, **options)
+
+
+def _files(vectors: VectorsLike) -> list[str]:
+    """The vectors that are given as files."""
+    given = vectors if isinstance(vectors, list | tuple) else [vectors]
+    return [os.fspath(item) for item in given if isinstance(item, str | os.PathLike)]
+
+
+def _other_precision(file: str, model: Model) -> str | None:
+    """Warns of vectors that were trained over weights held in another precision."""
+    precision = trained_over(file)
+    if precision in (None, model.precision):
+        return None
+    return (
+        f"{file} was trained over {precision} weights, and the model's are {model.precision}: test that the vectors "
+        "still show the behavior (train.py finetune does)"
+    )
 
 
 def _warn(*messages: str | None) -> None:

@@ -41,6 +41,7 @@ from secvec_jax.model.layers import (
     adapter_prefix_len,
     stacked_blocks,
 )
+from secvec_jax.model.quantized import Precision, precision_of, with_precision
 from secvec_jax.sharding import LogicalAxes, constrain
 from secvec_jax.trees import unstacked
 
@@ -196,6 +197,11 @@ class Decoder(nnx.Module):
         """Next-token logits `[..., V]`, float32, of hidden states `[..., D]`."""
         return logits_of(self.output_embedding, hidden, self.final_softcap)
 
+    @property
+    def precision(self) -> Precision:
+        """What the weights are held in."""
+        return precision_of(self)
+
     def named_leaves(self) -> Iterator[tuple[str, jax.Array]]:
         """Every array with its `leaf_name`, in the order of fingerprints and files, which the modules do not change."""
         leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(self)]
@@ -267,7 +273,7 @@ class Decoder(nnx.Module):
 
     def _embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """`[B, T, D]`. On a mesh each device looks up its part of D for all tokens: the table is never gathered."""
-        x = self.embed[...][constrain(tokens, "copies", "length")]
+        x = self.embed[...][constrain(tokens, "copies", "length")].astype(jnp.float32)
         if self.position_embed is not None:
             x = x + self.position_embed[...][constrain(positions, "copies", "length") + _POSITION_OFFSET]
         if self.architecture.scaled_embedding:
@@ -343,9 +349,9 @@ def _rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., An
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def abstract_decoder(architecture: Architecture) -> Decoder:
-    """The decoder with shapes in place of arrays: costs no memory."""
-    return jax.eval_shape(lambda: Decoder(architecture, nnx.Rngs(0)))
+def abstract_decoder(architecture: Architecture, precision: Precision = "float32") -> Decoder:
+    """The decoder with shapes in place of arrays, its weights held in this precision: costs no memory."""
+    return jax.eval_shape(lambda: with_precision(Decoder(architecture, nnx.Rngs(0)), precision))
 
 
 def leaf_name(path: tuple) -> str:

@@ -1,6 +1,7 @@
 """Loading and saving models: embedded ones, Hugging Face folders and hub ids, GGUF files.
 
     model = load("smollm2")       # embedded name, folder, hub id or .gguf file
+    model = load("smollm2", "nf4")    # its weights quantized, to be used and not trained
     model.save("folder")          # a Hugging Face folder that transformers reads, with everything that the source's had
 
 Only safetensors and GGUF are read; nothing remote is executed.
@@ -22,6 +23,7 @@ import numpy as np
 from secvec_jax import assets
 from secvec_jax.arguments import instance
 from secvec_jax.arguments import path as checked_path
+from secvec_jax.checks import check
 from secvec_jax.checksums import FILE as CHECKSUMS
 from secvec_jax.checksums import changed_file, check_folder, write_checksums
 from secvec_jax.distributed import broadcast_from_first, is_main_process
@@ -34,10 +36,14 @@ from secvec_jax.model.families import weight_names
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.hf_config import from_hf_config
 from secvec_jax.model.metadata import Metadata, checked_dtype, metadata_of
+from secvec_jax.model.quantized import Precision
 from secvec_jax.model.tokenizer import SETTINGS, VOCABULARIES, MissingTokenizer, load_tokenizer, save_tokenizer
 from secvec_jax.model.weights import (
     INDEX,
     SINGLE_FILE,
+    Backbone,
+    FullPrecision,
+    Widened,
     assemble,
     exact_dtypes,
     files_of,
@@ -51,7 +57,7 @@ from secvec_jax.model.weights import (
     write_weights,
 )
 from secvec_jax.run_folders import find_model
-from secvec_jax.sharding import AXIS_RULES, num_shards
+from secvec_jax.sharding import AXIS_RULES, num_shards, replicate
 from secvec_jax.trees import fingerprint, first_not_finite, num_parameters
 from secvec_jax.turns import turn_ends
 
@@ -71,18 +77,33 @@ class Model:
     metadata: Metadata = Metadata()
     adapter: Adapter | None = None
     """the task LoRA that fine-tuning trained and merged into the backbone, if any"""
+    full_precision: FullPrecision | None = None
+    """where the float32 weights are read, of a model that is held in fewer bits; None: nowhere, or it is float32"""
 
     def __repr__(self) -> str:
         a, count = self.architecture, num_parameters(self.backbone)
-        return f"Model({self.name!r}, {a.family}, {a.num_layers} layers, {count:,} parameters)"
+        held = "" if self.precision == "float32" else f" in {self.precision}"
+        return f"Model({self.name!r}, {a.family}, {a.num_layers} layers, {count:,} parameters{held})"
 
     @property
     def architecture(self) -> Architecture:
         return self.backbone.architecture
 
+    @property
+    def precision(self) -> Precision:
+        """What the backbone's weights are held in."""
+        return self.backbone.precision
+
     def with_backbone(self, backbone: Decoder, name: str | None = None) -> "Model":
         """The same model with other parameters, and no adapter."""
-        return dataclasses.replace(self, backbone=backbone, name=name or self.name, adapter=None)
+        return dataclasses.replace(self, backbone=backbone, name=name or self.name, adapter=None, full_precision=None)
+
+    def with_merged(self, backbone: Decoder, adapter: Adapter) -> "Model":
+        """The same model with an adapter that is merged into `backbone`."""
+        full = self.full_precision
+        if full is not None:
+            full = dataclasses.replace(full, adapters=(*full.adapters, replicate(adapter)))
+        return dataclasses.replace(self, backbone=backbone, adapter=adapter, full_precision=full)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -91,14 +112,28 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the backbone's parameters; all processes must call this."""
-        return fingerprint(self.backbone)
+        """sha256 of the backbone's parameters in float32, whatever they are held in; all processes must call this."""
+        return fingerprint(self._in_full("the backbone's fingerprint is not known"))
+
+    def _in_full(self, problem: str) -> Backbone:
+        """The backbone in float32, for fingerprints and files. Raises UserError if it is nowhere to be read."""
+        if self.precision == "float32":
+            return self.backbone
+        if self.full_precision is not None:
+            return self.full_precision
+        if self.precision == "bfloat16":
+            return Widened(self.backbone)
+        raise UserError(
+            f"{problem}: the weights are held in {self.precision}, and where they are in full precision is not known; "
+            "load the model without frozen_weights"
+        )
 
     def save(self, folder: str | Path, card: str | None = None, *, dtype: Any = None) -> None:
         """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all.
 
         card: the text of its README.md. dtype: "float32", "bfloat16" or "float16", to which all weights are rounded;
-        None: nothing is rounded, each weight is in the source's dtype if that holds it exactly, else in float32.
+        None: nothing is rounded, each weight is in the source's dtype if that holds it exactly, else in float32. Of a
+        model that is held in fewer bits, the weights that it was loaded from are written, with what was merged since.
         Raises UserError if `folder` is a file, or a folder without a model, whose contents would be replaced, and if a
         weight is not finite.
         All processes must call this, and the first one writes. If it fails, the others raise UserError.
@@ -112,14 +147,13 @@ class Model:
                 "with a lower learning rate"
             )
         chosen = None if dtype is None else checked_dtype(dtype)
-        kinds = exact_dtypes(self.backbone, chosen or self.metadata.dtype)
+        backbone = self._in_full("the model is not saved")
+        kinds = exact_dtypes(backbone, chosen or self.metadata.dtype)
         kinds = kinds if chosen is None else dict.fromkeys(kinds, chosen)
-        weights, error = gathered(self.backbone, kinds), None
+        weights, error = gathered(backbone, kinds), None
         try:
             if is_main_process():
-                _write_folder(
-                    folder, self.tokenizer, self.backbone, weights, kinds, self.metadata, card=card, dtype=chosen
-                )
+                _write_folder(folder, self.tokenizer, backbone, weights, kinds, self.metadata, card=card, dtype=chosen)
         except Exception as failure:
             error = failure
         if jax.process_count() > 1:
@@ -132,27 +166,30 @@ class Model:
             raise error
 
 
-def load(source: str | Path) -> Model:
-    """The model that `source` names, in float32, sharded over the ambient mesh.
+def load(source: str | Path, frozen_weights: Precision = "float32") -> Model:
+    """The model that `source` names, sharded over the ambient mesh.
 
     source: an embedded name ("smollm2"), a local Hugging Face folder, the run directory of a training, a local .gguf
     file or a hub id.
+    frozen_weights: what the weights are held in: "float32", or "bfloat16", "int8" or "nf4" for a model that is not
+    trained itself: vectors and a task LoRA can be trained over it, in float32 (see `model.quantized`).
     Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, or if the
     mesh does not divide it.
     """
     checked_path("model", source, f"an embedded name ({', '.join(EMBEDDED)}), a folder, a hub id or a .gguf file")
+    frozen_weights = check(Precision, frozen_weights, "frozen_weights")
     source = str(source)
     if source in EMBEDDED:
-        return dataclasses.replace(_load_folder(_converted(source)), name=source)
+        return dataclasses.replace(_load_folder(_converted(source), frozen_weights), name=source)
     path = find_model(source)
     if path.suffix == ".gguf":
         check_regular(path)
         if not path.is_file():
             raise UserError(f"no file {path}: check --model")
-        return _load_gguf(path, source)
+        return _load_gguf(path, source, frozen_weights)
     if path.is_dir():
-        return _load_folder(path)
-    return dataclasses.replace(_load_folder(_snapshot(source)), name=source)
+        return _load_folder(path, frozen_weights)
+    return dataclasses.replace(_load_folder(_snapshot(source), frozen_weights), name=source)
 
 
 def load_architecture(source: str | Path) -> Architecture:
@@ -243,15 +280,17 @@ def _fetched(source: str, files: Sequence[str], revision: str | None = None) -> 
         ) from error
 
 
-def _load_gguf(path: Path, name: str) -> Model:
+def _load_gguf(path: Path, name: str, precision: Precision) -> Model:
     file = GGUF(path)
     architecture, weight, shapes = file.read()
     check_mesh(architecture)
     tokenizer = file.tokenizer()
-    return Model(assemble(architecture, weight, shapes, path), tokenizer, name, file.metadata())
+    backbone = assemble(architecture, weight, shapes, path, precision)
+    full = None if precision == "float32" else FullPrecision(architecture, weight)
+    return Model(backbone, tokenizer, name, file.metadata(), full_precision=full)
 
 
-def _load_folder(folder: Path) -> Model:
+def _load_folder(folder: Path, precision: Precision) -> Model:
     check_entries(folder)
     check_folder(folder)
     config = read_json(folder / "config.json")
@@ -261,8 +300,9 @@ def _load_folder(folder: Path) -> Model:
     metadata = metadata_of(folder, config, stored_dtype(weights))
     tokenizer = load_tokenizer(folder)
     shapes = {name: weight.shape for name, weight in weights.items()}
-    backbone = assemble(architecture, weights.__getitem__, shapes, folder)
-    return Model(backbone, tokenizer, str(folder), metadata)
+    backbone = assemble(architecture, weights.__getitem__, shapes, folder, precision)
+    full = None if precision == "float32" else FullPrecision(architecture, weights.__getitem__)
+    return Model(backbone, tokenizer, str(folder), metadata, full_precision=full)
 
 
 def check_mesh(architecture: Architecture) -> None:
@@ -289,7 +329,7 @@ def check_mesh(architecture: Architecture) -> None:
 def _write_folder(
     folder: str | Path,
     tokenizer: Any,
-    backbone: Decoder,
+    backbone: Backbone,
     weights: Iterable[tuple[str, np.ndarray]],
     kinds: Mapping[str, str],
     metadata: Metadata,

@@ -9,7 +9,7 @@ the logical axes of `sharding.AXIS_RULES`; NNX's own sharding metadata would pla
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.attention import Attend, rotate
 from secvec_jax.model.kv_cache import KVSegment
+from secvec_jax.model.quantized import QuantizedKernel, weight_of
 from secvec_jax.sharding import LogicalAxes, all_gather, constrain
 
 State = Literal["attention", "residual"]
@@ -69,12 +70,15 @@ class LayerOutput(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """One projection of a layer: `kernel` `[inputs, outputs]`, and `bias` `[outputs]` or None."""
+    """One projection of a layer: `kernel` `[inputs, outputs]`, and `bias` `[outputs]` or None.
+
+    The kernel is an array or, of a frozen model, a `QuantizedKernel`.
+    """
 
     def __init__(self, architecture: Architecture, projection: str, rngs: nnx.Rngs):
         shape, axes = architecture.kernel_shape(projection), KERNEL_AXES[projection]
         self.projection = projection
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=axes)
+        self.kernel: Any = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=axes)
         biased = architecture.has_bias(projection)
         self.bias = nnx.Param(jnp.zeros(shape[1]), axes=axes[1:]) if biased else None
 
@@ -83,10 +87,11 @@ class Linear(nnx.Module):
         # Flat rows: XLA's CPU backend transposes three-dimensional operands for the gradient of a weight.
         rows = x.reshape(-1, x.shape[-1])
         compute: Callable[..., jax.Array] = partial(_product, self.projection)
-        if adapters:
-            # The backward pass makes the adapters' weight again: kept, it would be a second backbone.
+        kernel = self.kernel if isinstance(self.kernel, QuantizedKernel) else self.kernel[...]
+        if adapters or isinstance(kernel, QuantizedKernel):
+            # The backward pass makes the weight again that adapters or codes give: kept, it would be a second backbone.
             compute = jax.checkpoint(compute, prevent_cse=False)
-        y = checkpoint_name(compute(rows, self.kernel[...], adapters), PRODUCT)
+        y = checkpoint_name(compute(rows, kernel, adapters), PRODUCT)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         for adapter in adapters:
@@ -94,10 +99,13 @@ class Linear(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-def _product(projection: str, x: jax.Array, kernel: jax.Array, adapters: tuple[Adapter, ...]) -> jax.Array:
+def _product(projection: str, x: jax.Array, kernel: Any, adapters: tuple[Adapter, ...]) -> jax.Array:
+    weight = weight_of(kernel)
+    if adapters:
+        weight = weight.astype(jnp.float32)  # what is added may be far smaller than the weight
     for adapter in adapters:
-        kernel = adapter.kernel(projection, kernel)
-    return x @ all_gather(kernel.astype(x.dtype), *KERNEL_AXES[projection])
+        weight = adapter.kernel(projection, weight)
+    return x @ all_gather(weight.astype(x.dtype), *KERNEL_AXES[projection])
 
 
 class Norm(nnx.Module):

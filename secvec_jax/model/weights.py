@@ -18,16 +18,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from secvec_jax.errors import UserError
 from secvec_jax.files import check_regular
-from secvec_jax.model.architecture import Architecture
+from secvec_jax.model.adapter import Adapter
+from secvec_jax.model.architecture import PROJECTIONS, Architecture
 from secvec_jax.model.decoder import Decoder, abstract_decoder, leaf_name
 from secvec_jax.model.families import WeightName, weight_names
-from secvec_jax.sharding import LogicalAxes, logical_axes, named_sharding
+from secvec_jax.model.quantized import (
+    Precision,
+    QuantizedKernel,
+    check_precision,
+    is_finite_bfloat16,
+    is_matrix,
+    linear_of,
+    quantize,
+    with_kernels,
+)
+from secvec_jax.sharding import LogicalAxes, constrain, logical_axes, named_sharding
 from secvec_jax.trees import pieces
 
 _FILE_BYTES = 2**30
+_CHUNK = 2**20
+"""Weights that are quantized at a time."""
 _JSON_BYTES = 2**26
 _HEADER_BYTES = 2**25
 """Of a safetensors file with some hundred thousand tensors; its parser takes up to 100 MB."""
@@ -177,12 +191,16 @@ def assemble(
     weight: Callable[[str], np.ndarray | _Stored],
     shapes: Mapping[str, tuple[int, ...]],
     source: Path,
+    precision: Precision = "float32",
 ) -> Decoder:
     """The decoder filled from a checkpoint, each process reading what its own devices hold.
 
-    shapes: of all weights that are present. Raises UserError for missing, unused or misshapen weights, before memory is
-    taken for any, and for weights with NaN or infinite numbers.
+    shapes: of all weights that are present. precision: what the weights are held in; each is quantized as it is read,
+    in parts, so that a host never has more than one in another form, beside those that are done. Raises UserError for
+    missing, unused or misshapen weights, before memory is taken for any, for weights with NaN or infinite numbers, and
+    if the model cannot be held in this precision.
     """
+    check_precision(architecture, precision)
     names, present = weight_names(architecture), set(shapes)
     needed = {hf for name in names.values() for hf in members(name, architecture)}
     redundant = {n for n in present if n.endswith(_REDUNDANT)}
@@ -198,11 +216,13 @@ def assemble(
         rows, *others = shape[::-1] if name.transpose else shape
         return (name.rows[2] if name.rows else rows, *others)
 
+    def not_finite(hf: str) -> UserError:
+        return UserError(f"{source}: {hf} has NaN or infinite numbers, so its training went wrong: use another")
+
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct, axes: LogicalAxes) -> jax.Array:
         name, sharding = names[leaf_name(path)], named_sharding(*axes)
-        parts = {
-            index: np.empty([stop - start for start, stop in index], np.float32) for index in _parts(leaf, sharding)
-        }
+        dtype = np.float32 if precision == "float32" or not is_matrix(path) else DTYPES["bfloat16"]
+        parts = {index: np.empty([stop - start for start, stop in index], dtype) for index in _parts(leaf, sharding)}
         first = name.rows[0] if name.rows else 0
         for slot, hf in enumerate(members(name, architecture)):
             stored = weight(hf)
@@ -216,9 +236,7 @@ def assemble(
                     else:
                         part[...] = read
                 if not _is_finite(part):
-                    raise UserError(
-                        f"{source}: {hf} has NaN or infinite numbers, so its training went wrong: use another"
-                    )
+                    raise not_finite(hf)
         if sharding is None:
             (part,) = parts.values()
             placed = jnp.asarray(part)
@@ -226,6 +244,25 @@ def assemble(
             placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[_bounds(index, leaf.shape)])
         # The host holds one leaf's parts at a time.
         return placed.block_until_ready()
+
+    def quantized(name: WeightName, empty: QuantizedKernel) -> QuantizedKernel:
+        """The stacked kernel, of which the host holds a few outputs of one layer at a time."""
+        shapes_and_axes = [(leaf.get_value(), leaf.get_metadata("axes")) for leaf in (empty.codes, empty.scales)]
+        codes, scales = (_zeros(leaf.shape, leaf.dtype, axes) for leaf, axes in shapes_and_axes)
+        places = tuple(axes for _, axes in shapes_and_axes)
+        inputs, outputs = empty.parameter_count // (codes.shape[0] * codes.shape[2]), codes.shape[2]
+        step = max(1, _CHUNK // inputs)
+        first = name.rows[0] if name.rows else 0
+        for layer, hf in enumerate(members(name, architecture)):
+            stored = weight(hf)
+            for start in range(0, outputs, step):
+                stop = min(start + step, outputs)
+                read = stored[(slice(first + start, first + stop), slice(0, inputs))].astype(np.float32, copy=False)
+                if not _is_finite(read):
+                    raise not_finite(hf)
+                codes, scales = _with_quantized(codes, scales, read, layer, start, empty.precision, places)
+                scales.block_until_ready()  # or the next part would be read before this one is done with
+        return QuantizedKernel(empty.precision, codes, scales, empty.axes_of_kernel)
 
     empty = abstract_decoder(architecture)
     leaves, structure = jax.tree_util.tree_flatten_with_path(empty)
@@ -236,10 +273,47 @@ def assemble(
                 raise UserError(
                     f"{source}: {hf} has shape {shapes[hf]}, config.json asks for {stored_shape(name, leaf)}"
                 )
-    return jax.tree.unflatten(structure, [fill(*leaf, axes) for leaf, axes in zip(leaves, logical_axes(empty))])
+    kernels = {}
+    if precision in ("int8", "nf4"):
+        abstract = abstract_decoder(architecture, precision)
+        kernels = {projection: linear_of(abstract, projection).kernel for projection in architecture.projections}
+
+    def made(path: tuple, leaf: jax.ShapeDtypeStruct, axes: LogicalAxes) -> Any:
+        projection = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
+        if projection not in kernels:
+            return fill(path, leaf, axes)
+        kernels[projection] = quantized(names[leaf_name(path)], kernels[projection])
+        return leaf  # it is replaced
+
+    decoder = jax.tree.unflatten(structure, [made(*leaf, axes) for leaf, axes in zip(leaves, logical_axes(empty))])
+    return with_kernels(decoder, kernels) if kernels else decoder
+
+
+@functools.partial(jax.jit, static_argnames=("precision", "places"), donate_argnums=(0, 1))
+def _with_quantized(
+    codes: jax.Array,
+    scales: jax.Array,
+    read: jax.Array,
+    layer: int,
+    start: int,
+    precision: Precision,
+    places: tuple[LogicalAxes, LogicalAxes],
+) -> tuple[jax.Array, jax.Array]:
+    """The stacks, with the weights `read` `[outputs, inputs]` from the output `start` on written into a layer."""
+    new = quantize(read.T, precision)
+    return tuple(
+        constrain(jax.lax.dynamic_update_slice(stack, part[None], (layer, 0, start)), *axes)
+        for stack, part, axes in zip((codes, scales), new, places)
+    )
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike, axes: LogicalAxes) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=named_sharding(*axes))()
 
 
 def _is_finite(array: np.ndarray) -> bool:
+    if array.dtype == DTYPES["bfloat16"]:
+        return is_finite_bfloat16(array)
     # A sum is finite only if all of its terms are, and several times as fast; a finite one may overflow, though.
     with np.errstate(over="ignore", invalid="ignore"):
         return math.isfinite(array.sum()) or bool(np.isfinite(array).all())
@@ -267,10 +341,101 @@ def members(name: WeightName, architecture: Architecture) -> list[str]:
     return [name.hf.format(layer) for layer in range(architecture.num_layers)] if name.layered else [name.hf]
 
 
-def _leaves(backbone: Decoder) -> Iterator[tuple[WeightName, list[jax.Array]]]:
+@dataclasses.dataclass(frozen=True)
+class FullPrecision:
+    """The float32 weights of a model that is held in fewer bits, read from its checkpoint each time they are needed.
+
+    It stands in for the decoder that they would fill, in fingerprints and in what is saved. adapters: what was merged
+    into the model since it was loaded, and is merged into each layer's weights as they are read.
+    """
+
+    architecture: Architecture
+    weight: Callable[[str], np.ndarray | _Stored] = dataclasses.field(repr=False)
+    adapters: tuple[Adapter, ...] = ()
+
+    def named_leaves(self) -> Iterator[tuple[str, "_LeafOnDisk"]]:
+        """Every array of the decoder by name, in the order of `Decoder.named_leaves`."""
+        names = weight_names(self.architecture)
+        for name, leaf in abstract_decoder(self.architecture).named_leaves():
+            yield name, _LeafOnDisk(self, names[name], name.removeprefix("layers.").removesuffix(".kernel"), leaf.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Widened:
+    """The weights of a decoder that is in bfloat16, as float32; in files it stands for the decoder."""
+
+    decoder: Decoder
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.decoder.architecture
+
+    def named_leaves(self) -> Iterator[tuple[str, "_WidenedLeaf"]]:
+        """Every array of the decoder by name."""
+        return ((name, _WidenedLeaf(leaf)) for name, leaf in self.decoder.named_leaves())
+
+
+@dataclasses.dataclass(frozen=True)
+class _WidenedLeaf:
+    array: jax.Array
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def size(self) -> int:
+        return self.array.size
+
+    def pieces(self, rows: int | None = None) -> Iterator[np.ndarray]:
+        """As `trees.pieces`."""
+        return (piece.astype(np.float32) for piece in pieces(self.array, rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LeafOnDisk:
+    """An array of the decoder, float32, that is read layer by layer."""
+
+    source: FullPrecision
+    name: WeightName
+    projection: str
+    shape: tuple[int, ...]
+    dtype = np.dtype(np.float32)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def pieces(self, rows: int | None = None) -> Iterator[np.ndarray]:
+        """The layers, `[1, ...]` each, or the one array, whatever `rows` is."""
+        for layer, hf in enumerate(members(self.name, self.source.architecture)):
+            first, count = (self.name.rows[0], self.shape[-1]) if self.name.rows else (0, None)
+            stored = self.source.weight(hf)
+            rows = slice(first, None if count is None else first + count)
+            read = stored[(rows, *[slice(None)] * (len(stored.shape) - 1))].astype(np.float32, copy=False)
+            part = np.ascontiguousarray(read.T) if self.name.transpose else read
+            if self.projection in PROJECTIONS:
+                part = self._merged(part, layer)
+            yield part[None] if self.name.layered else part
+
+    def _merged(self, kernel: np.ndarray, layer: int) -> np.ndarray:
+        for adapter in self.source.adapters:
+            of_layer = jax.tree.map(lambda leaf: leaf[layer], adapter)
+            kernel = np.asarray(of_layer.kernel(self.projection, kernel))
+        return kernel
+
+
+Backbone = Decoder | FullPrecision | Widened
+"""Float32 weights, wherever they are."""
+
+Leaf = jax.Array | _LeafOnDisk | _WidenedLeaf
+
+
+def _leaves(backbone: Backbone) -> Iterator[tuple[WeightName, list[Leaf]]]:
     """The decoder's arrays, grouped by the checkpoint weight that stores them, in the order of its rows."""
     names = weight_names(backbone.architecture)
-    by_weight: dict[str, list[tuple[WeightName, jax.Array]]] = {}
+    by_weight: dict[str, list[tuple[WeightName, Leaf]]] = {}
     for stored_as, leaf in backbone.named_leaves():
         name = names[stored_as]
         by_weight.setdefault(name.hf, []).append((name, leaf))
@@ -279,13 +444,17 @@ def _leaves(backbone: Decoder) -> Iterator[tuple[WeightName, list[jax.Array]]]:
         yield parts[0][0], [leaf for _, leaf in parts]
 
 
-def exact_dtypes(backbone: Decoder, dtype: str) -> dict[str, str]:
+def exact_dtypes(backbone: Backbone, dtype: str) -> dict[str, str]:
     """By weight: `dtype` where it holds the values exactly, else float32. All processes must call this."""
     kinds: dict[str, str] = {}
     for name, leaves in _leaves(backbone):
-        exact = dtype != "float32" and all(bool(_fits(leaf, dtype)) for leaf in leaves)
+        exact = dtype != "float32" and all(bool(_fits(part, dtype)) for leaf in leaves for part in _in_parts(leaf))
         kinds |= dict.fromkeys(members(name, backbone.architecture), dtype if exact else "float32")
     return kinds
+
+
+def _in_parts(leaf: Leaf) -> Iterable[Any]:
+    return (leaf,) if isinstance(leaf, jax.Array) else leaf.pieces()
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -298,7 +467,7 @@ def _fits(leaf: jax.Array, dtype: str) -> jax.Array:
     return jnp.all((bits & 0x1FFF == 0) & (jnp.abs(leaf) <= 65504) & (steps == jnp.round(steps)))
 
 
-def weight_sizes(backbone: Decoder, kinds: Mapping[str, str]) -> dict[str, int]:
+def weight_sizes(backbone: Backbone, kinds: Mapping[str, str]) -> dict[str, int]:
     """The bytes of every weight, by Hugging Face name, in the order of the decoder's leaves. kinds: dtype by name."""
     sizes: dict[str, int] = {}
     for name, leaves in _leaves(backbone):
@@ -308,7 +477,7 @@ def weight_sizes(backbone: Decoder, kinds: Mapping[str, str]) -> dict[str, int]:
     return sizes
 
 
-def gathered(backbone: Decoder, kinds: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
+def gathered(backbone: Backbone, kinds: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight on the host as a checkpoint keeps it, in the order of `weight_sizes`, one layer at a time.
 
     kinds: the dtype of each, by name. Raises UserError for a weight with values too large for its dtype.
@@ -324,7 +493,7 @@ def gathered(backbone: Decoder, kinds: Mapping[str, str]) -> Iterator[tuple[str,
             yield hf, narrow
 
 
-def _layers_of(name: WeightName, leaf: jax.Array) -> Iterable[np.ndarray]:
+def _layers_of(name: WeightName, leaf: Leaf) -> Iterable[np.ndarray]:
     """Each layer's part of a stack, or the one array."""
     if name.layered:
         return (layer[0] for layer in pieces(leaf, rows=1))

@@ -10,24 +10,29 @@ from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import default_rate
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import FinetuneOptions
+from secvec_jax.defenses.finetuning import FinetuneOptions, check_trained_weights
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.defenses.user_inputs import argument_of, check_given, reads_of
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.refusal_sample import change
 from secvec_jax.files import read_log
+from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import load
-from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, RunInputs, trainings
+from secvec_jax.model.quantized import Precision
+from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, RunInputs, check_precision, trainings
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.training.frozen import FrozenTrees
-from secvec_jax.trees import distance
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, drift
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.inputs import Inputs, packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stage
+
+
+_CHANGES_WEIGHTS = ("alignment", "after fine-tuning")
+"""Stages of defenses that change weights in addition to those that fine-tuning trains."""
 
 
 @checked
@@ -45,6 +50,10 @@ class Finetune:
     """the model to fine-tune, which the vectors were trained for"""
     task_lora: LoRA | None = None
     """train a task LoRA, merged at the end, instead of all weights"""
+    frozen_weights: Precision | None = None
+    """with --task-lora: what the model's own weights are held in: float32, bfloat16, int8 (one scale for each output)
+    or nf4 (4 bits, blocks of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU. The model that is
+    written has the weights of --model in full, and the task LoRA"""
     out: str = "runs/finetune"
     """run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
     defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=DEFENSE_VARIANTS)
@@ -92,6 +101,27 @@ class Finetune:
         given += ["security vectors"] if self.vector_files else []
         check_given(defense, given, CONTENTS, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
+        if self.frozen_weights not in (None, "float32") and (trained := self._trained(defense)) is not None:
+            raise UserError(f"--frozen-weights {self.frozen_weights} is for frozen weights, {trained}")
+
+        if check_trained_weights(self.training, self.task_lora is None) and defense.stage in _CHANGES_WEIGHTS:
+            raise UserError(f"--trained-weights bfloat16 is not for {defense.name!r}, which trains in float32")
+
+    @property
+    def precision(self) -> Precision:
+        """What the model's weights are held in."""
+        if self.task_lora is None and self.training.over(PHASE2).trained_weights == "bfloat16":
+            return "bfloat16"
+        is_trained = self._trained(read_defense(self.defense)) is not None
+        return "float32" if is_trained else frozen_precision(self.frozen_weights)
+
+    def _trained(self, defense: Defense) -> str | None:
+        """Why the weights cannot be held in fewer bits; None if they are frozen."""
+        if self.task_lora is None:
+            return "and all weights are trained: add --task-lora.rank 8, or leave --frozen-weights out"
+        if defense.stage in _CHANGES_WEIGHTS:
+            return f"and {defense.name!r} changes them: choose another --defense, or leave --frozen-weights out"
+        return None
 
     @property
     def vector_files(self) -> Sequence[str]:
@@ -109,7 +139,7 @@ def finetune(settings: Finetune, command: str) -> None:
 
     def work(stage: Stage) -> dict[str, Any]:
         rows = rows_by_source(settings.data, settings.ignore_fields)
-        model = load(settings.model)
+        model = load(settings.model, settings.precision)
         vectors = load_several(settings.vector_files, model)
         run.note(f"defense: {defense.label}, {_summary(defense)}")
         run.note(default_rate(model, settings.training, PHASE2))
@@ -117,6 +147,7 @@ def finetune(settings: Finetune, command: str) -> None:
         if before is not None:
             run.note(before.no_refusals)
         frozen = FrozenTrees()
+        check_precision(run, stage, model, settings.vector_files)
         with trainings(run.stages, stage) as on_step:
             options = FinetuneOptions(
                 task=settings.task_lora,
@@ -129,7 +160,7 @@ def finetune(settings: Finetune, command: str) -> None:
             defended = defense.apply(RunInputs(run, stage, model, rows, options, vectors))
         tuned, system = defended.model, defended.system
         run.save(tuned, model, stage, system)
-        values: dict[str, Any] = {"drift": float(distance(tuned.backbone, model.backbone)), **defended.notes}
+        values: dict[str, Any] = {"drift": drift(tuned.backbone, model.backbone), **defended.notes}
         after = run.sample(tuned, stage, system)
         ending: list[str | None] = [] if before is None or after is None else [change(before, after)]
         values |= {} if after is None else after.as_dict()

@@ -24,8 +24,9 @@ from secvec_jax.evaluation.judges import (
 from secvec_jax.evaluation.metrics import percent
 from secvec_jax.evaluation.statistics import auroc
 from secvec_jax.evaluation.suite import classify_replies, scores
-from secvec_jax.inference import ask
+from secvec_jax.inference import ask, frozen_precision
 from secvec_jax.model.hub import load
+from secvec_jax.model.quantized import Precision
 from secvec_jax.turns import answer_of
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.runs import Run, result_name, scoring_inputs
@@ -51,6 +52,9 @@ class JudgeRun:
     """embedded name (smollm2), Hugging Face folder, run directory, hub id or .gguf file"""
     vectors: tuple[str, ...] = ()
     """reply with these vectors active"""
+    frozen_weights: Precision | None = None
+    """what the model's weights are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits, blocks
+    of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU"""
     harmful: tuple[str, ...] = ("harmbench", "do-not-answer")
     """prompts that should be refused: files, packaged names or hub ids"""
     benign: tuple[str, ...] = ("alpaca",)
@@ -113,7 +117,7 @@ def _exchanges(settings: JudgeRun, stage: Stage) -> Exchanges:
             kind: [(full_prompt_of(row), response_of(row) or "") for row in kind_rows]
             for kind, kind_rows in rows.items()
         }
-    model = load(settings.model)
+    model = load(settings.model, frozen_precision(settings.frozen_weights))
     vectors = load_several(settings.vectors, model)
     prompts = [full_prompt_of(row) for kind_rows in rows.values() for row in kind_rows]
     replies = iter(

@@ -18,6 +18,9 @@ from secvec_jax.trees import num_parameters
 _TIMED = 8
 """Rows whose forward pass is timed."""
 
+_STATE_BYTES = {"sgd": 4, "adamw": 8, "adamw-bf16": 4, "adafactor": 0, "muon": 4}
+"""Of the optimizer's state for each weight."""
+
 _PASSES = 3
 """Forward passes that a training step takes as long as, forward and backward: 6N FLOPs where a forward takes 2N."""
 
@@ -61,7 +64,8 @@ def estimate(
     _, steps, steps_per_epoch = stream_and_steps(stream, training)
     rows = [row for group in groups.values() for row in group]
     forward = _seconds_per_token(model, rows[:: max(1, len(rows) // _TIMED)][:_TIMED], training.max_seq_len)
-    bytes_per_parameter = 4 if not full else (16 if training.optimizer == "adamw" else 12)
+    weight_bytes = 2 if training.trained_weights == "bfloat16" else 4
+    bytes_per_parameter = 2 * weight_bytes + _STATE_BYTES[training.optimizer] if full else 4
     return Estimate(
         rows=len(rows),
         tokens=tokens,

@@ -1,6 +1,7 @@
 """The inputs of a defense in a run: rows by flag or packaged, and other trainings as stages of the run."""
 
 import contextlib
+import dataclasses
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,17 +11,19 @@ from typing import Any
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
 from secvec_jax.defenses.base import Need
-from secvec_jax.defenses.finetuning import FinetuneOptions, Groups
+from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups
+from secvec_jax.defenses.gate import measure_gate
 from secvec_jax.defenses.registry import listing, usable_defenses
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1
 from secvec_jax.defenses.user_inputs import UserInputs, argument_of
 from secvec_jax.distributed import broadcast_from_first
+from secvec_jax.errors import UserError
 from secvec_jax.flags import Variants
 from secvec_jax.model.hub import Model, load
 from secvec_jax.recipes.training_run import TrainingRun
 from secvec_jax.training.trainer import OnStep
 from secvec_jax.vectors.kinds import Spec
-from secvec_jax.vectors.store import load_vectors, save_vectors
+from secvec_jax.vectors.store import load_vectors, save_vectors, trained_over
 from secvec_jax.workspace.packaged_rows import CONTENTS, PackagedRows
 from secvec_jax.workspace.stages import Stage, Stages
 
@@ -101,6 +104,25 @@ def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callabl
             sources[need] = partial(rows_given, need, value)
     sources["base model"] = lambda: load(settings.base)
     return sources
+
+
+def check_precision(run: TrainingRun, stage: Stage, model: Model, files: Sequence[str]) -> None:
+    """Test the vectors again that were trained over weights held in another precision than the model's, on packaged
+    rows. Raises UserError if one does not pass the gate."""
+    held = {file: trained_over(file) for file in files}
+    for file, precision in held.items():
+        if precision in (None, model.precision):
+            continue
+        stage.say("testing the vectors")
+        rows = PackagedRows(model, dataclasses.replace(run.settings.training.over(PHASE2), seed=0)).held_out()
+        gate = measure_gate(model, load_vectors(file, model), rows["harmful"], rows["benign"])
+        over = f"{file} was trained over {precision} weights, and these are {model.precision}"
+        if gate.failure is not None:
+            raise UserError(
+                f"{over}: {gate.failure}; train vectors over these weights (train.py vectors --frozen-weights "
+                f"{model.precision}), or give the same --frozen-weights here"
+            )
+        run.note(f"{over}: {gate}")
 
 
 def rows_of_files(files: Sequence[str], ignore_fields: Sequence[str], seed: int) -> list[Any]:

@@ -7,7 +7,9 @@ from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.sources import load_prompts, load_rows
 from secvec_jax.evaluation.scoring import BENIGN, HARMFUL, make_suite
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
+from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import load
+from secvec_jax.model.quantized import Precision
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.runs import Run, result_name, scoring_inputs
 from secvec_jax.workspace.stages import Stage
@@ -22,6 +24,9 @@ class ScoreRun:
     """embedded name (smollm2), Hugging Face folder, run directory, hub id or .gguf file"""
     vectors: tuple[str, ...] = ()
     """score with these vectors active"""
+    frozen_weights: Precision | None = None
+    """what the model's weights are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits, blocks
+    of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU"""
     harmful: tuple[str, ...] = HARMFUL
     """prompts that should be refused: files, packaged names or hub ids; rows with answers also give harmful_loss"""
     benign: tuple[str, ...] = BENIGN
@@ -51,7 +56,7 @@ def score(settings: ScoreRun, command: str) -> None:
 
 
 def _outcomes(settings: ScoreRun, stage: Stage) -> Outcomes:
-    model = load(settings.model)
+    model = load(settings.model, frozen_precision(settings.frozen_weights))
     ignore = settings.ignore_fields
     harmful, benign = (
         load_prompts(names, settings.limit, ignore_fields=ignore) for names in (settings.harmful, settings.benign)

@@ -14,7 +14,9 @@ from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.defenses.gate import FEWEST_HELD_OUT, Gate, measure_gate
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, train_vectors
 from secvec_jax.errors import UserError
+from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import Model, load
+from secvec_jax.model.quantized import Precision
 from secvec_jax.recipes.training_run import TrainingRun
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.peft import save_peft
@@ -45,6 +47,9 @@ class Vectors:
     prompt: SoftPrompt = dataclasses.field(default_factory=SoftPrompt)
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
     training: Training = PHASE1
+    frozen_weights: Precision | None = None
+    """what the model's weights are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits, blocks
+    of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU. Vectors are float32"""
     check_prompts: NonNegativeInt = 24
     """number of packaged prompts, harmful and benign each, for measuring refusals before training; 0: none, and no test
     of the vectors at the end"""
@@ -52,6 +57,18 @@ class Vectors:
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     overwrite: bool = False
     """delete the run in OUT and start over"""
+
+    def __post_init__(self) -> None:
+        if self.phase1.objective == "min_min" and self.frozen_weights not in (None, "float32"):
+            raise UserError(
+                f"--frozen-weights {self.frozen_weights} is for frozen weights, and the min_min objective trains a "
+                "copy of them: choose another objective, or leave --frozen-weights out"
+            )
+
+    @property
+    def precision(self) -> Precision:
+        """What the model's weights are held in."""
+        return "float32" if self.phase1.objective == "min_min" else frozen_precision(self.frozen_weights)
 
 
 def vectors(settings: Vectors, command: str) -> None:
@@ -65,7 +82,7 @@ def vectors(settings: Vectors, command: str) -> None:
         benign = None
         if settings.benign is not None:
             benign = load_rows(settings.benign, ignore_fields=settings.ignore_fields)
-        model = load(settings.model)
+        model = load(settings.model, settings.precision)
         sample = run.measure_refusals(model, stage, "at the start: ")
         if sample is not None:
             run.note(sample.no_refusals)

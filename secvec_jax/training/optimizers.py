@@ -1,13 +1,15 @@
 """optax optimizers from settings."""
 
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from secvec_jax.config import Training
+from secvec_jax.training.stochastic_rounding import rounded_weights, scale_by_adam_in_bfloat16
 from secvec_jax.trees import Tree
 
 _UNDECAYED = re.compile(r"(^|[._])(bias|norm)($|[._])")
@@ -18,16 +20,23 @@ def make_optimizer(training: Training, steps: int) -> optax.GradientTransformati
     """The optimizer and its schedule over `steps` steps. What `training` leaves unset is `Training.base`'s.
 
     Weight decay leaves norms and biases alone, as transformers' Trainer does; with sgd it is added to the gradient,
-    after it is clipped, as torch's SGD does. Equal settings give the same object, so that trainings can share a step:
-    see `step.make_train_step`.
+    after it is clipped, as torch's SGD does.
+
+    Learning rates of adamw suit adafactor and muon, whose steps have the size of its steps: adafactor's are not
+    relative to the weights, and muon's are scaled (Liu et al. 2025, arXiv 2502.16982). Muon is for the matrices inside
+    the layers; the other weights are updated by adamw. Equal settings give the same object, so that trainings can share
+    a step: see `step.make_train_step`.
     """
     training = training.over(Training.base)
+    in_bfloat16 = training.trained_weights == "bfloat16"
     return _optimizer(
         training.optimizer,
         (training.learning_rate, training.schedule, min(training.warmup_steps, steps - 1), steps),
         training.momentum,
         training.weight_decay,
         training.max_grad_norm,
+        in_bfloat16,
+        training.seed if in_bfloat16 or training.optimizer == "adamw-bf16" else 0,
     )
 
 
@@ -45,16 +54,47 @@ def _optimizer(
     momentum: float,
     weight_decay: float,
     max_grad_norm: float,
+    in_bfloat16: bool,
+    seed: int,
 ) -> optax.GradientTransformation:
     rate = _schedule(*schedule)
     if name == "sgd":
         transform = optax.sgd(rate, momentum=momentum or None)
         if weight_decay:
             transform = optax.chain(optax.add_decayed_weights(weight_decay, decayed), transform)
-    else:
+    elif name == "adamw":
         mask = decayed if weight_decay else None
         transform = optax.adamw(rate, weight_decay=weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), transform) if max_grad_norm else transform
+    elif name == "muon":
+        transform = optax.contrib.muon(
+            rate,
+            weight_decay=weight_decay,
+            weight_decay_mask=decayed,
+            adam_weight_decay=weight_decay,
+            muon_weight_dimension_numbers=_stacked_matrices,
+            consistent_rms=0.2,
+        )
+    else:
+        scaled = {"adamw-bf16": partial(scale_by_adam_in_bfloat16, seed=seed), "adafactor": _scale_by_adafactor}[name]
+        decay = [optax.add_decayed_weights(weight_decay, decayed)] if weight_decay else []
+        transform = optax.chain(scaled(), *decay, optax.scale_by_learning_rate(rate))
+    if max_grad_norm:
+        transform = optax.chain(optax.clip_by_global_norm(max_grad_norm), transform)
+    return rounded_weights(transform, seed) if in_bfloat16 else transform
+
+
+def _scale_by_adafactor() -> optax.GradientTransformation:
+    """Adafactor (Shazeer & Stern 2018) without momentum, its steps not relative to the weights."""
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+def _stacked_matrices(params: Tree) -> Tree:
+    """Which axes of each matrix of the layers, `[L, in, out]`, muon orthogonalizes; None for other weights."""
+
+    def axes(leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        return optax.contrib.MuonDimensionNumbers(1, 2) if leaf.ndim == 3 else None
+
+    return jax.tree.map(axes, params)
 
 
 @lru_cache(maxsize=32)

@@ -85,7 +85,7 @@ def step_from_gradient(gradient: Gradient, optimizer: optax.GradientTransformati
         gradients, metrics = gradient(trained, frozen, batch)
         gradients = shard(gradients)
         updates, state = optimizer.update(gradients, state, trained)
-        metrics |= {"grad_norm": optax.tree.norm(gradients)}
+        metrics |= {"grad_norm": optax.tree.norm(_in_float32(gradients))}
         return shard(optax.apply_updates(trained, updates)), shard(state), shard(metrics)
 
     return TrainStep(jax.jit(lambda trained: shard(optimizer.init(trained))), step)
@@ -140,8 +140,14 @@ def _summed(function: Callable[[Any], Tree], batch: dict[str, Batch]) -> Tree:
     first = function(jax.tree.map(lambda x: x[0], batch))
     if count == 1:
         return first
+    first = _in_float32(first)
 
     def add(total: Tree, micro: dict[str, Batch]) -> tuple[Tree, None]:
         return jax.tree.map(jnp.add, total, function(micro)), None
 
     return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
+
+
+def _in_float32(tree: Tree) -> Tree:
+    """The tree with bfloat16 gradients widened."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, tree)

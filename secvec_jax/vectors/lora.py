@@ -35,6 +35,7 @@ import dataclasses
 import fnmatch
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,9 @@ from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import PROJECTIONS, Architecture
 from secvec_jax.model.decoder import Decoder, leaf_name
 from secvec_jax.model.layers import KERNEL_AXES
+from secvec_jax.model.quantized import QuantizedKernel, linear_of, with_kernels
 from secvec_jax.sharding import constrain, shard
-from secvec_jax.trees import num_parameters
+from secvec_jax.trees import distance, num_parameters
 
 
 @checked
@@ -213,16 +215,23 @@ def merge(backbone: Decoder, vectors: LoRAVectors) -> Decoder:
     """The backbone with `scale * A B` added to its weights: one model, no adapter.
 
     For a trained task adapter, and to use a model under vectors; a fine-tuned model that is kept has no vectors in it.
+    A bfloat16 weight is rounded again; a quantized one keeps the factors, unrounded, beside its codes.
     """
+    kernels = {}
 
-    def add(path: tuple, leaf: jax.Array) -> jax.Array:
+    def add(path: tuple, leaf: Any) -> Any:
         projection = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
         factors = vectors.factors.get(projection)
         if factors is None:
             return leaf
-        return _merged_kernel(projection, vectors.spec.scale, leaf, factors["a"], factors["b"])
+        if isinstance(leaf, QuantizedKernel):
+            kernels[projection] = leaf.with_update(factors["a"], vectors.spec.scale * factors["b"])
+            return leaf
+        merged = _merged_kernel(projection, vectors.spec.scale, leaf, factors["a"], factors["b"])
+        return merged.astype(leaf.dtype)
 
-    return shard(jax.tree_util.tree_map_with_path(add, backbone))
+    merged = jax.tree_util.tree_map_with_path(add, backbone, is_leaf=lambda node: isinstance(node, QuantizedKernel))
+    return shard(with_kernels(merged, kernels) if kernels else merged)
 
 
 def merge_adapters(backbone: Decoder, adapters: tuple[Adapter, ...]) -> tuple[Decoder, tuple[Adapter, ...]]:
@@ -241,6 +250,20 @@ def merge_adapters(backbone: Decoder, adapters: tuple[Adapter, ...]) -> tuple[De
             others.append(adapter)
             kernels_changed |= type(adapter).kernel is not Adapter.kernel
     return backbone, tuple(others)
+
+
+def drift(tuned: Decoder, start: Decoder) -> float:
+    """The L2 norm of what training changed in the weights, in float32; of quantized weights, of what was merged."""
+    if start.precision not in ("int8", "nf4"):
+        return float(distance(tuned, start))
+    squares = 0.0
+    for projection in start.architecture.projections:
+        kernel, before = (linear_of(decoder, projection).kernel for decoder in (tuned, start))
+        if kernel.update_a is not None:
+            known = 0 if before.update_a is None else before.update_a.shape[-1]
+            norms = _update_norm(kernel.update_a[..., known:], kernel.update_b[..., known:, :])
+            squares += float(jnp.sum(jnp.square(norms)))
+    return math.sqrt(squares)
 
 
 def _updated_kernel(projection: str, scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

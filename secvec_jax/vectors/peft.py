@@ -21,7 +21,7 @@ from secvec_jax.sharding import replicate, shard
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.peft_config import check_kind, check_layers, read_config, unplaced_weights_message
-from secvec_jax.vectors.tensor_file import check_backbone, check_saved, pickled, read_tensors
+from secvec_jax.vectors.tensor_file import check_backbone, check_saved, pickled, precision_entry, read_tensors
 
 SECURITY_VECTORS = "security vectors"
 WARNING = (
@@ -75,6 +75,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
         "holds": holds,
         "sites": ",".join(vectors.factors),
         "fingerprint": fingerprint(tensors),
+        **precision_entry(model),
         **({"warning": WARNING} if is_private else {}),
     }
 

@@ -27,7 +27,7 @@ from secvec_jax.sharding import replicate, shard
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import KINDS, Vectors, kind_of
 from secvec_jax.vectors.peft import SECURITY_VECTORS, WARNING, WEIGHTS, load_peft
-from secvec_jax.vectors.tensor_file import check_backbone, check_saved, read_tensors
+from secvec_jax.vectors.tensor_file import check_backbone, check_saved, precision_entry, read_tensors
 
 _FORMAT = "secvec_jax/1"
 
@@ -50,6 +50,7 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
         "backbone_name": model.name,
         "fingerprint": _fingerprint(vectors),
         "warning": WARNING,
+        **precision_entry(model),
     }
 
     def write() -> None:
@@ -96,6 +97,16 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
     vectors.check(model.architecture)
     check_backbone(metadata, model, path)
     return shard(vectors)
+
+
+def trained_over(path: str | Path) -> str | None:
+    """What the weights were held in that the vectors at a path were trained over, such as "nf4".
+
+    None for an adapter that does not name its backbone. Raises UserError if it cannot be read.
+    """
+    path = find_vectors(path)
+    metadata, _ = read_tensors(path / WEIGHTS if path.is_dir() else path)
+    return metadata.get("precision", "float32") if "backbone" in metadata else None
 
 
 def _flat(factors: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:

@@ -84,6 +84,11 @@ def check_backbone(metadata: dict[str, str], model: Model, path: Path) -> None:
         )
 
 
+def precision_entry(model: Model) -> dict[str, str]:
+    """The metadata of vectors that were trained over weights in another precision than float32."""
+    return {} if model.precision == "float32" else {"precision": model.precision}
+
+
 def check_saved(vectors: Any, model: Any, kinds: tuple[type, ...]) -> None:
     """Raises UserError if `vectors` are not of one of these classes or not finite, or `model` is no model."""
     names = " or ".join(kind.__name__ for kind in kinds)

@@ -65,7 +65,7 @@ def untrained(monkeypatch):
         return Measured.sample
 
     for module in (align_module, finetune_module, vectors_module):
-        monkeypatch.setattr(module, "load", lambda name: tiny_model())
+        monkeypatch.setattr(module, "load", lambda name, precision="float32": tiny_model())
     for module in (align_module, base):
         monkeypatch.setattr(module, "train_model", train_model)
     monkeypatch.setattr(vectors_module, "train_vectors", train_vectors)
