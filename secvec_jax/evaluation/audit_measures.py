@@ -31,15 +31,13 @@ class AuditPrompts:
     """What models are asked, and the replies whose loss is measured.
 
     harmful, benign: prompts to be refused, and answered. harmful_rows, benign_rows: rows with replies that neither
-    model was trained on. data: held-out rows of the user's, with answers. system: a system prompt under which the
-    prompts are asked once more.
+    model was trained on. system: a system prompt under which the prompts are asked once more.
     """
 
     harmful: Sequence[Asked]
     benign: Sequence[Asked]
     harmful_rows: Sequence[Row] = ()
     benign_rows: Sequence[Row] = ()
-    data: Sequence[Row] = ()
     system: str | None = None
 
 
@@ -94,12 +92,16 @@ def measure(
     for number, given in enumerate(several):
         metrics[f"prefill_{given}"] = held[number * len(chosen) : (number + 1) * len(chosen)]
     if with_losses:
-        rows = {"harmful": prompts.harmful_rows, "benign": prompts.benign_rows, "data": prompts.data}
-        for name, some in rows.items():
-            if some:
-                metrics[f"{name}_loss"] = mean_losses(model, [_target(model, row) for row in some])
+        for name, rows in {"harmful": prompts.harmful_rows, "benign": prompts.benign_rows}.items():
+            if rows:
+                metrics[f"{name}_loss"] = reply_losses(model, rows)
     count = len(texts)
     return Measured(metrics, [clip(answer_of(reply)) for reply in replies[:count]], replies[count:])
+
+
+def reply_losses(model: Model, rows: Sequence[Row]) -> list[float]:
+    """Return the loss of the first `REFERENCE_TOKENS` tokens of each row's reply, in nats per token."""
+    return mean_losses(model, [_target(model, row) for row in rows])
 
 
 def num_replies(prompts: AuditPrompts, beginnings: Sequence[Beginning | None]) -> int:
