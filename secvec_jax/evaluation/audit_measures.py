@@ -12,7 +12,7 @@ from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import Example, encode, prompt_tokens
 from secvec_jax.data.rows import Message, Row, last_user_text, with_system
 from secvec_jax.evaluation.likelihood import kl_divergences, mean_losses
-from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, begun_reply, continuations, turns_away
+from secvec_jax.evaluation.prefill import BATCH_SIZE, GENERIC, GIVEN, Beginning, begun_reply, continuations, turns_away
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Outcomes, classify_replies
@@ -76,7 +76,7 @@ def measure(
         nonlocal done
         asked = [*prompts.harmful, *prompts.benign]
         asked = asked if system is None else [with_system(prompt, system) for prompt in asked]
-        replies = ask(model, asked, max_new_tokens=reply_tokens, progress=on_replies)
+        replies = ask(model, asked, max_new_tokens=reply_tokens, batch_size=BATCH_SIZE, progress=on_replies)
         done += len(asked)
         return replies
 
@@ -87,7 +87,8 @@ def measure(
         metrics |= {f"{m}_system": values for m, values in _ruled(texts, replies_to(prompts.system), refusals).items()}
     chosen, several = lengths_given(beginnings)
     begun = [(prompts.harmful[index], (beginnings[index] or {})[str(given)]) for given in several for index in chosen]
-    continued = continuations(model, begun, progress=on_replies)  # one call: each compiles programs of its own
+    # One call, so that a prompt is read once for all its beginnings.
+    continued = continuations(model, begun, progress=on_replies)
     held = [float(turns_away(text, refusals)) for text in continued]
     for number, given in enumerate(several):
         metrics[f"prefill_{given}"] = held[number * len(chosen) : (number + 1) * len(chosen)]

@@ -38,7 +38,7 @@ def world(tmp_path, monkeypatch):
     def as_model(name):
         return world.models[name] if isinstance(name, str) else name
 
-    def ask(model, prompts, *, max_new_tokens, progress):
+    def ask(model, prompts, *, max_new_tokens, batch_size, progress):
         world.asked += len(prompts)
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
         reply = COMPLIES if model.name in world.comply else REFUSES
