@@ -200,7 +200,7 @@ class Asked:
         return math.ceil(_LONG_SHARE * self.max_prompts)
 
     def model(self, role: str) -> Model:
-        """The model of a role, loaded on each call: at most two are in memory."""
+        """The model of a role, loaded on each call."""
         return as_model(self.models[role])
 
     def name(self, role: str) -> str:
@@ -232,8 +232,19 @@ def audited(
             f"{len(complied)} harmful prompts that it complies with."
         )
 
+    other: dict[str, Model] = {}
+
+    def model_of(role: str) -> Model:
+        """A model, loaded once if it is asked for several times in a row: at most one besides `before` is in memory."""
+        if role == "before":
+            return before
+        if role not in other:
+            other.clear()
+            other[role] = asked.model(role)
+        return other[role]
+
     def measured(role: str, stage: Stage) -> dict[str, Any]:
-        model = before if role == "before" else asked.model(role)
+        model = model_of(role)
         comparable = same_vocabulary(before, model)
         progress = stage.replies(num_replies(prompts, beginnings), "replying")
 
@@ -256,7 +267,7 @@ def audited(
     def general(stage: Stage) -> dict[str, Any]:
         others = [role for role in roles if role != "before"]
         replies, count = found["before"].benign_replies, asked.most_long
-        return {role: general_kl(before, asked.model(role), prompts.benign[:count], replies[:count]) for role in others}
+        return {role: general_kl(before, model_of(role), prompts.benign[:count], replies[:count]) for role in others}
 
     all_files = {label: path for files in reads.values() for label, path in files.items()}
     kl = stages.run("general", general, reads=all_files)
