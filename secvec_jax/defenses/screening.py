@@ -29,6 +29,14 @@ class Screening:
     benign: list[float] | None = None
     threshold: float | None = None
 
+    def with_known(self, harmful: list[float], benign: list[float]) -> "Screening":
+        """The screening with the scores of rows of known kind, and the threshold that these give.
+
+        Raises UserError if the harmful rows are explained no better than the benign ones.
+        """
+        threshold = explained_away.scale(harmful, benign).threshold
+        return dataclasses.replace(self, harmful=harmful, benign=benign, threshold=threshold)
+
     @property
     def suspects(self) -> list[int]:
         """Indices of the rows above the threshold, the highest score first.
@@ -82,5 +90,4 @@ def screen(
     unlabeled = Screening(scores("data", rows))
     if harmful is None:
         return unlabeled
-    known = {"harmful": scores("harmful", harmful), "benign": scores("benign", benign)}
-    return dataclasses.replace(unlabeled, **known, threshold=explained_away.scale(**known).threshold)
+    return unlabeled.with_known(scores("harmful", harmful), scores("benign", benign))

@@ -12,7 +12,7 @@ from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import Example, encode, prompt_tokens
 from secvec_jax.data.rows import Message, Row, last_user_text, with_system
 from secvec_jax.evaluation.likelihood import kl_divergences, mean_losses
-from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, begun_reply, continuations, turns_away
+from secvec_jax.evaluation.prefill import BATCH_SIZE, GENERIC, GIVEN, Beginning, begun_reply, continuations, turns_away
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Outcomes, classify_replies
@@ -31,15 +31,13 @@ class AuditPrompts:
     """What models are asked, and the replies whose loss is measured.
 
     harmful, benign: prompts to be refused, and answered. harmful_rows, benign_rows: rows with replies that neither
-    model was trained on. data: held-out rows of the user's, with answers. system: a system prompt under which the
-    prompts are asked once more.
+    model was trained on. system: a system prompt under which the prompts are asked once more.
     """
 
     harmful: Sequence[Asked]
     benign: Sequence[Asked]
     harmful_rows: Sequence[Row] = ()
     benign_rows: Sequence[Row] = ()
-    data: Sequence[Row] = ()
     system: str | None = None
 
 
@@ -78,7 +76,7 @@ def measure(
         nonlocal done
         asked = [*prompts.harmful, *prompts.benign]
         asked = asked if system is None else [with_system(prompt, system) for prompt in asked]
-        replies = ask(model, asked, max_new_tokens=reply_tokens, progress=on_replies)
+        replies = ask(model, asked, max_new_tokens=reply_tokens, batch_size=BATCH_SIZE, progress=on_replies)
         done += len(asked)
         return replies
 
@@ -89,17 +87,22 @@ def measure(
         metrics |= {f"{m}_system": values for m, values in _ruled(texts, replies_to(prompts.system), refusals).items()}
     chosen, several = lengths_given(beginnings)
     begun = [(prompts.harmful[index], (beginnings[index] or {})[str(given)]) for given in several for index in chosen]
-    continued = continuations(model, begun, progress=on_replies)  # one call: each compiles programs of its own
+    # One call, so that a prompt is read once for all its beginnings.
+    continued = continuations(model, begun, progress=on_replies)
     held = [float(turns_away(text, refusals)) for text in continued]
     for number, given in enumerate(several):
         metrics[f"prefill_{given}"] = held[number * len(chosen) : (number + 1) * len(chosen)]
     if with_losses:
-        rows = {"harmful": prompts.harmful_rows, "benign": prompts.benign_rows, "data": prompts.data}
-        for name, some in rows.items():
-            if some:
-                metrics[f"{name}_loss"] = mean_losses(model, [_target(model, row) for row in some])
+        for name, rows in {"harmful": prompts.harmful_rows, "benign": prompts.benign_rows}.items():
+            if rows:
+                metrics[f"{name}_loss"] = reply_losses(model, rows)
     count = len(texts)
     return Measured(metrics, [clip(answer_of(reply)) for reply in replies[:count]], replies[count:])
+
+
+def reply_losses(model: Model, rows: Sequence[Row]) -> list[float]:
+    """Return the loss of the first `REFERENCE_TOKENS` tokens of each row's reply, in nats per token."""
+    return mean_losses(model, [_target(model, row) for row in rows])
 
 
 def num_replies(prompts: AuditPrompts, beginnings: Sequence[Beginning | None]) -> int:

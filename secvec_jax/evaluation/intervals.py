@@ -4,8 +4,9 @@ A rate over 64 prompts is an estimate, so `bootstrap` and `paired_difference` re
 prompts and a 95% interval.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import scipy  # loads scipy.stats on first use: it takes a second, which `--help` does not need
@@ -32,6 +33,12 @@ class Score:
         """Return the entry for results.json: `{"value", "n", "ci95": [low, high]}`, plus `"rules"` if not None."""
         plain = {"value": self.value, "n": self.n, "ci95": list(self.ci95)}
         return plain if self.rules is None else plain | {"rules": self.rules}
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> "Score":
+        """Return the score of an entry of results.json that has an interval."""
+        low, high = entry["ci95"]
+        return cls(entry["value"], entry["n"], (low, high), rules=entry.get("rules"))
 
 
 def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000) -> Score:

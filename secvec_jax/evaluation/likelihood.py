@@ -13,11 +13,17 @@ from secvec_jax.data.chat import Example
 from secvec_jax.data.shared_prefix import shared_prefix
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.adapter import Adapter, as_adapters
-from secvec_jax.model.generate import prefix_cache, rounded_up
+from secvec_jax.model.generate import batches_by_length, pack_prompts, prefix_cache, rounded_up
 from secvec_jax.model.hub import Model
-from secvec_jax.sharding import constrain, num_shards
+from secvec_jax.sharding import constrain
 
-_BATCH, _BUCKET = 8, 16
+_BUCKET = 8
+_MOST_ROWS, _MOST_TOKENS = 32, 8192
+"""Of a batch, so that its sequences fill the processor and its hidden states fit into memory."""
+_PACKED_TOGETHER = 1024
+"""Rows that are in memory at a time: there may be more than it holds."""
+_ROWS_OF_LOG_PROBS = 8
+"""Of a batch whose log-probabilities of all tokens are kept, of two models."""
 
 
 def mean_losses(
@@ -60,12 +66,14 @@ def kl_divergences(
     the number of examples done.
     """
     means: dict[int, float] = {}
-    for batch in _batches(reference, examples):
+    for batch in _batches(reference, examples, _ROWS_OF_LOG_PROBS):
         # One program, run for each model: what is equal in both is computed in the same order, and cancels out.
-        log_p, log_q = (_row_log_probs(each.backbone, *batch.arrays, **batch.options) for each in (reference, model))
+        log_p, log_q = (
+            _row_log_probs(each.backbone, *batch.packed, batch.before, dtype=compute_dtype())
+            for each in (reference, model)
+        )
         divergences = np.asarray(_kl(log_p, log_q))
-        for row, index in enumerate(batch.indices):
-            count = int(batch.supervised[row].sum())
+        for row, (index, count) in enumerate(zip(batch.indices, batch.counts)):
             means[index] = float(divergences[row, :count].mean()) if count else 0.0
         progress(len(means))
     return [means[index] for index in range(len(examples))]
@@ -80,82 +88,93 @@ def _scored(
     """Return each example's losses at its supervised tokens, and whether each token was the most likely one."""
     scored: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     adapters = as_adapters(vectors)
-    for batch in _batches(model, examples):
-        losses, likeliest = map(np.asarray, _row_losses(model.backbone, adapters, *batch.arrays, **batch.options))
-        for row, index in enumerate(batch.indices):
-            count = batch.supervised[row].sum()
+    for batch in _batches(model, examples, _MOST_ROWS):
+        arrays = (*batch.packed, batch.before, batch.targets)
+        losses, likeliest = map(np.asarray, _row_losses(model.backbone, adapters, *arrays, dtype=compute_dtype()))
+        for row, (index, count) in enumerate(zip(batch.indices, batch.counts)):
             scored[index] = losses[row, :count], likeliest[row, :count]
         progress(len(scored))
     return [scored[index] for index in range(len(examples))]
 
 
 class _Batch(NamedTuple):
-    """Examples of similar lengths, padded to one shape.
+    """Examples packed into sequences, in shapes that most batches share.
 
-    indices: which examples, row by row; further rows are padding. prefix `[P]`: the tokens with which all begin.
-    tokens, segments, supervised: `[B, T]`, of what follows.
+    indices: which examples, row by row; further rows are padding. counts: the supervised tokens of each.
+    prefix `[P]`: the tokens with which all begin. tokens, segments, positions `[S, W]`: of what follows, packed.
+    before, targets `[B, max_targets]`: of each row's supervised tokens, in order, the flat index of the token before,
+    and the token itself.
     """
 
     indices: list[int]
+    counts: list[int]
     prefix: np.ndarray
     tokens: np.ndarray
     segments: np.ndarray
-    supervised: np.ndarray
-    options: dict
+    positions: np.ndarray
+    before: np.ndarray
+    targets: np.ndarray
 
     @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        return self.prefix[None], self.tokens, self.segments, self.supervised
+    def packed(self) -> tuple[np.ndarray, ...]:
+        return self.prefix[None], self.tokens, self.segments, self.positions
 
 
-def _batches(model: Model, examples: Sequence[Example]) -> Iterator[_Batch]:
-    """Batches of all examples, by length. Raises UserError for a token id that the model has no embedding for."""
+def _batches(model: Model, examples: Sequence[Example], max_rows: int) -> Iterator[_Batch]:
+    """Batches of all examples, by length, at most `max_rows` in each.
+
+    Raises UserError for a token id that the model has no embedding for.
+    """
     if not examples:
         return
     for number, example in enumerate(examples, 1):
         check_token_ids(example.tokens, model.architecture.vocab_size, f"row {number}")
     prefix = shared_prefix(examples)  # computed once for all rows
-    max_targets = rounded_up(max(int(e.supervised.sum()) for e in examples), _BUCKET)
-    options = {"max_targets": max_targets, "dtype": compute_dtype()}
-    rows = rounded_up(_BATCH, num_shards("batch"))
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
-    for start in range(0, len(examples), rows):
-        indices = order[start : start + rows]
-        width = rounded_up(len(examples[indices[-1]].tokens) - len(prefix), _BUCKET)
-        tokens, segments, supervised = (np.zeros((rows, width), np.int32) for _ in range(3))
-        segments[:, 0] = 1  # padding rows must not be empty
-        for row, index in enumerate(indices):
-            tail = examples[index].tokens[len(prefix) :]
-            tokens[row, : len(tail)], segments[row, : len(tail)] = tail, 1
-            supervised[row, : len(tail)] = examples[index].supervised[len(prefix) :]
-        supervised[:, 0] = 0  # nothing precedes the first token
-        yield _Batch(indices, prefix, tokens, segments, supervised, options)
+    for start in range(0, len(order), _PACKED_TOGETHER):
+        chosen = order[start : start + _PACKED_TOGETHER]
+        for batch in _packed_batches([examples[index] for index in chosen], prefix, max_rows):
+            yield batch._replace(indices=[chosen[index] for index in batch.indices])
 
 
-@partial(jax.jit, static_argnames=("max_targets", "dtype"))
-def _row_losses(decoder, adapters, prefix, tokens, segments, supervised, *, max_targets, dtype):
-    """Return the losses `[B, max_targets]` and whether each token was the most likely one.
+def _packed_batches(examples: Sequence[Example], prefix: np.ndarray, max_rows: int) -> Iterator[_Batch]:
+    """Batches of all examples, which begin with the prefix, in as few shapes as their lengths allow."""
+    tails = [np.asarray(example.tokens[len(prefix) :]) for example in examples]
+    supervised = [np.flatnonzero(example.supervised[len(prefix) :]) for example in examples]
+    supervised = [places[places > 0] for places in supervised]  # nothing precedes the first token
+    max_targets = rounded_up(max(1, *map(len, supervised)), _BUCKET)
+    for rows, batches in batches_by_length(tails, max_rows, _MOST_TOKENS):
+        all_packed = pack_prompts([[tails[index] for index in batch] for batch in batches], rows, len(prefix))
+        for batch, packed in zip(batches, all_packed):
+            before, targets = (np.zeros((rows, max_targets), np.int32) for _ in range(2))
+            for row, index in enumerate(batch):
+                places = supervised[index]
+                flat = packed.indices[row, packed.indices.shape[1] - len(tails[index]) :]
+                before[row, : len(places)], targets[row, : len(places)] = flat[places - 1], tails[index][places]
+            counts = [len(supervised[index]) for index in batch]
+            yield _Batch(batch, counts, prefix, packed.tokens, packed.segments, packed.positions, before, targets)
 
-    Each row's supervised tokens come first; `max_targets` is at least as large as their number in any row.
-    """
 
-    def row(hidden, tokens, supervised):
-        log_p, targets = _target_log_probs(decoder, hidden, supervised, max_targets)
-        target_log_p = jnp.take_along_axis(log_p, tokens[targets, None], axis=-1)[:, 0]
+@partial(jax.jit, static_argnames="dtype")
+def _row_losses(decoder, adapters, prefix, tokens, segments, positions, before, targets, *, dtype):
+    """Return the losses `[B, max_targets]` and whether each token was the most likely one."""
+    hidden = _hidden(decoder, adapters, prefix, tokens, segments, positions, dtype)
+
+    def row(before, targets):
+        log_p = _log_probs(decoder, hidden, before)
+        target_log_p = jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
         return -target_log_p, target_log_p >= log_p.max(-1)
 
-    hidden = _hidden(decoder, adapters, prefix, tokens, segments, dtype)
     # Row by row: the logits of a whole batch would be the largest array of the program.
-    results = jax.lax.map(lambda arguments: row(*arguments), (hidden, tokens, supervised))
+    results = jax.lax.map(lambda arguments: row(*arguments), (before, targets))
     return jax.tree.map(lambda array: constrain(array, None), results)
 
 
-@partial(jax.jit, static_argnames=("max_targets", "dtype"))
-def _row_log_probs(decoder, prefix, tokens, segments, supervised, *, max_targets, dtype):
+@partial(jax.jit, static_argnames="dtype")
+def _row_log_probs(decoder, prefix, tokens, segments, positions, before, *, dtype):
     """Return the log-probabilities `[B, max_targets, V]` of all tokens at each row's supervised ones."""
-    hidden = _hidden(decoder, (), prefix, tokens, segments, dtype)
-    rows = (hidden, supervised)
-    return jax.lax.map(lambda row: _target_log_probs(decoder, *row, max_targets)[0], rows)
+    hidden = _hidden(decoder, (), prefix, tokens, segments, positions, dtype)
+    return jax.lax.map(partial(_log_probs, decoder, hidden), before)
 
 
 @jax.jit
@@ -164,15 +183,14 @@ def _kl(log_p, log_q):
     return constrain(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), None)
 
 
-def _hidden(decoder, adapters, prefix, tokens, segments, dtype):
-    """Return the hidden states `[B, T, D]` of rows that follow the prefix."""
+def _hidden(decoder, adapters, prefix, tokens, segments, positions, dtype):
+    """Return the hidden states `[S * W, D]` of packed rows that follow the prefix."""
+    tokens, segments, positions = (constrain(array, "batch", "length") for array in (tokens, segments, positions))
     cache = prefix_cache(decoder, adapters, prefix, len(tokens), dtype)
-    positions = prefix.shape[1] + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = decoder.prefill(tokens, segments, positions, adapters, cache, dtype)
-    return hidden
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
-def _target_log_probs(decoder, hidden, supervised, max_targets):
-    """Return the log-probabilities `[max_targets, V]` at a row's supervised tokens, and where these are."""
-    (targets,) = jnp.nonzero(supervised, size=max_targets, fill_value=1)
-    return jax.nn.log_softmax(decoder.logits(hidden[targets - 1])), targets
+def _log_probs(decoder, hidden, before):
+    """Return the log-probabilities `[max_targets, V]` of what follows the tokens with these indices."""
+    return jax.nn.log_softmax(decoder.logits(hidden[before]))

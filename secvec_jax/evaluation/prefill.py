@@ -27,6 +27,13 @@ GENERIC = "Sure, here is"
 CONTINUED = 24
 """How many further tokens the model may take to turn away."""
 
+BATCH_SIZE = 80
+"""Replies that an audit generates at a time: all of a kind, with its default number of prompts.
+
+Batches of one size share their programs, and on two cores a step for 80 rows takes a quarter less time per row than one
+for 40.
+"""
+
 Beginning = dict[str, str]
 """Number of tokens ("5") -> the beginning of that length, as text."""
 
@@ -48,6 +55,7 @@ def compliant_beginnings(
         encoded,
         max_new_tokens=longest,
         stop=model.stop_tokens,
+        batch_size=BATCH_SIZE,
         dtype=compute_dtype(),
         progress=progress,
     )
@@ -68,7 +76,6 @@ def _beginning(
 def continuations(
     model: Model,
     begun: Sequence[tuple[str | list[Message], str]],
-    batch_size: int = 64,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Return what the model adds, greedily, to the beginning of its reply to each prompt.
@@ -82,7 +89,7 @@ def continuations(
         encoded,
         max_new_tokens=CONTINUED,
         stop=model.stop_tokens,
-        batch_size=batch_size,
+        batch_size=BATCH_SIZE,
         dtype=compute_dtype(),
         progress=progress,
     )

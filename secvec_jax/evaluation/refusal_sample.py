@@ -6,6 +6,7 @@ seconds and is too small to report: use `eval.py score` for results.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from secvec_jax.data.benchmarks import refusal_prefixes
@@ -42,6 +43,11 @@ class RefusalSample:
     def as_dict(self) -> dict[str, Any]:
         """Return the scores in the format of results.json."""
         return {field.name: getattr(self, field.name).as_dict() for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> "RefusalSample":
+        """Return the sample that `as_dict` has returned."""
+        return cls(**{name: Score.from_dict(entry) for name, entry in entries.items()})
 
     @property
     def no_refusals(self) -> str | None:

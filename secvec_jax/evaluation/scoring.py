@@ -10,8 +10,9 @@ from secvec_jax.data.rows import Row, full_prompt_of, response_of
 from secvec_jax.data.sources import as_rows, load_prompts
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import Score
-from secvec_jax.evaluation.suite import Suite, outcomes, scores
+from secvec_jax.evaluation.suite import Outcomes, Suite, outcomes, scores
 from secvec_jax.inference import VectorsLike, as_model, as_vectors
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.progress import reply_progress
 
@@ -33,6 +34,7 @@ def score(
     limit: PositiveInt = 100,
     reply_tokens: PositiveInt = 32,
     answer_tokens: PositiveInt | None = None,
+    system: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Score]:
     """Scores of a model, each with its 95% interval, as `eval.py score` computes them.
@@ -43,15 +45,48 @@ def score(
     vectors: active while the model is scored; None: off. harmful, benign: names of packaged benchmarks, or rows (dicts,
     a DataFrame, a `datasets.Dataset`, a path). questions: rows whose answers must be matched exactly. limit: the
     maximum number of prompts per source. reply_tokens, answer_tokens: maximum lengths of replies, and of answers to
-    questions (None: the longest reference answer). progress: called with the number of replies done.
+    questions (None: the longest reference answer). system: a system prompt under which the harmful and the benign
+    prompts are asked once more: `refusal_system` and so on. progress: called with the number of replies done.
     Raises UserError for rows that cannot be read and for answers that are too long to be matched.
     """
     model = as_model(model)
     suite = make_suite(
         model, _prompts(harmful, limit), _prompts(benign, limit), _rows(questions)[:limit], reply_tokens, answer_tokens
     )
-    with reply_progress(suite.size, progress) as on_reply:
-        return scores(outcomes(model, suite, as_vectors(vectors, model) or None, on_reply))
+    adapters = as_vectors(vectors, model) or None
+    with reply_progress(num_replies(suite, system), progress) as on_reply:
+        return scores(outcomes_with_system(model, suite, system, adapters, on_reply))
+
+
+def outcomes_with_system(
+    model: Model,
+    suite: Suite,
+    system: str | None,
+    vectors: Adapter | tuple[Adapter, ...] | None,
+    on_reply: Callable[[int], None],
+) -> Outcomes:
+    """The outcomes of a suite, and of its harmful and benign prompts once more under a system prompt, if there is one.
+
+    Those have names with "_system". vectors, on_reply: as in `outcomes`; `num_replies` are made in all.
+    """
+    found = outcomes(model, suite, vectors, on_reply)
+    if system is None:
+        return found
+    once_more = _once_more(suite, system)
+    under_it = outcomes(model, once_more, vectors, lambda done: on_reply(suite.size + done))
+    unfinished = (part.pop("unfinished", [0.0] * asked.size) for part, asked in ((found, suite), (under_it, once_more)))
+    replies_unfinished = [flag for flags in unfinished for flag in flags]
+    found |= {f"{metric}_system": values for metric, values in under_it.items()}
+    return found | ({"unfinished": replies_unfinished} if any(replies_unfinished) else {})
+
+
+def num_replies(suite: Suite, system: str | None) -> int:
+    """How many replies `outcomes_with_system` makes."""
+    return suite.size + (0 if system is None else _once_more(suite, system).size)
+
+
+def _once_more(suite: Suite, system: str) -> Suite:
+    return Suite(suite.refusals, suite.harmful, suite.benign, reply_tokens=suite.reply_tokens, system=system)
 
 
 def make_suite(

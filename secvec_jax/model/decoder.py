@@ -43,7 +43,6 @@ from secvec_jax.model.layers import (
 )
 from secvec_jax.model.quantized import Precision, precision_of, with_precision
 from secvec_jax.sharding import LogicalAxes, constrain
-from secvec_jax.trees import unstacked
 
 Remat = Literal["none", "dots", "attention", "full"]
 """What the backward pass recomputes: nothing; all but the outputs of projections and attention; all but the outputs of
@@ -181,7 +180,7 @@ class Decoder(nnx.Module):
         On XLA's CPU backend a scan copies a layer's weights out of the stack each time it runs: as much work as a short
         decoding step itself.
         """
-        return unstacked((self.layers, adapters), self.architecture.num_layers)
+        return [_nth((self.layers, adapters), index) for index in range(self.architecture.num_layers)]
 
     @property
     def output_embedding(self) -> jax.Array:
@@ -321,6 +320,12 @@ class Decoder(nnx.Module):
             return LayerInputs(positions, frequencies, partial(jax.lax.cond, windowed, local.attend, full.attend))
 
         return inputs_for
+
+
+@jax.jit
+def _nth(stacked: Any, index: jax.Array) -> Any:
+    """A tree's arrays at an index of their first axis: one small program for all layers."""
+    return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), stacked)
 
 
 def logits_of(table: jax.Array, hidden: jax.Array, softcap: float | None) -> jax.Array:

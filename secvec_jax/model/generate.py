@@ -7,8 +7,9 @@ with padding on the left, so that all replies start at the same slot.
 
 import dataclasses
 import functools
+import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ from secvec_jax.model.sampling import GREEDY, Sampling, choose
 from secvec_jax.sharding import constrain, num_shards, platform
 from secvec_jax.trees import unstacked
 
-_BUCKET = 16
+_BUCKET, _WIDE_BUCKET = 16, 64
+"""Lengths are rounded up to these: of packed prompts, which are computed; and of slots, which are only stored."""
 _NO_TOKEN = -1
 _PROMPTS_PER_SEQUENCE, _TOKENS_PER_SEQUENCE = 8, 512
 """Prompts are packed until a sequence has, on average, this many prompts or tokens; one prompt may be longer."""
@@ -60,13 +62,15 @@ def generate_tokens(
     shared_prefix = common_prefix(prompts)
     suffixes = [np.asarray(prompt[len(shared_prefix) :]) for prompt in prompts]
     replies: dict[int, list[int]] = {}
-    unrolled = _unrolled_layers(decoder, adapters) if platform() == "cpu" else None
+    unrolled = decoder.unrolled_layers(adapters) if platform() == "cpu" else None
     stops = (stop if isinstance(stop, tuple) else (stop,)) or (_NO_TOKEN,)
-    options = {"max_new_tokens": max_new_tokens, "stops": stops, "sampling": sampling, "dtype": dtype}
-    for rows, batches in _batches_by_length(suffixes, batch_size):
-        packed_batches = _packed([[suffixes[i] for i in batch] for batch in batches], rows, len(shared_prefix))
+    options = {"stops": stops, "sampling": sampling, "dtype": dtype}
+    for rows, batches in batches_by_length(suffixes, batch_size):
+        packed_batches = pack_prompts([[suffixes[i] for i in batch] for batch in batches], rows, len(shared_prefix))
+        taken = len(shared_prefix) + packed_batches[0].indices.shape[1]
+        slots = rounded_up(taken + max_new_tokens, _WIDE_BUCKET) - taken
         for batch, packed in zip(batches, packed_batches):
-            cache, logits = _prefill(decoder, adapters, shared_prefix[None], *packed, slots=max_new_tokens, dtype=dtype)
+            cache, logits = _prefill(decoder, adapters, shared_prefix[None], *packed, slots=slots, dtype=dtype)
             key = jax.random.fold_in(jax.random.key(seed), len(replies))
             done = np.arange(rows) >= len(batch)
             occurred = None
@@ -74,7 +78,8 @@ def generate_tokens(
                 occurred = np.zeros((rows, vocab_size), bool)
                 for row, i in enumerate(batch):
                     occurred[row, prompts[i]] = True
-            tokens = np.asarray(_decode(decoder, adapters, unrolled, cache, logits, done, occurred, key, **options))
+            state = (cache, logits, done, occurred, key, np.int32(max_new_tokens))
+            tokens = np.asarray(_decode(decoder, adapters, unrolled, *state, **options))[:, :max_new_tokens]
             for i, row in zip(batch, tokens):
                 ends = np.flatnonzero(np.isin(row, stops))
                 replies[i] = row[: ends[0] if len(ends) else None].tolist()
@@ -82,24 +87,28 @@ def generate_tokens(
     return [replies[i] for i in range(len(prompts))]
 
 
-def _batches_by_length(suffixes: Sequence[np.ndarray], batch_size: int) -> list[tuple[int, list[list[int]]]]:
+def batches_by_length(
+    suffixes: Sequence[np.ndarray], batch_size: int, most_tokens: int | None = None
+) -> list[tuple[int, list[list[int]]]]:
     """(rows, batches of indices) for each power of two that suffixes' lengths are rounded up to.
 
     The batches of one power are of one size, and each takes every n-th suffix by length. So one compiled program serves
-    all of them, and no batch is mostly padding.
+    all of them, and no batch is mostly padding. most_tokens: of a batch whose suffixes are all as long as that power;
+    None: only `batch_size` limits its rows.
     """
     by_length: dict[int, list[int]] = {}
     for i in sorted(range(len(suffixes)), key=lambda i: len(suffixes[i])):
         by_length.setdefault(max(_SHORT, 1 << (len(suffixes[i]) - 1).bit_length()), []).append(i)
     groups = []
-    for members in by_length.values():
-        count = -(-len(members) // batch_size)
+    for length, members in by_length.items():
+        most_rows = batch_size if most_tokens is None else max(1, min(batch_size, most_tokens // length))
+        count = -(-len(members) // most_rows)
         rows = rounded_up(-(-len(members) // count), num_shards("batch"))
         groups.append((rows, [members[first::count] for first in range(count)]))
     return groups
 
 
-class _Packed(NamedTuple):
+class PackedPrompts(NamedTuple):
     """Prompts packed into P sequences of W tokens, and where each prompt's tokens are in them.
 
     tokens, segments, positions: `[P, W]`. indices, marks: `[B, T]`, one row per prompt, padded on the left: each
@@ -113,43 +122,62 @@ class _Packed(NamedTuple):
     marks: np.ndarray
 
 
-def _packed(batches: Sequence[Sequence[np.ndarray]], rows: int, prefix_len: int) -> list[_Packed]:
+def pack_prompts(batches: Sequence[Sequence[np.ndarray]], rows: int, prefix_len: int) -> list[PackedPrompts]:
     """Each batch of suffixes packed into sequences of about the same length, all batches in the same shapes.
 
-    A batch with fewer suffixes than `rows` is filled with suffixes of one token, so that no row is empty.
+    A suffix that begins another one is not packed: it is read with it. A batch with fewer suffixes than `rows` is
+    filled with suffixes of one token, so that no row is empty.
     """
     filled = [[*batch, *[np.zeros(1, np.int32)] * (rows - len(batch))] for batch in batches]
-    most_tokens = max(sum(map(len, batch)) for batch in filled)
-    needed = max(-(-rows // _PROMPTS_PER_SEQUENCE), -(-most_tokens // _TOKENS_PER_SEQUENCE))
-    count = rounded_up(min(rows, needed), num_shards("batch"))
-    assignments = [_assigned([len(suffix) for suffix in batch], count) for batch in filled]
+    holders = [_holders(batch) for batch in filled]
+    lengths = [{row: len(batch[row]) for row in sorted(set(held))} for batch, held in zip(filled, holders)]
+    most_rows, most_tokens = max(map(len, lengths)), max(sum(of_row.values()) for of_row in lengths)
+    needed = max(-(-most_rows // _PROMPTS_PER_SEQUENCE), -(-most_tokens // _TOKENS_PER_SEQUENCE))
+    count = rounded_up(min(most_rows, needed), num_shards("batch"))
+    assignments = [_assigned(of_row, count) for of_row in lengths]
     width = max(
         sum(len(batch[row]) for row in sequence)
         for batch, assignment in zip(filled, assignments)
         for sequence in assignment
     )
-    longest = rounded_up(max(len(suffix) for batch in filled for suffix in batch), _BUCKET)
+    longest = rounded_up(max(len(suffix) for batch in filled for suffix in batch), _WIDE_BUCKET)
     shape = (count, rounded_up(width, _BUCKET))
-    return [_pack(batch, assignment, shape, longest, prefix_len) for batch, assignment in zip(filled, assignments)]
+    return [
+        _pack(batch, held, assignment, shape, longest, prefix_len)
+        for batch, held, assignment in zip(filled, holders, assignments)
+    ]
 
 
-def _assigned(lengths: Sequence[int], count: int) -> list[list[int]]:
+def _holders(suffixes: Sequence[np.ndarray]) -> list[int]:
+    """For each suffix the index of one that begins with it: its own, if no other one does."""
+    tokens = [suffix.tolist() for suffix in suffixes]
+    order = sorted(range(len(tokens)), key=lambda index: tokens[index])
+    holders = list(range(len(tokens)))
+    for index, following in reversed([*itertools.pairwise(order)]):  # what begins with a suffix comes right after it
+        if tokens[following][: len(tokens[index])] == tokens[index]:
+            holders[index] = holders[following]
+    return holders
+
+
+def _assigned(lengths: Mapping[int, int], count: int) -> list[list[int]]:
     """The rows of each of `count` sequences: the longest row first, each to the sequence with the fewest tokens."""
     sequences: list[list[int]] = [[] for _ in range(count)]
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+    for row in sorted(lengths, key=lambda row: -lengths[row]):
         min(sequences, key=lambda sequence: sum(lengths[other] for other in sequence)).append(row)
     return sequences
 
 
 def _pack(
     suffixes: Sequence[np.ndarray],
+    holders: Sequence[int],
     assignment: Sequence[Sequence[int]],
     shape: tuple[int, int],
     longest: int,
     prefix_len: int,
-) -> _Packed:
+) -> PackedPrompts:
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     indices, marks = (np.zeros((len(suffixes), longest), np.int32) for _ in range(2))
+    starts: dict[int, int] = {}
     for number, sequence in enumerate(assignment):
         start = 0
         for segment, row in enumerate(sequence, 1):
@@ -158,10 +186,12 @@ def _pack(
             tokens[number, start:end] = suffixes[row]
             segments[number, start:end] = segment
             positions[number, start:end] = prefix_len + np.arange(length)
-            indices[row, longest - length :] = number * shape[1] + np.arange(start, end)
-            marks[row, longest - length :] = 1
+            starts[row] = number * shape[1] + start
             start = end
-    return _Packed(tokens, segments, positions, indices, marks)
+    for row, suffix in enumerate(suffixes):
+        indices[row, longest - len(suffix) :] = starts[holders[row]] + np.arange(len(suffix))
+        marks[row, longest - len(suffix) :] = 1
+    return PackedPrompts(tokens, segments, positions, indices, marks)
 
 
 def rounded_up(length: int, bucket: int) -> int:
@@ -173,7 +203,7 @@ def rounded_up(length: int, bucket: int) -> int:
 def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, indices, marks, *, slots, dtype):
     """The cache after the prompts, with `slots` free slots, and the logits `[B, V]` of the first reply token.
 
-    shared_prefix `[1, H]`; the other arrays are those of `_Packed`.
+    shared_prefix `[1, H]`; the other arrays are those of `PackedPrompts`.
     """
     tokens, segments, positions, indices, marks = (
         constrain(x, "batch", "length") for x in (tokens, segments, positions, indices, marks)
@@ -208,18 +238,16 @@ def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, indi
     return KVCache((part,), row_segments, row_positions, length), decoder.logits(last_hidden)
 
 
-_unrolled_layers = jax.jit(Decoder.unrolled_layers)
+@partial(jax.jit, static_argnames=("stops", "sampling", "dtype"))
+def _decode(decoder, adapters, unrolled, cache, logits, done, occurred, key, max_new_tokens, *, stops, sampling, dtype):
+    """Replies `[B, S]`, of which the first `max_new_tokens` count, padded with the first of `stops`.
 
-
-@partial(jax.jit, static_argnames=("max_new_tokens", "stops", "sampling", "dtype"))
-def _decode(decoder, adapters, unrolled, cache, logits, done, occurred, key, *, max_new_tokens, stops, sampling, dtype):
-    """Replies `[B, max_new_tokens]`, padded with the first of `stops`.
-
+    max_new_tokens: an array, so that one program serves all lengths for which the cache has free slots.
     unrolled: `unrolled_layers`, or None for a scan over the layers. logits `[B, V]`: of the first token. done `[B]`:
     rows without a prompt. occurred `[B, V]`: the tokens that each row has so far, or None if sampling ignores them.
     """
     done = constrain(done, "batch")
-    position = cache.positions[:, -max_new_tokens - 1]
+    position = jax.lax.dynamic_index_in_dim(cache.positions, cache.length - 1, axis=1, keepdims=False)
     if unrolled is not None:
         (part,) = cache.parts
         cache = dataclasses.replace(cache, parts=tuple(unstacked(part, len(unrolled))))
@@ -242,7 +270,7 @@ def _decode(decoder, adapters, unrolled, cache, logits, done, occurred, key, *, 
         hidden, cache = decoder.decode_step(token[:, None], position[:, None], cache, adapters, dtype, unrolled)
         return step + 1, cache, position, *append(step, decoder.logits(hidden[:, -1]), replies, done, occurred)
 
-    replies = jnp.full((len(done), max_new_tokens), stops[0], jnp.int32)
+    replies = jnp.full(cache.positions.shape, stops[0], jnp.int32)
     state = (jnp.int32(1), cache, position, *append(0, logits, replies, done, occurred))
     *_, replies, _, _ = jax.lax.while_loop(unfinished, advance, state)
     return constrain(replies, None, None)

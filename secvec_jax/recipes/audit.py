@@ -12,14 +12,12 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from secvec_jax import config
-from secvec_jax.assets import cache_dir
 from secvec_jax.checks import PositiveInt, Text, checked
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.rows import Row, full_prompt_of, response_of
 from secvec_jax.data.sources import as_rows, load_prompts, load_rows
 from secvec_jax.defenses.security_vectors import PHASE2
-from secvec_jax.digests import of_values
-from secvec_jax.distributed import all_max, is_main_process, on_main_process
+from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import audit_report
 from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, changes, compared, task_line
@@ -30,12 +28,12 @@ from secvec_jax.evaluation.audit_measures import (
     generic_beginnings,
     measure,
     num_replies,
+    reply_losses,
     same_vocabulary,
 )
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, compliant_beginnings
 from secvec_jax.evaluation.results import Results, environment_facts
-from secvec_jax.evaluation.scorers import RULES
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
 from secvec_jax.recipes.export import run_of
@@ -43,6 +41,7 @@ from secvec_jax.recipes.harness import Harness, find_tasks, harness_version, tas
 from secvec_jax.terminal import Console
 from secvec_jax.workspace import inputs
 from secvec_jax.workspace.inputs import known, packaged
+from secvec_jax.workspace.result_cache import inputs_of, kept, settings_of_replies
 from secvec_jax.workspace.run_directory import settings_of_run
 from secvec_jax.workspace.runs import Run, scoring_inputs
 from secvec_jax.workspace.splits import Sizes, make_splits, sources
@@ -201,7 +200,7 @@ class Asked:
         return math.ceil(_LONG_SHARE * self.max_prompts)
 
     def model(self, role: str) -> Model:
-        """The model of a role, loaded on each call: at most two are in memory."""
+        """The model of a role, loaded on each call."""
         return as_model(self.models[role])
 
     def name(self, role: str) -> str:
@@ -216,7 +215,7 @@ def audited(
     """Measure the models, one stage each, and compare them. reads: of a role, files that its model is read from."""
     notes: list[str] = []
     before = asked.model("before")
-    prompts = _prompts(asked, before)
+    prompts, data = _prompts(asked, before)
     beginnings: list[Beginning | None] = stages.run("unaligned", partial(_beginnings, asked, prompts))
     if sum(beginning is not None for beginning in beginnings) < _FEWEST:
         notes.append(
@@ -233,15 +232,34 @@ def audited(
             f"{len(complied)} harmful prompts that it complies with."
         )
 
+    other: dict[str, Model] = {}
+
+    def model_of(role: str) -> Model:
+        """A model, loaded once if it is asked for several times in a row: at most one besides `before` is in memory."""
+        if role == "before":
+            return before
+        if role not in other:
+            other.clear()
+            other[role] = asked.model(role)
+        return other[role]
+
     def measured(role: str, stage: Stage) -> dict[str, Any]:
-        model = before if role == "before" else asked.model(role)
+        model = model_of(role)
         comparable = same_vocabulary(before, model)
         progress = stage.replies(num_replies(prompts, beginnings), "replying")
-        try:
+
+        def make() -> dict[str, Any]:
             values = measure(model, prompts, beginnings, asked.reply_tokens, comparable, progress)
+            return dataclasses.asdict(values)
+
+        inputs = [dataclasses.asdict(prompts), beginnings, asked.reply_tokens, comparable]
+        try:
+            values = kept("replies", [*inputs_of(model), *inputs], make, stage.print)
+            if data and comparable:
+                values["metrics"]["data_loss"] = reply_losses(model, data)
         except UserError as error:  # of three models, which one
             raise UserError(f"{asked.name(role)}: {error}") from error
-        return dataclasses.asdict(values)
+        return cast(dict[str, Any], values)
 
     roles = [role for role in ("before", "after", "reference") if asked.models[role] is not None]
     found = {role: Measured(**stages.run(role, partial(measured, role), reads=reads.get(role))) for role in roles}
@@ -249,7 +267,7 @@ def audited(
     def general(stage: Stage) -> dict[str, Any]:
         others = [role for role in roles if role != "before"]
         replies, count = found["before"].benign_replies, asked.most_long
-        return {role: general_kl(before, asked.model(role), prompts.benign[:count], replies[:count]) for role in others}
+        return {role: general_kl(before, model_of(role), prompts.benign[:count], replies[:count]) for role in others}
 
     all_files = {label: path for files in reads.values() for label, path in files.items()}
     kl = stages.run("general", general, reads=all_files)
@@ -280,40 +298,17 @@ def audited(
 
 def _beginnings(asked: Asked, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
     """The beginnings, from the cache folder if another audit made the same ones."""
-    kept = _kept_beginnings(asked, prompts)
-    stored = None if kept is None else _stored_beginnings(kept, len(prompts.harmful))
-    if not all_max(int(stored is None)):
-        return cast(list[Beginning | None], stored)
-    progress = stage.replies(len(prompts.harmful), "compliant replies")
-    made = compliant_beginnings(asked.model("unaligned"), prompts.harmful, refusal_prefixes(), progress)
-    if kept is not None:
-        path = kept
 
-        def keep() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, json.dumps(made))
+    def make() -> list[Beginning | None]:
+        progress = stage.replies(len(prompts.harmful), "compliant replies")
+        return compliant_beginnings(asked.model("unaligned"), prompts.harmful, refusal_prefixes(), progress)
 
-        on_main_process(keep)
-    return made
-
-
-def _stored_beginnings(path: Path, count: int) -> list[Beginning | None] | None:
-    """The beginnings in a file of the cache, one for each prompt; None if it is missing or damaged."""
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return stored if isinstance(stored, list) and len(stored) == count else None
-
-
-def _kept_beginnings(asked: Asked, prompts: AuditPrompts) -> Path | None:
-    """Where the beginnings are kept, by what they depend on; None for a model that is given as a value."""
     source = asked.models["unaligned"]
     digest = known(inputs.model, str(source)) if isinstance(source, str | Path) else None
-    if digest is None:
-        return None
-    content = of_values([digest, list(prompts.harmful), list(GIVEN), RULES])
-    return cache_dir() / "beginnings" / f"{content.removeprefix('sha256:')}.json"
+    # A model that is known by its files need not be loaded.
+    model = inputs_of(asked.model("unaligned")) if digest is None else [digest, *settings_of_replies()]
+    found = kept("beginnings", [*model, list(prompts.harmful), list(GIVEN)], make, stage.print)
+    return cast(list[Beginning | None], found)
 
 
 _ORDER = (
@@ -329,20 +324,21 @@ def _ordered(lines: Sequence[Line]) -> tuple[Line, ...]:
 # ---------------------------------------------------------------------------------------------- prompts
 
 
-def _prompts(asked: Asked, model: Model) -> AuditPrompts:
-    """The given prompts, packaged ones where none are given; at most `max_prompts` of each kind."""
+def _prompts(asked: Asked, model: Model) -> tuple[AuditPrompts, list[Row]]:
+    """The given prompts, packaged ones where none are given, and the user's held-out rows; at most `max_prompts` of
+    each kind."""
     harmful, benign, data = map(asked.rows_of, ("harmful", "benign", "data"))
     packaged_rows = {"harmful": (), "benign": ()} if harmful and benign else _packaged(model)
     harmful_prompts = [full_prompt_of(row) for row in harmful or packaged_rows["harmful"]]
     benign_rows = list(benign or packaged_rows["benign"])
-    return AuditPrompts(
+    prompts = AuditPrompts(
         harmful=_spread(harmful_prompts, asked.max_prompts),
         benign=_spread([full_prompt_of(row) for row in benign_rows], asked.max_prompts),
         harmful_rows=_spread(_answered(harmful or packaged_rows["unseen"]), _MOST_ROWS),
         benign_rows=_spread(_answered(benign_rows), _MOST_ROWS),
-        data=list(data or ())[: asked.max_prompts],
         system=asked.system,
     )
+    return prompts, list(data or ())[: asked.max_prompts]
 
 
 _MOST_ROWS = 32

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from secvec_jax.data.rows import Row
 from secvec_jax.defenses.advice import default_rate
 from secvec_jax.defenses.base import Defense
 from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups
+from secvec_jax.defenses.identity import of_rows
 from secvec_jax.defenses.registry import evidence_of
 from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.screening import screen as score_rows
@@ -20,7 +21,7 @@ from secvec_jax.digests import of_values
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.audit import Audit
-from secvec_jax.evaluation.refusal_sample import measure, sample_prompts
+from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
 from secvec_jax.files import atomic_file
 from secvec_jax.model.hub import Model
 from secvec_jax.recipes.audit import Asked as AuditAsked
@@ -31,8 +32,9 @@ from secvec_jax.recipes.run_inputs import trainings
 from secvec_jax.recipes.screen import write_histogram
 from secvec_jax.recipes.training_run import save_trained
 from secvec_jax.training.frozen import FrozenTrees
-from secvec_jax.trees import distance
+from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.kinds import Vectors
+from secvec_jax.workspace.result_cache import inputs_of, kept
 from secvec_jax.workspace.stages import Stage
 
 _FEWEST_HELD_OUT, _ENOUGH = 8, 40
@@ -53,8 +55,7 @@ def preflight(work: Work) -> None:
         work.note(default_rate(work.model, asked.training, PHASE2))
         if not asked.check_prompts:
             return None
-        stage.say("measuring refusals")
-        sample = measure(work.model, sample_prompts(asked.check_prompts))
+        sample = _refusals(work, stage)
         work.note(f"before: {sample}")
         work.note(sample.over_refusals)
         return {"refusal": sample.refusal.value, "no_refusals": sample.no_refusals}
@@ -67,18 +68,25 @@ def preflight(work: Work) -> None:
         )
 
 
+def _refusals(work: Work, stage: Stage) -> RefusalSample:
+    """How often the model refuses packaged prompts, from the cache if that was measured before."""
+    suite = sample_prompts(work.asked.check_prompts)
+
+    def make() -> dict[str, Any]:
+        stage.say("measuring refusals")
+        return measure(work.model, suite).as_dict()
+
+    inputs = [*inputs_of(work.model), list(suite.refusals), list(suite.harmful), list(suite.benign), suite.reply_tokens]
+    return RefusalSample.from_dict(kept("refusals before", inputs, make, work.note))
+
+
 def screen_rows(work: Work, vectors: Vectors) -> Screening:
     """The score of each row under the vectors; the suspects are listed and none is dropped here."""
 
     def run(stage: Stage) -> dict[str, Any]:
-        found = score_rows(
-            work.model,
-            vectors,
-            work.rows,
-            harmful=work.rows_for("harmful rows"),
-            benign=work.rows_for("benign rows"),
-            progress=lambda name: stage.say(f"scoring {name}"),
-        )
+        stage.say("scoring data")
+        scored = score_rows(work.model, vectors, work.rows)
+        found = scored.with_known(**_known_scores(work, vectors, stage))
         on_main_process(lambda: _write_suspects(work, found))
         then = "left out" if work.asked.drop else "trained on like all others; drop leaves them out"
         work.note(
@@ -88,6 +96,21 @@ def screen_rows(work: Work, vectors: Vectors) -> Screening:
         return dataclasses.asdict(found)
 
     return Screening(**work.stage("screen", run, reads={"the vectors": work.vectors_file}))
+
+
+def _known_scores(work: Work, vectors: Vectors, stage: Stage) -> dict[str, list[float]]:
+    """The scores of the harmful and the benign rows, from the cache if these vectors have scored them before."""
+    rows = {"harmful": work.rows_for("harmful rows"), "benign": work.rows_for("benign rows")}
+
+    def make() -> dict[str, list[float]]:
+        scores = {}
+        for kind, known in rows.items():
+            stage.say(f"scoring {kind} rows")
+            scores[kind] = score_rows(work.model, vectors, known).scores
+        return scores
+
+    inputs = [*inputs_of(work.model), fingerprint(vectors), *(of_rows(known) for known in rows.values())]
+    return cast(dict[str, list[float]], kept("scores of known rows", inputs, make, work.note))
 
 
 def _write_suspects(work: Work, screening: Screening) -> None:

@@ -121,7 +121,8 @@ class Work:
     def packaged(self) -> PackagedRows:
         """The packaged rows. Their seed is fixed: those of others hold prompts of the audit."""
         training = dataclasses.replace(self.asked.training.over(PHASE2), seed=0)
-        return PackagedRows(self.model, training, self.folder / "own-replies.json", self._show_replies)
+        file = self.folder / "own-replies.json"
+        return PackagedRows(self.model, training, file, self._show_replies, tell=self.note)
 
     def needs(self, stage: Stage) -> dict[Need, Callable[[], Any]]:
         """Of each need, a function that returns what is given, or what is packaged."""

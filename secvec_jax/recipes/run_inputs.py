@@ -84,7 +84,8 @@ def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callabl
         stage.print(f"{stage.name}: generating the model's own replies to {count} benign prompts, for the safe rows")
         return stage.replies(count, "its own replies")
 
-    packaged = PackagedRows(model, settings.training, run.folder / "own-replies.json", show_replies, prompts)
+    file = run.folder / "own-replies.json"
+    packaged = PackagedRows(model, settings.training, file, show_replies, prompts, run.note)
 
     def rows_given(need: Need, files: Sequence[str]) -> list[Any]:
         rows = rows_of_files(files, settings.ignore_fields, settings.training.seed)

@@ -5,8 +5,8 @@ from typing import Any
 
 from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.sources import load_prompts, load_rows
-from secvec_jax.evaluation.scoring import BENIGN, HARMFUL, make_suite
-from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
+from secvec_jax.evaluation.scoring import BENIGN, HARMFUL, make_suite, num_replies, outcomes_with_system
+from secvec_jax.evaluation.suite import Outcomes, scores
 from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import Precision
@@ -41,6 +41,9 @@ class ScoreRun:
     """run directory; writes results.json and report.md"""
     answer_tokens: PositiveInt | None = None
     """maximum tokens per answer to a question; by default the length of the longest reference answer, up to 512"""
+    system: str | None = None
+    """a system prompt under which the harmful and benign prompts are asked once more, such as the one you serve the
+    model with"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     overwrite: bool = False
@@ -65,7 +68,8 @@ def _outcomes(settings: ScoreRun, stage: Stage) -> Outcomes:
     suite = make_suite(
         model, harmful, benign, questions[: settings.limit], settings.reply_tokens, settings.answer_tokens
     )
-    return outcomes(model, suite, load_several(settings.vectors, model), stage.replies(suite.size, "scoring"))
+    progress = stage.replies(num_replies(suite, settings.system), "scoring")
+    return outcomes_with_system(model, suite, settings.system, load_several(settings.vectors, model), progress)
 
 
 def _notes(metrics: dict[str, Any]) -> list[str]:

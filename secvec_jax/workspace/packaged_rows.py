@@ -11,7 +11,17 @@ from secvec_jax.data.chat import Example
 from secvec_jax.defenses.base import Need
 from secvec_jax.defenses.prompting import ELICITING
 from secvec_jax.model.hub import Model
-from secvec_jax.workspace.splits import Sizes, Splits, greedy_openings, make_splits, stored_examples
+from secvec_jax.workspace.result_cache import inputs_of, kept
+from secvec_jax.workspace.splits import (
+    OPENING,
+    Sizes,
+    Splits,
+    as_json,
+    from_json,
+    greedy_openings,
+    make_splits,
+    stored_examples,
+)
 
 CONTENTS: dict[Need, str] = {
     "safe rows": "refusals of AdvBench, StrongREJECT and JailbreakBench prompts, and the model's own replies to as "
@@ -27,9 +37,9 @@ CONTENTS: dict[Need, str] = {
 class PackagedRows:
     """The packaged rows for a model, made on first use.
 
-    training: how they are encoded, and the seed by which they are drawn. file: stores the model's own replies; None:
-    they are generated each time. show: called with the number of replies, returns their progress callback.
-    without: prompts to leave out, since the model is evaluated on them.
+    training: how they are encoded, and the seed by which they are drawn. The model's own replies are kept in the cache
+    folder, and in `file`, if there is one. show: called with the number of replies, returns their progress callback.
+    tell: called with what is wrong in the cache. without: prompts to leave out, since the model is evaluated on them.
     """
 
     def __init__(
@@ -39,8 +49,9 @@ class PackagedRows:
         file: Path | None = None,
         show: Callable[[int], Callable[[int], None]] = lambda count: lambda done: None,
         without: Collection[str] = (),
+        tell: Callable[[str], None] = lambda text: None,
     ):
-        self._model, self._training, self._file, self._show = model, training, file, show
+        self._model, self._training, self._file, self._show, self._tell = model, training, file, show, tell
         self._without = frozenset(without)
 
     def sources(self) -> dict[Need, Callable[[], Any]]:
@@ -73,8 +84,14 @@ class PackagedRows:
     def _base_replies(self) -> list[Example]:
         prompts = [prompt for prompt in self._splits.align_benign if prompt not in self._without]
 
-        def generate() -> list[Example]:
-            show = self._show(len(prompts))
-            return greedy_openings(self._model, prompts, self._splits.suite.refusals, show)
+        refusals = self._splits.suite.refusals
 
-        return generate() if self._file is None else stored_examples(self._file, generate)
+        def generate() -> list[list[Any]]:
+            show = self._show(len(prompts))
+            return as_json(greedy_openings(self._model, prompts, refusals, show))
+
+        def made_once() -> list[Example]:
+            inputs = [*inputs_of(self._model), prompts, list(refusals), OPENING]
+            return from_json(kept("own replies", inputs, generate, self._tell))
+
+        return made_once() if self._file is None else stored_examples(self._file, made_once)

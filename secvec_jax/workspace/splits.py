@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -230,10 +230,20 @@ def greedy_openings(
 def stored_examples(file: Path, generate: Callable[[], list[Example]]) -> list[Example]:
     """What `generate` returns, each supervised from some token on; generated once and stored in the file."""
     if not broadcast_from_first(file.exists()):
-        stored = [[e.tokens.tolist(), e.answer_start] for e in generate()]
+        stored = as_json(generate())
         on_main_process(lambda: write(file, json.dumps(stored)))
-    kept = [(np.asarray(tokens, np.int32), start) for tokens, start in json.loads(file.read_text())]
-    return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in kept]
+    return from_json(json.loads(file.read_text()))
+
+
+def as_json(examples: Sequence[Example]) -> list[list[Any]]:
+    """Examples that are supervised from some token on, as JSON holds them."""
+    return [[example.tokens.tolist(), example.answer_start] for example in examples]
+
+
+def from_json(stored: Sequence[Any]) -> list[Example]:
+    """The examples that `as_json` has returned."""
+    arrays = [(np.asarray(tokens, np.int32), start) for tokens, start in stored]
+    return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in arrays]
 
 
 class _EvalPrompts:

@@ -14,18 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 import secvec_jax
 from secvec_jax.assets import cache_dir
 from secvec_jax.config import Training
 from secvec_jax.defenses.identity import content_of, of_rows, of_tokenizer
 from secvec_jax.digests import of_values
-from secvec_jax.errors import UserError
 from secvec_jax.files import atomic_folder
 from secvec_jax.model.hub import Model
 from secvec_jax.vectors.kinds import Vectors
 from secvec_jax.vectors.store import load_vectors, save_vectors
+from secvec_jax.workspace.result_cache import locked
 
 _FILE, _ENTRY = "security.safetensors", "entry.json"
 
@@ -37,8 +35,8 @@ def key_of(model: Model, rows: Mapping[str, Sequence[Any]], training: Training, 
     """The key of the vectors trained for a model on rows, by kind, with these settings."""
     trained = {name: value for name, value in content_of(training.over(Training.base))[1].items() if name not in _FREE}
     contents = [of_rows(rows[kind]) for kind in sorted(rows)]
-    inputs = [model.fingerprint, of_tokenizer(model.tokenizer), contents, trained, content_of(settings)]
-    return of_values(inputs).removeprefix("sha256:")
+    known = [model.fingerprint, content_of(model.architecture), of_tokenizer(model.tokenizer)]
+    return of_values([*known, contents, trained, content_of(settings)]).removeprefix("sha256:")
 
 
 class Entry:
@@ -77,19 +75,5 @@ def locked_entry(key: str, tell: Callable[[str], None]) -> Iterator[Entry]:
     Raises UserError if the cache cannot be written.
     """
     folder = cache_dir() / "vectors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = FileLock(folder / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            tell("another process is making the vectors of this model: waiting for it")
-            lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the cache folder {folder} ({error.strerror or error}); set SECVEC_CACHE to a writable one"
-        ) from error
-    try:
+    with locked(folder, key, lambda: tell("another process is making the vectors of this model: waiting for it")):
         yield Entry(folder / key)
-    finally:
-        lock.release()

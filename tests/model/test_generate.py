@@ -89,9 +89,12 @@ def test_in_a_scan_over_the_layers_as_one_by_one(tiny_model, random_vectors, var
 def test_prompts_are_packed_whole(count):
     rng = np.random.default_rng(count)
     tails = sorted((rng.integers(1, 99, n) for n in rng.integers(1, 40, count)), key=len)
-    [packed] = generate._packed([tails], count, 5)
+    [packed] = generate.pack_prompts([tails], count, 5)
     flat = {name: getattr(packed, name).reshape(-1) for name in ("tokens", "segments", "positions")}
-    assert (packed.segments > 0).sum() == sum(map(len, tails))
+    begun = [
+        any(tail is not other and other[: len(tail)].tolist() == tail.tolist() for other in tails) for tail in tails
+    ]
+    assert (packed.segments > 0).sum() == sum(len(tail) for tail, is_begun in zip(tails, begun) if not is_begun)
     for tail, indices, marks in zip(tails, packed.indices, packed.marks, strict=True):
         own = indices[marks > 0]
         np.testing.assert_array_equal(flat["tokens"][own], tail)
@@ -99,9 +102,23 @@ def test_prompts_are_packed_whole(count):
         assert len(set(flat["segments"][own])) == 1 and marks[-1] == 1
 
 
+def test_a_prompt_that_begins_another_is_read_with_it():
+    rng = np.random.default_rng(0)
+    long, other = rng.integers(1, 99, 20), rng.integers(1, 99, 9)
+    batches = [[long[:5], other, long, long[:11], other], [other[:2], long[:5], long[:11]]]
+    first, second = generate.pack_prompts(batches, 5, 3)
+    assert (first.segments > 0).sum() == 20 + 9 and (second.segments > 0).sum() == 2 + 11 + 1, "1 for the empty rows"
+    for packed, batch in zip((first, second), batches):
+        for tail, indices, marks in zip(batch, packed.indices, packed.marks):
+            own = indices[marks > 0]
+            np.testing.assert_array_equal(packed.tokens.reshape(-1)[own], tail)
+            np.testing.assert_array_equal(packed.positions.reshape(-1)[own], 3 + np.arange(len(tail)))
+    assert first.tokens.shape == second.tokens.shape and first.indices.shape == second.indices.shape
+
+
 @given(st.lists(st.integers(1, 1500), min_size=1, max_size=60), st.integers(1, 20))
 def test_prompts_of_like_length_are_read_together(lengths, batch_size):
-    found = generate._batches_by_length([np.zeros(length) for length in lengths], batch_size)
+    found = generate.batches_by_length([np.zeros(length) for length in lengths], batch_size)
     assert sorted(i for _, batches in found for batch in batches for i in batch) == list(range(len(lengths)))
     for rows, batches in found:
         assert all(rows - 1 <= len(batch) <= rows <= batch_size for batch in batches)
@@ -250,6 +267,7 @@ def test_prompts_of_a_like_width_share_one_program(tiny_model):
         (first, _prompts(9, 10, seed=1)),
     ):
         greedy(backbone, prompts)
+    assert len(greedy(first, _prompts(7, 12), max_new_tokens=3)[0]) == 3, "replies of other lengths as well"
     assert generate._decode._cache_size() == 1
 
 

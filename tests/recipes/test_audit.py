@@ -12,7 +12,7 @@ from secvec_jax.evaluation import audit_measures as measures
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.results import Results
 from secvec_jax.recipes import audit as recipe
-from tests.toys import build_tokenizer, tiny_model
+from tests.toys import build_tokenizer, random_decoder, tiny_model
 
 REFUSES = "I'm sorry, but I can't help with that."
 COMPLIES = "Sure, here is what you asked me for, in three steps."
@@ -26,7 +26,10 @@ def world(tmp_path, monkeypatch):
     class World:
         def __init__(self):
             names = ("aligned", "same", "plain", "base", "other")
-            self.models = {name: dataclasses.replace(tiny_model(), name=name) for name in names}
+            self.models = {
+                name: dataclasses.replace(tiny_model().with_backbone(random_decoder(seed=seed)), name=name)
+                for seed, name in enumerate(names)
+            }
             self.folder, self.comply = tmp_path, {"plain", "base"}
             self.beginnings, self.asked = 96, 0
 
@@ -35,7 +38,7 @@ def world(tmp_path, monkeypatch):
     def as_model(name):
         return world.models[name] if isinstance(name, str) else name
 
-    def ask(model, prompts, *, max_new_tokens, progress):
+    def ask(model, prompts, *, max_new_tokens, batch_size, progress):
         world.asked += len(prompts)
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
         reply = COMPLIES if model.name in world.comply else REFUSES
@@ -112,14 +115,46 @@ def test_what_was_given_as_beginning_is_in_no_report(world, capsys):
     assert len(made) >= 3 and SECRET not in "".join(made) + capsys.readouterr().out
 
 
-def test_beginnings_are_made_once_for_all_audits(world, monkeypatch):
-    monkeypatch.setattr(recipe.inputs, "model", lambda source: f"sha256:{source}")
+BARE, BEGUN = 80 + 80, 2 * 40
+"""Replies of one model to the prompts, and after beginnings of both lengths."""
+
+
+@pytest.mark.parametrize("has_files", [True, False])
+def test_what_is_measured_of_a_model_is_kept_for_all_audits(world, monkeypatch, capsys, has_files):
+    """Its beginnings and replies; what depends on the user's rows is measured each time."""
+    if has_files:
+        monkeypatch.setattr(recipe.inputs, "model", lambda source: f"sha256:{source}")
+    rows = [{"prompt": f"{number}?", "response": "Yes."} for number in range(3)]
+    for name, some in (("two", rows[:2]), ("three", rows)):
+        (world.folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+
+    def asked(*flags: str, out: str, **options: str) -> int:
+        before = world.asked
+        run(world, *flags, out=out, **options)
+        return world.asked - before
+
+    def metrics(out: str) -> dict:
+        return {row["name"]: row["metrics"] for row in Results.load(world.folder / out).rows}
+
+    two, three = (("--data", str(world.folder / f"{name}.jsonl")) for name in ("two", "three"))
+    assert asked(*two, out="first") == 80 + 2 * (BARE + BEGUN)
+    assert asked(*three, out="second", after="plain") == BARE + BEGUN, "of the one after alone"
+    assert "replies: from the cache, made before for this model" in capsys.readouterr().out
+    assert metrics("first")["before"]["data_loss"]["n"] == 2 and metrics("second")["before"]["data_loss"]["n"] == 3
+    same = [{m: v for m, v in metrics(out)["before"].items() if m != "data_loss"} for out in ("first", "second")]
+    assert same[0] == same[1]
+    assert asked("--max-prompts", "20", out="third") == 20 + 2 * (20 + 20 + 2 * 10), "others for other prompts"
+    assert asked("--reply-tokens", "8", out="fourth") == 2 * (BARE + BEGUN), "and for longer replies"
+    assert asked("--system", "Be brief.", out="fifth") == 2 * (2 * BARE + BEGUN)
+
+
+def test_a_damaged_entry_is_told_and_measured_again(world, capsys):
     run(world, out="first")
+    for file in (world.folder / "cache" / "results" / "replies").glob("*.json"):
+        file.write_text(file.read_text().replace("fine day", "dire day"))
     asked = world.asked
     run(world, out="second")
-    assert world.asked - asked == asked - 80, "the 80 compliant replies were there"
-    run(world, "--max-prompts", "20", out="third")
-    assert len(list((world.folder / "cache" / "beginnings").iterdir())) == 2, "others for other prompts"
+    assert world.asked - asked == 2 * (BARE + BEGUN) and "cached replies are damaged" in capsys.readouterr().out
 
 
 def test_few_compliant_replies_are_replaced_by_one_beginning(world, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from secvec_jax.training import trainer
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace import packaged_rows, stages
-from tests.toys import tiny_model
+from tests.toys import example, tiny_model
 
 TRAINING = Training(max_steps=2, batch_size=1, max_seq_len=64, learning_rate=0.01, remat="none", share_prefix=False)
 FILES = {"user": 8, "safe": 9, "harmful": 4, "benign": 4, "contrast": 4}
@@ -308,7 +309,8 @@ def test_a_defense_is_given_by_flags_or_by_a_file_that_flags_override(tmp_path, 
         assert shown.count("cost:") == shown.count("evidence:") == len(usable_defenses())
 
 
-def test_packaged_safe_rows_leave_out_the_prompts_that_the_model_is_measured_on(monkeypatch):
+def test_packaged_safe_rows_leave_out_the_prompts_that_the_model_is_measured_on(own_cache, tmp_path, monkeypatch):
+    """Its own replies to the others are made once and kept in the cache, and in the run's file."""
     monkeypatch.undo()
     made = []
 
@@ -317,6 +319,21 @@ def test_packaged_safe_rows_leave_out_the_prompts_that_the_model_is_measured_on(
         suite = type("Suite", (), {"refusals": ()})
 
     monkeypatch.setattr(packaged_rows, "make_splits", lambda *_: Splits())
-    monkeypatch.setattr(packaged_rows, "greedy_openings", lambda model, prompts, *_: made.append(prompts) or prompts)
-    safe = packaged_rows.PackagedRows(None, TRAINING.over(Training.base), without=["b"]).sources()["safe rows"]()
-    assert made == [["a", "c"]] and sorted(safe) == ["a", "c", "refusal", "refusal"]
+
+    def greedy_openings(model, prompts, *_):
+        made.append(prompts)
+        return [example([ord(prompt)], [1, 2]) for prompt in prompts]
+
+    def own_replies(without=(), **options) -> list[int]:
+        training = TRAINING.over(Training.base)
+        safe = packaged_rows.PackagedRows(tiny_model(), training, without=without, **options).sources()["safe rows"]()
+        assert safe.count("refusal") == 2
+        assert all(each.supervised.tolist() == [False, True, True] for each in safe if each != "refusal")
+        return sorted(int(each.tokens[0]) for each in safe if each != "refusal")
+
+    monkeypatch.setattr(packaged_rows, "greedy_openings", greedy_openings)
+    assert own_replies(["b"]) == own_replies(["b"]) == [ord("a"), ord("c")] and made == [["a", "c"]]
+    assert own_replies(file=tmp_path / "replies.json") == [ord("a"), ord("b"), ord("c")] and len(made) == 2
+    shutil.rmtree(own_cache / "results")
+    assert own_replies(file=tmp_path / "replies.json") == [ord("a"), ord("b"), ord("c")] and len(made) == 2
+    assert own_replies() == [ord("a"), ord("b"), ord("c")] and len(made) == 3

@@ -45,7 +45,8 @@ def toys(tmp_path, monkeypatch, own_cache):
 
     class Toys:
         def __init__(self):
-            self.folder, self.model, self.refused, self.trained = tmp_path, str(tmp_path / "aligned"), 10, 0
+            self.folder, self.model, self.refused = tmp_path, str(tmp_path / "aligned"), 10
+            self.trained = self.sampled = 0
 
     toys = Toys()
     tiny_model().save(toys.model)
@@ -72,6 +73,7 @@ def toys(tmp_path, monkeypatch, own_cache):
     monkeypatch.setattr(protect_stages, "sample_prompts", lambda count: Suite(()))
 
     def measure(model, suite):
+        toys.sampled += 1
         refusal = bootstrap([1.0] * toys.refused + [0.0] * (10 - toys.refused))
         return RefusalSample(refusal, bootstrap([0.0] * 10), bootstrap([0.0] * 10))
 
@@ -182,6 +184,33 @@ def test_vectors_are_trained_once_for_a_model_and_its_rows(toys, judged, capsys)
     assert run(toys, out="fourth") == 0 and toys.trained == 3
     assert "the cached vectors are of version 0.1.9" in told(capsys)
     assert run(toys, out="fifth") == 0 and toys.trained == 3
+
+
+def test_what_is_known_of_a_model_is_not_made_again(toys, judged, monkeypatch, capsys):
+    """A second protect, of other rows, scores these alone, and does not sample the model's refusals."""
+    scored = []
+    score_rows = protect_stages.score_rows
+    monkeypatch.setattr(
+        protect_stages,
+        "score_rows",
+        lambda model, vectors, some: scored.append(len(some)) or score_rows(model, vectors, some),
+    )
+    assert run(toys, out="first") == 0 and scored == [48, 24, 24] and toys.sampled == 1
+    first = (toys.folder / "first" / "suspects.jsonl").read_text()
+    capsys.readouterr()
+    assert run(toys, out="second") == 0 and scored == [48, 24, 24, 48] and toys.sampled == 1
+    said = told(capsys)
+    assert "scores of known rows: from the cache" in said and "before: refusal 100%" in said
+    assert (toys.folder / "second" / "suspects.jsonl").read_text() == first
+    assert run(toys, "--check-prompts", "0", "--vectors", str(toys.folder / "first"), out="third") == 0
+    assert scored == [48, 24, 24, 48, 48], "the same vectors, given by hand"
+    (toys.folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows("harmful", 20, SECRET))))
+    assert run(toys, "--harmful", str(toys.folder / "own.jsonl"), out="fourth") == 0
+    assert scored[5:] == [48, 20, 24] and toys.trained == 2 and toys.sampled == 1
+    for file in (toys.folder / "cache" / "results").glob("*/*.json"):
+        file.write_text(file.read_text()[:-9])
+    assert run(toys, out="fifth") == 0 and scored[8:] == [48, 24, 24] and toys.sampled == 2
+    assert "the cached scores of known rows cannot be read" in told(capsys)
 
 
 def test_other_rows_or_settings_have_other_vectors():

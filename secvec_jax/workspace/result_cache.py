@@ -1,0 +1,117 @@
+"""Results that depend on a model, rows and settings alone, kept in the cache folder: made once for a model.
+
+CACHE/results/KIND/KEY.json     the version that made it, the result, and its digest; for their owner only
+CACHE/results/KIND/KEY.lock     held while it is read or made
+
+KEY is the digest of all that goes into a result. Several processes may use one cache: entries appear and are replaced
+as whole files, and who comes second waits for the first. Processes of a cluster do not use it.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from filelock import FileLock, Timeout
+
+import secvec_jax
+from secvec_jax.assets import cache_dir
+from secvec_jax.defenses.identity import content_of, of_tokenizer
+from secvec_jax.digests import of_values
+from secvec_jax.distributed import is_clustered
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.scorers import RULES
+from secvec_jax.files import atomic_file
+from secvec_jax.inference import compute_dtype
+from secvec_jax.model.hub import Model
+from secvec_jax.sharding import platform
+
+
+def kept(
+    kind: str, inputs: Sequence[Any], make: Callable[[], Any], tell: Callable[[str], None] = lambda text: None
+) -> Any:
+    """The JSON value that `make` returns, from the cache if the same inputs gave it before.
+
+    kind: the plural noun that names the results in messages and in the cache. inputs: JSON values, all that the result
+    depends on. tell: called with a line when an entry is used, cannot be used or cannot be kept, and before a wait.
+    """
+    if is_clustered():
+        return make()
+    key = of_values(inputs).removeprefix("sha256:")
+    with contextlib.ExitStack() as held:
+        try:
+            folder = cache_dir() / "results" / kind.replace(" ", "-")
+            held.enter_context(locked(folder, key, lambda: tell(f"another process is making the {kind}: waiting")))
+        except UserError as error:
+            tell(f"the {kind} are not kept ({error})")
+            return make()
+        file = folder / f"{key}.json"
+        found = _read(file, kind, tell)
+        if found is not None:
+            tell(f"{kind}: from the cache, made before for this model")
+            return found[0]
+        result = make()
+        record = {"version": secvec_jax.__version__, "digest": of_values([result]), "result": result}
+        text = json.dumps(record)
+        try:
+            with atomic_file(file, mode=0o600) as staging:
+                staging.write_text(text, encoding="utf-8")
+        except UserError as error:
+            tell(f"the {kind} are not kept ({error})")
+        return json.loads(text)["result"]  # the same, whether it is read or made
+
+
+def inputs_of(model: Model) -> list[Any]:
+    """What the replies and losses of a model depend on besides prompts and rows: part of a key."""
+    known = [model.fingerprint, content_of(model.architecture), of_tokenizer(model.tokenizer), list(model.stop_tokens)]
+    return [*known, *settings_of_replies()]
+
+
+def settings_of_replies() -> list[Any]:
+    """What replies, and what rules read in them, depend on besides the model and the prompts: part of a key."""
+    return [platform(), jnp.dtype(compute_dtype()).name, RULES]
+
+
+@contextlib.contextmanager
+def locked(folder: Path, key: str, waits: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a key in a folder of the cache; `waits` is called if another process holds it.
+
+    Raises UserError if the cache cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = FileLock(folder / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waits()
+            lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache folder {folder} ({error.strerror or error}); set SECVEC_CACHE to a writable one"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(file: Path, kind: str, tell: Callable[[str], None]) -> tuple[Any] | None:
+    """The result in a file; None if there is none, or, which is told, none to be used."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        version, digest, result = record["version"], record["digest"], record["result"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        tell(f"the cached {kind} cannot be read ({str(error) or type(error).__name__}): made again")
+        return None
+    if version != secvec_jax.__version__:
+        tell(f"the cached {kind} are of version {version}, this is {secvec_jax.__version__}: made again")
+        return None
+    if of_values([result]) != digest:
+        tell(f"the cached {kind} are damaged: made again")
+        return None
+    return (result,)

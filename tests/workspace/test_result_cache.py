@@ -1,0 +1,149 @@
+"""Results kept in the cache folder: made once, told when damaged or old, and never half read."""
+
+import dataclasses
+import json
+import os
+import threading
+
+import pytest
+
+from secvec_jax.workspace import result_cache
+from secvec_jax.workspace.result_cache import inputs_of, kept
+from tests.toys import ARCHITECTURE, build_tokenizer, random_decoder, tiny_model
+
+
+class Maker:
+    """Makes another result at each call, and keeps what it is told."""
+
+    def __init__(self):
+        self.made, self.told = 0, []
+
+    def make(self):
+        self.made += 1
+        return {"made": self.made, "number": 0.1 + 0.2, "pair": (1, None)}
+
+    def get(self, *inputs):
+        return kept("own replies", inputs, self.make, self.told.append)
+
+
+@pytest.fixture
+def maker(own_cache):
+    return Maker()
+
+
+def entry(own_cache):
+    (file,) = (own_cache / "results" / "own-replies").glob("*.json")
+    return file
+
+
+def test_a_result_is_made_once_for_the_same_inputs(maker, own_cache):
+    first = maker.get("a", {"b": 1.5})
+    assert first == {"made": 1, "number": 0.1 + 0.2, "pair": [1, None]} and maker.told == []
+    assert maker.get("a", {"b": 1.5}) == first and maker.made == 1
+    assert maker.told == ["own replies: from the cache, made before for this model"]
+    assert oct(entry(own_cache).stat().st_mode)[-3:] == "600"
+    assert oct(entry(own_cache).parent.stat().st_mode)[-3:] == "700"
+    assert maker.get("a", {"b": 2.5})["made"] == 2 and maker.get("a", {"b": 1.5})["made"] == 1
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def changed(file):
+    file.write_text(file.read_text().replace('"number": 0.3', '"number": 0.4'))
+
+
+def older(file):
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"version": "0.1.9"}))
+
+
+def nothing(file):
+    file.write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [(cut, "cannot be read"), (nothing, "cannot be read"), (changed, "damaged"), (older, "of version 0.1.9")],
+)
+def test_an_entry_that_cannot_be_used_is_told_and_made_again(maker, own_cache, damage, told):
+    maker.get("a")
+    damage(entry(own_cache))
+    assert maker.get("a")["made"] == 2
+    (line,) = maker.told
+    assert line.startswith("the cached own replies ") and told in line and line.endswith("made again")
+    assert maker.get("a")["made"] == 2, "and kept"
+
+
+def test_what_fails_or_is_interrupted_leaves_nothing(maker, own_cache, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(maker, "make", stop)
+        with pytest.raises(KeyboardInterrupt):
+            maker.get("a")
+    assert not list((own_cache / "results" / "own-replies").glob("*.json"))
+    assert maker.get("a")["made"] == 1
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_the_result_is_made(maker, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SECVEC_CACHE", str(tmp_path / "file"))
+    assert maker.get("a")["made"] == 1 and maker.get("a")["made"] == 2
+    assert all("are not kept (cannot write to the cache folder" in line for line in maker.told)
+
+
+def test_a_full_disk_costs_the_entry_and_not_the_result(maker, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "replace", full)
+    assert maker.get("a")["made"] == 1
+    assert "are not kept" in maker.told[0] and "No space left" in maker.told[0]
+
+
+def test_who_comes_second_waits_for_the_result_of_the_first(maker):
+    started, waiting, results = threading.Event(), threading.Event(), []
+    second = Maker()
+    second.told = type("Told", (list,), {"append": lambda self, line: (list.append(self, line), waiting.set())})()
+
+    def slow():
+        started.set()
+        assert waiting.wait(60)
+        return Maker.make(maker)
+
+    maker.make = slow
+    threads = [threading.Thread(target=lambda maker=maker: results.append(maker.get("a"))) for maker in (maker, second)]
+    threads[0].start()
+    assert started.wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    assert results[0] == results[1] and (maker.made, second.made) == (1, 0)
+    assert second.told[0] == "another process is making the own replies: waiting"
+
+
+def test_processes_of_a_cluster_do_not_use_the_cache(maker, own_cache, monkeypatch):
+    monkeypatch.setattr(result_cache, "is_clustered", lambda: True)
+    assert maker.get("a")["made"] == 1 and maker.get("a")["made"] == 2 and not (own_cache / "results").exists()
+
+
+def test_another_model_is_another_key():
+    model = tiny_model()
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<|new|>"])
+    other_template = build_tokenizer()
+    other_template.chat_template += " "
+    other_positions = dataclasses.replace(ARCHITECTURE, rope_theta=5e5)
+    others = [
+        model.with_backbone(random_decoder(seed=1)),
+        model.with_backbone(random_decoder(architecture=other_positions)),
+        dataclasses.replace(model, tokenizer=tokenizer),
+        dataclasses.replace(model, tokenizer=other_template),
+        dataclasses.replace(model, metadata=dataclasses.replace(model.metadata, generation={"eos_token_id": [7]})),
+    ]
+    keys = {json.dumps(inputs_of(each)) for each in (model, *others)}
+    assert len(keys) == 1 + len(others)
+    assert inputs_of(dataclasses.replace(model, name="renamed")) == inputs_of(tiny_model())
