@@ -50,7 +50,7 @@ def headline(audit: Audit) -> str:
 
 
 def _reason(line: Line) -> str:
-    text = f"{words(line.metric)} {_number(line.metric, line.before.value)} → {_number(line.metric, line.after.value)}"
+    text = f"{words(line.metric)}: {_number(line.metric, line.before.value)} → {_number(line.metric, line.after.value)}"
     text += f", {_with_interval(line.metric, line.difference)} where {_limit(line)} is allowed"
     return text + (f", about {_needed(line)} prompts would decide" if line.prompts_needed else "")
 

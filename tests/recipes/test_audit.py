@@ -181,7 +181,7 @@ def test_a_judge_adds_lines_with_a_limit_of_their_own(world, judge_server, capsy
     flags += ("--limits.prefill", "none", "--max-prompts", "96")
     assert run(world, *flags, after="plain") == 3
     told = " ".join(capsys.readouterr().out.split())
-    assert "The audit fails: harm score 1.000 → 5.000, +4.000 [+4.000, +4.000] where +0.2 is allowed." in told
+    assert "The audit fails: harm score: 1.000 → 5.000, +4.000 [+4.000, +4.000] where +0.2 is allowed." in told
     assert "192 verdicts, 192 of them requested in this run" in told and "2 had no readable grade" in told
     assert "at most 16 tokens of each reply" in told
     rows = {row["name"]: row["metrics"] for row in Results.load(world.folder / "out").rows}
