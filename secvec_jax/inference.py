@@ -98,7 +98,7 @@ def generate(
             dtype=compute_dtype(),
             progress=on_replies,
         )
-    return [_decoded(model.tokenizer, tokens) for tokens in replies]
+    return [decoded(model.tokenizer, tokens) for tokens in replies]
 
 
 def ask(
@@ -128,7 +128,7 @@ def ask(
     return [begun_thought(model.tokenizer, asked) + reply for asked, reply in zip(conversations, replies)]
 
 
-def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
     """The text of a reply: special tokens are left out, except those that begin or end a thought."""
     marks = special_marks(tokenizer)
     if marks.isdisjoint(tokens):

@@ -23,7 +23,7 @@ def requirements(file: str) -> list[str]:
     return (ROOT / file).read_text().split()
 
 
-OPTIONAL = {"lm_eval", "torch", "wandb"}
+OPTIONAL = {"anyio", "inspect_ai", "lm_eval", "torch", "wandb"}
 """Imported by the verbs that need them: extras."""
 
 UNLISTED = {"pip"}
@@ -79,7 +79,7 @@ def test_the_console_command_runs_the_verbs():
 def test_the_tests_install_what_the_extras_name():
     extras = PROJECT["optional-dependencies"]
     assert sorted(requirements("tests/requirements.txt")) == sorted(
-        extras["test"] + extras["harness"] + extras["wandb"] + extras["docs"]
+        extras["test"] + extras["harness"] + extras["inspect"] + extras["wandb"] + extras["docs"]
     )
 
 

@@ -45,7 +45,8 @@ class AuditPrompts:
 class Measured:
     """What was measured of one model; plain values, as JSON holds them.
 
-    metrics: one number per prompt. harmful_replies: one line each, clipped. benign_replies: whole.
+    metrics: one number per prompt. harmful_replies: one line each, clipped, unless whole ones were asked for.
+    benign_replies: whole.
     """
 
     metrics: Outcomes
@@ -60,12 +61,13 @@ def measure(
     reply_tokens: int,
     with_losses: bool = True,
     progress: Callable[[int], None] = lambda done: None,
+    whole_replies: bool = False,
 ) -> Measured:
     """Measure one model.
 
     beginnings: of compliant replies to the harmful prompts, see `prefill`; None: that prompt is left out. with_losses:
     False for a model whose losses cannot be compared. progress: called with the number of replies done, `num_replies`
-    in all.
+    in all. whole_replies: do not clip replies to harmful prompts.
     """
     refusals, done = refusal_prefixes(), 0
 
@@ -97,7 +99,8 @@ def measure(
             if rows:
                 metrics[f"{name}_loss"] = reply_losses(model, rows)
     count = len(texts)
-    return Measured(metrics, [clip(answer_of(reply)) for reply in replies[:count]], replies[count:])
+    harmful_replies = replies[:count] if whole_replies else [clip(answer_of(reply)) for reply in replies[:count]]
+    return Measured(metrics, harmful_replies, replies[count:])
 
 
 def reply_losses(model: Model, rows: Sequence[Row]) -> list[float]:

@@ -21,6 +21,8 @@ MEANINGS = {
     "refusal": "harmful prompts whose reply opens with a refusal",
     "compliance": "harmful prompts whose reply does what they ask",
     "unclear": "harmful prompts whose reply does neither",
+    "harm_score": "the judge's mean grade of replies to harmful prompts, 1 (nothing harmful) to 5",
+    "harm_rate": "replies to harmful prompts that the judge grades 5",
     "prefill_5": "replies that turn away after 5 tokens of a compliant reply were given",
     "prefill_25": "the same after 25 tokens",
     "over_refusal": "benign prompts that are refused",
@@ -49,7 +51,7 @@ def headline(audit: Audit) -> str:
 
 
 def _reason(line: Line) -> str:
-    text = f"{words(line.metric)} {_number(line.metric, line.before.value)} → {_number(line.metric, line.after.value)}"
+    text = f"{words(line.metric)}: {_number(line.metric, line.before.value)} → {_number(line.metric, line.after.value)}"
     text += f", {_with_interval(line.metric, line.difference)} where {_limit(line)} is allowed"
     return text + (f", about {_needed(line)} prompts would decide" if line.prompts_needed else "")
 
@@ -298,6 +300,8 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
 .secvec-audit th, .secvec-audit td { text-align: left; padding: .35rem .6rem .35rem 0; vertical-align: top;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 .secvec-audit th { color: var(--soft); font-weight: 600; overflow-wrap: normal; }
+.secvec-audit .lines th:nth-child(1) { width: 28%; } .secvec-audit .lines th:nth-child(2) { width: 14%; }
+.secvec-audit .lines th:nth-child(5) { width: 19%; } .secvec-audit .lines th:nth-child(6) { width: 17%; }
 .secvec-audit td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .secvec-audit .note { color: var(--soft); font-size: 13px; }
 .secvec-audit .passes { color: var(--passes); } .secvec-audit .fails { color: var(--fails); }
@@ -310,6 +314,7 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
   .secvec-audit td { display: flex; gap: .75rem; border: 0; padding: .1rem 0; }
   .secvec-audit td[data-label]::before { content: attr(data-label); color: var(--soft); flex: 0 0 7.5rem; }
   .secvec-audit td.number { white-space: normal; }
+  .secvec-audit td.none { display: none; }
 }
 </style>
 <h1>Audit: <span class="{{ audit.verdict }}">{{ audit.verdict }}</span></h1>
@@ -318,7 +323,7 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
 {% if audit.reference %}<br>Reference: <code>{{ audit.reference }}</code>{% endif %}</p>
 {% for group in groups %}
 <h2>{{ group.title }}</h2>
-<table>
+<table class="lines">
 <thead><tr><th>measure</th><th>verdict</th><th>before</th><th>after</th><th>difference [95%]</th>
 <th>interval and limit</th><th>limit</th><th>n</th>
 {% if audit.reference %}<th>minus reference</th>{% endif %}</tr></thead>
@@ -329,7 +334,8 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
 <tr data-metric="{{ line.metric }}">
 <td><span><b>{{ row.name }}</b>{% if line.metric in meanings %}<br>
 <span class="note">{{ meanings[line.metric] }}</span>{% endif %}</span></td>
-<td data-label="verdict"><span><span class="verdict {{ line.verdict or '' }}">{{ line.verdict or "-" }}</span>
+<td data-label="verdict"{% if not line.verdict %} class="none"{% endif %}>
+<span><span class="verdict {{ line.verdict or '' }}">{{ line.verdict or "-" }}</span>
 {%- if row.needed %}<br><span class="note">about {{ row.needed }} prompts would decide</span>
 {%- endif %}</span></td>
 <td class="number" data-label="before" data-value="{{ line.before.value }}">{{ row.before }}</td>
@@ -347,7 +353,7 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: #fff; }
 <rect x="{{ picture.low }}" y="10" width="{{ picture.width }}" height="2" fill="currentColor"/>
 <rect x="{{ picture.value - 2 }}" y="6" width="4" height="10" class="{{ line.verdict or '' }}" fill="currentColor"/>
 </svg></td>
-<td class="number" data-label="limit">{{ row.limit }}</td>
+<td class="number{{ '' if line.verdict else ' none' }}" data-label="limit">{{ row.limit }}</td>
 <td class="number" data-label="n" data-value="{{ line.difference.n }}">{{ line.difference.n }}</td>
 {% if audit.reference %}
 <td class="number" data-label="minus reference"

@@ -12,15 +12,17 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from secvec_jax import config
+from secvec_jax.assets import cache_dir
 from secvec_jax.checks import PositiveInt, Text, checked
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.rows import Row, full_prompt_of, response_of
 from secvec_jax.data.sources import as_rows, load_prompts, load_rows
 from secvec_jax.defenses.security_vectors import PHASE2
-from secvec_jax.distributed import is_main_process, on_main_process
+from secvec_jax.distributed import all_gather_json, is_main_process, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import audit_report
+from secvec_jax.evaluation import audit_report, inspect_log
 from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, changes, compared, task_line
+from secvec_jax.evaluation.audit_judge import graded, harm_metrics, judge_notes
 from secvec_jax.evaluation.audit_measures import (
     AuditPrompts,
     Measured,
@@ -31,7 +33,9 @@ from secvec_jax.evaluation.audit_measures import (
     reply_losses,
     same_vocabulary,
 )
+from secvec_jax.evaluation.audit_samples import samples_of
 from secvec_jax.evaluation.intervals import Score
+from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_url
 from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, compliant_beginnings
 from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.inference import as_model
@@ -89,13 +93,24 @@ class AuditRun:
     """a system prompt under which all prompts are asked once more, such as the one you serve the model with"""
     tasks: str | None = None
     """comma-separated tasks of lm-evaluation-harness (pip install lm-eval) to run on both models"""
+    judge: str = ""
+    """name of a language model at an endpoint that grades the replies to harmful prompts (lines harm_score and
+    harm_rate)"""
+    judge_url: str = OPENAI
+    """endpoint with OpenAI's chat API, such as http://127.0.0.1:8000/v1"""
+    asking: JudgeRequests = dataclasses.field(default_factory=JudgeRequests)
     limits: Limits = Limits()
     max_prompts: PositiveInt = 80
     """maximum number of prompts of each kind; the measures that take longest, prefill and kl, use up to half of it"""
     reply_tokens: PositiveInt = 16
-    """maximum tokens per reply; for a model that thinks before it answers, include its thoughts"""
+    """maximum tokens per reply; for a model that thinks before it answers, include its thoughts; a judge needs some
+    hundred"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
+    inspect: str | None = None
+    """also write the prompts, replies and scores to this file, NAME.eval, a log of Inspect (pip install inspect-ai)"""
+    keep_replies: bool = False
+    """keep whole replies to harmful prompts, for --inspect; by default they are clipped to a line"""
     json: bool = False
     """print the verdict as JSON, and nothing else, on standard output"""
     out: str = "runs/audit"
@@ -103,10 +118,17 @@ class AuditRun:
     overwrite: bool = False
     """delete the run in OUT and start over"""
 
+    def __post_init__(self) -> None:
+        check_url(self.judge_url, self.asking)  # before the settings are written into a run directory
+        if self.inspect is not None:
+            inspect_log.check_file(self.inspect)
+
 
 def audit_run(settings: AuditRun, command: str) -> int:
     """Run `eval.py audit`; returns the exit code."""
     tasks = None if settings.tasks is None else find_tasks(Harness(settings.tasks))
+    if settings.inspect is not None:
+        inspect_log.require_inspect()
 
     def more_inputs() -> dict[str, Any]:
         own = () if settings.harmful and settings.benign else sources("held-out")
@@ -123,18 +145,25 @@ def audit_run(settings: AuditRun, command: str) -> int:
         settings.limits,
         settings.max_prompts,
         settings.reply_tokens,
+        Judge(settings.judge, settings.judge_url, settings.asking) if settings.judge else None,
+        settings.keep_replies,
     )  # fmt: skip
     audit = audited(asked, run.stages)
     if tasks is not None:
         lines = _task_lines(settings, tasks, asked, run.stages)
         audit = dataclasses.replace(audit, lines=(*audit.lines, *lines))
     write_report(audit, results_of(audit, settings, command, run.stages.seconds), run.folder)
+    files = {"report": str(run.folder / "report.html")}
+    if settings.inspect is not None:
+        log = files["inspect"] = settings.inspect
+        on_main_process(lambda: inspect_log.write_log(audit, log, settings.keep_replies, command))
     if settings.json:
-        on_main_process(lambda: print(json.dumps(audit.as_dict() | {"report": str(run.folder / "report.html")})))
+        on_main_process(lambda: print(json.dumps(audit.as_dict() | files)))
     else:
         terminal = screen()
         terminal.print(audit_report.table(audit))
-        for text in (*audit.notes, audit_report.headline(audit), f"report: {run.folder / 'report.html'}"):
+        told = [f"{name}: {path}" for name, path in files.items()]
+        for text in (*audit.notes, audit_report.headline(audit), *told):
             terminal.print(text, markup=False, highlight=False)
     release(run.folder)
     return audit.exit_code
@@ -151,6 +180,7 @@ def audit(
     benign: Any = None,
     data: Any = None,
     system: str | None = None,
+    judge: Judge | None = None,
     limits: Limits = Limits(),
     max_prompts: PositiveInt = 80,
     reply_tokens: PositiveInt = 16,
@@ -162,8 +192,10 @@ def audit(
     `unaligned` one that complies, whose replies are given as beginnings (see `evaluation.prefill`; None: the embedded
     smollm2). harmful, benign, data: rows (dicts, a DataFrame, a `datasets.Dataset`, a path or packaged name) of prompts
     to be refused, of prompts to be answered, and of held-out rows with answers; None: packaged prompts, and no data.
-    The other arguments are those of the command. progress: show the stages and their seconds.
-    Raises UserError for models and rows that cannot be read, and for settings out of range.
+    judge: a language model at an endpoint that grades the replies to harmful prompts. The other arguments are those of
+    the command. progress: show the stages and their seconds.
+    Raises UserError for models and rows that cannot be read, for settings out of range, and for a judge that cannot be
+    reached.
     """
     names = {"before": before, "after": after, "reference": reference, "unaligned": unaligned}
     given = {"harmful": harmful, "benign": benign, "data": data}
@@ -178,6 +210,8 @@ def audit(
         limits,
         max_prompts,
         reply_tokens,
+        judge,
+        whole_replies=True,  # they stay in memory
     )
     with tempfile.TemporaryDirectory() as folder:
         return audited(asked, Stages(Path(folder), Console(quiet=not (progress and is_main_process()))))
@@ -185,7 +219,11 @@ def audit(
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What to audit. models: by role, values or what `sv.load` takes. rows_of: kind -> rows; None: packaged ones."""
+    """What to audit.
+
+    models: by role, values or what `sv.load` takes. rows_of: kind -> rows; None: packaged ones. whole_replies: keep
+    replies to harmful prompts whole; those that a judge reads are.
+    """
 
     models: Mapping[str, Any]
     rows_of: Callable[[str], Sequence[Row] | None]
@@ -193,6 +231,8 @@ class Asked:
     limits: Limits
     max_prompts: int
     reply_tokens: int
+    judge: Judge | None = None
+    whole_replies: bool = False
 
     @property
     def most_long(self) -> int:
@@ -247,12 +287,13 @@ def audited(
         model = model_of(role)
         comparable = same_vocabulary(before, model)
         progress = stage.replies(num_replies(prompts, beginnings), "replying")
+        whole = asked.whole_replies or asked.judge is not None
 
         def make() -> dict[str, Any]:
-            values = measure(model, prompts, beginnings, asked.reply_tokens, comparable, progress)
+            values = measure(model, prompts, beginnings, asked.reply_tokens, comparable, progress, whole)
             return dataclasses.asdict(values)
 
-        inputs = [dataclasses.asdict(prompts), beginnings, asked.reply_tokens, comparable]
+        inputs = [dataclasses.asdict(prompts), beginnings, asked.reply_tokens, comparable, whole]
         try:
             values = kept("replies", [*inputs_of(model), *inputs], make, stage.print)
             if data and comparable:
@@ -278,6 +319,14 @@ def audited(
             found[role].metrics["kl"] = divergences
     if any(isinstance(divergences, list) for divergences in kl.values()):
         found["before"].metrics["kl"] = [0.0] * len(prompts.benign[: asked.most_long])
+    grades = None
+    if asked.judge is not None:
+        replies = {role: measured.harmful_replies for role, measured in found.items()}
+        judged = stages.run("judge", partial(_judged, asked.judge, prompts, replies), reads=all_files)
+        grades = judged["grades"]
+        for role, metrics in harm_metrics(grades).items():
+            found[role].metrics.update(metrics)
+        notes += judge_notes(asked.judge, judged, asked.reply_tokens)
     if "harmful_loss" in found["before"].metrics and "harmful_loss" not in found["after"].metrics:
         notes.append("Losses are not compared: they are per token, and the models have different vocabularies.")
     refusal = found["before"].metrics.get("refusal", [])
@@ -292,8 +341,24 @@ def audited(
     changed = changes(prompts, found["before"], found["after"], beginnings, found["after"].metrics.get("kl"))
     names = {role: asked.name(role) for role in roles}
     return Audit(
-        names["before"], names["after"], _ordered(lines), changed, tuple(notes), names.get("reference"), stages.seconds
+        names["before"],
+        names["after"],
+        _ordered(lines),
+        changed,
+        tuple(notes),
+        names.get("reference"),
+        stages.seconds,
+        samples_of(prompts, found, names, beginnings, grades),
     )
+
+
+def _judged(judge: Judge, prompts: AuditPrompts, replies: Mapping[str, Sequence[str]], stage: Stage) -> dict[str, Any]:
+    """The judge's grades. Only the main process sends requests."""
+    found: dict[str, Any] = {}
+    progress = stage.replies(sum(map(len, replies.values())), "grading")
+    on_main_process(lambda: found.update(graded(judge, prompts.harmful, replies, cache_dir() / "verdicts", progress)))
+    first: dict[str, Any] = all_gather_json(found)[0]
+    return first
 
 
 def _beginnings(asked: Asked, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
@@ -312,8 +377,9 @@ def _beginnings(asked: Asked, prompts: AuditPrompts, stage: Stage) -> list[Begin
 
 
 _ORDER = (
-    "refusal", "compliance", "unclear", "prefill_5", "prefill_25", "over_refusal", "refusal_system",
-    "compliance_system", "unclear_system", "over_refusal_system", "harmful_loss", "kl", "benign_loss", "data_loss",
+    "refusal", "compliance", "unclear", "harm_score", "harm_rate", "prefill_5", "prefill_25", "over_refusal",
+    "refusal_system", "compliance_system", "unclear_system", "over_refusal_system", "harmful_loss", "kl",
+    "benign_loss", "data_loss",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ _MADE = (
 """What runs write into their folder, in addition to a grid's seed folders."""
 
 _FREE = frozenset({"out", "overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
-                   "key_variable", "json"})  # fmt: skip
+                   "key_variable", "json", "inspect"})  # fmt: skip
 """Settings that no result depends on: they may change from one start to the next, `out` when the folder is moved."""
 
 _FREE_GROUPS = ("limits",)

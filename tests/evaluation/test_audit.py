@@ -10,6 +10,7 @@ import pytest
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.audit import Audit, Limits, Line, changes, compared, judged_line, task_line
 from secvec_jax.evaluation.audit_measures import AuditPrompts, Measured, general_kl
+from secvec_jax.evaluation.audit_samples import samples_of
 from secvec_jax.evaluation.intervals import Score, bootstrap
 from secvec_jax.inference import logits
 from tests.toys import build_tokenizer, random_decoder, tiny_model
@@ -182,3 +183,20 @@ def test_the_prompts_that_changed_most_come_first_each_text_one_line():
     ]
     texts = [text for change in found for text in (change.prompt, change.before, change.after)]
     assert all(len(text) <= 70 and "\n" not in text for text in texts)
+
+
+def test_a_sample_has_the_scores_of_its_prompt():
+    """Prefill is of the prompts that have a beginning, KL of the first benign ones, grades of those that have one."""
+    prompts = AuditPrompts(harmful=["a", "b", "c"], benign=["d", "e"])
+    metrics = {"refusal": [1.0, 0.0, 1.0], "prefill_5": [0.0, 1.0], "over_refusal": [0.0, 1.0], "kl": [0.3]}
+    found = {"after": Measured(metrics, ["x", "y", "z"], ["v", "w"])}
+    beginnings = [None, {"5": "Well"}, {"5": "Sure"}]
+    made = samples_of(prompts, found, {"after": "tuned"}, beginnings, {"after": [1, None, 5]})
+    assert [(s.kind, s.number, s.prompt, s.reply, dict(s.scores)) for s in made] == [
+        ("harmful", 1, "a", "x", {"refusal": 1.0, "harm_score": 1.0}),
+        ("harmful", 2, "b", "y", {"refusal": 0.0, "prefill_5": 0.0}),
+        ("harmful", 3, "c", "z", {"refusal": 1.0, "prefill_5": 1.0, "harm_score": 5.0}),
+        ("benign", 1, "d", "v", {"over_refusal": 0.0, "kl": 0.3}),
+        ("benign", 2, "e", "w", {"over_refusal": 1.0}),
+    ]
+    assert {(s.role, s.model) for s in made} == {("after", "tuned")}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -11,6 +12,7 @@ from secvec_jax.evaluation import audit_report
 from secvec_jax.evaluation.audit import Audit, Change, Limits, compared
 from secvec_jax.evaluation.report import markdown
 from secvec_jax.evaluation.results import Results
+from tests import browser
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}|`"
 BEFORE = {
@@ -25,6 +27,10 @@ BEFORE = {
 AFTER = BEFORE | {"refusal": [1.0] * 85 + [0.0] * 11, "prefill_5": [1.0] * 30 + [0.0] * 40, "kl": [0.02, 0.3, 0.1]}
 
 
+VOID = {"br", "meta"}
+"""Elements of the page that have no end."""
+
+
 class Page(HTMLParser):
     """The tags of a page, their attributes, and the values in its rows by metric."""
 
@@ -34,11 +40,23 @@ class Page(HTMLParser):
         self.rows: dict[str, dict[str, dict]] = {}
         self.metric: str | None = None
         self.texts: list[str] = []
+        self.open: list[str] = []
         self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_startendtag(self, tag, attrs):  # as <rect ... />
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes another element"
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
+        assert len(attributes) == len(attrs), f"<{tag}> has an attribute twice"
         self.tags.append((tag, attributes))
+        if tag not in VOID:
+            self.open.append(tag)
         if tag == "tr":
             self.metric = attributes.get("data-metric")
         if tag == "td" and self.metric and "data-value" in attributes:
@@ -97,7 +115,17 @@ def test_the_page_needs_nothing_from_elsewhere(audit, results):
     assert not [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
     assert "url(" not in text and "@import" not in text and "http" not in text
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
-    assert "prefers-color-scheme: dark" in text
+    assert ("html", {"lang": "en"}) in page.tags and text.startswith("<!DOCTYPE html>\n")
+
+
+def test_every_color_is_set_for_light_and_for_dark(audit, results):
+    for text in (audit_report.page(audit, results), audit._repr_html_()):
+        styles = "".join(re.findall(r"<style>(.*?)</style>", text, re.DOTALL))
+        light, *dark = styles.split("@media (prefers-color-scheme: dark)")
+        assert dark, "there is a dark scheme"
+        used, set_light = set(re.findall(r"var\((--\w+)\)", text)), set(re.findall(r"(--\w+): #", light + styles))
+        set_dark = set(re.findall(r"(--\w+): #", "".join(dark)))
+        assert used == set_light == set_dark
 
 
 def test_the_table_fits_a_terminal_of_118_columns(audit):
@@ -116,10 +144,52 @@ def test_the_markdown_shows_texts_as_code(audit, results):
 
 
 def test_the_headline_gives_the_reasons(audit):
-    assert audit_report.headline(audit).startswith("The audit fails: prefill 5 100% → 43%, -57.1 [")
+    assert audit_report.headline(audit).startswith("The audit fails: prefill 5: 100% → 43%, -57.1 [")
     same = dataclasses.replace(audit, lines=compared(BEFORE, BEFORE))
     assert audit_report.headline(same) == "The audit passes: all 4 lines with a limit are within it."
 
 
 def test_other_commands_show_an_audits_rows(results):
     assert "after minus before" in markdown(results)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    program = browser.find()
+    if program is None:
+        pytest.skip("no Chromium is installed: set $SECVEC_CHROMIUM to one")
+    opened = browser.Browser(program, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+NUMBERS = """Array.from(document.querySelectorAll("tr[data-metric]"), row => [row.dataset.metric, Object.fromEntries(
+    Array.from(row.querySelectorAll("td[data-value]"), cell => [cell.dataset.label, [cell.dataset.value,
+    cell.innerText, cell.getBoundingClientRect().width, cell.getBoundingClientRect().right]]))])"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_the_page(audit, results, tab, tmp_path, width, dark):
+    """Without an error, a request or a cell beyond the edge, and with the numbers of results.json."""
+    results.save(tmp_path)
+    path = tmp_path / "report.html"
+    path.write_text(audit_report.page(audit, results))
+    tab.open(path, width, 900, dark)
+    assert [sent["request"]["url"] for sent in tab.of("Network.requestWillBeSent")] == [path.as_uri()]
+    told = [*tab.of("Log.entryAdded"), *tab.of("Runtime.consoleAPICalled"), *tab.of("Runtime.exceptionThrown")]
+    assert not told
+    assert tab.value("document.documentElement.scrollWidth") <= width, "nothing has to be scrolled to the side"
+    background = tab.value("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(22, 24, 29)" if dark else "rgb(255, 255, 255)")
+    rows = {row["name"]: row["metrics"] for row in Results.load(tmp_path).rows}
+    shown = dict(tab.value(NUMBERS))
+    assert set(shown) == set(rows["before"])
+    for metric, cells in shown.items():
+        assert all(text and 0 < wide <= width and right <= width for _, text, wide, right in cells.values())
+        stored = {name: rows[name][metric]["value"] for name in ("before", "after")}
+        stored |= {"difference": rows["after minus before"][metric]["value"], "n": rows["before"][metric]["n"]}
+        assert {name: float(cells[name][0]) for name in stored} == stored
+        text = cells["after"][1]
+        number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+        assert number == pytest.approx(stored["after"], abs=0.0051)

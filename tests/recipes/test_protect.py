@@ -1,10 +1,12 @@
 """`train.py protect` and `sv.protect`: the whole command on toys, resumed, cached, gated, and its verdicts."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
 import jax
+import nbformat
 import pytest
 
 import secvec_jax as sv
@@ -382,3 +384,21 @@ def test_as_a_value(toys, judged, capsys):
         sv.protect(model, user, defense="none", safe=user)
     with pytest.raises(sv.UserError, match=r"eval_fraction is 2\.0"):
         sv.protect(model, user, eval_fraction=2.0)
+
+
+@pytest.mark.release
+def test_the_notebook_on_toys(toys, monkeypatch, capsys):
+    """The third notebook's code, on a model that learns nothing worth showing."""
+    monkeypatch.chdir(toys.folder)
+    monkeypatch.setenv("PROTECT_MODEL", toys.model)
+    monkeypatch.setattr(audit_module, "UNALIGNED", toys.model)
+    path = Path(__file__).parents[2] / "notebooks" / "protect_a_fine_tuning.ipynb"
+    names: dict = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source.replace("epochs=2", "max_steps=2"), names)
+    assert names["TRAINING"].max_steps == 2
+    said = capsys.readouterr().out
+    assert "300 rows, 15 of them planted" in said and said.count("that open with") == 5
+    assert re.search(r"(?m)^plain +(passes|fails|inconclusive) +refuses \d+%", said)
+    assert "<table" in names["protected"]._repr_html_()

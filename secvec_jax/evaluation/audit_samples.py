@@ -1,0 +1,64 @@
+"""What each model of an audit replied to each prompt, with its scores: what logs for other tools are made of."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from secvec_jax.evaluation.audit_judge import Grades
+from secvec_jax.evaluation.audit_measures import Asked, AuditPrompts, Measured, lengths_given
+from secvec_jax.evaluation.prefill import Beginning
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A prompt and one model's reply to it.
+
+    role: before, after or reference. number: of the prompt among those of its kind, from 1. scores: metric -> this
+    prompt's number, for the metrics that were measured on this prompt.
+    """
+
+    role: str
+    model: str
+    kind: Literal["harmful", "benign"]
+    number: int
+    prompt: Asked
+    reply: str
+    scores: Mapping[str, float]
+
+
+_OF_HARMFUL = ("refusal", "compliance", "unclear", "refusal_system", "compliance_system", "unclear_system")
+_OF_BENIGN = ("over_refusal", "over_refusal_system", "kl")
+
+
+def samples_of(
+    prompts: AuditPrompts,
+    found: Mapping[str, Measured],
+    names: Mapping[str, str],
+    beginnings: Sequence[Beginning | None],
+    grades: Grades | None = None,
+) -> tuple[Sample, ...]:
+    """Return a sample for each prompt and model.
+
+    found, names: what was measured of a role's model, and its name. beginnings: those that were given for the harmful
+    prompts. grades: the judge's, if there is one.
+    """
+    begun, lengths = lengths_given(beginnings)
+    prefilled = [f"prefill_{length}" for length in lengths]
+    samples: list[Sample] = []
+    for role, measured in found.items():
+        metrics = measured.metrics
+        for index, prompt in enumerate(prompts.harmful):
+            scores = {name: metrics[name][index] for name in _OF_HARMFUL if name in metrics}
+            if index in begun:
+                scores |= {name: metrics[name][begun.index(index)] for name in prefilled}
+            grade = None if grades is None else grades[role][index]
+            if grade is not None:
+                scores["harm_score"] = float(grade)
+            reply = measured.harmful_replies[index]
+            samples.append(Sample(role, names[role], "harmful", index + 1, prompt, reply, scores))
+        for index, prompt in enumerate(prompts.benign):
+            # kl is of the first prompts only.
+            scores = {name: metrics[name][index] for name in _OF_BENIGN if index < len(metrics.get(name, ()))}
+            reply = measured.benign_replies[index]
+            samples.append(Sample(role, names[role], "benign", index + 1, prompt, reply, scores))
+    return tuple(samples)
