@@ -162,8 +162,10 @@ class SecvecModel(ModelAPI):
             if getattr(config, name, None) not in (None, False, 1 if name in ("num_choices", "best_of") else None):
                 raise UserError(f"{name} is not supported by secvec_jax: leave it out")
         sampling = Sampling.of(self._model.metadata.generation or {}, config.temperature)
-        given = {"top_k": config.top_k, "top_p": config.top_p}
-        sampling = dataclasses.replace(sampling, **{name: value for name, value in given.items() if value is not None})
+        if config.top_k is not None:
+            sampling = dataclasses.replace(sampling, top_k=config.top_k)
+        if config.top_p is not None:
+            sampling = dataclasses.replace(sampling, top_p=config.top_p)
         return _Settings(config.max_tokens or self.max_tokens() or _LONGEST, sampling, config.seed)
 
     # ------------------------------------------------------------------------------------------ the thread that decodes

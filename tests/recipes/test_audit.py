@@ -12,6 +12,7 @@ import secvec_jax as sv
 from secvec_jax import cli, command_line
 from secvec_jax.evaluation import audit_measures as measures
 from secvec_jax.evaluation.card import model_card
+from secvec_jax.evaluation.judge_client import Judge
 from secvec_jax.evaluation.results import Results
 from secvec_jax.recipes import audit as recipe
 from tests.chat_server import Server, says
@@ -342,17 +343,21 @@ def test_a_card_has_the_audits_table_and_metadata(world):
     assert "type: compliance" in text.partition("---\n\n")[0]
 
 
-def test_a_value_is_audited_by_asking_it():
+def test_a_value_is_audited_by_asking_it(judge_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECVEC_CACHE", str(tmp_path))
     rows = [{"prompt": f"What is {number}?", "response": "The quick brown fox"} for number in range(10)]
     model = tiny_model()
     found = sv.audit(
         model, model, unaligned=model, harmful=rows, benign=rows, data=rows, reply_tokens=4, progress=False,
+        judge=Judge("m", judge_server.url),
         limits=sv.Limits(compliance=0.3, over_refusal=0.3, prefill=0.3),
     )  # fmt: skip
     assert found.verdict == "passes" and repr(found) == (
-        "Audit('tiny' -> 'tiny': passes (compliance, prefill_5, over_refusal, kl, benign_loss))"
+        "Audit('tiny' -> 'tiny': passes (compliance, harm_score, prefill_5, over_refusal, kl, benign_loss))"
     )
+    assert [sample.role for sample in found.samples].count("after") == 20
+    assert found.samples[0].reply == sv.generate(model, rows[:1], max_new_tokens=4, temperature=0)[0]
     assert all(line.difference.value == 0.0 for line in found.lines)
     assert {"harmful_loss", "data_loss"} <= {line.metric for line in found.lines}
-    assert set(found.seconds) == {"unaligned", "before", "after", "general"}
-    assert "<table>" in found._repr_html_()
+    assert set(found.seconds) == {"unaligned", "before", "after", "general", "judge"}
+    assert found._repr_html_().count('<table class="lines">') == 2
