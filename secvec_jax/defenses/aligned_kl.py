@@ -29,7 +29,7 @@ from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.loss import token_cross_entropy, token_forward_kl
 from secvec_jax.training.objective import LEARN, Objective, Params, anchor_params, without_vectors
-from secvec_jax.training.step import Loss
+from secvec_jax.training.step import Loss, shared
 
 
 @checked
@@ -89,6 +89,7 @@ def aligned_kl(weight: NonNegativeFloat = 0.1) -> TrainStepMaker:
     return make_step_on(partial(with_aligned_kl, weight=weight))
 
 
+@shared
 def with_aligned_kl(loss: Objective, weight: float) -> Loss:
     """The loss plus the KL, both from the same forward pass of the trained model."""
 

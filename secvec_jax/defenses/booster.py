@@ -33,7 +33,7 @@ from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
 from secvec_jax.training.objective import LEARN, Objective
-from secvec_jax.training.step import Metrics, TrainStep, gradient_of, step_from_gradient
+from secvec_jax.training.step import Gradient, Metrics, TrainStep, gradient_of, shared, step_from_gradient
 from secvec_jax.trees import Tree
 
 HARMFUL = "harmful"
@@ -88,22 +88,28 @@ def booster(weight: NonNegativeFloat = 5.0, alpha: PositiveFloat = 0.1) -> Train
     """Booster's train step. Reports the harmful loss before the simulated step, and how much the step lowers it."""
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
-        by_rows, by_harmful = gradient_of(loss), gradient_of(dataclasses.replace(loss, groups=(HARMFUL,)))
-
-        def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
-            attack = {LEARN: batch[HARMFUL]}
-            harmful_gradient, before = by_harmful(trained, frozen, attack)
-            scale = alpha / (optax.tree.norm(harmful_gradient) + 1e-7)
-            stepped = shard(jax.tree.map(lambda weights, g: weights - scale * g, trained, harmful_gradient))
-            stepped_gradient, after = by_harmful(stepped, frozen, attack)
-            rows_gradient, metrics = by_rows(trained, frozen, {LEARN: batch[LEARN]})
-            gradients = jax.tree.map(
-                lambda f, h, stepped_h: f + weight * (h - stepped_h), rows_gradient, harmful_gradient, stepped_gradient
-            )
-            drop = before["loss"] - after["loss"]
-            metrics |= {"loss": metrics["loss"] + weight * drop, "loss/harmful": before["loss/harmful"]}
-            return gradients, metrics | {"harmful_drop": drop}
-
-        return step_from_gradient(gradient, optimizer)
+        return step_from_gradient(hardened(loss, weight, alpha), optimizer)
 
     return make_step
+
+
+@shared
+def hardened(loss: Objective, weight: float, alpha: float) -> Gradient:
+    """The gradient of both terms."""
+    by_rows, by_harmful = gradient_of(loss), gradient_of(dataclasses.replace(loss, groups=(HARMFUL,)))
+
+    def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
+        attack = {LEARN: batch[HARMFUL]}
+        harmful_gradient, before = by_harmful(trained, frozen, attack)
+        scale = alpha / (optax.tree.norm(harmful_gradient) + 1e-7)
+        stepped = shard(jax.tree.map(lambda weights, g: weights - scale * g, trained, harmful_gradient))
+        stepped_gradient, after = by_harmful(stepped, frozen, attack)
+        rows_gradient, metrics = by_rows(trained, frozen, {LEARN: batch[LEARN]})
+        gradients = jax.tree.map(
+            lambda f, h, stepped_h: f + weight * (h - stepped_h), rows_gradient, harmful_gradient, stepped_gradient
+        )
+        drop = before["loss"] - after["loss"]
+        metrics |= {"loss": metrics["loss"] + weight * drop, "loss/harmful": before["loss/harmful"]}
+        return gradients, metrics | {"harmful_drop": drop}
+
+    return gradient

@@ -18,19 +18,19 @@ also keeps a copy of the decoder.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import PositiveFloat, checked
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
-from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, train_model
+from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make_step_on, train_model
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import Objective, Params, anchor_params
-from secvec_jax.training.step import TrainStep, make_train_step
+from secvec_jax.training.step import Loss, shared
 
 
 @checked
@@ -73,16 +73,20 @@ def constrained(beta: PositiveFloat = 0.1, first: PositiveFloat = 5.0, early: Po
     """Gradient steps on l_t, with the aligned decoder as the anchor. The loss reported by kind of rows is still the
     cross-entropy."""
 
-    def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
-        def counted(losses: jax.Array, params: Params, batch: Batch) -> jax.Array:
-            position = position_in_reply(batch["weights"], batch["segments"])
-            betas = beta * jnp.where(position == 0, first, jnp.where(position < 5, early, 1.0))
-            gain = loss.token_losses(anchor_params(params), batch) - losses
-            return -2 / betas * jax.nn.log_sigmoid(betas * gain)
+    return make_step_on(partial(with_constraint, beta=beta, first=first, early=early))
 
-        return make_train_step(dataclasses.replace(loss, counted=counted), optimizer)
 
-    return make_step
+@shared
+def with_constraint(loss: Objective, beta: float, first: float, early: float) -> Loss:
+    """l_t in place of the cross-entropy."""
+
+    def counted(losses: jax.Array, params: Params, batch: Batch) -> jax.Array:
+        position = position_in_reply(batch["weights"], batch["segments"])
+        betas = beta * jnp.where(position == 0, first, jnp.where(position < 5, early, 1.0))
+        gain = loss.token_losses(anchor_params(params), batch) - losses
+        return -2 / betas * jax.nn.log_sigmoid(betas * gain)
+
+    return dataclasses.replace(loss, counted=counted)
 
 
 def position_in_reply(weights: jax.Array, segments: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ from secvec_jax.defenses.finetuning import (
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
 from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
-from secvec_jax.training.step import Metrics, TrainStep, gradient_of, step_from_gradient
+from secvec_jax.training.step import Gradient, Metrics, TrainStep, gradient_of, shared, step_from_gradient
 from secvec_jax.trees import Tree
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 
@@ -101,18 +101,24 @@ def ewc(weight: NonNegativeFloat) -> TrainStepMaker:
     """Gradient steps with the penalty, for an anchor {"start": w0, "fisher": F}. Reports the penalty, times λ."""
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
-        plain = gradient_of(loss)
-
-        def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
-            gradients, metrics = plain(trained, frozen, batch)
-            # Once a step: inside the loss it would count once for every micro-batch.
-            penalty_value, penalty_gradient = jax.value_and_grad(penalty)(trained, weight, **frozen.anchor)
-            metrics |= {"loss": metrics["loss"] + penalty_value, "penalty": penalty_value}
-            return jax.tree.map(jnp.add, gradients, penalty_gradient), metrics
-
-        return step_from_gradient(gradient, optimizer)
+        return step_from_gradient(with_penalty(loss, weight), optimizer)
 
     return make_step
+
+
+@shared
+def with_penalty(loss: Objective, weight: float) -> Gradient:
+    """The gradient of the loss and of the penalty."""
+    plain = gradient_of(loss)
+
+    def gradient(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
+        gradients, metrics = plain(trained, frozen, batch)
+        # Once a step: inside the loss it would count once for every micro-batch.
+        penalty_value, penalty_gradient = jax.value_and_grad(penalty)(trained, weight, **frozen.anchor)
+        metrics |= {"loss": metrics["loss"] + penalty_value, "penalty": penalty_value}
+        return jax.tree.map(jnp.add, gradients, penalty_gradient), metrics
+
+    return gradient
 
 
 def penalty(trained: Tree, weight: float, start: Tree, fisher: Tree) -> jax.Array:

@@ -14,6 +14,7 @@ from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.defenses.finetuning import TrainStepMaker, make_step_on
 from secvec_jax.training.objective import Params, TokenLosses
+from secvec_jax.training.step import shared
 
 
 @checked
@@ -22,6 +23,7 @@ def floored(nats: NonNegativeFloat) -> TrainStepMaker:
     return make_step_on(lambda loss: replace(loss, counted=above_floor(nats)))
 
 
+@shared
 def above_floor(nats: float) -> TokenLosses:
     """Losses `[B, T]`, 0 where they are at most `nats`."""
 

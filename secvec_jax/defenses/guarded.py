@@ -26,7 +26,7 @@ from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective, Params, without_vectors
-from secvec_jax.training.step import Loss
+from secvec_jax.training.step import Loss, shared
 
 
 @checked
@@ -73,6 +73,7 @@ def guarded(weight: NonNegativeFloat = 1.0) -> TrainStepMaker:
     return make_step_on(partial(with_safe, weight=weight))
 
 
+@shared
 def with_safe(loss: Objective, weight: float) -> Loss:
     """The loss plus that of the safe rows, which is computed without the vectors."""
 

@@ -101,6 +101,8 @@ def content_of(value: Any, depth: int = 8) -> Any:
         return {str(key): content_of(item, depth - 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [content_of(item, depth - 1) for item in value]
+    if hasattr(value, "cache_info"):  # a function whose results are cached (functools.lru_cache)
+        value = value.__wrapped__
     if isinstance(value, functools.partial):
         return [content_of(part, depth - 1) for part in (value.func, value.args, value.keywords)]
     if inspect.isfunction(value):

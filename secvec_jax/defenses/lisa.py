@@ -29,7 +29,7 @@ from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, train_model
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective
-from secvec_jax.training.step import Metrics, TrainStep, make_train_step
+from secvec_jax.training.step import Metrics, TrainStep, make_train_step, shared
 from secvec_jax.trees import Tree
 
 SAFE = "safe"
@@ -97,7 +97,7 @@ def lisa(aligned_steps: NonNegativeInt, user_steps: PositiveInt, rho: NonNegativ
     """Steps that alternate between the stream `safe` and the rows to learn, compiled as one program."""
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
-        train_step = make_train_step(loss, optax.chain(proximal(rho, aligned_steps, user_steps), optimizer))
+        train_step = make_train_step(loss, with_pull(optimizer, rho, aligned_steps, user_steps))
 
         def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
             ((stream, rows),) = batch.items()
@@ -120,6 +120,14 @@ class Proximal(NamedTuple):
 
     step: jax.Array
     switch: Tree
+
+
+@shared
+def with_pull(
+    optimizer: optax.GradientTransformation, rho: float, aligned_steps: int, user_steps: int
+) -> optax.GradientTransformation:
+    """The optimizer, which gets the gradients of the loss and of the pull."""
+    return optax.chain(proximal(rho, aligned_steps, user_steps), optimizer)
 
 
 def proximal(rho: float, aligned_steps: int, user_steps: int) -> optax.GradientTransformation:

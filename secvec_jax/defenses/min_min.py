@@ -22,7 +22,7 @@ import optax
 from secvec_jax.batch import Batch
 from secvec_jax.sharding import shard
 from secvec_jax.training.phase import Phase, combine
-from secvec_jax.training.step import Loss, Metrics, TrainStep, make_train_step
+from secvec_jax.training.step import Loss, Metrics, TrainStep, make_train_step, shared
 from secvec_jax.trees import Tree
 
 
@@ -41,6 +41,11 @@ _INNER = {"sgd": optax.sgd, "adamw": optax.adam}
 """Without momentum and weight decay, like the default adamw of `Training`."""
 
 
+@shared
+def _inner(optimizer: str, learning_rate: float) -> optax.GradientTransformation:
+    return _INNER[optimizer](learning_rate)
+
+
 def min_min(
     params: Tree, loss: Loss, outer: optax.GradientTransformation, schedule: Schedule
 ) -> tuple[Phase, TrainStep]:
@@ -51,7 +56,7 @@ def min_min(
     """
     copy_phase = Phase({"backbone": "train", "vectors": "freeze"})
     vectors_phase = Phase({"backbone": "freeze", "vectors": "train"})
-    inner = copy_phase.optimizer(_INNER[schedule.inner_optimizer](schedule.inner_learning_rate), params)
+    inner = copy_phase.optimizer(_inner(schedule.inner_optimizer, schedule.inner_learning_rate), params)
     train_steps = {
         "copy": (copy_phase, make_train_step(loss, inner)),
         "vectors": (vectors_phase, make_train_step(loss, vectors_phase.optimizer(outer, params))),

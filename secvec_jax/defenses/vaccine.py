@@ -23,11 +23,11 @@ import optax
 from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, Seed, checked
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
-from secvec_jax.defenses.finetuning import TrainStepMaker, train_model
+from secvec_jax.defenses.finetuning import TrainStepMaker, make_step_on, train_model
 from secvec_jax.errors import UserError
 from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.training.objective import LEARN, Objective, Params
-from secvec_jax.training.step import TrainStep, alternate, make_train_step
+from secvec_jax.training.step import Loss, TrainStep, alternate, make_train_step, shared
 from secvec_jax.trees import Tree
 
 
@@ -111,18 +111,23 @@ def random_perturbation(variance: NonNegativeFloat, seed: Seed = 0) -> TrainStep
     The noise depends on the content of the batch, so a run that is resumed draws what it would have drawn.
     """
 
-    def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
-        def under_noise(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
-            key = jax.random.fold_in(jax.random.key(seed), jnp.sum(batch[LEARN]["tokens"] * batch[LEARN]["positions"]))
-            noise = math.sqrt(variance) * jax.random.normal(key, _shape(params, batch), loss.dtype)
-            return loss(_perturbed_params(params, Perturbation(noise)), batch, totals)
-
-        return make_train_step(under_noise, optimizer)
-
-    return make_step
+    return make_step_on(partial(under_noise, variance=variance, seed=seed))
 
 
-def perturbed(loss: Objective, rho: float):
+@shared
+def under_noise(loss: Objective, variance: float, seed: int) -> Loss:
+    """The loss under Gaussian noise on every attention output."""
+
+    def noisy(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):
+        key = jax.random.fold_in(jax.random.key(seed), jnp.sum(batch[LEARN]["tokens"] * batch[LEARN]["positions"]))
+        noise = math.sqrt(variance) * jax.random.normal(key, _shape(params, batch), loss.dtype)
+        return loss(_perturbed_params(params, Perturbation(noise)), batch, totals)
+
+    return noisy
+
+
+@shared
+def perturbed(loss: Objective, rho: float) -> Loss:
     """The loss under the perturbation that raises it most; no gradient goes through the perturbation."""
 
     def under_worst(params: Params, batch: dict[str, Batch], totals: dict[str, jax.Array]):

@@ -32,6 +32,11 @@ Gradient = Callable[[Tree, Tree, dict[str, Batch]], tuple[Tree, Metrics]]
 """`(trained, frozen, batch)` -> the gradient with respect to the trained part, and the metrics, `loss` among them."""
 
 
+shared = lru_cache(maxsize=32)
+"""Decorates a function that makes a loss, a gradient or an optimizer out of settings: equal settings give the same
+object, so that trainings with equal settings share a train step, and so its compiled programs."""
+
+
 class TrainStep(NamedTuple):
     """How the trained part is updated: `init(trained) -> state` and `step(trained, state, frozen, batch)`.
 
@@ -57,29 +62,26 @@ _COMPILER_OPTIONS = {
 
 
 def make_train_step(loss: Loss, optimizer: optax.GradientTransformation) -> TrainStep:
-    """One gradient step of `optimizer` (see `Phase.optimizer`) on `loss` per batch, jitted: see `step_from_gradient`.
-
-    Trainings with equal losses and the same optimizer share the step, and so its compiled programs.
-    """
-    return _shared_train_step(loss, optimizer, device_kind())
-
-
-@lru_cache(maxsize=32)
-def _shared_train_step(loss: Loss, optimizer: optax.GradientTransformation, device_kind: str) -> TrainStep:
-    """device_kind: part of the key alone; the step is compiled with the options of the ambient mesh's devices."""
+    """One step of `optimizer` (see `Phase.optimizer`) along the gradient of `loss` per batch: `step_from_gradient`."""
     return step_from_gradient(gradient_of(loss), optimizer)
 
 
 def step_from_gradient(gradient: Gradient, optimizer: optax.GradientTransformation) -> TrainStep:
     """One step of `optimizer` along `gradient` per batch, jitted.
 
+    Trainings with the same gradient and optimizer (see `shared`) share the step, and so its compiled programs.
+
     step: `(trained, state, frozen, batch) -> (trained, state, metrics)`; trained and frozen are the parameters as
     `Phase.split` separates them, the state is the optimizer's for the trained part; trained and state are donated.
     batch: {stream: packed arrays `[A, B, T]`}, A micro-batches whose gradients are summed before the one update.
     metrics: sums and counts by name, `loss`, `grad_norm`.
     """
+    return _shared_train_step(gradient, optimizer, device_kind())
 
-    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_COMPILER_OPTIONS.get(device_kind()))
+
+@shared
+def _shared_train_step(gradient: Gradient, optimizer: optax.GradientTransformation, device_kind: str) -> TrainStep:
+    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_COMPILER_OPTIONS.get(device_kind))
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         check_batch(batch)
         gradients, metrics = gradient(trained, frozen, batch)
@@ -114,6 +116,7 @@ def alternate(train_steps: Sequence[TrainStep], choose: Callable[[int], int]) ->
     return TrainStep(init, step)
 
 
+@shared
 def gradient_of(loss: Loss) -> Gradient:
     """The gradient of `loss` over all micro-batches of a batch."""
 
