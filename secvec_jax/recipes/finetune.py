@@ -30,7 +30,6 @@ from secvec_jax.workspace.packaged_rows import CONTENTS
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stage
 
-
 _CHANGES_WEIGHTS = ("alignment", "after fine-tuning")
 """Stages of defenses that change weights in addition to those that fine-tuning trains."""
 
