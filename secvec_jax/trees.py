@@ -4,7 +4,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def fingerprint(tree: Tree) -> str:
     """
     digest = hashlib.sha256()
     for name, leaf in _named_leaves(tree):
-        array = leaf if isinstance(leaf, jax.Array) or hasattr(leaf, "pieces") else np.asarray(leaf)
+        array = leaf if isinstance(leaf, jax.Array | InPieces) else np.asarray(leaf)
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
         for piece in pieces(array):
             digest.update(np.ascontiguousarray(piece).view(np.uint8).data)
@@ -95,14 +95,26 @@ def _named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
             yield prefix, node
 
 
-def pieces(array: jax.Array | np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
+@runtime_checkable
+class InPieces(Protocol):
+    """An array that is nowhere as a whole, such as one that is read from a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def pieces(self, rows: int | None = None) -> Iterator[np.ndarray]:
+        """As `pieces` below."""
+        ...
+
+
+def pieces(array: jax.Array | np.ndarray | InPieces, rows: int | None = None) -> Iterator[np.ndarray]:
     """Yield the array in blocks `[rows, ...]` on the host of every process.
 
     Without `rows`, it is yielded whole if that needs no copy, else in blocks of at most 64 MiB, or of one row. If the
-    array is sharded over several processes, all of them must consume all blocks. An array that is read from a file has
-    a method `pieces` of its own.
+    array is sharded over several processes, all of them must consume all blocks.
     """
-    if hasattr(array, "pieces"):
+    if isinstance(array, InPieces):
         yield from array.pieces(rows)
         return
     if not isinstance(array, jax.Array) or array.is_fully_replicated:

@@ -178,9 +178,8 @@ def with_precision(decoder: Any, precision: Precision) -> Any:
     kernels = {}
     for projection in decoder.architecture.projections:
         kernel = linear_of(decoder, projection).kernel
-        kernels[projection] = QuantizedKernel(
-            precision, *_quantize(kernel[...], precision), kernel.get_metadata("axes")
-        )
+        codes, scales = _quantize(kernel[...], precision)
+        kernels[projection] = QuantizedKernel(precision, codes, scales, kernel.get_metadata("axes"))
     return with_kernels(decoder, kernels)
 
 

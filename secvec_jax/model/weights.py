@@ -301,10 +301,11 @@ def _with_quantized(
 ) -> tuple[jax.Array, jax.Array]:
     """The stacks, with the weights `read` `[outputs, inputs]` from the output `start` on written into a layer."""
     new = quantize(read.T, precision)
-    return tuple(
-        constrain(jax.lax.dynamic_update_slice(stack, part[None], (layer, 0, start)), *axes)
-        for stack, part, axes in zip((codes, scales), new, places)
-    )
+
+    def written(stack: jax.Array, part: jax.Array, axes: LogicalAxes) -> jax.Array:
+        return constrain(jax.lax.dynamic_update_slice(stack, part[None], (layer, 0, start)), *axes)
+
+    return written(codes, new[0], places[0]), written(scales, new[1], places[1])
 
 
 def _zeros(shape: tuple[int, ...], dtype: DTypeLike, axes: LogicalAxes) -> jax.Array:
@@ -410,10 +411,11 @@ class _LeafOnDisk:
     def pieces(self, rows: int | None = None) -> Iterator[np.ndarray]:
         """The layers, `[1, ...]` each, or the one array, whatever `rows` is."""
         for layer, hf in enumerate(members(self.name, self.source.architecture)):
-            first, count = (self.name.rows[0], self.shape[-1]) if self.name.rows else (0, None)
+            first = self.name.rows[0] if self.name.rows else 0
+            count = self.shape[-1] if self.name.rows else None
             stored = self.source.weight(hf)
-            rows = slice(first, None if count is None else first + count)
-            read = stored[(rows, *[slice(None)] * (len(stored.shape) - 1))].astype(np.float32, copy=False)
+            rows_of_leaf = slice(first, None if count is None else first + count)
+            read = stored[(rows_of_leaf, *[slice(None)] * (len(stored.shape) - 1))].astype(np.float32, copy=False)
             part = np.ascontiguousarray(read.T) if self.name.transpose else read
             if self.projection in PROJECTIONS:
                 part = self._merged(part, layer)

@@ -1,7 +1,7 @@
 """optax optimizers from settings."""
 
 import re
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -75,9 +75,9 @@ def _optimizer(
             consistent_rms=0.2,
         )
     else:
-        scaled = {"adamw-bf16": partial(scale_by_adam_in_bfloat16, seed=seed), "adafactor": _scale_by_adafactor}[name]
+        scaled = _scale_by_adafactor() if name == "adafactor" else scale_by_adam_in_bfloat16(seed=seed)
         decay = [optax.add_decayed_weights(weight_decay, decayed)] if weight_decay else []
-        transform = optax.chain(scaled(), *decay, optax.scale_by_learning_rate(rate))
+        transform = optax.chain(scaled, *decay, optax.scale_by_learning_rate(rate))
     if max_grad_norm:
         transform = optax.chain(optax.clip_by_global_norm(max_grad_norm), transform)
     return rounded_weights(transform, seed) if in_bfloat16 else transform

@@ -230,6 +230,7 @@ def test_on_a_mesh_weights_are_the_same(tiny_model, tokens):
 
 
 def test_no_more_is_read_than_is_quantized_at_a_time(tiny_model, monkeypatch):
+    tiny = tiny_model("llama")
     read = []
     stored = weights._Stored.__getitem__
 
@@ -240,10 +241,10 @@ def test_no_more_is_read_than_is_quantized_at_a_time(tiny_model, monkeypatch):
 
     monkeypatch.setattr(weights._Stored, "__getitem__", recorded)
     monkeypatch.setattr(weights, "_CHUNK", 200)
-    loaded = hub.load(tiny_model("llama").folder, "nf4")
+    loaded = hub.load(tiny.folder, "nf4")
     assert isinstance(loaded.backbone.layers.attention.q_proj.kernel, QuantizedKernel)
     assert max(size for name, size in read if "proj" in name) <= 200
-    expected = with_precision(tiny_model("llama").model.backbone, "nf4")
+    expected = with_precision(tiny.model.backbone, "nf4")
     for ours, theirs in zip(*map(jax.tree.leaves, (loaded.backbone, expected)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
