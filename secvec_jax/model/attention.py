@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def self_attention(
 
     path: `attention_path` of the same arguments.
     """
-    marks = {"segments": segments, "positions": positions}
+    marks: dict[str, Any] = {"segments": segments, "positions": positions}
     match path:
         case "splash":
             return partial(splash, segments=segments, window=window, softcap=softcap)

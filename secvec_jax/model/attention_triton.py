@@ -145,7 +145,7 @@ def _backward_rule(spec, residuals, slope):
     # What the softmax's normalization takes from every score's gradient.
     mean = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     specs = _BlockSpecs(query, key)
-    settings: dict[str, Any] = {
+    settings = {
         "compiler_params": plgpu.CompilerParams(num_warps=blocks.warps, num_stages=2),
         "interpret": spec.interpret,
     }

@@ -17,6 +17,7 @@ from secvec_jax.model.attention_masks import visible
 from secvec_jax.model.attention_splash import splash, splash_blocks
 from secvec_jax.model.attention_triton import triton
 from secvec_jax.model.decoder import ForwardOptions, abstract_decoder
+from secvec_jax.sharding import make_mesh
 from tests.toys import ARCHITECTURE
 
 needs_cuda = pytest.mark.skipif(
@@ -149,6 +150,24 @@ def test_packed_rows_do_not_see_each_other(kernel):
     )
     np.testing.assert_array_equal(before[1, start:], after[1, start:])
     assert float(abs(before[1, :start] - after[1, :start]).max()) > 1
+
+
+@pytest.mark.parametrize("rows", [4, 1])
+def test_each_device_of_a_mesh_computes_its_own_rows_and_heads(rows):
+    """One row is not divided over the devices: all compute it."""
+    query, key, value, segments, positions = (jnp.tile(x[:1], (rows, *[1] * (x.ndim - 1))) for x in packed(4, 2, 96, 8))
+    query = query * jnp.arange(1, rows + 1)[:, None, None, None]
+    settings = {"window": 50, "shared_prefix": False, "block": 32}
+
+    def attend(segments, positions, query, key, value):
+        return blockwise(query, (key,), (value,), segments=segments, positions=positions, **settings)
+
+    expected = attend(segments, positions, query, key, value)
+    with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
+        program = jax.jit(attend).lower(segments, positions, query, key, value).compile()
+        found = program(segments, positions, query, key, value)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert "f32[1,1,2,32,32]" in program.as_text()  # the scores of one row, one key-value head, its two query heads
 
 
 def loss_of(attend, query, key, value):

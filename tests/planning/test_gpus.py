@@ -194,8 +194,8 @@ def test_every_gpu_of_the_table_can_be_compiled_for(name):
 @pytest.mark.parametrize("phase", ["finetune", "vectors"])
 def test_a_plan_names_memory_kernels_and_the_bound(phase):
     done = run(
-        "train.py", "plan", "--model", "smollm2", "--topology", "h100:2", "--phase", phase, "--batch-size", "4",
-        "--max-seq-len", "512",
+        "train.py", "plan", "--model", "configs/models/llama-3.2-1b.json", "--topology", "h100:2", "--phase", phase,
+        "--batch-size", "4", "--max-seq-len", "512",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "memory per GPU: parameters" in done.stdout and "of 75.15 GiB" in done.stdout
