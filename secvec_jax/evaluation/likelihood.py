@@ -142,8 +142,8 @@ def _packed_batches(examples: Sequence[Example], prefix: np.ndarray, max_rows: i
     tails = [np.asarray(example.tokens[len(prefix) :]) for example in examples]
     supervised = [np.flatnonzero(example.supervised[len(prefix) :]) for example in examples]
     supervised = [places[places > 0] for places in supervised]  # nothing precedes the first token
-    max_targets = rounded_up(max(1, *map(len, supervised)), _BUCKET)
     for rows, batches in batches_by_length(tails, max_rows, _MOST_TOKENS):
+        max_targets = rounded_up(max(1, *(len(supervised[index]) for batch in batches for index in batch)), _BUCKET)
         all_packed = pack_prompts([[tails[index] for index in batch] for batch in batches], rows, len(prefix))
         for batch, packed in zip(batches, all_packed):
             before, targets = (np.zeros((rows, max_targets), np.int32) for _ in range(2))

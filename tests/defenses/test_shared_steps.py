@@ -21,7 +21,7 @@ def test_a_step_is_shared_by_trainings_of_equal_settings_alone(make):
     optimizer = optax.sgd(0.1)
 
     def step_of(setting: float, **objective):
-        return make(setting)(Objective(("all",), **objective), optimizer).step
+        return make(setting)(Objective(("all",), share_prefix=False, **objective), optimizer).step
 
     assert step_of(0.5) is step_of(0.5)
     assert len({step_of(0.5), step_of(0.25), step_of(0.5, remat="full")}) == 3

@@ -343,8 +343,7 @@ def test_a_card_has_the_audits_table_and_metadata(world):
     assert "type: compliance" in text.partition("---\n\n")[0]
 
 
-def test_a_value_is_audited_by_asking_it(judge_server, tmp_path, monkeypatch):
-    monkeypatch.setenv("SECVEC_CACHE", str(tmp_path))
+def test_a_value_is_audited_by_asking_it(judge_server, own_cache):
     rows = [{"prompt": f"What is {number}?", "response": "The quick brown fox"} for number in range(10)]
     model = tiny_model()
     found = sv.audit(

@@ -312,6 +312,7 @@ def test_a_defense_is_given_by_flags_or_by_a_file_that_flags_override(tmp_path, 
 def test_packaged_safe_rows_leave_out_the_prompts_that_the_model_is_measured_on(own_cache, tmp_path, monkeypatch):
     """Its own replies to the others are made once and kept in the cache, and in the run's file."""
     monkeypatch.undo()
+    monkeypatch.setenv("SECVEC_CACHE", str(own_cache))
     made = []
 
     class Splits:
