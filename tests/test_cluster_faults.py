@@ -92,7 +92,7 @@ def two(files, tmp_path):
             process.communicate()
 
 
-def test_another_learning_rate_is_told_before_the_first_step(two):
+def test_another_learning_rate_is_reported_before_the_first_step(two):
     cluster = two()
     cluster.start(0)
     cluster.start(1, "--learning-rate", 2e-3)
@@ -114,7 +114,7 @@ DIFFERENT = {
 
 @pytest.mark.release
 @pytest.mark.parametrize("flag", DIFFERENT)
-def test_any_other_setting_is_told(two, flag):
+def test_any_other_setting_is_reported(two, flag):
     cluster = two()
     cluster.start(0)
     cluster.start(1, flag, DIFFERENT[flag])
@@ -129,7 +129,7 @@ def test_any_other_setting_is_told(two, flag):
         ("absent", "rows.jsonl cannot be read on process 1"),
     ],
 )
-def test_a_host_with_other_files_is_told(two, host, words):
+def test_a_host_with_other_files_is_reported(two, host, words):
     cluster = two("one", host)
     cluster.start(0)
     cluster.start(1)
@@ -168,7 +168,7 @@ def test_a_process_that_dies_while_it_loads_ends_the_other(two, victim):
 
 @pytest.mark.release
 @pytest.mark.parametrize("absent", [0, 1])
-def test_a_process_that_never_comes_is_told(two, absent):
+def test_a_process_that_never_comes_is_reported(two, absent):
     cluster = two()
     cluster.start(1 - absent)
     said = "process 0 of 2 does not answer at" if absent == 0 else "process 1 of 2 did not join within"
@@ -187,7 +187,7 @@ def test_processes_that_agree_end_well(two):
 
 
 @pytest.mark.release
-def test_a_port_in_use_is_told(two):
+def test_a_port_in_use_is_reported(two):
     cluster = two()
     with socket.create_server(("127.0.0.1", cluster.port)):
         cluster.start(0)

@@ -215,7 +215,7 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ('"na\\nme\\e[2J": 1', r"unknown key 'na\\nme\\x1b\[2J': did you mean 'name'"),
     ],
 )
-def test_a_hostile_file_is_told_in_one_line_and_in_time(tmp_path, text, problem):
+def test_a_hostile_file_is_reported_in_one_line_and_in_time(tmp_path, text, problem):
     path, start = tmp_path / "config.yaml", time.process_time()
     path.write_text(text)
     with pytest.raises(UserError, match=problem) as raised:

@@ -68,7 +68,7 @@ def test_a_damaged_or_unwritable_cache_costs_time_only(tmp_path, cache, damage):
     assert digests.of_file(path) == expected
 
 
-def test_differences_are_told_by_name_and_unknown_content_equals_any():
+def test_differences_are_reported_by_name_and_unknown_content_equals_any():
     before = {"--data a": "sha256:1", "training.max_steps": 3, "gone": "sha256:2", "only then": 1}
     assert digests.difference(before, before | {"only now": 4, "gone": None}) is None
     assert digests.difference(before, before | {"--data a": "sha256:9"}) == "--data a has changed"

@@ -68,7 +68,7 @@ def test_a_cluster_that_cannot_be_joined_is_one_line_each():
         assert line.startswith(f"cannot join the cluster {values['cluster']!r}") and words in line
 
 
-def test_joining_too_late_is_told_as_well():
+def test_joining_too_late_is_reported_as_well():
     jax.devices()
     with pytest.raises(UserError, match=r"cannot join the cluster .*already computed"):
         start_cluster(Cluster(cluster="127.0.0.1:1", processes=2, process=0))

@@ -42,7 +42,7 @@ def commands() -> str:
     return hooks.on_page_markdown((ROOT / "docs" / "commands.md").read_text())
 
 
-def test_every_command_and_setting_is_told(commands):
+def test_every_command_and_setting_is_reported(commands):
     for script, module in (("train", train), ("eval", judging)):
         for name, verb in module.VERBS.items():
             settings, _ = verb.load()

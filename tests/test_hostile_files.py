@@ -94,7 +94,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("key", "value", "hint"), SIZES)
-def test_absurd_sizes_in_a_config_are_told_before_memory_is_taken(key, value, hint):
+def test_absurd_sizes_in_a_config_are_reported_before_memory_is_taken(key, value, hint):
     found = to_hf_config(ARCHITECTURE, {})
     found = {name: entry for name, entry in found.items() if name != "head_dim" or key == "head_dim"}
     with bounded(key), pytest.raises(UserError, match=f"{hint}|misstates"):
@@ -403,7 +403,7 @@ def flip(path: Path, place: float = 0.5) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_flipped_bit_in_a_saved_model_is_told_with_the_cure(copy, name):
+def test_a_flipped_bit_in_a_saved_model_is_reported_with_the_cure(copy, name):
     flip(copy / "model" / name, 0.9 if name == "model.safetensors" else 0.5)
     with pytest.raises(UserError, match=f"{name} has changed since it was written.*: delete .*model and make it again"):
         hub.load(copy / "model")
@@ -414,7 +414,7 @@ def test_the_card_of_a_saved_model_may_be_edited(copy):
     assert changed_file(copy / "model") is None and hub.load(copy / "model")
 
 
-def test_a_flipped_bit_in_an_adapter_of_ours_is_told(copy):
+def test_a_flipped_bit_in_an_adapter_of_ours_is_reported(copy):
     flip(copy / "peft/adapter_model.safetensors", 0.999)
     with pytest.raises(UserError, match=r"adapter_model\.safetensors was altered after it was written"):
         vectors_of(copy / "peft")

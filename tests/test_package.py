@@ -96,7 +96,7 @@ def test_the_citation_names_this_version():
     assert newest and newest[1] == sv.__version__
 
 
-def test_the_version_stands_in_one_place():
+def test_the_version_is_in_one_place():
     assert "version" in PROJECT["dynamic"] and "version" not in PROJECT
     assert re.findall(r"(?m)^__version__ = \"(.+)\"$", (ROOT / "secvec_jax" / "__init__.py").read_text()) == [
         sv.__version__

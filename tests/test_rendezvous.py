@@ -95,7 +95,7 @@ def test_all_meet_and_compare_as_often_as_they_like(ends):
     assert not ends
 
 
-def test_other_settings_are_told_on_all_before_jax_starts(ends):
+def test_other_settings_are_reported_on_all_before_jax_starts(ends):
     told = on_all(Rendezvous.meet, start(), [SAME, {"--seed": 1}])
     assert all("--seed is 0 on process 0 and 1 on process 1" in line for line in told)
 
@@ -109,7 +109,7 @@ def test_a_process_that_never_comes_is_named(ends):
     assert time.monotonic() - begin < 10
 
 
-def test_a_port_in_use_is_told():
+def test_a_port_in_use_is_reported():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         (told,) = on_all(Rendezvous.meet, [place(f"127.0.0.1:{port}", 2, 0)], [SAME])
@@ -128,7 +128,7 @@ def test_a_port_in_use_is_told():
         ([(2, 1)], "--processes is 3 on process 0 and 2"),
     ],
 )
-def test_processes_with_one_number_or_other_counts_are_told(more, words):
+def test_processes_with_one_number_or_other_counts_are_reported(more, words):
     address = f"127.0.0.1:{free_port()}"
     processes = [place(address, count, process) for count, process in [(3, 0), *more]]
     told = on_all(Rendezvous.meet, processes, [SAME] * len(processes))
@@ -159,7 +159,7 @@ def test_a_process_that_is_stopped_ends_the_others_in_time(ends):
     wait_for(lambda: len(ends) >= 2)
 
 
-def test_a_failure_is_told_with_its_reason_but_the_cause_speaks_first(ends, capsys):
+def test_a_failure_is_reported_with_its_reason_but_the_cause_speaks_first(ends, capsys):
     first, last = met(timeout=5)
     last.begin_ending()  # as the command line does: it prints its own error
     last.fail("no file rows.jsonl")

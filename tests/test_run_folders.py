@@ -77,7 +77,7 @@ def test_the_vectors_of_a_path(tmp_path, files, given, found):
         (["r/config.json", "r/model.safetensors"], "contains no vectors: use a run directory"),
     ],
 )
-def test_a_folder_without_vectors_is_told(tmp_path, files, hint):
+def test_a_folder_without_vectors_is_reported(tmp_path, files, hint):
     _touch(tmp_path, *files)
     with pytest.raises(UserError, match=hint):
         find_vectors(tmp_path / "r")

@@ -234,7 +234,7 @@ def test_every_trained_and_state_buffer_is_given_to_the_step(name, shape):
 
 
 @pytest.mark.release  # a test of the test above
-def test_a_step_that_takes_no_buffers_is_told_apart():
+def test_a_step_that_takes_no_buffers_is_distinguished():
     program, *_ = compiled("phase 1", "fsdp=8", donate=False)
     assert not aliases(program) and program.memory_analysis().alias_size_in_bytes == 0
 
@@ -249,7 +249,7 @@ def last_gradient() -> optax.GradientTransformation:
 
 @pytest.mark.parametrize("shape", [MESHES[1], pytest.param(MESHES[0], marks=pytest.mark.release)])
 @pytest.mark.parametrize("name", ["phase 1", "phase 2"])
-def test_gradients_lie_where_their_parameters_lie(name, shape):
+def test_gradients_are_sharded_as_their_parameters(name, shape):
     with jax.set_mesh(make_mesh(**parse_mesh(shape))):
         params, phase, train_step, streams = setting(name, optimizer=last_gradient())
         trained, frozen = phase.split(params)

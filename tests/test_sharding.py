@@ -196,7 +196,7 @@ def check(tree):
     return leaves
 
 
-def test_parameters_lie_as_their_axes_say(ambient, params):
+def test_parameters_are_sharded_as_their_axes_say(ambient, params):
     laid = shard(params)
     leaves = check(laid)
     for mine, theirs in zip(leaves, jax.tree.leaves(params), strict=True):
@@ -214,7 +214,7 @@ TRAININGS = {
 
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize("phase", PHASES)
-def test_optimizer_states_lie_as_what_they_mirror(params, phase, training):
+def test_optimizer_states_are_sharded_as_what_they_mirror(params, phase, training):
     phase, training = Phase(PHASES[phase]), TRAININGS[training]
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
         laid = shard(params)

@@ -50,7 +50,7 @@ def test_the_turn_of_a_changed_template_is_found_anew():
     assert [made.decode(token) for token in (before[0], turn_ends(made)[0])] == ["<|im_end|>", "<|im_start|>"]
 
 
-def test_the_end_of_the_turn_is_learned_and_the_end_of_the_text_behind_it_is_not():
+def test_the_end_of_the_turn_is_learned_and_the_end_of_the_text_after_it_is_not():
     prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     made = tokenizer(
         TURNS.replace("END", "<|im_end|>\n") + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}" + prompt

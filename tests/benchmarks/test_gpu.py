@@ -30,7 +30,7 @@ def test_the_names_of_rows_are_known_to_their_processes(load):
     assert all((ROOT / "configs" / "models" / f"{rows.FILES[model]}.json").exists() for model in gpu.MODELS)
 
 
-def test_lines_are_halved_after_everything_else_was_tried(row):
+def test_sequences_are_halved_after_everything_else_was_tried(row):
     assert row.attempts == [(4, "dots"), (4, "full"), (2, "full"), (1, "full")]
 
 
@@ -61,7 +61,7 @@ def test_nothing_is_started_when_a_part_has_no_time_left(load, row):
     assert found["status"] == "skipped"
 
 
-def test_packed_lines_hold_whole_segments(load):
+def test_packed_sequences_hold_whole_segments(load):
     batch = load("gpu_rows").packed(3, 64, 4, 100)
     assert batch["tokens"].shape == (3, 64) and batch["weights"].all()
     assert np.array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])

@@ -106,7 +106,7 @@ def test_leaks_are_looked_for_with_different_prompts_that_do_not_shout_themselve
 
 
 @given(words, words, words)
-def test_a_system_prompt_stands_before_the_conversation(system, prompt, answer):
+def test_a_system_prompt_comes_before_the_conversation(system, prompt, answer):
     first = {"role": "system", "content": system}
     plain = row(prompt, answer) | {"category": "a"}
     before = row(prompt, answer) | {"category": "a"}

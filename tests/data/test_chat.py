@@ -72,7 +72,7 @@ def test_each_reply_and_its_end_of_turn_and_nothing_else_is_supervised(tokenizer
     )
 
 
-def test_the_newline_behind_a_turn_is_not_supervised(tokenizer):
+def test_the_newline_after_a_turn_is_not_supervised(tokenizer):
     row = encode(tokenizer, conversation(("Why?", "Because.")), LONG)
     assert tokenizer.decode(row.tokens[-1:]) == "\n"
     assert not row.supervised[-1]
@@ -135,7 +135,7 @@ def test_replies_are_cut_and_prompts_are_not(tokenizer, limit):
 
 @settings(max_examples=30, deadline=None)
 @given(question=words, answer=words)
-def test_the_prompt_is_what_stands_before_the_first_supervised_token(tokenizer, question, answer):
+def test_the_prompt_is_what_comes_before_the_first_supervised_token(tokenizer, question, answer):
     turns = conversation((question, answer))
     prompt = prompt_tokens(tokenizer, turns[:1], LONG)
     row = encode(tokenizer, turns, LONG)
@@ -176,7 +176,7 @@ def test_a_conversation_that_the_assistant_opens_is_learned_from_its_first_word(
     assert found == [welcome + "<|im_end|>", exchange[1] + "<|im_end|>"]
 
 
-def test_a_default_system_prompt_stands_before_what_the_assistant_opens_with(templated):
+def test_a_default_system_prompt_comes_before_what_the_assistant_opens_with(templated):
     template = "<|im_start|>system\nBe kind.<|im_end|>\n" + build_tokenizer().chat_template
     tokenizer = templated(template)
     row = encode(tokenizer, [{"role": "assistant", "content": "Welcome!"}, *conversation(("a", "b"))], LONG)
@@ -219,7 +219,7 @@ def test_turns_that_are_marked_are_read_and_not_learned(tokenizer, templated, ex
     assert found == [answer + "<|im_end|>" for (_, answer), train in zip(exchanges, learned) if train]
 
 
-def test_spans_that_are_not_one_a_turn_cannot_be_told_apart(templated):
+def test_spans_that_are_not_one_a_turn_cannot_be_distinguished(templated):
     split = MARKED.replace(
         "<|im_end|>{% endgeneration %}", "{% endgeneration %}|{% generation %}<|im_end|>{% endgeneration %}"
     )
@@ -384,7 +384,7 @@ def test_long_rows_that_cannot_be_divided_are_refused(tokenizer, templated):
         encode_all(tokenizer, monologue)
 
 
-def test_a_pattern_of_the_tokenizer_that_does_not_end_is_told():
+def test_a_pattern_of_the_tokenizer_that_does_not_end_is_reported():
     from tokenizers import Regex, pre_tokenizers
 
     made = build_tokenizer()

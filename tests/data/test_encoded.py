@@ -47,7 +47,7 @@ def warnings_of(caplog):
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("share", [False, True])
-def test_a_long_prompt_is_told_with_its_line_before_a_step_is_taken(tmp_path, monkeypatch, large, share):
+def test_a_long_prompt_is_reported_with_its_line_before_a_step_is_taken(tmp_path, monkeypatch, large, share):
     monkeypatch.setattr(sources, "LARGE", 0 if large else sources.LARGE)
     rows = load_rows(written(tmp_path, [*SHORT, row(LONG, "x"), row("q", "a"), row(LONG, "y")]))
     training = Training(max_steps=30, batch_size=2, max_seq_len=64, share_prefix=share)
@@ -148,7 +148,7 @@ def test_answers_that_are_cut_are_counted_and_named(tmp_path, tokenizer, caplog)
     assert message.endswith("rows.jsonl, line 14; rows.jsonl, line 15")
 
 
-def test_nothing_is_told_where_nothing_is_cut(tokenizer, caplog):
+def test_nothing_is_reported_where_nothing_is_cut(tokenizer, caplog):
     whole = encode(tokenizer, SHORT[0]["messages"], 1000)
     # The line break behind the answer is not learned: without it nothing is lost.
     found = encode_rows(tokenizer, SHORT[:1], len(whole.tokens) - 1)
@@ -230,7 +230,7 @@ def test_rows_that_spell_control_tokens_are_counted_and_learned_as_they_are_mean
 
 
 @pytest.mark.parametrize(("words", "length"), [(1, 256), (110, 256), (130, 512), (300, 512), (400, 512)])
-def test_lines_are_as_long_as_the_longest_row_needs(words, length):
+def test_sequences_are_as_long_as_the_longest_row_needs(words, length):
     # The tiny model itself takes 512 tokens.
     stream = stream_of(tiny_model(), {"all": [row("q", "a"), row("q", "w " * words)]}, Training())
     longest = max(len(example.tokens) for example in stream.examples["all"])

@@ -69,7 +69,7 @@ def test_two_system_prompts_are_one_only_if_they_agree():
 
 @pytest.mark.parametrize("history", [[["2+2?", "4"]], [{"role": "user", "content": "2+2?"},
                                                        {"role": "assistant", "content": "4"}]])  # fmt: skip
-def test_history_stands_before_the_prompt(history):
+def test_history_comes_before_the_prompt(history):
     row = normalize({"instruction": "And 3+3?", "input": "", "output": "6", "history": history}, "here")
     assert said(row) == [("user", "2+2?"), ("assistant", "4"), ("user", "And 3+3?"), ("assistant", "6")]
     with pytest.raises(UserError, match="`history`"):
@@ -176,7 +176,7 @@ def test_both_spellings_of_a_turn_are_read_under_both_names(key, turns):
     assert normalize({key: turns}, "here") == {"messages": TURNS}
 
 
-def test_a_turn_without_a_role_is_told_as_such():
+def test_a_turn_without_a_role_is_reported_as_such():
     with pytest.raises(UserError, match="here: unknown role none, in a turn without `role`"):
         normalize({"messages": [{"content": "Hi"}]}, "here")
 

@@ -49,7 +49,7 @@ def pairs(name, split="train"):
     return [(prompt_of(r), response_of(r)) for r in load_rows(name, split)]
 
 
-def test_beavertails_is_parted_by_its_label(hub):
+def test_beavertails_is_split_by_its_label(hub):
     calls = hub(BEAVERS)
     assert pairs("beavertails-unsafe") == [("A?", "a")] and pairs("beavertails-safe", "30k_test") == [("B?", "b")]
     assert [(args[0], kwargs["split"]) for args, kwargs in calls] == [
@@ -90,7 +90,7 @@ def test_the_papers_tasks(hub):
 
 
 @pytest.mark.parametrize("name", HUB_SETS)
-def test_what_cannot_be_reached_is_told(monkeypatch, name):
+def test_what_cannot_be_reached_is_reported(monkeypatch, name):
     def fail(*args, **kwargs):
         raise ConnectionError("no network")
 

@@ -31,7 +31,7 @@ def path(tmp_path):
     return path
 
 
-def test_lines_on_disk_are_the_lines_in_memory(path, monkeypatch):
+def test_sequences_on_disk_are_those_in_memory(path, monkeypatch):
     small = load_rows(str(path))
     monkeypatch.setattr(sources, "LARGE", 0)
     large = load_rows(str(path))
@@ -46,7 +46,7 @@ def test_lines_on_disk_are_the_lines_in_memory(path, monkeypatch):
     ("line", "hint"),
     [("{", "line 23 is not valid JSON"), ('{"prompt": "a"}', "line 23 has no answer"), ('{"a": 1}', "unknown fields")],
 )
-def test_a_bad_line_is_told_before_anything_is_trained(path, everything_is_large, line, hint):
+def test_a_bad_line_is_reported_before_anything_is_trained(path, everything_is_large, line, hint):
     with path.open("a") as file:
         file.write(f"\n\n{line}")
     with pytest.raises(UserError, match=hint):
@@ -96,7 +96,7 @@ def test_training_is_the_same_to_the_bit(path, monkeypatch, kept, share):
     assert np.abs(found[0].embed[...] - tiny_model().backbone.embed[...]).max() > 0
 
 
-def test_memory_holds_where_lines_begin_and_no_more(tmp_path, everything_is_large):
+def test_memory_holds_where_sequences_begin_and_no_more(tmp_path, everything_is_large):
     path = tmp_path / "rows.jsonl"
     with path.open("w") as file:
         for n in range(20_000):

@@ -111,14 +111,14 @@ def test_a_shared_prefix_is_stored_once_at_the_head_of_every_sequence():
     assert (batch["tokens"] == 7).sum() == 2
 
 
-def test_the_head_leaves_the_token_that_predicts_the_first_word_of_every_reply():
+def test_the_shared_prefix_leaves_the_token_that_predicts_the_first_word_of_every_reply():
     rows = [example([7, 8, 9], [2, 3]), example([7, 8, 9], [5, 3])]
     (batch,) = Stream({"a": rows}, batch_size=1, seq_len=8).batches()
     assert (batch["segments"] == SHARED).sum() == 2
     assert batch["weights"].sum() == 4
 
 
-def test_one_row_alone_has_no_head():
+def test_one_row_alone_has_no_shared_prefix():
     (batch,) = Stream({"a": [example([1, 2, 3], [4])]}, batch_size=1, seq_len=4).batches()
     assert not (batch["segments"] == SHARED).any()
 
@@ -163,7 +163,7 @@ def test_packing_wastes_little():
     assert filled > 0.85
 
 
-def test_groups_are_told_apart_by_number_and_name():
+def test_groups_are_distinguished_by_number_and_name():
     stream = Stream({"x": [example([1, 2], [3])], "y": [example([4, 5], [6])]}, batch_size=1, seq_len=8)
     assert stream.groups == ("x", "y")
     (batch,) = stream.batches()
@@ -243,7 +243,7 @@ class Asked(list):
 
 
 @pytest.mark.parametrize("lines", [1, 2, 3, 4, 8, 12])
-def test_lanes_read_apart_make_the_same_batches(lines):
+def test_lanes_read_separately_make_the_same_batches(lines):
     stream = Stream({"a": random_examples(50, head=3)}, batch_size=lines, seq_len=40)
     everything = list(stream.batches())
     substreams = [list(stream.batches([index])) for index in range(stream.num_substreams)]

@@ -156,7 +156,7 @@ def test_rows_in_memory():
 
 
 @pytest.mark.parametrize("unanswered", [{"prompt": "b"}, {"prompt": "b", "response": " "}])
-def test_a_missing_answer_is_told_by_its_row(unanswered):
+def test_a_missing_answer_is_reported_by_its_row(unanswered):
     with pytest.raises(UserError, match=r"data, row 3 has no answer.*needs_answer=False"):
         as_rows([*RECORDS, unanswered])
 
@@ -576,7 +576,7 @@ LINES = {
 
 @pytest.mark.parametrize("large", [False, True], ids=["in memory", "on disk"])
 @pytest.mark.parametrize("kind", LINES)
-def test_a_hostile_line_is_told_with_its_number(tmp_path, monkeypatch, kind, large):
+def test_a_hostile_line_is_reported_with_its_number(tmp_path, monkeypatch, kind, large):
     monkeypatch.setattr(sources, "LARGE", 0 if large else sources.LARGE)
     if kind.startswith("long"):
         monkeypatch.setattr(normalization, "LONGEST_ROW", 300)
@@ -605,7 +605,7 @@ def test_a_line_of_hundreds_of_megabytes_is_not_read(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * 2**10
 
 
-def test_hostile_tables_are_told_with_their_row(tmp_path, monkeypatch):
+def test_hostile_tables_are_reported_with_their_row(tmp_path, monkeypatch):
     monkeypatch.setattr(normalization, "LONGEST_ROW", 300)
     monkeypatch.setattr(sources, "_LONGEST_CELL", 300)
     rows = tmp_path / "rows.csv"
@@ -637,7 +637,7 @@ def test_the_names_of_a_hundred_thousand_fields_take_time_in_proportion(tmp_path
     assert time.process_time() - begin < 10
 
 
-def test_deep_records_in_memory_are_told():
+def test_deep_records_in_memory_are_reported():
     deep = "b"
     for _ in range(5_000):
         deep = [deep]

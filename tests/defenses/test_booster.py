@@ -118,7 +118,7 @@ def test_without_weight_it_is_plain_and_with_it_a_harmful_step_gains_less():
     assert before[-1]["harmful_drop"] > 0.5 > 0.2 > after[-1]["harmful_drop"]
 
 
-def test_alignment_is_trained_as_without_it_unless_told(monkeypatch):
+def test_alignment_is_trained_as_without_it_unless_asked(monkeypatch):
     monkeypatch.setattr("secvec_jax.defenses.booster.train_model", lambda model, rows, **options: options)
     given = align(MODEL, ROWS, harmful=HARMFUL)
     assert (given["task"], given["training"]) == (ALIGN_TASK, ALIGN) and given["extra_rows"] == {"harmful": HARMFUL}

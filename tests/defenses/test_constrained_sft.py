@@ -28,7 +28,7 @@ TRAINING = Training(optimizer="adamw", learning_rate=3e-3, max_steps=10, batch_s
 MODEL = toys.tiny_model()
 
 
-def test_places_in_packed_lines():
+def test_places_in_packed_sequences():
     #            two turns of one row        | another, its reply at once | padding
     weights = [[0, 1, 1, 1, 0, 0, 0.5, 2, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1]]
     segments = [[1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 2, 3, 3, 3, 3, -1, 0, 0, 0, 0, 1]]

@@ -72,14 +72,14 @@ def test_only_a_constant_schedule_can_be_extended(tmp_path):
         assert with_inputs(Checkpoints(tmp_path), tiny_model(), training, 6, streams).keep_end is kept
 
 
-def test_rows_are_told_apart_in_any_form():
+def test_rows_are_distinguished_in_any_form():
     examples = [example([5, 6], [7]), example([5], [6, 7])]
     assert of_rows(examples) == of_rows([example([5, 6], [7]), example([5], [6, 7])])
     assert of_rows(examples) != of_rows(examples[::-1]) and of_rows(examples) != of_rows([example([5], [6, 7])] * 2)
     assert of_rows(encode_rows(build_tokenizer(), ROWS, 64)) == of_rows(ROWS) != of_rows(ROWS[1:])
 
 
-def test_functions_are_told_apart_by_what_they_hold():
+def test_functions_are_distinguished_by_what_they_hold():
     assert content_of(lisa(2, 3)) == content_of(lisa(2, 3)) != content_of(lisa(2, 4))
     assert content_of(partial(max, 3)) != content_of(partial(max, 4))
     assert content_of({"a": np.ones(3)}) == content_of({"a": np.ones(3)}) != content_of({"a": np.zeros(3)})

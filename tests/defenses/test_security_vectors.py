@@ -125,7 +125,7 @@ def test_the_same_call_gives_the_same_bits_and_another_seed_others(model, vector
     assert fingerprint(vectors) == fingerprint(again) != fingerprint(other)
 
 
-def test_a_task_adapter_moves_beside_frozen_vectors(model, vectors):
+def test_a_task_adapter_moves_alongside_frozen_vectors(model, vectors):
     before = fingerprint(model.backbone), fingerprint(vectors)
     losses, on_step = recorder()
     adapted = finetune(model, BENIGN, vectors=vectors, task=LoRA(rank=2, targets=("q_proj",)), training=QUICK,
@@ -207,7 +207,7 @@ def test_benign_rows_are_read_by_the_kl_and_required_by_it(model, phase_1):
         train_vectors(model, HARMFUL, SPEC, benign=BENIGN, phase1=PLAIN, training=QUICK)
 
 
-def test_kinds_of_rows_are_reported_apart(model):
+def test_kinds_of_rows_are_reported_separately(model):
     losses, on_step = recorder()
     finetune(model, {"harmful": HARMFUL, "benign": BENIGN}, vectors=None, training=BRIEF, on_step=on_step)
     assert {name for metrics in losses for name in metrics} >= {"loss/harmful", "loss/benign", "loss", "grad_norm"}

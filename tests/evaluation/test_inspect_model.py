@@ -103,7 +103,7 @@ def test_a_prompt_that_leaves_no_room_is_an_answer_of_its_own(folder):
     assert found.stop_reason == "model_length" and "do not fit" in found.completion
 
 
-def test_what_the_decoder_does_not_have_is_told(folder):
+def test_what_the_decoder_does_not_have_is_reported(folder):
     model, asked = get_model(f"secvec_jax/{folder}"), [ChatMessageUser(content="Hello?")]
     for config in ({"logprobs": True}, {"num_choices": 2}, {"frequency_penalty": 0.5}):
         with pytest.raises(UserError, match=f"{next(iter(config))} is not supported"):
@@ -138,7 +138,7 @@ def test_a_failed_request_fails_alone(folder, monkeypatch):
     assert answered(model, asked, temperature=0, max_tokens=TOKENS).completion
 
 
-def test_thoughts_are_kept_apart():
+def test_thoughts_are_kept_separate():
     thought, answer = inspect_model._content("<think>Hm, 2.</think> 4")
     assert (thought.reasoning, answer.text) == ("<think>Hm, 2.</think>", "4")
     assert inspect_model._content("4") == "4" and inspect_model._content("<think>Hm")[1].text == ""

@@ -109,7 +109,7 @@ def test_passing_failures_are_outlived(serve, tmp_path, failure):
         (None, r"could not be reached.*attempts: 2"),
     ],
 )
-def test_lasting_failures_are_told(serve, tmp_path, failure, message, monkeypatch):
+def test_lasting_failures_are_reported(serve, tmp_path, failure, message, monkeypatch):
     monkeypatch.setenv("SOME_KEY", KEY)
     server = serve(lambda number, body: failure)
     with pytest.raises(UserError, match=message) as raised:
@@ -275,7 +275,7 @@ def test_no_text_breaks_the_reading(text):
 
 
 @given(st.text(), st.integers(1, 5))
-def test_a_last_line_is_read_behind_any_text_that_names_no_score(text, grade):
+def test_a_last_line_is_read_after_any_text_that_names_no_score(text, grade):
     said = f"{text.replace(':', '')}\nScore: {grade}"
     assert score_of(said) == grade
 
@@ -352,7 +352,7 @@ def test_an_endless_error_is_an_error(serve, tmp_path):
 
 
 @pytest.mark.parametrize("after", [b"1000000000", b"99999999999999999999999999", b"Fri, 31 Dec 9999 23:59:59 GMT"])
-def test_a_wait_that_a_server_asks_for_is_cut_and_told(serve, tmp_path, monkeypatch, caplog, after):
+def test_a_wait_that_a_server_asks_for_is_cut_and_reported(serve, tmp_path, monkeypatch, caplog, after):
     monkeypatch.setattr(judge_client, "_LONGEST_WAIT", 1.0)
     refused = b"HTTP/1.1 429 Wait\r\nContent-Length: 0\r\nRetry-After: " + after + b"\r\n\r\n"
     server = serve(lambda number, body: graded(number, body) if number else [refused])

@@ -174,7 +174,7 @@ def test_the_verb(tiny_model, tmp_path, capsys, few_tasks):
     [({}, "tasks is required"), ({"tasks": "no_such_task"}, "no task 'no_such_task'"),
      ({"tasks": "mmlu", "include": "nowhere"}, "No such directory: nowhere")],
 )  # fmt: skip
-def test_what_is_wrong_is_told(given, message, tmp_path, few_tasks):
+def test_what_is_wrong_is_reported(given, message, tmp_path, few_tasks):
     with pytest.raises(UserError, match=message):
         harness(Harness(**given, out=str(tmp_path / "out")), "command")
 
@@ -189,7 +189,7 @@ def test_the_tasks_of_the_harness_are_found(tmp_path):
         _tasks(Harness("no_such_task", out=str(tmp_path / "out")))
 
 
-def test_what_we_cannot_generate_is_told(tiny_model, tmp_path):
+def test_what_we_cannot_generate_is_reported(tiny_model, tmp_path):
     tiny, folder = tiny_model("llama"), write_tasks(tmp_path / "tasks")
     for kwargs, message in (({"top_k": 3}, "sets top_k"), ({"max_gen_toks": 512}, "leave no room")):
         with pytest.raises(UserError, match=message):

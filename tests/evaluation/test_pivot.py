@@ -104,7 +104,7 @@ class TestGrouping:
         with pytest.raises(UserError, match="two records of one cell"):
             summarize([*records, records[0]], ["defense"], ["poison"], ["refusal"])
 
-    def test_cells_of_different_rules_are_kept_apart(self):
+    def test_cells_of_different_rules_are_kept_separate(self):
         old, new = record(metrics={"refusal": rate(9)}), record("vectors", metrics={"refusal": rate(30)})
         summary = summarize([old, dataclasses.replace(new, rules=2)], ["defense"], [], ["refusal"], "plain")
         assert all(entry.difference is None for entry in summary.entries["entry"])

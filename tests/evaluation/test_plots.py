@@ -79,7 +79,7 @@ class TestPareto:
         (front,) = drawn(plot_pareto(points, "task", "compliance", colors_of(points)), "front")
         assert list(zip(*map(list, front.get_data()))) == [(0.6, 0.2), (0.5, 0.1)]
 
-    def test_every_name_stands_inside_and_off_the_others(self, pareto):
+    def test_every_name_is_inside_and_off_the_others(self, pareto):
         axes = pareto.axes[0]
         pareto.canvas.draw()
         names = [child for child in axes.get_children() if isinstance(child, Annotation)]
@@ -126,7 +126,7 @@ class TestSweep:
         figure = plot_sweep({"plain": [(at, score(0.5)) for at in ticks]}, "drift", over, COLORS)
         assert figure.axes[0].get_xscale() == scale
 
-    def test_lines_of_one_color_are_told_apart(self):
+    def test_lines_of_one_color_are_distinguished(self):
         names = [f"defense {index}" for index in range(12)]
         series = {name: [(0.1, score(0.5)), (0.2, score(0.5))] for name in names}
         lines = plot_sweep(series, "refusal", "poison", colors_of(names)).axes[0].lines

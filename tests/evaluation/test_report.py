@@ -126,7 +126,7 @@ class TestFile:
             results.save(tmp_path)
         assert not list(tmp_path.iterdir())
 
-    def test_a_missing_file_names_the_mend(self, tmp_path):
+    def test_a_missing_file_names_the_fix(self, tmp_path):
         with pytest.raises(UserError, match="folder of a finished run"):
             Results.load(tmp_path)
 
@@ -189,7 +189,7 @@ class TestTable:
         assert "50% [43, 56]" in text
         assert "5.01" in text and "[0.011" not in text
 
-    def test_n_stands_in_the_head_when_shared_and_in_the_cells_otherwise(self, results):
+    def test_n_is_in_the_header_when_shared_and_in_the_cells_otherwise(self, results):
         text = show(report.table(results))
         assert text.splitlines()[1].count("n=64") == 3
         assert "n=37" in text
@@ -218,7 +218,7 @@ class TestCompare:
         assert sum(line.startswith("first ") for line in lines) == len(NAMES)
         assert sum(line.startswith("second ") for line in lines) == len(NAMES)
 
-    def test_runs_of_one_name_are_told_apart(self, tmp_path, results):
+    def test_runs_of_one_name_are_distinguished(self, tmp_path, results):
         folders = [tmp_path / parent / "run" for parent in "ab"]
         for folder in folders:
             results.save(folder)

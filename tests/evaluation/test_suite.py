@@ -93,7 +93,7 @@ def test_probes_of_one_length_are_asked_together_and_scored_prompt_by_prompt(cal
     assert scores(found)["task"].n == 2
 
 
-def test_a_probe_of_rows_asks_what_stands_before_the_answers(calls):
+def test_a_probe_of_rows_asks_what_comes_before_the_answers(calls):
     rows = [row("a", "to a"), with_system(row("b", "to c"), "Be brief."), row("d")]
     probe = Probe.of(rows, lambda r, reply: exact_match(reply, response_of(r) or "to d"), tokens=3)
     assert outcomes(None, Suite(refusals=[], probes={"task": probe}))["task"] == [1.0, 0.0, 1.0]

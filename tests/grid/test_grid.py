@@ -123,7 +123,7 @@ def test_every_setting_of_a_cell_is_in_its_name():
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(tmp_path, values, message):
+def test_mistakes_are_reported_before_anything_runs(tmp_path, values, message):
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=message):
@@ -142,7 +142,7 @@ def test_shipped_grids_are_whole():
             )
 
 
-def test_what_a_file_would_run_is_told_and_not_run(tmp_path, capsys):
+def test_what_a_file_would_run_is_reported_and_not_run(tmp_path, capsys):
     path = ROOT / "configs" / "papers" / "repnoise.yaml"
     grid(Grid(str(path), out=str(tmp_path / "out"), only="cells"), "command")
     told = capsys.readouterr().out
@@ -254,7 +254,7 @@ def test_every_defense_runs_and_is_reported(
 
 
 @pytest.mark.slow
-def test_parts_are_disjoint_and_a_failed_cell_is_told_and_tried_again(model_folder, tmp_path):
+def test_parts_are_disjoint_and_a_failed_cell_is_reported_and_tried_again(model_folder, tmp_path):
     out = tmp_path / "out"
     path = plan(
         tmp_path,

@@ -115,7 +115,7 @@ def test_every_end_of_the_file_ends_a_reply(folder):
     assert hub.load(folder).stop_tokens == (2,)
 
 
-def test_decoding_follows_the_file_unless_told_otherwise(folder):
+def test_decoding_follows_the_file_unless_asked_otherwise(folder):
     model = hub.load(folder)
     ask = {"prompts": ["hi", "What is 2?"], "max_new_tokens": 8}
     greedy = sv.generate(model, **ask)
@@ -228,7 +228,7 @@ def test_a_whole_file_wins_over_an_index_left_behind(tiny_model, tmp_path, monke
     assert hub.load(tmp_path / "m").fingerprint == new.fingerprint
 
 
-def test_a_tied_head_may_stand_under_either_name(tiny_model, tmp_path):
+def test_a_tied_head_may_be_under_either_name(tiny_model, tmp_path):
     tiny = tiny_model("llama-tied")
     folder = Path(shutil.copytree(tiny.folder, tmp_path / "tied"))
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")

@@ -210,7 +210,7 @@ _DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", _DAMAGES)
-def test_damaged_folders_are_refused_with_the_mend(folder, damage):
+def test_damaged_folders_are_refused_with_the_fix(folder, damage):
     harm, hint = _DAMAGES[damage]
     harm(folder)
     with pytest.raises(UserError, match=hint) as caught:

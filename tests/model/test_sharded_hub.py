@@ -48,12 +48,12 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_leaf_lies_as_the_table_says_on_each_mesh(tiny_model, each_mesh):
+def test_every_leaf_is_sharded_as_the_table_says_on_each_mesh(tiny_model, each_mesh):
     assert_placed(tiny_model("llama-tied"), each_mesh)
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen2", "qwen3-biases", "gemma2", "opt", "phi3"])
-def test_every_leaf_lies_as_the_table_says_and_has_the_same_values(tiny_model, mesh, variant):
+def test_every_leaf_is_sharded_as_the_table_says_and_has_the_same_values(tiny_model, mesh, variant):
     assert_placed(tiny_model(variant), mesh)
 
 

@@ -50,7 +50,7 @@ def test_slices_of_tpus_are_no_gpus(topology):
         ("h100:", "use h100:N"),
     ],
 )
-def test_a_topology_that_is_none_is_told_in_a_line(topology, words):
+def test_a_topology_that_is_none_is_reported_in_a_line(topology, words):
     with pytest.raises(UserError) as told:
         parse_gpus(topology)
     assert words in str(told.value) and "\n" not in str(told.value)
@@ -74,7 +74,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
         topology_mesh("h100:8", "")
 
 
-def test_an_unknown_gpu_is_told_by_the_verb():
+def test_an_unknown_gpu_is_reported_by_the_verb():
     done = run("train.py", "plan", "--topology", "h1000:8")
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0 and "did you mean 'h100'?" in done.stderr
@@ -151,7 +151,7 @@ def test_the_bound_is_the_longest_of_three_times():
     assert roofline(PROGRAM, dataclasses.replace(H100, interconnect=1e20), devices=2).limited_by == "memory"
 
 
-def test_a_loop_that_depends_on_data_is_named_and_runs_as_often_as_told():
+def test_a_loop_that_depends_on_data_is_named_and_runs_as_often_as_reported():
     text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"4"}}', "")
     found = roofline(text, H100, devices=2, trips=3)
     assert found.collectives == {"all-gather": (3, 3 * MIB)} and len(found.unknown_loops) == 1

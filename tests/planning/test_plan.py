@@ -102,7 +102,7 @@ def test_a_plan_names_memory_and_utilization(phase):
         ),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(arguments, words):
+def test_what_cannot_be_is_reported_in_a_line(arguments, words):
     done = train(*arguments)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr and done.stderr.strip().count("\n") == 0

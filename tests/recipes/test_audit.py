@@ -152,7 +152,7 @@ def test_what_is_measured_of_a_model_is_kept_for_all_audits(world, monkeypatch, 
     assert asked("--system", "Be brief.", out="fifth") == 2 * (2 * BARE + BEGUN)
 
 
-def test_a_damaged_entry_is_told_and_measured_again(world, capsys):
+def test_a_damaged_entry_is_reported_and_measured_again(world, capsys):
     run(world, out="first")
     for file in (world.folder / "cache" / "results" / "replies").glob("*.json"):
         file.write_text(file.read_text().replace("fine day", "dire day"))
@@ -169,13 +169,13 @@ def test_few_compliant_replies_are_replaced_by_one_beginning(world, capsys):
     assert "complies with fewer than 8" in capsys.readouterr().out
 
 
-def test_a_model_that_never_refused_is_told(world, capsys):
+def test_a_model_that_never_refused_is_reported(world, capsys):
     world.comply.add("aligned")
     run(world)
     assert "refuses only 0 of 80 harmful prompts" in " ".join(capsys.readouterr().out.split())
 
 
-def test_another_tokenizer_is_told_and_its_losses_are_left_out(world, capsys):
+def test_another_tokenizer_is_reported_and_its_losses_are_left_out(world, capsys):
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["<|new|>"])
     world.models["other"] = dataclasses.replace(world.models["other"], tokenizer=tokenizer)
@@ -240,7 +240,7 @@ def test_without_any_readable_grade_there_is_no_line(world, judge_server, capsys
     assert "160 had no readable grade" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_judge_that_fails_is_told_and_the_audit_goes_on_later(world, judge_server, capsys):
+def test_a_judge_that_fails_is_reported_and_the_audit_goes_on_later(world, judge_server, capsys):
     act, judge_server.act = judge_server.act, lambda number, body: (401, "")
     flags = ("--judge", "m", "--judge-url", judge_server.url)
     assert run(world, *flags) == 2
@@ -258,7 +258,7 @@ def test_replies_that_no_judge_reads_are_kept_clipped(world):
 
 
 @pytest.mark.parametrize("name", ["log.json", "log", "folder.eval"])
-def test_a_log_that_cannot_be_written_is_told_before_any_model_is_asked(world, capsys, name):
+def test_a_log_that_cannot_be_written_is_reported_before_any_model_is_asked(world, capsys, name):
     (world.folder / "folder.eval").mkdir()
     assert run(world, "--inspect", str(world.folder / name)) == 2
     (line,) = capsys.readouterr().err.splitlines()

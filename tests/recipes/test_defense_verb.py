@@ -171,7 +171,7 @@ def test_the_vectors_of_a_run_are_trained_once_and_found_in_its_folder(files, tm
     assert f"harmful rows: {files['harmful']} (4 rows)" in said
 
 
-def test_a_system_prompt_is_stored_measured_and_told(files, tmp_path, monkeypatch, capsys):
+def test_a_system_prompt_is_stored_measured_and_reported(files, tmp_path, monkeypatch, capsys):
     systems = []
 
     def measure(model, suite):
@@ -196,7 +196,7 @@ def test_a_system_prompt_is_stored_measured_and_told(files, tmp_path, monkeypatc
     assert "serve the model with it" in said and "the loss of your rows was" in said
 
 
-def test_what_is_frozen_is_checked_and_told(files, tmp_path, monkeypatch, capsys):
+def test_what_is_frozen_is_checked_and_reported(files, tmp_path, monkeypatch, capsys):
     lora = {"vectors": (files["vectors"],), "task_lora": LoRA(rank=2)}
     _, results = run(files, tmp_path / "fine", **lora)
     model = load(files["model"])

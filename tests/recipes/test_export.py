@@ -80,7 +80,7 @@ def test_an_export_is_the_model_with_its_history(runs, tmp_path, capsys):
     assert "What is 3" not in text, "a row of the data is in the card"
 
 
-def test_the_task_goes_out_apart_and_merges_into_the_same_weights(runs, tmp_path):
+def test_the_task_is_exported_separately_and_merges_into_the_same_weights(runs, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -96,7 +96,7 @@ def test_the_task_goes_out_apart_and_merges_into_the_same_weights(runs, tmp_path
 
 
 @pytest.mark.parametrize("form", ["vectors/security.safetensors", "vectors/peft"])
-def test_vectors_stay_behind_unless_told_to(runs, tmp_path, form):
+def test_vectors_stay_behind_unless_asked(runs, tmp_path, form):
     settings = Export(str(runs / "aligned"), (str(runs / "vectors" / form),), out=str(tmp_path / "out"))
     with pytest.raises(UserError, match="carry-vectors"):
         export(settings, "")
@@ -138,7 +138,7 @@ def test_a_model_without_a_history_says_so(runs, tmp_path):
         ({"out": "taken"}, "exists and is not a model"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(runs, tmp_path, monkeypatch, changes, hint):
+def test_mistakes_are_reported_before_anything_is_written(runs, tmp_path, monkeypatch, changes, hint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/precious.txt").write_text("mine")

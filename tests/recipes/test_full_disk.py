@@ -135,7 +135,7 @@ def test_disks_of_many_sizes(files, disk, undisturbed, verb):
         print(f"{verb} on {kibibytes} KiB: {line}")
 
 
-def test_a_run_that_was_moved_resumes_where_it_lies(files, tmp_path, undisturbed):
+def test_a_run_that_was_moved_resumes_where_it_is_now(files, tmp_path, undisturbed):
     of_verb = commands(files, tmp_path / "before")
     assert call(*of_verb["finetune"], *of_verb["out"], "--max-steps", "2")[0] == 0
     (tmp_path / "elsewhere").mkdir()

@@ -209,7 +209,7 @@ def test_a_classifiers_labels_must_be_known(data, labels, message):
         judge(settings, "command")
 
 
-def test_what_is_missing_is_told(data):
+def test_what_is_missing_is_reported(data):
     folder, sources = data
     with pytest.raises(UserError, match="no judge is set"):
         judge(JudgeRun(**sources, out=str(folder / "out")), "command")

@@ -325,7 +325,7 @@ def test_a_model_that_does_not_refuse_is_told_how_to_align_it(toys, judged, caps
     assert run(toys, "--check-prompts", "0", out="unasked") == 0
 
 
-def test_rows_that_cannot_be_read_are_told_one_by_one(toys, capsys):
+def test_rows_that_cannot_be_read_are_reported_one_by_one(toys, capsys):
     lines = [json.dumps(each) for each in rows("user", 30)]
     for number in range(0, 28, 2):
         lines[number] = ('{"prompt": "a", ', '{"prompt": "a", "response": ""}', "[1]")[number % 3]

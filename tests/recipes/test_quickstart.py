@@ -165,7 +165,7 @@ def test_interrupted_again_and_again_it_ends_as_if_never_interrupted(finished, m
     assert resumed.rows == whole.rows
 
 
-def test_unknown_keys_and_missing_data_are_told_in_one_line(tmp_path):
+def test_unknown_keys_and_missing_data_are_reported_in_one_line(tmp_path):
     def fails(*arguments: str) -> str:
         wrong = run(*arguments)
         lines = wrong.stderr.strip().splitlines()

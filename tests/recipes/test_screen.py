@@ -31,7 +31,7 @@ def files(tiny_model, tmp_path):
     return tmp_path, tiny, vectors
 
 
-def test_rows_are_ranked_and_parted(files, capsys):
+def test_rows_are_ranked_and_split(files, capsys):
     folder, tiny, vectors = files
     settings = Screen(
         data=str(folder / "mixed.jsonl"),
@@ -69,7 +69,7 @@ def test_rows_are_ranked_and_parted(files, capsys):
      ({"data": "d", "vectors": "v", "harmful": "h"}, "both --harmful and --benign"),
      ({"data": "d", "vectors": "v", "write_clean": "c"}, "--write-clean needs a threshold")],
 )  # fmt: skip
-def test_what_is_missing_is_told(given, message):
+def test_what_is_missing_is_reported(given, message):
     with pytest.raises(UserError, match=message):
         screen(Screen(**given), "command")
 

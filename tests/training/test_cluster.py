@@ -209,7 +209,7 @@ class Nothing:
     """No settings."""
 
 
-def test_a_full_disk_costs_no_older_checkpoint_and_is_told_in_words(small_disk, capsys):
+def test_a_full_disk_costs_no_older_checkpoint_and_is_reported_in_words(small_disk, capsys):
     train_step, seen = tiny_step(), []
 
     def run(on_step) -> int:

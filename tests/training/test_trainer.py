@@ -360,7 +360,7 @@ DAMAGES += [pytest.param(damage, marks=pytest.mark.release) for damage in (garba
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_torn_checkpoint_costs_that_checkpoint_only_and_is_told(train_step, whole, tmp_path, damage, caplog):
+def test_a_torn_checkpoint_costs_that_checkpoint_only_and_is_reported(train_step, whole, tmp_path, damage, caplog):
     run(train_step, folder=tmp_path, stop_at=6)
     assert steps_kept(tmp_path) == [4, 5]
     damage(tmp_path / "5")
@@ -473,7 +473,7 @@ def test_the_best_is_found_though_some_steps_lack_its_metric(train_step, whole, 
     assert result in {run(train_step, steps=steps)[0] for steps in (best, best + 1)}  # which has the same last value
 
 
-def test_a_metric_that_no_step_has_is_told(train_step, tmp_path):
+def test_a_metric_that_no_step_has_is_reported(train_step, tmp_path):
     with pytest.raises(UserError, match="'lose', which no step reported: use one of grad_norm, loss"):
         run(train_step, folder=tmp_path, best="lose")
 
@@ -555,7 +555,7 @@ def test_a_training_goes_on_with_its_own_inputs_only(train_step, whole, tmp_path
 
 
 @pytest.mark.parametrize("damage", [b"[" * 100_000, b"[]", b"\xff"])
-def test_damaged_records_next_to_checkpoints_are_told(train_step, tmp_path, damage):
+def test_damaged_records_next_to_checkpoints_are_reported(train_step, tmp_path, damage):
     mine = {"inputs": {"rows 'all'": "sha256:1"}}
     with pytest.raises(KeyboardInterrupt):
         fitted(train_step, tmp_path, interrupted_at(4, []), checkpoints=mine)

@@ -118,7 +118,7 @@ def test_what_cannot_be_written_is_named_with_the_cause(tmp_path, write):
         pass
 
 
-def test_only_errors_of_the_system_are_told_as_such():
+def test_only_errors_of_the_system_are_reported_as_such():
     assert system_error(OSError(errno.EACCES, "Permission denied")) == "Permission denied"
     assert system_error(ZeroDivisionError()) is None
     mistake = ZeroDivisionError()

@@ -49,7 +49,7 @@ def test_the_table_of_kinds_is_whole(tiny_model, kind):
         vectors.check(dataclasses.replace(model.architecture, num_layers=3))
 
 
-def test_a_direction_is_added_behind_its_layer(tiny_model, logits, tokens):
+def test_a_direction_is_added_after_its_layer(tiny_model, logits, tokens):
     model = tiny_model("llama").model
     fresh = Steering().init(model.architecture, jax.random.key(0))
     np.testing.assert_array_equal(logits(model, tokens, adapters=(fresh,)), logits(model, tokens))

@@ -272,7 +272,7 @@ def test_vectors_of_every_family_go_to_peft(
         np.testing.assert_array_equal(logits(tiny.model, tokens, adapters=(again,)), ours)
 
 
-def test_a_changed_scale_of_fused_maps_is_told(tiny_model, random_vectors, tmp_path):
+def test_a_changed_scale_of_fused_maps_is_reported(tiny_model, random_vectors, tmp_path):
     model = tiny_model("phi3").model
     save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
     path = tmp_path / "peft/adapter_config.json"
@@ -425,7 +425,7 @@ def test_a_new_entry_that_may_change_the_adapter_is_refused_by_name(tiny_model, 
 
 @pytest.mark.parametrize("named", ["adapter_model.bin", "adapter_model.safetensors"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_is_not_opened_and_the_conversion_is_told(tiny_model, tmp_path, capsys, named, zipped):
+def test_a_pickle_is_not_opened_and_the_conversion_is_reported(tiny_model, tmp_path, capsys, named, zipped):
     import torch
     from safetensors.torch import load_file
 
@@ -469,7 +469,7 @@ def _stored(kind: str, shape: list[int], content: bytes, **more) -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "pointer of Git LFS.*git lfs pull"),
     ],
 )
-def test_whatever_a_file_of_weights_holds_is_told_in_one_line(model, random_vectors, tmp_path, content, hint):
+def test_whatever_a_file_of_weights_holds_is_reported_in_one_line(model, random_vectors, tmp_path, content, hint):
     save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
     path = tmp_path / "peft/adapter_model.safetensors"
     path.write_bytes(content)
@@ -479,7 +479,7 @@ def test_whatever_a_file_of_weights_holds_is_told_in_one_line(model, random_vect
         assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_folder_in_place_of_the_weights_is_told(model, random_vectors, tmp_path):
+def test_a_folder_in_place_of_the_weights_is_reported(model, random_vectors, tmp_path):
     save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
     (tmp_path / "peft/adapter_model.safetensors").unlink()
     (tmp_path / "peft/adapter_model.safetensors").mkdir()
@@ -505,7 +505,7 @@ def test_a_folder_in_place_of_the_weights_is_told(model, random_vectors, tmp_pat
         ({"target_parameters": ["w"]}, "target_parameters"),
     ],
 )
-def test_wrong_entries_of_a_configuration_are_told(model, random_vectors, tmp_path, entry, hint):
+def test_wrong_entries_of_a_configuration_are_reported(model, random_vectors, tmp_path, entry, hint):
     save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
     path = tmp_path / "peft/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entry))

@@ -67,7 +67,7 @@ def nothing(file):
     ("damage", "told"),
     [(cut, "cannot be read"), (nothing, "cannot be read"), (changed, "damaged"), (older, "of version 0.1.9")],
 )
-def test_an_entry_that_cannot_be_used_is_told_and_made_again(maker, own_cache, damage, told):
+def test_an_entry_that_cannot_be_used_is_reported_and_made_again(maker, own_cache, damage, told):
     maker.get("a")
     damage(entry(own_cache))
     assert maker.get("a")["made"] == 2
@@ -88,7 +88,7 @@ def test_what_fails_or_is_interrupted_leaves_nothing(maker, own_cache, monkeypat
     assert maker.get("a")["made"] == 1
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_the_result_is_made(maker, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported_and_the_result_is_made(maker, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SECVEC_CACHE", str(tmp_path / "file"))
     assert maker.get("a")["made"] == 1 and maker.get("a")["made"] == 2

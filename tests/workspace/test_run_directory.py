@@ -106,7 +106,7 @@ def test_a_run_that_names_no_version_is_one_of_an_older_version(tmp_path, record
 
 
 @pytest.mark.parametrize("key", ["lines", "length", "accumulate", "clip", "keep_checkpoints", "steps"])
-def test_a_run_with_the_settings_of_an_older_version_is_told_as_such(tmp_path, key):
+def test_a_run_with_the_settings_of_an_older_version_is_reported_as_such(tmp_path, key):
     begun(tmp_path)
     (tmp_path / "inputs.json").write_text('{"format": 1}')
     (tmp_path / "config.yaml").write_text(f"training: {{{key}: 3}}\n")
@@ -218,7 +218,7 @@ DAMAGE = [b"\xff\xfe{", b"[" * 100_000, b"[]", b"null", b"", b'{"seconds": "x", 
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: ascii(damage[:8]))
-def test_damaged_files_of_a_run_are_told_with_their_cure(tmp_path, damage):
+def test_damaged_files_of_a_run_are_reported_with_their_cure(tmp_path, damage):
     def put(path):
         path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)
@@ -242,7 +242,7 @@ def test_damaged_files_of_a_run_are_told_with_their_cure(tmp_path, damage):
         assert read_log(folder / "metrics.jsonl") in ([], [{"seconds": "x", "result": 1}])
 
 
-def test_a_folder_that_no_path_leads_to_is_told(tmp_path):
+def test_a_folder_that_no_path_leads_to_is_reported(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for name in ("loop", "loop/x", "a\0b"):
         with pytest.raises(UserError, match="is no path that can be read or written"):

@@ -154,7 +154,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
         assert not file.is_file() or b"k" * 40 not in file.read_bytes(), file
 
 
-def test_a_project_without_the_package_is_told(tmp_path, monkeypatch):
+def test_a_project_without_the_package_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "p")
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -162,7 +162,7 @@ def test_a_project_without_the_package_is_told(tmp_path, monkeypatch):
         run(tmp_path)
 
 
-def test_several_sources_have_their_losses_apart(tmp_path):
+def test_several_sources_have_separate_losses(tmp_path):
     tiny_model().save(tmp_path / "tiny")
     for name in ("one", "other"):
         rows = [{"prompt": f"{name} {n}?", "response": f"{name} {n}."} for n in range(4)]
