@@ -19,7 +19,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.judges import score_of
 from secvec_jax.evaluation.results import Results
 from secvec_jax.grid.grid import GridConfig
-from secvec_jax.model import weights
+from secvec_jax.model import checkpoint_files, weights
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.families import FAMILIES, weight_names
 from secvec_jax.model.hf_config import from_hf_config, to_hf_config
@@ -215,7 +215,7 @@ def unchanged(one: Any, other: Any) -> bool:
 def test_headers_of_weights(tmp_path, files, damage):
     (tmp_path / "model.safetensors").write_bytes(damaged(files["model"], damage))
     try:
-        found = weights.open_safetensors(tmp_path)
+        found = checkpoint_files.open_safetensors(tmp_path)
         shapes = {name: stored.shape for name, stored in found.items()}
         decoder = weights.assemble(ARCHITECTURE, found.__getitem__, shapes, tmp_path)
     except UserError as error:

@@ -227,3 +227,8 @@ def weight_names(architecture: Architecture) -> dict[str, WeightName]:
         if a.has_bias(projection):
             add(f"layers.{projection}.bias", f"layers.{projection}", "bias", **place)
     return names
+
+
+def members(name: WeightName, architecture: Architecture) -> list[str]:
+    """The checkpoint's names of a leaf's weights, one per layer."""
+    return [name.hf.format(layer) for layer in range(architecture.num_layers)] if name.layered else [name.hf]

@@ -31,31 +31,24 @@ from secvec_jax.errors import UserError
 from secvec_jax.files import atomic_folder, check_entries, check_regular, check_replaceable
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
+from secvec_jax.model.checkpoint_files import (
+    INDEX,
+    SINGLE_FILE,
+    files_of,
+    open_safetensors,
+    read_json,
+    stored_dtype,
+    write_weights,
+)
 from secvec_jax.model.decoder import Decoder, abstract_decoder
-from secvec_jax.model.families import weight_names
+from secvec_jax.model.families import members, weight_names
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.hf_config import from_hf_config
 from secvec_jax.model.metadata import Metadata, checked_dtype, metadata_of
 from secvec_jax.model.quantized import Precision
+from secvec_jax.model.saved_weights import Backbone, FullPrecision, Widened, exact_dtypes, gathered, weight_sizes
 from secvec_jax.model.tokenizer import SETTINGS, VOCABULARIES, MissingTokenizer, load_tokenizer, save_tokenizer
-from secvec_jax.model.weights import (
-    INDEX,
-    SINGLE_FILE,
-    Backbone,
-    FullPrecision,
-    Widened,
-    assemble,
-    exact_dtypes,
-    files_of,
-    gathered,
-    members,
-    open_safetensors,
-    read_json,
-    resolve_head,
-    stored_dtype,
-    weight_sizes,
-    write_weights,
-)
+from secvec_jax.model.weights import assemble, resolve_head
 from secvec_jax.run_folders import find_model
 from secvec_jax.sharding import AXIS_RULES, num_shards, replicate
 from secvec_jax.trees import fingerprint, first_not_finite, num_parameters

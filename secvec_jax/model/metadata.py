@@ -12,8 +12,8 @@ from typing import Any
 
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
+from secvec_jax.model.checkpoint_files import DTYPES, read_json
 from secvec_jax.model.hf_config import from_hf_config, to_hf_config
-from secvec_jax.model.weights import DTYPES, read_json
 
 _LEFT_OUT = ("_name_or_path", "_commit_hash", "auto_map")
 """Keys of config.json that do not belong in an export: a path of another machine, code that is not exported."""

@@ -8,8 +8,8 @@ import numpy as np
 
 from secvec_jax.arguments import instance
 from secvec_jax.errors import UserError
+from secvec_jax.model.checkpoint_files import check_safetensors
 from secvec_jax.model.hub import Model
-from secvec_jax.model.weights import check_safetensors
 from secvec_jax.trees import first_not_finite
 
 _FLOATS = ("F32", "BF16", "F16", "F64")

@@ -136,8 +136,7 @@ def write_gguf(path: Path) -> None:
     """The tiny model's shapes with random weights, as llama.cpp's converter writes them."""
     import gguf
 
-    from secvec_jax.model.families import weight_names
-    from secvec_jax.model.weights import members
+    from secvec_jax.model.families import members, weight_names
 
     a, generator = ARCHITECTURE, np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")

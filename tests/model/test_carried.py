@@ -15,7 +15,7 @@ from huggingface_hub.utils import filter_repo_objects
 import secvec_jax as sv
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.errors import UserError
-from secvec_jax.model import hub, weights
+from secvec_jax.model import checkpoint_files, hub
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.metadata import Metadata
 from secvec_jax.model.sampling import Sampling, choose
@@ -70,7 +70,8 @@ def test_an_exported_mistral_stays_one_in_transformers(tiny_model, hf_logits, to
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_dtype_is_kept_where_nothing_is_lost(folder, tmp_path, dtype):
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    tiny = {name: (1e-3 * w).astype(weights.DTYPES[dtype]) for name, w in tensors.items()}  # subnormal float16 too
+    # Some are subnormal in float16.
+    tiny = {name: (1e-3 * w).astype(checkpoint_files.DTYPES[dtype]) for name, w in tensors.items()}
     safetensors.numpy.save_file(tiny, folder / "model.safetensors", metadata={"format": "pt"})
     _change(folder / "config.json", dtype=dtype)
     model = hub.load(folder)
@@ -221,7 +222,7 @@ def test_token_ids_outside_the_table_are_refused(tiny_model, token):
 def test_a_whole_file_wins_over_an_index_left_behind(tiny_model, tmp_path, monkeypatch):
     old, new = tiny_model("llama", seed=1).model, tiny_model("llama").model
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "_FILE_BYTES", 30_000)
+        patch.setattr(checkpoint_files, "_FILE_BYTES", 30_000)
         old.save(tmp_path / "m")
     new.save(tmp_path / "whole")
     shutil.copy(tmp_path / "whole/model.safetensors", tmp_path / "m")
@@ -245,7 +246,7 @@ def test_a_tied_head_may_be_under_either_name(tiny_model, tmp_path):
 def test_a_hub_id_fetches_what_a_folder_needs(tiny_model, tmp_path, monkeypatch, sharded):
     there, here, taken = tmp_path / "there", tmp_path / "0123abc", []
     if sharded:
-        monkeypatch.setattr(weights, "_FILE_BYTES", 100_000)
+        monkeypatch.setattr(checkpoint_files, "_FILE_BYTES", 100_000)
     tiny_model("llama").model.save(there)
     for extra in ("consolidated.safetensors", "pytorch_model.bin", "original/params.json", "onnx/model.safetensors",
                   "README.md", "training_args.json"):  # fmt: skip

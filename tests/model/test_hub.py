@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from secvec_jax.errors import UserError
-from secvec_jax.model import hub, weights
+from secvec_jax.model import checkpoint_files, hub
 from secvec_jax.model.generate import generate_tokens
 
 VARIANTS = ["llama-llama3", "llama-biases", "mistral", "qwen2-mixed", "qwen3", "gemma2", "gemma3", "opt", "phi3"]
@@ -73,7 +73,7 @@ def test_a_large_export_is_sharded_with_an_index_that_both_read(
     import torch
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(weights, "_FILE_BYTES", 30_000)
+    monkeypatch.setattr(checkpoint_files, "_FILE_BYTES", 30_000)
     model = tiny_model("llama").model
     model.save(tmp_path / "out")
     files = sorted(tmp_path.glob("out/*.safetensors"))

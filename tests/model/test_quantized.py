@@ -14,7 +14,7 @@ import secvec_jax as sv
 from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import token_losses
-from secvec_jax.model import hub, weights
+from secvec_jax.model import checkpoint_files, hub, weights
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder, ForwardOptions, abstract_decoder
 from secvec_jax.model.quantized import (
@@ -232,14 +232,14 @@ def test_on_a_mesh_weights_are_the_same(tiny_model, tokens):
 def test_no_more_is_read_than_is_quantized_at_a_time(tiny_model, monkeypatch):
     tiny = tiny_model("llama")
     read = []
-    stored = weights._Stored.__getitem__
+    stored = checkpoint_files.StoredTensor.__getitem__
 
     def recorded(self, index):
         part = stored(self, index)
         read.append((self.name, part.size))
         return part
 
-    monkeypatch.setattr(weights._Stored, "__getitem__", recorded)
+    monkeypatch.setattr(checkpoint_files.StoredTensor, "__getitem__", recorded)
     monkeypatch.setattr(weights, "_CHUNK", 200)
     loaded = hub.load(tiny.folder, "nf4")
     assert isinstance(loaded.backbone.layers.attention.q_proj.kernel, QuantizedKernel)
@@ -268,7 +268,7 @@ def test_the_loss_of_the_embedded_model_stays_near_that_in_float32():
 _PEAK = """
 import ctypes, gc, sys
 from pathlib import Path
-from secvec_jax.model import hub, weights
+from secvec_jax.model import checkpoint_files, hub, weights
 
 def peak():
     return 1024 * int(next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l).split()[1])

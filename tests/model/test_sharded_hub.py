@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from secvec_jax.errors import UserError
-from secvec_jax.model import hub, weights
+from secvec_jax.model import checkpoint_files, hub
 from secvec_jax.model.architecture import PROJECTIONS, Architecture
 from secvec_jax.model.hf_config import to_hf_config
 from secvec_jax.model.metadata import Metadata
@@ -82,7 +82,7 @@ def test_the_weights_are_spread_over_both_axes(tiny_model):
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "phi3"])
 def test_a_save_from_the_mesh_is_that_from_one_device(tiny_model, mesh, variant, tmp_path, monkeypatch):
     monkeypatch.setattr("secvec_jax.trees._PIECE_BYTES", 8192)
-    monkeypatch.setattr(weights, "_FILE_BYTES", 30_000)
+    monkeypatch.setattr(checkpoint_files, "_FILE_BYTES", 30_000)
     tiny = tiny_model(variant)
     tiny.model.save(tmp_path / "one")
     with jax.set_mesh(mesh):
@@ -207,7 +207,7 @@ jax.config.update("jax_num_cpu_devices", devices)
 if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
 from secvec_jax.sharding import make_mesh, parse_mesh
-from secvec_jax.model import hub, weights
+from secvec_jax.model import checkpoint_files, hub
 """
 
 
@@ -237,7 +237,7 @@ def test_two_processes_load_compare_and_save_as_one(tiny_model, tmp_path):
         jax.set_mesh(make_mesh(fsdp=2, tensor=2))
         model = hub.load(source)
         moved = jax.tree.map(lambda leaf: leaf + 1, model.backbone)
-        weights._FILE_BYTES = 30_000
+        checkpoint_files._FILE_BYTES = 30_000
         model.save(target)
         print(json.dumps(None), flush=True)
         real = safetensors.numpy.save_file
