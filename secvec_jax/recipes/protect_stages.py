@@ -24,8 +24,8 @@ from secvec_jax.evaluation.audit import Audit
 from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
 from secvec_jax.files import atomic_file
 from secvec_jax.model.hub import Model
-from secvec_jax.recipes.audit import Asked as AuditAsked
-from secvec_jax.recipes.audit import audited, before_alignment
+from secvec_jax.recipes.audit_stages import Asked as AuditAsked
+from secvec_jax.recipes.audit_stages import audited, before_alignment
 from secvec_jax.recipes.preflight import estimate
 from secvec_jax.recipes.protect_work import RECOMMENDED, Work
 from secvec_jax.recipes.run_inputs import trainings

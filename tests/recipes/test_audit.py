@@ -15,6 +15,7 @@ from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.judge_client import Judge
 from secvec_jax.evaluation.results import Results
 from secvec_jax.recipes import audit as recipe
+from secvec_jax.recipes import audit_stages
 from tests.chat_server import Server, says
 from tests.toys import build_tokenizer, random_decoder, tiny_model
 
@@ -58,10 +59,10 @@ def world(tmp_path, monkeypatch):
         return [*known[: world.beginnings], *[None] * (len(prompts) - world.beginnings)]
 
     monkeypatch.setenv("SECVEC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(recipe, "refusal_prefixes", tuple)
+    monkeypatch.setattr(audit_stages, "refusal_prefixes", tuple)
     monkeypatch.setattr(measures, "refusal_prefixes", lambda: ("I'm sorry",))
-    monkeypatch.setattr(recipe, "as_model", as_model)
-    monkeypatch.setattr(recipe, "compliant_beginnings", compliant_beginnings)
+    monkeypatch.setattr(audit_stages, "as_model", as_model)
+    monkeypatch.setattr(audit_stages, "compliant_beginnings", compliant_beginnings)
     monkeypatch.setattr(measures, "ask", ask)
     monkeypatch.setattr(measures, "continuations", continuations)
     monkeypatch.setattr(measures, "kl_divergences", lambda before, after, examples: [0.0] * len(examples))
@@ -127,7 +128,7 @@ BARE, BEGUN = 80 + 80, 2 * 40
 def test_what_is_measured_of_a_model_is_kept_for_all_audits(world, monkeypatch, capsys, has_files):
     """Its beginnings and replies; what depends on the user's rows is measured each time."""
     if has_files:
-        monkeypatch.setattr(recipe.inputs, "model", lambda source: f"sha256:{source}")
+        monkeypatch.setattr(audit_stages.inputs, "model", lambda source: f"sha256:{source}")
     rows = [{"prompt": f"{number}?", "response": "Yes."} for number in range(3)]
     for name, some in (("two", rows[:2]), ("three", rows)):
         (world.folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
@@ -329,11 +330,11 @@ def test_the_model_before_alignment_is_found_in_the_run_directories(tmp_path):
         (tmp_path / name / "model").mkdir(parents=True)
         config["model"] = str(tmp_path / config["model"]) if config["model"] == "aligned" else config["model"]
         Results("python train.py", config).save(tmp_path / name)
-    assert recipe.before_alignment(str(tmp_path / "aligned")) == "base-model"
-    assert recipe.before_alignment(str(tmp_path / "tuned" / "model")) == "base-model"
-    assert recipe.before_alignment("somebody/model") == recipe.before_alignment(tiny_model()) == "smollm2"
+    assert audit_stages.before_alignment(str(tmp_path / "aligned")) == "base-model"
+    assert audit_stages.before_alignment(str(tmp_path / "tuned" / "model")) == "base-model"
+    assert audit_stages.before_alignment("somebody/model") == audit_stages.before_alignment(tiny_model()) == "smollm2"
     (tmp_path / "aligned" / "results.json").unlink()
-    assert recipe.before_alignment(str(tmp_path / "tuned")) == "smollm2", "tuned from a model of unknown origin"
+    assert audit_stages.before_alignment(str(tmp_path / "tuned")) == "smollm2", "tuned from a model of unknown origin"
 
 
 def test_a_card_has_the_audits_table_and_metadata(world):

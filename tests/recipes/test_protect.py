@@ -19,9 +19,8 @@ from secvec_jax.evaluation.refusal_sample import RefusalSample
 from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.model.hub import load
-from secvec_jax.recipes import audit as audit_module
+from secvec_jax.recipes import audit_stages, protect_stages, protect_vectors, protect_work
 from secvec_jax.recipes import protect as protect_module
-from secvec_jax.recipes import protect_stages, protect_vectors, protect_work
 from secvec_jax.recipes.protect_stages import num_held_out
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.store import load_vectors
@@ -70,7 +69,7 @@ def toys(tmp_path, monkeypatch, own_cache):
     phase1 = sv.Training(learning_rate=0.02, epochs=12).over(protect_work.PHASE1)
     monkeypatch.setattr(protect_work, "PHASE1", phase1)
     prompts = {"harmful": rows("harm", 12), "unseen": rows("harmful", 4, SECRET), "benign": rows("benign", 12)}
-    monkeypatch.setattr(audit_module, "_packaged", lambda model: prompts)
+    monkeypatch.setattr(audit_stages, "_packaged", lambda model: prompts)
     monkeypatch.setattr(protect_stages, "before_alignment", lambda model: toys.model)
     monkeypatch.setattr(protect_stages, "sample_prompts", lambda count: Suite(()))
 
@@ -391,7 +390,7 @@ def test_the_notebook_on_toys(toys, monkeypatch, capsys):
     """The third notebook's code, on a model that learns nothing worth showing."""
     monkeypatch.chdir(toys.folder)
     monkeypatch.setenv("PROTECT_MODEL", toys.model)
-    monkeypatch.setattr(audit_module, "UNALIGNED", toys.model)
+    monkeypatch.setattr(audit_stages, "UNALIGNED", toys.model)
     path = Path(__file__).parents[2] / "notebooks" / "protect_a_fine_tuning.ipynb"
     names: dict = {}
     for cell in nbformat.read(path, as_version=4).cells:
