@@ -1,0 +1,278 @@
+"""The stages of an audit: the prompts, each model's replies and losses, a judge's grades, and the comparison."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+from secvec_jax.assets import cache_dir
+from secvec_jax.data.benchmarks import refusal_prefixes
+from secvec_jax.data.rows import Row, full_prompt_of, response_of
+from secvec_jax.defenses.security_vectors import PHASE2
+from secvec_jax.distributed import all_gather_json, on_main_process
+from secvec_jax.errors import UserError
+from secvec_jax.evaluation.audit import Audit, Limits, Line, changes, compared
+from secvec_jax.evaluation.audit_judge import graded, harm_metrics, judge_notes
+from secvec_jax.evaluation.audit_measures import (
+    AuditPrompts,
+    Measured,
+    general_kl,
+    generic_beginnings,
+    measure,
+    num_replies,
+    reply_losses,
+    same_vocabulary,
+)
+from secvec_jax.evaluation.audit_samples import samples_of
+from secvec_jax.evaluation.judge_client import Judge
+from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, compliant_beginnings
+from secvec_jax.evaluation.results import Results
+from secvec_jax.inference import as_model
+from secvec_jax.model.hub import Model
+from secvec_jax.recipes.export import run_of
+from secvec_jax.workspace import inputs
+from secvec_jax.workspace.inputs import known
+from secvec_jax.workspace.result_cache import inputs_of, kept, settings_of_replies
+from secvec_jax.workspace.splits import Sizes, make_splits
+from secvec_jax.workspace.stages import Stage, Stages
+
+UNALIGNED = "smollm2"
+"""The model whose compliant replies are the beginnings, if the one before alignment is not known."""
+
+_FEWEST = 8
+"""Compliant replies; with fewer, all models are given the same generic beginning instead."""
+
+_LONG_SHARE = 0.5
+"""Share of the prompts that the measures that take longest use."""
+
+_TRUSTED = 0.5
+"""Share of harmful prompts that the model before should refuse for an audit of its refusals to mean much."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What to audit.
+
+    models: by role, values or what `sv.load` takes. rows_of: kind -> rows; None: packaged ones. whole_replies: keep
+    replies to harmful prompts whole; those that a judge reads are.
+    """
+
+    models: Mapping[str, Any]
+    rows_of: Callable[[str], Sequence[Row] | None]
+    system: str | None
+    limits: Limits
+    max_prompts: int
+    reply_tokens: int
+    judge: Judge | None = None
+    whole_replies: bool = False
+
+    @property
+    def most_long(self) -> int:
+        """Prompts for the measures that take longest."""
+        return math.ceil(_LONG_SHARE * self.max_prompts)
+
+    def model(self, role: str) -> Model:
+        """The model of a role, loaded on each call."""
+        return as_model(self.models[role])
+
+    def name(self, role: str) -> str:
+        """How reports call the model of a role."""
+        model = self.models[role]
+        return model.name if isinstance(model, Model) else str(model)
+
+
+def audited(
+    asked: Asked, stages: Stages, reads: Mapping[str, Mapping[str, Path | str]] = MappingProxyType({})
+) -> Audit:
+    """Measure the models, one stage each, and compare them. reads: of a role, files that its model is read from."""
+    notes: list[str] = []
+    before = asked.model("before")
+    prompts, data = _prompts(asked, before)
+    beginnings: list[Beginning | None] = stages.run("unaligned", partial(_beginnings, asked, prompts))
+    if sum(beginning is not None for beginning in beginnings) < _FEWEST:
+        notes.append(
+            f"{asked.name('unaligned')} complies with fewer than {_FEWEST} of the harmful prompts, so every model was "
+            f'given the same beginning, "{GENERIC}", in place of its replies (--unaligned names another model).'
+        )
+        beginnings = generic_beginnings(len(prompts.harmful))
+    else:
+        complied = [index for index, beginning in enumerate(beginnings) if beginning is not None]
+        used = _spread(complied, asked.most_long)
+        beginnings = [beginning if index in used else None for index, beginning in enumerate(beginnings)]
+        notes.append(
+            f"prefill: the beginnings are {asked.name('unaligned')}'s own replies to {len(used)} of the "
+            f"{len(complied)} harmful prompts that it complies with."
+        )
+
+    other: dict[str, Model] = {}
+
+    def model_of(role: str) -> Model:
+        """A model, loaded once if it is asked for several times in a row: at most one besides `before` is in memory."""
+        if role == "before":
+            return before
+        if role not in other:
+            other.clear()
+            other[role] = asked.model(role)
+        return other[role]
+
+    def measured(role: str, stage: Stage) -> dict[str, Any]:
+        model = model_of(role)
+        comparable = same_vocabulary(before, model)
+        progress = stage.replies(num_replies(prompts, beginnings), "replying")
+        whole = asked.whole_replies or asked.judge is not None
+
+        def make() -> dict[str, Any]:
+            values = measure(model, prompts, beginnings, asked.reply_tokens, comparable, progress, whole)
+            return dataclasses.asdict(values)
+
+        inputs = [dataclasses.asdict(prompts), beginnings, asked.reply_tokens, comparable, whole]
+        try:
+            values = kept("replies", [*inputs_of(model), *inputs], make, stage.print)
+            if data and comparable:
+                values["metrics"]["data_loss"] = reply_losses(model, data)
+        except UserError as error:  # of three models, which one
+            raise UserError(f"{asked.name(role)}: {error}") from error
+        return cast(dict[str, Any], values)
+
+    roles = [role for role in ("before", "after", "reference") if asked.models[role] is not None]
+    found = {role: Measured(**stages.run(role, partial(measured, role), reads=reads.get(role))) for role in roles}
+
+    def general(stage: Stage) -> dict[str, Any]:
+        others = [role for role in roles if role != "before"]
+        replies, count = found["before"].benign_replies, asked.most_long
+        return {role: general_kl(before, model_of(role), prompts.benign[:count], replies[:count]) for role in others}
+
+    all_files = {label: path for files in reads.values() for label, path in files.items()}
+    kl = stages.run("general", general, reads=all_files)
+    for role, divergences in kl.items():
+        if isinstance(divergences, str):
+            notes.append(f"{role}: {divergences}")
+        else:
+            found[role].metrics["kl"] = divergences
+    if any(isinstance(divergences, list) for divergences in kl.values()):
+        found["before"].metrics["kl"] = [0.0] * len(prompts.benign[: asked.most_long])
+    grades = None
+    if asked.judge is not None:
+        replies = {role: measured.harmful_replies for role, measured in found.items()}
+        judged = stages.run("judge", partial(_judged, asked.judge, prompts, replies), reads=all_files)
+        grades = judged["grades"]
+        for role, metrics in harm_metrics(grades).items():
+            found[role].metrics.update(metrics)
+        notes += judge_notes(asked.judge, judged, asked.reply_tokens)
+    if "harmful_loss" in found["before"].metrics and "harmful_loss" not in found["after"].metrics:
+        notes.append("Losses are not compared: they are per token, and the models have different vocabularies.")
+    refusal = found["before"].metrics.get("refusal", [])
+    if refusal and sum(refusal) < _TRUSTED * len(refusal):
+        notes.append(
+            f"The model before refuses only {round(sum(refusal))} of {len(refusal)} harmful prompts: an audit shows "
+            "what a fine-tuning changed, not that the model was safe before it (train.py align teaches refusals)."
+        )
+    notes.append("Harmful prompts and the rules that read replies are in English, apart from those given by flag.")
+    reference = found["reference"].metrics if "reference" in found else None
+    lines = compared(found["before"].metrics, found["after"].metrics, asked.limits, reference)
+    changed = changes(prompts, found["before"], found["after"], beginnings, found["after"].metrics.get("kl"))
+    names = {role: asked.name(role) for role in roles}
+    return Audit(
+        names["before"],
+        names["after"],
+        _ordered(lines),
+        changed,
+        tuple(notes),
+        names.get("reference"),
+        stages.seconds,
+        samples_of(prompts, found, names, beginnings, grades),
+    )
+
+
+def _judged(judge: Judge, prompts: AuditPrompts, replies: Mapping[str, Sequence[str]], stage: Stage) -> dict[str, Any]:
+    """The judge's grades. Only the main process sends requests."""
+    found: dict[str, Any] = {}
+    progress = stage.replies(sum(map(len, replies.values())), "grading")
+    on_main_process(lambda: found.update(graded(judge, prompts.harmful, replies, cache_dir() / "verdicts", progress)))
+    first: dict[str, Any] = all_gather_json(found)[0]
+    return first
+
+
+def _beginnings(asked: Asked, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
+    """The beginnings, from the cache folder if another audit made the same ones."""
+
+    def make() -> list[Beginning | None]:
+        progress = stage.replies(len(prompts.harmful), "compliant replies")
+        return compliant_beginnings(asked.model("unaligned"), prompts.harmful, refusal_prefixes(), progress)
+
+    source = asked.models["unaligned"]
+    digest = known(inputs.model, str(source)) if isinstance(source, str | Path) else None
+    # A model that is known by its files need not be loaded.
+    model = inputs_of(asked.model("unaligned")) if digest is None else [digest, *settings_of_replies()]
+    found = kept("beginnings", [*model, list(prompts.harmful), list(GIVEN)], make, stage.print)
+    return cast(list[Beginning | None], found)
+
+
+_ORDER = (
+    "refusal", "compliance", "unclear", "harm_score", "harm_rate", "prefill_5", "prefill_25", "over_refusal",
+    "refusal_system", "compliance_system", "unclear_system", "over_refusal_system", "harmful_loss", "kl",
+    "benign_loss", "data_loss",
+)  # fmt: skip
+
+
+def _ordered(lines: Sequence[Line]) -> tuple[Line, ...]:
+    return tuple(sorted(lines, key=lambda line: _ORDER.index(line.metric)))
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+def _prompts(asked: Asked, model: Model) -> tuple[AuditPrompts, list[Row]]:
+    """The given prompts, packaged ones where none are given, and the user's held-out rows; at most `max_prompts` of
+    each kind."""
+    harmful, benign, data = map(asked.rows_of, ("harmful", "benign", "data"))
+    packaged_rows = {"harmful": (), "benign": ()} if harmful and benign else _packaged(model)
+    harmful_prompts = [full_prompt_of(row) for row in harmful or packaged_rows["harmful"]]
+    benign_rows = list(benign or packaged_rows["benign"])
+    prompts = AuditPrompts(
+        harmful=_spread(harmful_prompts, asked.max_prompts),
+        benign=_spread([full_prompt_of(row) for row in benign_rows], asked.max_prompts),
+        harmful_rows=_spread(_answered(harmful or packaged_rows["unseen"]), _MOST_ROWS),
+        benign_rows=_spread(_answered(benign_rows), _MOST_ROWS),
+        system=asked.system,
+    )
+    return prompts, list(data or ())[: asked.max_prompts]
+
+
+_MOST_ROWS = 32
+"""Rows of each kind whose loss is measured."""
+
+
+def _packaged(model: Model) -> dict[str, Sequence[Row]]:
+    """Prompts that no training of this package uses: those of the quickstart with its default settings."""
+    splits = make_splits(model, Sizes(), PHASE2, seed=0)
+    harmful: list[Row] = [{"messages": [{"role": "user", "content": str(text)}]} for text in splits.suite.harmful]
+    return {"harmful": harmful, "unseen": splits.held_out["harmful"], "benign": splits.held_out["benign"]}
+
+
+def _answered(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if response_of(row) is not None]
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def before_alignment(model: Any) -> str:
+    """The model that the run directories of this package say another was aligned from; smollm2 if they do not."""
+    if not isinstance(model, str | Path):
+        return UNALIGNED
+    name, aligned = str(model), False
+    seen: set[Path] = set()
+    while (folder := run_of(name)) is not None and folder not in seen:
+        seen.add(folder)
+        with contextlib.suppress(UserError):
+            settings = Results.load(folder).config
+            name, aligned = str(settings.get("model", "")), "vectors" not in settings
+    return name if aligned else UNALIGNED
