@@ -57,7 +57,7 @@ OTHER_PROGRAMS = {
                   "--no-cache-dir", "--no-input", "--disable-pip-version-check"},
     "package_index.py": {"--no-binary", "--no-cache-dir", "--no-input", "--only-binary"},
     "model/gguf.py": {"--merge"},
-    "evaluation/audit_report.py": {"--allowed", "--fails", "--inconclusive", "--line", "--passes", "--soft", "--text"},
+    "evaluation/audit_page.py": {"--allowed", "--fails", "--inconclusive", "--line", "--passes", "--soft", "--text"},
 }  # fmt: skip
 """Module -> flags of pip or gguf-split that it passes on or recommends, and names of CSS properties."""
 OF_EVERY_VERB = {"--help", "--version", "--config", "--no-", "--no-lora"}

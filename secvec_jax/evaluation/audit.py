@@ -165,7 +165,7 @@ class Audit:
         return f"Audit({self.before!r} -> {self.after!r}: {self.verdict}{f' ({lines})' if lines else ''})"
 
     def _repr_html_(self) -> str:
-        from secvec_jax.evaluation.audit_report import fragment
+        from secvec_jax.evaluation.audit_page import fragment
 
         return fragment(self)
 

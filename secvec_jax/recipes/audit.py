@@ -13,7 +13,7 @@ from secvec_jax.checks import PositiveInt, Text, checked
 from secvec_jax.data.rows import Row
 from secvec_jax.data.sources import as_rows, load_prompts, load_rows
 from secvec_jax.distributed import is_main_process, on_main_process
-from secvec_jax.evaluation import audit_report, inspect_log
+from secvec_jax.evaluation import audit_page, audit_report, inspect_log
 from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, task_line
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_url
@@ -222,6 +222,6 @@ def write_report(audit: Audit, results: Results, folder: Path) -> None:
     def work() -> None:
         results.save(folder)
         write(folder / "report.md", audit_report.markdown(audit, results))
-        write(folder / "report.html", audit_report.page(audit, results))
+        write(folder / "report.html", audit_page.page(audit, results))
 
     on_main_process(work)

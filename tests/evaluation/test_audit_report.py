@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from secvec_jax.evaluation import audit_report
+from secvec_jax.evaluation import audit_page, audit_report
 from secvec_jax.evaluation.audit import Audit, Change, Limits, compared
 from secvec_jax.evaluation.report import markdown
 from secvec_jax.evaluation.results import Results
@@ -81,7 +81,7 @@ def results(audit) -> Results:
 def test_the_page_has_the_numbers_of_the_results(audit, results, tmp_path):
     results.save(tmp_path)
     rows = {row["name"]: row["metrics"] for row in Results.load(tmp_path).rows}
-    page = Page(audit_report.page(audit, results))
+    page = Page(audit_page.page(audit, results))
     assert set(page.rows) == set(rows["before"]) == set(BEFORE)
     for metric, cells in page.rows.items():
         assert float(cells["before"]["data-value"]) == rows["before"][metric]["value"]
@@ -101,7 +101,7 @@ def test_the_page_has_the_numbers_of_the_results(audit, results, tmp_path):
 
 
 def test_no_text_of_a_model_or_prompt_becomes_markup(audit, results):
-    for text in (audit_report.page(audit, results), audit._repr_html_()):
+    for text in (audit_page.page(audit, results), audit._repr_html_()):
         page = Page(text)
         assert not {"script", "img", "iframe", "link", "object", "embed"} & {tag for tag, _ in page.tags}
         assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
@@ -110,7 +110,7 @@ def test_no_text_of_a_model_or_prompt_becomes_markup(audit, results):
 
 
 def test_the_page_needs_nothing_from_elsewhere(audit, results):
-    text = audit_report.page(audit, results)
+    text = audit_page.page(audit, results)
     page = Page(text)
     assert not [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
     assert "url(" not in text and "@import" not in text and "http" not in text
@@ -119,7 +119,7 @@ def test_the_page_needs_nothing_from_elsewhere(audit, results):
 
 
 def test_every_color_is_set_for_light_and_for_dark(audit, results):
-    for text in (audit_report.page(audit, results), audit._repr_html_()):
+    for text in (audit_page.page(audit, results), audit._repr_html_()):
         styles = "".join(re.findall(r"<style>(.*?)</style>", text, re.DOTALL))
         light, *dark = styles.split("@media (prefers-color-scheme: dark)")
         assert dark, "there is a dark scheme"
@@ -174,7 +174,7 @@ def test_a_browser_shows_the_page(audit, results, tab, tmp_path, width, dark):
     """Without an error, a request or a cell beyond the edge, and with the numbers of results.json."""
     results.save(tmp_path)
     path = tmp_path / "report.html"
-    path.write_text(audit_report.page(audit, results))
+    path.write_text(audit_page.page(audit, results))
     tab.open(path, width, 900, dark)
     assert [sent["request"]["url"] for sent in tab.of("Network.requestWillBeSent")] == [path.as_uri()]
     told = [*tab.of("Log.entryAdded"), *tab.of("Runtime.consoleAPICalled"), *tab.of("Runtime.exceptionThrown")]
