@@ -49,7 +49,8 @@ def headline(audit: Audit) -> str:
 
 def _reason(line: Line) -> str:
     before, after = (shown_number(line.metric, score.value) for score in (line.before, line.after))
-    text = f"{words(line.metric)}: {before} → {after}, {with_interval(line.metric, line.difference)} where {shown_limit(line)} is allowed"
+    difference = with_interval(line.metric, line.difference)
+    text = f"{words(line.metric)}: {before} → {after}, {difference} where {shown_limit(line)} is allowed"
     return text + (f", about {prompts_needed(line)} prompts would decide" if line.prompts_needed else "")
 
 
