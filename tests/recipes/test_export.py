@@ -49,7 +49,8 @@ def runs(tmp_path_factory) -> Path:
     tuned = {"out": str(folder / "tuned"), "training": QUICK, "check_prompts": 0}
     finetune(Finetune((data,), worn, f"{aligned}/model", task, **tuned), "train.py finetune")
     judged = str(folder / "tuned/model")
-    score(ScoreRun(judged, (), (data,), (data,), None, 4, 4, str(folder / "score")), "eval.py score")
+    few = {"limit": 4, "reply_tokens": 4, "out": str(folder / "score")}
+    score(ScoreRun(judged, harmful=(data,), benign=(data,), **few), "eval.py score")
     return folder
 
 

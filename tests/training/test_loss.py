@@ -1,6 +1,7 @@
 """Losses: chunked, packed and accumulated ones are the plain ones, gradients included."""
 
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -223,7 +224,7 @@ def test_tokens_below_the_floor_give_no_gradient_and_are_still_reported(two_batc
     def run(floor, weights=batch["weights"]):
         return steps(decoder, weights, floor)
 
-    @jax.jit
+    @partial(jax.jit, static_argnames="floor")
     def steps(decoder, weights, floor):
         given = {LEARN: batch | {"weights": weights}}
         objective = Objective(counted=above_floor(floor))
