@@ -51,6 +51,8 @@ def with_inputs(
     extendable = training.schedule == "constant"
     inputs = {"format": FORMAT, **settings, "the model": f"sha256:{model.fingerprint}"}
     inputs |= {} if extendable else {"the number of steps": steps}
+    if model.precision != "float32":
+        inputs["what the model's weights are held in"] = model.precision
     inputs["the tokenizer or its chat template"] = of_tokenizer(model.tokenizer)
     for stream in streams.values():
         inputs |= {f"rows {name!r}": of_rows(examples) for name, examples in stream.examples.items()}
@@ -60,6 +62,14 @@ def with_inputs(
         inputs[name.replace("_", " ")] = digests.of_values([content_of(value)])
     plain_inputs = {label: _plain(value) for label, value in inputs.items()} | dict(checkpoints.inputs)
     return dataclasses.replace(checkpoints, inputs=plain_inputs, keep_end=checkpoints.keep_end or extendable)
+
+
+def of_model(model: Model) -> list[Any]:
+    """What decides a model's results: its weights and what they are held in, its architecture and its tokenizer.
+
+    A model that is held in fewer bits has the fingerprint of its weights in full, and other results.
+    """
+    return [model.fingerprint, model.precision, content_of(model.architecture), of_tokenizer(model.tokenizer)]
 
 
 def of_rows(rows: Sequence[Any]) -> str:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 import secvec_jax
 from secvec_jax.assets import cache_dir
-from secvec_jax.defenses.identity import content_of, of_tokenizer
+from secvec_jax.defenses.identity import of_model
 from secvec_jax.digests import of_values
 from secvec_jax.distributed import is_clustered
 from secvec_jax.errors import UserError
@@ -65,8 +65,7 @@ def kept(
 
 def inputs_of(model: Model) -> list[Any]:
     """What the replies and losses of a model depend on besides prompts and rows: part of a key."""
-    known = [model.fingerprint, content_of(model.architecture), of_tokenizer(model.tokenizer), list(model.stop_tokens)]
-    return [*known, *settings_of_replies()]
+    return [*of_model(model), list(model.stop_tokens), *settings_of_replies()]
 
 
 def settings_of_replies() -> list[Any]:

@@ -4,7 +4,7 @@ CACHE/vectors/KEY/security.safetensors     the vectors, for their owner only
 CACHE/vectors/KEY/entry.json               the version that trained them, and what was measured of them
 CACHE/vectors/KEY.lock                     held while they are read or trained
 
-KEY is the digest of all that goes into them: the model's fingerprint and tokenizer, the rows, the settings. Several
+KEY is the digest of all that goes into them: the model (`identity.of_model`), the rows, the settings. Several
 processes may use one cache: entries appear and are replaced as whole folders, and who comes second waits for the first.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import secvec_jax
 from secvec_jax.assets import cache_dir
 from secvec_jax.config import Training
-from secvec_jax.defenses.identity import content_of, of_rows, of_tokenizer
+from secvec_jax.defenses.identity import content_of, of_model, of_rows
 from secvec_jax.digests import of_values
 from secvec_jax.files import atomic_folder
 from secvec_jax.model.hub import Model
@@ -35,8 +35,7 @@ def key_of(model: Model, rows: Mapping[str, Sequence[Any]], training: Training, 
     """The key of the vectors trained for a model on rows, by kind, with these settings."""
     trained = {name: value for name, value in content_of(training.over(Training.base))[1].items() if name not in _FREE}
     contents = [of_rows(rows[kind]) for kind in sorted(rows)]
-    known = [model.fingerprint, content_of(model.architecture), of_tokenizer(model.tokenizer)]
-    return of_values([*known, contents, trained, content_of(settings)]).removeprefix("sha256:")
+    return of_values([*of_model(model), contents, trained, content_of(settings)]).removeprefix("sha256:")
 
 
 class Entry:

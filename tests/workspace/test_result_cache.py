@@ -7,8 +7,13 @@ import threading
 
 import pytest
 
+from secvec_jax.config import Training
+from secvec_jax.defenses.identity import with_inputs
+from secvec_jax.model.hub import load
+from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.workspace import result_cache
 from secvec_jax.workspace.result_cache import inputs_of, kept
+from secvec_jax.workspace.vector_cache import key_of
 from tests.toys import ARCHITECTURE, build_tokenizer, random_decoder, tiny_model
 
 
@@ -147,3 +152,15 @@ def test_another_model_is_another_key():
     keys = {json.dumps(inputs_of(each)) for each in (model, *others)}
     assert len(keys) == 1 + len(others)
     assert inputs_of(dataclasses.replace(model, name="renamed")) == inputs_of(tiny_model())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8", "nf4"])
+def test_weights_held_in_fewer_bits_have_results_and_vectors_of_their_own(tmp_path, precision):
+    tiny_model().save(tmp_path / "model")
+    whole, held = (load(str(tmp_path / "model"), each) for each in ("float32", precision))
+    assert held.fingerprint == whole.fingerprint, "the weights are those of the same files"
+    assert inputs_of(held) != inputs_of(whole)
+    assert key_of(held, {}, Training()) != key_of(whole, {}, Training())
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    labels = [with_inputs(checkpoints, model, Training(), 1, {}).inputs for model in (whole, held)]
+    assert labels[0] != labels[1]
