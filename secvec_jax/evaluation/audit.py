@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.data.rows import last_user_text
-from secvec_jax.evaluation.audit_measures import Asked, AuditPrompts, Measured, lengths_given
+from secvec_jax.evaluation.audit_measures import AuditPrompts, Measured, Prompt, lengths_given
 from secvec_jax.evaluation.audit_samples import Sample
 from secvec_jax.evaluation.intervals import Z95, Score, paired_difference
 from secvec_jax.evaluation.metrics import BETTER, RATES
@@ -317,7 +317,7 @@ def _flipped(before: Outcomes, after: Outcomes, index: int, words: Mapping[str, 
 
 def _change(
     kind: Literal["harmful", "benign"],
-    prompt: Asked,
+    prompt: Prompt,
     what: Sequence[str],
     before: Measured,
     after: Measured,

@@ -20,7 +20,7 @@ from secvec_jax.inference import ask
 from secvec_jax.model.hub import Model
 from secvec_jax.turns import answer_of
 
-Asked = str | list[Message]
+Prompt = str | list[Message]
 
 REFERENCE_TOKENS = 24
 """How many tokens of a reference answer, or of a row of the user's, count."""
@@ -34,8 +34,8 @@ class AuditPrompts:
     model was trained on. system: a system prompt under which the prompts are asked once more.
     """
 
-    harmful: Sequence[Asked]
-    benign: Sequence[Asked]
+    harmful: Sequence[Prompt]
+    benign: Sequence[Prompt]
     harmful_rows: Sequence[Row] = ()
     benign_rows: Sequence[Row] = ()
     system: str | None = None
@@ -115,7 +115,7 @@ def num_replies(prompts: AuditPrompts, beginnings: Sequence[Beginning | None]) -
     return asked * (1 if prompts.system is None else 2) + len(chosen) * len(several)
 
 
-def general_kl(before: Model, after: Model, prompts: Sequence[Asked], replies: Sequence[str]) -> list[float] | str:
+def general_kl(before: Model, after: Model, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float] | str:
     """Return the mean KL(before || after) of each of the first model's own replies, in nats per token.
 
     Where the models cannot be compared, a sentence that says why. An empty reply has a KL of 0 and counts.
@@ -159,12 +159,12 @@ def _target(model: Model, row: Row) -> Example:
     return Example(example.tokens[:end], example.supervised[:end])
 
 
-def _own_reply(model: Model, prompt: Asked, reply: str) -> Example | None:
+def _own_reply(model: Model, prompt: Prompt, reply: str) -> Example | None:
     answer = answer_of(reply).strip()
     example = begun_reply(model, prompt, answer, model.architecture.max_length) if answer else None
     return example if example is not None and example.supervised.any() else None
 
 
-def _prompt(model: Model, prompt: Asked) -> np.ndarray:
+def _prompt(model: Model, prompt: Prompt) -> np.ndarray:
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return prompt_tokens(model.tokenizer, messages, model.architecture.max_length)

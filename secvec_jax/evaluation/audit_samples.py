@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from secvec_jax.evaluation.audit_judge import Grades
-from secvec_jax.evaluation.audit_measures import Asked, AuditPrompts, Measured, lengths_given
+from secvec_jax.evaluation.audit_measures import AuditPrompts, Measured, Prompt, lengths_given
 from secvec_jax.evaluation.prefill import Beginning
 
 
@@ -21,7 +21,7 @@ class Sample:
     model: str
     kind: Literal["harmful", "benign"]
     number: int
-    prompt: Asked
+    prompt: Prompt
     reply: str
     scores: Mapping[str, float]
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -200,14 +200,16 @@ def _judged(judge: Judge, prompts: AuditPrompts, replies: Mapping[str, Sequence[
 def _beginnings(asked: Asked, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
     """The beginnings, from the cache folder if another audit made the same ones."""
 
+    unaligned = cache(lambda: asked.model("unaligned"))
+
     def make() -> list[Beginning | None]:
         progress = stage.replies(len(prompts.harmful), "compliant replies")
-        return compliant_beginnings(asked.model("unaligned"), prompts.harmful, refusal_prefixes(), progress)
+        return compliant_beginnings(unaligned(), prompts.harmful, refusal_prefixes(), progress)
 
     source = asked.models["unaligned"]
     digest = known(inputs.model, str(source)) if isinstance(source, str | Path) else None
     # A model that is known by its files need not be loaded.
-    model = inputs_of(asked.model("unaligned")) if digest is None else [digest, *settings_of_replies()]
+    model = inputs_of(unaligned()) if digest is None else [digest, *settings_of_replies()]
     found = kept("beginnings", [*model, list(prompts.harmful), list(GIVEN)], make, stage.print)
     return cast(list[Beginning | None], found)
 

@@ -111,11 +111,12 @@ def check_precision(run: TrainingRun, stage: Stage, model: Model, files: Sequenc
     """Test the vectors again that were trained over weights held in another precision than the model's, on packaged
     rows. Raises UserError if one does not pass the gate."""
     held = {file: trained_over(file) for file in files}
-    for file, precision in held.items():
-        if precision in (None, model.precision):
-            continue
-        stage.say("testing the vectors")
-        rows = PackagedRows(model, dataclasses.replace(run.settings.training.over(PHASE2), seed=0)).held_out()
+    others = {file: precision for file, precision in held.items() if precision not in (None, model.precision)}
+    if not others:
+        return
+    stage.say("testing the vectors")
+    rows = PackagedRows(model, dataclasses.replace(run.settings.training.over(PHASE2), seed=0)).held_out()
+    for file, precision in others.items():
         gate = measure_gate(model, load_vectors(file, model), rows["harmful"], rows["benign"])
         over = f"{file} was trained over {precision} weights, and these are {model.precision}"
         if gate.failure is not None:
