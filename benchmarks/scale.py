@@ -17,7 +17,7 @@ import jax
 
 from secvec_jax.files import atomic_file
 from secvec_jax.model.hub import check_mesh, load_architecture
-from secvec_jax.planning.plan import TooLarge, topology_mesh
+from secvec_jax.planning.plan import Plan, TooLarge, topology_mesh
 from secvec_jax.recipes.plan import PlanRun, compile_plan
 from secvec_jax.sharding import num_shards
 from secvec_jax.vectors.lora import LoRA
@@ -107,32 +107,38 @@ def measured(row: tuple) -> dict:
                     return {"fits": False}
                 lines //= 2
     account = plan.account
-    return {
-        "fits": True,
+    return memory_figures(plan) | {
         "lines": lines * parts,
-        "total_gib": plan.total / 2**30,
-        "memory_gib": plan.chip.memory / 2**30,
-        "parameters_gib": plan.parameters / 2**30,
-        "optimizer_gib": plan.optimizer / 2**30,
-        "activations_gib": plan.activations / 2**30,
         "seconds": plan.seconds,
         "exposed_seconds": account.exposed_seconds,
         "kernel_seconds": account.kernel_seconds,
         "mfu": plan.mfu,
         "formula": plan.formula,
         "tokens_per_second": plan.tokens / plan.seconds,
+    }
+
+
+def memory_figures(plan: Plan) -> dict:
+    """What the tables of TPUs and of GPUs both have of a plan."""
+    return {
+        "fits": True,
+        "total_gib": plan.total / 2**30,
+        "memory_gib": plan.chip.memory / 2**30,
+        "parameters_gib": plan.parameters / 2**30,
+        "optimizer_gib": plan.optimizer / 2**30,
+        "activations_gib": plan.activations / 2**30,
         "compile_seconds": plan.compile_seconds,
         "jax": jax.__version__,
     }
 
 
-def load() -> dict[str, dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def load(file: Path = RESULTS) -> dict[str, dict]:
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
-def save(name: str, result: dict) -> None:
-    everything = load() | {name: result}
-    with atomic_file(RESULTS) as staging:
+def save(name: str, result: dict, file: Path = RESULTS) -> None:
+    everything = load(file) | {name: result}
+    with atomic_file(file) as staging:
         staging.write_text(json.dumps(everything, indent=1) + "\n")
 
 
@@ -189,12 +195,17 @@ def write(name: str, text: str) -> None:
         staging.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed_options(description: str | None) -> argparse.Namespace:
+    """The command line that both tables have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="0/1", help="i/n: every n-th row, starting with row i")
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--toy", action="store_true", help="smoke test: compile one small row and print it")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed_options(__doc__)
     if options.toy:
         jax.config.update("jax_platforms", "cpu")
         print(table({key(TOY_ROW): measured(TOY_ROW)}, [TOY_ROW]))

@@ -8,18 +8,15 @@ Needs the compiler of `secvec_jax[cuda]`, but no GPU. A row is compiled with fou
 halved until it fits, first with remat attention and then with full.
 """
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from scale import write
+from scale import load, memory_figures, parsed_options, save, write
 
-from secvec_jax.files import atomic_file
 from secvec_jax.model.attention import Path as AttentionPath
 from secvec_jax.model.attention import self_attention
 from secvec_jax.model.attention_masks import visible
@@ -78,22 +75,14 @@ def measured(row: tuple[str, str, str], sequences: int = SEQUENCES, length: int 
 
 def figures(plan: Plan, sequences: int, length: int, remat: str) -> dict:
     assert isinstance(plan.account, Roofline)
-    return {
-        "fits": True,
+    return memory_figures(plan) | {
         "sequences": sequences,
         "length": length,
         "remat": remat,
-        "total_gib": plan.total / 2**30,
-        "memory_gib": plan.chip.memory / 2**30,
-        "parameters_gib": plan.parameters / 2**30,
-        "optimizer_gib": plan.optimizer / 2**30,
-        "activations_gib": plan.activations / 2**30,
         "bound_seconds": plan.seconds,
         "limited_by": plan.account.limited_by,
         "bound_tokens_per_second": plan.tokens / plan.seconds,
         "kernels": plan.account.kernels,
-        "compile_seconds": plan.compile_seconds,
-        "jax": jax.__version__,
     }
 
 
@@ -148,16 +137,6 @@ def attention_table() -> str:
     return "\n".join(lines)
 
 
-def load() -> dict[str, dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def save(name: str, result: dict) -> None:
-    everything = load() | {name: result}
-    with atomic_file(RESULTS) as staging:
-        staging.write_text(json.dumps(everything, indent=1) + "\n")
-
-
 def table(results: dict[str, dict], rows: list[tuple[str, str, str]] = ROWS) -> str:
     """Return one Markdown table per model."""
     head = [
@@ -185,11 +164,7 @@ def table(results: dict[str, dict], rows: list[tuple[str, str, str]] = ROWS) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th row, starting with row i")
-    parser.add_argument("--table", action="store_true", help="only write the table")
-    parser.add_argument("--toy", action="store_true", help="smoke test: compile one small row and print it")
-    options = parser.parse_args()
+    options = parsed_options(__doc__)
     jax.config.update("jax_platforms", "cpu")
     if options.toy:
         print(table({key(TOY_ROW): measured(TOY_ROW, 1, 128)}, [TOY_ROW]))
@@ -197,11 +172,11 @@ def main() -> None:
     if not options.table:
         part, parts = map(int, options.part.split("/"))
         for row in ROWS[part::parts]:
-            if key(row) not in load():
+            if key(row) not in load(RESULTS):
                 print(key(row), flush=True)
-                save(key(row), measured(row))
+                save(key(row), measured(row), RESULTS)
         write("gpu attention", attention_table())
-    write("gpus", table(load()))
+    write("gpus", table(load(RESULTS)))
 
 
 if __name__ == "__main__":
