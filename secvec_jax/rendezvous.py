@@ -2,12 +2,10 @@
 
 JAX's coordination service ends a process with a C++ abort when another one is lost or comes late. So the processes meet
 here first, over one TCP connection each to process 0, at the coordinator's address, and JAX's own connections are
-relayed through the same port:
+relayed through the same port (see `relay`):
 
     process k    hello, heartbeats, records   ->  process 0    results, losses  ->  all
-    JAX's client in process k  ->  relay in process k  ->  process 0  ->  JAX's service
 
-A relay keeps JAX's connection open when process 0 is lost: JAX notices nothing before this module has reported it.
 Whoever can connect to the port is trusted, as JAX's service does.
 """
 
@@ -17,16 +15,15 @@ import dataclasses
 import errno
 import json
 import os
-import socket
 import sys
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from secvec_jax.errors import UserError
+from secvec_jax.relay import RELAY, Relay
 
 _HELLO = "secvec_jax"
-_RELAY = b"relay\n"
 _LINE_BYTES = 2**24
 """The longest message."""
 _GRACE = 2.0
@@ -89,7 +86,7 @@ class Rendezvous:
         self._results: dict[int, asyncio.Future[str | None]] = {}
         self._round = 0
         self._tasks: set[asyncio.Task] = set()
-        self._service_port = 0
+        self._relay = Relay(None if process == 0 else (self._host, self._port), timeout)
         self._loss: str | None = None
         self._is_lost = threading.Event()
         self._last_word = threading.Lock()
@@ -103,7 +100,7 @@ class Rendezvous:
 
     def open_relay(self) -> str:
         """Return the address at which JAX's service is to listen (process 0), or at which its client finds it."""
-        return f"127.0.0.1:{self._run(self._open_relay())}"
+        return f"127.0.0.1:{self._run(self._relay.open())}"
 
     def require_same(self, record: Record) -> None:
         """Wait until all processes have called this. Raises UserError if their records differ."""
@@ -203,8 +200,8 @@ class Rendezvous:
         """Process 0: a peer that joins, or another process's relay."""
         try:
             line = await asyncio.wait_for(reader.readline(), self._timeout)
-            if line == _RELAY:
-                await self._forward(reader, writer)
+            if line == RELAY:
+                await self._relay.forward(reader, writer)
                 return
             hello = json.loads(line)
             processes, process = int(hello[_HELLO]), int(hello["process"])
@@ -341,45 +338,3 @@ class Rendezvous:
 
     def _named(self, peer: _Peer) -> str:
         return f"process {peer.process} of {self._processes}"
-
-    async def _open_relay(self) -> int:
-        if self._process == 0:
-            self._service_port = _free_port()
-            return self._service_port
-        self._relay = await asyncio.start_server(self._forward, "127.0.0.1", 0)
-        return self._relay.sockets[0].getsockname()[1]
-
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Connect JAX's client to process 0, or there, to JAX's service, which may not listen yet."""
-        for _ in range(int(self._timeout * 10)):
-            try:
-                if self._process == 0:
-                    onward, onward_writer = await asyncio.open_connection("127.0.0.1", self._service_port)
-                else:
-                    onward, onward_writer = await asyncio.open_connection(self._host, self._port)
-                    onward_writer.write(_RELAY)
-                break
-            except OSError:
-                await asyncio.sleep(0.1)
-        else:
-            return
-        self._start(_copy(reader, onward_writer))
-        # Never closed towards JAX's client, which would abort.
-        await _copy(onward, writer, closes=self._process == 0)
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, closes: bool = True) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(2**16):
-            writer.write(data)
-            await writer.drain()
-    if closes:
-        writer.close()
-    else:
-        await asyncio.Event().wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

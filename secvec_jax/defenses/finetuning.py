@@ -20,17 +20,21 @@ import jax
 import numpy as np
 import optax
 
-from secvec_jax.arguments import shown
-from secvec_jax.batch import check_token_ids
 from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
-from secvec_jax.data.encoded import LENGTHS, Examples, encode_rows
+from secvec_jax.data.encoded import LENGTHS, Examples
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.data.sources import as_rows
-from secvec_jax.data.stored import Rows
 from secvec_jax.defenses.identity import with_inputs
-from secvec_jax.defenses.inputs import as_row_source, is_row
+from secvec_jax.defenses.inputs import (
+    as_examples,
+    as_examples_or_rows,
+    as_row_source,
+    is_row,
+    longest_example,
+    select_rows,
+    shown_name_of,
+)
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype
@@ -225,14 +229,14 @@ _HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
 def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     """A stream of batches of the rows, all of which are encoded for the model and checked first (see `encoded`)."""
     training = training.over(PHASE2)
-    examples = {name: _encoded(model, rows, training, name) for name, rows in groups.items()}
-    longest = max((_longest(group) for group in examples.values()), default=0)
+    examples = {name: as_examples(model, rows, training, name) for name, rows in groups.items()}
+    longest = max((longest_example(group) for group in examples.values()), default=0)
     length = training.max_seq_len or next((length for length in LENGTHS if longest <= length), longest)
     if is_main_process():
         for name, group in examples.items():
             if isinstance(group, Examples) and group is not groups[name]:
                 text = "%s: %d rows of up to %d tokens; %s truncated"
-                _log.info(text, _shown_name(name), len(group), group.longest, group.truncated or "none")
+                _log.info(text, shown_name_of(name), len(group), group.longest, group.truncated or "none")
     return Stream(examples, training.batch_size, length, training.seed, training.epochs, _shares_prefix(training))
 
 
@@ -266,12 +270,12 @@ def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups 
     kept: Groups = {}
     held_out: Groups = {}
     for number, (name, rows) in enumerate(groups.items()):
-        rows = _as_examples_or_rows(rows, name)
+        rows = as_examples_or_rows(rows, name)
         count = min(max(round(eval_rows * len(rows)), 1), len(rows) - 1)
         order = np.random.default_rng([seed, number]).permutation(len(rows))
-        kept[name] = _select(rows, np.sort(order[count:]))
+        kept[name] = select_rows(rows, np.sort(order[count:]))
         if count > 0:
-            held_out[name] = _select(rows, np.sort(order[:count]))
+            held_out[name] = select_rows(rows, np.sort(order[:count]))
     if not held_out:
         raise UserError("there are too few rows to hold any out for validation: pass eval_rows, or more rows")
     return kept, held_out
@@ -302,61 +306,8 @@ def endless(stream: Stream) -> Stream:
 @checked
 def examples_of(model: Model, rows: Any, length: PositiveInt | None = PHASE2.max_seq_len) -> list[Example]:
     """Rows as examples of at most `length` tokens, as `train_model` encodes them; examples are returned as they are."""
-    return list(_encoded(model, rows, dataclasses.replace(PHASE2, max_seq_len=length)))
+    return list(as_examples(model, rows, dataclasses.replace(PHASE2, max_seq_len=length)))
 
 
 def _shares_prefix(training: Training) -> bool:
     return platform() != "tpu" if training.share_prefix is None else training.share_prefix
-
-
-def _shown_name(name: str) -> str:
-    """The name of a group of rows in messages."""
-    return "data" if name == "all" else name
-
-
-def _longest(examples: Sequence[Example]) -> int:
-    if isinstance(examples, Examples):
-        return examples.longest
-    return max((len(example.tokens) for example in examples), default=0)
-
-
-def _select(rows: Any, indices: np.ndarray) -> Any:
-    """The rows at these indices."""
-    positions = indices.tolist()
-    return rows.select(positions) if isinstance(rows, Rows) else [rows[position] for position in positions]
-
-
-def _as_examples_or_rows(rows: Any, name: str) -> Any:
-    """Examples as they are, anything else as `Rows`."""
-    rows = as_row_source(rows, _shown_name(name))
-    return rows if _are_examples(rows) else as_rows(rows, name=_shown_name(name))
-
-
-def _are_examples(rows: Any) -> bool:
-    """Whether rows are encoded already; of a list, only the first item is checked."""
-    if isinstance(rows, Examples):
-        return True
-    return isinstance(rows, Sequence) and not isinstance(rows, Rows) and len(rows) > 0 and isinstance(rows[0], Example)
-
-
-def _encoded(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
-    shown_name = _shown_name(name)
-    rows = as_row_source(rows, shown_name)
-    if isinstance(rows, Examples):
-        return rows
-    if _are_examples(rows):
-        if wrong := next((row for row in rows if not isinstance(row, Example)), None):
-            raise UserError(f"{shown_name} contains examples and {shown(wrong)}: encode all rows of a list, or none")
-        for number, example in enumerate(rows, 1):
-            check_token_ids(example.tokens, model.architecture.vocab_size, f"{shown_name}, row {number}")
-        return list(rows)
-    limit = min(training.max_seq_len or LENGTHS[-1], model.architecture.max_length)
-    return encode_rows(
-        model.tokenizer,
-        as_rows(rows, name=shown_name),
-        limit,
-        shown_name,
-        training.long_rows,
-        training.control_tokens,
-        vocab_size=model.architecture.vocab_size,
-    )

@@ -1,14 +1,21 @@
-"""Check what a caller passes to a training before any work begins: rows in any of their forms, a task, options."""
+"""What a caller passes to a training, checked before any work begins: rows in any of their forms, a task, options."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from secvec_jax.arguments import callback, instance, path, shown
+from secvec_jax.batch import check_token_ids
 from secvec_jax.config import Training
+from secvec_jax.data.chat import Example
+from secvec_jax.data.encoded import LENGTHS, Examples, encode_rows
 from secvec_jax.data.frames import records_of
-from secvec_jax.data.sources import load_rows
+from secvec_jax.data.sources import as_rows, load_rows
+from secvec_jax.data.stored import Rows
 from secvec_jax.errors import UserError
+from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
@@ -58,4 +65,62 @@ def is_row(value: Mapping[Any, Any]) -> bool:
     turns = [turn for field in fields if isinstance(field, list | tuple) for turn in field]
     return any(isinstance(field, str) for field in fields) or any(
         isinstance(turn, Mapping) and {"role", "from"} & set(turn) for turn in turns
+    )
+
+
+def shown_name_of(name: str) -> str:
+    """The name of a group of rows in messages."""
+    return "data" if name == "all" else name
+
+
+def longest_example(examples: Sequence[Example]) -> int:
+    """The most tokens that an example has; 0 if there are none."""
+    if isinstance(examples, Examples):
+        return examples.longest
+    return max((len(example.tokens) for example in examples), default=0)
+
+
+def select_rows(rows: Any, indices: np.ndarray) -> Any:
+    """The rows at these indices."""
+    positions = indices.tolist()
+    return rows.select(positions) if isinstance(rows, Rows) else [rows[position] for position in positions]
+
+
+def as_examples_or_rows(rows: Any, name: str) -> Any:
+    """Examples as they are, anything else as `Rows`."""
+    rows = as_row_source(rows, shown_name_of(name))
+    return rows if _are_examples(rows) else as_rows(rows, name=shown_name_of(name))
+
+
+def _are_examples(rows: Any) -> bool:
+    """Whether rows are encoded already; of a list, only the first item is checked."""
+    if isinstance(rows, Examples):
+        return True
+    return isinstance(rows, Sequence) and not isinstance(rows, Rows) and len(rows) > 0 and isinstance(rows[0], Example)
+
+
+def as_examples(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
+    """Rows as examples of at most `training.max_seq_len` tokens; examples as they are, their token ids checked.
+
+    Raises UserError for a list of both, a token id outside the vocabulary, and what `encode_rows` refuses.
+    """
+    shown_name = shown_name_of(name)
+    rows = as_row_source(rows, shown_name)
+    if isinstance(rows, Examples):
+        return rows
+    if _are_examples(rows):
+        if wrong := next((row for row in rows if not isinstance(row, Example)), None):
+            raise UserError(f"{shown_name} contains examples and {shown(wrong)}: encode all rows of a list, or none")
+        for number, example in enumerate(rows, 1):
+            check_token_ids(example.tokens, model.architecture.vocab_size, f"{shown_name}, row {number}")
+        return list(rows)
+    limit = min(training.max_seq_len or LENGTHS[-1], model.architecture.max_length)
+    return encode_rows(
+        model.tokenizer,
+        as_rows(rows, name=shown_name),
+        limit,
+        shown_name,
+        training.long_rows,
+        training.control_tokens,
+        vocab_size=model.architecture.vocab_size,
     )

@@ -27,18 +27,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from secvec_jax.model.adapter import Adapter
-from secvec_jax.model.architecture import Architecture, rope_frequencies
+from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.attention import Attend, attention_path, cached_attention, self_attention
 from secvec_jax.model.attention_masks import KERNEL, softcapped
 from secvec_jax.model.kv_cache import KVCache, KVSegment
 from secvec_jax.model.layers import (
     PRODUCT,
     Block,
-    LayerInputs,
+    InputsFor,
     LayerOutput,
     Norm,
     State,
     adapter_prefix_len,
+    inputs_by_window,
     stacked_blocks,
 )
 from secvec_jax.model.quantized import Precision, precision_of, with_precision
@@ -61,10 +62,6 @@ class ForwardOptions:
     remat: Remat = "none"
     shared_prefix: bool = True
     """whether tokens may have the segment `SHARED`, the beginning that all rows of a packed sequence have in common"""
-
-
-InputsFor = Callable[[Any], LayerInputs]
-"""A layer's inputs, by whether it has the sliding window: a traced or static bool, None where all layers are alike."""
 
 
 UnrolledLayers = list[tuple[Block, tuple[Adapter, ...]]]
@@ -142,7 +139,7 @@ class Decoder(nnx.Module):
         segments, positions = _checked_inputs(tokens, segments, positions)
         attention = self._cached_attention(segments, positions, cache, adapters, in_cache=False)
         x = self._embedded(tokens, positions).astype(dtype)
-        inputs_for = self._inputs_by_window(positions, attention)
+        inputs_for = inputs_by_window(self.architecture, positions, attention)
         return self._scan(x, adapters, cache.parts, inputs_for, operator.attrgetter("kv"))
 
     def decode_step(
@@ -169,7 +166,7 @@ class Decoder(nnx.Module):
         else:
             # A layer writes its cache before it reads it, or XLA copies the cache in between; a scan copies it anyway.
             attention = self._cached_attention(segments, positions, marked, adapters, in_cache=True)
-            inputs_for = self._inputs_by_window(positions, attention)
+            inputs_for = inputs_by_window(self.architecture, positions, attention)
             x = self._embedded(tokens, positions).astype(dtype)
             hidden, parts = self._loop(x, unrolled, cache, inputs_for)
         return hidden, dataclasses.replace(marked, parts=parts, length=cache.length + tokens.shape[1])
@@ -233,7 +230,7 @@ class Decoder(nnx.Module):
             prefix_len=prefix_len,
             softcap=self.architecture.attention_softcap,
         )
-        inputs_for = self._inputs_by_window(positions, attention)
+        inputs_for = inputs_by_window(self.architecture, positions, attention)
         x = self._embedded(tokens, positions).astype(options.dtype)
         return self._scan(x, adapters, (), inputs_for, select, options.remat)
 
@@ -297,29 +294,6 @@ class Decoder(nnx.Module):
             prefix_len=adapter_prefix_len(adapters),
             softcap=self.architecture.attention_softcap,
         )
-
-    def _inputs_by_window(self, positions: jax.Array, attention: Callable[..., Attend]) -> InputsFor:
-        """Each layer's inputs: rotary frequencies and attention depend on whether it has the sliding window.
-
-        attention: called with `window`, in positions; None for none.
-        """
-        a = self.architecture
-        full_frequencies = jnp.asarray(rope_frequencies(a, windowed=False), jnp.float32)
-        local_frequencies = jnp.asarray(rope_frequencies(a, windowed=True), jnp.float32)
-        if a.windowed is None:
-            frequencies = full_frequencies if a.sliding_window is None else local_frequencies
-            everywhere = LayerInputs(positions, frequencies, attention(window=a.sliding_window))
-            return lambda windowed: everywhere
-        full = LayerInputs(positions, full_frequencies, attention(window=None))
-        local = LayerInputs(positions, local_frequencies, attention(window=a.sliding_window))
-
-        def inputs_for(windowed: jax.Array | bool) -> LayerInputs:
-            if isinstance(windowed, bool):
-                return local if windowed else full
-            frequencies = jnp.where(windowed, local_frequencies, full_frequencies)
-            return LayerInputs(positions, frequencies, partial(jax.lax.cond, windowed, local.attend, full.attend))
-
-        return inputs_for
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from secvec_jax.model.adapter import Adapter
-from secvec_jax.model.architecture import Architecture
+from secvec_jax.model.architecture import Architecture, rope_frequencies
 from secvec_jax.model.attention import Attend, rotate
 from secvec_jax.model.kv_cache import KVSegment
 from secvec_jax.model.quantized import QuantizedKernel, weight_of
@@ -58,6 +58,10 @@ class LayerInputs(NamedTuple):
     """the layer's keys and values of earlier tokens"""
     slot: jax.Array | None = None
     """where in the one cached segment the new keys and values are written; None: they are a segment after it"""
+
+
+InputsFor = Callable[[Any], LayerInputs]
+"""A layer's inputs, by whether it has the sliding window: a traced or static bool, None where all layers are alike."""
 
 
 class LayerOutput(NamedTuple):
@@ -242,3 +246,27 @@ def adapter_prefixes(adapters: tuple[Adapter, ...], dtype: DTypeLike) -> list[KV
 def adapter_prefix_len(adapters: tuple[Adapter, ...]) -> int:
     """How many keys the adapters put before all others."""
     return sum(kv.keys.shape[-1] for kv in adapter_prefixes(adapters, jnp.float32))
+
+
+def inputs_by_window(architecture: Architecture, positions: jax.Array, attention: Callable[..., Attend]) -> InputsFor:
+    """Each layer's inputs: rotary frequencies and attention depend on whether it has the sliding window.
+
+    positions `[B, T]`. attention: called with `window`, in positions; None for none.
+    """
+    a = architecture
+    full_frequencies = jnp.asarray(rope_frequencies(a, windowed=False), jnp.float32)
+    local_frequencies = jnp.asarray(rope_frequencies(a, windowed=True), jnp.float32)
+    if a.windowed is None:
+        frequencies = full_frequencies if a.sliding_window is None else local_frequencies
+        everywhere = LayerInputs(positions, frequencies, attention(window=a.sliding_window))
+        return lambda windowed: everywhere
+    full = LayerInputs(positions, full_frequencies, attention(window=None))
+    local = LayerInputs(positions, local_frequencies, attention(window=a.sliding_window))
+
+    def inputs_for(windowed: jax.Array | bool) -> LayerInputs:
+        if isinstance(windowed, bool):
+            return local if windowed else full
+        frequencies = jnp.where(windowed, local_frequencies, full_frequencies)
+        return LayerInputs(positions, frequencies, partial(jax.lax.cond, windowed, local.attend, full.attend))
+
+    return inputs_for
