@@ -7,10 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 _TICK = 0.1
 """Seconds between two looks at the time and the memory."""
+_OPERATION = 2**31
+"""Bytes that a single operation may allocate."""
 
 
 class LimitExceeded(Exception):
@@ -21,9 +24,10 @@ class LimitExceeded(Exception):
 def limited(seconds: float, memory: int) -> Iterator[None]:
     """Raise LimitExceeded in a block of Python code that takes more wall time or more bytes of memory than this.
 
-    A signal looks at both every tenth of a second. It cannot end a single operation of the interpreter (one on a text
-    or a number of gigabytes), and there is no limit in threads other than the main one, where Python handles no
-    signals. memory: by which the process's peak may grow.
+    A signal looks at both every tenth of a second, between two operations of the interpreter. What a single operation
+    allocates is limited by the operating system, on Linux: the process may map `_OPERATION` bytes more while the block
+    runs. There is no limit in threads other than the main one, where Python handles no signals. memory: by which the
+    process's peak may grow.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -39,11 +43,31 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
     handler = signal.signal(signal.SIGALRM, look)
     timer = signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
     try:
-        yield
+        with _address_space(_OPERATION):
+            yield
+    except MemoryError:
+        raise LimitExceeded(f"it takes more than {_OPERATION // 2**20:,} MiB of memory at once") from None
     finally:
         is_running = False
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _address_space(more: int) -> Iterator[None]:
+    """Let the process map at most so many bytes more. Only Linux enforces that; elsewhere this does nothing."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + more
+    others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(most, *others) if others else most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _peak_memory() -> int:

@@ -69,6 +69,12 @@ HOSTILE = {
     "loops": (NESTED.replace("BODY", ""), "takes more than 1 seconds"),
     "writes": (NESTED.replace("BODY", "x" * 1_000), "takes more than"),
     "writes 200 MB": ("{{ 'a' * 200000000 }}", "takes more than|writes 200,000,000 characters, and 16,777,216 at most"),
+    "one operation": ("{{ 'a' * 99999 * 99999 }}", "takes more than 2,048 MiB of memory at once"),
+    "one replacement": (
+        "{% set a = 'a' * 99999 %}{{ a.replace('a', a) }}",
+        "takes more than 2,048 MiB of memory at once",
+    ),
+    "one padding": ("{{ 'a'.ljust(9999999999) }}", "takes more than 2,048 MiB of memory at once"),
     "recurses": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "recurses in width": (TREE, "takes more than 1 seconds"),
     "doubles": (GROWING, "takes more than"),
@@ -103,7 +109,8 @@ def test_arguments_may_be_unpacked_and_usual_templates_pass():
     assert render(made, CHAT) == "1a6"
 
 
-def test_limits_leave_the_timer_of_others_as_it_was():
+def test_limits_leave_the_timer_and_the_address_space_of_others_as_they_were():
+    space = resource.getrlimit(resource.RLIMIT_AS)
     rang = []
     handler = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
     try:
@@ -113,6 +120,7 @@ def test_limits_leave_the_timer_of_others_as_it_was():
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
         time.sleep(0.5)
         assert rang == [1]
+        assert resource.getrlimit(resource.RLIMIT_AS) == space
     finally:
         signal.signal(signal.SIGALRM, handler)
     with pytest.raises(LimitExceeded), limited(0.2, 2**30):
