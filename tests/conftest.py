@@ -4,9 +4,13 @@
 
 import getpass
 import os
+import signal
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+# A suite that a script starts in the background inherits an ignored SIGINT; tests of Ctrl-C would wait forever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Environment variables rather than jax.config, so that the processes that tests start have them as well.
 os.environ["JAX_PLATFORMS"] = "cpu"

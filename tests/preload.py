@@ -3,6 +3,8 @@
 The classes of transformers are named one by one: it imports a class, and torch with it, when the name is first used.
 """
 
+import signal
+
 import datasets
 import grain
 import jax
@@ -18,6 +20,8 @@ from secvec_jax.data.pipeline import Stream
 from secvec_jax.evaluation import card, plots
 from secvec_jax.training import trainer
 from tests import quick_shuffle, shared_programs
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # see tests/conftest.py
 
 for verb in (cli.TRAIN | cli.EVAL).values():
     verb.load()
