@@ -5,6 +5,8 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -44,7 +46,13 @@ def learning_rate_at(training: Training, steps: int, step: int) -> float:
     """The learning rate of a step, counted from 1, of a training of `steps` steps, as `make_optimizer` applies it."""
     training = training.over(Training.base)
     warmup = min(training.warmup_steps, steps - 1)
-    return float(_schedule(training.learning_rate, training.schedule, warmup, steps)(step - 1))
+    return float(_learning_rates(training.learning_rate, training.schedule, warmup, steps)[step - 1])
+
+
+@lru_cache(maxsize=8)
+def _learning_rates(learning_rate: float, schedule: str, warmup: int, steps: int) -> np.ndarray:
+    """The learning rate of every step, `[steps]`: computed one by one, they would cost each step some milliseconds."""
+    return np.broadcast_to(_schedule(learning_rate, schedule, warmup, steps)(jnp.arange(steps)), steps)
 
 
 @lru_cache(maxsize=32)
