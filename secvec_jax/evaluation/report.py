@@ -1,16 +1,18 @@
 """The views of a run's results: tables for the terminal, report.md with its plots, and the comparison of runs."""
 
+import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.metrics import RATES, Curves, digits, in_order, percent, rules_note
+from secvec_jax.evaluation.metrics import RATES, SAFETY, Curves, digits, in_order, percent, rules_note
 from secvec_jax.evaluation.results import Results
-from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_metrics, terminal_table, words
+from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_metrics, terminal_table, titled
 from secvec_jax.files import atomic_file, resolved
 from secvec_jax.printable import fenced, paragraph
 
@@ -18,16 +20,51 @@ Verdict = tuple[str, bool, str]  # claim, whether it holds, detail
 _NamedRow = tuple[tuple[str, ...], dict]  # the texts of the columns that name a row, and the row
 
 
-def table(results: Results) -> Group:
-    """Return the tables for the terminal, a line per row: rates in percent with their 95% interval, losses without.
+@dataclasses.dataclass(frozen=True)
+class TerminalTables:
+    """Rows of results for rich's console: rates in percent with their 95% interval, losses without, ↑ or ↓ is better.
 
-    A metric's n is in the header if all rows share it, else in each cell. Metrics beyond eight columns are in a second
-    table. On a narrower console the cells are wrapped.
+    A metric's n is in the header if all rows share it, else in each cell. There are as many tables as the console's
+    width takes, of at most eight columns each. Cells are wrapped, between words, where the metrics of `SAFETY` do not
+    fit side by side; those are in different tables only on a console that is narrower still.
     """
-    return _terminal_tables([((row["name"],), row) for row in results.rows], ["model"])
+
+    named: Sequence[_NamedRow]
+    titles: Sequence[str]
+    """of the columns that name a row"""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for number, table in enumerate(self._widest(console, options)):
+            if number:
+                yield ""
+            yield table
+
+    def _widest(self, console: Console, options: ConsoleOptions) -> list[Table]:
+        """The tables with as many columns each as the console takes."""
+        unlimited = options.update(width=10_000)
+        rooms = range(MAX_COLUMNS - len(self.titles), 0, -1)
+        candidates = {room: self._tables(room, options.max_width // 2) for room in rooms}
+        sizes = {room: [Measurement.get(console, unlimited, table) for table in candidates[room]] for room in rooms}
+        unwrapped = [room for room in rooms if max(size.maximum for size in sizes[room]) <= options.max_width]
+        unbroken = [room for room in rooms if max(size.minimum for size in sizes[room]) <= options.max_width]
+        together = [room for fitting in (unwrapped, unbroken) for room in fitting if room >= len(SAFETY)]
+        return candidates[next(iter([*together, *unbroken]), 1)]
+
+    def _tables(self, room: int, names_width: int) -> list[Table]:
+        """The tables with at most `room` columns of metrics each; the names take at most `names_width` characters."""
+        tables = []
+        for columns, body in _parts(self.named, room, intervals=RATES):
+            header = [*self.titles, *(f"{column.title}\n{column.n}".rstrip() for column in columns)]
+            tables.append(terminal_table(header, body, len(self.titles), names_width))
+        return tables
 
 
-def compare(folders: Iterable[str | Path]) -> Group:
+def table(results: Results) -> TerminalTables:
+    """Return the tables of a run's results for the terminal."""
+    return TerminalTables([((row["name"],), row) for row in results.rows], ["model"])
+
+
+def compare(folders: Iterable[str | Path]) -> TerminalTables:
     """Return tables of the rows of several runs, with the run in the first column.
 
     Only each folder's results.json is read. Runs whose folders have the same name are shown by their paths.
@@ -42,26 +79,17 @@ def compare(folders: Iterable[str | Path]) -> Group:
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     runs = [Results.load(path) for path in paths]
     rows = [((label, row["name"]), row) for label, run in zip(labels, runs, strict=True) for row in run.rows]
-    return _terminal_tables(rows, ["run", "model"])
+    return TerminalTables(rows, ["run", "model"])
 
 
 def scores_table(rows: Sequence[dict]) -> str:
     """Return the rows' metrics in Markdown, each with its n and interval, in tables of at most eight columns."""
     named = [((row["name"],), row) for row in rows]
     tables = []
-    for columns, body in _parts(named, names=1):
+    for columns, body in _parts(named, MAX_COLUMNS - 1):
         header = ["model", *(f"{column.title} ({column.n})" if column.n else column.title for column in columns)]
         tables.append(markdown_table(header, body))
     return "\n\n".join(tables)
-
-
-def _terminal_tables(named: Sequence[_NamedRow], titles: list[str]) -> Group:
-    views: list[Table | str] = []
-    for columns, body in _parts(named, names=len(titles), intervals=RATES):
-        header = [*titles, *(f"{column.title}\n{column.n}".rstrip() for column in columns)]
-        view = terminal_table(header, body, left=len(titles))
-        views += ["", view] if views else [view]
-    return Group(*views)
 
 
 class _Column(NamedTuple):
@@ -71,15 +99,15 @@ class _Column(NamedTuple):
 
 
 def _parts(
-    named: Sequence[_NamedRow], names: int, intervals: Collection[str] | None = None
+    named: Sequence[_NamedRow], room: int, intervals: Collection[str] | None = None
 ) -> list[tuple[list[_Column], list[list[str]]]]:
-    """The columns and the body of each table. intervals: the metrics to show with their interval; None: all.
+    """The columns and the body of each table, of at most `room` metrics.
 
-    Rows without any metric of a part are left out of it.
+    intervals: the metrics to show with their interval; None: all. Rows without any metric of a part are left out of it.
     """
     rows = [row for _, row in named]
     parts = []
-    several = split_metrics(in_order(rows), MAX_COLUMNS - names) or [[]]
+    several = split_metrics(in_order(rows), room) or [[]]
     for metrics in several:
         columns = [_column(metric, rows, intervals is None or metric in intervals) for metric in metrics]
         body = [
@@ -95,7 +123,7 @@ def _column(metric: str, rows: Sequence[dict], with_interval: bool) -> _Column:
     scores = [row["metrics"].get(metric) for row in rows]
     sizes = {score["n"] for score in scores if score}
     shared = f"n={sizes.pop()}" if len(sizes) == 1 else ""
-    return _Column(words(metric), shared, [_cell(metric, score, with_interval, not shared) for score in scores])
+    return _Column(titled(metric), shared, [_cell(metric, score, with_interval, not shared) for score in scores])
 
 
 def _cell(metric: str, score: dict | None, with_interval: bool, with_n: bool) -> str:

@@ -9,7 +9,16 @@ import pandas as pd
 from secvec_jax.evaluation.metrics import BETTER, RATES, digits, percent, unit
 from secvec_jax.evaluation.records import Value
 from secvec_jax.evaluation.statistics import Difference, SeededScore
-from secvec_jax.evaluation.tables import MAX_COLUMNS, label, markdown_table, show, split_evenly, split_metrics, words
+from secvec_jax.evaluation.tables import (
+    MAX_COLUMNS,
+    label,
+    markdown_table,
+    show,
+    split_evenly,
+    split_metrics,
+    titled,
+    words,
+)
 from secvec_jax.printable import markdown, paragraph
 
 LEGEND = """\
@@ -25,8 +34,6 @@ How to read the tables:
 - Tables of differences show differences of rates in percentage points, and as t Student's interval of the seeds' mean
   differences.
 """
-
-_ARROWS = {"higher": " ↑", "lower": " ↓"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Summary:
             for place, cells in zip(shown.index, shown.to_numpy().tolist(), strict=True):
                 *row, metric = place
                 names = [""] * len(row) if row == previous else [*map(show, row)]
-                body.append([*names, _titled(metric), *cells])
+                body.append([*names, titled(metric), *cells])
                 previous = row
             yield markdown_table(header, body, len(self.rows) + 1)
 
@@ -122,7 +129,7 @@ class Summary:
         metrics = [metric for metric in self.metrics if metric in wide]
         for part in split_metrics(metrics, MAX_COLUMNS - len(self.rows)):
             shown = wide[part].dropna(how="all").fillna("-")
-            header = [*map(words, self.rows), *map(_titled, part)]
+            header = [*map(words, self.rows), *map(titled, part)]
             rows = [row if isinstance(row, tuple) else (row,) for row in shown.index]
             body = [[*map(show, row), *cells] for row, cells in zip(rows, shown.to_numpy().tolist(), strict=True)]
             yield markdown_table(header, body, len(self.rows))
@@ -223,10 +230,6 @@ def _points(rate: float) -> str:
 
 def _signed(value: float) -> str:
     return ("" if value < 0 else "+") + digits(value)
-
-
-def _titled(metric: str) -> str:
-    return words(metric) + _ARROWS.get(BETTER.get(metric, ""), "")
 
 
 def _listed(groups: Iterable[tuple[str, list[str]]]) -> str:

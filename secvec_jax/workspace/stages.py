@@ -312,8 +312,10 @@ def devices() -> dict[str, str]:
 
 
 def screen() -> Console:
-    """The terminal, wide enough for a table; in a cluster only the main process prints."""
-    return Console(width=max(Console().width, 118), quiet=not is_main_process())
+    """The terminal, or what output is piped to, with room for a table; in a cluster only the main process prints."""
+    console = Console()
+    width = console.width if console.is_terminal else max(console.width, 118)
+    return Console(width=width, quiet=not is_main_process())
 
 
 def curves(log: Path, stages: dict[str, str]) -> dict[str, dict[str, list[tuple[int, float]]]]:

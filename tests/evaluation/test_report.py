@@ -209,6 +209,16 @@ class TestTable:
     def test_a_narrow_console_loses_no_digit(self, results):
         assert "\u2026" not in show(report.table(results), width=50)
 
+    @pytest.mark.parametrize("width", [50, 60, 80, 118, 200])
+    def test_no_word_is_broken_and_no_line_is_too_long(self, results, width):
+        results.rows[0]["name"] = "security vectors of another objective, harmful rows alone, 1000 of them"
+        metrics = results.rows[0]["metrics"]
+        metrics |= {name: dict(metrics["refusal"]) for name in ("compliance", "unclear", "prefill_25", "over_refusal")}
+        text = show(report.table(results), width=width)
+        assert max(map(len, text.splitlines())) <= width
+        for word in ("refusal", "compliance", "unclear", "exact", "objective,", "[43,", "↑", "↓"):
+            assert word in text.split(), word
+
 
 class TestCompare:
     def test_rows_of_several_runs_stand_under_their_names(self, tmp_path, results):
@@ -241,7 +251,7 @@ class TestMarkdown:
             assert f"{0.314 + i / 100:.3f}" in text
         assert "5.01 [0.0110, 6.50]" in text
         assert "| align | 61.2 |" in text
-        assert "refusal (n=64)" in text
+        assert "refusal ↑ (n=64)" in text
 
     def test_verdicts_notes_images_environment_and_total(self, results):
         results.seconds["tune"] = 38.75

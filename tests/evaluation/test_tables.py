@@ -1,11 +1,14 @@
 """No table is wider than eight columns, none loses a number by that, and refusal is never shown alone."""
 
+import io
 import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
+from rich.table import Table
 
 from secvec_jax.evaluation import published, report
 from secvec_jax.evaluation.metrics import SAFETY, with_companions
@@ -69,14 +72,19 @@ def test_a_report_and_a_terminal_split_wide_tables(tmp_path):
     ]
     text = report.scores_table(rows)
     assert max(widths(text)) <= MAX_COLUMNS and len(headers(text)) == 2
-    refusals = next(header for header in headers(text) if "| refusal (n=4) |" in header)
-    assert "| refusal (n=4) | compliance (n=4) | harmful loss (n=4) |" in refusals
+    refusals = next(header for header in headers(text) if "| refusal ↑ (n=4) |" in header)
+    assert "| refusal ↑ (n=4) | compliance ↓ (n=4) | harmful loss ↑ (n=4) |" in refusals
     assert text.count("| base |") == 1, "a row without a number of the part is left out"
     results = Results("command", rows=rows)
-    assert [len(view.columns) for view in report.table(results).renderables if view] == [6, 6]
+    console = Console(width=118, file=io.StringIO())
+    assert [len(view.columns) for view in drawn(report.table(results), console)] == [6, 6]
     results.save(tmp_path / "run")
-    compared = report.compare([tmp_path / "run"]).renderables
-    assert all(len(view.columns) <= MAX_COLUMNS for view in compared if view)
+    compared = drawn(report.compare([tmp_path / "run"]), console)
+    assert all(len(view.columns) <= MAX_COLUMNS for view in compared)
+
+
+def drawn(tables: report.TerminalTables, console: Console) -> list[Table]:
+    return [view for view in tables.__rich_console__(console, console.options) if view]
 
 
 class TestPublished:

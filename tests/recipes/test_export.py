@@ -77,7 +77,7 @@ def test_an_export_is_the_model_with_its_history(runs, tmp_path, capsys):
     assert told == sorted(told)
     assert "are not part of these weights" in text and "| `training.learning_rate` | `0.01` |" in text
     drift = Results.load(runs / "tuned").rows[0]["metrics"]["drift"]["value"]
-    assert f"{drift:#.3g}" in text and "refusal (n=4)" in text and "| jax |" in text
+    assert f"{drift:#.3g}" in text and "refusal ↑ (n=4)" in text and "| jax |" in text
     assert "What is 3" not in text, "a row of the data is in the card"
 
 
