@@ -1,5 +1,7 @@
 """The console that all output of the verbs goes through: what is printed is text, never markup or escape sequences."""
 
+import io
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,3 +24,9 @@ class Console(rich.console.Console):
         """Return rich's segments; those of text are printable, and those that move the cursor are rich's own."""
         for text, style, control in super().render(*arguments, **options):
             yield Segment(text if control else printable(text, keep="\n"), style, control)
+
+
+def print_any_character() -> None:
+    """Let the standard output take characters that its encoding lacks, escaped, in place of raising an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

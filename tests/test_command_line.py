@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import re
 from typing import Literal
 
@@ -13,6 +14,7 @@ from secvec_jax.checks import PositiveFloat, PositiveInt, Texts, checked
 from secvec_jax.command_line import Verb
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
+from secvec_jax.terminal import print_any_character
 
 
 @checked
@@ -270,3 +272,13 @@ def test_the_command_is_recorded_as_it_is_typed(monkeypatch):
         monkeypatch.setattr("sys.argv", [program, "bake", "--what", "a cake"])
         assert command_line.main("A kitchen.", table) == 0
     assert seen == ["python train.py bake --what 'a cake'", "secvec bake --what 'a cake'"]
+
+
+def test_a_terminal_without_the_characters_of_a_table_shows_them_escaped(monkeypatch):
+    output = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(output, encoding="ascii"))
+    with pytest.raises(UnicodeEncodeError):
+        print("refusal ↑", flush=True)
+    print_any_character()
+    print("refusal ↑", flush=True)
+    assert output.getvalue() == b"refusal \\u2191\n"
