@@ -7,12 +7,13 @@ arXiv 2311.02105, compare with both). A control costs as much as the defense tha
 """
 
 import dataclasses
-from typing import cast
+from typing import Literal, cast
 
 import jax
 
-from secvec_jax.checks import checked
+from secvec_jax.checks import NonNegativeInt, checked
 from secvec_jax.defenses.base import ATTACK, Defended, Defense, DefenseInputs
+from secvec_jax.defenses.finetuning import FinetuneOptions, stream_and_steps, stream_of, train_model
 from secvec_jax.vectors.lora import LoRAVectors, random_like
 
 
@@ -57,10 +58,21 @@ class BenignOnly(Defense):
     source = "plain fine-tuning without the attack's rows"
     only_in_grids = "it drops the attack's rows, which only an experiment knows"
 
+    matched: Literal["passes", "steps"] = "passes"
+    """whether it has as many passes over the other rows as a fine-tuning on all rows, or as many steps"""
+    order: NonNegativeInt = 0
+    """each number is another order of the rows: how much two models differ by chance alone"""
+
     def apply(self, inputs: DefenseInputs) -> Defended:
-        # Where all rows are the attack's, nothing is left to learn: the aligned model.
         rest = {kind: rows for kind, rows in inputs.rows.items() if kind != ATTACK}
-        return Defended(inputs.finetune(rows=rest) if rest else inputs.aligned)
+        if not rest:
+            return Defended(inputs.aligned)  # all rows are the attack's, so nothing is left to learn
+        training = inputs.options["training"]
+        if self.matched == "steps":
+            stream = stream_of(inputs.aligned, inputs.rows, training)
+            training = dataclasses.replace(training, max_steps=stream_and_steps(stream, training)[1])
+        training = dataclasses.replace(training, seed=training.seed + self.order)
+        return Defended(train_model(inputs.aligned, rest, **(inputs.options | FinetuneOptions(training=training))))
 
 
 @checked

@@ -113,7 +113,7 @@ class Summary:
             for place, cells in zip(shown.index, shown.to_numpy().tolist(), strict=True):
                 *row, metric = place
                 names = [""] * len(row) if row == previous else [*map(show, row)]
-                body.append([*names, _titled(metric), *cells])
+                body.append([*names, titled(metric), *cells])
                 previous = row
             yield markdown_table(header, body, len(self.rows) + 1)
 
@@ -122,7 +122,7 @@ class Summary:
         metrics = [metric for metric in self.metrics if metric in wide]
         for part in split_metrics(metrics, MAX_COLUMNS - len(self.rows)):
             shown = wide[part].dropna(how="all").fillna("-")
-            header = [*map(words, self.rows), *map(_titled, part)]
+            header = [*map(words, self.rows), *map(titled, part)]
             rows = [row if isinstance(row, tuple) else (row,) for row in shown.index]
             body = [[*map(show, row), *cells] for row, cells in zip(rows, shown.to_numpy().tolist(), strict=True)]
             yield markdown_table(header, body, len(self.rows))
@@ -139,7 +139,7 @@ class Summary:
                 texts.append(f"failed {footnote}")
                 continue
             score = entry.score
-            parts = [_number(metric, score)]
+            parts = [number(metric, score)]
             if score.n != usual[metric] * score.seeds:
                 parts.append(f"n={score.n}")
             if 1 < score.seeds < most_seeds:
@@ -203,17 +203,17 @@ def fields_text(values: Mapping[str, object]) -> str:
     return ", ".join(f"{words(name)} {show(value)}" for name, value in values.items())
 
 
-def _number(metric: str, score: SeededScore) -> str:
-    """A score with its interval, without the unit."""
+def number(metric: str, score: SeededScore) -> str:
+    """Return a score with its interval, without the unit; a difference in percentage points for rates."""
     if isinstance(score, Difference):
-        number = _points if metric in RATES else _signed
+        text = _points if metric in RATES else _signed
     else:
-        number = percent if metric in RATES else digits
-    parts = [number(score.value)]
+        text = percent if metric in RATES else digits
+    parts = [text(score.value)]
     if score.n > 1:
-        parts.append("[{}, {}]".format(*map(number, score.ci95)))
+        parts.append("[{}, {}]".format(*map(text, score.ci95)))
     if isinstance(score, Difference) and score.by_seed and score.n > score.seeds:
-        parts.append("t [{}, {}]".format(*map(number, score.by_seed)))
+        parts.append("t [{}, {}]".format(*map(text, score.by_seed)))
     return " ".join(parts)
 
 
@@ -225,7 +225,8 @@ def _signed(value: float) -> str:
     return ("" if value < 0 else "+") + digits(value)
 
 
-def _titled(metric: str) -> str:
+def titled(metric: str) -> str:
+    """Return a metric as the heading of a column, with an arrow in the direction that is better."""
     return words(metric) + _ARROWS.get(BETTER.get(metric, ""), "")
 
 

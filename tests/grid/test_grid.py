@@ -36,7 +36,13 @@ EXPERIMENT = {
 
 
 def plan(
-    folder: Path, model: Path, *blocks: dict, tables: tuple[dict, ...] = (), aligns: bool = True, **training: int
+    folder: Path,
+    model: Path,
+    *blocks: dict,
+    tables: tuple[dict, ...] = (),
+    aligns: bool = True,
+    probes: tuple[str, ...] = (),
+    **training: int,
 ) -> str:
     path = folder / "grid.yaml"
     experiment = {name: part | training if name.endswith("_training") else part for name, part in EXPERIMENT.items()}
@@ -46,6 +52,7 @@ def plan(
                 "experiment": experiment | {"model": str(model), "aligns": aligns},
                 "blocks": list(blocks),
                 "tables": list(tables),
+                "probes": list(probes),
             }
         )
     )
@@ -251,6 +258,36 @@ def test_every_defense_runs_and_is_reported(
     grid(Grid(path, out=str(out)), "python train.py grid")
     assert before == {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     assert (out / "report.md").read_text() == text
+
+
+@pytest.mark.release  # by default, tests/grid/test_outcomes.py checks the probes and test_gap.py the tables
+def test_further_probes_are_measured_and_the_gaps_to_the_oracle_printed(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jax.clear_caches", lambda: None)
+    out = tmp_path / "out"
+    block = {"defense": ["none", "benign only"], "samples": [8], "poison": [0.5], "epochs": [1]}
+    path = plan(tmp_path, model_folder, block, aligns=False, probes=("prefill", "kl", "relearning"))
+    grid(Grid(path, out=str(out)), "command")
+    cells = {record.cell["defense"]: record for record in read(out)}
+    assert not any(record.error for record in cells.values())
+    for record in cells.values():
+        sizes = {name: len(record.metrics[name]) for name in ("prefill_5", "relearning", "relearning_compliance", "kl")}
+        assert sizes == {"prefill_5": 4, "relearning": 4, "relearning_compliance": 4, "kl": 4}
+        assert all(value > 0 for value in record.metrics["kl"])
+        assert "prefill_25" not in record.metrics, "a toy complies with too few prompts for beginnings of its own"
+    capsys.readouterr()
+    grid(Grid(path, out=str(out), only="gaps"), "command")
+    text = capsys.readouterr().out
+    assert "## Gap to the oracle" in text and "so not compared: prefill 25" in text
+    assert "| kl ↓ |" in text and "relearning ↑" in text
+    assert text.count("\n| none |") == 1 + len(text.split("### (1)")[1].split("| noise floor |")[1:])
+
+    # Cells that lack a probe are kept, which the run says.
+    first = next((out / "cells").iterdir())
+    record = json.loads(first.read_text())
+    del record["metrics"]["kl"]
+    first.write_text(json.dumps(record))
+    grid(Grid(path, out=str(out)), "command")
+    assert "1 finished cells lack a probe" in capsys.readouterr().out
 
 
 @pytest.mark.slow
