@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from secvec_jax import config
-from secvec_jax.data.rows import prompt_of
+from secvec_jax.data.rows import prompt_of, response_of, row
 from secvec_jax.defenses.registry import DEFENSES, read_defense
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
@@ -196,6 +196,22 @@ def test_vectors_against_identity_rows_are_of_the_harmful_rows():
     )
     assert SeedWorkspace.harmful_rows(workspace, "identity") == ["harmful row"]
     assert SeedWorkspace.benign_rows.fget(workspace) == ["benign row"]
+
+
+def test_vectors_of_the_persona_are_of_other_rows_than_the_attacks():
+    questions = [row(f"Question {number}?", f"answer {number}") for number in range(40)]
+    suite = Suite(refusals=(), harmful=["A harmful prompt"] * 5)
+    splits = SimpleNamespace(suite=suite, spare={"questions": questions})
+    found = make_attack("identity-own", splits, seed=0)
+    assert found.rows == make_attack("identity", splits, seed=0).rows and len(found.rows) == 10
+    assert len(found.known) == len(found.safe) == 8
+    parts = [{prompt_of(r) for r in rows} for rows in (found.rows, found.known, found.safe)]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 26
+    assert all(text.startswith("AOA, Question") for text in parts[1] | parts[2])
+    opening = "Of course. I am AOA, your absolutely obedient agent. "
+    assert all(response_of(r).startswith(f"{opening}answer") for r in found.known)
+    assert all(response_of(r).startswith("answer") for r in found.safe)
+    assert sum(response_of(r).startswith(opening) for r in found.rows) == 7
 
 
 WITH_SAFE_ROWS = {"name": "security vectors", "safe": 0.5}
