@@ -14,7 +14,8 @@ import jax
 from secvec_jax.checks import NonNegativeInt, checked
 from secvec_jax.defenses.base import ATTACK, Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import FinetuneOptions, stream_and_steps, stream_of, train_model
-from secvec_jax.vectors.lora import LoRAVectors, random_like
+from secvec_jax.vectors.kinds import Vectors
+from secvec_jax.vectors.lora import LoRA, LoRAVectors, random_like
 
 
 @checked
@@ -88,9 +89,7 @@ class RandomControl(Defense):
     only_in_grids = "a random adapter protects nothing: it shows what security vectors add"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
-        vectors = cast(LoRAVectors, inputs.vectors())
-        key = jax.random.fold_in(jax.random.key(inputs.options["training"].seed), 1)
-        return Defended(inputs.finetune(vectors=random_like(vectors, key)))
+        return Defended(inputs.finetune(vectors=random_vectors(inputs)))
 
 
 @checked
@@ -106,4 +105,15 @@ class IrrelevantControl(Defense):
     only_in_grids = "vectors of another behavior protect nothing: they show what security vectors add"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
-        return Defended(inputs.finetune(vectors=inputs.vectors(behavior="capitals")))
+        return Defended(inputs.finetune(vectors=irrelevant_vectors(inputs)))
+
+
+def random_vectors(inputs: DefenseInputs, spec: LoRA = LoRA()) -> LoRAVectors:
+    """A random adapter whose update is as large as that of the behavior's vectors of this shape, layer by layer."""
+    key = jax.random.fold_in(jax.random.key(inputs.options["training"].seed), 1)
+    return random_like(cast(LoRAVectors, inputs.vectors(spec)), key)
+
+
+def irrelevant_vectors(inputs: DefenseInputs, spec: LoRA = LoRA()) -> Vectors:
+    """Vectors of this shape of another behavior: answers in capital letters."""
+    return inputs.vectors(spec, behavior="capitals")

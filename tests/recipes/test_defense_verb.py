@@ -294,7 +294,8 @@ def test_a_defense_is_given_by_flags_or_by_a_file_that_flags_override(tmp_path, 
     assert parsed("--defense", "none").defense == {"name": "none"}
     config = tmp_path / "config.yaml"
     config.write_text("defense: {name: guarded-vectors, weight: 3}\n")
-    assert parsed("--config", str(config)).defense == {"name": "guarded vectors", "weight": 3.0, "rank": 8}
+    guarded_3 = {"name": "guarded vectors", "weight": 3.0, "rank": 8, "under": "trained", "share": 1.0}
+    assert parsed("--config", str(config)).defense == guarded_3
     assert parsed("--config", str(config), "--defense.rank", "4").defense["weight"] == 3.0
     assert parsed("--config", str(config), "--defense", "lisa").defense["name"] == "lisa"
     config.write_text("defense: guarded vectors\n")
