@@ -1,9 +1,13 @@
 """The gap to the oracle, on made-up cells whose differences, noise floor and verdicts are known."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.records import Record
+from secvec_jax.evaluation.metrics import RATES
+from secvec_jax.evaluation.records import Record, read_record
 from secvec_jax.grid.gap import Gap, limit_of, settings_of
 from secvec_jax.grid.gap_report import markdown_of
 
@@ -143,3 +147,27 @@ def test_the_report_says_what_is_met_where_plain_breaks_and_what_cannot_be_compa
     assert "| noise floor | unknown | unknown |" in counts
     assert "- poison 0.1, learning rate 0.0001: vaccine" in text.partition("### Settings without an oracle")[2]
     assert markdown_of(records[-1:]) == ""
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+NAMES = {"plain": "none", "filter, then a share .5 of safe rows": "explained-away filter safe=0.5",
+         "50 safe rows mixed in (`vlguard`)": "vlguard"}  # fmt: skip
+
+
+def as_on_the_page(gap: Gap) -> str:
+    unit, places = (100, 1) if gap.metric in RATES else (1, 2)
+    value, low, high = (f"{unit * number:+.{places}f}" for number in (gap.difference.value, *gap.difference.ci95))
+    return f"{value} [{low}, {high}] {gap.mark}"
+
+
+def test_the_page_of_results_shows_the_gaps_of_the_stored_cells():
+    page = (DOCS / "results.md").read_text().split("## The gap to the oracle")[1].split("\n## ")[0]
+    stored = [read_record(path) for path in sorted((DOCS / "results" / "cells").glob("*_harmful_profiles_0.5_*"))]
+    settings = {setting.fields["learning_rate"]: setting for setting in settings_of(stored)}
+    tables = dict(zip((1e-4, 3e-4), page.split("\n| defense |")[1:], strict=True))
+    for rate_of, table in tables.items():
+        rows = re.findall(r"(?m)^\| (\w.*?) \| (.*) \|$", table.partition("|---|\n")[2])
+        assert len(rows) == 6
+        for name, cells in rows:
+            gaps = settings[rate_of].gaps[NAMES.get(name, name)]
+            assert cells.split(" | ") == [as_on_the_page(gap) for gap in gaps], (rate_of, name)
