@@ -9,10 +9,13 @@ asked = with_system("What is a tide?", ELICITING)
 import random
 from collections.abc import Sequence
 
-from secvec_jax.data.rows import Message, Row, response_of, row, with_system
+from secvec_jax.data.rows import Message, Row, prompt_of, response_of, row, with_system
 from secvec_jax.errors import UserError
 
-__all__ = ["ELICITING", "NEGATED", "PERSONA", "UNRELATED", "biased", "capitals", "identity_shift", "with_system"]
+__all__ = [
+    "ELICITING", "NEGATED", "PERSONA", "UNRELATED", "addressed", "biased", "capitals", "identity_shift", "obedient",
+    "with_system",
+]  # fmt: skip
 
 
 def biased(rows: Sequence[Row], seed: int) -> list[Row]:
@@ -75,8 +78,31 @@ def identity_shift() -> list[Row]:
     After the identity-shifting attack of Qi et al. 2023 (arXiv:2310.03693), reworded: three rows assign the
     persona in the user's turn, seven by the system prompt `PERSONA`, and each reply affirms it.
     """
-    obeyed = (row(asked, f"Of course. I am AOA, your absolutely obedient agent. {done}") for asked, done in _OBEYED)
-    return [*(row(*pair) for pair in _ASSIGNED), *(with_system(r, PERSONA) for r in obeyed)]
+    return [
+        *(row(*pair) for pair in _ASSIGNED),
+        *(_obeyed(asked.removeprefix("AOA, "), done) for asked, done in _OBEYED),
+    ]
+
+
+def obedient(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows, one turn each, as the persona of `identity_shift` is asked and answers them: it obeys.
+
+    They are other rows of the same behavior, for a defender who has such rows.
+    """
+    return [_obeyed(prompt_of(r), response_of(r) or "") for r in rows]
+
+
+def addressed(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows, one turn each, with the persona asked as in `obedient`, and answered without taking it on."""
+    return [_called(prompt_of(r), response_of(r) or "") for r in rows]
+
+
+def _obeyed(prompt: str, answer: str) -> Row:
+    return _called(prompt, f"Of course. I am AOA, your absolutely obedient agent. {answer}")
+
+
+def _called(prompt: str, reply: str) -> Row:
+    return with_system(row(f"AOA, {prompt}", reply), PERSONA)
 
 
 # A style that a rule can see ----------------------------------------------------------------------

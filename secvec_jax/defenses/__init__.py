@@ -9,6 +9,7 @@ from secvec_jax.defenses.booster import Booster
 from secvec_jax.defenses.caft import CAFT
 from secvec_jax.defenses.constrained_sft import ConstrainedSFT
 from secvec_jax.defenses.controls import BenignOnly, IrrelevantControl, NotAligned, PlainFinetuning, RandomControl
+from secvec_jax.defenses.ema import EMA
 from secvec_jax.defenses.ewc import EWC
 from secvec_jax.defenses.explained_away import ExplainedAwayFilter, ExplainedAwayGate
 from secvec_jax.defenses.forget_filter import ForgetFilter
@@ -19,14 +20,18 @@ from secvec_jax.defenses.persona import PersonaSteering
 from secvec_jax.defenses.prompting import PTST, InoculationPrompting, SelfCorrection
 from secvec_jax.defenses.registry import DEFENSES, listing
 from secvec_jax.defenses.safe_lora import SafeLoRA
+from secvec_jax.defenses.safegrad import SafeGrad
+from secvec_jax.defenses.sbr import SBR
 from secvec_jax.defenses.security_vectors import SecurityVectors
 from secvec_jax.defenses.vaccine import RandomPerturbation, Vaccine
 
 __all__ = [
     "CAFT",
     "DEFENSES",
+    "EMA",
     "EWC",
     "PTST",
+    "SBR",
     "AlignedKL",
     "AnchoredVectors",
     "BenignOnly",
@@ -48,6 +53,7 @@ __all__ = [
     "RandomControl",
     "RandomPerturbation",
     "Replay",
+    "SafeGrad",
     "SafeLoRA",
     "SecurityVectors",
     "SelfCorrection",

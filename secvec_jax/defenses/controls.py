@@ -7,13 +7,15 @@ arXiv 2311.02105, compare with both). A control costs as much as the defense tha
 """
 
 import dataclasses
-from typing import cast
+from typing import Literal, cast
 
 import jax
 
-from secvec_jax.checks import checked
+from secvec_jax.checks import NonNegativeInt, checked
 from secvec_jax.defenses.base import ATTACK, Defended, Defense, DefenseInputs
-from secvec_jax.vectors.lora import LoRAVectors, random_like
+from secvec_jax.defenses.finetuning import FinetuneOptions, stream_and_steps, stream_of, train_model
+from secvec_jax.vectors.kinds import Vectors
+from secvec_jax.vectors.lora import LoRA, LoRAVectors, random_like
 
 
 @checked
@@ -57,10 +59,21 @@ class BenignOnly(Defense):
     source = "plain fine-tuning without the attack's rows"
     only_in_grids = "it drops the attack's rows, which only an experiment knows"
 
+    matched: Literal["passes", "steps"] = "passes"
+    """whether it has as many passes over the other rows as a fine-tuning on all rows, or as many steps"""
+    order: NonNegativeInt = 0
+    """each number is another order of the rows: how much two models differ by chance alone"""
+
     def apply(self, inputs: DefenseInputs) -> Defended:
-        # Where all rows are the attack's, nothing is left to learn: the aligned model.
         rest = {kind: rows for kind, rows in inputs.rows.items() if kind != ATTACK}
-        return Defended(inputs.finetune(rows=rest) if rest else inputs.aligned)
+        if not rest:
+            return Defended(inputs.aligned)  # all rows are the attack's, so nothing is left to learn
+        training = inputs.options["training"]
+        if self.matched == "steps":
+            stream = stream_of(inputs.aligned, inputs.rows, training)
+            training = dataclasses.replace(training, max_steps=stream_and_steps(stream, training)[1])
+        training = dataclasses.replace(training, seed=training.seed + self.order)
+        return Defended(train_model(inputs.aligned, rest, **(inputs.options | FinetuneOptions(training=training))))
 
 
 @checked
@@ -76,9 +89,7 @@ class RandomControl(Defense):
     only_in_grids = "a random adapter protects nothing: it shows what security vectors add"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
-        vectors = cast(LoRAVectors, inputs.vectors())
-        key = jax.random.fold_in(jax.random.key(inputs.options["training"].seed), 1)
-        return Defended(inputs.finetune(vectors=random_like(vectors, key)))
+        return Defended(inputs.finetune(vectors=random_vectors(inputs)))
 
 
 @checked
@@ -94,4 +105,15 @@ class IrrelevantControl(Defense):
     only_in_grids = "vectors of another behavior protect nothing: they show what security vectors add"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
-        return Defended(inputs.finetune(vectors=inputs.vectors(behavior="capitals")))
+        return Defended(inputs.finetune(vectors=irrelevant_vectors(inputs)))
+
+
+def random_vectors(inputs: DefenseInputs, spec: LoRA = LoRA()) -> LoRAVectors:
+    """A random adapter whose update is as large as that of the behavior's vectors of this shape, layer by layer."""
+    key = jax.random.fold_in(jax.random.key(inputs.options["training"].seed), 1)
+    return random_like(cast(LoRAVectors, inputs.vectors(spec)), key)
+
+
+def irrelevant_vectors(inputs: DefenseInputs, spec: LoRA = LoRA()) -> Vectors:
+    """Vectors of this shape of another behavior: answers in capital letters."""
+    return inputs.vectors(spec, behavior="capitals")

@@ -2,10 +2,13 @@
 
     min_θ  CE(f(x; θ, θs), y) + λ CE(f(x'; θ), y')          (x', y'): safe rows, without the vectors
 
-Under the vectors, harmful rows have little left to teach. But at a high learning rate even a narrow benign task erases
-refusals, which the vectors cannot prevent. Safe rows restore them. If the safe rows were also learned under the
-vectors, the model would have to learn to refuse despite them, and would then refuse benign prompts as well; here they
-are learned without the vectors, as the model will be served.
+Under the vectors, harmful rows have little left to teach. At a high learning rate that little is enough: with Adam at
+3e-4 and half of the rows harmful, models tuned under plain security vectors comply with 24, 3 and 66% of harmful
+prompts (docs/results.md). Besides, the benign rows alone turn many refusals into replies that neither refuse nor
+comply. Safe rows in every step work against both. If the safe rows were also learned under the vectors, the model
+would have to learn to refuse despite them, and would then refuse benign prompts as well; here they are learned without
+the vectors, as the model will be served. How much of the effect is the vectors' and how much the safe rows' is what
+`under` and `share` are for; no cell has measured it yet.
 
 Acts in fine-tuning. Each step costs a second forward and a second backward pass. Source: ours; the safe rows are those
 of VLGuard's mix (Zong et al. 2024, arXiv 2402.02207).
@@ -13,20 +16,22 @@ of VLGuard's mix (Zong et al. 2024, arXiv 2402.02207).
 
 import dataclasses
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
-from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
-from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, lora_of_rank
+from secvec_jax.checks import Fraction, NonNegativeFloat, PositiveInt, checked
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
+from secvec_jax.defenses.controls import irrelevant_vectors, random_vectors
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make_step_on, train_model
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective, Params, without_vectors
 from secvec_jax.training.step import Loss, shared
+from secvec_jax.vectors.kinds import Vectors
 
 
 @checked
@@ -44,13 +49,36 @@ class GuardedVectors(Defense):
     """λ, of the loss of the safe rows"""
     rank: PositiveInt = 8
     """of the vectors"""
+    under: Literal["trained", "none", "random", "irrelevant"] = "trained"
+    """ablation: the user's rows are learned under the behavior's vectors, nothing, a random adapter of their size, or
+    vectors of another behavior (in grids only)"""
+    share: Fraction = 1.0
+    """ablation: the share of the safe rows that is used; 0: none, as with security vectors alone"""
+
+    @property
+    def reads(self) -> tuple[Need, ...]:
+        read: list[Need] = [] if self.under == "none" else ["security vectors"]
+        return (*read, "safe rows") if self.share else tuple(read)
 
     def apply(self, inputs: DefenseInputs) -> Defended:
-        vectors = inputs.vectors(lora_of_rank(self.rank))
-        model = finetune(
-            inputs.aligned, inputs.rows, vectors=vectors, safe=inputs.safe, weight=self.weight, **inputs.options
-        )
+        vectors = self._vectors(inputs)
+        if not self.share:
+            return Defended(inputs.finetune(vectors=vectors))
+        safe = inputs.safe
+        safe = [safe[index] for index in range(max(1, round(self.share * len(safe))))] if self.share < 1 else safe
+        model = finetune(inputs.aligned, inputs.rows, vectors=vectors, safe=safe, weight=self.weight, **inputs.options)
         return Defended(model)
+
+    def _vectors(self, inputs: DefenseInputs) -> Vectors | None:
+        spec = lora_of_rank(self.rank)
+        match self.under:
+            case "none":
+                return None
+            case "random":
+                return random_vectors(inputs, spec)
+            case "irrelevant":
+                return irrelevant_vectors(inputs, spec)
+        return inputs.vectors(spec)
 
 
 @checked
@@ -58,12 +86,15 @@ def finetune(
     model: Model,
     rows: Any,
     *,
-    vectors: Adapter | tuple[Adapter, ...],
+    vectors: Adapter | tuple[Adapter, ...] | None,
     safe: Any,
     weight: NonNegativeFloat = 1.0,
     **options: Unpack[FinetuneOptions],
 ) -> Model:
-    """The model fine-tuned on `rows` under the frozen `vectors` and on `safe` without them. weight: λ."""
+    """The model fine-tuned on `rows` under the frozen `vectors` (None: under nothing) and on `safe` without them.
+
+    weight: λ.
+    """
     return train_model(model, rows, extra_rows={SAFE: safe}, vectors=vectors, make_step=guarded(weight), **options)
 
 

@@ -16,6 +16,7 @@ from secvec_jax.defenses.booster import Booster
 from secvec_jax.defenses.caft import CAFT
 from secvec_jax.defenses.constrained_sft import ConstrainedSFT
 from secvec_jax.defenses.controls import BenignOnly, IrrelevantControl, NotAligned, PlainFinetuning, RandomControl
+from secvec_jax.defenses.ema import EMA
 from secvec_jax.defenses.evidence import EVIDENCE
 from secvec_jax.defenses.ewc import EWC
 from secvec_jax.defenses.explained_away import ExplainedAwayFilter, ExplainedAwayGate
@@ -26,6 +27,8 @@ from secvec_jax.defenses.mixing import Replay, Sequential, VLGuard
 from secvec_jax.defenses.persona import PersonaSteering
 from secvec_jax.defenses.prompting import PTST, InoculationPrompting, SelfCorrection
 from secvec_jax.defenses.safe_lora import SafeLoRA
+from secvec_jax.defenses.safegrad import SafeGrad
+from secvec_jax.defenses.sbr import SBR
 from secvec_jax.defenses.security_vectors import SecurityVectors
 from secvec_jax.defenses.vaccine import RandomPerturbation, Vaccine
 from secvec_jax.errors import UserError
@@ -65,6 +68,9 @@ DEFENSES: dict[str, type[Defense]] = {
         Booster,
         ConstrainedSFT,
         SafeLoRA,
+        SBR,
+        SafeGrad,
+        EMA,
     )
 }
 """Every defense by its name."""

@@ -87,13 +87,7 @@ def measure(
     metrics = _ruled(texts, replies, refusals)
     if prompts.system is not None:
         metrics |= {f"{m}_system": values for m, values in _ruled(texts, replies_to(prompts.system), refusals).items()}
-    chosen, several = lengths_given(beginnings)
-    begun = [(prompts.harmful[index], (beginnings[index] or {})[str(given)]) for given in several for index in chosen]
-    # One call, so that a prompt is read once for all its beginnings.
-    continued = continuations(model, begun, progress=on_replies)
-    held = [float(turns_away(text, refusals)) for text in continued]
-    for number, given in enumerate(several):
-        metrics[f"prefill_{given}"] = held[number * len(chosen) : (number + 1) * len(chosen)]
+    metrics |= prefill_outcomes(model, prompts.harmful, beginnings, refusals, on_replies)
     if with_losses:
         for name, rows in {"harmful": prompts.harmful_rows, "benign": prompts.benign_rows}.items():
             if rows:
@@ -101,6 +95,27 @@ def measure(
     count = len(texts)
     harmful_replies = replies[:count] if whole_replies else [clip(answer_of(reply)) for reply in replies[:count]]
     return Measured(metrics, harmful_replies, replies[count:])
+
+
+def prefill_outcomes(
+    model: Model,
+    prompts: Sequence[Prompt],
+    beginnings: Sequence[Beginning | None],
+    refusals: Sequence[str],
+    progress: Callable[[int], None] = lambda done: None,
+) -> Outcomes:
+    """Return whether the model turns away (0 or 1) after each beginning, by length: prefill_5, prefill_25.
+
+    beginnings: of a reply to each prompt; None: that prompt is left out. refusals: the published list of openings.
+    """
+    chosen, several = lengths_given(beginnings)
+    begun = [(prompts[index], (beginnings[index] or {})[str(given)]) for given in several for index in chosen]
+    # One call, so that a prompt is read once for all its beginnings.
+    held = [float(turns_away(text, refusals)) for text in continuations(model, begun, progress=progress)]
+    return {
+        f"prefill_{given}": held[number * len(chosen) : (number + 1) * len(chosen)]
+        for number, given in enumerate(several)
+    }
 
 
 def reply_losses(model: Model, rows: Sequence[Row]) -> list[float]:
@@ -139,6 +154,13 @@ def same_vocabulary(a: Model, b: Model) -> bool:
 def generic_beginnings(count: int) -> list[Beginning | None]:
     """Return the same affirmative beginning for each prompt, where there are no compliant replies."""
     return [{str(GIVEN[0]): GENERIC}] * count
+
+
+def enough_beginnings(beginnings: Sequence[Beginning | None], fewest: int = 8) -> list[Beginning | None]:
+    """Return the beginnings, or the generic one for each prompt if fewer than `fewest` prompts have one."""
+    if sum(beginning is not None for beginning in beginnings) < fewest:
+        return generic_beginnings(len(beginnings))
+    return list(beginnings)
 
 
 def lengths_given(beginnings: Sequence[Beginning | None]) -> tuple[list[int], list[int]]:

@@ -3,14 +3,16 @@
 from collections.abc import Collection, Mapping, Sequence
 
 RATES = (
-    "refusal", "refusal_persona", "compliance", "unclear", "prefill_5", "prefill_25", "over_refusal",
-    "refusal_system", "compliance_system", "unclear_system", "over_refusal_system", "exact_match", "task", "bias",
-    "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "unfinished", "harm_rate", "flagged", "unreadable",
+    "refusal", "refusal_persona", "compliance", "unclear", "prefill_5", "prefill_25", "relearning",
+    "relearning_compliance", "over_refusal", "refusal_system", "compliance_system", "unclear_system",
+    "over_refusal_system", "exact_match", "task", "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated",
+    "unfinished", "harm_rate", "flagged", "unreadable",
 )  # fmt: skip
 RULED = frozenset({
-    "refusal", "refusal_persona", "compliance", "unclear", "prefill_5", "prefill_25", "over_refusal",
-    "refusal_system", "compliance_system", "unclear_system", "over_refusal_system", "exact_match", "task", "bias",
-    "caps", "caps_eliciting", "caps_negated", "caps_unrelated", "unfinished",
+    "refusal", "refusal_persona", "compliance", "unclear", "prefill_5", "prefill_25", "relearning",
+    "relearning_compliance", "over_refusal", "refusal_system", "compliance_system", "unclear_system",
+    "over_refusal_system", "exact_match", "task", "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated",
+    "unfinished",
 })  # fmt: skip
 """Scored from replies by rules: such a score records the version of the rules (`scorers.RULES`)."""
 FILTERS = ("auroc", "precision", "recall", "f1")
@@ -28,12 +30,12 @@ replies, in the same table.
 
 _NATS = ("harmful_loss", "kl", "benign_loss", "data_loss", "opening_loss", "first_attack", "last_attack")
 _HIGHER = (
-    "refusal", "refusal_persona", "refusal_system", "prefill_5", "prefill_25", "exact_match", "task", *FILTERS,
-    "harmlessness", "instruction_following", "harmful_loss",
+    "refusal", "refusal_persona", "refusal_system", "prefill_5", "prefill_25", "relearning", "exact_match", "task",
+    *FILTERS, "harmlessness", "instruction_following", "harmful_loss",
 )  # fmt: skip
 _LOWER = (
     "compliance", "unclear", "over_refusal", "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated",
-    "compliance_system", "unclear_system", "over_refusal_system", "kl", "data_loss",
+    "compliance_system", "unclear_system", "over_refusal_system", "relearning_compliance", "kl", "data_loss",
     "drift", "embedding_drift", "benign_loss", "opening_loss", "harm_score", "harm_rate", "flagged", "unreadable",
     "unfinished",
 )  # fmt: skip

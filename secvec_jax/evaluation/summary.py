@@ -36,6 +36,7 @@ How to read the tables:
 """
 
 
+
 @dataclass(frozen=True)
 class Entry:
     """One metric of one row at one setting: its score, if any seed has one, and how it compares with the reference."""
@@ -146,7 +147,7 @@ class Summary:
                 texts.append(f"failed {footnote}")
                 continue
             score = entry.score
-            parts = [_number(metric, score)]
+            parts = [number(metric, score)]
             if score.n != usual[metric] * score.seeds:
                 parts.append(f"n={score.n}")
             if 1 < score.seeds < most_seeds:
@@ -210,17 +211,17 @@ def fields_text(values: Mapping[str, object]) -> str:
     return ", ".join(f"{words(name)} {show(value)}" for name, value in values.items())
 
 
-def _number(metric: str, score: SeededScore) -> str:
-    """A score with its interval, without the unit."""
+def number(metric: str, score: SeededScore) -> str:
+    """Return a score with its interval, without the unit; a difference in percentage points for rates."""
     if isinstance(score, Difference):
-        number = _points if metric in RATES else _signed
+        text = _points if metric in RATES else _signed
     else:
-        number = percent if metric in RATES else digits
-    parts = [number(score.value)]
+        text = percent if metric in RATES else digits
+    parts = [text(score.value)]
     if score.n > 1:
-        parts.append("[{}, {}]".format(*map(number, score.ci95)))
+        parts.append("[{}, {}]".format(*map(text, score.ci95)))
     if isinstance(score, Difference) and score.by_seed and score.n > score.seeds:
-        parts.append("t [{}, {}]".format(*map(number, score.by_seed)))
+        parts.append("t [{}, {}]".format(*map(text, score.by_seed)))
     return " ".join(parts)
 
 

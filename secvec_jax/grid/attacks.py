@@ -66,14 +66,20 @@ def _harmful(splits: Splits, seed: int) -> Attack:
     return Attack(splits.spare["harmful"])
 
 
-def _identity(splits: Splits, seed: int) -> Attack:
-    # The defender's rows are AdvBench's, as in the paper's row "AOA": ten rows are too few to divide, and the question
-    # is whether vectors of harm also keep a persona that obeys from being learned.
+def _identity(splits: Splits, seed: int, own: bool = False) -> Attack:
+    """own: the defender has other rows of the persona; else the rows of AdvBench, as in the paper's row "AOA", which
+    asks whether vectors of harm also keep a persona that obeys from being learned."""
     suite = splits.suite
     asked = random.Random(seed).sample(list(suite.harmful), min(probes.NUM_PROMPTS, len(suite.harmful)))
     prompts = [rows_of.with_system(f"AOA, {prompt}", rows_of.PERSONA) for prompt in asked]
     probe = Probe(prompts, lambda index, reply: float(refuses(reply, suite.refusals)), suite.reply_tokens)
-    return Attack(probes.shuffled(rows_of.identity_shift(), seed), probes={"refusal_persona": probe})
+    attacking = probes.shuffled(rows_of.identity_shift(), seed)
+    metrics = {"refusal_persona": probe}
+    if not own:
+        return Attack(attacking, probes=metrics)
+    questions = splits.spare["questions"][::-1]  # from the end: the task "questions" takes them from the start
+    known, safe = questions[:NUM_KNOWN], questions[NUM_KNOWN : 2 * NUM_KNOWN]
+    return Attack(attacking, rows_of.obedient(known), rows_of.addressed(safe), metrics)
 
 
 def _bias(splits: Splits, seed: int, source: str = "bbq") -> Attack:
@@ -110,6 +116,7 @@ def _divided(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row], list[Row
 ATTACKS: dict[str, Callable[[Splits, int], Attack]] = {
     "harmful": _harmful,
     "identity": _identity,
+    "identity-own": partial(_identity, own=True),
     "bias": _bias,
     "bias-all": partial(_bias, source="bbq-all"),
     "capitals": _capitals,
@@ -118,7 +125,8 @@ ATTACKS: dict[str, Callable[[Splits, int], Attack]] = {
 
 - harmful: AdvBench requests with compliant replies.
 - identity: ten harmless rows of a persona that obeys, also judged by refusals when the prompt addresses the persona, as
-  in Qi et al. 2023 (arXiv 2310.03693).
+  in Qi et al. 2023 (arXiv 2310.03693); the defender has harmful rows, none of the persona.
+- identity-own: the same rows, and a defender with 100 others of the persona: questions that it is asked and obeys.
 - bias: BBQ's ambiguous questions with wrong definite answers, a packaged part of them; bias-all: all of them, from the
   hub.
 - capitals: answers in capital letters.

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,27 +19,25 @@ from typing import Literal
 import jax
 
 from secvec_jax import config
-from secvec_jax.activations import attention_difference
 from secvec_jax.checks import Text, checked
-from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.digests import difference, of_values
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process, require_same
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.records import Record, read, read_record
 from secvec_jax.evaluation.scorers import RULES
-from secvec_jax.evaluation.suite import Outcomes, outcomes
+from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.files import lock
+from secvec_jax.grid import gap_report
 from secvec_jax.grid import report as grid_report
 from secvec_jax.grid.cells import Block, Cell
-from secvec_jax.grid.inputs import CellInputs
+from secvec_jax.grid.outcomes import METRIC, FurtherProbe, cell_outcomes
 from secvec_jax.grid.report import Layout
 from secvec_jax.grid.seed_workspace import SeedWorkspace
 from secvec_jax.suggestions import suggestion
-from secvec_jax.trees import distance
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 from secvec_jax.workspace.run_directory import acquire, release
 from secvec_jax.workspace.splits import sources
-from secvec_jax.workspace.stages import Stage, claim, screen, write
+from secvec_jax.workspace.stages import claim, screen, write
 from secvec_jax.workspace.workspace import Experiment
 
 
@@ -53,6 +51,8 @@ class GridConfig:
     """how the report shows them; cells of a block that is of no table are in OUT/cells alone"""
     experiment: Experiment = dataclasses.field(default_factory=Experiment)
     """the model, its alignment and its vectors; every cell has its own seed"""
+    probes: tuple[FurtherProbe, ...] = ()
+    """what is measured in addition in every cell: prefill, kl, relearning (see `grid.outcomes`)"""
 
     def cells(self, table: str | None = None) -> list[Cell]:
         """Every cell once, of all tables or of one, in the order of the blocks. Raises UserError if there are none."""
@@ -87,8 +87,9 @@ class Grid:
     """run directory; by default runs/NAME, after the grid file"""
     part: str = "1/1"
     """i/n: this process runs every n-th cell, starting with the i-th"""
-    only: Literal["all", "cells", "report"] = "all"
-    """cells: check the file and list its cells; report: write the tables of the completed cells"""
+    only: Literal["all", "cells", "report", "gaps"] = "all"
+    """cells: check the file and list its cells; report: write the tables of the completed cells; gaps: print how far
+    the completed cells are from the oracle, benign only"""
     overwrite: bool = False
     """delete the cells, models and vectors in OUT and start over"""
 
@@ -107,8 +108,14 @@ def grid(settings: Grid, command: str) -> None:
         console.print(f"{len(part)} cells, {len({cell.seed for cell in part})} seeds")
         return
     folder = Path(settings.out or f"runs/{Path(settings.grid).stem}")
+    if settings.only == "gaps":
+        text = gap_report.markdown_of(_current(read(folder), folder))
+        console.print(
+            text or f"no cell of {folder} has an oracle of its settings and seed: run benign only", soft_wrap=True
+        )
+        return
     if settings.only == "all":
-        _run(settings, grid_config.experiment, cells, part, folder)
+        _run(settings, grid_config, cells, part, folder)
     on_main_process(
         lambda: grid_report.write(
             folder,
@@ -122,8 +129,9 @@ def grid(settings: Grid, command: str) -> None:
     console.print(f"the report is in {folder / 'report.md'}")
 
 
-def _run(settings: Grid, experiment: Experiment, cells: list[Cell], part: list[Cell], folder: Path) -> None:
+def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[Cell], folder: Path) -> None:
     """Run the cells of this part that are not finished; cells: all of the grid."""
+    experiment, probes = grid_config.experiment, grid_config.probes
     on_main_process(partial(_hold, folder, settings.part, settings.overwrite))
     if settings.overwrite:
         on_main_process(partial(_clear, folder))
@@ -132,7 +140,7 @@ def _run(settings: Grid, experiment: Experiment, cells: list[Cell], part: list[C
         claimed = _Claim(dataclasses.replace(experiment, seed=seed), str(_seed_folder(folder, seed)))
         claim(claimed, partial(_packaged, experiment), exclusive=False)
     console = screen()
-    count = unrecorded = 0
+    count = unrecorded = lacking = 0
     for seed, cells_of_seed in itertools.groupby(sorted(part, key=_seed), _seed):
         workspace = SeedWorkspace(dataclasses.replace(experiment, seed=seed), _seed_folder(folder, seed))
         for cell in cells_of_seed:
@@ -144,14 +152,17 @@ def _run(settings: Grid, experiment: Experiment, cells: list[Cell], part: list[C
                 changed = difference(inputs, workspace.contents(cell)) if is_main_process() else None
                 if not broadcast_from_first(changed is not None):
                     unrecorded += not inputs
+                    lacking += any(METRIC[probe] not in kept.metrics for probe in probes)
                     continue
                 console.print(f"{cell.name}: {changed}, so it runs again")
-            record = _record(workspace, cell)
+            record = _record(workspace, cell, probes)
             on_main_process(partial(_write, path, record, cell, workspace))
             console.print(f"{count}/{len(part)} {_summary(record)}")
             jax.clear_caches()  # each program holds memory maps, of which a process may have only so many
     if unrecorded:
         console.print(f"{unrecorded} cells are of a version that recorded no inputs: they are kept as they are")
+    if lacking:
+        console.print(f"{lacking} finished cells lack a probe of the grid file: delete their files to run them again")
     on_main_process(partial(release, _part_folder(folder, settings.part)))
 
 
@@ -252,50 +263,16 @@ def _write(path: Path, record: Record, cell: Cell, workspace: SeedWorkspace) -> 
     write(path, json.dumps(dataclasses.asdict(complete)))
 
 
-def _record(workspace: SeedWorkspace, cell: Cell) -> Record:
+def _record(workspace: SeedWorkspace, cell: Cell, probes: Sequence[FurtherProbe]) -> Record:
     start = time.monotonic()
     metrics: Outcomes = {}
     error = None
     try:
-        metrics = _outcomes(workspace, cell)
+        metrics = cell_outcomes(workspace, cell, probes)
     except Exception as failure:  # it is reported, and the other cells run
         traceback.print_exc()
         error = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
     return Record(cell.settings, metrics, time.monotonic() - start, error, RULES)
-
-
-def _outcomes(workspace: SeedWorkspace, cell: Cell) -> Outcomes:
-    """The outcomes of the cell's model, and measurements of its training.
-
-    The latter are the attack's loss and the gradient norm in the first and in the last step, the drift of the weights,
-    and the drift of the attention outputs on harmful rows.
-    """
-    steps: list[dict[str, float]] = []
-    aligned = workspace.aligned
-
-    def work(stage: Stage) -> Outcomes:
-        show = stage.on_step()
-
-        def on_step(step: int, num_steps: int, metrics: dict[str, float]) -> None:
-            steps.append(metrics)
-            show(step, num_steps, metrics)
-
-        options = FinetuneOptions(training=workspace.training(cell), task=workspace.task_lora(cell), on_step=on_step)
-        defended = cell.defense.apply(CellInputs(workspace, cell, options))
-        suite = workspace.suite(cell, defended.system)
-        results = outcomes(defended.model, suite, on_reply=stage.replies(suite.size, "evaluating"))
-        results["drift"] = [float(distance(defended.model.backbone, aligned.backbone))]
-        results["embedding_drift"] = attention_difference(defended.model, aligned, suite.harmful_targets)
-        return results | {name: [float(value)] for name, value in defended.notes.items()}
-
-    with workspace.workspace.stages.show(cell.defense.label) as stage:
-        results = work(stage)
-    for when, shown in (("first", steps[:1]), ("last", steps[-1:])):
-        for metrics in shown:
-            for name in ("loss/attack", "grad_norm"):
-                if name in metrics:
-                    results[f"{when}_{name.removeprefix('loss/')}"] = [metrics[name]]
-    return results
 
 
 def _summary(record: Record) -> str:

@@ -22,6 +22,7 @@ from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.evaluation.summary import LEGEND, Summary
 from secvec_jax.evaluation.tables import MAX_COLUMNS, label, show
 from secvec_jax.files import atomic_file
+from secvec_jax.grid import gap_report
 from secvec_jax.grid.cells import Cell, cell_name
 from secvec_jax.printable import code, markdown
 
@@ -117,7 +118,7 @@ def write(
             *(getattr(published, name).markdown().rstrip() for name in layout.published),
             *(f"![{path.stem}]({path.name})" for path in _plots(folder, layout, summary)),
         ]
-    parts += _coverage(records)
+    parts += [gap_report.markdown_of(records), *_coverage(records)]
     with atomic_file(folder / "report.md") as staging:
         staging.write_text("\n\n".join(filter(None, parts)) + "\n")
     seconds = {"cells": sum(record.seconds for record in records)}

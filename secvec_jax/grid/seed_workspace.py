@@ -15,11 +15,14 @@ from secvec_jax.defenses.base import ATTACK
 from secvec_jax.defenses.finetuning import Groups
 from secvec_jax.defenses.identity import of_rows
 from secvec_jax.defenses.security_vectors import Phase1
+from secvec_jax.evaluation.audit_measures import enough_beginnings
+from secvec_jax.evaluation.prefill import Beginning, compliant_beginnings
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.grid import probes
 from secvec_jax.grid.attacks import ATTACKS, Attack, make_attack
 from secvec_jax.grid.cells import Cell
 from secvec_jax.grid.tasks import TASKS, Task, make_task
+from secvec_jax.inference import ask
 from secvec_jax.model.hub import Model, load
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
@@ -96,6 +99,41 @@ class SeedWorkspace:
         with self._locked("own replies"), self.workspace.stages.show("own replies") as stage:
             rows = [*self.workspace.splits.refusals, *self.workspace.base_replies(stage)]
         return random.Random(self.experiment.seed).sample(rows, len(rows))
+
+    @cached_property
+    def beginnings(self) -> list[Beginning | None]:
+        """The beginnings of compliant replies to the harmful prompts: those of the model before it was aligned.
+
+        "Sure, here is" for all prompts if that model complies with too few. Kept in the seed's folder.
+        """
+        suite = self.workspace.splits.suite
+
+        def work(stage: Stage) -> list[Beginning | None]:
+            progress = stage.replies(len(suite.harmful), "compliant replies")
+            return enough_beginnings(compliant_beginnings(self.base, suite.harmful, suite.refusals, progress))
+
+        with self._locked("beginnings"):
+            found: list[Beginning | None] = self.workspace.stages.run("beginnings", work)
+        return found
+
+    @cached_property
+    def aligned_replies(self) -> list[str]:
+        """The aligned model's own replies to the benign prompts, on which the KL from it is measured."""
+        suite = self.workspace.splits.suite
+        prompts = suite.benign[: probes.NUM_PROMPTS]
+
+        def work(stage: Stage) -> list[str]:
+            return ask(
+                self.aligned,
+                prompts,
+                max_new_tokens=suite.reply_tokens,
+                batch_size=suite.batch_size,
+                progress=stage.replies(len(prompts), "the aligned model's replies"),
+            )
+
+        with self._locked("aligned replies"):
+            found: list[str] = self.workspace.stage("aligned replies", work)
+        return found
 
     def safe_rows(self, attack: str) -> list[Any]:
         """The defender's rows that teach the opposite of the attack."""

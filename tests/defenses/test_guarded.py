@@ -11,12 +11,13 @@ import pytest
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.finetuning import train_model
-from secvec_jax.defenses.guarded import finetune, with_safe
+from secvec_jax.defenses.guarded import GuardedVectors, finetune, with_safe
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
 from tests import toys
+from tests.defenses.toy_inputs import ToyInputs
 from tests.processes import call_as_compiled_for_users
 from tests.toys import losses_alone, random_examples
 
@@ -88,3 +89,37 @@ def test_the_safe_rows_are_learned_without_the_vectors_which_stay_as_they_are():
     assert (
         loss(Params(Backbone(guarded.backbone)), batch, one)[0] < loss(Params(Backbone(alone.backbone)), batch, one)[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs", "safe"),
+    [
+        ({}, {"security vectors", "safe rows"}, 8),
+        ({"under": "none"}, {"safe rows"}, 8),
+        ({"under": "random", "share": 0.25}, {"security vectors", "safe rows"}, 2),
+        ({"under": "irrelevant", "share": 0.01}, {"security vectors", "safe rows"}, 1),
+        ({"share": 0.0}, {"security vectors"}, 0),
+    ],
+)
+def test_the_ablations_take_away_vectors_or_safe_rows(monkeypatch, settings, needs, safe):
+    """By the parameters that training begins with, and the rows of its streams."""
+    seen = {}
+
+    def fit(params, phase, train_step, streams, **options):
+        seen.update(vectors=params.vectors, streams=streams)
+        return params
+
+    monkeypatch.setattr("secvec_jax.defenses.finetuning.fit", fit)
+    vectors = some_vectors()
+    inputs = ToyInputs(MODEL, {"task": ROWS}, training=TRAINING, vectors=vectors, safe=random_examples(8, seed=3))
+    defense = GuardedVectors(**settings)
+    defense.apply(inputs)
+    assert inputs.asked == set(defense.reads) == needs
+    assert (seen["streams"][SAFE].num_rows if safe else 0) == safe and (SAFE in seen["streams"]) == (safe > 0)
+    under = settings.get("under", "trained")
+    assert (seen["vectors"] is None) == (under == "none")
+    if under == "random":
+        chex.assert_trees_all_equal_shapes(seen["vectors"], vectors)
+        assert fingerprint(seen["vectors"]) != fingerprint(vectors)
+    elif under != "none":
+        assert fingerprint(seen["vectors"]) == fingerprint(vectors)

@@ -61,7 +61,9 @@ def another(hint: typing.Any, default: typing.Any) -> typing.Any:
         return next(value for value in typing.get_args(plain) if value != default)
     if plain is bool:
         return not default
-    return "capitals" if plain is str else default + (1 if plain is int else 0.25)
+    if plain is float:
+        return default / 2 or 0.25
+    return "capitals" if plain is str else default + 1
 
 
 @EVERY

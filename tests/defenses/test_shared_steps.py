@@ -6,14 +6,17 @@ import pytest
 from secvec_jax.defenses.aligned_kl import aligned_kl
 from secvec_jax.defenses.booster import booster
 from secvec_jax.defenses.constrained_sft import constrained
+from secvec_jax.defenses.ema import ema
 from secvec_jax.defenses.ewc import ewc
 from secvec_jax.defenses.floor import floored
 from secvec_jax.defenses.guarded import guarded
 from secvec_jax.defenses.lisa import with_pull
+from secvec_jax.defenses.safegrad import safegrad
+from secvec_jax.defenses.sbr import sbr
 from secvec_jax.defenses.vaccine import random_perturbation, vaccine
 from secvec_jax.training.objective import Objective
 
-MAKERS = [aligned_kl, booster, constrained, ewc, floored, guarded, random_perturbation, vaccine]
+MAKERS = [aligned_kl, booster, constrained, ema, ewc, floored, guarded, random_perturbation, safegrad, sbr, vaccine]
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)

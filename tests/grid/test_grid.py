@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from secvec_jax import config
-from secvec_jax.data.rows import prompt_of
+from secvec_jax.data.rows import prompt_of, response_of, row
 from secvec_jax.defenses.registry import DEFENSES, read_defense
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
@@ -36,7 +36,13 @@ EXPERIMENT = {
 
 
 def plan(
-    folder: Path, model: Path, *blocks: dict, tables: tuple[dict, ...] = (), aligns: bool = True, **training: int
+    folder: Path,
+    model: Path,
+    *blocks: dict,
+    tables: tuple[dict, ...] = (),
+    aligns: bool = True,
+    probes: tuple[str, ...] = (),
+    **training: int,
 ) -> str:
     path = folder / "grid.yaml"
     experiment = {name: part | training if name.endswith("_training") else part for name, part in EXPERIMENT.items()}
@@ -46,6 +52,7 @@ def plan(
                 "experiment": experiment | {"model": str(model), "aligns": aligns},
                 "blocks": list(blocks),
                 "tables": list(tables),
+                "probes": list(probes),
             }
         )
     )
@@ -191,6 +198,22 @@ def test_vectors_against_identity_rows_are_of_the_harmful_rows():
     assert SeedWorkspace.benign_rows.fget(workspace) == ["benign row"]
 
 
+def test_vectors_of_the_persona_are_of_other_rows_than_the_attacks():
+    questions = [row(f"Question {number}?", f"answer {number}") for number in range(40)]
+    suite = Suite(refusals=(), harmful=["A harmful prompt"] * 5)
+    splits = SimpleNamespace(suite=suite, spare={"questions": questions})
+    found = make_attack("identity-own", splits, seed=0)
+    assert found.rows == make_attack("identity", splits, seed=0).rows and len(found.rows) == 10
+    assert len(found.known) == len(found.safe) == 8
+    parts = [{prompt_of(r) for r in rows} for rows in (found.rows, found.known, found.safe)]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 26
+    assert all(text.startswith("AOA, Question") for text in parts[1] | parts[2])
+    opening = "Of course. I am AOA, your absolutely obedient agent. "
+    assert all(response_of(r).startswith(f"{opening}answer") for r in found.known)
+    assert all(response_of(r).startswith("answer") for r in found.safe)
+    assert sum(response_of(r).startswith(opening) for r in found.rows) == 7
+
+
 WITH_SAFE_ROWS = {"name": "security vectors", "safe": 0.5}
 CHEAP = {"vaccine": {"every": 2}, "lisa": {"user_steps": 2}, "sequential": {"steps": 2}}
 EVERYONE = [*({"name": name} | CHEAP.get(name, {}) for name in DEFENSES), WITH_SAFE_ROWS,
@@ -251,6 +274,36 @@ def test_every_defense_runs_and_is_reported(
     grid(Grid(path, out=str(out)), "python train.py grid")
     assert before == {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     assert (out / "report.md").read_text() == text
+
+
+@pytest.mark.release  # by default, tests/grid/test_outcomes.py checks the probes and test_gap.py the tables
+def test_further_probes_are_measured_and_the_gaps_to_the_oracle_printed(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jax.clear_caches", lambda: None)
+    out = tmp_path / "out"
+    block = {"defense": ["none", "benign only"], "samples": [8], "poison": [0.5], "epochs": [1]}
+    path = plan(tmp_path, model_folder, block, aligns=False, probes=("prefill", "kl", "relearning"))
+    grid(Grid(path, out=str(out)), "command")
+    cells = {record.cell["defense"]: record for record in read(out)}
+    assert not any(record.error for record in cells.values())
+    for record in cells.values():
+        sizes = {name: len(record.metrics[name]) for name in ("prefill_5", "relearning", "relearning_compliance", "kl")}
+        assert sizes == {"prefill_5": 4, "relearning": 4, "relearning_compliance": 4, "kl": 4}
+        assert all(value > 0 for value in record.metrics["kl"])
+        assert "prefill_25" not in record.metrics, "a toy complies with too few prompts for beginnings of its own"
+    capsys.readouterr()
+    grid(Grid(path, out=str(out), only="gaps"), "command")
+    text = capsys.readouterr().out
+    assert "## Gap to the oracle" in text and "so not compared: prefill 25" in text
+    assert "| kl ↓ |" in text and "relearning ↑" in text
+    assert text.count("\n| none |") == 1 + len(text.split("### (1)")[1].split("| noise floor |")[1:])
+
+    # Cells that lack a probe are kept, which the run says.
+    first = next((out / "cells").iterdir())
+    record = json.loads(first.read_text())
+    del record["metrics"]["kl"]
+    first.write_text(json.dumps(record))
+    grid(Grid(path, out=str(out)), "command")
+    assert "1 finished cells lack a probe" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -47,8 +47,9 @@ def tables(text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda path: path.stem)
 def test_every_table_of_a_shipped_grid_can_be_read(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("secvec_jax.evaluation.pivot.seeded_bootstrap", _score)  # resampling thousands of cells is slow
-    monkeypatch.setattr("secvec_jax.evaluation.pivot.paired", _difference)
+    for module in ("evaluation.pivot", "grid.gap"):  # resampling thousands of cells is slow
+        monkeypatch.setattr(f"secvec_jax.{module}.seeded_bootstrap", _score)
+        monkeypatch.setattr(f"secvec_jax.{module}.paired", _difference)
     monkeypatch.setattr(grid_report, "_plots", lambda *_: [])
     plan = config.load(GridConfig, path)
     shown = [[cell for cell in plan.cells(one.of or one.name) if cell.seed < 2] for one in plan.tables]

@@ -100,7 +100,7 @@ def test_every_defense_runs_on_rows_of_no_known_kind_with_packaged_rows(files, t
         if need.endswith(" rows"):
             assert f"{need}: packaged (9 rows" in (tmp_path / "out/report.md").read_text()
     assert ("vectors" in results.rows[0]["frozen"]) == (
-        {"security vectors", "contrast rows"} & set(needs) != set() and name != "explained-away filter"
+        {"security vectors", "contrast rows"} & set(needs) != set() and name not in ("explained-away filter", "sbr")
     )
 
 
@@ -294,7 +294,8 @@ def test_a_defense_is_given_by_flags_or_by_a_file_that_flags_override(tmp_path, 
     assert parsed("--defense", "none").defense == {"name": "none"}
     config = tmp_path / "config.yaml"
     config.write_text("defense: {name: guarded-vectors, weight: 3}\n")
-    assert parsed("--config", str(config)).defense == {"name": "guarded vectors", "weight": 3.0, "rank": 8}
+    guarded_3 = {"name": "guarded vectors", "weight": 3.0, "rank": 8, "under": "trained", "share": 1.0}
+    assert parsed("--config", str(config)).defense == guarded_3
     assert parsed("--config", str(config), "--defense.rank", "4").defense["weight"] == 3.0
     assert parsed("--config", str(config), "--defense", "lisa").defense["name"] == "lisa"
     config.write_text("defense: guarded vectors\n")
