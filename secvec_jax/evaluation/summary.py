@@ -36,7 +36,6 @@ How to read the tables:
 """
 
 
-
 @dataclass(frozen=True)
 class Entry:
     """One metric of one row at one setting: its score, if any seed has one, and how it compares with the reference."""
