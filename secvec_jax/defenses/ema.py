@@ -6,7 +6,8 @@
 The moving average is the paper's, which answers the loss of safety that benign rows cause. Ours are: steps are taken
 from w_t, not from the average, as in plain fine-tuning, and w̄ is what is evaluated, validated and returned; η = 0.9,
 which was not tuned. After n steps the aligned model still has the weight η^n (0.35 after ten steps), so a larger η in a
-short run undoes the fine-tuning, whatever the rows.
+short run undoes the fine-tuning, whatever the rows. Where weights are trained in bfloat16, so is the average, and
+changes of less than its last bit are lost.
 
 Acts in fine-tuning. Costs a copy of the trained weights, and no further pass.
 """

@@ -39,6 +39,7 @@ from secvec_jax.defenses.finetuning import (
     train_model,
 )
 from secvec_jax.errors import UserError
+from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.generate import rounded_up
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
@@ -110,11 +111,12 @@ def anchors_of(model: Model, examples: Sequence[Example], loss: Objective) -> An
     for line, example, length in zip(tokens, examples, lengths):
         line[:length] = example.tokens[:length]
 
-    @jax.jit
-    def anchored(decoder: Any, tokens: jax.Array, last: jax.Array) -> Anchors:
-        return shard(Anchors(tokens, last, _states(loss, Params(Backbone(decoder)), tokens, last)))
+    return _anchors(model.backbone, jnp.asarray(tokens), jnp.asarray(lengths - 1), loss=loss)
 
-    return anchored(model.backbone, jnp.asarray(tokens), jnp.asarray(lengths - 1))
+
+@partial(jax.jit, static_argnames="loss")
+def _anchors(decoder: Decoder, tokens: jax.Array, last: jax.Array, *, loss: Objective) -> Anchors:
+    return shard(Anchors(tokens, last, _states(loss, Params(Backbone(decoder)), tokens, last)))
 
 
 @checked
