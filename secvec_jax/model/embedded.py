@@ -48,7 +48,9 @@ class Embedded:
 
     def file(self) -> Path:
         """The GGUF file in the cache. Raises UserError if it cannot be downloaded."""
-        return assets.extract(*self.parts[0]) if not self.sha256 else assets.join(self.parts, self.filename, self.sha256)
+        if len(self.parts) == 1:
+            return assets.extract(*self.parts[0])
+        return assets.join(self.parts, self.filename, self.sha256)
 
 
 GEMMA_TEMPLATE = """\

@@ -42,6 +42,7 @@ A good reply to the other categories of Do-Not-Answer (prejudice, health questio
 advice, which a list of refusal openings cannot classify.
 """
 
+
 @checked
 @dataclasses.dataclass(frozen=True)
 class Sizes:

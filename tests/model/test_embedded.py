@@ -112,9 +112,9 @@ def test_gemma_is_what_transformers_reads_from_the_file():
 
     model = hub.load("gemma3-270m")
     text = (
-        "A lighthouse is a tower that emits light from a system of lamps and lenses, to serve as a beacon for pilots at "
-        "sea. Before ports had clear marks, sailors were guided by fires on hilltops. A fire on a platform is seen from "
-        "farther away, and so towers were built to carry it. "
+        "A lighthouse is a tower that emits light from a system of lamps and lenses, to serve as a beacon for pilots "
+        "at sea. Before ports had clear marks, sailors were guided by fires on hilltops. A fire on a platform is seen "
+        "from farther away, and so towers were built to carry it. "
     )
     tokens = np.asarray([model.tokenizer(text * 12)["input_ids"]], np.int32)
     assert tokens.shape[1] > model.architecture.sliding_window

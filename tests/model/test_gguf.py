@@ -299,7 +299,8 @@ _TURNS = ["<start_of_turn>", "<end_of_turn>"]
 def write_sentencepiece(path: Path, space_prefix: bool | None = False, scores: int | None = None) -> None:
     """A file with Gemma's kind of tokenizer, of twelve pieces, and no weights."""
     writer = gguf.GGUFWriter(path, "gemma3")
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *_TURNS, "\n", "  ", *(f"<0x{byte:02X}>" for byte in range(256)), *_PIECES]
+    as_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *_TURNS, "\n", "  ", *as_bytes, *_PIECES]
     types = [3] * 6 + [4] * 2 + [6] * 256 + [1] * len(_PIECES)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
