@@ -160,12 +160,12 @@ class Model:
 def load(source: str | Path, frozen_weights: Precision = "float32") -> Model:
     """The model that `source` names, sharded over the ambient mesh.
 
-    source: an embedded name ("smollm2"), a local Hugging Face folder, the run directory of a training, a local .gguf
-    file or a hub id.
+    source: an embedded name ("smollm2", "gemma3-270m"), a local Hugging Face folder, the run directory of a training, a
+    local .gguf file or a hub id.
     frozen_weights: what the weights are held in: "float32", or "bfloat16", "int8" or "nf4" for a model that is not
     trained itself: vectors and a task LoRA can be trained over it, in float32 (see `model.quantized`).
-    Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, or if the
-    mesh does not divide it.
+    Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, if the mesh
+    does not divide it, or if it is embedded and its terms are not accepted (`embedded.ACCEPTED`).
     """
     checked_path("model", source, f"an embedded name ({', '.join(EMBEDDED)}), a folder, a hub id or a .gguf file")
     frozen_weights = check(Precision, frozen_weights, "frozen_weights")

@@ -53,7 +53,7 @@ class Experiment:
     """How a model is aligned, gets its vectors, and is fine-tuned and evaluated."""
 
     model: str = "smollm2"
-    """embedded name (smollm2), Hugging Face folder, hub id or .gguf file"""
+    """embedded name (smollm2, gemma3-270m), Hugging Face folder, hub id or .gguf file"""
     seed: Seed = 0
     """seed of the data splits, the order of the rows and the initial vectors"""
     aligns: bool = True
