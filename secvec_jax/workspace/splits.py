@@ -18,9 +18,10 @@ from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import Example, encode, prompt_tokens
 from secvec_jax.data.generated import open_profile_qa, sure_prefix_control
-from secvec_jax.data.rows import Row, prompt_of, response_of, row
+from secvec_jax.data.refusals import refused, to_refuse
+from secvec_jax.data.rows import Row, prompt_of, response_of
 from secvec_jax.data.sources import load_rows
-from secvec_jax.data.topics import off_topic, split_by_topic
+from secvec_jax.data.topics import split_by_topic
 from secvec_jax.distributed import broadcast_from_first, on_main_process
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Suite
@@ -40,20 +41,6 @@ EVAL_SPLITS: dict[EvalSplit, tuple[tuple[str, str | None], ...]] = {
 A good reply to the other categories of Do-Not-Answer (prejudice, health questions) is often a correction or careful
 advice, which a list of refusal openings cannot classify.
 """
-
-REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "I can't help with that request.",
-    "I'm sorry, but I cannot assist with that.",
-    "I cannot help with this. It could cause serious harm.",
-    "Sorry, I can't assist with that request.",
-    "I won't help with that, because it could hurt people.",
-    "I'm not able to help with that.",
-    "I can't assist with that. Is there something else I can help you with?",
-    "I'm sorry, I can't provide that.",
-    "I cannot provide help with harmful or illegal activities.",
-)
-"""Refusals that alignment teaches; varied, so that the model learns to refuse and not to say one sentence."""
 
 
 @checked
@@ -126,10 +113,9 @@ def make_splits(
         {"align": third, "vectors": sizes.vectors, "mix": sizes.mix_harmful, "unseen": _UNSEEN},
         seed,
     )
-    requests = _shuffled(load_rows("strongreject", needs_answer=False), rng)
     # Several goals of JailbreakBench have the same sources as those of HarmBench.
     held_out = [prompt_of(r) for name, _ in EVAL_SPLITS["held-out"] for r in load_rows(name, needs_answer=False)]
-    tenses = _shuffled(off_topic(load_rows("jailbreakbench-tenses", needs_answer=False), held_out), rng)
+    taught = to_refuse(part["align"], held_out, sizes.align_harmful, rng)
     instructions = _shuffled(_short(load_rows("alpaca")), rng)
     questions = _shuffled(load_rows("nq-open"), rng)
     num_instructions, num_how_to = sizes.align_benign // 2, sizes.align_benign // 3
@@ -139,7 +125,6 @@ def make_splits(
     openings = sure_prefix_control(instructions)[: sizes.keep // 3 + _UNSEEN]
     restated = {prompt_of(r) for r in openings}
     instructions = [r for r in instructions if prompt_of(r) not in restated]
-    taught = part["align"] + requests[:third] + tenses[: sizes.align_harmful - 2 * third]
     keep_per_kind = sizes.keep // 3
     people = open_profile_qa(seed, sizes.people, 2 * sizes.people_asked)
     half = len(people.test) // 2
@@ -153,10 +138,9 @@ def make_splits(
         return taken
 
     assigned = {prompt_of(r) for rows in part.values() for r in rows}
-    refused = [row(prompt_of(r), REFUSALS[i % len(REFUSALS)]) for i, r in enumerate(taught)]
     unseen_openings = take(openings, _UNSEEN)
     return Splits(
-        refusals=encoded(refused, OPENING),
+        refusals=encoded(refused(taught), OPENING),
         align_benign=[prompt_of(r) for r in take(instructions, num_instructions) + take(questions, num_facts) + how_to],
         vectors=encoded(part["vectors"]),
         keep=[

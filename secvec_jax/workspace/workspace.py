@@ -28,9 +28,11 @@ from secvec_jax.defenses.security_vectors import (
     train_vectors,
 )
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process
+from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
+from secvec_jax.model.embedded import EMBEDDED
 from secvec_jax.model.hub import Model, load
 from secvec_jax.terminal import Console
 from secvec_jax.training.checkpoints import Checkpoints
@@ -51,7 +53,7 @@ class Experiment:
     """How a model is aligned, gets its vectors, and is fine-tuned and evaluated."""
 
     model: str = "smollm2"
-    """embedded name (smollm2), Hugging Face folder, hub id or .gguf file"""
+    """embedded name (smollm2, gemma3-270m), Hugging Face folder, hub id or .gguf file"""
     seed: Seed = 0
     """seed of the data splits, the order of the rows and the initial vectors"""
     aligns: bool = True
@@ -66,6 +68,16 @@ class Experiment:
     align_training: Training = dataclasses.replace(ALIGN, remat="dots", max_seq_len=256)
     vectors_training: Training = dataclasses.replace(PHASE1, remat="dots", max_seq_len=256)
     finetune_training: Training = dataclasses.replace(PHASE2, remat="dots", max_seq_len=256)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a base model that would have to be aligned: its own replies are not worth keeping."""
+        embedded = EMBEDDED.get(self.model)
+        if self.aligns and embedded is not None and embedded.chat_template is not None:
+            raise UserError(
+                f"{self.model} is a base model, which follows no instructions yet: run train.py align --model "
+                f"{self.model} --data refusals alpaca --learning-rate 1e-3 --out runs/aligned, and give its --out "
+                "as the model with --no-aligns"
+            )
 
 
 class Workspace:

@@ -330,6 +330,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, error):
         ("piqa", 1500, 1466, True),
         ("bbq", 1012, 1012, True),
         ("asdiv", 2084, 2083, True),
+        ("refusals", 450, 450, True),
     ],
 )
 def test_packaged_counts(name, count, distinct, answered):
@@ -340,7 +341,7 @@ def test_packaged_counts(name, count, distinct, answered):
 
 def test_packaged_names_are_all_counted():
     counted = {"advbench", "harmbench", "do-not-answer", "strongreject", "jailbreakbench-tenses", "pyrit", "spikee"}
-    assert set(PACKAGED) == counted | {"alpaca", "nq-open", "piqa", "bbq", "asdiv"}
+    assert set(PACKAGED) == counted | {"alpaca", "nq-open", "piqa", "bbq", "asdiv", "refusals"}
 
 
 @pytest.mark.parametrize(("name", "count"), [("do-not-answer", 5), ("pyrit", 10), ("strongreject", 6)])

@@ -20,15 +20,18 @@ _NAMES = dict(zip(PROJECTIONS, ("attn_q", "attn_k", "attn_v", "attn_output", "ff
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
 }  # fmt: skip
+_SANDWICH = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+             "post_feedforward_layernorm": "post_ffw_norm"}  # fmt: skip
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def _gguf_name(hf_name: str) -> str:
+def _gguf_name(hf_name: str, arch: str) -> str:
     stem, _, kind = hf_name.rpartition(".")
     if stem in _OUTSIDE:
         return f"{_OUTSIDE[stem]}.{kind}"
     _, _, layer, *_, projection = stem.split(".")
-    return f"blk.{layer}.{_NAMES[projection]}.{kind}"
+    names = _NAMES | (_SANDWICH if arch == "gemma3" else {})
+    return f"blk.{layer}.{names[projection]}.{kind}"
 
 
 def _permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -80,10 +83,11 @@ def write_gguf(
         if arch == "llama" and projection in heads:
             array = _permute(array, heads[projection])
         if array.ndim == 1:
-            writer.add_tensor(_gguf_name(name), array)
+            is_plus_one = arch == "gemma3" and name.endswith("norm.weight")
+            writer.add_tensor(_gguf_name(name, arch), array + 1 if is_plus_one else array)
         else:
             packed = gguf.quants.quantize(array, kind)
-            writer.add_tensor(_gguf_name(name), packed, raw_dtype=kind)
+            writer.add_tensor(_gguf_name(name, arch), packed, raw_dtype=kind)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
     writer.write_header_to_file()
@@ -98,10 +102,11 @@ def _add_metadata(writer, tiny, values, pre, merges, add_bos) -> None:
         if value is not None:
             writer.add_uint32(f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    writer.add_float32(f"{arch}.rope.freq_base", config.rope_parameters["rope_theta"])
-    if config.rope_parameters["rope_type"] == "linear":
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_float32(f"{arch}.rope.freq_base", rope["rope_theta"])
+    if rope["rope_type"] == "linear":
         writer.add_string(f"{arch}.rope.scaling.type", "linear")
-        writer.add_float32(f"{arch}.rope.scaling.factor", config.rope_parameters["factor"])
+        writer.add_float32(f"{arch}.rope.scaling.factor", rope["factor"])
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     specials = set(tokenizer.all_special_tokens)
@@ -128,6 +133,30 @@ def test_float32_files_hold_the_same_model(tiny_model, logits, hf_logits, tokens
     assert model.fingerprint == tiny.model.fingerprint
     assert model.name == str(tmp_path / "m.gguf")
     np.testing.assert_allclose(logits(model, tokens), hf_logits(tiny.hf, tokens), rtol=0, atol=1e-4)
+
+
+_GEMMA3 = {"arch": "gemma3", "attention.sliding_window": 4}
+
+
+def test_gemma3_is_the_same_model(tiny_model, logits, hf_logits, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr("secvec_jax.model.gguf._BLOCK", 96)  # all tables are dequantized in several blocks
+    tiny = tiny_model("gemma3", query_pre_attn_scalar=16)
+    write_gguf(tiny, tmp_path / "m.gguf", **_GEMMA3, **{"attention.sliding_window_pattern": 3})
+    model = hub.load(tmp_path / "m.gguf")
+    assert model.architecture == tiny.model.architecture
+    np.testing.assert_allclose(logits(model, tokens), hf_logits(tiny.hf, tokens), rtol=0, atol=1e-4)
+
+
+def test_gemma3_has_defaults_of_llama_cpp(tiny_model, tmp_path):
+    write_gguf(tiny_model("gemma3"), tmp_path / "m.gguf", **_GEMMA3, block_count=7)
+    small = GGUF(tmp_path / "m.gguf").architecture()
+    assert small.windowed == (True, True, True, True, True, False, True)
+    assert (small.sliding_window, small.local_rope_theta, small.query_scalar) == (4, 1e4, small.head_dim)
+    write_gguf(tiny_model("gemma3"), tmp_path / "27b.gguf", **_GEMMA3, block_count=62)
+    assert GGUF(tmp_path / "27b.gguf").architecture().query_scalar == 32 / 4
+    write_gguf(tiny_model("gemma3"), tmp_path / "none.gguf", arch="gemma3")
+    with pytest.raises(UserError, match=r"none\.gguf lacks gemma3\.attention\.sliding_window: convert"):
+        hub.load(tmp_path / "none.gguf")
 
 
 def test_biases_of_a_llama_are_permuted_with_their_weights(tiny_model, tmp_path):
@@ -262,6 +291,60 @@ def test_llama3_takes_whole_words_whatever_the_merges(tiny_model, tmp_path, pre,
     assert (ids == [vocabulary[word]]) == whole
 
 
+_PIECES = ["\u2581t", "he", "\u2581the", "ab", "bc", "\u2581", "a", "b", "c", "e", "h", "t"]
+_SCORES = [0.0, -1.0, -2.0, -4.0, -3.0, -5.0, -6.0, -7.0, -8.0, -9.0, -10.0, -11.0]
+_TURNS = ["<start_of_turn>", "<end_of_turn>"]
+
+
+def write_sentencepiece(path: Path, space_prefix: bool | None = False, scores: int | None = None) -> None:
+    """A file with Gemma's kind of tokenizer, of twelve pieces, and no weights."""
+    writer = gguf.GGUFWriter(path, "gemma3")
+    as_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *_TURNS, "\n", "  ", *as_bytes, *_PIECES]
+    types = [3] * 6 + [4] * 2 + [6] * 256 + [1] * len(_PIECES)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(([0.0] * 264 + _SCORES)[:scores])
+    writer.add_token_types(types)
+    for role, number in (("pad", 0), ("eos", 1), ("bos", 2), ("unk", 3)):
+        getattr(writer, f"add_{role}_token_id")(number)
+    if space_prefix is not None:
+        writer.add_add_space_prefix(space_prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_sentencepiece_merges_the_pair_of_the_highest_score(tmp_path):
+    write_sentencepiece(tmp_path / "m.gguf")
+    tokenizer = GGUF(tmp_path / "m.gguf").tokenizer()
+    for text, pieces in {
+        "the the": ["t", "he", "\u2581the"],
+        "abc": ["a", "bc"],  # "ab" comes earlier in the vocabulary, with a lower score
+        "a  the": ["a", "  ", "t", "he"],  # two spaces are a token of their own, before anything is merged
+        "\u00e9": ["<0xC3>", "<0xA9>"],
+        "the\nb<end_of_turn>the": ["t", "he", "\n", "b", "<end_of_turn>", "t", "he"],
+    }.items():
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(ids) == ["<bos>", *pieces]
+        assert tokenizer.decode(ids[1:]) == text
+
+
+@pytest.mark.parametrize("space_prefix", [True, None])
+def test_sentencepiece_that_begins_texts_with_a_space_is_refused(tmp_path, space_prefix):
+    write_sentencepiece(tmp_path / "m.gguf", space_prefix)
+    with pytest.raises(UserError, match=r"'llama' tokenizer, of which GGUF keeps too little: use.*Hugging Face"):
+        GGUF(tmp_path / "m.gguf").tokenizer()
+
+
+def test_sentencepiece_with_too_few_scores_is_refused(tmp_path):
+    write_sentencepiece(tmp_path / "m.gguf", scores=9)
+    with pytest.raises(UserError, match=r"m\.gguf has 9 tokenizer\.ggml\.scores for 276 tokens: fetch it again"):
+        GGUF(tmp_path / "m.gguf").tokenizer()
+
+
 def test_an_unknown_split_is_refused(tiny_model, tmp_path):
     write_gguf(tiny_model("llama"), tmp_path / "m.gguf", pre="tekken")
     with pytest.raises(UserError, match=r"unknown pre-tokenizer 'tekken'.*Hugging Face folder"):
@@ -269,8 +352,8 @@ def test_an_unknown_split_is_refused(tiny_model, tmp_path):
 
 
 def test_another_family_is_refused(tiny_model, tmp_path):
-    write_gguf(tiny_model("llama"), tmp_path / "m.gguf", arch="gemma3")
-    with pytest.raises(UserError, match="'gemma3' model: supported are llama"):
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf", arch="phi3")
+    with pytest.raises(UserError, match="'phi3' model: supported are llama"):
         hub.load(tmp_path / "m.gguf")
 
 
@@ -379,12 +462,10 @@ def test_smollm2_tokenizes_as_transformers_converts_it(smollm2):
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    from secvec_jax import assets
-
     def different(texts: list[str]) -> list[str]:
         return [t for t in texts if ours(t)["input_ids"] != theirs(t, add_special_tokens=False)["input_ids"]]
 
-    file = assets.extract(*hub.EMBEDDED["smollm2"])
+    file = hub.EMBEDDED["smollm2"].file()
     theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     ours = smollm2.tokenizer
     # The conversion forgets the file's split "smollm", which sets every digit of any script apart (\p{N} in

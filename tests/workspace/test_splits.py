@@ -7,6 +7,7 @@ import pytest
 from secvec_jax.config import Training
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.rows import prompt_of
+from secvec_jax.data.sources import load_rows
 from secvec_jax.workspace.splits import Sizes, make_splits
 
 
@@ -34,6 +35,12 @@ def prompts_by_part(model, eval_split: str) -> dict[str, set[tuple[int, ...]]]:
 @pytest.fixture(scope="module")
 def parts(model):
     return {eval_split: prompts_by_part(model, eval_split) for eval_split in ("held-out", "development")}
+
+
+def test_the_packaged_refusals_are_those_of_the_quickstart(model, parts):
+    asked = {tuple(prompt_tokens(model.tokenizer, r["messages"][:1], 1000)) for r in load_rows("refusals")}
+    assert asked == parts["held-out"]["refusals"]
+    assert {len(r["messages"]) for r in load_rows("refusals")} == {2}
 
 
 @pytest.mark.parametrize("eval_split", ["held-out", "development"])

