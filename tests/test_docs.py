@@ -75,6 +75,8 @@ def test_messages_name_flags_and_settings_that_exist():
     page = (ROOT / "docs" / "commands.md").read_text()
     settings = {name.rpartition(".")[2] for name in re.findall(r"(?m)^\| `([\w.]+)`", page)} | ROW_FIELDS
     flags_of_verbs = set(re.findall(r"`(--[\w.-]+)`", page)) | OF_EVERY_VERB
+    switched_on = re.findall(r"`--([\w.-]+)` \| on \|", page)
+    flags_of_verbs |= {f"--no-{name}" for name in switched_on}
     assert {"max_seq_len", "long_rows"} <= settings and "--max-seq-len" in flags_of_verbs
     package, unknown = ROOT / "secvec_jax", []
     for module in sorted(package.rglob("*.py")):
