@@ -13,7 +13,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,6 @@ from secvec_jax.files import atomic_folder, check_entries, check_regular, check_
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.checkpoint_files import (
-    INDEX,
-    SINGLE_FILE,
-    files_of,
     open_safetensors,
     read_json,
     stored_dtype,
@@ -45,10 +42,11 @@ from secvec_jax.model.embedded import EMBEDDED
 from secvec_jax.model.families import members, weight_names
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.hf_config import from_hf_config
+from secvec_jax.model.hub_files import fetched, snapshot
 from secvec_jax.model.metadata import NOTICE, Metadata, checked_dtype, metadata_of
 from secvec_jax.model.quantized import Precision
 from secvec_jax.model.saved_weights import Backbone, FullPrecision, Widened, exact_dtypes, gathered, weight_sizes
-from secvec_jax.model.tokenizer import SETTINGS, VOCABULARIES, MissingTokenizer, load_tokenizer, save_tokenizer
+from secvec_jax.model.tokenizer import MissingTokenizer, load_tokenizer, save_tokenizer
 from secvec_jax.model.weights import assemble, resolve_head
 from secvec_jax.run_folders import find_model
 from secvec_jax.sharding import AXIS_RULES, num_shards, replicate
@@ -180,7 +178,7 @@ def load(source: str | Path, frozen_weights: Precision = "float32") -> Model:
         return _load_gguf(path, source, frozen_weights)
     if path.is_dir():
         return _load_folder(path, frozen_weights)
-    return dataclasses.replace(_load_folder(_snapshot(source), frozen_weights), name=source)
+    return dataclasses.replace(_load_folder(snapshot(source), frozen_weights), name=source)
 
 
 def load_architecture(source: str | Path) -> Architecture:
@@ -198,7 +196,7 @@ def load_architecture(source: str | Path) -> Architecture:
         return from_hf_config(read_json(path))
     if path.is_dir():
         return from_hf_config(read_json(path / "config.json"))
-    return from_hf_config(read_json(_fetched(source, ["config.json"]) / "config.json"))
+    return from_hf_config(read_json(fetched(source, ["config.json"]) / "config.json"))
 
 
 def _converted(name: str) -> Path:
@@ -238,45 +236,6 @@ def _converted(name: str) -> Path:
             "set SECVEC_CACHE to a folder with room that you may write to"
         ) from error
     return folder
-
-
-_SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    INDEX,
-    *SETTINGS,
-    *VOCABULARIES,
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)
-"""What `load` reads of a folder in addition to weights."""
-
-
-def _snapshot(source: str) -> Path:
-    """The hub repository as a folder, of the files that `load` reads and no others."""
-    folder = _fetched(source, [*_SMALL_FILES, SINGLE_FILE])
-    if not (folder / SINGLE_FILE).exists() and (folder / INDEX).exists():
-        folder = _fetched(source, files_of(folder / INDEX), revision=folder.name)
-    return folder
-
-
-def _fetched(source: str, files: Sequence[str], revision: str | None = None) -> Path:
-    """The folder with these files of a hub repository. revision: a commit; None: the newest."""
-    if Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise UserError(
-            f"no model {source!r}: give an embedded name ({', '.join(EMBEDDED)}), a folder with config.json, "
-            "a .gguf file, or a hub id like owner/name"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(files), revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot fetch {source!r} from the hub ({reason}): check the name and the network, or give a local folder"
-        ) from error
 
 
 def _load_gguf(path: Path, name: str, precision: Precision) -> Model:

@@ -9,7 +9,8 @@ from secvec_jax import assets, digests
 from secvec_jax.data.sources import PACKAGED, load_rows
 from secvec_jax.errors import UserError
 from secvec_jax.files import expanded
-from secvec_jax.model import hub
+from secvec_jax.model.embedded import EMBEDDED
+from secvec_jax.model.hub_files import snapshot
 from secvec_jax.run_folders import find_model, find_vectors
 
 Inputs = dict[str, Any]
@@ -62,14 +63,14 @@ def model(source: str) -> str:
 
     Raises UserError if a folder contains no model.
     """
-    if source in hub.EMBEDDED:
-        embedded = hub.EMBEDDED[source]
+    if source in EMBEDDED:
+        embedded = EMBEDDED[source]
         parts = [value for package, member in embedded.parts for value in (assets.ASSETS[package].sha256, member)]
         return digests.of_values([*parts, *([embedded.chat_template] if embedded.chat_template else [])])
     path = expanded(source)
     if path.suffix == ".gguf":
         return digests.of_files(path.parent, _parts(path))
-    folder = find_model(path) if path.is_dir() else hub._snapshot(source)
+    folder = find_model(path) if path.is_dir() else snapshot(source)
     files = {file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
     if not files:
         raise UserError(f"{folder} contains no model: use a folder with a config.json")
