@@ -41,8 +41,11 @@ import pytest
 from tests import quick_shuffle  # noqa: F401 -- sets what its text says
 from tests.toys import VOCABULARY, build_tokenizer
 
-# The same inputs in every run, so that a change alone decides what fails; `--hypothesis-profile default` tries others.
-hypothesis.settings.register_profile("fixed", derandomize=True)
+# The same inputs in every run and no time limits: neither chance nor the load of the machine decides what fails.
+# `--hypothesis-profile default` tries other inputs.
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("fixed")
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,

@@ -31,7 +31,7 @@ ASKED = [row["prompt"] for row in ROWS]
 BRIEF = sv.Training(max_steps=1, batch_size=2, max_seq_len=64, remat="none")
 STEERING = sv.Steering().init(MODEL.architecture, jax.random.key(0))
 
-some = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 junk = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.binary(max_size=3),
     st.sampled_from([sv.LoRA, sv.LoRA(), sv.Training, sv.Training(), MODEL, STEERING, object(), len, np.zeros(2),

@@ -33,7 +33,7 @@ from tests.bad_inputs import rows as bad_rows
 from tests.conftest import VARIANTS
 from tests.toys import ARCHITECTURE, tiny_model
 
-many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
 scalars = st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats(allow_nan=False, width=32) | texts

@@ -146,7 +146,7 @@ def test_a_signal_to_one_process_saves_and_ends_both_with_130(files, tmp_path):
             assert running[0].poll() is None, running[0].communicate()
             time.sleep(0.02)
         os.kill(running[1].pid, signal.SIGTERM)
-        told = outputs(running, 60)
+        told = outputs(running, 300)
         assert [process.returncode for process in running] == [130, 130], told
     assert "stopped: rerun the same command to resume" in told[0][1]
     stopped = json.loads(log.read_text().splitlines()[-1])["step"]
@@ -169,7 +169,7 @@ def test_a_mesh_that_does_not_fit_is_one_line_with_the_numbers(files, tmp_path, 
     command = ("vectors", "--model", files[model], "--data", files["harmful"], "--benign", files["benign"],
                "--out", tmp_path / "run", "--batch-size", lines, "--mesh", mesh)  # fmt: skip
     with cluster("train.py", *command) as running:
-        told = outputs(running, 60)
+        told = outputs(running, 300)
         assert [process.returncode for process in running] == [2, 2], told
     errors = [line for line in told[0][1].splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and words in errors[0]

@@ -68,7 +68,7 @@ def test_settings_survive_being_spelled(experiment):
     assert from_dict(Experiment, to_dict(experiment)) == experiment
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(experiment=recipes)
 def test_settings_survive_their_file(tmp_path_factory, experiment):
     path = tmp_path_factory.mktemp("config") / "new" / "config.yaml"

@@ -17,7 +17,7 @@ from secvec_jax.evaluation.tables import markdown_table, terminal_table
 from secvec_jax.printable import LONGEST_MESSAGE, code, fenced, hidden, markdown, paragraph, printable
 from secvec_jax.terminal import Console
 
-many = settings(max_examples=200, deadline=None)
+many = settings(max_examples=200)
 HOSTILE = (
     "a\x1b]0;title\x07 \x1b[2Jb \x9b31m\x00 \u202egnp.exe [/x] [red]r[/] [link=http://e]l[/link] :smile: "
     "|<img src=http://e>`c` *d* ![i](http://e) [l][m] \\| $\\bad{$ \ud800 \u2028\n# h\n[m]: http://e\n```\n<b>"

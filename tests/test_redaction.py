@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from secvec_jax.redaction import redact
 
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 keys = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=6, max_size=20)
 
 

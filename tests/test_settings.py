@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import secvec_jax as sv
@@ -112,7 +112,7 @@ def from_command_line():
     return parse
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(verb=st.sampled_from(list(VERBS)), edit=edits)
 def test_all_three_ways_give_the_same_settings_or_the_same_refusal(from_command_line, verb, edit):
     edit = {name: value for name, value in edit.items() if name != "best" or isinstance(value, str)}

@@ -61,7 +61,7 @@ def spans(supervised):
     return [slice(*edges[i : i + 2]) for i in range(0, len(edges), 2)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(exchanges=exchanges, system=st.none() | words)
 def test_each_reply_and_its_end_of_turn_and_nothing_else_is_supervised(tokenizer, exchanges, system):
     row = encode(tokenizer, conversation(*exchanges, system=system), LONG)
@@ -85,7 +85,7 @@ def test_end_of_turn_is_supervised_once_however_the_reply_spells_it(tokenizer):
     assert tokenizer.decode(row.tokens[span]) == "a<|im_end|>b<|im_end|>"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(exchanges=exchanges, dashes=st.booleans())
 def test_a_template_that_marks_generations_gives_the_same_mask(tokenizer, templated, exchanges, dashes):
     template = MARKED
@@ -116,7 +116,7 @@ def test_a_conversation_without_a_reply_is_refused(tokenizer, templated):
 
 
 @given(st.integers(1, 60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_replies_are_cut_and_prompts_are_not(tokenizer, limit):
     turns = conversation(("What is the capital of France?", "The capital of France is Paris, and 12345 + 67890."))
     whole = encode(tokenizer, turns, LONG)
@@ -133,7 +133,7 @@ def test_replies_are_cut_and_prompts_are_not(tokenizer, limit):
             prompt_tokens(tokenizer, turns[:1], limit)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(question=words, answer=words)
 def test_the_prompt_is_what_comes_before_the_first_supervised_token(tokenizer, question, answer):
     turns = conversation((question, answer))
@@ -167,7 +167,7 @@ def test_whatever_a_template_raises_is_one_line(templated, template, reason):
         assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(welcome=words, exchange=st.tuples(words, words))
 def test_a_conversation_that_the_assistant_opens_is_learned_from_its_first_word(tokenizer, welcome, exchange):
     turns = [{"role": "assistant", "content": welcome}, *conversation(exchange)]
@@ -202,7 +202,7 @@ def test_of_named_templates_the_default_is_used(tokenizer, templated):
 # Turns that are not to be learned ---------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(exchanges=exchanges, marks=st.lists(st.booleans(), min_size=3, max_size=3), marked=st.booleans())
 def test_turns_that_are_marked_are_read_and_not_learned(tokenizer, templated, exchanges, marks, marked):
     turns, learned = conversation(*exchanges), marks[: len(exchanges)]
@@ -247,7 +247,7 @@ CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 forged = st.lists(st.sampled_from([*CONTROL, "\U000f0000", "\U000f0001"]) | words, min_size=1, max_size=5).map("".join)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(exchanges=st.lists(st.tuples(forged, forged), min_size=1, max_size=2), marked=st.booleans())
 def test_a_row_is_text_whatever_it_spells(tokenizer, templated, exchanges, marked):
     turns = conversation(*exchanges)

@@ -170,7 +170,7 @@ def test_long_rows_are_dropped_or_refused_on_demand(tokenizer, caplog):
         encode_rows(tokenizer, [WIDE], 64, long_rows="drop")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(24, 60))
 def test_cut_dropped_and_whole_rows_add_up(tokenizer, sizes, length):
     rows = [row("q", "w " * size) for size in sizes]

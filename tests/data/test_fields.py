@@ -10,7 +10,7 @@ from secvec_jax.data.fields import LABELS
 from secvec_jax.data.normalize import as_rows, normalize
 from secvec_jax.errors import UserError
 
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 letters = st.text("abcdefghijklmnopqrstuvwxyz", min_size=3, max_size=8)
 words = letters.map(lambda text: f"{text} words")
 PAIR = {"prompt": "What is 2+2?", "response": "4"}

@@ -19,7 +19,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.sharding import make_mesh
 from tests.toys import example, random_examples
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 @st.composite

@@ -438,7 +438,6 @@ def test_prompts_without_content_words_are_topics_of_their_own():
     assert len(split_by_topic(rows, {"a": 1, "b": 1}, seed=0)["a"]) == 1
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=2, max_size=20), st.integers(0, 9))
 def test_a_topic_is_never_in_two_parts(topic_sizes, seed):
     rows = [row(f"topic{topic}", str(topic)) for topic, size in enumerate(topic_sizes) for _ in range(size)]
@@ -482,7 +481,7 @@ def test_profiles_follow_the_seed_alone():
 
 
 @given(people=st.integers(1, 30), seed=st.integers(0, 5))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_test_phrasings_are_never_trained(people, seed):
     qa = profile_qa(seed, people, phrasings=3)
     assert not {prompt_of(r) for r in qa.train} & {prompt_of(r) for r in qa.test}

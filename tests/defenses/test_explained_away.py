@@ -106,7 +106,7 @@ def test_the_gates_gradient_is_that_of_the_weighted_loss(model, vectors):
     assert float(distance(plain.backbone, train_model(model, uneven, training=BRIEF).backbone)) > 1e-3
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SCORES, SCORES)
 def test_no_threshold_separates_two_kinds_better(harmful, benign):
     def separation(threshold):

@@ -14,7 +14,7 @@ class TestBootstrap:
         st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40),
         st.integers(0, 2**32 - 1),
     )
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_interval_holds_the_mean_and_stays_among_the_values(self, values, seed):
         score = intervals.bootstrap(values, seed, resamples=50)
         low, high = score.ci95
@@ -26,7 +26,7 @@ class TestBootstrap:
         assert score.value == pytest.approx(np.mean(values))
 
     @given(st.integers(0, 60), st.integers(1, 60))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def test_a_rate_never_leaves_0_to_1_nor_claims_certainty(self, hits, misses):
         low, high = intervals.bootstrap([1] * hits + [0] * misses, resamples=200).ci95
         assert 0 <= low <= high <= 1

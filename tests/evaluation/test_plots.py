@@ -50,7 +50,7 @@ class TestParetoFront:
         assert pareto_front([(5, -1)]) == [0]
 
     @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=15))
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def test_is_what_no_other_dominates(self, points):
         def dominated(point):
             return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)

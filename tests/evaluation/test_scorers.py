@@ -173,7 +173,7 @@ class TestVerdict:
     """The three places of a reply are apart, and a reply that cannot be placed is unclear."""
 
     @given(replies, replies)
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_each_reply_has_one_place(self, prompt, reply):
         refused, complied = scorers.refuses(reply, PREFIXES), scorers.complies(prompt, reply, PREFIXES)
         place = "refusal" if refused else "compliance" if complied else "unclear"

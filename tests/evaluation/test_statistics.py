@@ -23,7 +23,7 @@ def interval_of(score):
 
 class TestSeededBootstrap:
     @given(samples, st.integers(0, 2**32 - 1))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_interval_holds_the_mean_of_the_seeds_means(self, scores, seed):
         score = statistics.seeded_bootstrap(scores, seed, resamples=50)
         assert score.ci95[0] <= score.value <= score.ci95[1]
@@ -31,13 +31,13 @@ class TestSeededBootstrap:
         assert (score.n, score.seeds) == (sum(map(len, scores)), len(scores))
 
     @given(rates)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_a_rate_never_leaves_0_to_1_nor_claims_certainty(self, scores):
         low, high = statistics.seeded_bootstrap(scores, resamples=200).ci95
         assert 0 <= low < high <= 1 or (low == high and len({np.mean(s) for s in scores}) > 1)
 
     @given(samples, st.randoms())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_the_order_of_prompts_and_of_seeds_does_not_matter(self, scores, random):
         shuffled = [random.sample(sample, len(sample)) for sample in random.sample(scores, len(scores))]
         first, second = (statistics.seeded_bootstrap(s, resamples=50) for s in (scores, shuffled))
@@ -104,7 +104,7 @@ class TestSeededBootstrap:
 
 class TestPaired:
     @given(pairs)
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=80)
     def test_is_exactly_antisymmetric(self, both):
         a, b = ([[pair[side] for pair in sample] for sample in both] for side in (0, 1))
         forth, back = statistics.paired(a, b, resamples=50), statistics.paired(b, a, resamples=50)
@@ -114,7 +114,7 @@ class TestPaired:
         assert forth.ci95[0] <= forth.value <= forth.ci95[1]
 
     @given(pairs, st.randoms())
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_the_order_of_prompts_does_not_matter_if_both_have_it(self, both, random):
         shuffled = [random.sample(sample, len(sample)) for sample in both]
         first, second = (
@@ -183,7 +183,7 @@ labeled = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max
 
 class TestAuroc:
     @given(labeled)
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def test_equals_all_pairs_counted(self, rows):
         hits, others = ([score for score, label in rows if label is wanted] for wanted in (True, False))
         wins = [1.0 if hit > other else 0.5 if hit == other else 0.0 for hit, other in itertools.product(hits, others)]
@@ -191,7 +191,7 @@ class TestAuroc:
         assert area == pytest.approx(np.mean(wins)) if wins else math.isnan(area)
 
     @given(labeled)
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_only_the_order_matters_and_labels_mirror_it(self, rows):
         scores, labels = map(np.array, zip(*rows, strict=True))
         area = statistics.auroc(scores, labels)
@@ -233,7 +233,7 @@ class TestPrecisionRecallF1:
         assert statistics.precision_recall_f1(flagged, labels) == pytest.approx(expected, nan_ok=True)
 
     @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def test_f1_is_the_harmonic_mean(self, rows):
         precision, recall, f1 = statistics.precision_recall_f1(*zip(*rows, strict=True))
         if precision * recall > 0:

@@ -31,7 +31,7 @@ def headers(markdown: str) -> list[str]:
 
 class TestSplit:
     @given(st.lists(st.sampled_from(METRICS), unique=True, min_size=1), st.integers(4, MAX_COLUMNS - 1))
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_every_metric_is_shown_once_and_no_part_is_too_wide(self, metrics, room):
         parts = split_metrics(metrics, room)
         assert sorted(metric for part in parts for metric in part) == sorted(metrics)
@@ -41,7 +41,7 @@ class TestSplit:
             assert all(together <= set(part) for part in parts if "refusal" in part)
 
     @given(st.integers(0, 40), st.integers(1, MAX_COLUMNS))
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_every_setting_is_shown_once_and_no_part_is_too_wide(self, count, room):
         parts = split_evenly(count, room)
         assert [index for part in parts for index in part] == list(range(count))

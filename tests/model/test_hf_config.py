@@ -58,7 +58,7 @@ _THETAS = [None, 1e4, 5e5]
 _PARTS = [None, 1.0, 0.5]
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(
     st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "gemma2"]), st.sampled_from(_SCALING),
     st.sampled_from(_SCALING), st.sampled_from(_THETAS), st.sampled_from(_THETAS), st.sampled_from(_PARTS),
@@ -98,7 +98,7 @@ def test_rotary_settings_inside_and_outside_rope_parameters(
     np.testing.assert_allclose(rope_frequencies(ours), want, rtol=1e-5)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(
     st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]),
     st.sampled_from(["absent", None, 4]),

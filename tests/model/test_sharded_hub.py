@@ -211,7 +211,7 @@ from secvec_jax.model import checkpoint_files, hub
 """
 
 
-def _together(script: str, processes: int, devices: int, *arguments: object, timeout: float = 120) -> list[dict]:
+def _together(script: str, processes: int, devices: int, *arguments: object, timeout: float = 600) -> list[dict]:
     """What the script prints last, JSON, in each of so many processes with so many devices each."""
     port, code = free_port(), _START + textwrap.dedent(script)
     running = [Program("-c", code, i, processes, port, devices, *arguments) for i in range(processes)]

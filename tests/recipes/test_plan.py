@@ -51,7 +51,7 @@ def search(
         return tried, None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(fixed=st.floats(0, 1.2), slope=st.floats(1e-4, 1.5))
 def test_the_search_ends_and_finds_a_batch_that_fits_if_there_is_one(fixed, slope):
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -32,7 +32,7 @@ def tiny_fit(folder: Path, layout: tuple[int, str], *options: object):
 def finish(folder: Path, layout: tuple[int, str]) -> list[str]:
     """The lines of a start that must end well; only the first process may speak."""
     with tiny_fit(folder, layout) as running:
-        (out, err), *others = outputs(running, 60)
+        (out, err), *others = outputs(running, 300)
         assert all(process.returncode == 0 for process in running), err
         # Gloo, which carries the arrays between processes on a CPU, speaks for itself.
         assert not any(line for out, _ in others for line in out.splitlines() if "[Gloo]" not in line)
@@ -114,7 +114,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(unkilled, tmp_pat
             # It trains; twice it has surely saved as well, which two processes do a step later than one.
             lines = [first_line(running) for _ in range(1 + len(running) if number in (1, 4) else 1)]
             if in_save:
-                running[0].wait(timeout=30)
+                running[0].wait(timeout=300)
                 assert steps_kept(tmp_path) == kept, "the write had ended"
             else:
                 time.sleep(rng.uniform(0.0, 0.2))
@@ -122,7 +122,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(unkilled, tmp_pat
                 rng.choice(running).kill()
                 time.sleep(1.0)
             kill(running, rng)
-            lines += spoken(outputs(running, 30)[0][0])
+            lines += spoken(outputs(running, 300)[0][0])
             assert all(process.returncode != 0 for process in running), (
                 number,
                 begun,
@@ -146,7 +146,7 @@ def stop(folder: Path, layout: tuple[int, str], number: int, whom: int, after: i
     with tiny_fit(folder, layout, "--pause", 0.1) as running:
         lines = [first_line(running) for _ in range(after)]
         running[whom].send_signal(number)
-        told = outputs(running, 40)
+        told = outputs(running, 300)
         for process, (_, err) in zip(running, told, strict=True):
             assert process.returncode in (1, 130, -signal.SIGINT) and "KeyboardInterrupt" in err, err
     lines += spoken(told[0][0])

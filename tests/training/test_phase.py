@@ -51,7 +51,7 @@ def parts(params):
     return {**vars(params.backbone), "vectors": params.vectors}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.fixed_dictionaries({"a": labels, "b": labels | st.fixed_dictionaries({"x": labels, "y": labels})}))
 def test_the_two_parts_of_a_split_make_the_whole(tree_labels):
     params = {"a": {"p": jnp.ones(2), "q": None}, "b": {"x": jnp.zeros(3), "y": [jnp.ones(1), jnp.zeros(1)]}}
@@ -139,7 +139,7 @@ def test_the_optimizer_remembers_only_what_it_trains(params, name, optimizer):
     assert len(jax.tree.leaves(state)) - len(counters) == moments * len(jax.tree.leaves(trained))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     steps=st.integers(1, 40),
     warmup=st.integers(0, 50),

@@ -495,7 +495,7 @@ def start(folder, *options) -> Program:
 def finish(folder, *options) -> list[str]:
     """The lines of a run that must end well."""
     process = start(folder, *options)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out.splitlines()
 
@@ -593,7 +593,7 @@ def test_ctrl_c_finishes_the_step_saves_and_the_next_start_goes_on(unkilled, tmp
     process = start(tmp_path, "--pause", 0.2)
     seen = [process.stdout.readline() for _ in range(4)]
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode != 0 and "KeyboardInterrupt" in err
     told = [line.rstrip() for line in seen] + out.splitlines()
     assert step_of(told[-1]) < STEPS
@@ -604,7 +604,7 @@ def test_ctrl_c_finishes_the_step_saves_and_the_next_start_goes_on(unkilled, tmp
 @pytest.mark.parametrize("delay", [0.003, *(pytest.param(s, marks=pytest.mark.release) for s in (0.0, 0.01, 0.03))])
 def test_a_kill_during_a_write_leaves_the_older_checkpoint(unkilled, tmp_path, delay):
     process = start(tmp_path, "--kill-in-save", 7, delay)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     lines = finish(tmp_path)
     assert step_of(lines[0]) in (7, 8)

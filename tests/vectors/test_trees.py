@@ -15,7 +15,7 @@ _ARRAYS = hnp.arrays(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.dictionaries(st.sampled_from("abcd"), _ARRAYS, min_size=1), st.data())
 def test_one_ulp_in_any_leaf_changes_the_fingerprint(tree, data):
     before = fingerprint(tree)
