@@ -10,6 +10,7 @@ from secvec_jax.data.sources import PACKAGED, load_rows
 from secvec_jax.errors import UserError
 from secvec_jax.files import expanded
 from secvec_jax.model import hub
+from secvec_jax.remote import local
 from secvec_jax.run_folders import find_model, find_vectors
 
 Inputs = dict[str, Any]
@@ -44,7 +45,7 @@ def of_path(path: Path) -> str:
 
 def rows(source: str) -> str:
     """Return the digest of a source for `load_rows`: of a file's or folder's bytes, otherwise of the rows."""
-    path = expanded(source)
+    path = local(source)
     if source not in PACKAGED and path.is_file():
         return digests.of_file(path)
     if source not in PACKAGED and path.is_dir():
@@ -65,7 +66,7 @@ def model(source: str) -> str:
     if source in hub.EMBEDDED:
         package, member = hub.EMBEDDED[source]
         return digests.of_values([assets.ASSETS[package].sha256, member])
-    path = expanded(source)
+    path = local(source)
     if path.suffix == ".gguf":
         return digests.of_files(path.parent, _parts(path))
     folder = find_model(path) if path.is_dir() else hub._snapshot(source)
