@@ -260,15 +260,17 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
 def _with_default_preset(verb: Verb, settings: Any, arguments: Sequence[str]) -> Any:
     """The settings under the preset that they choose themselves where none is named (see `recipes.preset_choice`).
 
-    A preset that contradicts what was asked for, such as frozen weights in fewer bits where they are trained, is not
-    taken. Raises UserError if the preset that is named is not for the model.
+    A preset that contradicts what was asked for, such as a task LoRA where all weights are to be trained, is not taken.
+    Raises UserError if the preset that is named is not for the model.
     """
     choose = getattr(settings, "default_preset", None)
     chosen = None if choose is None else choose()
     if chosen is None:
         return settings
     with contextlib.suppress(UserError):
-        return parse(verb, type(settings), [*arguments, "--preset", chosen])[0]
+        under_preset = parse(verb, type(settings), [*arguments, "--preset", chosen])[0]
+        if presets.holds(under_preset):
+            return under_preset
     return settings
 
 

@@ -77,6 +77,19 @@ def named(name: str) -> Preset:
     raise error
 
 
+def holds(settings: Any) -> bool:
+    """Whether settings under a preset hold the model's weights as it says, so that its batch fits into memory.
+
+    settings: those of a verb whose `preset` names one, and which may override it.
+    """
+    found = preset_of(type(settings), config.to_dict(settings))
+    if found is None:
+        return False
+    _, values = found
+    has_task = getattr(settings, "task_lora", None) is not None
+    return has_task == ("task_lora" in values) and settings.frozen_weights == values.get("frozen_weights")
+
+
 Section = Callable[[Preset, Mapping[str, Any]], Mapping[str, Any]]
 """What a verb takes of a preset, given the settings that flags and a config file have."""
 

@@ -77,6 +77,16 @@ def test_each_is_valid(name, monkeypatch):
         assert plan.task_lora == getattr(run, "task_lora", None)
 
 
+def test_one_that_is_overridden_in_what_is_trained_does_not_hold():
+    for verb in VERBS:
+        for name in NAMES:
+            assert presets.holds(parsed(verb, "--preset", name)[0])
+    for arguments in (["--no-task-lora", "--frozen-weights", "float32"], ["--frozen-weights", "nf4"]):
+        assert not presets.holds(parsed("finetune", "--preset", "7-8b-80gb", *arguments)[0])
+    assert not presets.holds(parsed("finetune", "--preset", "7-8b-8x80gb", "--task-lora.rank", "8")[0])
+    assert not presets.holds(parsed("finetune")[0])
+
+
 def test_flags_and_files_override_it(tmp_path):
     name = "7-8b-80gb"
     settings, _ = parsed("finetune", "--preset", name, "--batch-size", "3", "--task-lora.rank", "5")
@@ -178,6 +188,8 @@ def test_it_is_chosen_on_the_command_line_and_kept_when_the_run_is_resumed(hardw
     settings = run("--remat", "full")
     assert (settings.preset, settings.training.batch_size, settings.training.remat) == ("7-8b-80gb", 16, "full")
     assert run("--preset", "none").training.batch_size == 2
+    assert run("--objective", "min_min").preset is None  # whose copy of the weights is trained
+    assert run("--frozen-weights", "float32").preset is None
     out.mkdir()
     config.save(settings, out / "config.yaml")
     (out / "metrics.jsonl").write_text("{}\n")
