@@ -42,10 +42,11 @@ def test_they_are_the_files_of_configs_and_an_installed_package_has_them():
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_valid(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    preset = presets.named(name)
+    preset, runs = presets.named(name), {}
     for verb in VERBS:
         settings, mesh = parsed(verb, "--preset", name)
-        assert mesh == preset.mesh and settings.preset == name
+        runs[verb] = settings
+        assert mesh == preset.mesh and settings.preset == name and presets.holds(settings)
         sizes = parse_mesh(mesh) if mesh else {}
         shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
         assert preset.devices == shards * sizes.get("tensor", 1)
@@ -70,7 +71,7 @@ def test_each_is_valid(name, monkeypatch):
     assert set(preset.memory_gib) == set(VERBS) and 0 < presets.largest(preset) < device.memory / 2**30
     for phase in VERBS:
         plan, _ = parsed("plan", "--preset", name, "--phase", phase)
-        run, _ = parsed(phase, "--preset", name)
+        run = runs[phase]
         assert (plan.model, plan.topology, plan.mesh) == (preset.model, preset.topology, preset.mesh)
         assert (plan.training.batch_size, plan.training.remat) == (run.training.batch_size, run.training.remat)
         assert plan.frozen_weights == run.frozen_weights
@@ -78,9 +79,6 @@ def test_each_is_valid(name, monkeypatch):
 
 
 def test_one_that_is_overridden_in_what_is_trained_does_not_hold():
-    for verb in VERBS:
-        for name in NAMES:
-            assert presets.holds(parsed(verb, "--preset", name)[0])
     for arguments in (["--no-task-lora", "--frozen-weights", "float32"], ["--frozen-weights", "nf4"]):
         assert not presets.holds(parsed("finetune", "--preset", "7-8b-80gb", *arguments)[0])
     assert not presets.holds(parsed("finetune", "--preset", "7-8b-8x80gb", "--task-lora.rank", "8")[0])

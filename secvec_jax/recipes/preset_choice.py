@@ -59,7 +59,7 @@ def line(name: str | None) -> str | None:
     """The line about the preset of a training for its start; None if it has none."""
     if name is None or name == NONE:
         return None
-    return f"preset: {name} ({presets.named(name).summary}); --preset {NONE} takes the defaults"
+    return f"preset: {name} ({presets.named(name).summary}); --preset {NONE} for the defaults"
 
 
 def _is_for_devices(preset: Preset, phase: Phase, limit: float | None) -> bool:
