@@ -95,6 +95,7 @@ def measured(row: tuple) -> dict:
                 mesh=mesh,
                 phase="vectors" if phase == "vectors" else "finetune",
                 lora=None if phase == "plain" else LoRA(),
+                frozen_weights="float32",
             )
             training = dataclasses.replace(settings.training, batch_size=lines * parts, max_seq_len=length, remat=remat)
             try:

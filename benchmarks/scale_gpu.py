@@ -50,7 +50,8 @@ def measured(row: tuple[str, str, str], sequences: int = SEQUENCES, length: int 
     file = f"configs/models/{model}.json"
     architecture = load_architecture(ROOT / file)
     phase = "vectors" if trained == "vectors" else "finetune"
-    settings = PlanRun(file, topology, phase=phase, task_lora=LoRA(16) if trained == "task_lora" else None)
+    task = LoRA(16) if trained == "task_lora" else None
+    settings = PlanRun(file, topology, phase=phase, task_lora=task, frozen_weights="float32")
     smallest = 2 if phase == "vectors" else 1
     with jax.set_mesh(topology_mesh(topology, "")):
         check_mesh(architecture)

@@ -2,9 +2,9 @@
 
     python docs/hooks.py
 
-writes the commands in docs/commands.md and the tables in docs/defenses.md, which are committed for readers on a code
-host, and secvec_jax/defenses/evidence.py, a line of the results in docs/results/cells for each defense. mkdocs fills in
-the pages each time the site is built.
+writes the commands in docs/commands.md and the tables in docs/defenses.md and docs/devices.md, which are committed for
+readers on a code host, and secvec_jax/defenses/evidence.py, a line of the results in docs/results/cells for each
+defense. mkdocs fills in the pages each time the site is built.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DOCS = Path(__file__).parent
-PAGES = {"commands": DOCS / "commands.md", "defenses": DOCS / "defenses.md"}
+PAGES = {"commands": DOCS / "commands.md", "defenses": DOCS / "defenses.md", "devices": DOCS / "devices.md"}
 EVIDENCE = ROOT / "secvec_jax" / "defenses" / "evidence.py"
 
 
@@ -104,6 +104,26 @@ def defenses() -> str:
     return "\n".join([header, *lines, "", "In grids only:", "", *only])
 
 
+def presets() -> str:
+    """The table of all presets, as Markdown."""
+    presets, config = _imported("secvec_jax.presets", "secvec_jax.config")
+    lines = ["| preset | for | `vectors`, memory | `finetune`, memory |", "|---|---|---|---|"]
+
+    def phase(preset: Any, name: str) -> str:
+        values = config.flat(dict(getattr(preset, name)))
+        parts = [f"batch {values['training.batch_size']}, remat {values['training.remat']}"]
+        parts += [f"task LoRA of rank {values['task_lora.rank']}"] if "task_lora.rank" in values else []
+        parts += [f"weights in {values['frozen_weights']}"] if "frozen_weights" in values else []
+        memory = preset.memory_gib.get(name)
+        return ", ".join(parts) + (f"; {memory:.1f} GiB" if memory else "")
+
+    for name, preset in presets.presets().items():
+        mesh = f", `--mesh {preset.mesh}`" if preset.mesh else ""
+        columns = [f"`{name}`", preset.summary + mesh, phase(preset, "vectors"), phase(preset, "finetune")]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def needs() -> str:
     """The table of what defenses need, as Markdown."""
     (base,) = _imported("secvec_jax.defenses.base")
@@ -164,7 +184,12 @@ def evidence_module() -> str:
     return "\n".join([*lines, "}", '"""Name of a defense -> its results; a defense that has none is left out."""', ""])
 
 
-GENERATED: dict[str, Callable[[], str]] = {"commands": commands, "defenses": defenses, "needs": needs}
+GENERATED: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "defenses": defenses,
+    "needs": needs,
+    "presets": presets,
+}
 """Name of a mark -> what is written there."""
 
 if __name__ == "__main__":

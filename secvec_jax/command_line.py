@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import jax
 
 import secvec_jax
-from secvec_jax import config, flags
+from secvec_jax import config, flags, presets
 from secvec_jax.assets import cache_dir
 from secvec_jax.checks import MISSING, SettingError
 from secvec_jax.distributed import Cluster, begin_ending, is_clustered, lost_process, report_failure, start_cluster
@@ -120,6 +120,7 @@ def main(
         settings, cluster = parse(verb, settings_class, arguments)
         if cluster is not None:
             start_cluster(cluster, {"the command": arguments[0], **_by_flag(settings)})
+        settings = _with_default_preset(verb, settings, arguments)
         code = function(settings, shlex.join([*_command(), *arguments]))
         return code if isinstance(code, int) else 0
     except Exception as error:
@@ -248,9 +249,30 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
     values = flags.mapping(given)
     if path is not None:
         values = _with_file(path, values, settings)
+    if (found := presets.preset_of(settings, values)) is not None:
+        preset, below = found
+        values = flags.merged(dict(below), values)
+        devices = ({"mesh": preset.mesh} if verb.on_devices and preset.mesh else {}) | devices
     checked_settings = _checked(settings, values, given, path)
     cluster = _checked(Cluster, devices, argparse.Namespace(**devices), None) if verb.on_devices else None
     return checked_settings, cluster
+
+
+def _with_default_preset(verb: Verb, settings: Any, arguments: Sequence[str]) -> Any:
+    """The settings under the preset that they choose themselves where none is named (see `recipes.preset_choice`).
+
+    A preset that contradicts what was asked for, such as a task LoRA where all weights are to be trained, is not taken.
+    Raises UserError if the preset that is named is not for the model.
+    """
+    choose = getattr(settings, "default_preset", None)
+    chosen = None if choose is None else choose()
+    if chosen is None:
+        return settings
+    with contextlib.suppress(UserError):
+        under_preset = parse(verb, type(settings), [*arguments, "--preset", chosen])[0]
+        if presets.holds(under_preset):
+            return under_preset
+    return settings
 
 
 def _by_flag(settings: Any) -> dict[str, Any]:

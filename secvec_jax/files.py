@@ -59,6 +59,19 @@ _OTHER_KINDS = (
 )
 
 
+def check_no_url(path: str | os.PathLike) -> None:
+    """Raise UserError if a path that is to be written is a URL of an object store."""
+    if match := _URL.match(os.fspath(path)):
+        raise UserError(
+            f"{match[1]}:// has no locks and no renames, which runs and checkpoints need: give a folder of a file "
+            "system, and copy the result with eval.py export, whose --out can be a URL"
+        )
+
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/")
+"""A URL, or what `Path` makes of it."""
+
+
 def resolved(path: str | os.PathLike) -> Path:
     """The path without links and `..`. Raises UserError if links lead in a circle, or if no path can be so."""
     try:
@@ -184,7 +197,11 @@ def append_line(path: Path, line: str) -> None:
 
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Raise WriteError, which names the target and the cause, for the system's errors inside the block."""
+    """Raise WriteError, which names the target and the cause, for the system's errors inside the block.
+
+    Raises UserError for a URL, which as a path would be a local folder of that name.
+    """
+    check_no_url(target)
     try:
         yield
     except Exception as error:
@@ -312,6 +329,7 @@ def lock(folder: str | os.PathLike) -> Any:
     """
     from filelock import FileLock, Timeout
 
+    check_no_url(folder)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / LOCK, timeout=0, is_singleton=True, thread_local=False)

@@ -5,7 +5,8 @@ in `UNPREFIXED` leave the path out: `--learning-rate`. A switch takes no value: 
 docstring below a field is its help text.
 
 A field with the metadata `variants` (see `Variants`) is a choice among classes of settings, whose name is the flag's
-value: `--defense vaccine --defense.rho 5`.
+value: `--defense vaccine --defense.rho 5`. A field with the metadata `listing` is a choice of a name: without a value,
+the flag shows that text.
 
 Parsing converts text to numbers and nothing else. Values become a nested mapping, as from a config file, and are
 checked by the settings themselves, so that a mistake has the same message wherever it is made.
@@ -131,7 +132,8 @@ def _groups(settings: type, default: Any, path: tuple[str, ...]) -> Iterator[Gro
         nested = settings_class(hint)
         if nested is not hint:  # a value, or settings that may be left out and have a separate switch
             name = None if field.metadata.get("positional") else _flag(here)
-            flags.append(Flag(here, name, hint, value, help_of(settings, field.name)))
+            listing = field.metadata.get("listing")
+            flags.append(Flag(here, name, hint, value, help_of(settings, field.name), listing))
         if nested is not None:
             nested_default = value if is_settings(value) else complete(nested())
             nested_groups += list(_groups(nested, nested_default, here))

@@ -1,13 +1,13 @@
 """Resolve run directories to the model or vectors inside them: `--model runs/tuned`, `--vectors runs/vectors`.
 
 Everything that loads a model or vectors from a path resolves it here, so all commands and `sv.load` accept the same
-paths.
+paths, and URLs of object stores.
 """
 
 from pathlib import Path
 
 from secvec_jax.errors import UserError
-from secvec_jax.files import expanded
+from secvec_jax.remote import local
 
 _MODEL, _ADAPTER, _VECTORS = "config.json", "adapter_config.json", "security.safetensors"
 
@@ -17,7 +17,7 @@ def find_model(source: str | Path) -> Path:
 
     Raises UserError for a run directory with several models, and for an adapter.
     """
-    path = expanded(source)
+    path = local(source)
     if not path.is_dir() or (path / _MODEL).is_file():
         return path
     if (path / "model" / _MODEL).is_file():
@@ -39,7 +39,7 @@ def find_vectors(source: str | Path) -> Path:
 
     Raises UserError for a folder without vectors, and for a run directory of another command with several of them.
     """
-    path = expanded(source)
+    path = local(source)
     if not path.is_dir() or (path / _ADAPTER).is_file():
         return path
     for folder in (path / "vectors", path):

@@ -3,6 +3,7 @@
 harmful = load_rows("advbench")                              # packaged; read from its archive at run time
 mine = load_rows("my_rows.jsonl")                            # or .json, .csv, .parquet, a folder
 theirs = load_rows("openai/gsm8k:main", split="test")        # hub: OWNER/NAME or OWNER/NAME:CONFIG
+bucket = load_rows("gs://bucket/my_rows.jsonl")              # an object store, through fsspec
 unsafe = load_rows("beavertails-unsafe", split="30k_test")   # hub: by a name of `HUB_SETS`, made into rows
 given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
 """
@@ -25,6 +26,7 @@ from secvec_jax.data.rows import Row, prompt_of, response_of, row
 from secvec_jax.data.stored import Rows, location
 from secvec_jax.errors import UserError
 from secvec_jax.files import expanded
+from secvec_jax.remote import fetched, is_url
 
 __all__ = ["PACKAGED", "Row", "as_rows", "load_rows", "prompt_of", "response_of", "row"]
 
@@ -65,6 +67,9 @@ def load_rows(
     """
     path = checked_path("data", source, "a file, a folder, a packaged name or a hub data set's id")
     source = str(source)
+    if is_url(source):
+        path = fetched(source)
+        source = str(path)
     if source not in PACKAGED and (path.is_dir() or _looks_like_hub_id(source)):
         return as_rows(_load_dataset(source, split), needs_answer, source, ignore_fields)
     if source in HUB_SETS:

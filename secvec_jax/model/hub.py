@@ -48,6 +48,7 @@ from secvec_jax.model.quantized import Precision
 from secvec_jax.model.saved_weights import Backbone, FullPrecision, Widened, exact_dtypes, gathered, weight_sizes
 from secvec_jax.model.tokenizer import MissingTokenizer, load_tokenizer, save_tokenizer
 from secvec_jax.model.weights import assemble, resolve_head
+from secvec_jax.remote import is_url
 from secvec_jax.run_folders import find_model
 from secvec_jax.sharding import AXIS_RULES, num_shards, replicate
 from secvec_jax.trees import fingerprint, first_not_finite, num_parameters
@@ -159,7 +160,7 @@ def load(source: str | Path, frozen_weights: Precision = "float32") -> Model:
     """The model that `source` names, sharded over the ambient mesh.
 
     source: an embedded name ("smollm2", "gemma3-270m"), a local Hugging Face folder, the run directory of a training, a
-    local .gguf file or a hub id.
+    local .gguf file, a hub id, or the URL of a folder in an object store (gs://bucket/model).
     frozen_weights: what the weights are held in: "float32", or "bfloat16", "int8" or "nf4" for a model that is not
     trained itself: vectors and a task LoRA can be trained over it, in float32 (see `model.quantized`).
     Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, if the mesh
@@ -177,7 +178,8 @@ def load(source: str | Path, frozen_weights: Precision = "float32") -> Model:
             raise UserError(f"no file {path}: check --model")
         return _load_gguf(path, source, frozen_weights)
     if path.is_dir():
-        return _load_folder(path, frozen_weights)
+        loaded = _load_folder(path, frozen_weights)
+        return dataclasses.replace(loaded, name=source) if is_url(source) else loaded
     return dataclasses.replace(_load_folder(snapshot(source), frozen_weights), name=source)
 
 
@@ -189,7 +191,10 @@ def load_architecture(source: str | Path) -> Architecture:
     source = str(source)
     path = find_model(source)
     if source in EMBEDDED:
-        return from_hf_config(read_json(_converted(source) / "config.json"))
+        converted = _folder_of(source)
+        if not (converted / CHECKSUMS).is_file():
+            converted = _converted(source)
+        return from_hf_config(read_json(converted / "config.json"))
     if path.suffix == ".gguf":
         return GGUF(path).read()[0]
     if path.suffix == ".json":
@@ -199,11 +204,16 @@ def load_architecture(source: str | Path) -> Architecture:
     return from_hf_config(read_json(fetched(source, ["config.json"]) / "config.json"))
 
 
+def _folder_of(name: str) -> Path:
+    """Where an embedded model is converted to."""
+    return assets.cache_dir() / "models" / name
+
+
 def _converted(name: str) -> Path:
     """The embedded model as a Hugging Face folder in the cache, converted on first use by one process at a time."""
     from filelock import FileLock
 
-    folder = assets.cache_dir() / "models" / name
+    folder = _folder_of(name)
     if (folder / CHECKSUMS).is_file():
         if (changed := changed_file(folder)) is None:
             return folder

@@ -10,6 +10,7 @@ from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
 from secvec_jax.model.hub import load
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
+from secvec_jax.training.profiling import check_steps
 from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.workspace.stages import Stage
@@ -34,8 +35,13 @@ class Align:
     """number of packaged prompts, harmful and benign each, for measuring refusals at the end; 0: none"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
+    profile: str | None = None
+    """steps of which to write a profiler trace to OUT/profile, for XProf: 10:15"""
     overwrite: bool = False
     """delete the run in OUT and start over"""
+
+    def __post_init__(self) -> None:
+        check_steps(self.profile)
 
 
 def align(settings: Align, command: str) -> None:
@@ -48,14 +54,15 @@ def align(settings: Align, command: str) -> None:
         _ = run.prompts  # a download that fails should fail before the training
         run.note(default_rate(model, settings.training, ALIGN))
         run.note(only_refusals(model, rows))
-        aligned = train_model(
-            model,
-            rows,
-            task=settings.task_lora,
-            training=settings.training,
-            checkpoints=run.checkpoints,
-            on_step=note_few_steps(stage.on_step(), run.note),
-        )
+        with run.profiled():
+            aligned = train_model(
+                model,
+                rows,
+                task=settings.task_lora,
+                training=settings.training,
+                checkpoints=run.checkpoints,
+                on_step=note_few_steps(stage.on_step(), run.note),
+            )
         run.save(aligned, model, stage)
         values: dict[str, Any] = {"drift": float(distance(aligned.backbone, model.backbone))}
         sample = run.measure_refusals(aligned, stage, "at the end: ")

@@ -2,18 +2,20 @@
 
 import dataclasses
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from secvec_jax.checks import Text, checked
 from secvec_jax.digests import difference
-from secvec_jax.distributed import is_main_process
+from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.results import FILE, Results
-from secvec_jax.files import expanded, resolved
+from secvec_jax.files import resolved
 from secvec_jax.model.hub import Model, load
+from secvec_jax.remote import exists, is_url, local, upload
 from secvec_jax.terminal import Console
 from secvec_jax.vectors.lora import LoRAVectors, merge
 from secvec_jax.vectors.store import holds_security_vectors, load_vectors
@@ -38,7 +40,8 @@ class Export:
     scores: tuple[str, ...] = ()
     """run directories of `eval.py score`, `audit`, `judge` or `harness` whose tables the model card shows"""
     out: str = "exported"
-    """folder to write; an exported model in it is replaced, anything else is refused"""
+    """folder to write; an exported model in it is replaced, anything else is refused; or a URL such as
+    gs://bucket/model, where nothing is yet"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """dtype of the exported weights; by default that of the base model"""
 
@@ -49,7 +52,19 @@ def export(settings: Export, command: str) -> None:
     Raises UserError if the model would contain security vectors without `carry_vectors`, if `out` contains anything
     other than a model (checked before anything is loaded), and if an input of the model's runs has changed.
     """
-    out = Path(settings.out)
+    if is_url(settings.out):
+        if exists(settings.out):
+            raise UserError(f"there are files at {settings.out}: choose a new place for --out")
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / (settings.out.rstrip("/").rpartition("/")[2] or "model")
+            _write(settings, out)
+            on_main_process(lambda: upload(out, settings.out))
+    else:
+        _write(settings, Path(settings.out))
+
+
+def _write(settings: Export, out: Path) -> None:
+    """Write the model into a folder."""
     if out.exists() and not (out / "config.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not a model: choose a new folder for --out")
     adapters = [_adapter(path) for path in settings.adapters]
@@ -69,12 +84,12 @@ def export(settings: Export, command: str) -> None:
     base = hub_id(str(trained[0].config.get("model", "")) if trained else settings.model)
     dtype = settings.dtype or loaded.metadata.dtype
     merged.save(out, model_card(resolved(out).name, base, trained, scored, carried), dtype=dtype)
-    Console(quiet=not is_main_process()).print(f"the model is in {out}, in {dtype}")
+    Console(quiet=not is_main_process()).print(f"the model is in {settings.out}, in {dtype}", soft_wrap=True)
 
 
 def _adapter(path: str) -> str:
     """Return the task LoRA inside a run directory; any other path is returned unchanged."""
-    task = expanded(path) / "task"
+    task = local(path) / "task"
     return str(task if (task / "adapter_config.json").is_file() else path)
 
 
@@ -106,7 +121,7 @@ def history(model: str) -> Iterator[Results]:
 def run_of(model: str) -> Path | None:
     """Return the run directory of a model, given the path of the run or of the model in it; None if there is none."""
     try:
-        path = expanded(model)
+        path = local(model)
         runs = (folder for folder in (path, path.parent) if (folder / FILE).is_file() and (folder / "model").is_dir())
         return next(runs, None)
     except OSError:  # a name that is too long

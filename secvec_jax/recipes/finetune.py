@@ -20,9 +20,12 @@ from secvec_jax.files import read_log
 from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import Precision
+from secvec_jax.presets import preset_field
+from secvec_jax.recipes import preset_choice
 from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, RunInputs, check_precision, trainings
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.training.frozen import FrozenTrees
+from secvec_jax.training.profiling import check_steps
 from secvec_jax.vectors.lora import LoRA, drift
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.inputs import Inputs, packaged
@@ -82,10 +85,16 @@ class Finetune:
     """
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
+    preset: str | None = preset_field(lambda preset, values: preset.finetune)
+    """settings by model size and hardware, such as 7-8b-80gb, which other flags override; without a name, all presets
+    are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
+    profile: str | None = None
+    """steps of which to write a profiler trace to OUT/profile, for XProf: 10:15"""
     overwrite: bool = False
     """delete the run in OUT and start over"""
 
     def __post_init__(self) -> None:
+        check_steps(self.profile)
         if isinstance(self.defense, dict) and "name" not in self.defense:
             setting = next(iter(self.defense), "NAME")
             raise UserError(f"--defense.{setting} is given without --defense: name the defense that it is for")
@@ -105,6 +114,10 @@ class Finetune:
 
         if check_trained_weights(self.training, self.task_lora is None) and defense.stage in _CHANGES_WEIGHTS:
             raise UserError(f"--trained-weights bfloat16 is not for {defense.name!r}, which trains in float32")
+
+    def default_preset(self) -> str | None:
+        """The preset to take where none is named (see `preset_choice`)."""
+        return preset_choice.default_preset(self, "finetune")
 
     @property
     def precision(self) -> Precision:
@@ -139,6 +152,7 @@ def finetune(settings: Finetune, command: str) -> None:
     def work(stage: Stage) -> dict[str, Any]:
         rows = rows_by_source(settings.data, settings.ignore_fields)
         model = load(settings.model, settings.precision)
+        run.note(preset_choice.line(settings.preset))
         vectors = load_several(settings.vector_files, model)
         run.note(f"defense: {defense.label}, {_summary(defense)}")
         run.note(default_rate(model, settings.training, PHASE2))
@@ -147,7 +161,7 @@ def finetune(settings: Finetune, command: str) -> None:
             run.note(before.no_refusals)
         frozen = FrozenTrees()
         check_precision(run, stage, model, settings.vector_files)
-        with trainings(run.stages, stage) as on_step:
+        with trainings(run.stages, stage) as on_step, run.profiled():
             options = FinetuneOptions(
                 task=settings.task_lora,
                 training=settings.training,

@@ -1,24 +1,26 @@
 """`train.py plan`: check whether a run fits a TPU slice or GPUs, and how fast it would be, without access to them."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
 
 import jax
 
 from secvec_jax.checks import checked
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import LENGTHS
-from secvec_jax.defenses.finetuning import PHASE2, phase2_step
+from secvec_jax.defenses.finetuning import PHASE2, check_trained_weights, phase2_step
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_step
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Remat, abstract_decoder
 from secvec_jax.model.hub import check_mesh, load_architecture
+from secvec_jax.model.quantized import Precision
 from secvec_jax.planning.gpus import USABLE
 from secvec_jax.planning.plan import Plan, TooLarge, plan_step, topology_mesh
 from secvec_jax.planning.roofline import Roofline
 from secvec_jax.planning.schedule import Account
+from secvec_jax.presets import Preset, preset_field
 from secvec_jax.sharding import num_shards
 from secvec_jax.terminal import Console
 from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
@@ -51,9 +53,37 @@ class PlanRun:
     """finetune: train a task LoRA instead of all weights"""
     objective: Literal["cross_entropy", "kl"] = "kl"
     """vectors: with kl, a batch has half as many sequences of benign rows in addition"""
+    frozen_weights: Precision | None = None
+    """what weights that stay frozen are held in: float32, bfloat16, int8 or nf4; by default bfloat16, as in a run"""
+    preset: str | None = preset_field(lambda preset, values: _of_preset(preset, values))
+    """plan a preset, with its model, its devices and the settings of the phase; without a name, all are listed"""
     fit: bool = False
     """search for the batch size and remat policy of the fastest step that fits"""
     training: Training = dataclasses.replace(PHASE2, batch_size=16, max_seq_len=2048, remat="attention")
+
+    @property
+    def precision(self) -> Precision:
+        """What the model's weights are held in. Raises UserError if trained weights are to be held in too few bits."""
+        if self.phase == "vectors" or self.task_lora is not None:
+            check_trained_weights(self.training, full=False)
+            return self.frozen_weights or "bfloat16"
+        if self.frozen_weights not in (None, "float32"):
+            raise UserError(
+                f"--frozen-weights {self.frozen_weights} is for frozen weights, and all weights are trained: add "
+                "--task-lora.rank 8, or leave --frozen-weights out"
+            )
+        return "bfloat16" if check_trained_weights(self.training, full=True) else "float32"
+
+
+def _of_preset(preset: Preset, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a plan for the preset, in the phase that the values name. Raises UserError for one of a CPU."""
+    if not preset.topology:
+        raise UserError(
+            f"the preset is for {preset.platform.upper()}s, and plan compiles for GPUs and TPUs: choose another"
+        )
+    phase = values.get("phase", PlanRun.phase)
+    devices = {"model": preset.model, "topology": preset.topology, "mesh": preset.mesh}
+    return devices | dict(getattr(preset, str(phase), {}))
 
 
 def plan(settings: PlanRun, command: str) -> None:
@@ -75,7 +105,7 @@ def plan(settings: PlanRun, command: str) -> None:
 
 def compile_plan(settings: PlanRun, architecture: Architecture) -> Plan:
     """Return the plan of the settings' train step on the ambient mesh. Raises UserError if it does not fit."""
-    training, frozen_decoder = settings.training, abstract_decoder(architecture)
+    training, frozen_decoder = settings.training, abstract_decoder(architecture, settings.precision)
     if settings.phase == "vectors" and settings.lora is None:
         raise UserError("phase 1 trains vectors: leave --no-lora out")
 
@@ -173,7 +203,8 @@ def report_lines(settings: PlanRun, plan: Plan) -> Iterator[str]:
     one = chips.removesuffix("s")
     yield (
         f"{settings.model}, phase {settings.phase}, {training.batch_size} sequences x {length_of(training)} tokens, "
-        f"remat {training.remat}, on {plan.chips} {plan.chip.name} {chips} ({settings.topology})"
+        f"remat {training.remat}, weights in {settings.precision}, on {plan.chips} {plan.chip.name} {chips} "
+        f"({settings.topology})"
     )
     yield (
         f"{memory}: parameters {_gib(plan.parameters)} + optimizer {_gib(plan.optimizer)} + activations "

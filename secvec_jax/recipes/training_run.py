@@ -1,9 +1,10 @@
 """The run directory of one training, for align, vectors and finetune: rows, notes, measured refusals, results."""
 
+import contextlib
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.profiling import profiled
 from secvec_jax.vectors.lora import LoRAVectors
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.workspace.inputs import Inputs
@@ -27,7 +29,7 @@ SYSTEM_FILE = "system_prompt.txt"
 
 
 class TrainingRun(Run):
-    """The run directory of a verb whose settings have `training` and `check_prompts`."""
+    """The run directory of a verb whose settings have `training`, `check_prompts` and `profile`."""
 
     def __init__(self, settings: Any, command: str, more: Callable[[], Inputs] = dict):
         super().__init__(settings, command, more)
@@ -42,6 +44,17 @@ class TrainingRun(Run):
         except UserError as error:
             self.note(f"refusals are not measured ({error}); --check-prompts 0 skips this")
             return None
+
+    @contextlib.contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Trace the steps that the settings ask for of the trainings in the block, and say where the trace is."""
+        folder = self.folder / "profile"
+        with profiled(self.settings.profile, folder) as profile:
+            yield
+        if profile is not None and profile.trainings == 0:
+            self.note(f"no step was profiled: the training did not take step {profile.first}, or had taken it before")
+        elif profile is not None:
+            self.note(f"the profile of steps {profile.first} to {profile.last} is in {folder}: xprof --logdir {folder}")
 
     def note(self, text: str | None) -> None:
         """Print a line and keep it for the report; None: nothing."""

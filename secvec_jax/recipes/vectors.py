@@ -17,7 +17,10 @@ from secvec_jax.errors import UserError
 from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import Model, load
 from secvec_jax.model.quantized import Precision
+from secvec_jax.presets import preset_field
+from secvec_jax.recipes import preset_choice
 from secvec_jax.recipes.training_run import TrainingRun
+from secvec_jax.training.profiling import check_steps
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.vectors.prompt import SoftPrompt
@@ -55,15 +58,25 @@ class Vectors:
     of the vectors at the end"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
+    preset: str | None = preset_field(lambda preset, values: preset.vectors)
+    """settings by model size and hardware, such as 7-8b-80gb, which other flags override; without a name, all presets
+    are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
+    profile: str | None = None
+    """steps of which to write a profiler trace to OUT/profile, for XProf: 10:15"""
     overwrite: bool = False
     """delete the run in OUT and start over"""
 
     def __post_init__(self) -> None:
+        check_steps(self.profile)
         if self.phase1.objective == "min_min" and self.frozen_weights not in (None, "float32"):
             raise UserError(
                 f"--frozen-weights {self.frozen_weights} is for frozen weights, and the min_min objective trains a "
                 "copy of them: choose another objective, or leave --frozen-weights out"
             )
+
+    def default_preset(self) -> str | None:
+        """The preset to take where none is named (see `preset_choice`)."""
+        return preset_choice.default_preset(self, "vectors")
 
     @property
     def precision(self) -> Precision:
@@ -83,6 +96,7 @@ def vectors(settings: Vectors, command: str) -> None:
         if settings.benign is not None:
             benign = load_rows(settings.benign, ignore_fields=settings.ignore_fields)
         model = load(settings.model, settings.precision)
+        run.note(preset_choice.line(settings.preset))
         sample = run.measure_refusals(model, stage, "at the start: ")
         if sample is not None:
             run.note(sample.no_refusals)
@@ -94,7 +108,7 @@ def vectors(settings: Vectors, command: str) -> None:
             show(step, steps, metrics)
 
         run.note(default_rate(model, settings.training, PHASE1))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), run.profiled():
             warnings.simplefilter("ignore", Advice)  # it is noted above
             trained = train_vectors(
                 model,

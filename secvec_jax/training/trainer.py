@@ -19,6 +19,7 @@ from secvec_jax.distributed import Consensus, all_max
 from secvec_jax.errors import UserError, WriteError
 from secvec_jax.training.checkpoints import Checkpoints, Store
 from secvec_jax.training.phase import Phase, combine
+from secvec_jax.training.profiling import step_tracer
 from secvec_jax.training.step import TrainStep
 from secvec_jax.training.validation import EVAL_LOSS, EarlyStopping, Validation
 from secvec_jax.trees import Tree
@@ -54,7 +55,7 @@ def fit(
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
     run = _Run(trained, train_step.init(trained), {name: stream.local_batches() for name, stream in streams.items()})
-    with _store(checkpoints, run) as store, _interruptible() as interrupted:
+    with _store(checkpoints, run) as store, _interruptible() as interrupted, step_tracer() as tracer:
         if store is not None:
             store.restore(run)
             if run.step > steps and checkpoints is not None:
@@ -69,7 +70,9 @@ def fit(
         while run.step < steps and not run.ended:
             taken = run.batches if train_step.takes is None else train_step.takes(run.step)
             batch = {name: run.batches[name].take(grad_accum_steps) for name in taken}
-            run.trained, run.state, metrics = train_step.step(run.trained, run.state, frozen, batch)
+            run.trained, run.state, metrics = tracer.run(
+                run.step + 1, train_step.step, run.trained, run.state, frozen, batch
+            )
             run.step += 1
             # One step late, so that the device never waits for a number to be read.
             if pending:

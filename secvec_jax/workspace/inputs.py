@@ -11,6 +11,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.files import expanded
 from secvec_jax.model.embedded import EMBEDDED
 from secvec_jax.model.hub_files import snapshot
+from secvec_jax.remote import local
 from secvec_jax.run_folders import find_model, find_vectors
 
 Inputs = dict[str, Any]
@@ -45,7 +46,7 @@ def of_path(path: Path) -> str:
 
 def rows(source: str) -> str:
     """Return the digest of a source for `load_rows`: of a file's or folder's bytes, otherwise of the rows."""
-    path = expanded(source)
+    path = local(source)
     if source not in PACKAGED and path.is_file():
         return digests.of_file(path)
     if source not in PACKAGED and path.is_dir():
@@ -67,7 +68,7 @@ def model(source: str) -> str:
         embedded = EMBEDDED[source]
         parts = [value for package, member in embedded.parts for value in (assets.ASSETS[package].sha256, member)]
         return digests.of_values([*parts, *([embedded.chat_template] if embedded.chat_template else [])])
-    path = expanded(source)
+    path = local(source)
     if path.suffix == ".gguf":
         return digests.of_files(path.parent, _parts(path))
     folder = find_model(path) if path.is_dir() else snapshot(source)

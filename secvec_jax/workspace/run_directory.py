@@ -32,12 +32,12 @@ CONFIG, INPUTS = "config.yaml", "inputs.json"
 _MADE = (
     CONFIG, INPUTS, "metrics.jsonl", "stages", "checkpoints", "results.json", "report.md", "report.html", "vectors",
     "model", "task", "aligned", "system_prompt.txt", "own-replies.json", "scores.jsonl", "tensorboard", "cells",
-    "scores.png", "losses.png", "histogram.png", "suspects.jsonl",
+    "scores.png", "losses.png", "histogram.png", "suspects.jsonl", "profile",
 )  # fmt: skip
 """What runs write into their folder, in addition to a grid's seed folders."""
 
 _FREE = frozenset({"out", "overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
-                   "key_variable", "json", "inspect"})  # fmt: skip
+                   "key_variable", "json", "inspect", "preset", "profile"})  # fmt: skip
 """Settings that no result depends on: they may change from one start to the next, `out` when the folder is moved."""
 
 _FREE_GROUPS = ("limits",)
@@ -109,6 +109,18 @@ def flat(settings: Any) -> dict[str, Any]:
         for key, value in values.items()
         if key.rpartition(".")[2] not in _FREE and key.partition(".")[0] not in _FREE_GROUPS
     }
+
+
+def preset_of_run(settings: Any) -> tuple[bool, str | None]:
+    """Whether the settings resume a run, and the name of the preset that it was started with."""
+    folder = Path(settings.out)
+    if settings.overwrite or not _has_progress(folder):
+        return False, None
+    try:
+        name = config.read(folder / CONFIG).get("preset")
+    except (UserError, AttributeError):
+        return True, None
+    return True, name if isinstance(name, str) else None
 
 
 def inputs_of_run(folder: str | Path) -> Inputs:

@@ -24,9 +24,11 @@ from secvec_jax.recipes import vectors as vectors_module
 from secvec_jax.recipes.align import Align, align
 from secvec_jax.recipes.finetune import Finetune, finetune
 from secvec_jax.recipes.vectors import Vectors, vectors
+from secvec_jax.training.trainer import fit
 from secvec_jax.vectors.steering import Steering
 from secvec_jax.workspace import packaged_rows
 from tests.toys import tiny_model
+from tests.training.tiny_fit import PHASE, make_streams, parameters, tiny_step
 
 TRAINING = Training(max_steps=1, batch_size=2, max_seq_len=64)
 REFUSALS = [{"prompt": f"Harm {n}?", "response": "I'm sorry, but I can't help with that."} for n in range(4)]
@@ -72,6 +74,34 @@ def untrained(monkeypatch):
     monkeypatch.setattr(training_run, "sample_prompts", lambda count: Suite((), ["harm"] * count, ["benign"] * count))
     monkeypatch.setattr(training_run, "measure", measure)
     return Measured
+
+
+@pytest.mark.parametrize("verb", ["align", "vectors", "finetune"])
+def test_the_verbs_trace_the_steps_and_say_where_or_why_not(untrained, data, tmp_path, monkeypatch, capsys, verb):
+    module, function = {"align": (align_module, "train_model"), "vectors": (vectors_module, "train_vectors"),
+                        "finetune": (base, "train_model")}[verb]  # fmt: skip
+    no_training = getattr(module, function)
+
+    def train(*arguments, **options):
+        fit(parameters(), PHASE, tiny_step(), make_streams(), steps=3)
+        return no_training(*arguments, **options)
+
+    monkeypatch.setattr(module, function, train)
+    for steps, words in (("2:3", "the profile of steps 2 to 3 is in"), ("9:9", "no step was profiled")):
+        out = tmp_path / steps.replace(":", "-")
+        options = {"out": str(out), "training": TRAINING, "check_prompts": 0, "profile": steps}
+        if verb == "align":
+            align(Align((data,), **options), "")
+        elif verb == "vectors":
+            vectors(Vectors(data, benign=data, **options), "")
+        else:
+            finetune(Finetune((data,), ("none",), preset="135m-cpu", **options), "")
+        text = said(capsys)
+        assert words in text and words in " ".join((out / "report.md").read_text().split())
+        assert len(list(out.glob("profile/plugins/profile/*/*.xplane.pb"))) == (steps == "2:3")
+        assert verb != "finetune" or "preset: 135m-cpu (up to 500 million parameters on a CPU" in text
+    with pytest.raises(UserError, match="--profile is '3': use FIRST:LAST"):
+        Align((data,), profile="3")
 
 
 def said(capsys) -> str:

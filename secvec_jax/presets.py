@@ -1,0 +1,112 @@
+"""Presets: settings of a training by the model's size and the hardware, from the YAML files in configs/presets.
+
+A preset sets what decides whether a step fits into memory and how fast it is: the batch, rematerialization, the
+precision of frozen weights, a task LoRA, the mesh. It sets no optimizer and no learning rate. Flags and config files
+override it. Imports no JAX.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from secvec_jax import config
+from secvec_jax.checks import PositiveFloat, PositiveInt, Text
+from secvec_jax.errors import UserError
+from secvec_jax.suggestions import suggestion
+
+FOLDER = Path(__file__).parent / "preset_files"
+"""A link to configs/presets, so that an installed package has them, too."""
+
+NONE = "none"
+"""In place of a name: no preset, not even the one that fits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Settings for models of some size on some hardware.
+
+    parameters: from and to how many. devices: of the mesh. memory_gib: what a step takes of a device, by phase
+    ("vectors", "finetune"), as `train.py plan --preset` reports it for `model` with sequences of 2048 tokens; empty on
+    a CPU. topology: what `plan` compiles for. vectors, finetune: the settings of these verbs, as in a config file.
+    """
+
+    summary: Text
+    parameters: tuple[PositiveFloat, PositiveFloat]
+    platform: Literal["cpu", "gpu", "tpu"]
+    devices: PositiveInt = 1
+    mesh: str = ""
+    model: str = ""
+    topology: str = ""
+    memory_gib: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    vectors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    finetune: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def fits_size(self, parameters: int) -> bool:
+        """Whether it is for models of so many parameters."""
+        low, high = self.parameters
+        return low <= parameters <= high
+
+
+@functools.cache
+def presets() -> dict[str, Preset]:
+    """All presets by name, from the smallest models and memory to the largest."""
+    loaded = {path.stem: config.load(Preset, path) for path in FOLDER.glob("*.yaml")}
+    return dict(sorted(loaded.items(), key=lambda item: (item[1].parameters, item[1].devices, largest(item[1]))))
+
+
+def largest(preset: Preset) -> float:
+    """The memory that its larger phase takes of a device, in GiB; 0 if it was not compiled."""
+    return max(preset.memory_gib.values(), default=0.0)
+
+
+def listing() -> str:
+    """All presets, one a line."""
+    width = max(map(len, presets()))
+    return "\n".join(f"{name:{width}}  {preset.summary}" for name, preset in presets().items())
+
+
+def named(name: str) -> Preset:
+    """The preset of this name. Raises UserError, with a note for each preset, if there is none."""
+    if name in presets():
+        return presets()[name]
+    error = UserError(f"unknown preset {name!r}: {suggestion(name, presets())}")
+    for line in listing().splitlines():
+        error.add_note(line)
+    raise error
+
+
+def holds(settings: Any) -> bool:
+    """Whether settings under a preset hold the model's weights as it says, so that its batch fits into memory.
+
+    settings: those of a verb whose `preset` names one, and which may override it.
+    """
+    found = preset_of(type(settings), config.to_dict(settings))
+    if found is None:
+        return False
+    _, values = found
+    has_task = getattr(settings, "task_lora", None) is not None
+    return has_task == ("task_lora" in values) and settings.frozen_weights == values.get("frozen_weights")
+
+
+Section = Callable[[Preset, Mapping[str, Any]], Mapping[str, Any]]
+"""What a verb takes of a preset, given the settings that flags and a config file have."""
+
+
+def preset_field(section: Section) -> Any:
+    """The field `preset` of a verb's settings, None by default."""
+    return dataclasses.field(default=None, metadata={"preset": section, "listing": listing})
+
+
+def preset_of(settings: type, values: Mapping[str, Any]) -> tuple[Preset, Mapping[str, Any]] | None:
+    """The preset that the values of a verb's settings name, and its values for that verb; None if they name none.
+
+    Raises UserError for an unknown name.
+    """
+    name = values.get("preset")
+    sections = [field.metadata["preset"] for field in dataclasses.fields(settings) if "preset" in field.metadata]
+    if not sections or not isinstance(name, str) or name == NONE:
+        return None
+    preset = named(name)
+    return preset, sections[0](preset, values)
