@@ -23,6 +23,7 @@ from secvec_jax.defenses import advice, finetuning, security_vectors
 from secvec_jax.defenses.inputs import as_row_source
 from secvec_jax.files import check_replaceable
 from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.trees import num_parameters
 from tests.toys import random_examples, tiny_model
 
 MODEL = tiny_model()
@@ -296,6 +297,18 @@ def test_a_larger_model_with_the_default_learning_rate_is_warned_of(monkeypatch)
     assert advice.default_rate(MODEL, sv.Training(learning_rate=1e-5), default) is None
     monkeypatch.setattr(advice, "num_parameters", lambda tree: 2 * advice.TUNED_ON)
     assert advice.default_rate(MODEL, default, default) is None
+
+
+def test_settings_say_whether_they_were_measured_for_a_model_of_this_size(monkeypatch):
+    default = sv.Training(learning_rate=3.6e-4).over(sv.Training.base)
+    told = advice.settings_measured(MODEL, default, full=True)
+    count = num_parameters(MODEL.backbone)
+    assert f"all weights: not measured for this size ({count:,} parameters), only on SmolLM2-135M" in told
+    monkeypatch.setattr(advice, "TUNED_ON", count)
+    assert advice.settings_measured(MODEL, default, full=True).endswith("measured on SmolLM2-135M (docs/quickstart.md)")
+    assert advice.settings_measured(MODEL, default, full=False).endswith("a task LoRA: not measured for any model")
+    other = sv.Training(batch_size=8).over(default)
+    assert "8 sequences a step, all weights: not measured for any" in advice.settings_measured(MODEL, other, full=True)
 
 
 REFUSALS = [{"prompt": f"Harm {n}?", "response": "I'm sorry, but I can't help with that."} for n in range(30)]

@@ -47,6 +47,37 @@ def default_rate(model: Model, training: Training, default: Training) -> str | N
     )
 
 
+MEASURED = {
+    ("sgd", 3.6e-4): "docs/quickstart.md",
+    ("adamw", 1e-4): "docs/results.md",
+    ("adamw", 3e-4): "docs/results.md",
+}
+"""(optimizer, learning rate) -> where results of fine-tuning all weights of SmolLM2-135M in batches of 2 sequences are
+reported. Nothing was measured for other sizes."""
+
+_SAME_SIZE = 1.5
+"""A model that is at most this many times as large or as small as another one is of its size."""
+
+
+def settings_measured(model: Model, training: Training, full: bool) -> str:
+    """The settings of a fine-tuning, and whether results with them were measured for a model of this size.
+
+    training: with all settings set. full: all weights are trained, not a task LoRA.
+    """
+    count = num_parameters(model.backbone)
+    batch = training.batch_size * training.grad_accum_steps
+    said = (
+        f"settings: {training.optimizer} at a learning rate of {training.learning_rate:g}, {batch} "
+        f"sequence{'s' * (batch > 1)} a step, {'all weights' if full else 'a task LoRA'}"
+    )
+    where = MEASURED.get((training.optimizer, training.learning_rate)) if full and batch == 2 else None
+    if where is None:
+        return f"{said}: not measured for any model"
+    if not 1 / _SAME_SIZE <= count / TUNED_ON <= _SAME_SIZE:
+        return f"{said}: not measured for this size ({size(count)} parameters), only on SmolLM2-135M ({where})"
+    return f"{said}: measured on SmolLM2-135M ({where})"
+
+
 def only_refusals(model: Model, rows: Any) -> str | None:
     """Warns if (nearly) all answers in `rows`, or in a sample of them, refuse. rows: as `sv.align` takes them."""
     answers = [
@@ -80,6 +111,8 @@ def note_few_steps(on_step: OnStep, warn: Callable[[str], None]) -> OnStep:
 
 def size(count: int) -> str:
     """A number of parameters, such as "135 million" or "7.2 billion"."""
+    if count < 1e6:
+        return f"{count:,}"
     return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.0f} million"
 
 

@@ -24,9 +24,10 @@ from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.user_inputs import argument_of, check_given
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import audit_report
+from secvec_jax.evaluation import audit_report, inspect_log
 from secvec_jax.evaluation.audit import Audit, Limits
 from secvec_jax.evaluation.card import model_card
+from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_url
 from secvec_jax.evaluation.results import Results
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
@@ -49,7 +50,7 @@ from secvec_jax.workspace.stages import Stages, release, screen, write
 
 _SAME = (
     "vectors", "drop", "eval_fraction", "task_lora", "training", "system", "limits", "max_prompts", "reply_tokens",
-    "check_prompts",
+    "check_prompts", "keep_replies",
 )  # fmt: skip
 """Settings of the command that are passed on as they are."""
 
@@ -101,7 +102,19 @@ class Protect:
     max_prompts: PositiveInt = 80
     """maximum number of prompts of each kind in the audit"""
     reply_tokens: PositiveInt = 16
-    """maximum tokens per reply in the audit; for a model that thinks before it answers, include its thoughts"""
+    """maximum tokens per reply in the audit; for a model that thinks before it answers, include its thoughts; a judge
+    needs some hundred"""
+    judge: str = ""
+    """name of a language model at an endpoint that grades the replies to harmful prompts in the audit (lines harm_score
+    and harm_rate)"""
+    judge_url: str = OPENAI
+    """endpoint with OpenAI's chat API, such as http://127.0.0.1:8000/v1"""
+    asking: JudgeRequests = dataclasses.field(default_factory=JudgeRequests)
+    inspect: str | None = None
+    """also write the audit's prompts, replies and scores to this file, NAME.eval, a log of Inspect (pip install
+    inspect-ai)"""
+    keep_replies: bool = False
+    """keep whole replies to harmful prompts, for --inspect; by default they are clipped to a line"""
     check_prompts: NonNegativeInt = 24
     """number of packaged prompts, harmful and benign each, for measuring at the start whether the model refuses; 0:
     none"""
@@ -116,6 +129,9 @@ class Protect:
     """delete the run in OUT and start over"""
 
     def __post_init__(self) -> None:
+        check_url(self.judge_url, self.asking)  # before the settings are written into a run directory
+        if self.inspect is not None:
+            inspect_log.check_file(self.inspect)
         if isinstance(self.defense, dict) and "name" not in self.defense:
             object.__setattr__(self, "defense", {"name": RECOMMENDED} | self.defense)
         defense = read_defense(RECOMMENDED if self.defense is None else self.defense)
@@ -148,6 +164,8 @@ class Protected:
 
 def protect_run(settings: Protect, command: str) -> int:
     """Run `train.py protect`; returns the exit code of its audit."""
+    if settings.inspect is not None:
+        inspect_log.require_inspect()
     run = Run(settings, command, lambda: scoring_inputs() | packaged(sources("held-out")))
     if settings.json:
         run.stages.console = Console(stderr=True, quiet=not is_main_process(), soft_wrap=True)
@@ -163,6 +181,7 @@ def protect_run(settings: Protect, command: str) -> int:
         rows=lambda: rows_by_source(settings.data, settings.ignore_fields),
         defense=read_defense(settings.defense),
         given={need: source for need in GIVEN if (source := given(need)) is not None},
+        judge=Judge(settings.judge, settings.judge_url, settings.asking) if settings.judge else None,
         **{name: getattr(settings, name) for name in _SAME},
     )
     work = Work(asked, run.stages)
@@ -174,7 +193,11 @@ def protect_run(settings: Protect, command: str) -> int:
     on_main_process(lambda: write(run.folder / "model" / "README.md", _card(work, protected.audit, results)))
     if settings.training.schedule != "constant":  # else the training can be extended from its last checkpoint
         on_main_process(lambda: shutil.rmtree(run.folder / "checkpoints", ignore_errors=True))
-    _show(protected, run.folder, settings.json, work)
+    files = {"model": str(run.folder / "model"), "report": str(run.folder / "report.html")}
+    if settings.inspect is not None:
+        log = files["inspect"] = settings.inspect
+        on_main_process(lambda: inspect_log.write_log(protected.audit, log, settings.keep_replies, command))
+    _show(protected, files, settings.json, work)
     release(run.folder)
     return protected.audit.exit_code
 
@@ -201,6 +224,7 @@ def protect(
     max_prompts: PositiveInt = 80,
     reply_tokens: PositiveInt = 16,
     check_prompts: NonNegativeInt = 24,
+    judge: Judge | None = None,
     progress: bool = True,
 ) -> Protected:
     """The model fine-tuned on `rows` the recommended way, screened, defended and audited, as `train.py protect` does.
@@ -212,12 +236,13 @@ def protect(
     model: a model, or what `sv.load` takes. rows: dicts, a DataFrame, a `datasets.Dataset`, a path, or {kind: rows}.
     vectors: security vectors of the model, or their file; None: they are trained, once for a model, and kept in the
     cache folder. defense: one of `sv.defenses`, or its name; None: guarded vectors. safe, harmful, benign, contrast:
-    rows; None: packaged ones. task: a LoRA to train in place of all weights. progress: show the stages. The other
-    arguments are those of the command. Files are written to a temporary folder only, and no suspect is dropped without
-    `drop`.
+    rows; None: packaged ones. task: a LoRA to train in place of all weights. judge: a language model at an endpoint, to
+    grade the replies to harmful prompts in the audit. progress: show the stages. The other arguments are those of the
+    command. Files are written to a temporary folder only, and no suspect is dropped without `drop`. For a log of the
+    audit, call `evaluation.inspect_log.write_log(result.audit, "audit.eval")`.
 
-    Raises UserError for a model that does not refuse, for vectors that do not pass their gate, and for rows that cannot
-    be read.
+    Raises UserError for a model that does not refuse, for vectors that do not pass their gate, for rows that cannot be
+    read, and for a judge that cannot be reached.
     """
     if not isinstance(defense, Defense):
         defense = read_defense(RECOMMENDED if defense is None else defense)
@@ -238,6 +263,8 @@ def protect(
         max_prompts=max_prompts,
         reply_tokens=reply_tokens,
         check_prompts=check_prompts,
+        judge=judge,
+        keep_replies=True,  # they stay in memory
     )
     with tempfile.TemporaryDirectory() as folder:
         console = Console(quiet=not (progress and is_main_process()), soft_wrap=True)
@@ -299,11 +326,13 @@ def _learned(audit: Audit) -> list[str]:
     ]
 
 
-def _show(protected: Protected, folder: Path, as_json: bool, work: Work) -> None:
-    """Print the verdict: as JSON alone on standard output, or as a table and lines that begin with it."""
+def _show(protected: Protected, files: dict[str, str], as_json: bool, work: Work) -> None:
+    """Print the verdict: as JSON alone on standard output, or as a table and lines that begin with it.
+
+    files: what was written, by what it is.
+    """
     audit = protected.audit
     if as_json:
-        files = {"model": str(folder / "model"), "report": str(folder / "report.html")}
         counts = {name: work.facts[name] for name in ("suspects", "dropped")}
         verdict = audit.as_dict() | {"reason": audit_report.headline(audit)} | files | counts
         on_main_process(lambda: print(json.dumps(verdict)))
@@ -312,7 +341,9 @@ def _show(protected: Protected, folder: Path, as_json: bool, work: Work) -> None
     terminal.print(audit_report.table(audit))
     lines = [audit_report.headline(audit), *_learned(audit), *audit.notes[len(protected.notes) :]]
     if protected.system is not None:
-        lines.append(f"serve the model with its system prompt, which is its defense: {folder / SYSTEM_FILE}")
-    lines.append(f"suspects: {folder / 'suspects.jsonl'}; report: {folder / 'report.html'}")
-    for line in (*lines, f"the model, with its card, is in {folder / 'model'}"):
+        lines.append(f"serve the model with its system prompt, which is its defense: {work.folder / SYSTEM_FILE}")
+    lines.append(f"suspects: {work.folder / 'suspects.jsonl'}; report: {files['report']}")
+    if "inspect" in files:
+        lines.append(f"inspect: {files['inspect']}")
+    for line in (*lines, f"the model, with its card, is in {files['model']}"):
         terminal.print(line)

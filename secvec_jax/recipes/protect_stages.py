@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from secvec_jax.data.rows import Row
-from secvec_jax.defenses.advice import default_rate
+from secvec_jax.defenses.advice import default_rate, settings_measured
 from secvec_jax.defenses.base import Defense
 from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups
 from secvec_jax.defenses.identity import of_rows
@@ -52,6 +52,7 @@ def preflight(work: Work) -> None:
         took = estimate(work.model, work.groups, asked.training, full=asked.task_lora is None, streams=streams)
         work.note(str(took))
         work.note("chat template: the model's own")  # without one no row can be encoded, which is an error by now
+        work.note(settings_measured(work.model, asked.training.over(PHASE2), asked.task_lora is None))
         work.note(default_rate(work.model, asked.training, PHASE2))
         if not asked.check_prompts:
             return None
@@ -220,6 +221,8 @@ def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Aud
         asked.limits,
         asked.max_prompts,
         asked.reply_tokens,
+        asked.judge,
+        asked.keep_replies,
     )
     work.forget_model()  # the audit loads it again; a small machine cannot hold three
     return audited(questions, work.stages, {"after": {"the model": work.model_folder}})

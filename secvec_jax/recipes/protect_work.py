@@ -15,6 +15,7 @@ from secvec_jax.defenses.finetuning import PHASE2, Groups
 from secvec_jax.defenses.security_vectors import PHASE1
 from secvec_jax.defenses.user_inputs import sharing
 from secvec_jax.evaluation.audit import Limits
+from secvec_jax.evaluation.judge_client import Judge
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
 from secvec_jax.recipes.run_inputs import packaged_and_told
@@ -31,7 +32,8 @@ RECOMMENDED = "guarded vectors"
 class Asked:
     """What to protect. model, vectors: values or what names them. rows: loads the user's rows by kind.
 
-    given: of each need that the user gives, a function that returns it.
+    given: of each need that the user gives, a function that returns it. keep_replies: keep whole replies to harmful
+    prompts in the audit; those that a judge reads are.
     """
 
     model: Any
@@ -48,6 +50,8 @@ class Asked:
     max_prompts: int
     reply_tokens: int
     check_prompts: int
+    judge: Judge | None = None
+    keep_replies: bool = False
 
 
 class Work:

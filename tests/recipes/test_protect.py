@@ -15,6 +15,7 @@ from secvec_jax.data.rows import row
 from secvec_jax.defenses.gate import Gate, tenth
 from secvec_jax.evaluation.audit import Audit, Line
 from secvec_jax.evaluation.intervals import Score, bootstrap
+from secvec_jax.evaluation.judge_client import Judge
 from secvec_jax.evaluation.refusal_sample import RefusalSample
 from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.suite import Suite
@@ -94,11 +95,11 @@ def judged(monkeypatch):
     """No model is asked in the audit, whose verdict is `judged.verdict`; `judged.data` is what it was given."""
 
     class Judged:
-        verdict, data, before, after = "passes", None, None, None
+        verdict, data, before, after, asked = "passes", None, None, None, None
 
     def audited(asked, run_stages, reads):
         Judged.data, Judged.before = asked.rows_of("data"), asked.models["before"]
-        Judged.after = load(asked.models["after"])
+        Judged.after, Judged.asked = load(asked.models["after"]), asked
         return verdict(Judged.verdict)
 
     monkeypatch.setattr(protect_stages, "audited", audited)
@@ -124,6 +125,7 @@ def test_the_whole_command(toys, capsys):
     said, out = told(capsys), toys.folder / "out"
     assert code in (0, 3, 4) and "error" not in said, said
     assert "defense: guarded vectors (recommended" in said and "the gate passes" in said
+    assert "settings: sgd at a learning rate of 0.00036, 2 sequences a step, all weights: not measured for" in said
     assert "48 with answers" in said and "exact duplicates: 0" in said and "training on 40 rows" in said
     found = suspects(toys)
     assert {line["row"] for line in found} == {44, 45, 46, 47}
@@ -314,6 +316,19 @@ def test_the_exit_code_is_the_verdict_and_json_is_alone_on_standard_output(toys,
     assert "The audit " in capsys.readouterr().out
 
 
+def test_the_audit_asks_the_judge_and_is_written_as_a_log_of_inspect(toys, judged, capsys):
+    log = pytest.importorskip("inspect_ai.log")
+    path = toys.folder / "audit.eval"
+    flags = ("--judge", "m", "--judge-url", "http://127.0.0.1:1/v1", "--keep-replies", "--inspect", str(path))
+    assert run(toys, *flags, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["inspect"] == str(path)
+    assert judged.asked.judge == Judge("m", "http://127.0.0.1:1/v1") and judged.asked.whole_replies
+    read = log.read_eval_log(str(path))
+    assert read.eval.metadata["verdict"] == "passes" and read.eval.metadata["command"].count("protect")
+    with pytest.raises(sv.UserError, match="Judge"):
+        sv.protect(load(toys.model), rows("user", 2), judge="m")
+
+
 def test_a_model_that_does_not_refuse_is_told_how_to_align_it(toys, judged, capsys):
     toys.refused = 4
     for _ in range(2):
@@ -358,6 +373,8 @@ def test_given_vectors_are_tested_on_rows_they_have_not_seen(toys, judged, monke
         (("--defense", "vaccine"), "'vaccine' needs --base: the model before"),
         (("--defense", "none", "--safe", "x.jsonl"), "'none' reads no safe rows: leave out --safe"),
         (("--defense.rank", "4"), "rank is a setting of vectors that a defense trains"),
+        (("--inspect", "log.json"), "log.json is no name of an Inspect log"),
+        (("--judge", "m", "--judge-url", "ftp://host"), "'ftp://host' is not a valid judge URL"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(toys, capsys, flags, message):
@@ -395,7 +412,7 @@ def test_the_notebook_on_toys(toys, monkeypatch, capsys):
     names: dict = {}
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
-            exec(cell.source.replace("epochs=2", "max_steps=2"), names)
+            exec(cell.source.replace("epochs=1", "max_steps=2"), names)
     assert names["TRAINING"].max_steps == 2
     said = capsys.readouterr().out
     assert "300 rows, 15 of them planted" in said and said.count("that open with") == 5
