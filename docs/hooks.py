@@ -115,7 +115,8 @@ def presets() -> str:
         parts += [f"task LoRA of rank {values['task_lora.rank']}"] if "task_lora.rank" in values else []
         parts += [f"weights in {values['frozen_weights']}"] if "frozen_weights" in values else []
         memory = preset.memory_gib.get(name)
-        return ", ".join(parts) + (f"; {memory:.1f} GiB" if memory else "")
+        not_compiled = "; not compiled" if preset.topology else ""
+        return ", ".join(parts) + (f"; {memory:.1f} GiB" if memory else not_compiled)
 
     for name, preset in presets.presets().items():
         mesh = f", `--mesh {preset.mesh}`" if preset.mesh else ""

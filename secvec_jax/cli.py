@@ -70,7 +70,10 @@ TRAIN: dict[str, Verb] = {
     "plan": Verb(
         "memory and step time of a run on a TPU slice, without access to one",
         _from("recipes.plan", "PlanRun", "plan"),
-        ("--model configs/models/llama-2-7b.json --topology v5p:2x2x1 --fit",),
+        (
+            "--model configs/models/llama-2-7b.json --topology v5p:2x2x1 --fit",
+            "--preset 7-8b-24gb --phase vectors",
+        ),
         on_devices=False,
     ),
 }

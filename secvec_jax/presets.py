@@ -28,8 +28,9 @@ class Preset:
     """Settings for models of some size on some hardware.
 
     parameters: from and to how many. devices: of the mesh. memory_gib: what a step takes of a device, by phase
-    ("vectors", "finetune"), as `train.py plan --preset` reports it for `model` with sequences of 2048 tokens; empty on
-    a CPU. topology: what `plan` compiles for. vectors, finetune: the settings of these verbs, as in a config file.
+    ("vectors", "finetune"), as `train.py plan --preset` reports it for `model` with sequences of 2048 tokens; without
+    it, the preset is taken by name only. topology: what `plan` compiles for. vectors, finetune: the settings of these
+    verbs, as in a config file.
     """
 
     summary: Text

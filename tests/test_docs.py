@@ -234,7 +234,7 @@ def test_a_flag_that_does_not_exist_is_seen():
 
 def test_flags_that_the_docs_explain_exist():
     known = frozenset().union(*map(flags_of, VERBS.values()))
-    with_other_programs = ("tpu.md", "gpu.md", "RESULTS.md")
+    with_other_programs = ("tpu.md", "gpu.md", "launch.md", "RESULTS.md")
     wrong = []
     for page in PAGES:
         if page.name not in with_other_programs:

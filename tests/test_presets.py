@@ -68,7 +68,7 @@ def test_each_is_valid(name, monkeypatch):
         for side in shape.split("x"):
             count *= int(side)
     assert count == preset.devices
-    assert set(preset.memory_gib) == set(VERBS) and 0 < presets.largest(preset) < device.memory / 2**30
+    assert set(preset.memory_gib) <= set(VERBS) and presets.largest(preset) < device.memory / 2**30
     for phase in VERBS:
         plan, _ = parsed("plan", "--preset", name, "--phase", phase)
         run = runs[phase]

@@ -54,7 +54,7 @@ class TrainingRun(Run):
         if profile is not None and profile.trainings == 0:
             self.note(f"no step was profiled: the training did not take step {profile.first}, or had taken it before")
         elif profile is not None:
-            self.note(f"the profile of steps {profile.first} to {profile.last} is in {folder}: xprof --logdir {folder}")
+            self.note(f"the profile of steps {profile.first} to {profile.last} is in {folder}, for XProf")
 
     def note(self, text: str | None) -> None:
         """Print a line and keep it for the report; None: nothing."""
