@@ -74,9 +74,8 @@ class Experiment:
         embedded = EMBEDDED.get(self.model)
         if self.aligns and embedded is not None and embedded.chat_template is not None:
             raise UserError(
-                f"{self.model} is a base model, which follows no instructions yet: run train.py align --model "
-                f"{self.model} --data refusals alpaca --learning-rate 1e-3 --out runs/aligned, and give its --out "
-                "as the model with --no-aligns"
+                f"{self.model} is a base model, which follows no instructions yet: train it with train.py align on "
+                "refusals and answers (docs/install.md), and give its --out as the model with --no-aligns"
             )
 
 
