@@ -30,7 +30,6 @@ class Console(rich.console.Console):
             yield Segment(text if control else printable(text, keep="\n"), style, control)
 
 
-
 _SIZES = ("COLUMNS", "LINES", "JUPYTER_COLUMNS", "JUPYTER_LINES")
 """Variables of the environment that say how large the terminal is."""
 
