@@ -1,5 +1,6 @@
 """The console that all output of the verbs goes through: what is printed is text, never markup or escape sequences."""
 
+import contextlib
 import io
 import os
 import sys
@@ -39,7 +40,22 @@ def _is_size(text: str) -> bool:
     return size is not None and 0 < size < 10_000
 
 
+def open_standard_streams() -> None:
+    """Direct those of the three standard streams that are closed to nothing.
+
+    A file that a command opens would otherwise take the number of one, and what libraries log would be written into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))
+
+
 def print_any_character() -> None:
     """Let the standard output take characters that its encoding lacks, escaped, in place of raising an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # it is flushed before, to where nothing may be written
+            sys.stdout.reconfigure(errors="backslashreplace")
