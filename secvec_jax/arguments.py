@@ -6,6 +6,7 @@ was passed and what to pass instead. Settings and numbers are checked by `checks
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,14 @@ def shown(value: Any) -> str:
         return text if len(text) <= 60 else f"{text[:57]}..."
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a text of at most nine decimal digits is; None for any other text.
+
+    `str.isdigit` also holds for texts that `int` refuses, such as "²" and thousands of digits.
+    """
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
 
 
 def path(name: str, value: Any, what: str = "the path of a file or folder") -> Path:

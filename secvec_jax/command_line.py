@@ -32,7 +32,7 @@ from secvec_jax.files import system_error
 from secvec_jax.printable import one_line, printable
 from secvec_jax.redaction import redact
 from secvec_jax.suggestions import suggestion
-from secvec_jax.terminal import Console, print_any_character
+from secvec_jax.terminal import Console, open_standard_streams, print_any_character
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -61,6 +61,7 @@ def program(description: str, verbs: Verbs) -> NoReturn:
     if jax.config.values["jax_compilation_cache_dir"] is None:  # a resumed run need not compile again
         with contextlib.suppress(UserError):  # without a home folder it must
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    open_standard_streams()
     print_any_character()
     _show_log()
     caught = _catch_ctrl_c()
@@ -189,9 +190,10 @@ def _fail(message: str, notes: Sequence[str] = ()) -> int:
     """Report an error in one line, after the notes that it has, and return the exit code."""
     line = redact(one_line(message))
     begin_ending()
-    for note in notes:
-        print(redact(one_line(note)), file=sys.stderr)
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the exit code still says so where no line can be written
+        for note in notes:
+            print(redact(one_line(note)), file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr, flush=True)
     report_failure(line)
     return 2
 

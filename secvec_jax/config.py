@@ -211,9 +211,9 @@ def load(kind: type[Settings], path: str | Path) -> Settings:
 
 def read(path: str | Path) -> Any:
     """The content of a YAML file; an empty file is an empty mapping. Raises UserError if it cannot be read."""
-    check_regular(path)
+    check_regular(path, max_bytes=_MOST_BYTES)
     try:
-        values = yaml.load(Path(path).read_text(), Loader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UserError(f"cannot read the config file {path} ({error.strerror}): check --config") from error
     except UnicodeDecodeError as error:
@@ -226,6 +226,8 @@ def read(path: str | Path) -> Any:
     return {} if values is None else values
 
 
+_MOST_BYTES = 2**20
+"""Of a YAML file, of which PyYAML reads some 100 kB a second, comments and empty lines included."""
 _MOST_VALUES = 100_000
 """Values of a YAML file, each counted as often as aliases repeat it; grids have some thousand."""
 _DEEPEST = 40

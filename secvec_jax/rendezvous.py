@@ -20,6 +20,7 @@ import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
+from secvec_jax.arguments import whole_number
 from secvec_jax.errors import UserError
 from secvec_jax.relay import RELAY, Relay
 
@@ -75,10 +76,11 @@ class Rendezvous:
     """
 
     def __init__(self, address: str, processes: int, process: int, timeout: float):
-        host, colon, port = address.rpartition(":")
-        if not colon or not port.isdigit() or not 0 < int(port) < 2**16:
+        host, colon, digits = address.rpartition(":")
+        port = whole_number(digits)
+        if not colon or port is None or not 0 < port < 2**16:
             raise UserError(f"{address!r} has no port: give HOST:PORT")
-        self._host, self._port = host.strip("[]"), int(port)
+        self._host, self._port = host.strip("[]"), port
         self._processes, self._process, self._timeout = processes, process, timeout
         self._interval = min(timeout / 6, 5.0)
         self._peers: dict[int, _Peer] = {}

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from secvec_jax.errors import UserError
@@ -89,6 +89,19 @@ def render(
         raise UserError(f"the model's chat template does not take these turns ({roles}): {reason[:300]}") from error
 
 
+def read_by_tokenizer(read: Callable[[], Any]) -> Any:
+    """The result of a tokenizer's call, whose errors are raised as UserError."""
+    try:
+        return read()
+    except BaseException as error:  # tokenizers raises errors worded for Rust, among them panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnicodeEncodeError | TypeError):
+            reason = "it has half of a character, such as a part of an emoji"
+        raise UserError(f"the tokenizer cannot read the text: {reason[:300]}") from error
+
+
 def turn_ends(tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a reply: the one that the chat template puts after it, then the tokenizer's `eos_token`.
 
@@ -105,7 +118,7 @@ def _turn_ends(tokenizer: Any, template: str | None) -> tuple[int, ...]:
         return end
     chat = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": _CONTENT}]
     text_after = render(tokenizer, chat).rpartition(_CONTENT)[2].lstrip()
-    tokens_after = tokenizer.encode(text_after, add_special_tokens=False)
+    tokens_after = read_by_tokenizer(lambda: tokenizer.encode(text_after, add_special_tokens=False))
     template_end = [token for token in tokens_after[:1] if token in tokenizer.added_tokens_decoder]
     return tuple(dict.fromkeys([*template_end, *end]))
 

@@ -1,9 +1,11 @@
 """The command line: settings from flags and files, help texts, and errors."""
 
+import contextlib
 import dataclasses
 import errno
 import io
 import re
+import sys
 from typing import Literal
 
 import pytest
@@ -15,6 +17,8 @@ from secvec_jax.command_line import Verb
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.terminal import print_any_character
+from secvec_jax.workspace import stages
+from tests import processes
 
 
 @checked
@@ -26,6 +30,7 @@ class Bake:
     """what to bake"""
     tins: tuple[str, ...] = ("round",)
     training: Training = dataclasses.field(default_factory=Training)
+    out: str = "runs/bread"
 
 
 def run(*arguments: str, function=lambda settings, command: None) -> tuple[int, Bake | None]:
@@ -282,3 +287,30 @@ def test_a_terminal_without_the_characters_of_a_table_shows_them_escaped(monkeyp
     print_any_character()
     print("refusal ↑", flush=True)
     assert output.getvalue() == b"refusal \\u2191\n"
+
+
+def test_a_closed_stream_is_no_number_for_a_file(tmp_path):
+    """Else lines that libraries log would be written into the next file that a command opens."""
+    code = (
+        "import os, sys; from secvec_jax.terminal import open_standard_streams\n"
+        "os.close(2); sys.stderr = None; open_standard_streams()\n"
+        f"number = os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY)\n"
+        "print('lost', file=sys.stderr); os.write(2, b'lost'); print(number > 2)"
+    )
+    done = processes.run("-c", code)
+    assert done.stdout == "True\n" and not (tmp_path / "file").read_bytes()
+
+
+def test_an_empty_out_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--out is empty: name a folder"):
+        stages.claim(Bake(out=" "))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_cannot_be_written_keeps_its_exit_code(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert command_line.main("", cli.EVAL, ["compare", "--runs", "/nowhere"]) == 2
+        with contextlib.suppress(OSError):
+            full.close()

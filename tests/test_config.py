@@ -211,6 +211,7 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("seeds: [" + "9" * 5_000 + "]", "not valid YAML"),
         ("seeds: [0x" + "f" * 5_000 + "]", "a whole number of 20,000 bits"),
         ("name: 2026-99-99", "not valid YAML"),
+        ("#\n" * 600_000, "has 1,200,000 bytes, more than the 1,048,576 that such a file may have"),
         ('name: "a\\0b"', "cannot contain a null character"),
         ('"na\\nme\\e[2J": 1', r"unknown key 'na\\nme\\x1b\[2J': did you mean 'name'"),
     ],

@@ -246,6 +246,31 @@ def test_a_tokenizer_that_draws_random_merges_is_refused(copy):
         load_tokenizer(copy / "model")
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "problem"),
+    [
+        # A pattern that matches nothing panics; eight replacements would make 25 GB of one letter.
+        ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "ab"}, "does not work .index out of"),
+        (
+            "normalizer",
+            {
+                "type": "Sequence",
+                "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 20}] * 8,
+            },
+            "a normalizer that makes a text up to 2.56e.10 times as long",
+        ),
+        ("decoder", {"type": "Strip", "content": "a", "start": 10**9, "stop": 10**9}, "does not work .index out of"),
+        ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}, "does not work .WordLevel error"),
+        ("model", {"type": "WordLevel", "vocab": {"?": 2**32 - 1}, "unk_token": "?"}, "has the token 4294967295"),
+    ],
+)
+def test_a_tokenizer_that_fails_at_any_text_is_refused(copy, part, value, problem):
+    path = copy / "model/tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
+    with pytest.raises(UserError, match=problem):
+        load_tokenizer(copy / "model")
+
+
 def test_a_tokenizers_own_tokens_are_counted_before_they_are_added(copy):
     path = copy / "model/tokenizer_config.json"
     tokens = {"extra_special_tokens": [f"<{number}>" for number in range(100_000)]}

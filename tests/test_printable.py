@@ -3,7 +3,9 @@
 import io
 import logging
 import re
+import time
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt  # rich depends on it
@@ -13,6 +15,7 @@ from secvec_jax import progress
 from secvec_jax.command_line import _Shown
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.plots import plot_histogram, png
+from secvec_jax.evaluation.report import TerminalTables
 from secvec_jax.evaluation.tables import markdown_table, terminal_table
 from secvec_jax.printable import LONGEST_MESSAGE, code, fenced, hidden, markdown, paragraph, printable
 from secvec_jax.terminal import Console
@@ -47,6 +50,26 @@ def test_the_console_prints_text_and_nothing_else():
         and "[/x] [red]r[/] [link=http://e]l[/link] :smile:" in text
     )
     assert len(shown(terminal_table(["name"], [[HOSTILE]])).strip().splitlines()) == 2, "a cell forged a line"
+
+
+def test_results_of_any_size_take_little_time_in_a_terminal():
+    """rich takes square time for a long name, and a millisecond for each row of each width that is tried."""
+    score = {"value": 0.5, "n": 3, "ci95": [0, 1]}
+    rows = [{"name": f"{number} {'x' * 100_000}", "metrics": {"refusal": score}} for number in range(3)]
+    rows += [{"name": f"row {number}", "metrics": {"refusal": score}} for number in range(5_000)]
+    rows.append({"name": "last", "metrics": {f"metric {'y' * 9_999} {number}": score for number in range(500)}})
+    start = time.process_time()
+    text = shown(TerminalTables([((row["name"],), row) for row in rows], ["model"]))
+    assert time.process_time() - start < 3
+    assert "row 196" in text and "row 197" not in text, "200 rows"
+    assert "4,804 more rows are in results.json" in text and "441 more metrics are in results.json" in text
+
+
+@pytest.mark.parametrize("size", ["²", "9" * 5_000, "-1", "", "\x1b[31m"])
+def test_a_size_that_is_none_does_not_count(monkeypatch, size):
+    monkeypatch.setenv("COLUMNS", size)
+    monkeypatch.setenv("LINES", size)
+    assert 0 < Console(file=io.StringIO()).width < 1_000
 
 
 def test_styles_and_bars_still_work():

@@ -61,6 +61,12 @@ def on_all(work, *of_each) -> list:
         return list(pool.map(call, zip(*of_each, strict=True)))
 
 
+@pytest.mark.parametrize("address", ["host", "host:", "host:0", "host:65536", "host:²", "host:" + "9" * 5_000])
+def test_an_address_without_a_port_is_refused(address):
+    with pytest.raises(UserError, match="has no port: give HOST:PORT"):
+        Rendezvous(address, 2, 0, 1.0)
+
+
 def met(count: int = 2, timeout: float = 2.0) -> list[Rendezvous]:
     processes = start(count, timeout)
     assert on_all(Rendezvous.meet, processes, [SAME] * count) == [None] * count

@@ -7,7 +7,7 @@ after the generation prompt when the turn is appended.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from secvec_jax.data.control_tokens import mark, spelled, tokenize
 from secvec_jax.data.rows import Message
 from secvec_jax.errors import UserError
-from secvec_jax.turns import chat_template, render, turn_ends
+from secvec_jax.turns import chat_template, read_by_tokenizer, render, turn_ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> n
     """
     turns, marks = mark(tokenizer, messages)
     text = render(tokenizer, turns, add_generation_prompt=True)
-    tokens, _ = _read(lambda: tokenize(tokenizer, text, marks, starts=False))
+    tokens, _ = read_by_tokenizer(lambda: tokenize(tokenizer, text, marks, starts=False))
     if len(tokens) > max_length:
         raise TooLong(_too_long(len(tokens), max_length))
     return np.asarray(tokens, np.int32)
@@ -108,7 +108,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def _marked_by_template(tokenizer: Any, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
     render(tokenizer, messages)  # raises the template's own error for turns that it rejects, and has limits
     options = {"chat_template": chat_template(tokenizer), "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = _read(lambda: tokenizer.apply_chat_template(messages, **options))
+    encoded = read_by_tokenizer(lambda: tokenizer.apply_chat_template(messages, **options))
     supervised = np.asarray(encoded["assistant_masks"], bool)
     learned = [message.get("train", True) for message in messages if message["role"] == "assistant"]
     if not all(learned):
@@ -125,8 +125,8 @@ def _marked_by_template(tokenizer: Any, messages: Sequence[Message]) -> tuple[np
 
 def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: str) -> tuple[np.ndarray, np.ndarray]:
     text = render(tokenizer, messages)
-    ids, starts = _read(lambda: tokenize(tokenizer, text, marks))
-    tokens, begins = np.asarray(ids, np.int32), np.asarray(starts)
+    ids, starts = read_by_tokenizer(lambda: tokenize(tokenizer, text, marks))
+    tokens, begins = read_by_tokenizer(lambda: np.asarray(ids, np.int32)), np.asarray(starts)
     supervised = np.zeros(len(tokens), bool)
     rendered = len(messages) * sum(map(_is_learned, messages))
     find = _spans if rendered <= _RENDERED_TURNS else _spans_by_window
@@ -212,19 +212,6 @@ def _text_before(tokenizer: Any, messages: Sequence[Message], turn: int) -> str:
         return render(tokenizer, messages[:turn], add_generation_prompt=True)
     # An empty conversation cannot be rendered, and a default system prompt comes with the first turn alone.
     return render(tokenizer, [{**messages[0], "content": _PLACEHOLDER}]).partition(_PLACEHOLDER)[0]
-
-
-def _read(read: Callable[[], Any]) -> Any:
-    """The result of a tokenizer's call, whose errors are raised as UserError."""
-    try:
-        return read()
-    except BaseException as error:  # tokenizers raises errors worded for Rust, among them panics
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnicodeEncodeError | TypeError):
-            reason = "it has half of a character, such as a part of an emoji"
-        raise UserError(f"the tokenizer cannot read the text: {reason[:300]}") from error
 
 
 def _too_long(length: int, max_length: int) -> str:

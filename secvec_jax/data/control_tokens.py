@@ -14,7 +14,7 @@ from typing import Any
 
 from secvec_jax.data.rows import Message
 from secvec_jax.errors import UserError
-from secvec_jax.turns import chat_template, render, turn_ends
+from secvec_jax.turns import chat_template, read_by_tokenizer, render, turn_ends
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -33,8 +33,8 @@ def _control_tokens(tokenizer: Any, template: str | None) -> tuple[str, ...]:  #
         question: list[Message] = [{"role": "user", "content": "asked"}]
         turn = render(tokenizer, question)
         opening = render(tokenizer, question, add_generation_prompt=True).removeprefix(turn)
-        ids = tokenizer.encode(turn, add_special_tokens=False)
-        ids += tokenizer.encode(opening, add_special_tokens=False)[:1]
+        ids = read_by_tokenizer(lambda: tokenizer.encode(turn, add_special_tokens=False))
+        ids += read_by_tokenizer(lambda: tokenizer.encode(opening, add_special_tokens=False))[:1]
         tokens |= {str(added[token]) for token in (*ids, *turn_ends(tokenizer)) if token in added}
     return tuple(sorted((token for token in tokens if token.strip()), key=len, reverse=True))
 

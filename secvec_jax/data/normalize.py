@@ -240,7 +240,7 @@ def _from_pair(
             history = _history(record["history"], where, ignore)
             used.append("history")
     answers = [name for name in _ANSWERS if record.get(name) not in (None, "") and name not in ignore]
-    different = [name for name in answers if record[name] != record[answers[0]]]
+    different = [name for name in answers[1:] if record[name] != record[answers[0]]]
     if different:
         raise UserError(f"{where}: two answers, `{answers[0]}` and `{different[0]}`: keep the one to be learned")
     if not answers:

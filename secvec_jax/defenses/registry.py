@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from secvec_jax.arguments import shown
 from secvec_jax.checks import defaults_of
 from secvec_jax.defenses.aligned_kl import AlignedKL, AnchoredVectors
 from secvec_jax.defenses.base import MEANING, Defense, as_yaml
@@ -89,7 +90,7 @@ def read_defense(value: Any) -> Defense:
     settings = dict(value) if isinstance(value, Mapping) else {"name": value}
     name = settings.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(f"a defense is {value!r}: write its name, or a mapping such as {{name: vaccine, rho: 5}}")
+        raise UserError(f"a defense is {shown(value)}: write its name, or a mapping such as {{name: vaccine, rho: 5}}")
     name = next((known for known in DEFENSES if known.replace(" ", "-") == name.replace(" ", "-")), name)
     if name not in DEFENSES:
         words = [word for word in name.split() if "=" not in word]

@@ -14,10 +14,16 @@ from secvec_jax.evaluation.metrics import RATES, SAFETY, Curves, digits, in_orde
 from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_metrics, terminal_table, titled
 from secvec_jax.files import atomic_file, resolved
-from secvec_jax.printable import fenced, paragraph
+from secvec_jax.printable import fenced, one_line, paragraph
 
 Verdict = tuple[str, bool, str]  # claim, whether it holds, detail
 _NamedRow = tuple[tuple[str, ...], dict]  # the texts of the columns that name a row, and the row
+
+# What a terminal shows of a results.json, which somebody else may have written: rich takes a millisecond for each row,
+# and square time for a long name.
+_MOST_ROWS = 200
+_MOST_METRICS = 60
+_LONGEST = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +44,10 @@ class TerminalTables:
             if number:
                 yield ""
             yield table
+        num_metrics = len(in_order([row for _, row in self.named]))
+        for count, shown, what in ((len(self.named), _MOST_ROWS, "rows"), (num_metrics, _MOST_METRICS, "metrics")):
+            if count > shown:
+                yield f"{count - shown:,} more {what} are in results.json"
 
     def _widest(self, console: Console, options: ConsoleOptions) -> list[Table]:
         """The tables with as many columns each as the console takes."""
@@ -53,8 +63,10 @@ class TerminalTables:
     def _tables(self, room: int, names_width: int) -> list[Table]:
         """The tables with at most `room` columns of metrics each; the names take at most `names_width` characters."""
         tables = []
-        for columns, body in _parts(self.named, room, intervals=RATES):
-            header = [*self.titles, *(f"{column.title}\n{column.n}".rstrip() for column in columns)]
+        named = [(tuple(one_line(name, _LONGEST) for name in names), row) for names, row in self.named[:_MOST_ROWS]]
+        for columns, body in _parts(named, room, RATES, _MOST_METRICS):
+            titles = (one_line(column.title, _LONGEST) for column in columns)
+            header = [*self.titles, *(f"{title}\n{column.n}".rstrip() for title, column in zip(titles, columns))]
             tables.append(terminal_table(header, body, len(self.titles), names_width))
         return tables
 
@@ -99,15 +111,16 @@ class _Column(NamedTuple):
 
 
 def _parts(
-    named: Sequence[_NamedRow], room: int, intervals: Collection[str] | None = None
+    named: Sequence[_NamedRow], room: int, intervals: Collection[str] | None = None, most: int | None = None
 ) -> list[tuple[list[_Column], list[list[str]]]]:
     """The columns and the body of each table, of at most `room` metrics.
 
-    intervals: the metrics to show with their interval; None: all. Rows without any metric of a part are left out of it.
+    intervals: the metrics to show with their interval; None: all. most: the number of metrics to show; None: all.
+    Rows without any metric of a part are left out of it.
     """
     rows = [row for _, row in named]
     parts = []
-    several = split_metrics(in_order(rows), room) or [[]]
+    several = split_metrics(in_order(rows)[:most], room) or [[]]
     for metrics in several:
         columns = [_column(metric, rows, intervals is None or metric in intervals) for metric in metrics]
         body = [

@@ -19,6 +19,7 @@ from typing import Literal
 import jax
 
 from secvec_jax import config
+from secvec_jax.arguments import whole_number
 from secvec_jax.checks import Text, checked
 from secvec_jax.digests import difference, of_values
 from secvec_jax.distributed import broadcast_from_first, is_main_process, on_main_process, require_same
@@ -247,10 +248,10 @@ def _clear(folder: Path) -> None:
 
 
 def _part(cells: list[Cell], part: str) -> list[Cell]:
-    index, _, count = part.partition("/")
-    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+    index, count = map(whole_number, part.partition("/")[::2])
+    if index is None or count is None or not 1 <= index <= count:
         raise UserError(f"part is {part!r}: give i/n with 1 <= i <= n, such as 1/2")
-    return cells[int(index) - 1 :: int(count)]
+    return cells[index - 1 :: count]
 
 
 def _seed(cell: Cell) -> int:

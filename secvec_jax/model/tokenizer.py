@@ -1,6 +1,7 @@
 """Reading and writing the tokenizer of a folder, which may have none."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,7 +82,55 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder / 'tokenizer.json'} sets dropout to {dropout:g}, so that the same text becomes other tokens at "
             "every call: set it to null"
         )
+    if backend is not None:
+        _check_growth(backend, folder)
+    _check_use(tokenizer, folder)
     return tokenizer
+
+
+def _check_growth(backend: Any, folder: Path) -> None:
+    """Raise UserError if replacements make texts so much longer that a row would take all memory."""
+    for part in ("normalizer", "decoder"):
+        state = getattr(getattr(backend, part, None), "__getstate__", lambda: None)()
+        if isinstance(state, bytes) and (growth := _growth(json.loads(state))) > _MOST_GROWTH:
+            raise UserError(
+                f"{folder / 'tokenizer.json'} has a {part} that makes a text up to {growth:.3g} times as long: fetch "
+                "the model again"
+            )
+
+
+def _growth(steps: Any) -> float:
+    """How many times as long a normalizer or a decoder can make a text by its replacements."""
+    if isinstance(steps, list):
+        return math.prod(map(_growth, steps))
+    if not isinstance(steps, dict):
+        return 1
+    within = math.prod(_growth(steps[name]) for name in ("normalizers", "decoders") if name in steps)
+    pattern = steps.get("pattern")
+    matched = pattern.get("String", "") if isinstance(pattern, dict) else ""
+    added = len(str(steps.get("content", ""))) / max(1, len(matched)) if steps.get("type") == "Replace" else 1
+    return within * max(1, added) + len(str(steps.get("prepend", "")))
+
+
+_MOST_GROWTH = 30
+"""Replacements write escapes, such as "&amp;" for "&"."""
+
+
+def _check_use(tokenizer: Any, folder: Path) -> None:
+    """Raise UserError if the tokenizer fails at any text, which tokenizers reports with a panic of Rust."""
+    try:
+        ids = tokenizer.encode(_SAMPLE, add_special_tokens=False)
+        if not all(0 <= token < 2**31 for token in ids):
+            raise ValueError(f"a text has the token {max(ids)}")
+        tokenizer.decode(ids)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{folder} has a tokenizer that does not work ({reason}): copy its files again") from error
+
+
+_SAMPLE = "a The quick brown fox jumps over the lazy dog, 12 times.\n"
 
 
 def _check_number_of_tokens(folder: Path) -> None:

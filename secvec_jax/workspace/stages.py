@@ -277,6 +277,8 @@ def claim(settings: Any, more: Callable[[], Inputs] = dict, *, exclusive: bool =
 
     more: inputs that the settings do not name. Raises UserError if the processes of a cluster read other contents.
     """
+    if not settings.out.strip():  # Path would take it for the current folder
+        raise UserError("--out is empty: name a folder")
     folder, again = Path(settings.out), bool(getattr(settings, "overwrite", False))
 
     read = read_by_all(settings, more)

@@ -1,6 +1,7 @@
 """Every field of a record is used, recognized as a label, or refused by name: no training data is silently lost."""
 
 import datetime
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -192,3 +193,8 @@ def test_half_of_a_character_is_refused_wherever_it_is(field, before, half):
         record = PAIR | {field: [text]}
     with pytest.raises(UserError, match=rf"row 7: `{field}` has half of a character \(\\ud.*at {len(before) + 1}\)"):
         normalize(record, "row 7")
+
+
+def test_an_answer_that_is_no_number_is_not_compared_with_itself():
+    with pytest.raises(UserError, match="here: `response` must be text, found float"):
+        normalize({"prompt": "a", "response": math.nan}, "here")

@@ -138,6 +138,12 @@ def test_mistakes_are_reported_before_anything_runs(tmp_path, values, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("part", ["", "0/1", "2/1", "1/²", "1/" + "9" * 5_000, "9" * 5_000 + "/1", "1.0/2"])
+def test_a_part_that_is_none_is_refused(part):
+    with pytest.raises(UserError, match="give i/n with 1 <= i <= n"):
+        grid(Grid("configs/grids/quick.yaml", part=part, only="cells"), "command")
+
+
 def test_shipped_grids_are_whole():
     for folder in ("grids", "papers"):
         paths = sorted((ROOT / "configs" / folder).glob("*.yaml"))
