@@ -365,6 +365,10 @@ def test_given_vectors_are_tested_on_rows_they_have_not_seen(toys, judged, monke
     (toys.folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows("harmful", 10, SECRET))))
     assert run(toys, *given, "--harmful", str(toys.folder / "own.jsonl"), out="third") == 0
     assert len(measured[1]["harmful"]) == 10
+    monkeypatch.delattr(packaged_rows.PackagedRows, "held_out")
+    both = ("--harmful", str(toys.folder / "own.jsonl"), "--benign", str(toys.folder / "user.jsonl"))
+    assert run(toys, *given, *both, "--defense", "none", out="fourth") in (0, 2), "no packaged rows are read"
+    assert (len(measured[2]["harmful"]), len(measured[2]["benign"])) == (10, 48)
 
 
 @pytest.mark.parametrize(
