@@ -395,7 +395,7 @@ def test_as_a_value(toys, judged, capsys):
     assert sorted(result.suspects) == [10, 11] and result.system is None and judged.before is model
     assert result.model.fingerprint == judged.after.fingerprint != model.fingerprint
     assert repr(result).startswith("Protected(") and "audit fails, 2 suspects" in repr(result)
-    assert result._repr_html_() == result.audit._repr_html_()
+    assert result._repr_html_() == result.audit._repr_html_() and result.audit.after == "protected"
     assert any(note.startswith("defense: guarded vectors") for note in result.notes)
     assert capsys.readouterr().out == ""
     system = sv.protect(model, user, defense="ptst", training=training, progress=False)
