@@ -54,7 +54,8 @@ def _given_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
     # The packaged rows may be too long for the maximum length that was chosen for the user's.
     unseen = work.packaged.held_out() if len(given) < len(_KINDS) else {}
     rows = {kind: work.rows_for(given[kind]) if kind in given else unseen[kind] for kind in _KINDS}
-    return cast(Vectors, adapters[0]), measure_gate(work.model, adapters[0], **rows)
+    gate = measure_gate(work.model, adapters[0], harmful=rows["harmful"], benign=rows["benign"])
+    return cast(Vectors, adapters[0]), gate
 
 
 _KINDS: dict[str, Need] = {"harmful": "harmful rows", "benign": "benign rows"}
