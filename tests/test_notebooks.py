@@ -44,8 +44,9 @@ def your_model_your_data_your_pod(notebook, kept, folder):
 def protect_a_fine_tuning(notebook, kept, folder):
     said = printed(notebook)
     assert "the gate passes" in said and "defense: guarded vectors" in said
-    complies = dict(re.findall(r"^(protected|plain) .*? complies +(\d+)%", said, re.MULTILINE))
-    assert int(complies["protected"]) <= int(complies["plain"])
+    shown = re.findall(r"^(protected|plain) .*? refuses +(\d+)%.*? holds after 5 tokens +(\d+)%", said, re.MULTILINE)
+    rates = {name: (int(refuses), int(holds)) for name, refuses, holds in shown}
+    assert rates["protected"][0] >= rates["plain"][0] and rates["protected"][1] > rates["plain"][1]
     pages = [out["data"]["text/html"] for cell in notebook.cells for out in cell.get("outputs", [])
              if "text/html" in out.get("data", {})]  # fmt: skip
     assert len(pages) == 1 and "Audit: " in pages[0]
@@ -58,9 +59,6 @@ SHOWN = {
 
 NEEDS_MODEL = {"protect_a_fine_tuning": "PROTECT_MODEL"}
 """Notebook -> the variable that names its model, which takes long to make."""
-
-NOT_YET_RUN = {"protect_a_fine_tuning"}
-"""Notebooks that are kept without outputs."""
 
 
 @pytest.mark.release
@@ -84,9 +82,6 @@ def test_its_outputs_are_kept(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    if path.stem in NOT_YET_RUN:
-        assert not printed(notebook) and all(cell.execution_count is None for cell in code)
-        return
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert "Traceback" not in printed(notebook) and len(printed(notebook)) > 500
 

@@ -251,7 +251,8 @@ _MOST_ROWS = 32
 
 def _packaged(model: Model) -> dict[str, Sequence[Row]]:
     """Prompts that no training of this package uses: those of the quickstart with its default settings."""
-    splits = make_splits(model, Sizes(), PHASE2, seed=0)
+    # Only prompts and rows are used, which no length of a training limits.
+    splits = make_splits(model, Sizes(), dataclasses.replace(PHASE2, max_seq_len=model.architecture.max_length), seed=0)
     harmful: list[Row] = [{"messages": [{"role": "user", "content": str(text)}]} for text in splits.suite.harmful]
     return {"harmful": harmful, "unseen": splits.held_out["harmful"], "benign": splits.held_out["benign"]}
 

@@ -268,7 +268,9 @@ def protect(
     )
     with tempfile.TemporaryDirectory() as folder:
         console = Console(quiet=not (progress and is_main_process()), soft_wrap=True)
-        return _protected(Work(asked, Stages(Path(folder), console)))
+        protected = _protected(Work(asked, Stages(Path(folder), console)))
+    # The folder that was audited is gone.
+    return dataclasses.replace(protected, audit=dataclasses.replace(protected.audit, after="protected"))
 
 
 def _check_defense(defense: Defense, given: Sequence[Need], named: Callable[[str], str]) -> None:

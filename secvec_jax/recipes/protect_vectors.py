@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, cast
 
+from secvec_jax.defenses.base import Need
 from secvec_jax.defenses.gate import Gate, measure_gate, tenth
 from secvec_jax.defenses.security_vectors import Phase1, train_vectors
 from secvec_jax.distributed import is_clustered
@@ -49,10 +50,15 @@ def _given_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
     if len(adapters) != 1:
         raise UserError(f"{len(adapters)} vectors are given: pass one, which rows are screened with, too")
     stage.say("testing the vectors")
-    unseen, given = work.packaged.held_out(), work.asked.given
-    harmful = work.rows_for("harmful rows") if "harmful rows" in given else unseen["harmful"]
-    benign = work.rows_for("benign rows") if "benign rows" in given else unseen["benign"]
-    return cast(Vectors, adapters[0]), measure_gate(work.model, adapters[0], harmful=harmful, benign=benign)
+    given = {kind: need for kind, need in _KINDS.items() if need in work.asked.given}
+    # The packaged rows may be too long for the maximum length that was chosen for the user's.
+    unseen = work.packaged.held_out() if len(given) < len(_KINDS) else {}
+    rows = {kind: work.rows_for(given[kind]) if kind in given else unseen[kind] for kind in _KINDS}
+    gate = measure_gate(work.model, adapters[0], harmful=rows["harmful"], benign=rows["benign"])
+    return cast(Vectors, adapters[0]), gate
+
+
+_KINDS: dict[str, Need] = {"harmful": "harmful rows", "benign": "benign rows"}
 
 
 def _cached_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:

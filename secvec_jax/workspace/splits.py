@@ -16,7 +16,7 @@ import numpy as np
 from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
-from secvec_jax.data.chat import Example, encode, prompt_tokens
+from secvec_jax.data.chat import Example, TooLong, encode, prompt_tokens
 from secvec_jax.data.generated import open_profile_qa, sure_prefix_control
 from secvec_jax.data.refusals import refused, to_refuse
 from secvec_jax.data.rows import Row, prompt_of, response_of
@@ -130,7 +130,11 @@ def make_splits(
     half = len(people.test) // 2
 
     def encoded(rows: Sequence[Row], cut: int | None = None) -> list[Example]:
-        return [_cut(encode(model.tokenizer, r["messages"], training.max_seq_len or _LENGTH), cut) for r in rows]
+        length = training.max_seq_len or _LENGTH
+        try:
+            return [_cut(encode(model.tokenizer, r["messages"], length), cut) for r in rows]
+        except TooLong as error:
+            raise TooLong(f"packaged rows do not fit into {length} tokens: set max_seq_len ({error})") from error
 
     def take(rows: list[Row], count: int) -> list[Row]:
         """Remove and return the first `count` rows, so that they are used only once."""

@@ -365,6 +365,10 @@ def test_given_vectors_are_tested_on_rows_they_have_not_seen(toys, judged, monke
     (toys.folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows("harmful", 10, SECRET))))
     assert run(toys, *given, "--harmful", str(toys.folder / "own.jsonl"), out="third") == 0
     assert len(measured[1]["harmful"]) == 10
+    monkeypatch.delattr(packaged_rows.PackagedRows, "held_out")
+    both = ("--harmful", str(toys.folder / "own.jsonl"), "--benign", str(toys.folder / "user.jsonl"))
+    assert run(toys, *given, *both, "--defense", "none", out="fourth") in (0, 2), "no packaged rows are read"
+    assert (len(measured[2]["harmful"]), len(measured[2]["benign"])) == (10, 48)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +395,7 @@ def test_as_a_value(toys, judged, capsys):
     assert sorted(result.suspects) == [10, 11] and result.system is None and judged.before is model
     assert result.model.fingerprint == judged.after.fingerprint != model.fingerprint
     assert repr(result).startswith("Protected(") and "audit fails, 2 suspects" in repr(result)
-    assert result._repr_html_() == result.audit._repr_html_()
+    assert result._repr_html_() == result.audit._repr_html_() and result.audit.after == "protected"
     assert any(note.startswith("defense: guarded vectors") for note in result.notes)
     assert capsys.readouterr().out == ""
     system = sv.protect(model, user, defense="ptst", training=training, progress=False)

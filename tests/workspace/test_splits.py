@@ -8,6 +8,7 @@ from secvec_jax.config import Training
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.rows import prompt_of
 from secvec_jax.data.sources import load_rows
+from secvec_jax.errors import UserError
 from secvec_jax.workspace.splits import Sizes, make_splits
 
 
@@ -63,3 +64,8 @@ def test_held_out_rows_are_those_that_are_judged_and_no_others(parts):
     found, other = parts["held-out"], parts["development"]
     assert found["held-out harmful"] == found["unseen harmful"]
     assert found["held-out benign"] == found["judged benign"] | other["judged benign"]
+
+
+def test_a_length_that_packaged_rows_do_not_fit_into_is_told_with_the_setting(model):
+    with pytest.raises(UserError, match="packaged rows do not fit into 8 tokens: set max_seq_len"):
+        make_splits(model, Sizes(), Training(max_seq_len=8), seed=0)
