@@ -145,7 +145,7 @@ def normalized_rows(
     """The rows of numbered records one by one; raises UserError as `as_rows` does, after all records are read.
 
     A record may be the UserError that its reader met. Of several records that cannot be read, the error tells how many,
-    and its notes (`__notes__`) tell up to ten of them.
+    or that there are at least `_MOST_COUNTED`, and its notes (`__notes__`) tell up to ten of them.
     """
     empty, problems, count = True, list[UserError](), 0
     for number, record in records:
@@ -155,6 +155,8 @@ def normalized_rows(
         except UserError as error:
             count += 1
             problems += [error] if count <= _MOST_TOLD else []
+            if count == _MOST_COUNTED:
+                break
             continue
         if not problems:
             yield normalized
@@ -168,6 +170,8 @@ def normalized_rows(
 
 _MOST_TOLD = 10
 """Rows that cannot be read and are told one by one."""
+_MOST_COUNTED = 10_000
+"""Rows that cannot be read after which no more are read: a file of millions would take minutes to refuse."""
 
 
 def _checked_row(record: Any, where: str, needs_answer: bool, ignore_fields: Collection[str]) -> Row:
@@ -180,7 +184,8 @@ def _checked_row(record: Any, where: str, needs_answer: bool, ignore_fields: Col
 
 
 def _unreadable(name: str, problems: Sequence[UserError], count: int) -> UserError:
-    error = UserError(f"{count:,} rows of {name} cannot be read, the first: {problems[0]}")
+    counted = f"at least {count:,}" if count == _MOST_COUNTED else f"{count:,}"
+    error = UserError(f"{counted} rows of {name} cannot be read, the first: {problems[0]}")
     for problem in problems:
         error.add_note(str(problem))
     if count > len(problems):
