@@ -46,9 +46,9 @@ def _imported(*names: str) -> list[Any]:
 
 def commands() -> str:
     """Every verb of train.py and eval.py with its settings, as Markdown."""
-    train, evaluate, flags, command_line = _imported("train", "eval", "secvec_jax.flags", "secvec_jax.command_line")
+    train, evaluate, flags, distributed = _imported("train", "eval", "secvec_jax.flags", "secvec_jax.distributed")
     scripts = {"train": train, "eval": evaluate}
-    cluster = command_line.Cluster
+    cluster = distributed.Cluster
     parts = []
     without_devices = []
     for script, module in scripts.items():

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from secvec_jax import command_line
-from secvec_jax.command_line import Verb
+from secvec_jax.verb_arguments import Verb
 
 DESCRIPTION = """Security vectors: fine-tune a language model on data you do not trust.
 

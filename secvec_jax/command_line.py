@@ -5,55 +5,40 @@ A verb is a dataclass of settings and a function that takes them. `--config FILE
 settings of a run, and may change when it is resumed. A user's mistake is reported in one line, with exit code 2.
 """
 
-import argparse
 import contextlib
-import dataclasses
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
-import textwrap
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
 
 import secvec_jax
-from secvec_jax import config, flags, presets
 from secvec_jax.assets import cache_dir
-from secvec_jax.checks import MISSING, SettingError
-from secvec_jax.distributed import Cluster, begin_ending, is_clustered, lost_process, report_failure, start_cluster
+from secvec_jax.distributed import begin_ending, is_clustered, lost_process, report_failure, start_cluster
 from secvec_jax.errors import UserError
 from secvec_jax.files import system_error
 from secvec_jax.printable import one_line, printable
 from secvec_jax.redaction import redact
 from secvec_jax.suggestions import suggestion
 from secvec_jax.terminal import Console, open_standard_streams, print_any_character
+from secvec_jax.verb_arguments import (
+    HelpFormatter,
+    Parser,
+    Verbs,
+    by_flag,
+    filled,
+    parse,
+    typed_command,
+    with_default_preset,
+)
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verb:
-    """A verb of the command line.
-
-    summary: one line for the list of verbs. load: imports and returns the class of its settings and the function that
-    takes them and the command as it was typed. examples: arguments that follow the verb, shown by --help.
-    on_devices: whether it takes the flags of `Cluster`.
-    """
-
-    summary: str
-    load: Callable[[], tuple[type, Callable[[Any, str], Any]]]
-    examples: tuple[str, ...] = ()
-    on_devices: bool = True
-
-
-Verbs = Mapping[str, Verb]
 
 
 def program(description: str, verbs: Verbs) -> NoReturn:
@@ -120,9 +105,9 @@ def main(
         settings_class, function = verb.load()
         settings, cluster = parse(verb, settings_class, arguments)
         if cluster is not None:
-            start_cluster(cluster, {"the command": arguments[0], **_by_flag(settings)})
-        settings = _with_default_preset(verb, settings, arguments)
-        code = function(settings, shlex.join([*_command(), *arguments]))
+            start_cluster(cluster, {"the command": arguments[0], **by_flag(settings)})
+        settings = with_default_preset(verb, settings, arguments)
+        code = function(settings, shlex.join([*typed_command(), *arguments]))
         return code if isinstance(code, int) else 0
     except Exception as error:
         if interrupted():
@@ -146,12 +131,6 @@ _SMALLER = "choose smaller sizes (--batch-size, --max-seq-len, the rank of a LoR
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether Python, numpy or a device could not provide the memory that was asked for."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
-
-
-def _command() -> list[str]:
-    """The words that start this program: `python train.py`, or `secvec` where it is installed."""
-    script = sys.argv[0]
-    return ["python", script] if script.endswith(".py") else [Path(script).name or "python"]
 
 
 def _stopped() -> int:
@@ -210,14 +189,14 @@ def _refuse_credentials(arguments: Sequence[str]) -> None:
 
 def _verb_of(description: str, verbs: Verbs, arguments: list[str]) -> str:
     """The verb that the arguments begin with. Raises UserError if they do not, and SystemExit after --help."""
-    program = " ".join(_command())
+    program = " ".join(typed_command())
     width = max(map(len, verbs))
     listed = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in verbs.items())
-    overview = _Parser(
+    overview = Parser(
         prog=program,
         usage="%(prog)s VERB [options]",
-        description=_filled(description),
-        formatter_class=_HelpFormatter,
+        description=filled(description),
+        formatter_class=HelpFormatter,
         epilog=f"verbs:\n{listed}\n\nRun `{program} VERB --help` for all options of a verb.".replace("%", "%%"),
     )
     overview.add_argument("--version", action="version", version=f"secvec_jax {secvec_jax.__version__}",
@@ -229,143 +208,3 @@ def _verb_of(description: str, verbs: Verbs, arguments: list[str]) -> str:
     if verb not in verbs:
         overview.error(f"unknown verb {verb!r}: {suggestion(verb, verbs)}")
     return verb
-
-
-def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cluster | None]:
-    """The settings, of this class, and the devices that the verb and its flags name; None if it takes no devices.
-
-    Raises UserError for a mistake in the flags or in the file that --config names, and SystemExit after --help.
-    """
-    name, *rest = arguments
-    parser = _parser(name, verb, settings)
-    _refuse_switch_values(parser, rest)
-    given, unknown = parser.parse_known_args(rest)
-    if unknown:
-        parser.refuse(unknown)
-    path = given.config
-    del given.config
-    names = {flag.key: flag.name for group in flags.groups(Cluster) for flag in group.flags}
-    devices = {key: value for key, value in vars(given).items() if verb.on_devices and key in names}
-    for key in devices:
-        delattr(given, key)
-    values = flags.mapping(given)
-    if path is not None:
-        values = _with_file(path, values, settings)
-    if (found := presets.preset_of(settings, values)) is not None:
-        preset, below = found
-        values = flags.merged(dict(below), values)
-        devices = ({"mesh": preset.mesh} if verb.on_devices and preset.mesh else {}) | devices
-    checked_settings = _checked(settings, values, given, path)
-    cluster = _checked(Cluster, devices, argparse.Namespace(**devices), None) if verb.on_devices else None
-    return checked_settings, cluster
-
-
-def _with_default_preset(verb: Verb, settings: Any, arguments: Sequence[str]) -> Any:
-    """The settings under the preset that they choose themselves where none is named (see `recipes.preset_choice`).
-
-    A preset that contradicts what was asked for, such as a task LoRA where all weights are to be trained, is not taken.
-    Raises UserError if the preset that is named is not for the model.
-    """
-    choose = getattr(settings, "default_preset", None)
-    chosen = None if choose is None else choose()
-    if chosen is None:
-        return settings
-    with contextlib.suppress(UserError):
-        under_preset = parse(verb, type(settings), [*arguments, "--preset", chosen])[0]
-        if presets.holds(under_preset):
-            return under_preset
-    return settings
-
-
-def _by_flag(settings: Any) -> dict[str, Any]:
-    """The settings by the names of their flags, as plain values."""
-    names = {flag.key: flag.name or flag.metavar for group in flags.groups(type(settings)) for flag in group.flags}
-    return {names.get(key, key): value for key, value in config.flat(config.to_dict(settings)).items()}
-
-
-def _parser(name: str, verb: Verb, settings: type) -> "_Parser":
-    prog = " ".join([*_command(), name])
-    needed = [f"{flag.name} {flag.metavar}{' ...' if flag.takes_several else ''}" if flag.name else flag.metavar
-              for flag in flags.required(settings)]  # fmt: skip
-    examples = "".join(f"\n  {prog} {example}" for example in verb.examples)
-    parser = _Parser(
-        prog=prog,
-        usage=" ".join([prog, *needed, "[options]"]),
-        description=_filled(settings.__doc__ or verb.summary),
-        epilog=f"examples:{examples}".replace("%", "%%") if examples else None,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,  # a flag of a later version would change what an abbreviation means
-    )
-    parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file, such as a run's config.yaml")
-    flags.add_flags(parser, settings)
-    if verb.on_devices:
-        devices = parser.add_argument_group("devices", flags.summary_of(Cluster))
-        flags.add_group(devices, Cluster)
-    return parser
-
-
-def _with_file(path: str, values: dict[str, Any], settings: type) -> dict[str, Any]:
-    """The values, over those of the YAML file. Raises UserError if the file holds no mapping."""
-    read = config.read(path)
-    if not isinstance(read, dict):
-        raise UserError(f"{path} must be a mapping of settings, not {type(read).__name__}")
-    return flags.merged(flags.spelled_out(settings, read, values), values)
-
-
-def _checked(settings: type, values: dict[str, Any], given: argparse.Namespace, path: str | None) -> Any:
-    """The settings, checked. Raises UserError that names the flag, or the file and the key, of an invalid value."""
-    try:
-        return config.from_dict(settings, values, where=path or "")
-    except SettingError as error:
-        key = error.name.removeprefix(f"{path}.")
-        for group in flags.groups(settings):
-            for flag in group.flags:
-                if flag.key != re.sub(r"\[\d+\].*", "", key):
-                    continue
-                if error.problem == MISSING:
-                    raise UserError(f"{flag.name or flag.metavar}{MISSING}: {flag.help}") from None
-                if flag.key in vars(given):
-                    raise UserError(f"{flag.name or flag.metavar}{error.problem}") from None
-        raise
-
-
-def _refuse_switch_values(parser: "_Parser", arguments: Sequence[str]) -> None:
-    """Raise UserError for a value after a switch, as in `--overwrite true`, which other programs accept."""
-    switches = {name for action in parser._actions if isinstance(action, argparse.BooleanOptionalAction)
-                for name in action.option_strings}  # fmt: skip
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        name, equals, _ = argument.partition("=")
-        if name in switches and (equals or following.lower() in ("true", "false")):
-            positive = name.replace("--no-", "--", 1)
-            raise UserError(f"{name} takes no value: write {positive}, or --no-{positive.removeprefix('--')}")
-
-
-def _filled(text: str) -> str:
-    """Paragraphs wrapped to the width of a help text."""
-    paragraphs = (" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
-    return "\n\n".join(textwrap.fill(paragraph, 100) for paragraph in paragraphs).replace("%", "%%")
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """argparse's help, its column of flags wide enough for most."""
-
-    def __init__(self, prog: str, **options: Any):
-        super().__init__(prog, max_help_position=32, **options)
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError and suggests the closest flag."""
-
-    def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Show the usage and raise UserError for arguments that the parser does not know."""
-        known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        flag = next((argument for argument in unknown if argument.startswith("-")), None)
-        if flag is None:
-            self.error(f"unknown argument {unknown[0]!r}: settings are given as --NAME VALUE")
-        name = flag.partition("=")[0]
-        closest = suggestion(name, known)
-        self.error(f"unknown flag {name}: {closest if closest.startswith('did') else 'see --help for all flags'}")
-
-    def error(self, message: str) -> NoReturn:
-        print(printable(self.format_usage(), keep="\n"), end="", file=sys.stderr)
-        raise UserError(message)

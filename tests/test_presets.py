@@ -7,7 +7,6 @@ import jax
 import pytest
 
 from secvec_jax import cli, command_line, config, presets
-from secvec_jax.command_line import Verb
 from secvec_jax.errors import UserError
 from secvec_jax.model.decoder import abstract_decoder
 from secvec_jax.model.hub import load_architecture
@@ -19,6 +18,7 @@ from secvec_jax.recipes.plan import PlanRun
 from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.sharding import parse_mesh
 from secvec_jax.trees import num_parameters
+from secvec_jax.verb_arguments import Verb
 from tests.test_package import ROOT
 
 VERBS = {"vectors": (Vectors, ("--data", "x")), "finetune": (Finetune, ("--data", "x", "--vectors", "none"))}

@@ -55,6 +55,7 @@ from secvec_jax.recipes.vectors import Vectors, vectors
 from secvec_jax.sharding import make_mesh
 from secvec_jax.training.optimizers import decayed, make_optimizer
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.verb_arguments import Verb
 from secvec_jax.workspace.workspace import Experiment
 from tests.toys import ARCHITECTURE, random_examples, tiny_model
 
@@ -265,7 +266,7 @@ def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(tmp_path):
     ],
 )
 def test_an_unknown_flag_names_the_nearest_under_the_verbs_own_usage(capsys, arguments, message):
-    table = {"align": command_line.Verb("", lambda: (Align, lambda *_: None))}
+    table = {"align": Verb("", lambda: (Align, lambda *_: None))}
     assert command_line.main("verbs", table, arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[0].startswith("usage: ") and lines[-1].startswith("error: ") and message in lines[-1]
@@ -277,7 +278,7 @@ def test_the_kl_objective_needs_benign_rows_from_the_command_line_as_from_python
     rows = random_examples(2)
     with pytest.raises(UserError) as caught:
         train_vectors(tiny_model(), rows)
-    table = {"vectors": command_line.Verb("", lambda: (Vectors, vectors))}
+    table = {"vectors": Verb("", lambda: (Vectors, vectors))}
     assert command_line.main("verbs", table, ["vectors", "--data", "x", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"error: {caught.value}\n"
     assert not (tmp_path / "run").exists()

@@ -33,6 +33,7 @@ from secvec_jax.evaluation.report import compare, markdown
 from secvec_jax.evaluation.results import Results
 from secvec_jax.recipes.score import ScoreRun
 from secvec_jax.terminal import Console
+from secvec_jax.verb_arguments import Verb
 from tests.chat_server import HEADER, Server, says
 from tests.toys import build_tokenizer
 
@@ -250,7 +251,7 @@ keys = st.sampled_from([field.name for field in dataclasses.fields(ScoreRun)]) |
 def check_settings(found: tuple[dict[str, Any], list[str]], folder: Path) -> None:
     path = folder / "config.yaml"
     path.write_text(json.dumps(found[0]))  # which is YAML
-    verb = command_line.Verb("score", lambda: (ScoreRun, lambda settings, command: None), on_devices=False)
+    verb = Verb("score", lambda: (ScoreRun, lambda settings, command: None), on_devices=False)
     stream = io.StringIO()
     with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(io.StringIO()):
         try:

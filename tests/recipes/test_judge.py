@@ -18,6 +18,7 @@ from secvec_jax.evaluation.judge_client import JudgeRequests
 from secvec_jax.evaluation.results import Results
 from secvec_jax.model import hub
 from secvec_jax.recipes.judge import JudgeRun, judge
+from secvec_jax.verb_arguments import Verb
 from tests.chat_server import Server, drips, says
 from tests.processes import Program
 
@@ -238,7 +239,7 @@ def test_a_key_in_the_judges_url_reaches_no_file_and_no_screen(data, capfd, url,
             "misspelled": ["--judge", "m", "--judge-urll", url],
             "file": ["--config", str(folder / "given.yaml")],
         }[way]
-        verbs = {"judge": command_line.Verb("", lambda: (JudgeRun, judge))}
+        verbs = {"judge": Verb("", lambda: (JudgeRun, judge))}
         assert command_line.main("Judge.", verbs, ["judge", *arguments, "--out", str(out)]) == 2
     captured = capfd.readouterr()
     assert SECRET not in captured.out + captured.err

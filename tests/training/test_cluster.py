@@ -14,6 +14,7 @@ from secvec_jax import command_line
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import fit
 from secvec_jax.trees import fingerprint
+from secvec_jax.verb_arguments import Verb
 from tests.processes import Program, cluster, outputs
 from tests.training.tiny_fit import PHASE, STEPS, make_streams, parameters, tiny_step
 
@@ -218,7 +219,7 @@ def test_a_full_disk_costs_no_older_checkpoint_and_is_reported_in_words(small_di
             seen.append(fingerprint(fit(parameters(), PHASE, train_step, make_streams(), steps=STEPS,
                                         checkpoints=checkpoints, on_step=on_step)))  # fmt: skip
 
-        return command_line.main("", {"train": command_line.Verb("", lambda: (Nothing, verb))}, ["train"])
+        return command_line.main("", {"train": Verb("", lambda: (Nothing, verb))}, ["train"])
 
     def filling(step, steps, metrics):
         steps_begun.append(step)
