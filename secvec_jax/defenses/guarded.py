@@ -20,12 +20,14 @@ from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from secvec_jax.batch import Batch
 from secvec_jax.checks import Fraction, NonNegativeFloat, PositiveInt, checked
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
 from secvec_jax.defenses.controls import irrelevant_vectors, random_vectors
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make_step_on, train_model
+from secvec_jax.defenses.inputs import select_rows
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
@@ -65,7 +67,7 @@ class GuardedVectors(Defense):
         if not self.share:
             return Defended(inputs.finetune(vectors=vectors))
         safe = inputs.safe
-        safe = [safe[index] for index in range(max(1, round(self.share * len(safe))))] if self.share < 1 else safe
+        safe = select_rows(safe, np.arange(max(1, round(self.share * len(safe))))) if self.share < 1 else safe
         model = finetune(inputs.aligned, inputs.rows, vectors=vectors, safe=safe, weight=self.weight, **inputs.options)
         return Defended(model)
 

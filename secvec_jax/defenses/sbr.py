@@ -38,6 +38,7 @@ from secvec_jax.defenses.finetuning import (
     forward_settings,
     train_model,
 )
+from secvec_jax.defenses.inputs import select_rows
 from secvec_jax.errors import UserError
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.generate import rounded_up
@@ -70,7 +71,7 @@ class SBR(Defense):
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         contrast = inputs.contrast
-        anchors = [contrast[index] for index in range(min(self.prompts, len(contrast)))]
+        anchors = select_rows(contrast, np.arange(min(self.prompts, len(contrast))))
         return Defended(finetune(inputs.aligned, inputs.rows, anchors=anchors, weight=self.weight, **inputs.options))
 
 

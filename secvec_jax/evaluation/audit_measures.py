@@ -156,11 +156,18 @@ def generic_beginnings(count: int) -> list[Beginning | None]:
     return [{str(GIVEN[0]): GENERIC}] * count
 
 
-def enough_beginnings(beginnings: Sequence[Beginning | None], fewest: int = 8) -> list[Beginning | None]:
-    """Return the beginnings, or the generic one for each prompt if fewer than `fewest` prompts have one."""
-    if sum(beginning is not None for beginning in beginnings) < fewest:
-        return generic_beginnings(len(beginnings))
-    return list(beginnings)
+FEWEST_BEGINNINGS = 8
+"""Compliant replies; with fewer, all models are given the same generic beginning instead."""
+
+
+def are_enough(beginnings: Sequence[Beginning | None]) -> bool:
+    """Return whether `FEWEST_BEGINNINGS` prompts have a beginning."""
+    return sum(beginning is not None for beginning in beginnings) >= FEWEST_BEGINNINGS
+
+
+def enough_beginnings(beginnings: Sequence[Beginning | None]) -> list[Beginning | None]:
+    """Return the beginnings, or the generic one for each prompt if they are not enough."""
+    return list(beginnings) if are_enough(beginnings) else generic_beginnings(len(beginnings))
 
 
 def lengths_given(beginnings: Sequence[Beginning | None]) -> tuple[list[int], list[int]]:

@@ -18,8 +18,10 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.audit import Audit, Limits, Line, changes, compared
 from secvec_jax.evaluation.audit_judge import graded, harm_metrics, judge_notes
 from secvec_jax.evaluation.audit_measures import (
+    FEWEST_BEGINNINGS,
     AuditPrompts,
     Measured,
+    are_enough,
     general_kl,
     generic_beginnings,
     measure,
@@ -42,9 +44,6 @@ from secvec_jax.workspace.stages import Stage, Stages
 
 UNALIGNED = "smollm2"
 """The model whose compliant replies are the beginnings, if the one before alignment is not known."""
-
-_FEWEST = 8
-"""Compliant replies; with fewer, all models are given the same generic beginning instead."""
 
 _LONG_SHARE = 0.5
 """Share of the prompts that the measures that take longest use."""
@@ -93,10 +92,11 @@ def audited(
     before = asked.model("before")
     prompts, data = _prompts(asked, before)
     beginnings: list[Beginning | None] = stages.run("unaligned", partial(_beginnings, asked, prompts))
-    if sum(beginning is not None for beginning in beginnings) < _FEWEST:
+    if not are_enough(beginnings):
         notes.append(
-            f"{asked.name('unaligned')} complies with fewer than {_FEWEST} of the harmful prompts, so every model was "
-            f'given the same beginning, "{GENERIC}", in place of its replies (--unaligned names another model).'
+            f"{asked.name('unaligned')} complies with fewer than {FEWEST_BEGINNINGS} of the harmful prompts, so every "
+            f'model was given the same beginning, "{GENERIC}", in place of its replies '
+            "(--unaligned names another model)."
         )
         beginnings = generic_beginnings(len(prompts.harmful))
     else:
