@@ -79,7 +79,7 @@ def _forward(
     """The output, and the logarithm of the softmax's sum `[B, N, T]`."""
     b, t, n, h = query.shape
     blocks = _Blocks(64, 32, 4) if h > 128 else _Blocks(128, 64, 4 if h <= 64 else 8)
-    first_key, _ = _bounds(spec, marks, blocks)
+    first_key, _ = needed_blocks(*marks, spec.window, blocks.queries, blocks.keys)
     specs = _BlockSpecs(query, key)
     return pl.pallas_call(
         partial(_forward_kernel, spec, blocks, h),
@@ -141,7 +141,7 @@ def _backward_rule(spec, residuals, slope):
     b, t, n, h = query.shape
     kv_heads = key.shape[1]
     blocks = _Blocks(32, 32, 4) if h > 128 else _Blocks(64, 64, 4 if h <= 64 else 8)
-    first_key, end_query = _bounds(spec, marks, blocks)
+    first_key, end_query = needed_blocks(*marks, spec.window, blocks.queries, blocks.keys)
     # What the softmax's normalization takes from every score's gradient.
     mean = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     specs = _BlockSpecs(query, key)
@@ -287,20 +287,28 @@ class _BlockSpecs:
         return pl.BlockSpec((None, bounds.shape[1]), lambda i, b, n: (b, 0))
 
 
-def _bounds(spec: _Spec, marks: _Marks, blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
-    """For each block of queries the first block of keys that it needs, and for each block of keys the end of the
-    blocks of queries that need it, `[B, blocks]`; blocks between these may be masked as a whole."""
-    b, t = marks.segments.shape
-    by_query, by_key = ([x.reshape(b, -1, size) for x in marks] for size in (blocks.queries, blocks.keys))
-    lowest_segment, lowest_position = (x.min(axis=2)[:, :, None] for x in by_query)
-    highest_segment = by_query[0].max(axis=2)[:, :, None]
-    lowest_key_segment, highest_key_segment = by_key[0].min(axis=2)[:, None], by_key[0].max(axis=2)[:, None]
+def needed_blocks(
+    segments: jax.Array, positions: jax.Array, window: int | None, query_size: int, key_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """For each block of queries the first block of keys that it needs, and for each block of keys the end of the blocks
+    of queries that need it, `[B, blocks]`; blocks between these may be masked as a whole.
+
+    segments, positions: `[B, T]`. query_size, key_size: tokens of a block.
+    """
+    b, t = segments.shape
+    # Padding comes last: numbered so, a block of it and of the last row does not seem to need the rows before.
+    ordered = jnp.where(segments == 0, t + 1, segments)
+    query_segments, key_segments = (ordered.reshape(b, -1, size) for size in (query_size, key_size))
+    lowest_segment, highest_segment = query_segments.min(axis=2)[:, :, None], query_segments.max(axis=2)[:, :, None]
+    lowest_key_segment, highest_key_segment = key_segments.min(axis=2)[:, None], key_segments.max(axis=2)[:, None]
     needed = (highest_key_segment >= lowest_segment) & (lowest_key_segment <= highest_segment)
     needed |= lowest_key_segment == SHARED
-    last_query = jnp.arange(blocks.queries - 1, t, blocks.queries)
-    needed &= last_query[:, None] >= jnp.arange(0, t, blocks.keys)
-    if spec.window is not None:
-        needed &= lowest_position - by_key[1].max(axis=2)[:, None] < spec.window
+    last_query = jnp.arange(query_size - 1, t, query_size)
+    needed &= last_query[:, None] >= jnp.arange(0, t, key_size)
+    if window is not None:
+        lowest_position = positions.reshape(b, -1, query_size).min(axis=2)[:, :, None]
+        highest_key_position = positions.reshape(b, -1, key_size).max(axis=2)[:, None]
+        needed &= lowest_position - highest_key_position < window
     first_key = jnp.argmax(needed, axis=2)
     end_query = needed.shape[1] - jnp.argmax(needed[:, ::-1], axis=1)
     return first_key.astype(jnp.int32), end_query.astype(jnp.int32)

@@ -15,7 +15,7 @@ from secvec_jax.model import attention
 from secvec_jax.model.attention_blockwise import blockwise
 from secvec_jax.model.attention_masks import visible
 from secvec_jax.model.attention_splash import splash, splash_blocks
-from secvec_jax.model.attention_triton import triton
+from secvec_jax.model.attention_triton import needed_blocks, triton
 from secvec_jax.model.decoder import ForwardOptions, abstract_decoder
 from secvec_jax.sharding import make_mesh
 from tests.toys import ARCHITECTURE
@@ -150,6 +150,13 @@ def test_packed_rows_do_not_see_each_other(kernel):
     )
     np.testing.assert_array_equal(before[1, start:], after[1, start:])
     assert float(abs(before[1, :start] - after[1, :start]).max()) > 1
+
+
+def test_padding_does_not_make_the_kernel_for_gpus_visit_blocks_of_other_rows():
+    segments = np.repeat([[1, 2, 3, 0]], [100, 60, 40, 56], axis=1).astype(np.int32)  # blocks of 32 tokens
+    first_key, end_query = needed_blocks(segments, np.zeros_like(segments), None, 32, 32)
+    assert first_key.tolist() == [[0, 0, 0, 0, 3, 5, 5, 6]]
+    assert end_query.tolist() == [[4, 4, 4, 5, 6, 7, 7, 8]]
 
 
 @pytest.mark.parametrize("rows", [4, 1])
