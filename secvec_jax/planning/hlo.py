@@ -108,7 +108,7 @@ class Program:
 
     def _inner(self, op: Op) -> list[Op]:
         """Return the instruction, with those inside it if it is a fusion or an asynchronous wrapper."""
-        called = op.called if op.opcode in ("fusion", "async-start") else ()
+        called = op.called if op.opcode in ("fusion", "fusion-start", "async-start") else ()
         return [op, *(x for name in called for below in self.computations[name].values() for x in self.inner(below))]
 
     def flops(self, op: Op) -> float:

@@ -126,7 +126,9 @@ class _Count:
         for call in inner:
             if call.opcode == "custom-call":
                 self._call(call, times)
-            elif call.opcode == "fusion" and (kind := call.read(r'"fusion_backend_config":\{"kind":"([^"]*)"')):
+            elif call.opcode in ("fusion", "fusion-start") and (
+                kind := call.read(r'"fusion_backend_config":\{"kind":"([^"]*)"')
+            ):
                 if kind.startswith("__"):
                     self.kernels[kind.strip("_")] += 1
         self.bytes += times * self._bytes_moved(op)
@@ -183,12 +185,17 @@ class _Count:
     def _bytes_moved(self, op: Op) -> float:
         """The bytes read and written; of arrays that are sliced or updated in place only the part that is touched."""
         operands = self.program.operands(op)
-        if op.opcode == "dynamic-update-slice":
+        opcode, written = op.opcode, op.bytes
+        if opcode.endswith("-start"):
+            opcode = opcode.removesuffix("-start")
+            # The start of an asynchronous operation returns its operands beside its result.
+            written = max(written - sum(operand.bytes for operand in operands), 0.0)
+        if opcode == "dynamic-update-slice":
             return 2 * operands[1].bytes
-        if op.opcode in _SLICES:
-            return 2 * op.bytes
-        if op.opcode != "fusion":
-            return op.bytes + sum(operand.bytes for operand in operands)
+        if opcode in _SLICES:
+            return 2 * written
+        if opcode != "fusion":
+            return written + sum(operand.bytes for operand in operands)
         inside = self.program.computations[op.called[0]]
         read = sum(self._bytes_read(parameter, inside) for parameter in inside.values() if _is_parameter(parameter))
         root = self.program.roots[op.called[0]]

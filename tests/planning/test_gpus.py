@@ -142,6 +142,32 @@ def test_products_bytes_and_collectives_count_as_often_as_they_run():
     assert not found.unknown_loops
 
 
+def test_an_update_in_place_that_runs_beside_others_moves_only_the_part_it_writes():
+    text = """HloModule step, is_scheduled=true
+
+%updated (param_0: bf16[32,1024], param_1: s32[], param_2: bf16[1024]) -> bf16[32,1024] {
+  %param_0 = bf16[32,1024]{1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %param_2 = bf16[1024]{0} parameter(2)
+  %zero = s32[] constant(0)
+  %row = bf16[1,1024]{1,0} bitcast(%param_2)
+  ROOT %update = bf16[32,1024]{1,0} dynamic-update-slice(%param_0, %row, %param_1, %zero)
+}
+
+ENTRY %main (saved: bf16[32,1024], i: s32[], x: bf16[1024]) -> bf16[32,1024] {
+  %saved = bf16[32,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = bf16[1024]{0} parameter(2)
+  %copy-start = (bf16[1024]{0}, bf16[1024]{0}, u32[]) copy-start(%x)
+  %copy-done = bf16[1024]{0} copy-done(%copy-start)
+  %fusion-start = ((bf16[32,1024]{1,0}, s32[], bf16[1024]{0}), bf16[32,1024]{1,0}, u32[]) fusion-start(%saved, %i, %copy-done), kind=kLoop, calls=%updated
+  ROOT %fusion-done = bf16[32,1024]{1,0} fusion-done(%fusion-start)
+}
+"""  # noqa: E501
+    row, index, context = 2 * 1024, 4, 4
+    assert roofline(text, H100, devices=1).bytes == (2 * row + context) + (row + index + row)
+
+
 def test_the_bound_is_the_longest_of_three_times():
     found = roofline(PROGRAM, H100, devices=2)
     assert found.flops_seconds == found.flops / 989e12
