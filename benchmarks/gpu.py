@@ -1,6 +1,8 @@
 """Speed and memory of training on one H100- or H200-class GPU, compared with transformers and PEFT.
 
+    python benchmarks/gpu.py --part goals                              # the runs that docs/scale.md sets goals for
     python benchmarks/gpu.py --part attention remat                    # kernels; remat policies, scan vs. unrolled
+    python benchmarks/gpu.py --part precision                          # frozen weights in 32, 16, 8 and 4 bits
     python benchmarks/gpu.py --part train-8b-2048 peft-8b-2048         # both sides on the same card in the same run
     python benchmarks/gpu.py --table                                   # the results as Markdown
     python benchmarks/gpu.py --toy --json OUT                          # all parts at toy size, also on a CPU
@@ -9,7 +11,7 @@
 A part ends within 8 minutes: rows for which no time is left are skipped, and measured in the next call. Each row runs
 in a separate process, so that nothing else holds GPU memory, and is written to the JSON file (`--json`) immediately. A
 row that does not fit is retried with more rematerialization, then with half as many sequences. Every step has 16,384
-tokens, if they fit, in packed sequences of random tokens.
+tokens, if they fit, in packed sequences of random tokens; "real rows" have the lengths of the packaged Alpaca rows.
 """
 
 import argparse
@@ -43,6 +45,10 @@ SECVEC_KINDS = ("full", "under vectors", "vectors", "vectors with KL", "vaccine"
 """All weights; all weights with frozen vectors; vectors with cross-entropy; vectors with a KL on half as many
 additional sequences; Vaccine on all weights."""
 
+TASK_LORA = "task LoRA under vectors"
+REAL_ROWS = 0
+"""Instead of a number of segments per sequence: whole rows of real lengths, as many as fit."""
+
 Attempt = tuple[int, str]
 """(sequences per batch, remat policy)."""
 
@@ -51,7 +57,8 @@ Attempt = tuple[int, str]
 class Row:
     """A training step to measure.
 
-    by: "ours" or "peft". remats: policies tried in this order, before the batch is halved.
+    by: "ours" or "peft". segments: per sequence, or `REAL_ROWS`. remats: policies tried in this order, before the batch
+    is halved. trained, frozen: what trained and frozen weights of the backbone are held in. clip: clip gradients.
     """
 
     part: str
@@ -63,11 +70,16 @@ class Row:
     segments: int = SEGMENTS
     remats: tuple[str, ...] = ("dots", "full")
     optimizer: str = "adamw"
+    trained: str = "float32"
+    frozen: str = "bfloat16"
+    clip: bool = False
     unrolled: bool = False
 
     @property
     def key(self) -> str:
         special = [f"remat {self.remats[0]}"] if self.part.startswith("remat") else []
+        special += [f"{self.by} {self.model}"] if self.part.startswith("goals") else []
+        special += [self.frozen] if self.part.startswith("precision") else []
         special += ["sgd"] if self.optimizer == "sgd" else []
         special += ["one segment"] if self.segments == 1 else []
         special += ["unrolled"] if self.unrolled else []
@@ -103,11 +115,28 @@ def all_rows(toy: bool) -> list[Row | Kernels]:
     cases = tuple((model, length) for model in models if model != "3b" for length in lengths)
     size = "-toy" if toy else ""
     return [
+        *_goal_rows(f"goals{size}", *(models * 2 if toy else ("8b", "7b")), lengths[-1], tokens),
         *(Kernels(f"attention{size}", kind, cases, tokens) for kind in KERNELS),
+        *_precision_rows(f"precision{size}", models[-1], lengths[-1], tokens),
         *_remat_rows(f"remat{size}", models[0], lengths[0], tokens),
         *itertools.chain(*(_train_rows(*case, tokens) for case in itertools.product(models, lengths))),
         *itertools.chain(*(_rival_rows(*case, tokens) for case in itertools.product(models, lengths))),
     ]
+
+
+def _goal_rows(part: str, with_lora: str, full: str, length: int, tokens: int) -> Iterator[Row]:
+    fewest_bytes = {"optimizer": "adamw-bf16", "trained": "bfloat16"}
+    real: dict[str, Any] = {"segments": REAL_ROWS, "clip": True}
+    yield Row(part, "ours", TASK_LORA, with_lora, length, tokens, remats=("dots", "attention", "full"), **real)
+    yield Row(part, "ours", "under vectors", full, length, tokens, remats=("attention", "full"), **fewest_bytes, **real)
+    yield Row(part, "ours", "vectors with KL", full, length, tokens, remats=("dots", "attention", "full"), **real)
+    yield Row(part, "peft", "lora", with_lora, length, tokens, segments=1, remats=("none", "full"), clip=True)
+
+
+def _precision_rows(part: str, model: str, length: int, tokens: int) -> Iterator[Row]:
+    for frozen in ("float32", "int8", "nf4"):  # bfloat16 is the first goal
+        remats = ("dots", "attention", "full")
+        yield Row(part, "ours", TASK_LORA, model, length, tokens, REAL_ROWS, remats, frozen=frozen, clip=True)
 
 
 def _remat_rows(part: str, model: str, length: int, tokens: int) -> Iterator[Row]:
@@ -261,8 +290,8 @@ def table(results: dict[str, Any]) -> str:
         _step_table([row for row in steps if row not in remat], steps),
         "\n".join(f"- {key}: {reason}" for key, row in rows.items() for reason in _reasons(row)),
         f"Measured on {', '.join(devices)}. MFU: the formula's FLOPs per second over the published dense bf16 peak; "
-        "N: parameters in matrix multiplications, a = 2 T d L for whole causal sequences; rematerialization and "
-        "vectors are not counted.",
+        "N: parameters in matrix multiplications, a = 2 T d L with T the length of whole sequences, or of real rows on "
+        "average over their tokens; rematerialization, vectors and padding are not counted.",
     ]
     return "\n\n".join(filter(None, texts))
 
@@ -288,28 +317,41 @@ def _kernel_table(rows: list[dict[str, Any]]) -> str:
 
 def _step_table(rows: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | trained | by | batch | remat | tokens/s | against PEFT | MFU | formula | memory | step |",
+        "| model | trained | by | batch | remat | tokens/s | against PEFT | MFU | formula | memory (planned) | step |",
         "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
     for row in rows:
-        trained = [row["kind"], *(["SGD"] if row["optimizer"] == "sgd" else []), *(["unrolled"] * row["unrolled"])]
-        trained += ["one segment per sequence"] if row["segments"] == 1 else []
+        trained = [row["kind"], *(["unrolled"] * row["unrolled"])]
+        trained += [row["optimizer"]] if row["optimizer"] != "adamw" else []
+        trained += ["weights in bfloat16"] if row["trained"] == "bfloat16" else []
+        trained += [f"frozen weights in {row['frozen']}"] if row["frozen"] != "bfloat16" else []
+        trained += {1: ["one segment per sequence"], REAL_ROWS: ["real rows"]}.get(row["segments"], [])
         cells = [
             row["model"], ", ".join(trained), row["by"], f"{row['lines']} x {row['length']}", row["remat"],
             f"{row['tokens_per_second']:,.0f}", _against(row, everything),
             "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%", row["formula"].replace(" per token", ""),
-            f"{row['peak_bytes'] / 2**30:.1f} GiB", f"{row['seconds']:.3f} s",
+            _memory(row), f"{row['seconds']:.3f} s",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if rows else ""
 
 
+def _memory(row: dict[str, Any]) -> str:
+    """Return the measured peak, and for our rows the memory that the compiler reports for the step."""
+    planned = f" ({row['program_bytes'] / 2**30:.1f})" if "program_bytes" in row else ""
+    return f"{row['peak_bytes'] / 2**30:.1f}{planned} GiB"
+
+
 def _against(row: dict[str, Any], everything: list[dict[str, Any]]) -> str:
-    """Return the throughput relative to PEFT with the same trained weights, optimizer and number of segments."""
-    same = {"full": "full", "under vectors": "full", "vectors": "lora"}.get(row["kind"])
+    """Return the throughput relative to PEFT with the same trained weights, optimizer and number of segments.
+
+    Real rows are compared with one segment per sequence, which PEFT's fastest kernel takes.
+    """
+    same = {"full": "full", "under vectors": "full", "vectors": "lora", TASK_LORA: "lora"}.get(row["kind"])
     if row["by"] == "ours" and not row["part"].startswith("remat"):
         for other in everything:
-            alike = all(other[name] == row[name] for name in ("model", "length", "segments", "optimizer"))
+            alike = all(other[name] == row[name] for name in ("model", "length", "optimizer", "trained"))
+            alike = alike and other["segments"] == (row["segments"] or 1)
             if other["by"] == "peft" and other["kind"] == same and alike:
                 return f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}x"
     return ""
@@ -326,10 +368,16 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, default=RESULTS, help="results file")
     parser.add_argument("--table", action="store_true", help="only print the tables")
+    parser.add_argument("--row-lengths", action="store_true", help="only write the lengths of real rows")
     parser.add_argument("--row", help="measure this row (JSON) in this process; for internal use")
     options = parser.parse_args()
     if options.row is not None:
         print(json.dumps(child(json.loads(options.row))))
+        return 0
+    if options.row_lengths:
+        from gpu_rows import write_row_lengths
+
+        write_row_lengths()
         return 0
     if options.table:
         print(table(json.loads(options.json.read_text())))

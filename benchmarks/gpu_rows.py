@@ -1,11 +1,12 @@
 """Training steps measured by `gpu.py`, ours and PEFT's, each in a separate process.
 
-Batches are random tokens with several segments per sequence and every position supervised. Compute is in bfloat16
-(float32 on a CPU); trained weights and optimizer states are float32. Peak memory is the allocator's peak for the whole
+Batches are random tokens with several segments per sequence and every position but padding supervised. Compute is in
+bfloat16 (float32 on a CPU). Peak memory is the allocator's peak for the whole
 process on a GPU, and the peak memory of the process on a CPU.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import statistics
@@ -29,6 +30,7 @@ from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.hf_config import from_hf_config
+from secvec_jax.model.quantized import with_precision
 from secvec_jax.planning.plan import Work, program_bytes
 from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
 from secvec_jax.training.phase import Phase
@@ -39,6 +41,9 @@ WARM, LEAST, MOST, SECONDS = 3, 3, 10, 12.0
 """Warm-up steps; the least and the most timed steps; seconds after which no steps beyond the least are run."""
 
 RANK = 8
+
+ROW_LENGTHS = Path(__file__).parent / "row_lengths.json"
+"""Tokens of 967 real rows, written by `gpu.py --row-lengths` where the embedded model is installed."""
 
 FILES = {"1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "7b": "llama-2-7b", "8b": "llama-3.1-8b"}
 TOY = {
@@ -60,20 +65,59 @@ def config(model: str) -> dict[str, Any]:
 
 
 def packed(lines: int, length: int, segments: int, vocabulary: int) -> Batch:
-    """Return a batch of random tokens `[lines, length]`, cut into random segments; identical in each run."""
+    """Return a batch of random tokens `[lines, length]`, identical in each run.
+
+    segments: how many random segments each sequence is cut into; 0: sequences of rows of real lengths, and padding.
+    """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary, (lines, length + 1), np.int32)
-    starts = segment_starts(lines, length, segments)
-    slots = np.arange(length, dtype=np.int32)
-    marks = (slots[:, None] >= starts[:, None, :]).sum(axis=-1, dtype=np.int32)
+    marks = real_segments(lines, length) if segments == 0 else random_segments(lines, length, segments)
+    slots = np.broadcast_to(np.arange(length, dtype=np.int32), marks.shape)
+    begins = np.diff(marks, axis=1, prepend=-1) != 0
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "weights": np.ones((lines, length), np.float32),
+        "weights": (marks > 0).astype(np.float32),
         "groups": np.zeros((lines, length), np.int32),
         "segments": marks,
-        "positions": slots - np.take_along_axis(starts, marks - 1, axis=1),
+        "positions": slots - np.maximum.accumulate(np.where(begins, slots, 0), axis=1),
     }
+
+
+def random_segments(lines: int, length: int, segments: int) -> np.ndarray:
+    """Return the segment of each token, `[lines, length]`, counted from 1."""
+    starts = segment_starts(lines, length, segments)
+    return (np.arange(length)[:, None] >= starts[:, None, :]).sum(axis=-1, dtype=np.int32)
+
+
+def real_segments(lines: int, length: int) -> np.ndarray:
+    """Return the segment of each token, `[lines, length]`: each sequence is filled with the next rows that fit."""
+    marks = np.zeros((lines, length), np.int32)
+    rows = iter(itertools.cycle(json.loads(ROW_LENGTHS.read_text())))
+    row = next(rows)
+    for line in marks:
+        end = segment = 0
+        while end + min(row, length) <= length:
+            segment += 1
+            line[end : end + row] = segment
+            end, row = end + min(row, length), next(rows)
+    return marks
+
+
+def mean_real_length() -> int:
+    """Return the mean over all tokens of real rows of the length of their row."""
+    lengths = np.asarray(json.loads(ROW_LENGTHS.read_text()))
+    return round((lengths**2).sum() / lengths.sum())
+
+
+def write_row_lengths() -> None:
+    """Write the lengths in tokens of the packaged Alpaca rows, by the embedded model's tokenizer."""
+    import secvec_jax as sv
+    from secvec_jax.data.sources import load_rows
+    from secvec_jax.defenses.finetuning import examples_of
+
+    examples = examples_of(sv.load("smollm2"), load_rows("alpaca"), 4096)
+    ROW_LENGTHS.write_text(json.dumps([len(example.tokens) for example in examples]) + "\n")
 
 
 def segment_starts(lines: int, length: int, segments: int) -> np.ndarray:
@@ -99,7 +143,8 @@ def account(row: Row, work: list[Work], times: list[float], device: str) -> dict
     """Return tokens per second and MFU of the median step: the FLOPs of `work` per second over the published peak."""
     architecture, seconds = from_hf_config(config(row["model"])), statistics.median(times)
     tokens = work[0].learn + work[0].keep
-    flops = sum(part.flops(architecture, row["length"]) for part in work)
+    length = mean_real_length() if row["segments"] == 0 else row["length"]
+    flops = sum(part.flops(architecture, length) for part in work)
     peak = next((peak for name, peak in PEAKS.items() if name in device), None)
     return {
         "device": device,
@@ -159,7 +204,9 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
     kind, length = row["kind"], row["length"]
     training = Training(
         optimizer=row["optimizer"],
+        trained_weights=row["trained"],
         learning_rate=1e-6,
+        max_grad_norm=1.0 if row["clip"] else 0.0,
         batch_size=lines,
         max_seq_len=length,
         remat=remat,
@@ -167,8 +214,9 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
     )
 
     def start() -> Params:
-        vectors = LoRA(rank=RANK).init(architecture, jax.random.key(1)) if "vectors" in kind else None
-        return Params(Backbone(Decoder(architecture, nnx.Rngs(0))), vectors)
+        vectors, task = (LoRA(rank=RANK).init(architecture, jax.random.key(i)) for i in (1, 2))
+        decoder = with_precision(Decoder(architecture, nnx.Rngs(0)), row["trained" if trains_all(kind) else "frozen"])
+        return Params(Backbone(decoder, task if "LoRA" in kind else None), vectors if "vectors" in kind else None)
 
     def batch(lines: int) -> Batch:
         return {key: x[None] for key, x in packed(lines, length, row["segments"], architecture.vocab_size).items()}
@@ -191,6 +239,11 @@ def moves(kind: str, params: Params, training: Training) -> tuple[Phase, TrainSt
     if kind.startswith("vectors"):
         return phase1_step(params, Phase1("kl" if kind.endswith("KL") else "cross_entropy"), training, 1000)
     return phase2_step(params, ("all",), training, 1000)
+
+
+def trains_all(kind: str) -> bool:
+    """Whether rows of this kind train all weights of the backbone."""
+    return not kind.startswith("vectors") and "LoRA" not in kind
 
 
 def unrolled() -> contextlib.AbstractContextManager:
@@ -224,8 +277,8 @@ def run(row: Row, plan: PlanRun) -> dict[str, Any]:
 
 def work(kind: str, batch: dict[str, Batch]) -> list[Work]:
     """Return the work of a step; Vaccine's first pass computes gradients of hidden states only."""
-    learn, keep = batch[LEARN]["tokens"].size, batch[KEEP]["tokens"].size if KEEP in batch else 0
-    step = Work(learn, keep, full=not kind.startswith("vectors"))
+    learn, keep = (int((batch[stream]["segments"] > 0).sum()) if stream in batch else 0 for stream in (LEARN, KEEP))
+    step = Work(learn, keep, trains_all(kind))
     return [Work(learn, 0, full=False), step] if kind == "vaccine" else [step]
 
 
@@ -279,6 +332,8 @@ def rival(row: Row, lines: int, remat: str) -> dict[str, Any]:
         with torch.autocast(where, torch.bfloat16, enabled=cuda):
             loss = compiled(**batch).loss
         loss.backward()
+        if row["clip"]:
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

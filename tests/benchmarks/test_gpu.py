@@ -1,6 +1,7 @@
 """What benchmarks/gpu.py does around its measurements; `--toy` covers the measurements themselves."""
 
 import importlib
+import json
 import time
 from pathlib import Path
 
@@ -71,9 +72,20 @@ def test_packed_sequences_hold_whole_segments(load):
             assert positions[segments == segment].tolist() == list(range((segments == segment).sum()))
 
 
+def test_sequences_of_real_rows_hold_whole_rows_and_padding(load):
+    rows = load("gpu_rows")
+    batch = rows.packed(3, 1024, 0, 100)
+    lengths = [int((line == segment).sum()) for line in batch["segments"] for segment in range(1, line.max() + 1)]
+    assert lengths == json.loads(rows.ROW_LENGTHS.read_text())[: len(lengths)]
+    assert np.array_equal(batch["weights"] > 0, batch["segments"] > 0) and batch["weights"].mean() > 0.7
+    starts = batch["positions"] == 0
+    assert [line.sum() for line in starts] == [line.max() + (line == 0).any() for line in batch["segments"]]
+    assert max(lengths) < 1024 and 250 < rows.mean_real_length() < 350
+
+
 def test_mfu_is_the_formula_over_the_peak_of_the_device(load):
     rows = load("gpu_rows")
-    row = {"model": "7b", "length": 2048}
+    row = {"model": "7b", "length": 2048, "segments": 4}
     found = rows.account(row, [rows.Work(16384, 0, full=True)], [2.0, 1.0, 9.0], "NVIDIA H200")
     n, a = 6_607_077_376, 2 * 2048 * 4096 * 32
     assert found["seconds"] == 2.0 and found["tokens_per_second"] == 8192
@@ -85,15 +97,25 @@ def test_the_table_has_a_line_for_every_row(load):
     gpu = load("gpu")
     step = {
         "status": "measured", "device": "NVIDIA H200", "part": "train-1b-2048", "kind": "full", "model": "1b",
-        "length": 2048, "segments": 4, "optimizer": "adamw", "unrolled": False, "lines": 8, "remat": "dots",
+        "length": 2048, "segments": 4, "optimizer": "adamw", "trained": "float32",
+        "frozen": "bfloat16", "unrolled": False, "lines": 8, "remat": "dots",
         "formula": "6N+3a per token", "mfu": 0.4, "peak_bytes": 2**34, "seconds": 0.5,
     }  # fmt: skip
     shapes = {"1b 2048": {"seconds": 0.001, "tflops": 300.0, "difference": 0.01}, "1b 4096": {"error": "too long"}}
     kernel = {"status": "measured", "device": "NVIDIA H200", "part": "attention", "kind": "triton", "shapes": shapes}
+    ours = step | {"by": "ours", "tokens_per_second": 30000.0, "program_bytes": 2**33}
     text = gpu.table({"rows": {
-        "a": step | {"by": "ours", "tokens_per_second": 30000.0}, "b": step | {"by": "peft", "tokens_per_second": 2e4},
+        "a": ours, "b": step | {"by": "peft", "tokens_per_second": 2e4},
         "c": kernel | {"by": "attention"}, "d": {"status": "failed", "error": "it broke"},
     }})  # fmt: skip
     line = "| triton | 1.00 ms, 300 TFLOP/s | - | 1.0e-02 |"
-    for part in (line, "1.50x", "40.0%", "16.0 GiB", "- d: failed: it broke", "- c: 1b 4096: too long"):
+    for part in (
+        line,
+        "1.50x",
+        "40.0%",
+        "16.0 GiB",
+        "16.0 (8.0) GiB",
+        "- d: failed: it broke",
+        "- c: 1b 4096: too long",
+    ):
         assert part in text
