@@ -126,9 +126,8 @@ class _Count:
         for call in inner:
             if call.opcode == "custom-call":
                 self._call(call, times)
-            elif call.opcode in ("fusion", "fusion-start") and (
-                kind := call.read(r'"fusion_backend_config":\{"kind":"([^"]*)"')
-            ):
+            elif call.opcode in ("fusion", "fusion-start"):
+                kind = call.read(r'"fusion_backend_config":\{"kind":"([^"]*)"') or ""
                 if kind.startswith("__"):
                     self.kernels[kind.strip("_")] += 1
         self.bytes += times * self._bytes_moved(op)
