@@ -215,7 +215,8 @@ def planned(row: Row, architecture: Architecture, lines: int, remat: str) -> Pla
 
     def start() -> Params:
         vectors, task = (LoRA(rank=RANK).init(architecture, jax.random.key(i)) for i in (1, 2))
-        decoder = with_precision(Decoder(architecture, nnx.Rngs(0)), row["trained" if trains_all(kind) else "frozen"])
+        fast = nnx.Rngs(jax.random.key(0, impl="rbg"))  # compiles several times as fast
+        decoder = with_precision(Decoder(architecture, fast), row["trained" if trains_all(kind) else "frozen"])
         return Params(Backbone(decoder, task if "LoRA" in kind else None), vectors if "vectors" in kind else None)
 
     def batch(lines: int) -> Batch:

@@ -16,7 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from secvec_jax.batch import SHARED
+from secvec_jax.model.attention_blocks import (
+    Blocks,
+    BlockSpecs,
+    forward_blocks,
+    key_gradient_blocks,
+    needed_blocks,
+    query_gradient_blocks,
+)
 from secvec_jax.model.attention_masks import KERNEL, MASKED, on_each_device, sees, softcapped
 
 
@@ -26,14 +33,6 @@ class _Spec(NamedTuple):
     window: int | None
     softcap: float | None
     interpret: bool
-
-
-class _Blocks(NamedTuple):
-    """Tokens in a block of queries and in a block of keys, and the warps that compute one pair of them."""
-
-    queries: int
-    keys: int
-    warps: int
 
 
 class _Marks(NamedTuple):
@@ -78,9 +77,9 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array]:
     """The output, and the logarithm of the softmax's sum `[B, N, T]`."""
     b, t, n, h = query.shape
-    blocks = _Blocks(64, 32, 4) if h > 128 else _Blocks(128, 64, 4 if h <= 64 else 8)
+    blocks = forward_blocks(h)
     first_key, _ = needed_blocks(*marks, spec.window, blocks.queries, blocks.keys)
-    specs = _BlockSpecs(query, key)
+    specs = BlockSpecs(query, key)
     return pl.pallas_call(
         partial(_forward_kernel, spec, blocks, h),
         grid=(t // blocks.queries, b, n),
@@ -93,14 +92,14 @@ def _forward(
         ],
         out_specs=[specs.queries(blocks), specs.numbers_of_queries(blocks)],
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct((b, n, t), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=2),
+        compiler_params=blocks.compiler_params,
         interpret=spec.interpret,
         name="packed_attention_forward",
     )(query, key, value, *marks, first_key)
 
 
 def _forward_kernel(
-    spec: _Spec, blocks: _Blocks, head_dim: int,
+    spec: _Spec, blocks: Blocks, head_dim: int,
     query_ref, key_ref, value_ref, segments_ref, positions_ref, first_key_ref, out_ref, log_total_ref,
 ) -> None:  # fmt: skip
     """One block of queries of one head."""
@@ -138,18 +137,23 @@ def _forward_rule(spec, query, key, value, marks):
 
 def _backward_rule(spec, residuals, slope):
     query, key, value, marks, out, log_total = residuals
-    b, t, n, h = query.shape
-    kv_heads = key.shape[1]
-    blocks = _Blocks(32, 32, 4) if h > 128 else _Blocks(64, 64, 4 if h <= 64 else 8)
-    first_key, end_query = needed_blocks(*marks, spec.window, blocks.queries, blocks.keys)
     # What the softmax's normalization takes from every score's gradient.
     mean = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    specs = _BlockSpecs(query, key)
-    settings = {
-        "compiler_params": plgpu.CompilerParams(num_warps=blocks.warps, num_stages=2),
-        "interpret": spec.interpret,
-    }
-    query_gradient = pl.pallas_call(
+    of_softmax = slope, log_total, mean
+    query_gradient = _query_gradient(spec, query, key, value, marks, *of_softmax)
+    key_gradient, value_gradient = _key_gradient(spec, query, key, value, marks, *of_softmax)
+    return query_gradient, key_gradient, value_gradient, None
+
+
+def _query_gradient(
+    spec: _Spec, query: jax.Array, key: jax.Array, value: jax.Array, marks: _Marks, *of_softmax: jax.Array
+) -> jax.Array:
+    """The gradient of the query. of_softmax: the output's gradient `[B, T, N, H]`, the logarithm of the softmax's sum
+    and the mean of its gradient, `[B, N, T]`."""
+    b, t, n, h = query.shape
+    blocks, specs = query_gradient_blocks(h), BlockSpecs(query, key)
+    first_key, _ = needed_blocks(*marks, spec.window, blocks.queries, blocks.keys)
+    return pl.pallas_call(
         partial(_query_gradient_kernel, spec, blocks, h),
         grid=(t // blocks.queries, b, n),
         in_specs=[
@@ -164,17 +168,27 @@ def _backward_rule(spec, residuals, slope):
         ],
         out_specs=specs.queries(blocks),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        compiler_params=blocks.compiler_params,
+        interpret=spec.interpret,
         name="packed_attention_query_gradient",
-        **settings,
-    )(query, key, value, *marks, first_key, slope, log_total, mean)
+    )(query, key, value, *marks, first_key, *of_softmax)
+
+
+def _key_gradient(
+    spec: _Spec, query: jax.Array, key: jax.Array, value: jax.Array, marks: _Marks, *of_softmax: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of the key and of the value. of_softmax: as in `_query_gradient`."""
+    b, t, n, h = query.shape
+    kv_heads = key.shape[1]
+    blocks, specs = key_gradient_blocks(h), BlockSpecs(query, key)
+    _, end_query = needed_blocks(*marks, spec.window, blocks.queries, blocks.keys)
 
     def by_group(x: jax.Array, axis: int) -> jax.Array:
         """The axis of heads split in two, `[..., K, G, ...]`."""
         return x.reshape(*x.shape[:axis], kv_heads, n // kv_heads, *x.shape[axis + 1 :])
 
-    queries_by_group, slope_by_group = by_group(query, 2), by_group(slope, 2)
-    numbers_by_group = by_group(log_total, 1), by_group(mean, 1)
-    key_gradient, value_gradient = pl.pallas_call(
+    slope, log_total, mean = of_softmax
+    return pl.pallas_call(
         partial(_key_gradient_kernel, spec, blocks, h),
         grid=(t // blocks.keys, b, kv_heads),
         in_specs=[
@@ -189,17 +203,17 @@ def _backward_rule(spec, residuals, slope):
         ],
         out_specs=[specs.block_of_keys(blocks), specs.block_of_values(blocks)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
+        compiler_params=blocks.compiler_params,
+        interpret=spec.interpret,
         name="packed_attention_key_gradient",
-        **settings,
-    )(queries_by_group, key, value, *marks, end_query, slope_by_group, *numbers_by_group)
-    return query_gradient, key_gradient, value_gradient, None
+    )(by_group(query, 2), key, value, *marks, end_query, by_group(slope, 2), by_group(log_total, 1), by_group(mean, 1))
 
 
 _attend.defvjp(_forward_rule, _backward_rule)
 
 
 def _query_gradient_kernel(
-    spec: _Spec, blocks: _Blocks, head_dim: int,
+    spec: _Spec, blocks: Blocks, head_dim: int,
     query_ref, key_ref, value_ref, segments_ref, positions_ref, first_key_ref, slope_ref, log_total_ref, mean_ref,
     gradient_ref,
 ) -> None:  # fmt: skip
@@ -225,7 +239,7 @@ def _query_gradient_kernel(
 
 
 def _key_gradient_kernel(
-    spec: _Spec, blocks: _Blocks, head_dim: int,
+    spec: _Spec, blocks: Blocks, head_dim: int,
     query_ref, key_ref, value_ref, segments_ref, positions_ref, end_query_ref, slope_ref, log_total_ref, mean_ref,
     key_gradient_ref, value_gradient_ref,
 ) -> None:  # fmt: skip
@@ -259,62 +273,7 @@ def _key_gradient_kernel(
     _store(value_gradient_ref, value_gradient, head_dim, axis=1)
 
 
-class _BlockSpecs:
-    """Which part of each array a kernel sees; its grid is (blocks, rows, heads). Heads are padded to a power of two."""
-
-    def __init__(self, query: jax.Array, key: jax.Array) -> None:
-        _, t, n, h = query.shape
-        self.length, self.head_dim, group = t, pl.next_power_of_2(h), n // key.shape[1]
-        self.marks = [pl.BlockSpec((None, t), lambda i, b, n: (b, 0))] * 2
-        self.keys = pl.BlockSpec((None, None, self.head_dim, t), lambda i, b, n: (b, jax.lax.div(n, group), 0, 0))
-        self.values = pl.BlockSpec((None, None, t, self.head_dim), lambda i, b, n: (b, jax.lax.div(n, group), 0, 0))
-        self.queries_of_group = pl.BlockSpec((None, t, None, group, self.head_dim), lambda i, b, n: (b, 0, n, 0, 0))
-        self.numbers_of_group = pl.BlockSpec((None, None, group, t), lambda i, b, n: (b, n, 0, 0))
-
-    def queries(self, blocks: _Blocks) -> pl.BlockSpec:
-        return pl.BlockSpec((None, blocks.queries, None, self.head_dim), lambda i, b, n: (b, i, n, 0))
-
-    def numbers_of_queries(self, blocks: _Blocks) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, blocks.queries), lambda i, b, n: (b, n, i))
-
-    def block_of_keys(self, blocks: _Blocks) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, self.head_dim, blocks.keys), lambda i, b, n: (b, n, 0, i))
-
-    def block_of_values(self, blocks: _Blocks) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, blocks.keys, self.head_dim), lambda i, b, n: (b, n, i, 0))
-
-    def bounds(self, bounds: jax.Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, bounds.shape[1]), lambda i, b, n: (b, 0))
-
-
-def needed_blocks(
-    segments: jax.Array, positions: jax.Array, window: int | None, query_size: int, key_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """For each block of queries the first block of keys that it needs, and for each block of keys the end of the blocks
-    of queries that need it, `[B, blocks]`; blocks between these may be masked as a whole.
-
-    segments, positions: `[B, T]`. query_size, key_size: tokens of a block.
-    """
-    b, t = segments.shape
-    # Padding comes last: numbered so, a block of it and of the last row does not seem to need the rows before.
-    ordered = jnp.where(segments == 0, t + 1, segments)
-    query_segments, key_segments = (ordered.reshape(b, -1, size) for size in (query_size, key_size))
-    lowest_segment, highest_segment = query_segments.min(axis=2)[:, :, None], query_segments.max(axis=2)[:, :, None]
-    lowest_key_segment, highest_key_segment = key_segments.min(axis=2)[:, None], key_segments.max(axis=2)[:, None]
-    needed = (highest_key_segment >= lowest_segment) & (lowest_key_segment <= highest_segment)
-    needed |= lowest_key_segment == SHARED
-    last_query = jnp.arange(query_size - 1, t, query_size)
-    needed &= last_query[:, None] >= jnp.arange(0, t, key_size)
-    if window is not None:
-        lowest_position = positions.reshape(b, -1, query_size).min(axis=2)[:, :, None]
-        highest_key_position = positions.reshape(b, -1, key_size).max(axis=2)[:, None]
-        needed &= lowest_position - highest_key_position < window
-    first_key = jnp.argmax(needed, axis=2)
-    end_query = needed.shape[1] - jnp.argmax(needed[:, ::-1], axis=1)
-    return first_key.astype(jnp.int32), end_query.astype(jnp.int32)
-
-
-def _end_key(blocks: _Blocks, i: jax.Array) -> jax.Array:
+def _end_key(blocks: Blocks, i: jax.Array) -> jax.Array:
     """The end of the blocks of keys that are not after all queries of block i."""
     return jax.lax.div((i + 1) * blocks.queries + (blocks.keys - 1), blocks.keys)
 
@@ -324,7 +283,7 @@ def _block_of(marks: _Marks, number: jax.Array, size: int) -> _Marks:
 
 
 def _scores(
-    spec: _Spec, blocks: _Blocks, head_dim: int, queries: jax.Array, keys: jax.Array,
+    spec: _Spec, blocks: Blocks, head_dim: int, queries: jax.Array, keys: jax.Array,
     query_marks: _Marks, key_marks: _Marks, i: jax.Array, j: jax.Array,
 ) -> jax.Array:  # fmt: skip
     """The scores `[queries, keys]`, float32, of one pair of blocks; `MASKED` where a query sees no key."""

@@ -12,10 +12,11 @@ import pytest
 
 from secvec_jax.batch import SHARED
 from secvec_jax.model import attention
+from secvec_jax.model.attention_blocks import needed_blocks
 from secvec_jax.model.attention_blockwise import blockwise
 from secvec_jax.model.attention_masks import visible
 from secvec_jax.model.attention_splash import splash, splash_blocks
-from secvec_jax.model.attention_triton import needed_blocks, triton
+from secvec_jax.model.attention_triton import triton
 from secvec_jax.model.decoder import ForwardOptions, abstract_decoder
 from secvec_jax.sharding import make_mesh
 from tests.toys import ARCHITECTURE
