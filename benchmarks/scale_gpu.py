@@ -4,14 +4,14 @@
     python benchmarks/scale_gpu.py --table           # write the table from docs/scale_gpu.json
     python benchmarks/scale_gpu.py --toy             # smoke test: compile one small row and print it
 
-Needs the compiler of `secvec_jax[cuda]`, but no GPU. A row is compiled with four sequences for each GPU, which are
-halved until it fits, first with remat attention and then with full.
+Needs the compiler of `secvec_jax[cuda]`, but no GPU. A row is compiled for the first of `attempts` that fits.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,46 +31,81 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "scale_gpu.json"
 MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "llama-3.1-8b", "llama-2-13b", "llama-2-70b")
 TRAINED = {"vectors": "vectors (phase 1)", "task_lora": "task LoRA", "full": "all weights"}
-TOPOLOGIES = ("rtx4090:1", "h100:1", "h100:8", "rtx4090:8")
 SEQUENCES, LENGTH = 4, 2048
 ATTENTION_SHAPE = (2, 4096, 32, 128)
 """Sequences, tokens, heads and channels of the attention that is compiled alone."""
 
-ROWS = [(model, topology, trained) for topology in TOPOLOGIES for model in MODELS for trained in TRAINED]
-TOY_ROW = ("llama-3.2-1b", "h100:1", "task_lora")
+
+class Row(NamedTuple):
+    """weights: what the frozen weights, or for "full" the trained ones, are held in. sequences: per GPU, at most."""
+
+    model: str
+    topology: str
+    trained: str
+    weights: str
+    sequences: int = SEQUENCES
+
+    @property
+    def key(self) -> str:
+        return " ".join(map(str, self))
 
 
-def key(row: tuple[str, str, str]) -> str:
-    return " ".join(row)
+GOALS = [
+    *(Row("llama-2-7b", "h100:1", "vectors", weights, sequences=2) for weights in ("bfloat16", "int8", "nf4")),
+    *(Row("llama-2-7b", "rtx4090:1", "task_lora", weights) for weights in ("bfloat16", "int8")),
+    Row("llama-2-13b", "rtx4090:1", "task_lora", "nf4"),
+    Row("llama-2-7b", "h100:1", "full", "bfloat16"),
+]
+FROZEN = {"vectors": ("bfloat16", "nf4"), "task_lora": ("bfloat16", "int8", "nf4"), "full": ("float32", "bfloat16")}
+"""What is compiled for one GPU; for eight, only the first of each."""
+
+ROWS = GOALS + [
+    Row(model, f"{gpu}:{count}", trained, weights)
+    for count in (1, 8)
+    for gpu in ("rtx4090", "h100")
+    for model in MODELS
+    for trained, held in FROZEN.items()
+    for weights in (held if count == 1 else held[:1])
+    if Row(model, f"{gpu}:{count}", trained, weights) not in GOALS
+]
+TOY_ROW = Row("llama-3.2-1b", "h100:1", "task_lora", "bfloat16", sequences=1)
 
 
-def measured(row: tuple[str, str, str], sequences: int = SEQUENCES, length: int = LENGTH) -> dict:
-    """Compile a row and return the plan's figures, of the largest batch that fits."""
-    model, topology, trained = row
-    file = f"configs/models/{model}.json"
+def attempts(sequences: int, smallest: int) -> list[tuple[int, str]]:
+    """(sequences per GPU, remat), the fastest first."""
+    halves = [sequences >> i for i in range(sequences.bit_length()) if sequences >> i >= smallest]
+    return [(sequences, "dots")] + [(half, remat) for half in halves for remat in ("attention", "full")]
+
+
+def measured(row: Row, length: int = LENGTH) -> dict:
+    """Compile a row and return the plan's figures for the first attempt that fits."""
+    file = f"configs/models/{row.model}.json"
     architecture = load_architecture(ROOT / file)
-    phase = "vectors" if trained == "vectors" else "finetune"
-    task = LoRA(16) if trained == "task_lora" else None
-    settings = PlanRun(file, topology, phase=phase, task_lora=task, frozen_weights="float32")
-    smallest = 2 if phase == "vectors" else 1
-    with jax.set_mesh(topology_mesh(topology, "")):
+    full = row.trained == "full"
+    settings = PlanRun(
+        file,
+        row.topology,
+        phase="vectors" if row.trained == "vectors" else "finetune",
+        task_lora=LoRA(16) if row.trained == "task_lora" else None,
+        frozen_weights=None if full else row.weights,
+    )
+    if full and row.weights == "bfloat16":
+        fewest_bytes = dataclasses.replace(settings.training, trained_weights="bfloat16", optimizer="adamw-bf16")
+        settings = dataclasses.replace(settings, training=fewest_bytes)
+    reason = ""
+    with jax.set_mesh(topology_mesh(row.topology, "")):
         check_mesh(architecture)
-        parts, reason = num_shards("batch"), ""
-        for remat in ("attention", "full"):
-            local = max(sequences, smallest)
-            while local >= smallest:
-                training = dataclasses.replace(
-                    settings.training, batch_size=local * parts, max_seq_len=length, remat=remat
-                )
-                try:
-                    plan = compile_plan(dataclasses.replace(settings, training=training), architecture)
-                    return figures(plan, local * parts, length, remat)
-                except TooLarge as error:
-                    reason = str(error)
-                    print(f"  {local} sequences per GPU, remat {remat}: {reason}", flush=True)
-                    if "alone" in reason:
-                        return {"fits": False, "reason": reason}
-                local //= 2
+        parts = num_shards("batch")
+        for local, remat in attempts(row.sequences, smallest=2 if row.trained == "vectors" else 1):
+            training = dataclasses.replace(settings.training, batch_size=local * parts, max_seq_len=length, remat=remat)
+            try:
+                plan = compile_plan(dataclasses.replace(settings, training=training), architecture)
+                return figures(plan, local * parts, length, remat)
+            except TooLarge as error:
+                reason = str(error)
+                print(f"  {local} sequences per GPU, remat {remat}: {reason}", flush=True)
+                if "alone" in reason:
+                    break
     return {"fits": False, "reason": reason}
 
 
@@ -138,28 +173,28 @@ def attention_table() -> str:
     return "\n".join(lines)
 
 
-def table(results: dict[str, dict], rows: list[tuple[str, str, str]] = ROWS) -> str:
+def table(results: dict[str, dict], rows: Sequence[Row] = tuple(ROWS)) -> str:
     """Return one Markdown table per model."""
     head = [
-        "| GPUs | trained | batch, remat | memory per GPU | step, at least | limited by | tokens/s, at most |",
-        "| --- | --- | --- | ---: | ---: | --- | ---: |",
+        "| GPUs | trained | weights | batch, remat | memory per GPU | step, at least | tokens/s, at most |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: |",
     ]
     lines: dict[str, list[str]] = {}
-    for row in sorted(rows, key=lambda row: MODELS.index(row[0])):
-        result = results.get(key(row))
+    for row in sorted(rows, key=lambda row: (MODELS.index(row.model), row.topology, list(TRAINED).index(row.trained))):
+        result = results.get(row.key)
         if result is None:
             continue
-        model, topology, trained = row
-        model_lines = lines.setdefault(model, [f"**{model}**", "", *head])
-        name, _, count = topology.partition(":")
-        start = f"| {count} x {name} | {TRAINED[trained]} |"
+        model_lines = lines.setdefault(row.model, [f"**{row.model}**", "", *head])
+        gpu, _, count = row.topology.partition(":")
+        start = f"| {count} x {gpu} | {TRAINED[row.trained]} | {row.weights} |"
         if not result["fits"]:
-            model_lines.append(f"{start} does not fit | | | | |")
+            model_lines.append(f"{start} does not fit | | | |")
             continue
+        limit = "" if result["limited_by"] == "products" else f" ({result['limited_by']})"
         model_lines.append(
             f"{start} {result['sequences']} x {result['length']}, {result['remat']} | "
-            f"{result['total_gib']:.1f} of {result['memory_gib']:.1f} GiB | {result['bound_seconds']:.2f} s | "
-            f"{result['limited_by']} | {result['bound_tokens_per_second']:,.0f} |"
+            f"{result['total_gib']:.1f} of {result['memory_gib']:.1f} GiB | {result['bound_seconds']:.2f} s{limit} | "
+            f"{result['bound_tokens_per_second']:,.0f} |"
         )
     return "\n\n".join("\n".join(model_lines) for model_lines in lines.values())
 
@@ -168,14 +203,14 @@ def main() -> None:
     options = parsed_options(__doc__)
     jax.config.update("jax_platforms", "cpu")
     if options.toy:
-        print(table({key(TOY_ROW): measured(TOY_ROW, 1, 128)}, [TOY_ROW]))
+        print(table({TOY_ROW.key: measured(TOY_ROW, 128)}, [TOY_ROW]))
         return
     if not options.table:
         part, parts = map(int, options.part.split("/"))
         for row in ROWS[part::parts]:
-            if key(row) not in load(RESULTS):
-                print(key(row), flush=True)
-                save(key(row), measured(row), RESULTS)
+            if row.key not in load(RESULTS):
+                print(row.key, flush=True)
+                save(row.key, measured(row), RESULTS)
         write("gpu attention", attention_table())
     write("gpus", table(load(RESULTS)))
 

@@ -95,7 +95,7 @@ def scale(out: Path) -> None:
 
 
 def scale_gpu(out: Path) -> None:
-    assert "1 x h100 | task LoRA | 1 x 128, attention |" in run_script("scale_gpu")
+    assert "1 x h100 | task LoRA | bfloat16 | 1 x 128, dots |" in run_script("scale_gpu")
 
 
 SCRIPTS = {check.__name__: check for check in (train_speed, decode_speed, growth, startup, gpu, scale, scale_gpu)}
