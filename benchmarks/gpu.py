@@ -327,8 +327,8 @@ def _kernel_table(rows: list[dict[str, Any]]) -> str:
 
 def _step_table(rows: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | trained | by | batch | remat | tokens/s | against PEFT | MFU | formula | memory (planned) | step |",
-        "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: |",
+        "| model | trained, by | batch, remat | tokens/s | against PEFT | MFU by | memory (planned) | step |",
+        "| --- | --- | --- | ---: | ---: | --- | ---: | ---: |",
     ]
     for row in rows:
         trained = [row["kind"], *(["unrolled"] * row["unrolled"])]
@@ -336,11 +336,11 @@ def _step_table(rows: list[dict[str, Any]], everything: list[dict[str, Any]]) ->
         trained += ["weights in bfloat16"] if row["trained"] == "bfloat16" else []
         trained += [f"frozen weights in {row['frozen']}"] if row["frozen"] != "bfloat16" else []
         trained += {1: ["one segment per sequence"], REAL_ROWS: ["real rows"]}.get(row["segments"], [])
+        mfu = "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
         cells = [
-            row["model"], ", ".join(trained), row["by"], f"{row['lines']} x {row['length']}", row["remat"],
+            row["model"], ", ".join([*trained, row["by"]]), f"{row['lines']} x {row['length']}, {row['remat']}",
             f"{row['tokens_per_second']:,.0f}", _against(row, everything),
-            "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%", row["formula"].replace(" per token", ""),
-            _memory(row), f"{row['seconds']:.3f} s",
+            f"{mfu}, {row['formula'].replace(' per token', '')}", _memory(row), f"{row['seconds']:.3f} s",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if rows else ""
