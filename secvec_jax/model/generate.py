@@ -26,8 +26,8 @@ from secvec_jax.model.sampling import GREEDY, Sampling, choose
 from secvec_jax.sharding import constrain, num_shards, platform
 from secvec_jax.trees import unstacked
 
-_BUCKET, _WIDE_BUCKET = 16, 64
-"""Lengths are rounded up to these: of packed prompts, which are computed; and of slots, which are only stored."""
+_BUCKET, _SLOT_BUCKET = 16, 64
+"""Multiples that are rounded up to: the length of packed sequences, and the number of a cache's slots."""
 _NO_TOKEN = -1
 _PROMPTS_PER_SEQUENCE, _TOKENS_PER_SEQUENCE = 8, 512
 """Prompts are packed until a sequence has, on average, this many prompts or tokens; one prompt may be longer."""
@@ -67,10 +67,11 @@ def generate_tokens(
     options = {"stops": stops, "sampling": sampling, "dtype": dtype}
     for rows, batches in batches_by_length(suffixes, batch_size):
         packed_batches = pack_prompts([[suffixes[i] for i in batch] for batch in batches], rows, len(shared_prefix))
-        taken = len(shared_prefix) + packed_batches[0].indices.shape[1]
-        slots = rounded_up(taken + max_new_tokens, _WIDE_BUCKET) - taken
+        longest = packed_batches[0].indices.shape[1]
+        slots = rounded_up(len(shared_prefix) + longest + max_new_tokens, _SLOT_BUCKET)
         for batch, packed in zip(batches, packed_batches):
-            cache, logits = _prefill(decoder, adapters, shared_prefix[None], *packed, slots=slots, dtype=dtype)
+            packed = packed.with_free_slots(slots - len(shared_prefix) - longest)
+            cache, logits = _prefill(decoder, adapters, shared_prefix[None], *packed, np.int32(longest), dtype=dtype)
             key = jax.random.fold_in(jax.random.key(seed), len(replies))
             done = np.arange(rows) >= len(batch)
             occurred = None
@@ -121,6 +122,11 @@ class PackedPrompts(NamedTuple):
     indices: np.ndarray
     marks: np.ndarray
 
+    def with_free_slots(self, count: int) -> "PackedPrompts":
+        """The same with `count` slots after each prompt's last token, marked 0: what they point to is never seen."""
+        indices, marks = (np.pad(array, ((0, 0), (0, count))) for array in (self.indices, self.marks))
+        return self._replace(indices=indices, marks=marks)
+
 
 def pack_prompts(batches: Sequence[Sequence[np.ndarray]], rows: int, prefix_len: int) -> list[PackedPrompts]:
     """Each batch of suffixes packed into sequences of about the same length, all batches in the same shapes.
@@ -140,7 +146,7 @@ def pack_prompts(batches: Sequence[Sequence[np.ndarray]], rows: int, prefix_len:
         for batch, assignment in zip(filled, assignments)
         for sequence in assignment
     )
-    longest = rounded_up(max(len(suffix) for batch in filled for suffix in batch), _WIDE_BUCKET)
+    longest = max(len(suffix) for batch in filled for suffix in batch)
     shape = (count, rounded_up(width, _BUCKET))
     return [
         _pack(batch, held, assignment, shape, longest, prefix_len)
@@ -199,42 +205,40 @@ def rounded_up(length: int, bucket: int) -> int:
     return -(-length // bucket) * bucket
 
 
-@partial(jax.jit, static_argnames=("slots", "dtype"))
-def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, indices, marks, *, slots, dtype):
-    """The cache after the prompts, with `slots` free slots, and the logits `[B, V]` of the first reply token.
+@partial(jax.jit, static_argnames="dtype")
+def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, indices, marks, longest, *, dtype):
+    """The cache after the prompts, and the logits `[B, V]` of the first reply token.
 
-    shared_prefix `[1, H]`; the other arrays are those of `PackedPrompts`.
+    shared_prefix `[1, H]`; the other arrays are those of `PackedPrompts.with_free_slots`. longest: of how many of its
+    T slots are the prompts'; an array, so that one program serves all lengths.
     """
     tokens, segments, positions, indices, marks = (
         constrain(x, "batch", "length") for x in (tokens, segments, positions, indices, marks)
     )
     cache = prefix_cache(decoder, adapters, shared_prefix, len(tokens), dtype)
     hidden, (keys, values) = decoder.prefill(tokens, segments, positions, adapters, cache, dtype)
-    (layers, _, heads, size, _), (rows, longest) = keys.shape, indices.shape
+    (layers, _, heads, size, _), (rows, slots) = keys.shape, indices.shape
 
     def one_row_per_prompt(packed: jax.Array, prefixes: Sequence[jax.Array]) -> jax.Array:
-        """`[L, P, K, W, H]` -> `[L, B, K, S, H]`: the slots of the prefix, then those of the prompt, then free ones."""
+        """`[L, P, K, W, H]` -> `[L, B, K, S, H]`: the slots of the prefix, then those of the prompt and free ones."""
         flat = packed.swapaxes(1, 2).reshape(layers, heads, -1, size)
-        prompts = jnp.take(flat, indices.reshape(-1), axis=2).reshape(layers, heads, rows, longest, size)
-        prompts = prompts.swapaxes(1, 2)
+        own = jnp.take(flat, indices.reshape(-1), axis=2).reshape(layers, heads, rows, slots, size).swapaxes(1, 2)
         before = [jnp.broadcast_to(prefix, (layers, rows, *prefix.shape[2:])) for prefix in prefixes]
-        free = jnp.zeros((layers, rows, heads, slots, size), prompts.dtype)
-        slots_in_order = jnp.concatenate([*before, prompts, free], axis=3)
-        return constrain(slots_in_order, "layers", "batch", "heads", "length", "head_dim")
+        return constrain(jnp.concatenate([*before, own], axis=3), "layers", "batch", "heads", "length", "head_dim")
 
-    def with_prefix_and_free_slots(prompts: jax.Array, prefix: jax.Array) -> jax.Array:
+    def with_prefix(own: jax.Array, prefix: jax.Array) -> jax.Array:
         """`[B, T]` -> `[B, S]`"""
-        before = jnp.broadcast_to(prefix, (rows, *prefix.shape))
-        return jnp.concatenate([before, prompts, jnp.zeros((rows, slots), prompts.dtype)], axis=1)
+        return jnp.concatenate([jnp.broadcast_to(prefix, (rows, *prefix.shape)), own], axis=1)
 
     part = KVSegment(
         one_row_per_prompt(keys.swapaxes(3, 4), [part.keys.swapaxes(3, 4) for part in cache.parts]).swapaxes(3, 4),
         one_row_per_prompt(values, [part.values for part in cache.parts]),
     )
-    row_segments = with_prefix_and_free_slots(marks, cache.segments[0])
-    row_positions = with_prefix_and_free_slots(positions.reshape(-1)[indices], cache.positions[0])
+    row_segments = with_prefix(marks, cache.segments[0])
+    row_positions = with_prefix(positions.reshape(-1)[indices], cache.positions[0])
+    last = jax.lax.dynamic_index_in_dim(indices, longest - 1, axis=1, keepdims=False)
+    last_hidden = hidden.reshape(-1, hidden.shape[-1])[last]
     length = jnp.int32(shared_prefix.shape[1] + longest)
-    last_hidden = hidden.reshape(-1, hidden.shape[-1])[indices[:, -1]]
     return KVCache((part,), row_segments, row_positions, length), decoder.logits(last_hidden)
 
 
