@@ -5,7 +5,6 @@ prompts is read in packed sequences, as in training. Its keys and values are the
 with padding on the left, so that all replies start at the same slot.
 """
 
-import dataclasses
 import functools
 import itertools
 import operator
@@ -26,8 +25,8 @@ from secvec_jax.model.sampling import GREEDY, Sampling, choose
 from secvec_jax.sharding import constrain, num_shards, platform
 from secvec_jax.trees import unstacked
 
-_BUCKET, _WIDE_BUCKET = 16, 64
-"""Lengths are rounded up to these: of packed prompts, which are computed; and of slots, which are only stored."""
+_BUCKET, _SLOT_BUCKET = 16, 64
+"""Multiples that are rounded up to: the length of packed sequences, and the number of a cache's slots."""
 _NO_TOKEN = -1
 _PROMPTS_PER_SEQUENCE, _TOKENS_PER_SEQUENCE = 8, 512
 """Prompts are packed until a sequence has, on average, this many prompts or tokens; one prompt may be longer."""
@@ -67,10 +66,12 @@ def generate_tokens(
     options = {"stops": stops, "sampling": sampling, "dtype": dtype}
     for rows, batches in batches_by_length(suffixes, batch_size):
         packed_batches = pack_prompts([[suffixes[i] for i in batch] for batch in batches], rows, len(shared_prefix))
-        taken = len(shared_prefix) + packed_batches[0].indices.shape[1]
-        slots = rounded_up(taken + max_new_tokens, _WIDE_BUCKET) - taken
+        longest = packed_batches[0].indices.shape[1]
+        slots = rounded_up(len(shared_prefix) + longest + max_new_tokens, _SLOT_BUCKET)
         for batch, packed in zip(batches, packed_batches):
-            cache, logits = _prefill(decoder, adapters, shared_prefix[None], *packed, slots=slots, dtype=dtype)
+            packed = packed.with_free_slots(slots - len(shared_prefix) - longest)
+            arguments = (shared_prefix[None], *packed, np.int32(longest))
+            cache, logits = _prefill(decoder, adapters, *arguments, stacked=unrolled is None, dtype=dtype)
             key = jax.random.fold_in(jax.random.key(seed), len(replies))
             done = np.arange(rows) >= len(batch)
             occurred = None
@@ -79,8 +80,8 @@ def generate_tokens(
                 for row, i in enumerate(batch):
                     occurred[row, prompts[i]] = True
             state = (cache, logits, done, occurred, key, np.int32(max_new_tokens))
-            tokens = np.asarray(_decode(decoder, adapters, unrolled, *state, **options))[:, :max_new_tokens]
-            for i, row in zip(batch, tokens):
+            tokens, _ = _decode(decoder, adapters, unrolled, *state, **options)
+            for i, row in zip(batch, np.asarray(tokens)[:, :max_new_tokens]):
                 ends = np.flatnonzero(np.isin(row, stops))
                 replies[i] = row[: ends[0] if len(ends) else None].tolist()
             progress(len(replies))
@@ -121,6 +122,11 @@ class PackedPrompts(NamedTuple):
     indices: np.ndarray
     marks: np.ndarray
 
+    def with_free_slots(self, count: int) -> "PackedPrompts":
+        """The same with `count` slots after each prompt's last token, marked 0: what they point to is never seen."""
+        indices, marks = (np.pad(array, ((0, 0), (0, count))) for array in (self.indices, self.marks))
+        return self._replace(indices=indices, marks=marks)
+
 
 def pack_prompts(batches: Sequence[Sequence[np.ndarray]], rows: int, prefix_len: int) -> list[PackedPrompts]:
     """Each batch of suffixes packed into sequences of about the same length, all batches in the same shapes.
@@ -140,7 +146,7 @@ def pack_prompts(batches: Sequence[Sequence[np.ndarray]], rows: int, prefix_len:
         for batch, assignment in zip(filled, assignments)
         for sequence in assignment
     )
-    longest = rounded_up(max(len(suffix) for batch in filled for suffix in batch), _WIDE_BUCKET)
+    longest = max(len(suffix) for batch in filled for suffix in batch)
     shape = (count, rounded_up(width, _BUCKET))
     return [
         _pack(batch, held, assignment, shape, longest, prefix_len)
@@ -199,48 +205,62 @@ def rounded_up(length: int, bucket: int) -> int:
     return -(-length // bucket) * bucket
 
 
-@partial(jax.jit, static_argnames=("slots", "dtype"))
-def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, indices, marks, *, slots, dtype):
-    """The cache after the prompts, with `slots` free slots, and the logits `[B, V]` of the first reply token.
+@partial(jax.jit, static_argnames=("stacked", "dtype"))
+def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, indices, marks, longest, *, stacked, dtype):
+    """The cache after the prompts, and the logits `[B, V]` of the first reply token.
 
-    shared_prefix `[1, H]`; the other arrays are those of `PackedPrompts`.
+    stacked: whether the cache is one part, stacked over layers; else it has a part for each layer.
+    shared_prefix `[1, H]`; the other arrays are those of `PackedPrompts.with_free_slots`. longest: of how many of its
+    T slots are the prompts'; an array, so that one program serves all lengths.
     """
     tokens, segments, positions, indices, marks = (
         constrain(x, "batch", "length") for x in (tokens, segments, positions, indices, marks)
     )
     cache = prefix_cache(decoder, adapters, shared_prefix, len(tokens), dtype)
     hidden, (keys, values) = decoder.prefill(tokens, segments, positions, adapters, cache, dtype)
-    (layers, _, heads, size, _), (rows, longest) = keys.shape, indices.shape
+    prefix = cache.parts[0] if cache.parts else KVSegment(keys[:, :1, ..., :0], values[:, :1, :, :0])
+    rows, slots = indices.shape
 
-    def one_row_per_prompt(packed: jax.Array, prefixes: Sequence[jax.Array]) -> jax.Array:
-        """`[L, P, K, W, H]` -> `[L, B, K, S, H]`: the slots of the prefix, then those of the prompt, then free ones."""
-        flat = packed.swapaxes(1, 2).reshape(layers, heads, -1, size)
-        prompts = jnp.take(flat, indices.reshape(-1), axis=2).reshape(layers, heads, rows, longest, size)
-        prompts = prompts.swapaxes(1, 2)
-        before = [jnp.broadcast_to(prefix, (layers, rows, *prefix.shape[2:])) for prefix in prefixes]
-        free = jnp.zeros((layers, rows, heads, slots, size), prompts.dtype)
-        slots_in_order = jnp.concatenate([*before, prompts, free], axis=3)
-        return constrain(slots_in_order, "layers", "batch", "heads", "length", "head_dim")
+    def one_row_per_prompt(packed: jax.Array, prefix: jax.Array) -> jax.Array:
+        """`[P, K, W, H]` of a layer -> `[B, K, S, H]`: slots of the prefix, of the prompt, and free ones."""
+        _, heads, _, size = packed.shape
+        flat = packed.swapaxes(0, 1).reshape(heads, -1, size)
+        own = jnp.take(flat, indices.reshape(-1), axis=1).reshape(heads, rows, slots, size).swapaxes(0, 1)
+        before = jnp.broadcast_to(prefix, (rows, *prefix.shape[1:]))
+        return jnp.concatenate([before, own], axis=2)
 
-    def with_prefix_and_free_slots(prompts: jax.Array, prefix: jax.Array) -> jax.Array:
+    def of_layer(layer: tuple[KVSegment, KVSegment]) -> KVSegment:
+        packed, prefix = layer
+        keys = one_row_per_prompt(packed.keys.swapaxes(2, 3), prefix.keys.swapaxes(2, 3)).swapaxes(2, 3)
+        return KVSegment(keys, one_row_per_prompt(packed.values, prefix.values))
+
+    def with_prefix(own: jax.Array, prefix: jax.Array) -> jax.Array:
         """`[B, T]` -> `[B, S]`"""
-        before = jnp.broadcast_to(prefix, (rows, *prefix.shape))
-        return jnp.concatenate([before, prompts, jnp.zeros((rows, slots), prompts.dtype)], axis=1)
+        return jnp.concatenate([jnp.broadcast_to(prefix, (rows, *prefix.shape)), own], axis=1)
 
-    part = KVSegment(
-        one_row_per_prompt(keys.swapaxes(3, 4), [part.keys.swapaxes(3, 4) for part in cache.parts]).swapaxes(3, 4),
-        one_row_per_prompt(values, [part.values for part in cache.parts]),
-    )
-    row_segments = with_prefix_and_free_slots(marks, cache.segments[0])
-    row_positions = with_prefix_and_free_slots(positions.reshape(-1)[indices], cache.positions[0])
+    by_layer = (KVSegment(keys, values), prefix)
+    if stacked:
+        parts = (_constrained(jax.vmap(of_layer)(by_layer), "layers"),)
+    else:
+        parts = tuple(_constrained(of_layer(layer)) for layer in unstacked(by_layer, len(keys)))
+    row_segments = with_prefix(marks, cache.segments[0])
+    row_positions = with_prefix(positions.reshape(-1)[indices], cache.positions[0])
+    last = jax.lax.dynamic_index_in_dim(indices, longest - 1, axis=1, keepdims=False)
+    last_hidden = hidden.reshape(-1, hidden.shape[-1])[last]
     length = jnp.int32(shared_prefix.shape[1] + longest)
-    last_hidden = hidden.reshape(-1, hidden.shape[-1])[indices[:, -1]]
-    return KVCache((part,), row_segments, row_positions, length), decoder.logits(last_hidden)
+    return KVCache(parts, row_segments, row_positions, length), decoder.logits(last_hidden)
 
 
-@partial(jax.jit, static_argnames=("stops", "sampling", "dtype"))
+def _constrained(part: KVSegment, *layers: str) -> KVSegment:
+    keys = constrain(part.keys, *layers, "batch", "heads", "head_dim", "length")
+    return KVSegment(keys, constrain(part.values, *layers, "batch", "heads", "length", "head_dim"))
+
+
+@partial(jax.jit, static_argnames=("stops", "sampling", "dtype"), donate_argnames="cache")
 def _decode(decoder, adapters, unrolled, cache, logits, done, occurred, key, max_new_tokens, *, stops, sampling, dtype):
-    """Replies `[B, S]`, of which the first `max_new_tokens` count, padded with the first of `stops`.
+    """Replies `[B, S]`, of which the first `max_new_tokens` count, padded with the first of `stops`; and the cache.
+
+    The cache is donated, and returned so that it is written in place.
 
     max_new_tokens: an array, so that one program serves all lengths for which the cache has free slots.
     unrolled: `unrolled_layers`, or None for a scan over the layers. logits `[B, V]`: of the first token. done `[B]`:
@@ -248,9 +268,6 @@ def _decode(decoder, adapters, unrolled, cache, logits, done, occurred, key, max
     """
     done = constrain(done, "batch")
     position = jax.lax.dynamic_index_in_dim(cache.positions, cache.length - 1, axis=1, keepdims=False)
-    if unrolled is not None:
-        (part,) = cache.parts
-        cache = dataclasses.replace(cache, parts=tuple(unstacked(part, len(unrolled))))
 
     def append(step, logits, replies, done, occurred):
         token = jnp.where(done, stops[0], choose(logits, occurred, jax.random.fold_in(key, step), sampling))
@@ -272,8 +289,8 @@ def _decode(decoder, adapters, unrolled, cache, logits, done, occurred, key, max
 
     replies = jnp.full(cache.positions.shape, stops[0], jnp.int32)
     state = (jnp.int32(1), cache, position, *append(0, logits, replies, done, occurred))
-    *_, replies, _, _ = jax.lax.while_loop(unfinished, advance, state)
-    return constrain(replies, None, None)
+    _, cache, _, _, replies, _, _ = jax.lax.while_loop(unfinished, advance, state)
+    return constrain(replies, None, None), cache
 
 
 def prefix_cache(

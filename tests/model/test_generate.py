@@ -260,7 +260,7 @@ def test_progress_counts_the_prompts_done(tiny_model):
 
 def test_prompts_of_a_like_width_share_one_program(tiny_model):
     first, second = tiny_model("llama").model.backbone, tiny_model("llama", seed=1).model.backbone
-    generate._decode.clear_cache()
+    generate._decode.clear_cache(), generate._prefill.clear_cache()
     for backbone, prompts in (
         (first, _prompts(7, 12)),
         (second, _prompts(3, 16)),
@@ -268,7 +268,21 @@ def test_prompts_of_a_like_width_share_one_program(tiny_model):
     ):
         greedy(backbone, prompts)
     assert len(greedy(first, _prompts(7, 12), max_new_tokens=3)[0]) == 3, "replies of other lengths as well"
-    assert generate._decode._cache_size() == 1
+    assert generate._decode._cache_size() == generate._prefill._cache_size() == 1
+
+
+def test_slots_are_rounded_up_once(tiny_model, monkeypatch):
+    """Each step of decoding reads all slots of the cache."""
+    caches = []
+    original = generate._decode
+
+    def recorded(decoder, adapters, unrolled, cache, *arguments, **options):
+        caches.append((int(cache.length), cache.positions.shape[1]))
+        return original(decoder, adapters, unrolled, cache, *arguments, **options)
+
+    monkeypatch.setattr(generate, "_decode", recorded)
+    greedy(tiny_model("llama").model.backbone, _prompts(7, 20, 12, 9, head=6), max_new_tokens=44)
+    assert caches == [(20, 64)]
 
 
 @pytest.mark.parametrize("variant", ["llama", pytest.param("mistral", marks=pytest.mark.release)])
