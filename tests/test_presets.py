@@ -88,7 +88,7 @@ def test_one_that_is_overridden_in_what_is_trained_does_not_hold():
 def test_flags_and_files_override_it(tmp_path):
     name = "7-8b-80gb"
     settings, _ = parsed("finetune", "--preset", name, "--batch-size", "3", "--task-lora.rank", "5")
-    assert settings.training.batch_size == 3 and settings.training.remat == "attention"
+    assert settings.training.batch_size == 3 and settings.training.remat == "dots"
     assert settings.task_lora.rank == 5 and settings.task_lora.alpha == 32
     assert parsed("finetune", "--preset", name, "--no-task-lora", "--frozen-weights", "float32")[0].task_lora is None
     assert parsed("finetune", "--preset", "7-8b-8x80gb", "--mesh", "fsdp=2")[1] == "fsdp=2"
@@ -184,7 +184,7 @@ def test_it_is_chosen_on_the_command_line_and_kept_when_the_run_is_resumed(hardw
 
     hardware(8_000_000_000, "gpu", 76.0)
     settings = run("--remat", "full")
-    assert (settings.preset, settings.training.batch_size, settings.training.remat) == ("7-8b-80gb", 16, "full")
+    assert (settings.preset, settings.training.batch_size, settings.training.remat) == ("7-8b-80gb", 8, "full")
     assert run("--preset", "none").training.batch_size == 2
     assert run("--objective", "min_min").preset is None  # whose copy of the weights is trained
     assert run("--frozen-weights", "float32").preset is None
