@@ -319,13 +319,15 @@ def lock(folder: str | os.PathLike) -> Any:
     """Acquire and return a lock on `folder`; call `.release()` to release it.
 
     The kernel releases it when the process ends for any reason. Within one process, locks on the same folder do not
-    exclude each other. Raises UserError if another process holds the lock, and OSError if the folder is not writable.
+    exclude each other. Raises UserError if another process holds the lock, or if no file can be locked, and OSError if
+    the folder is not writable.
     """
     from filelock import FileLock, Timeout
 
     check_no_url(folder)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    check_regular(folder / LOCK)
     held = FileLock(folder / LOCK, timeout=0, is_singleton=True, thread_local=False)
     try:
         held.acquire()

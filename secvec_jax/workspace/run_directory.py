@@ -16,7 +16,7 @@ from typing import Any
 
 import secvec_jax
 from secvec_jax import config
-from secvec_jax.digests import difference
+from secvec_jax.digests import difference, of_values
 from secvec_jax.errors import UserError, WriteError
 from secvec_jax.evaluation.records import is_number
 from secvec_jax.files import LOCK, atomic_file, clear_unfinished, expanded, lock, read_kept, resolved
@@ -232,12 +232,23 @@ def _open_stages(folder: Path) -> None:
         path.unlink()
 
 
+def stage_record(seconds: float, done: dict[str, Any]) -> dict[str, Any]:
+    """The record of a finished stage: its seconds, what was done, and the digest of that."""
+    done = json.loads(json.dumps(done))  # as it will be read
+    return {"seconds": seconds, **done, "digest": of_values([done])}
+
+
 def read_stage(path: Path) -> dict[str, Any]:
     """The record of a finished stage. Raises UserError if it is damaged."""
     cure = "delete it, and the stage runs again"
     record = read_kept(path, cure)
     if not isinstance(record, dict) or "result" not in record or not is_number(record.get("seconds")):
         raise UserError(f"{path} is damaged (it has no seconds and result): {cure}")
+    done = {key: value for key, value in record.items() if key not in ("seconds", "digest")}
+    if "digest" in record and record["digest"] != of_values([done]):
+        raise UserError(f"{path} is damaged (it differs from its digest): {cure}")
+    if not all(isinstance(record.get(key) or {}, dict) for key in ("inputs", "makes")):
+        raise UserError(f"{path} is damaged (its inputs are no object): {cure}")
     return record
 
 
