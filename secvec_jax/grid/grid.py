@@ -131,10 +131,14 @@ def grid(settings: Grid, command: str) -> None:
     console.print(f"the report is in {folder / 'report.md'}")
 
 
+MARKS = ("parts", "cells")
+"""What a grid leaves in its folder, and by which it knows it."""
+
+
 def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[Cell], folder: Path) -> None:
     """Run the cells of this part that are not finished; cells: all of the grid."""
     experiment, probes = grid_config.experiment, grid_config.probes
-    on_main_process(partial(check_own, folder, ("parts", "cells")))
+    on_main_process(partial(check_own, folder, MARKS))
     on_main_process(partial(_hold, folder, settings.part, settings.overwrite))
     if settings.overwrite:
         on_main_process(partial(_clear, folder))
