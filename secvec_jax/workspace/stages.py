@@ -329,7 +329,7 @@ def curves(log: Path, stages: dict[str, str]) -> dict[str, dict[str, list[tuple[
     losses_by_row: dict[str, dict[str, dict[int, float]]] = {}
     for record in read_log(log):
         stage, step = record.get("stage"), record.get("step")
-        if not isinstance(stage, str) or stage not in stages or not is_number(step):
+        if not isinstance(stage, str) or stage not in stages or not isinstance(step, int):
             continue  # of another stage, or damaged
         row = losses_by_row.setdefault(stages[stage], {"harmful": {}, "benign": {}})
         losses = {
