@@ -18,7 +18,7 @@ from typing import Any
 
 from secvec_jax.assets import cache_dir
 from secvec_jax.errors import UserError
-from secvec_jax.files import atomic_file, resolved
+from secvec_jax.files import atomic_file, read_kept, resolved
 
 _UNSETTLED = 2.0
 """Seconds after a modification during which a file's digest is not cached: a second change of the same size, within one
@@ -88,10 +88,10 @@ def _entry(path: Path) -> Path | None:
 
 
 def _read(entry: Path | None) -> tuple[list[int], str] | None:
-    if entry is None:
+    if entry is None or not os.path.exists(entry):
         return None
     try:
-        cached = json.loads(entry.read_text())
+        cached = read_kept(entry, "it is made again")
         return cached["identity"], str(cached["digest"])
     except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         return None

@@ -126,9 +126,12 @@ def atomic_folder(target: str | os.PathLike, mode: int = 0o755) -> Iterator[Path
     """Yield a temporary folder next to `target` that replaces it when the block succeeds.
 
     mode: the permissions of the folder. After an error (a full disk, Ctrl-C) `target` is unchanged, and the temporary
-    folder is deleted, as are those that killed processes have left. Raises WriteError if the system cannot write.
+    folder is deleted, as are those that killed processes have left. Raises WriteError if the system cannot write, and
+    UserError if `target` is not a folder.
     """
     target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file: name a folder to write into")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_unfinished(target.parent, target.name)
@@ -152,10 +155,13 @@ def atomic_file(target: str | os.PathLike, mode: int = 0o644, *, clears: bool = 
     """Yield a temporary file next to `target` that replaces it when the block succeeds.
 
     mode: its permissions. clears: first delete what killed processes have left of this target, which reads the names
-    of all files in its folder. Raises WriteError if the system cannot write.
+    of all files in its folder. Raises WriteError if the system cannot write, and UserError if anything but a regular
+    file is at `target`: replacing a device such as /dev/null would remove it.
     """
     target = Path(target)
     with writing(target):
+        if target.exists():
+            check_regular(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         if clears:
             clear_unfinished(target.parent, target.name)
@@ -235,6 +241,11 @@ _UNFINISHED, _OLD, _REPLACED = "unfinished-", "replaced-", "it"
 _LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(?P<kind>{_UNFINISHED}|{_OLD})[a-z0-9_]{{8}}")
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether a file or folder of this name is one that was being written."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 def clear_unfinished(folder: Path, name: str | None = None, within: Iterable[str] = ()) -> None:
     """Delete what killed processes left unfinished in a folder: of one target, or of all.
 
@@ -304,34 +315,19 @@ def _only_lock(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def check_replaceable(target: Path, mark: str | None = None) -> None:
-    """Raise UserError if writing `target` would replace something of a different kind.
-
-    mark: the name of a file that every folder of this kind contains; None if `target` is to be a file.
-    """
-    if mark is None:
-        if target.is_dir():
-            raise UserError(f"{target} is a folder: name a file to write")
-        return
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file: name a folder to write into")
-    if resolved(target) in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"{target} is the current folder or one of its parents: name a folder inside it")
-    if target.is_dir() and not (target / mark).exists() and any(target.iterdir()):
-        raise UserError(f"{target} contains other files, which would be replaced: name a new or an empty folder")
-
-
 def lock(folder: str | os.PathLike) -> Any:
     """Acquire and return a lock on `folder`; call `.release()` to release it.
 
     The kernel releases it when the process ends for any reason. Within one process, locks on the same folder do not
-    exclude each other. Raises UserError if another process holds the lock, and OSError if the folder is not writable.
+    exclude each other. Raises UserError if another process holds the lock, or if no file can be locked, and OSError if
+    the folder is not writable.
     """
     from filelock import FileLock, Timeout
 
     check_no_url(folder)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    check_regular(folder / LOCK)
     held = FileLock(folder / LOCK, timeout=0, is_singleton=True, thread_local=False)
     try:
         held.acquire()

@@ -25,9 +25,9 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
     """Raise LimitExceeded in a block of Python code that takes more wall time or more bytes of memory than this.
 
     A signal looks at both every tenth of a second, between two operations of the interpreter. What a single operation
-    allocates is limited by the operating system, on Linux: the process may map `_OPERATION` bytes more while the block
-    runs. There is no limit in threads other than the main one, where Python handles no signals. memory: by which the
-    process's peak may grow.
+    allocates is limited by the operating system, on Linux: the process, with all its threads, may map `_OPERATION`
+    bytes more while the block runs, but not within `unlimited_address_space`. There is no limit in threads other than
+    the main one, where Python handles no signals. memory: by which the process's peak may grow.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -54,9 +54,27 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unlimited_address_space() -> Iterator[None]:
+    """Do not limit the address space within `limited` while this block runs, where other threads allocate.
+
+    For blocks in which XLA computes while Python goes on: an allocation of a step would fail at a limit that is meant
+    for a template. Training reads only rows that were rendered once before it, with the limit.
+    """
+    global _allocating
+    _allocating += 1
+    try:
+        yield
+    finally:
+        _allocating -= 1
+
+
+_allocating = 0
+
+
+@contextlib.contextmanager
 def _address_space(more: int) -> Iterator[None]:
     """Let the process map at most so many bytes more. Only Linux enforces that; elsewhere this does nothing."""
-    if not sys.platform.startswith("linux"):
+    if _allocating or not sys.platform.startswith("linux"):
         yield
         return
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -21,7 +21,7 @@ from secvec_jax import inference
 from secvec_jax.data.frames import records_of
 from secvec_jax.defenses import advice, finetuning, security_vectors
 from secvec_jax.defenses.inputs import as_row_source
-from secvec_jax.files import check_replaceable
+from secvec_jax.outputs import check_replaceable
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import num_parameters
 from tests.toys import random_examples, tiny_model
@@ -341,7 +341,7 @@ def test_an_alignment_of_few_steps_is_warned_of_once():
     (lambda folder: MODEL.save(None), "folder is None"),
     (lambda folder: MODEL.save(""), "folder is ''"),
     (lambda folder: MODEL.save(folder / "data.jsonl"), "data.jsonl is a file"),
-    (lambda folder: MODEL.save(folder), "contains other files, which would be replaced"),
+    (lambda folder: MODEL.save(folder), "contains other files .data.jsonl., which would be deleted"),
     (lambda folder: MODEL.save("."), "current folder"),
     (lambda folder: MODEL.save(folder / "new", card=5), "card is 5"),
     (lambda folder: sv.load(None), "model is None: pass an embedded name"),
@@ -382,6 +382,16 @@ def test_a_folder_of_the_same_kind_may_be_replaced(tmp_path):
     check_replaceable(tmp_path, "config.json")
     with pytest.raises(sv.UserError, match="other files"):
         check_replaceable(tmp_path, "adapter_config.json")
+
+
+def test_a_folder_with_a_config_that_is_not_a_models_is_not_replaced(tmp_path):
+    MODEL.save(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("# A card")
+    MODEL.save(tmp_path / "model")
+    (tmp_path / "model" / "src").mkdir()
+    with pytest.raises(sv.UserError, match=r"contains other files \(src\), which would be deleted"):
+        MODEL.save(tmp_path / "model")
+    assert (tmp_path / "model" / "src").is_dir()
 
 
 def test_tables_become_records():

@@ -54,7 +54,9 @@ def test_a_digest_of_a_file_that_just_changed_is_not_cached(tmp_path, monkeypatc
     assert digests.of_file(path) == digests.of_file(path) and len(counted) == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"identity": 3, "digest": "sha256:0"}', b"\xff"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b"[1]", b'{"identity": 3, "digest": "sha256:0"}', b"\xff", b"[" * 100_000]
+)
 def test_a_damaged_or_unwritable_cache_costs_time_only(tmp_path, cache, damage):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"rows")

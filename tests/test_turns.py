@@ -2,6 +2,7 @@
 
 import resource
 import signal
+import sys
 import threading
 import time
 
@@ -11,7 +12,7 @@ import pytest
 from secvec_jax import turns
 from secvec_jax.data.chat import encode
 from secvec_jax.errors import UserError
-from secvec_jax.limits import LimitExceeded, limited
+from secvec_jax.limits import LimitExceeded, limited, unlimited_address_space
 from secvec_jax.turns import render, turn_ends
 from tests.toys import build_tokenizer
 
@@ -127,6 +128,17 @@ def test_limits_leave_the_timer_and_the_address_space_of_others_as_they_were():
         while True:
             pass
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_the_address_space_is_not_limited_while_a_device_computes():
+    space = resource.getrlimit(resource.RLIMIT_AS)
+    with limited(5, 2**30):
+        assert sys.platform != "linux" or resource.getrlimit(resource.RLIMIT_AS) != space
+    with unlimited_address_space(), limited(5, 2**30):
+        assert resource.getrlimit(resource.RLIMIT_AS) == space
+    with pytest.raises(LimitExceeded), unlimited_address_space(), limited(0.2, 2**30):
+        while True:
+            pass
 
 
 def test_limits_do_nothing_in_other_threads():

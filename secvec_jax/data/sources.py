@@ -10,6 +10,7 @@ given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
 
 import codecs
 import csv
+import glob
 import json
 import re
 from array import array
@@ -25,7 +26,7 @@ from secvec_jax.data.refusals import refusals
 from secvec_jax.data.rows import Row, prompt_of, response_of, row
 from secvec_jax.data.stored import Rows, location
 from secvec_jax.errors import UserError
-from secvec_jax.files import expanded
+from secvec_jax.files import expanded, resolved
 from secvec_jax.remote import fetched, is_url
 
 __all__ = ["PACKAGED", "Row", "as_rows", "load_rows", "prompt_of", "response_of", "row"]
@@ -115,6 +116,11 @@ def _looks_like_hub_id(source: str) -> bool:
 
 def _load_dataset(source: str, split: str) -> Iterable[Mapping[str, Any]]:
     folder = expanded(source)
+    if folder.is_dir() and glob.has_magic(str(resolved(folder))):
+        raise UserError(
+            f"{resolved(folder)} has one of the characters *, ? and [ in its name, which select files when a folder is "
+            "read: rename it, or name a file in it"
+        )
     name, _, config = (str(folder), "", "") if folder.is_dir() else source.partition(":")
     return records(name, split, config or None)
 
@@ -271,7 +277,7 @@ def _parquet(path: Path) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
     except Exception as error:  # datasets and pyarrow each raise their own errors
         reason = type(error).__name__
         raise UserError(f"{path.name} cannot be read as Parquet ({reason}); write it again") from error

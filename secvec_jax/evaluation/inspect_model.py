@@ -39,6 +39,7 @@ from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.rows import Message
 from secvec_jax.errors import UserError
 from secvec_jax.inference import compute_dtype, decoded
+from secvec_jax.limits import unlimited_address_space
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import load
 from secvec_jax.model.sampling import Sampling
@@ -187,18 +188,19 @@ class SecvecModel(ModelAPI):
     def _decode(self, settings: _Settings, requests: Sequence[_Request]) -> None:
         self._num_batches += 1
         try:
-            replies = generate_tokens(
-                self._backbone,
-                [request.tokens for request in requests],
-                self._adapters,
-                max_new_tokens=settings.max_tokens,
-                stop=self._model.stop_tokens,
-                batch_size=self._batch_size,
-                sampling=settings.sampling,
-                # The same prompt in several epochs is sampled anew, unless the task sets a seed.
-                seed=self._num_batches if settings.seed is None else settings.seed,
-                dtype=compute_dtype(),
-            )
+            with unlimited_address_space():  # Inspect's thread renders prompts meanwhile
+                replies = generate_tokens(
+                    self._backbone,
+                    [request.tokens for request in requests],
+                    self._adapters,
+                    max_new_tokens=settings.max_tokens,
+                    stop=self._model.stop_tokens,
+                    batch_size=self._batch_size,
+                    sampling=settings.sampling,
+                    # The same prompt in several epochs is sampled anew, unless the task sets a seed.
+                    seed=self._num_batches if settings.seed is None else settings.seed,
+                    dtype=compute_dtype(),
+                )
         except BaseException as error:  # the thread goes on; the request fails
             for request in requests:
                 request.reply.set_exception(error)

@@ -15,11 +15,11 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from secvec_jax.errors import UserError
+from secvec_jax.errors import UserError, WriteError
 from secvec_jax.evaluation.judge_client import Judge, answers, request_of
-from secvec_jax.files import atomic_file, clear_unfinished
+from secvec_jax.files import atomic_file, clear_unfinished, read_kept
 
 LOWEST, HIGHEST = 1, 5
 
@@ -141,8 +141,7 @@ def verdicts(
                 verdict_of[question], usage = answer
                 read, written = read + usage[0], written + usage[1]
                 if score_of(answer[0]) is not None:
-                    with atomic_file(cache / _name(judge, question), clears=False) as staging:
-                        staging.write_text(json.dumps({"verdict": answer[0], "tokens": usage}))
+                    _keep(cache / _name(judge, question), {"verdict": answer[0], "tokens": usage})
             done += 1
             progress(done)
             if malformed == min(_GIVE_UP, len(missing)) == done - (len(questions) - len(missing)):
@@ -174,9 +173,19 @@ def _name(judge: Judge, question: str) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
+def _keep(path: Path, verdict: dict[str, Any]) -> None:
+    try:
+        with atomic_file(path, clears=False) as staging:
+            staging.write_text(json.dumps(verdict))
+    except WriteError as error:
+        raise UserError(
+            f"{error}; verdicts are kept in the cache folder: set SECVEC_CACHE to a writable one"
+        ) from error
+
+
 def _cached_verdict(path: Path) -> str | None:
     try:
-        verdict = json.loads(path.read_text())["verdict"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # missing or damaged
+        verdict = read_kept(path, "it is requested again")["verdict"]
+    except (ValueError, KeyError, TypeError):  # missing or damaged
         return None
     return verdict if isinstance(verdict, str) and score_of(verdict) is not None else None

@@ -34,9 +34,10 @@ from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.outcomes import METRIC, FurtherProbe, cell_outcomes
 from secvec_jax.grid.report import Layout
 from secvec_jax.grid.seed_workspace import SeedWorkspace
+from secvec_jax.outputs import check_own
 from secvec_jax.suggestions import suggestion
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
-from secvec_jax.workspace.run_directory import acquire, release
+from secvec_jax.workspace.run_directory import INPUTS, acquire, release
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import claim, screen, write
 from secvec_jax.workspace.workspace import Experiment
@@ -130,9 +131,14 @@ def grid(settings: Grid, command: str) -> None:
     console.print(f"the report is in {folder / 'report.md'}")
 
 
+MARKS = ("parts", "cells")
+"""What a grid leaves in its folder, and by which it knows it."""
+
+
 def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[Cell], folder: Path) -> None:
     """Run the cells of this part that are not finished; cells: all of the grid."""
     experiment, probes = grid_config.experiment, grid_config.probes
+    on_main_process(partial(check_own, folder, MARKS))
     on_main_process(partial(_hold, folder, settings.part, settings.overwrite))
     if settings.overwrite:
         on_main_process(partial(_clear, folder))
@@ -243,7 +249,8 @@ def _record_path(folder: Path, cell: Cell) -> Path:
 
 
 def _clear(folder: Path) -> None:
-    for made in (folder / "cells", *folder.glob("seed-*")):
+    """Delete the cells and the folders of seeds: those that a run has marked as its own."""
+    for made in (folder / "cells", *(path.parent for path in folder.glob(f"seed-*/{INPUTS}"))):
         shutil.rmtree(made, ignore_errors=True)
 
 

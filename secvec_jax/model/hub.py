@@ -28,7 +28,7 @@ from secvec_jax.checksums import FILE as CHECKSUMS
 from secvec_jax.checksums import changed_file, check_folder, write_checksums
 from secvec_jax.distributed import broadcast_from_first, is_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import atomic_folder, check_entries, check_regular, check_replaceable
+from secvec_jax.files import atomic_folder, check_entries, check_regular
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.checkpoint_files import (
@@ -42,12 +42,13 @@ from secvec_jax.model.embedded import EMBEDDED
 from secvec_jax.model.families import members, weight_names
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.model.hf_config import from_hf_config
-from secvec_jax.model.hub_files import fetched, snapshot
+from secvec_jax.model.hub_files import REPLACEABLE, fetched, snapshot
 from secvec_jax.model.metadata import NOTICE, Metadata, checked_dtype, metadata_of
 from secvec_jax.model.quantized import Precision
 from secvec_jax.model.saved_weights import Backbone, FullPrecision, Widened, exact_dtypes, gathered, weight_sizes
 from secvec_jax.model.tokenizer import MissingTokenizer, load_tokenizer, save_tokenizer
 from secvec_jax.model.weights import assemble, resolve_head
+from secvec_jax.outputs import check_replaceable
 from secvec_jax.remote import is_url
 from secvec_jax.run_folders import find_model
 from secvec_jax.sharding import AXIS_RULES, num_shards, replicate
@@ -124,11 +125,12 @@ class Model:
         card: the text of its README.md. dtype: "float32", "bfloat16" or "float16", to which all weights are rounded;
         None: nothing is rounded, each weight is in the source's dtype if that holds it exactly, else in float32. Of a
         model that is held in fewer bits, the weights that it was loaded from are written, with what was merged since.
-        Raises UserError if `folder` is a file, or a folder without a model, whose contents would be replaced, and if a
-        weight is not finite.
+        Raises UserError if `folder` is a file, or a folder with contents that are not a model's, which would be
+        deleted, and if a weight is not finite.
         All processes must call this, and the first one writes. If it fails, the others raise UserError.
         """
-        check_replaceable(checked_path("folder", folder, "a folder to write the model into"), "config.json")
+        target = checked_path("folder", folder, "a folder to write the model into")
+        check_replaceable(target, "config.json", REPLACEABLE)
         if card is not None:
             instance("card", card, str, "pass the text of the folder's README.md")
         if (wrong := first_not_finite(dict(self.backbone.named_leaves()))) is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from secvec_jax.checksums import FILE as CHECKSUMS
 from secvec_jax.errors import UserError
 from secvec_jax.model.checkpoint_files import INDEX, SINGLE_FILE, files_of
 from secvec_jax.model.embedded import EMBEDDED
@@ -18,6 +19,19 @@ _SMALL_FILES = (
     "additional_chat_templates/*.jinja",
 )
 """What `load` reads of a folder in addition to weights."""
+
+CONTENT_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+"""The files of a model folder that count as its content; cards, licenses and trainer state do not."""
+
+REPLACEABLE = (
+    *CONTENT_FILES, "additional_chat_templates", "adapter_config.json", CHECKSUMS, "*.md", "LICENSE*", "NOTICE*",
+    ".gitattributes",
+)  # fmt: skip
+"""What the folder of a model or an adapter may hold to be replaced by another."""
 
 
 def snapshot(source: str) -> Path:

@@ -15,6 +15,7 @@ from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.defenses.user_inputs import argument_of, check_given, reads_of
 from secvec_jax.errors import UserError
+from secvec_jax.evaluation.records import is_number
 from secvec_jax.evaluation.refusal_sample import change
 from secvec_jax.files import read_log
 from secvec_jax.inference import frozen_precision
@@ -207,7 +208,7 @@ def _learned(log: Path, rows: dict[str, Any]) -> str | None:
     """How the loss of the user's rows went, from the lines of the training that the stage's log has; None without."""
     records = [record for record in read_log(log) if record.get("stage") == "finetune"]
     names = ["eval/loss"] if any("eval/loss" in record for record in records) else [f"loss/{name}" for name in rows]
-    losses = [[record[name] for name in names if name in record] for record in records]
+    losses = [[record[name] for name in names if is_number(record.get(name))] for record in records]
     means = [sum(values) / len(values) for values in losses if values]
     if not means:
         return None

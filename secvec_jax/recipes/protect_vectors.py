@@ -1,5 +1,6 @@
 """The vectors of `train.py protect`: given, from the cache, or trained; and their gate."""
 
+import contextlib
 import dataclasses
 import random
 from collections.abc import Sequence
@@ -65,7 +66,12 @@ def _cached_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
     """The vectors of this model, rows and settings from the cache; trained and kept there if it has none."""
     rows = {"harmful rows": work.rows_for("harmful rows"), "benign rows": work.rows_for("benign rows")}
     key = key_of(work.model, rows, work.vectors_training, LoRA(), Phase1())
-    with locked_entry(key, work.note) as entry:
+    with contextlib.ExitStack() as held:
+        try:
+            entry = held.enter_context(locked_entry(key, work.note))
+        except UserError as error:
+            work.note(f"the vectors are not kept in the cache ({error})")
+            return _trained_vectors(work, stage)
         found = entry.read(work.model, work.note)
         if found is not None:
             work.note("vectors: from the cache, trained before for this model and these rows")

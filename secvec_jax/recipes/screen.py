@@ -15,9 +15,12 @@ from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.replies import clip
-from secvec_jax.files import atomic_file
+from secvec_jax.files import atomic_file, check_regular, expanded
 from secvec_jax.model.hub import load
+from secvec_jax.outputs import check_replaceable, check_separate
+from secvec_jax.remote import is_url
 from secvec_jax.terminal import Console
+from secvec_jax.workspace.run_directory import check_not_of_run
 from secvec_jax.workspace.runs import Run
 from secvec_jax.workspace.stages import Stage
 from secvec_jax.workspace.stages import screen as terminal
@@ -60,6 +63,8 @@ def screen(settings: Screen, command: str) -> None:
         raise UserError("a threshold requires both --harmful and --benign: give both, or neither for a ranking only")
     if settings.write_clean is not None and not labeled:
         raise UserError("--write-clean needs a threshold: give --harmful and --benign, too")
+    if settings.write_clean is not None:
+        _check_clean(settings, settings.write_clean)
     run = Run(settings, command)
     rows = load_rows(settings.data, ignore_fields=settings.ignore_fields)
 
@@ -90,12 +95,25 @@ def screen(settings: Screen, command: str) -> None:
             0, f"{count} of {len(rows)} rows are above the threshold of {screening.threshold:+.2f} nats per token."
         )
     if settings.write_clean is not None:
-        clean = Path(settings.write_clean)
+        clean = expanded(settings.write_clean)
         on_main_process(lambda: _write_clean(clean, rows, screening))
         notes.append(f"The other {len(rows) - len(screening.suspects)} rows are in {clean}.")
     _print_top(terminal(), rows, screening.scores)
     scores = {name: bootstrap(values).as_dict() for name, values in metrics.items()}
     run.report([{"name": settings.data, "metrics": scores}], notes)
+
+
+def _check_clean(settings: Screen, clean: str) -> None:
+    """Raise UserError if the clean rows cannot be written to a file of this name, or would replace an input."""
+    if not clean.strip():
+        raise UserError("--write-clean is empty: name a file")
+    path = expanded(clean)
+    check_replaceable(path)
+    check_regular(path)
+    named = {f"--{name}": getattr(settings, name) for name in ("data", "harmful", "benign", "vectors", "model")}
+    inputs = {flag: expanded(name) for flag, name in named.items() if name is not None and not is_url(name)}
+    check_separate(path, "--write-clean", inputs)
+    check_not_of_run(path, "--write-clean", settings.out)
 
 
 def _write(folder: Path, rows: Sequence[Row], screening: Screening) -> None:

@@ -27,7 +27,7 @@ from secvec_jax.data.pipeline import Batches
 from secvec_jax.digests import difference, of_values
 from secvec_jax.distributed import all_max, is_main_process, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import atomic_file, lock, read_kept, writing
+from secvec_jax.files import atomic_file, check_regular, lock, read_kept, writing
 from secvec_jax.training.validation import EarlyStopping
 from secvec_jax.trees import Tree, checksums, first_not_finite
 
@@ -90,6 +90,7 @@ class Store:
         on_main_process(self._lock_folder)
         self._checkpointer: Any = None
         try:
+            on_main_process(self._check_files)
             with _listing(settings.folder):
                 self._checkpointer = ocp.training.Checkpointer(
                     settings.folder.absolute(),
@@ -198,6 +199,12 @@ class Store:
         self._lock = lock(self._settings.folder)
         if self._settings.private:
             self._settings.folder.chmod(0o700)
+
+    def _check_files(self) -> None:
+        """Raise UserError for what is neither a file nor a folder: Orbax would wait for a pipe, or read without end."""
+        for path in self._settings.folder.rglob("*"):
+            if not path.is_dir():
+                check_regular(path)
 
     def _check_inputs(self) -> None:
         path, now = self._settings.folder / "inputs.json", dict(self._settings.inputs)

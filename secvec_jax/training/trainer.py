@@ -17,6 +17,7 @@ import jax
 from secvec_jax.data.pipeline import Batches, Stream
 from secvec_jax.distributed import Consensus, all_max
 from secvec_jax.errors import UserError, WriteError
+from secvec_jax.limits import unlimited_address_space
 from secvec_jax.training.checkpoints import Checkpoints, Store
 from secvec_jax.training.phase import Phase, combine
 from secvec_jax.training.profiling import step_tracer
@@ -55,7 +56,12 @@ def fit(
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
     run = _Run(trained, train_step.init(trained), {name: stream.local_batches() for name, stream in streams.items()})
-    with _store(checkpoints, run) as store, _interruptible() as interrupted, step_tracer() as tracer:
+    with (
+        _store(checkpoints, run) as store,
+        _interruptible() as interrupted,
+        step_tracer() as tracer,
+        unlimited_address_space(),
+    ):
         if store is not None:
             store.restore(run)
             if run.step > steps and checkpoints is not None:

@@ -14,9 +14,11 @@ import numpy as np
 from secvec_jax.arguments import path
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.files import atomic_folder, check_replaceable
+from secvec_jax.files import atomic_folder
 from secvec_jax.model.families import weight_names
 from secvec_jax.model.hub import Model
+from secvec_jax.model.hub_files import REPLACEABLE
+from secvec_jax.outputs import check_replaceable
 from secvec_jax.sharding import replicate, shard
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
@@ -43,7 +45,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
     from safetensors.numpy import save_file
 
     check_saved(vectors, model, (LoRAVectors,))
-    check_replaceable(path("folder", folder, "a folder to write the adapter into"), CONFIG)
+    check_replaceable(path("folder", folder, "a folder to write the adapter into"), CONFIG, REPLACEABLE)
     spec, modules = vectors.spec, _peft_modules(model, vectors.factors)
     config = {
         "peft_type": "LORA",

@@ -1,6 +1,7 @@
 """Content digests of the rows, models and adapters that a command's settings name (see `digests.difference`)."""
 
 import dataclasses
+import glob
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from secvec_jax.data.sources import PACKAGED, load_rows
 from secvec_jax.errors import UserError
 from secvec_jax.files import expanded
 from secvec_jax.model.embedded import EMBEDDED
-from secvec_jax.model.hub_files import snapshot
+from secvec_jax.model.hub_files import CONTENT_FILES, snapshot
 from secvec_jax.remote import local
 from secvec_jax.run_folders import find_model, find_vectors
 
@@ -72,25 +73,17 @@ def model(source: str) -> str:
     if path.suffix == ".gguf":
         return digests.of_files(path.parent, _parts(path))
     folder = find_model(path) if path.is_dir() else snapshot(source)
-    files = {file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
+    files = {file for pattern in CONTENT_FILES for file in folder.glob(pattern) if file.is_file()}
     if not files:
         raise UserError(f"{folder} contains no model: use a folder with a config.json")
     return digests.of_files(folder, files)
-
-
-_MODEL_FILES = (
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates/*",
-)  # fmt: skip
-"""The files of a model folder that count as its content; cards, licenses and trainer state do not."""
 
 
 def _parts(path: Path) -> list[Path]:
     """Return a GGUF file, or all parts of a split one: NAME-00001-of-00003.gguf."""
     name, of, count = path.stem.rpartition("-of-")
     if of and count.isdigit() and name[-6:-5] == "-" and name[-5:].isdigit():
-        return sorted(path.parent.glob(f"{name[:-5]}[0-9][0-9][0-9][0-9][0-9]-of-{count}.gguf"))
+        return sorted(path.parent.glob(f"{glob.escape(name[:-5])}[0-9][0-9][0-9][0-9][0-9]-of-{count}.gguf"))
     return [path]
 
 

@@ -23,7 +23,7 @@ from secvec_jax.digests import of_values
 from secvec_jax.distributed import is_clustered
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.scorers import RULES
-from secvec_jax.files import atomic_file
+from secvec_jax.files import atomic_file, read_kept
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import platform
@@ -100,11 +100,11 @@ def locked(folder: Path, key: str, waits: Callable[[], None]) -> Iterator[None]:
 def _read(file: Path, kind: str, tell: Callable[[str], None]) -> tuple[Any] | None:
     """The result in a file; None if there is none, or, which is told, none to be used."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        if not file.exists():
+            return None
+        record = read_kept(file, "it is made again")
         version, digest, result = record["version"], record["digest"], record["result"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # UserErrors are ValueErrors
         tell(f"the cached {kind} cannot be read ({str(error) or type(error).__name__}): made again")
         return None
     if version != secvec_jax.__version__:

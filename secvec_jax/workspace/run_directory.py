@@ -16,10 +16,11 @@ from typing import Any
 
 import secvec_jax
 from secvec_jax import config
-from secvec_jax.digests import difference
+from secvec_jax.digests import difference, of_values
 from secvec_jax.errors import UserError, WriteError
 from secvec_jax.evaluation.records import is_number
-from secvec_jax.files import atomic_file, clear_unfinished, expanded, lock, read_kept, resolved
+from secvec_jax.files import LOCK, atomic_file, clear_unfinished, expanded, lock, read_kept, resolved
+from secvec_jax.outputs import check_own
 from secvec_jax.workspace.inputs import Inputs
 
 VERSION = secvec_jax.__version__
@@ -57,11 +58,13 @@ def claim(
     A different run is replaced if it failed before its first step, or with `overwrite`. A training with a constant
     schedule may be extended: its finished stages are then reopened. exclusive: lock the folder until `release`.
 
-    Raises UserError if the directory contains a different run with results, naming the first difference; if that run
-    was written by an older version; if another process is running there; or if it cannot be written.
+    Raises UserError if the directory contains files but no run; if it contains a different run with results, naming the
+    first difference; if that run was written by an older version; if another process is running there; or if it cannot
+    be written.
     """
     folder = Path(folder)
     try:
+        check_own(folder, (LOCK, INPUTS))
         if exclusive:
             acquire(folder)
         clear_unfinished(folder, within=(*_MADE, "seed-*"))
@@ -81,6 +84,13 @@ def claim(
     except OSError as error:
         raise UserError(f"cannot write into {folder} ({error.strerror or error}): give another --out") from error
     return folder
+
+
+def check_not_of_run(path: Path, flag: str, folder: str | Path) -> None:
+    """Raise UserError if a further file to be written, which `flag` names, is one of those that a run keeps."""
+    for name in (*_MADE, LOCK):
+        if resolved(path).is_relative_to(resolved(Path(folder) / name)):
+            raise UserError(f"{flag} {path} is a file of the run itself: give it another name")
 
 
 def acquire(folder: Path) -> None:
@@ -134,9 +144,9 @@ def _has_progress(folder: Path) -> bool:
 
 
 def _write(settings: Any, folder: Path, inputs: Mapping[str, Any]) -> None:
-    config.save(settings_of_run(settings), folder / CONFIG)
-    with atomic_file(folder / INPUTS) as staging:
+    with atomic_file(folder / INPUTS) as staging:  # first: it marks the folder as a run's
         staging.write_text(json.dumps(dict(inputs) | {"format": FORMAT, "version": VERSION}, indent=2) + "\n")
+    config.save(settings_of_run(settings), folder / CONFIG)
 
 
 def _clear(folder: Path, inputs: Inputs) -> None:
@@ -222,12 +232,23 @@ def _open_stages(folder: Path) -> None:
         path.unlink()
 
 
+def stage_record(seconds: float, done: dict[str, Any]) -> dict[str, Any]:
+    """The record of a finished stage: its seconds, what was done, and the digest of that."""
+    done = json.loads(json.dumps(done))  # as it will be read
+    return {"seconds": seconds, **done, "digest": of_values([done])}
+
+
 def read_stage(path: Path) -> dict[str, Any]:
     """The record of a finished stage. Raises UserError if it is damaged."""
     cure = "delete it, and the stage runs again"
     record = read_kept(path, cure)
     if not isinstance(record, dict) or "result" not in record or not is_number(record.get("seconds")):
         raise UserError(f"{path} is damaged (it has no seconds and result): {cure}")
+    done = {key: value for key, value in record.items() if key not in ("seconds", "digest")}
+    if "digest" in record and record["digest"] != of_values([done]):
+        raise UserError(f"{path} is damaged (it differs from its digest): {cure}")
+    if not all(isinstance(record.get(key) or {}, dict) for key in ("inputs", "makes")):
+        raise UserError(f"{path} is damaged (its inputs are no object): {cure}")
     return record
 
 

@@ -23,8 +23,10 @@ from secvec_jax.data.rows import Row, prompt_of, response_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import split_by_topic
 from secvec_jax.distributed import broadcast_from_first, on_main_process
+from secvec_jax.errors import UserError
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Suite
+from secvec_jax.files import read_kept
 from secvec_jax.inference import compute_dtype
 from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
@@ -220,7 +222,12 @@ def stored_examples(file: Path, generate: Callable[[], list[Example]]) -> list[E
     if not broadcast_from_first(file.exists()):
         stored = as_json(generate())
         on_main_process(lambda: write(file, json.dumps(stored)))
-    return from_json(json.loads(file.read_text()))
+    cure = "delete it, and it is made again"
+    stored = read_kept(file, cure)
+    try:
+        return from_json(stored)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{file} is damaged ({error}): {cure}") from error
 
 
 def as_json(examples: Sequence[Example]) -> list[list[Any]]:

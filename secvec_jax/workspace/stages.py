@@ -119,8 +119,8 @@ class Stages:
             self._seconds_within = seconds_outside + time.monotonic() - start
 
         def record_result() -> None:
-            done = {"seconds": self.seconds[name], "inputs": now, "makes": _contents(makes or {}), "result": result}
-            write(path, json.dumps(done))
+            done = {"inputs": now, "makes": _contents(makes or {}), "result": result}
+            write(path, json.dumps(run_directory.stage_record(self.seconds[name], done)))
             started.unlink(missing_ok=True)
 
         on_main_process(record_result)
@@ -328,13 +328,18 @@ def curves(log: Path, stages: dict[str, str]) -> dict[str, dict[str, list[tuple[
     """
     losses_by_row: dict[str, dict[str, dict[int, float]]] = {}
     for record in read_log(log):
-        if record.get("stage") not in stages:
-            continue
-        row = losses_by_row.setdefault(stages[record["stage"]], {"harmful": {}, "benign": {}})
-        losses = {key.removeprefix("loss/"): value for key, value in record.items() if key.startswith("loss/")}
+        stage, step = record.get("stage"), record.get("step")
+        if not isinstance(stage, str) or stage not in stages or not isinstance(step, int):
+            continue  # of another stage, or damaged
+        row = losses_by_row.setdefault(stages[stage], {"harmful": {}, "benign": {}})
+        losses = {
+            key.removeprefix("loss/"): value
+            for key, value in record.items()
+            if key.startswith("loss/") and is_number(value)
+        }
         harmful = losses.pop("harmful", None)
         if harmful is not None:
-            row["harmful"][record["step"]] = harmful
+            row["harmful"][step] = harmful
         if losses:
-            row["benign"][record["step"]] = sum(losses.values()) / len(losses)
+            row["benign"][step] = sum(losses.values()) / len(losses)
     return {name: {kind: sorted(points.items()) for kind, points in row.items()} for name, row in losses_by_row.items()}

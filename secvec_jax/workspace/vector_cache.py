@@ -19,7 +19,7 @@ from secvec_jax.assets import cache_dir
 from secvec_jax.config import Training
 from secvec_jax.defenses.identity import content_of, of_model, of_rows
 from secvec_jax.digests import of_values
-from secvec_jax.files import atomic_folder
+from secvec_jax.files import atomic_folder, read_kept
 from secvec_jax.model.hub import Model
 from secvec_jax.vectors.kinds import Vectors
 from secvec_jax.vectors.store import load_vectors, save_vectors
@@ -49,13 +49,13 @@ class Entry:
         if not self.folder.exists():
             return None
         try:
-            record = json.loads((self.folder / _ENTRY).read_text(encoding="utf-8"))
+            record = read_kept(self.folder / _ENTRY, "they are trained again")
             version, measured = record["version"], dict(record["measured"])
             if version != secvec_jax.__version__:
                 tell(f"the cached vectors are of version {version}, this is {secvec_jax.__version__}: trained again")
                 return None
             return load_vectors(self.folder / _FILE, model), measured
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # UserErrors are ValueErrors
+        except (OSError, ValueError, KeyError, TypeError) as error:  # UserErrors are ValueErrors
             tell(f"the cached vectors cannot be read ({str(error) or type(error).__name__}): trained again")
             return None
 

@@ -6,6 +6,7 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from secvec_jax.config import Training
 from secvec_jax.data import encoded, sources
@@ -14,6 +15,7 @@ from secvec_jax.data.sources import load_rows
 from secvec_jax.data.stored import Rows
 from secvec_jax.defenses.security_vectors import finetune
 from secvec_jax.errors import UserError
+from secvec_jax.workspace import inputs
 from tests.toys import tiny_model
 
 RECORDS = [{"prompt": f"What is {n}?", "response": f"It is {n}, ü."} for n in range(11)]
@@ -107,3 +109,24 @@ def test_memory_holds_where_sequences_begin_and_no_more(tmp_path, everything_is_
     tracemalloc.stop()
     assert len(rows) == 20_000 and rows[12_345]["messages"][0]["content"].startswith("12345 ")
     assert taken < 20 * len(rows) < path.stat().st_size / 10 and most < path.stat().st_size / 4
+
+
+def test_the_characters_of_patterns_in_a_name_select_no_other_files(tmp_path):
+    for name in ("a1", "a[1]", "a*"):
+        as_table = Dataset.from_list([{"prompt": name, "response": "yes"}])
+        as_table.to_parquet(tmp_path / f"{name}.parquet")
+    for name in ("a[1]", "a*"):
+        (row,) = load_rows(str(tmp_path / f"{name}.parquet"))
+        assert row["messages"][0]["content"] == name
+    (tmp_path / "b[1]").mkdir()
+    with pytest.raises(UserError, match=r"b\[1\] has one of the characters .* rename it, or name a file in it"):
+        load_rows(str(tmp_path / "b[1]"))
+
+
+def test_the_parts_of_a_file_are_those_of_its_name(tmp_path):
+    for name in ("a1", "a[1]", "a*"):
+        for part in (1, 2):
+            (tmp_path / f"{name}-0000{part}-of-00002.gguf").touch()
+    for name in ("a1", "a[1]", "a*"):
+        parts = inputs._parts(tmp_path / f"{name}-00001-of-00002.gguf")
+        assert [part.name for part in parts] == [f"{name}-00001-of-00002.gguf", f"{name}-00002-of-00002.gguf"]

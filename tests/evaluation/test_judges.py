@@ -379,3 +379,10 @@ def test_ctrl_c_ends_the_waiting_and_keeps_the_verdicts(serve, tmp_path, concurr
     assert not [thread for thread in threading.enumerate() if thread.name == "judge"]
     server.act = graded
     assert verdicts(Judge("m", server.url), HARMFULNESS, exchanges(40), tmp_path).num_requests == 36
+
+
+def test_a_cache_that_takes_no_verdict_names_the_cure(serve, tmp_path):
+    server = serve(lambda number, body: says("Score: 3"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"verdicts are kept in the cache folder: set SECVEC_CACHE to "):
+        verdicts(Judge("m", server.url), HARMFULNESS, exchanges(1), tmp_path / "file" / "verdicts")

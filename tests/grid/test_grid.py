@@ -15,10 +15,12 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.records import read
 from secvec_jax.evaluation.suite import Suite
+from secvec_jax.grid import grid as grid_module
 from secvec_jax.grid.attacks import make_attack
 from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.grid import Grid, GridConfig, grid
 from secvec_jax.grid.seed_workspace import SeedWorkspace
+from secvec_jax.outputs import check_own
 from secvec_jax.workspace.workspace import Experiment
 
 ROOT = Path(__file__).parents[2]
@@ -357,3 +359,14 @@ def test_a_model_that_refuses_as_it_comes_is_not_aligned_anew(model_folder, tmp_
     assert shared.workspace.stages.seconds.keys() == {"align"} and not (tmp_path / "model").exists()
     num_refusals = len(shared.workspace.splits.refusals)
     assert len(shared.alignment_rows) > num_refusals == 12, "defenses have their safe rows all the same"
+
+
+def test_a_grid_leaves_the_files_of_others_as_they_are(tmp_path):
+    for name in ("seed-1/inputs.json", "seed-2/mine.txt", "cells/a.json", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    check_own(tmp_path, grid_module.MARKS)
+    grid_module._clear(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"seed-2", "notes.txt"}
+    with pytest.raises(UserError, match=r"no run of this library wrote \(notes\.txt\)"):
+        check_own(tmp_path, grid_module.MARKS)

@@ -1,6 +1,7 @@
 """`eval.py screen`: scores in the data's order, a threshold from known rows, no text longer than a clipped line."""
 
 import json
+import os
 
 import pytest
 
@@ -88,3 +89,24 @@ def test_rows_are_screened_in_a_notebook(files):
         sv.screen(tiny.model, vectors, CALM, harmful=SHOUT)
     with pytest.raises(UserError, match="vectors is None"):
         sv.screen(tiny.model, None, CALM)
+
+
+@pytest.mark.parametrize(
+    ("clean", "message"),
+    [("data.jsonl", "would overwrite what --data"), ("link.jsonl", "would overwrite what --data"),
+     ("hard.jsonl", "would overwrite what --data"), ("good.jsonl", "would overwrite what --benign"),
+     ("vectors/x.jsonl", "would overwrite what --vectors"), ("vectors", "is a folder: name a file"),
+     ("pipe", "is a named pipe"), ("out/scores.jsonl", "is a file of the run itself"), (" ", "--write-clean is empty")],
+)  # fmt: skip
+def test_clean_rows_replace_no_input(tmp_path, monkeypatch, clean, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "bad", "good"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    (tmp_path / "link.jsonl").symlink_to("data.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to("data.jsonl")
+    (tmp_path / "vectors").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    names = {"data": "data.jsonl", "harmful": "bad.jsonl", "benign": "good.jsonl", "vectors": "vectors", "out": "out"}
+    with pytest.raises(UserError, match=message):
+        screen(Screen(**names, write_clean=clean), "command")
+    assert (tmp_path / "data.jsonl").read_text() == "data" and not (tmp_path / "out").exists()

@@ -402,6 +402,16 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_never_changes_the_result(
     assert any(told), "nothing was noticed"
 
 
+@pytest.mark.parametrize("file", ["5/_CHECKPOINT_METADATA", "5/trained/manifest.ocdbt", "run.lock"])
+def test_what_is_no_file_in_a_checkpoint_is_reported_at_once(train_step, tmp_path, file):
+    """Orbax would wait for a pipe without end, and read a device without end."""
+    run(train_step, folder=tmp_path, stop_at=6)
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(UserError, match=rf"{file} is a named pipe"):
+        run(train_step, folder=tmp_path)
+
+
 @pytest.mark.parametrize("part", ["trained", "state"])
 def test_a_restored_number_that_differs_by_one_bit_is_noticed(train_step, whole, tmp_path, monkeypatch, caplog, part):
     """Whatever the files' own format notices."""

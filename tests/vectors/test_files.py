@@ -200,3 +200,16 @@ def test_a_leftover_is_not_taken_while_it_is_locked(tmp_path):
     os.close(handle)
     clear_unfinished(tmp_path)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_only_a_file_is_replaced_by_a_file_and_a_folder_by_a_folder(tmp_path, make):
+    """Replacing /dev/null, as root, would remove it."""
+    make(tmp_path / "it")
+    with pytest.raises(UserError, match=r"it is a (named pipe|folder), where a file has to be"):
+        with atomic_file(tmp_path / "it"):
+            raise AssertionError("it was begun")
+    if make is os.mkfifo:
+        with pytest.raises(UserError, match="it is a file: name a folder"), atomic_folder(tmp_path / "it"):
+            raise AssertionError("it was begun")
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]

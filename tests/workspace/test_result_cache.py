@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from secvec_jax.config import Training
 from secvec_jax.defenses.identity import with_inputs
 from secvec_jax.model.hub import load
+from secvec_jax.recipes import protect_vectors
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.workspace import result_cache
 from secvec_jax.workspace.result_cache import inputs_of, kept
@@ -68,9 +70,24 @@ def nothing(file):
     file.write_text("[]")
 
 
+def deep(file):
+    file.write_text("[" * 100_000)
+
+
+def pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
-    [(cut, "cannot be read"), (nothing, "cannot be read"), (changed, "damaged"), (older, "of version 0.1.9")],
+    [
+        (deep, "cannot be read"),
+        (cut, "cannot be read"),
+        (nothing, "cannot be read"),
+        (changed, "damaged"),
+        (older, "of version 0.1.9"),
+    ],
 )
 def test_an_entry_that_cannot_be_used_is_reported_and_made_again(maker, own_cache, damage, told):
     maker.get("a")
@@ -164,3 +181,21 @@ def test_weights_held_in_fewer_bits_have_results_and_vectors_of_their_own(tmp_pa
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     labels = [with_inputs(checkpoints, model, Training(), 1, {}).inputs for model in (whole, held)]
     assert labels[0] != labels[1]
+
+
+def test_a_pipe_in_place_of_an_entry_is_not_waited_for(maker, own_cache):
+    maker.get("a")
+    pipe(entry(own_cache))
+    assert maker.get("a")["made"] == 2
+    assert "named pipe" in maker.told[0] and "not kept" in maker.told[1]
+
+
+def test_vectors_are_trained_where_no_cache_can_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SECVEC_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(protect_vectors, "key_of", lambda *_: "key")
+    monkeypatch.setattr(protect_vectors, "_trained_vectors", lambda *_: "trained")
+    told = []
+    work = SimpleNamespace(rows_for=list, model=None, vectors_training=None, note=told.append)
+    assert protect_vectors._cached_vectors(work, None) == "trained"
+    assert "are not kept in the cache (cannot write to the cache folder" in told[0]

@@ -14,7 +14,7 @@ from secvec_jax.files import LOCK, read_log
 from secvec_jax.terminal import Console
 from secvec_jax.workspace import run_directory
 from secvec_jax.workspace.run_directory import claim
-from secvec_jax.workspace.stages import Stages
+from secvec_jax.workspace.stages import Stages, curves
 
 
 @checked
@@ -285,3 +285,49 @@ def test_a_second_process_is_refused_while_the_first_is_alive_and_not_afterwards
     claim(Experiment(), tmp_path, {})  # the same process may
     for end in (*ours, *theirs):
         os.close(end)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_others_is_left_as_it_is(tmp_path, overwrite):
+    """Also one whose files have the names of a run's."""
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=r"files that no run of this library wrote \(config\.yaml\)"):
+        claim(Experiment(), tmp_path, {}, overwrite=overwrite)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl", "model"]
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine"
+
+
+def test_a_run_that_was_killed_before_its_first_file_resumes(tmp_path):
+    (tmp_path / ".inputs.json.unfinished-abcd1234").touch()
+    claim(Experiment(), tmp_path, {})
+    assert (tmp_path / "inputs.json").is_file()
+
+
+def test_a_further_file_is_none_of_the_runs_own(tmp_path):
+    run_directory.check_not_of_run(tmp_path / "clean.jsonl", "--write-clean", tmp_path)
+    for name in ("scores.jsonl", LOCK, "stages/screen.json"):
+        with pytest.raises(UserError, match="is a file of the run itself"):
+            run_directory.check_not_of_run(tmp_path / name, "--write-clean", tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"result": [1]}, {"inputs": {"a": "sha256:1"}}, {"makes": "x"}, {"digest": 3}])
+def test_a_changed_record_of_a_stage_is_reported(tmp_path, change):
+    stages = Stages(tmp_path, Console(quiet=True))
+    assert stages.run("score", lambda stage: {"refusal": (1.0, float("nan")), 2: 0, 10: 0})
+    path = tmp_path / "stages" / "score.json"
+    assert stages.run("score", print)["2"] == 0, "it is read as it was written"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"score\.json is damaged .*: delete it, and the stage runs again"):
+        stages.run("score", print)
+
+
+def test_damaged_lines_of_a_log_are_left_out_of_curves(tmp_path):
+    line = {"stage": "plain", "step": 1, "loss/harmful": 2.0, "loss/benign": 1.0}
+    changes = [{"step": "x"}, {"step": None}, {"stage": ["plain"]}, {"step": float("nan")}, {"loss/harmful": "y"}]
+    lines = [json.dumps(line | {"loss/benign": 9.0} | change) for change in changes[:4]]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"stage": "pl', json.dumps(line), "[]", "\0"]))
+    assert curves(tmp_path / "metrics.jsonl", {"plain": "plain"}) == {
+        "plain": {"harmful": [(1, 2.0)], "benign": [(1, 1.0)]}
+    }

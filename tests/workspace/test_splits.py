@@ -9,7 +9,7 @@ from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.rows import prompt_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
-from secvec_jax.workspace.splits import Sizes, make_splits
+from secvec_jax.workspace.splits import Sizes, make_splits, stored_examples
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +69,10 @@ def test_held_out_rows_are_those_that_are_judged_and_no_others(parts):
 def test_a_length_that_packaged_rows_do_not_fit_into_is_told_with_the_setting(model):
     with pytest.raises(UserError, match="packaged rows do not fit into 8 tokens: set max_seq_len"):
         make_splits(model, Sizes(), Training(max_seq_len=8), seed=0)
+
+
+@pytest.mark.parametrize("damage", ["[[[1, 2", "3", "[[[1, 2], 1], 3]", '[[["x"], 1]]', "[[[1e99], 1]]"])
+def test_damaged_examples_of_a_run_are_reported(tmp_path, damage):
+    (tmp_path / "own-replies.json").write_text(damage)
+    with pytest.raises(UserError, match=r"own-replies\.json is damaged .*: delete it, and it is made again"):
+        stored_examples(tmp_path / "own-replies.json", list)
