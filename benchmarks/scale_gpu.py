@@ -8,7 +8,7 @@ Needs the compiler of `secvec_jax[cuda]`, but no GPU. A row is compiled for the 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,24 +37,32 @@ ATTENTION_SHAPE = (2, 4096, 32, 128)
 
 
 class Row(NamedTuple):
-    """weights: what the frozen weights, or for "full" the trained ones, are held in. sequences: per GPU, at most."""
+    """weights: what the frozen weights, or for "full" the trained ones, are held in. sequences: per GPU, at most.
+    remat: "" for the first of `attempts` that fits."""
 
     model: str
     topology: str
     trained: str
     weights: str
     sequences: int = SEQUENCES
+    remat: str = ""
 
     @property
     def key(self) -> str:
-        return " ".join(map(str, self))
+        return " ".join(map(str, self)).strip()
+
+    @classmethod
+    def of(cls, key: str) -> "Row":
+        """The row of a key of `RESULTS`."""
+        model, topology, trained, weights, sequences, *remat = key.split()
+        return cls(model, topology, trained, weights, int(sequences), *remat)
 
 
 GOALS = [
-    *(Row("llama-2-7b", "h100:1", "vectors", weights, sequences=2) for weights in ("bfloat16", "int8", "nf4")),
+    *(Row("llama-2-7b", "h100:1", "vectors", weights, 2, "attention") for weights in ("bfloat16", "int8", "nf4")),
     *(Row("llama-2-7b", "rtx4090:1", "task_lora", weights) for weights in ("bfloat16", "int8")),
     Row("llama-2-13b", "rtx4090:1", "task_lora", "nf4"),
-    Row("llama-2-7b", "h100:1", "full", "bfloat16"),
+    Row("llama-2-7b", "h100:1", "full", "bfloat16", remat="attention"),
 ]
 FROZEN = {"vectors": ("bfloat16", "nf4"), "task_lora": ("bfloat16", "int8", "nf4"), "full": ("float32", "bfloat16")}
 """What is compiled for one GPU; for eight, only the first of each."""
@@ -71,10 +79,13 @@ ROWS = GOALS + [
 TOY_ROW = Row("llama-3.2-1b", "h100:1", "task_lora", "bfloat16", sequences=1)
 
 
-def attempts(sequences: int, smallest: int) -> list[tuple[int, str]]:
-    """(sequences per GPU, remat), the fastest first."""
-    halves = [sequences >> i for i in range(sequences.bit_length()) if sequences >> i >= smallest]
-    return [(sequences, "dots")] + [(half, remat) for half in halves for remat in ("attention", "full")]
+def attempts(row: Row) -> list[tuple[int, str]]:
+    """(sequences per GPU, remat), the fastest first; phase 1 has half as many benign sequences besides."""
+    smallest = 2 if row.trained == "vectors" else 1
+    if row.remat:
+        return [(row.sequences, row.remat)]
+    halves = [row.sequences >> i for i in range(row.sequences.bit_length()) if row.sequences >> i >= smallest]
+    return [(row.sequences, "dots")] + [(half, remat) for half in halves for remat in ("attention", "full")]
 
 
 def measured(row: Row, length: int = LENGTH) -> dict:
@@ -96,7 +107,7 @@ def measured(row: Row, length: int = LENGTH) -> dict:
     with jax.set_mesh(topology_mesh(row.topology, "")):
         check_mesh(architecture)
         parts = num_shards("batch")
-        for local, remat in attempts(row.sequences, smallest=2 if row.trained == "vectors" else 1):
+        for local, remat in attempts(row):
             training = dataclasses.replace(settings.training, batch_size=local * parts, max_seq_len=length, remat=remat)
             try:
                 plan = compile_plan(dataclasses.replace(settings, training=training), architecture)
@@ -173,17 +184,16 @@ def attention_table() -> str:
     return "\n".join(lines)
 
 
-def table(results: dict[str, dict], rows: Sequence[Row] = tuple(ROWS)) -> str:
+def table(results: dict[str, dict]) -> str:
     """Return one Markdown table per model."""
     head = [
         "| GPUs | trained | weights | batch, remat | memory per GPU | step, at least | tokens/s, at most |",
         "| --- | --- | --- | --- | ---: | ---: | ---: |",
     ]
     lines: dict[str, list[str]] = {}
+    rows = [Row.of(key) for key in results]
     for row in sorted(rows, key=lambda row: (MODELS.index(row.model), row.topology, list(TRAINED).index(row.trained))):
-        result = results.get(row.key)
-        if result is None:
-            continue
+        result = results[row.key]
         model_lines = lines.setdefault(row.model, [f"**{row.model}**", "", *head])
         gpu, _, count = row.topology.partition(":")
         start = f"| {count} x {gpu} | {TRAINED[row.trained]} | {row.weights} |"
@@ -203,7 +213,7 @@ def main() -> None:
     options = parsed_options(__doc__)
     jax.config.update("jax_platforms", "cpu")
     if options.toy:
-        print(table({TOY_ROW.key: measured(TOY_ROW, 128)}, [TOY_ROW]))
+        print(table({TOY_ROW.key: measured(TOY_ROW, 128)}))
         return
     if not options.table:
         part, parts = map(int, options.part.split("/"))
