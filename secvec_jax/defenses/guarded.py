@@ -8,7 +8,8 @@ prompts (docs/results.md). Besides, the benign rows alone turn many refusals int
 comply. Safe rows in every step work against both. If the safe rows were also learned under the vectors, the model
 would have to learn to refuse despite them, and would then refuse benign prompts as well; here they are learned without
 the vectors, as the model will be served. How much of the effect is the vectors' and how much the safe rows' is what
-`under` and `share` are for; no cell has measured it yet.
+`under` and `share` are for: without the vectors, the same safe rows restore refusals, but the harmful replies are
+learned as in plain fine-tuning (docs/results.md, one seed).
 
 Acts in fine-tuning. Each step costs a second forward and a second backward pass. Source: ours; the safe rows are those
 of VLGuard's mix (Zong et al. 2024, arXiv 2402.02207).
