@@ -83,7 +83,8 @@ def startup(out: Path) -> None:
 def gpu(out: Path) -> None:
     run_script("gpu", "--json", out, "--share")
     rows = json.loads(out.read_text())["rows"]
-    assert {row["part"] for row in rows.values()} == {"attention-toy", "remat-toy", "train-toy-256", "peft-toy-256"}
+    parts = {"goals-toy", "attention-toy", "precision-toy", "remat-toy", "train-toy-256", "peft-toy-256"}
+    assert {row["part"] for row in rows.values()} == parts
     for name, row in rows.items():
         assert row["status"] == "measured" or "cudnn" in name or "triton" in name, (name, row)
         if row["status"] == "measured":
