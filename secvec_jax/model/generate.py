@@ -80,8 +80,9 @@ def generate_tokens(
                 for row, i in enumerate(batch):
                     occurred[row, prompts[i]] = True
             state = (cache, logits, done, occurred, key, np.int32(max_new_tokens))
-            tokens, _ = _decode(decoder, adapters, unrolled, *state, **options)
-            for i, row in zip(batch, np.asarray(tokens)[:, :max_new_tokens]):
+            # The cache that comes back with the tokens is not kept: it would lie beside that of the next batch.
+            tokens = np.asarray(_decode(decoder, adapters, unrolled, *state, **options)[0])
+            for i, row in zip(batch, tokens[:, :max_new_tokens]):
                 ends = np.flatnonzero(np.isin(row, stops))
                 replies[i] = row[: ends[0] if len(ends) else None].tolist()
             progress(len(replies))
