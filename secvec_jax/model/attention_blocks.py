@@ -24,20 +24,23 @@ class Blocks(NamedTuple):
         return plgpu.CompilerParams(num_warps=self.warps, num_stages=self.stages)
 
 
-# For heads of 65 to 128 channels these were the fastest of eight on an H200 (benchmarks/RESULTS.md).
+# For heads of 65 to 128 channels, these three were the fastest of eight on an H200 (benchmarks/RESULTS.md).
 
 
 def forward_blocks(head_dim: int) -> Blocks:
+    """The blocks of the forward pass."""
     if head_dim > 128:
         return Blocks(64, 32, 4)
     return Blocks(128, 64, 4) if head_dim <= 64 else Blocks(64, 64, 4, stages=3)
 
 
 def query_gradient_blocks(head_dim: int) -> Blocks:
+    """The blocks of the backward pass that computes the gradient of the queries."""
     return Blocks(32, 32, 4) if head_dim > 128 else Blocks(64, 64, 4)
 
 
 def key_gradient_blocks(head_dim: int) -> Blocks:
+    """The blocks of the backward pass that computes the gradients of keys and values."""
     if head_dim > 128:
         return Blocks(32, 32, 4)
     return Blocks(64, 64, 4, stages=2 if head_dim <= 64 else 1)
@@ -48,7 +51,7 @@ class BlockSpecs:
 
     def __init__(self, query: jax.Array, key: jax.Array) -> None:
         _, t, n, h = query.shape
-        self.length, self.head_dim, group = t, pl.next_power_of_2(h), n // key.shape[1]
+        self.head_dim, group = pl.next_power_of_2(h), n // key.shape[1]
         self.marks = [pl.BlockSpec((None, t), lambda i, b, n: (b, 0))] * 2
         self.keys = pl.BlockSpec((None, None, self.head_dim, t), lambda i, b, n: (b, jax.lax.div(n, group), 0, 0))
         self.values = pl.BlockSpec((None, None, t, self.head_dim), lambda i, b, n: (b, jax.lax.div(n, group), 0, 0))
