@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ additional sequences; Vaccine on all weights."""
 TASK_LORA = "task LoRA under vectors"
 REAL_ROWS = 0
 """Instead of a number of segments per sequence: whole rows of real lengths, as many as fit."""
+
+REMATS = ("dots", "attention", "full")
+"""Remat policies that may fit, the fastest first."""
 
 Attempt = tuple[int, str]
 """(sequences per batch, remat policy)."""
@@ -125,28 +129,16 @@ def all_rows(toy: bool) -> list[Row | Kernels]:
 
 
 def _goal_rows(part: str, with_lora: str, full: str, length: int, tokens: int) -> Iterator[Row]:
-    fewest_bytes = {"optimizer": "adamw-bf16", "trained": "bfloat16"}
-    real: dict[str, Any] = {"segments": REAL_ROWS, "clip": True}
-    yield Row(part, "ours", TASK_LORA, with_lora, length, tokens, remats=("dots", "attention", "full"), **real)
-    yield Row(
-        part,
-        "ours",
-        "under vectors",
-        full,
-        length,
-        tokens,
-        remats=("dots", "attention", "full"),
-        **fewest_bytes,
-        **real,
-    )
-    yield Row(part, "ours", "vectors with KL", full, length, tokens, remats=("dots", "attention", "full"), **real)
+    real = partial(Row, part, "ours", length=length, tokens=tokens, segments=REAL_ROWS, remats=REMATS, clip=True)
+    yield real(TASK_LORA, with_lora)
+    yield real("under vectors", full, optimizer="adamw-bf16", trained="bfloat16")
+    yield real("vectors with KL", full)
     yield Row(part, "peft", "lora", with_lora, length, tokens, segments=1, remats=("none", "full"), clip=True)
 
 
 def _precision_rows(part: str, model: str, length: int, tokens: int) -> Iterator[Row]:
     for frozen in ("int8", "nf4", "float32"):  # bfloat16 is the first goal
-        remats = ("dots", "attention", "full")
-        yield Row(part, "ours", TASK_LORA, model, length, tokens, REAL_ROWS, remats, frozen=frozen, clip=True)
+        yield Row(part, "ours", TASK_LORA, model, length, tokens, REAL_ROWS, REMATS, frozen=frozen, clip=True)
 
 
 def _remat_rows(part: str, model: str, length: int, tokens: int) -> Iterator[Row]:
@@ -327,7 +319,7 @@ def _kernel_table(rows: list[dict[str, Any]]) -> str:
 
 def _step_table(rows: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | trained, by | batch, remat | tokens/s | against PEFT | MFU by | memory (planned) | step |",
+        "| model | trained, by | batch, remat | tokens/s | against PEFT | MFU, formula | memory (planned) | step |",
         "| --- | --- | --- | ---: | ---: | --- | ---: | ---: |",
     ]
     for row in rows:

@@ -1,8 +1,8 @@
 """Training steps measured by `gpu.py`, ours and PEFT's, each in a separate process.
 
 Batches are random tokens with several segments per sequence and every position but padding supervised. Compute is in
-bfloat16 (float32 on a CPU). Peak memory is the allocator's peak for the whole
-process on a GPU, and the peak memory of the process on a CPU.
+bfloat16 (float32 on a CPU). Peak memory is the allocator's peak for the whole process on a GPU, and the peak memory of
+the process on a CPU.
 """
 
 import contextlib
@@ -93,20 +93,25 @@ def random_segments(lines: int, length: int, segments: int) -> np.ndarray:
 def real_segments(lines: int, length: int) -> np.ndarray:
     """Return the segment of each token, `[lines, length]`: each sequence is filled with the next rows that fit."""
     marks = np.zeros((lines, length), np.int32)
-    rows = iter(itertools.cycle(json.loads(ROW_LENGTHS.read_text())))
+    rows = itertools.cycle(np.minimum(row_lengths(), length).tolist())
     row = next(rows)
     for line in marks:
         end = segment = 0
-        while end + min(row, length) <= length:
+        while end + row <= length:
             segment += 1
             line[end : end + row] = segment
-            end, row = end + min(row, length), next(rows)
+            end, row = end + row, next(rows)
     return marks
+
+
+def row_lengths() -> np.ndarray:
+    """Return the lengths of the real rows in tokens, `[N]`."""
+    return np.asarray(json.loads(ROW_LENGTHS.read_text()))
 
 
 def mean_real_length() -> int:
     """Return the mean over all tokens of real rows of the length of their row."""
-    lengths = np.asarray(json.loads(ROW_LENGTHS.read_text()))
+    lengths = row_lengths()
     return round((lengths**2).sum() / lengths.sum())
 
 
