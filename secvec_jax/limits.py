@@ -6,9 +6,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 _TICK = 0.1
 """Seconds between two looks at the time and the memory."""
@@ -20,19 +23,19 @@ class LimitExceeded(Exception):
     """The code took more time or memory than it may."""
 
 
-@contextlib.contextmanager
-def limited(seconds: float, memory: int) -> Iterator[None]:
-    """Raise LimitExceeded in a block of Python code that takes more wall time or more bytes of memory than this.
+def run_limited(run: Callable[[], Result], seconds: float, memory: int) -> Result:
+    """The result of Python code that may take at most so much wall time and so many bytes of memory.
 
     A signal looks at both every tenth of a second, between two operations of the interpreter. What a single operation
     allocates is limited by the operating system, on Linux: the process, with all its threads, may map `_OPERATION`
-    bytes more while the block runs, but not within `unlimited_address_space`. There is no limit in threads other than
-    the main one, where Python handles no signals. memory: by which the process's peak may grow.
+    bytes more meanwhile, but not within `unlimited_address_space`. There is no limit in threads other than the main
+    one, where Python handles no signals. memory: by which the process's peak may grow.
+
+    Raises LimitExceeded. The timer and the address space are then what they were before.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    start, peak, is_running = time.monotonic(), _peak_memory(), True
+        return run()
+    start, peak, is_running = time.monotonic(), _peak_memory(), False
 
     def look(number: int, frame: FrameType | None) -> None:
         if is_running and time.monotonic() - start > seconds:
@@ -40,22 +43,27 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
         if is_running and _peak_memory() - peak > memory:
             raise LimitExceeded(f"it takes more than {memory // 2**20:,} MiB of memory")
 
+    space = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, look)
     timer = signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
     try:
-        with _address_space(_OPERATION):
-            yield
+        _limit_address_space(_OPERATION)
+        is_running = True
+        return run()
     except MemoryError:
         raise LimitExceeded(f"it takes more than {_OPERATION // 2**20:,} MiB of memory at once") from None
     finally:
+        # First: a look that raises in what follows would leave the rest undone. In a context manager it also could
+        # raise on the way here, which is why this function takes one.
         is_running = False
+        resource.setrlimit(resource.RLIMIT_AS, space)
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def unlimited_address_space() -> Iterator[None]:
-    """Do not limit the address space within `limited` while this block runs, where other threads allocate.
+    """Do not limit the address space in `run_limited` while this block runs, where other threads allocate.
 
     For blocks in which XLA computes while Python goes on: an allocation of a step would fail at a limit that is meant
     for a template. Training reads only rows that were rendered once before it, with the limit.
@@ -71,21 +79,15 @@ def unlimited_address_space() -> Iterator[None]:
 _allocating = 0
 
 
-@contextlib.contextmanager
-def _address_space(more: int) -> Iterator[None]:
+def _limit_address_space(more: int) -> None:
     """Let the process map at most so many bytes more. Only Linux enforces that; elsewhere this does nothing."""
     if _allocating or not sys.platform.startswith("linux"):
-        yield
         return
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = pages * resource.getpagesize() + more
     others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(most, *others) if others else most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _peak_memory() -> int:

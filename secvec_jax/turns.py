@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from secvec_jax.errors import UserError
-from secvec_jax.limits import limited
+from secvec_jax.limits import run_limited
 
 LONGEST_TEXT = 2**24
 """Characters of a rendered conversation, some million tokens."""
@@ -72,14 +72,17 @@ def render(
     if template is None:
         raise UserError("the tokenizer has no chat template: use an instruct model, or add a chat_template.jinja")
     try:
-        with limited(_SECONDS, _MEMORY):
-            text = tokenizer.apply_chat_template(
+        text: str = run_limited(
+            lambda: tokenizer.apply_chat_template(
                 messages,
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-            )
+            ),
+            _SECONDS,
+            _MEMORY,
+        )
         if len(text) > LONGEST_TEXT:
             raise ValueError(f"it writes {len(text):,} characters, and {LONGEST_TEXT:,} at most are read")
         return text

@@ -9,10 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from secvec_jax import turns
+from secvec_jax import limits, turns
 from secvec_jax.data.chat import encode
 from secvec_jax.errors import UserError
-from secvec_jax.limits import LimitExceeded, limited, unlimited_address_space
+from secvec_jax.limits import LimitExceeded, run_limited, unlimited_address_space
 from secvec_jax.turns import render, turn_ends
 from tests.toys import build_tokenizer
 
@@ -110,35 +110,57 @@ def test_arguments_may_be_unpacked_and_usual_templates_pass():
     assert render(made, CHAT) == "1a6"
 
 
+def forever():
+    while True:
+        pass
+
+
+def address_space():
+    return resource.getrlimit(resource.RLIMIT_AS)
+
+
 def test_limits_leave_the_timer_and_the_address_space_of_others_as_they_were():
-    space = resource.getrlimit(resource.RLIMIT_AS)
+    space = address_space()
     rang = []
     handler = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with limited(5, 2**30):
-            pass
+        run_limited(lambda: None, 5, 2**30)
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
         time.sleep(0.5)
         assert rang == [1]
-        assert resource.getrlimit(resource.RLIMIT_AS) == space
+        assert address_space() == space
     finally:
         signal.signal(signal.SIGALRM, handler)
-    with pytest.raises(LimitExceeded), limited(0.2, 2**30):
-        while True:
-            pass
+    with pytest.raises(LimitExceeded):
+        run_limited(forever, 0.2, 2**30)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert address_space() == space
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a last tick that another thread gets
+def test_a_look_at_any_moment_leaves_the_address_space_as_it_was(monkeypatch):
+    monkeypatch.setattr(limits, "_TICK", 2e-5)  # a hundred looks while a call takes its course
+    space = address_space()
+    kept, exceeded = [], 0  # the errors: what only the end of their frames would put right counts as left behind
+    for turn in range(2_000):
+        try:
+            run_limited(lambda: None, 0.0 if turn % 2 else 1e-4, 2**30)
+        except LimitExceeded as error:
+            kept.append(error)
+            exceeded += 1
+        assert address_space() == space
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert exceeded
 
 
 def test_the_address_space_is_not_limited_while_a_device_computes():
-    space = resource.getrlimit(resource.RLIMIT_AS)
-    with limited(5, 2**30):
-        assert sys.platform != "linux" or resource.getrlimit(resource.RLIMIT_AS) != space
-    with unlimited_address_space(), limited(5, 2**30):
-        assert resource.getrlimit(resource.RLIMIT_AS) == space
-    with pytest.raises(LimitExceeded), unlimited_address_space(), limited(0.2, 2**30):
-        while True:
-            pass
+    space = address_space()
+    assert sys.platform != "linux" or run_limited(address_space, 5, 2**30) != space
+    with unlimited_address_space():
+        assert run_limited(address_space, 5, 2**30) == space
+        with pytest.raises(LimitExceeded):
+            run_limited(forever, 0.2, 2**30)
 
 
 def test_limits_do_nothing_in_other_threads():
