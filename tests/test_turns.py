@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from secvec_jax import limits, turns
+from secvec_jax import turns
 from secvec_jax.data.chat import encode
 from secvec_jax.errors import UserError
 from secvec_jax.limits import LimitExceeded, run_limited, unlimited_address_space
@@ -138,20 +138,29 @@ def test_limits_leave_the_timer_and_the_address_space_of_others_as_they_were():
     assert address_space() == space
 
 
-def test_a_look_at_any_moment_leaves_the_address_space_as_it_was(monkeypatch):
-    monkeypatch.setattr(limits, "_TICK", 2e-5)  # some looks in each part of a call
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # a look within a destructor raises nothing
+def test_a_look_while_the_limits_are_set_and_taken_back_leaves_none_behind(monkeypatch):
+    looks = []
+
+    def after_a_look(call):
+        def looked(*arguments):
+            if callable(signal.getsignal(signal.SIGALRM)):
+                looks.append(call)
+                signal.raise_signal(signal.SIGALRM)
+            return call(*arguments)
+
+        return looked
+
     space = address_space()
-    kept, exceeded = [], 0  # the errors: what only the end of their frames would put right counts as left behind
-    for turn in range(2_000):
-        try:
-            run_limited(lambda: None, 0.0 if turn % 2 else 1e-4, 2**30)
-        except LimitExceeded as error:
-            kept.append(error)
-            exceeded += 1
-        assert address_space() == space
-        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    assert exceeded
+    handler = signal.getsignal(signal.SIGALRM)
+    monkeypatch.setattr(resource, "setrlimit", after_a_look(resource.setrlimit))
+    monkeypatch.setattr(signal, "setitimer", after_a_look(signal.setitimer))
+    monkeypatch.setattr(signal, "signal", after_a_look(signal.signal))
+    assert run_limited(lambda: "done", 0.0, 2**30) == "done"
+    assert len(looks) == 5
+    with pytest.raises(LimitExceeded):
+        run_limited(forever, 0.0, 2**30)
+    assert address_space() == space
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0) and signal.getsignal(signal.SIGALRM) == handler
 
 
 def test_the_address_space_is_not_limited_while_a_device_computes():
