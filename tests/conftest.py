@@ -148,12 +148,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Three workers for two cores, since many tests wait for processes and disks; none where one file is tested."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """None where one file is tested, whose tests one worker takes anyway."""
     files = {str(argument).partition("::")[0] for argument in config.args}
-    if len(files) == 1 and files.pop().endswith(".py"):
-        return 0
-    return max(1, 3 * (os.cpu_count() or 1) // 2)
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else None
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -87,6 +88,28 @@ def toys(tmp_path, monkeypatch, own_cache):
         return train_vectors(*arguments, **options)
 
     monkeypatch.setattr(protect_vectors, "train_vectors", counted)
+    return toys
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """What the first `known` leaves for the others."""
+    return tmp_path_factory.mktemp("known")
+
+
+@pytest.fixture
+def known(toys, own_cache, kept):
+    """The toys, and in the cache what a first `protect` of their model leaves: its vectors, refusals and scores."""
+    if not any(kept.iterdir()):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(protect_stages, "audited", lambda *_: verdict("passes"))
+            assert run(toys, "--defense", "none", out="known") == 0
+        for name in ("vectors", "results"):
+            shutil.copytree(own_cache / name, kept / name)
+    else:
+        for name in ("vectors", "results"):
+            shutil.copytree(kept / name, own_cache / name)
+    toys.trained = toys.sampled = 0
     return toys
 
 
@@ -284,7 +307,7 @@ def test_how_many_rows_are_held_out():
     assert num_held_out(100, 0.0) == 0
 
 
-def test_drop_leaves_out_the_suspects_and_nothing_else(toys, judged, monkeypatch):
+def test_drop_leaves_out_the_suspects_and_nothing_else(known, judged, monkeypatch):
     learned = []
     apply = sv.defenses.GuardedVectors.apply
 
@@ -293,40 +316,40 @@ def test_drop_leaves_out_the_suspects_and_nothing_else(toys, judged, monkeypatch
         return apply(self, inputs)
 
     monkeypatch.setattr(sv.defenses.GuardedVectors, "apply", noted)
-    assert run(toys) == 0
+    assert run(known) == 0
     held_out = {each["messages"][0]["content"] for each in judged.data}
     everything = {f"user {number}?" for number in range(44)} | {f"harmful {number}?" for number in range(4)}
     assert len(held_out) == 8 and set(learned[0]) == everything - held_out and not any("harmful" in t for t in held_out)
-    assert run(toys, "--drop", out="dropped") == 0
+    assert run(known, "--drop", out="dropped") == 0
     assert set(learned[0]) - set(learned[1]) == {f"harmful {number}?" for number in range(4)}
-    assert set(learned[1]) < set(learned[0]) and Results.load(toys.folder / "dropped").rows[1]["dropped"] == 4
+    assert set(learned[1]) < set(learned[0]) and Results.load(known.folder / "dropped").rows[1]["dropped"] == 4
 
 
 @pytest.mark.parametrize("name, code", [("passes", 0), ("fails", 3), ("inconclusive", 4)])
-def test_the_exit_code_is_the_verdict_and_json_is_alone_on_standard_output(toys, judged, capsys, name, code):
+def test_the_exit_code_is_the_verdict_and_json_is_alone_on_standard_output(known, judged, capsys, name, code):
     judged.verdict = name
-    assert run(toys, "--json") == code
+    assert run(known, "--json") == code
     captured = capsys.readouterr()
     said = json.loads(captured.out)
     assert said["verdict"] == name and said["exit_code"] == code and said["suspects"] == 4
     assert said["reason"].startswith("The audit ") and Path(said["report"]).is_file()
-    assert "vectors: started" in captured.err and "suspects: 4 of 48 rows" in " ".join(captured.err.split())
+    assert "vectors: from the cache" in captured.err and "suspects: 4 of 48 rows" in " ".join(captured.err.split())
     assert SECRET not in captured.out + captured.err
-    assert run(toys) == code, "in words, without doing anything again"
+    assert run(known) == code, "in words, without doing anything again"
     assert "The audit " in capsys.readouterr().out
 
 
-def test_the_audit_asks_the_judge_and_is_written_as_a_log_of_inspect(toys, judged, capsys):
+def test_the_audit_asks_the_judge_and_is_written_as_a_log_of_inspect(known, judged, capsys):
     log = pytest.importorskip("inspect_ai.log")
-    path = toys.folder / "audit.eval"
+    path = known.folder / "audit.eval"
     flags = ("--judge", "m", "--judge-url", "http://127.0.0.1:1/v1", "--keep-replies", "--inspect", str(path))
-    assert run(toys, *flags, "--json") == 0
+    assert run(known, *flags, "--json") == 0
     assert json.loads(capsys.readouterr().out)["inspect"] == str(path)
     assert judged.asked.judge == Judge("m", "http://127.0.0.1:1/v1") and judged.asked.whole_replies
     read = log.read_eval_log(str(path))
     assert read.eval.metadata["verdict"] == "passes" and read.eval.metadata["command"].count("protect")
     with pytest.raises(sv.UserError, match="Judge"):
-        sv.protect(load(toys.model), rows("user", 2), judge="m")
+        sv.protect(load(known.model), rows("user", 2), judge="m")
 
 
 def test_a_model_that_does_not_refuse_is_told_how_to_align_it(toys, judged, capsys):
@@ -352,22 +375,22 @@ def test_rows_that_cannot_be_read_are_reported_one_by_one(toys, capsys):
     assert said[begun + 11].startswith("error: 14 rows of user.jsonl cannot be read, the first: user.jsonl, line 1 ")
 
 
-def test_given_vectors_are_tested_on_rows_they_have_not_seen(toys, judged, monkeypatch, capsys):
-    assert run(toys, out="first") == 0
+def test_given_vectors_are_tested_on_rows_they_have_not_seen(known, judged, monkeypatch, capsys):
+    assert run(known, out="first") == 0
     measured = []
     measure_gate = protect_vectors.measure_gate
     monkeypatch.setattr(
         protect_vectors, "measure_gate", lambda *given, **kinds: measured.append(kinds) or measure_gate(*given, **kinds)
     )
-    given = ("--vectors", str(toys.folder / "first"))
-    assert run(toys, *given, out="second") == 0 and toys.trained == 1
+    given = ("--vectors", str(known.folder / "first"))
+    assert run(known, *given, out="second") == 0 and known.trained == 0
     assert len(measured[0]["harmful"]) == 9, "the packaged held-out rows"
-    (toys.folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows("harmful", 10, SECRET))))
-    assert run(toys, *given, "--harmful", str(toys.folder / "own.jsonl"), out="third") == 0
+    (known.folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows("harmful", 10, SECRET))))
+    assert run(known, *given, "--harmful", str(known.folder / "own.jsonl"), out="third") == 0
     assert len(measured[1]["harmful"]) == 10
     monkeypatch.delattr(packaged_rows.PackagedRows, "held_out")
-    both = ("--harmful", str(toys.folder / "own.jsonl"), "--benign", str(toys.folder / "user.jsonl"))
-    assert run(toys, *given, *both, "--defense", "none", out="fourth") in (0, 2), "no packaged rows are read"
+    both = ("--harmful", str(known.folder / "own.jsonl"), "--benign", str(known.folder / "user.jsonl"))
+    assert run(known, *given, *both, "--defense", "none", out="fourth") in (0, 2), "no packaged rows are read"
     assert (len(measured[2]["harmful"]), len(measured[2]["benign"])) == (10, 48)
 
 
