@@ -90,8 +90,8 @@ class Grid:
     part: str = "1/1"
     """i/n: this process runs every n-th cell, starting with the i-th"""
     only: Literal["all", "cells", "report", "gaps"] = "all"
-    """cells: check the file and list its cells; report: write the tables of the completed cells; gaps: print how far
-    the completed cells are from the oracle, benign only"""
+    """cells: check the file and list its cells, running none; report: write the tables of the completed cells; gaps:
+    print how far the completed cells are from the oracle, benign only"""
     overwrite: bool = False
     """delete the cells, models and vectors in OUT and start over"""
 

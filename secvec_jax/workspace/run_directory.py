@@ -245,7 +245,7 @@ def read_stage(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or "result" not in record or not is_number(record.get("seconds")):
         raise UserError(f"{path} is damaged (it has no seconds and result): {cure}")
     done = {key: value for key, value in record.items() if key not in ("seconds", "digest")}
-    if "digest" in record and record["digest"] != of_values([done]):
+    if record.get("digest") != of_values([done]):
         raise UserError(f"{path} is damaged (it differs from its digest): {cure}")
     if not all(isinstance(record.get(key) or {}, dict) for key in ("inputs", "makes")):
         raise UserError(f"{path} is damaged (its inputs are no object): {cure}")

@@ -13,7 +13,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.files import LOCK, read_log
 from secvec_jax.terminal import Console
 from secvec_jax.workspace import run_directory
-from secvec_jax.workspace.run_directory import claim
+from secvec_jax.workspace.run_directory import claim, stage_record
 from secvec_jax.workspace.stages import Stages, curves
 
 
@@ -38,7 +38,7 @@ def begun(folder, settings=Experiment(), inputs=None):
     claim(settings, folder, inputs or {})
     (folder / "metrics.jsonl").touch()
     (folder / "stages").mkdir()
-    (folder / "stages" / "finetune.json").write_text('{"seconds": 2.0, "result": {}}')
+    (folder / "stages" / "finetune.json").write_text(json.dumps(stage_record(2.0, {"result": {}})))
     return folder
 
 
@@ -312,7 +312,7 @@ def test_a_further_file_is_none_of_the_runs_own(tmp_path):
             run_directory.check_not_of_run(tmp_path / name, "--write-clean", tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"result": [1]}, {"inputs": {"a": "sha256:1"}}, {"makes": "x"}, {"digest": 3}])
+@pytest.mark.parametrize("change", [{"result": [1]}, {"inputs": {"a": "sha256:1"}}, {"makes": "x"}, {"digest": None}])
 def test_a_changed_record_of_a_stage_is_reported(tmp_path, change):
     stages = Stages(tmp_path, Console(quiet=True))
     assert stages.run("score", lambda stage: {"refusal": (1.0, float("nan")), 2: 0, 10: 0})

@@ -150,7 +150,7 @@ def test_stages_of_an_earlier_version_are_kept(tmp_path):
     read = tmp_path / "aligned"
     read.write_text("1")
     (tmp_path / "stages").mkdir()
-    (tmp_path / "stages" / "plain.json").write_text('{"seconds": 1.0, "result": 7}')
+    (tmp_path / "stages" / "plain.json").write_text(json.dumps(run_directory.stage_record(1.0, {"result": 7})))
     (tmp_path / "stages" / "vectors.seconds").write_text("3.5")
     stages = Stages(tmp_path, Console(quiet=True))
     assert stages.run("plain", lambda stage: 8, reads={"the aligned model": read}) == 7
