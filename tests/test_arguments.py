@@ -21,7 +21,7 @@ from secvec_jax import inference
 from secvec_jax.data.frames import records_of
 from secvec_jax.defenses import advice, finetuning, security_vectors
 from secvec_jax.defenses.inputs import as_row_source
-from secvec_jax.outputs import check_replaceable
+from secvec_jax.output_checks import check_replaceable
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import num_parameters
 from tests.toys import random_examples, tiny_model

@@ -34,7 +34,7 @@ from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.outcomes import METRIC, FurtherProbe, cell_outcomes
 from secvec_jax.grid.report import Layout
 from secvec_jax.grid.seed_workspace import SeedWorkspace
-from secvec_jax.outputs import check_own
+from secvec_jax.output_checks import check_own
 from secvec_jax.suggestions import suggestion
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 from secvec_jax.workspace.run_directory import INPUTS, acquire, release

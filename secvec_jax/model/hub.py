@@ -48,7 +48,7 @@ from secvec_jax.model.quantized import Precision
 from secvec_jax.model.saved_weights import Backbone, FullPrecision, Widened, exact_dtypes, gathered, weight_sizes
 from secvec_jax.model.tokenizer import MissingTokenizer, load_tokenizer, save_tokenizer
 from secvec_jax.model.weights import assemble, resolve_head
-from secvec_jax.outputs import check_replaceable
+from secvec_jax.output_checks import check_replaceable
 from secvec_jax.remote import is_url
 from secvec_jax.run_folders import find_model
 from secvec_jax.sharding import AXIS_RULES, num_shards, replicate

@@ -17,7 +17,7 @@ from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.files import atomic_file, check_regular, expanded
 from secvec_jax.model.hub import load
-from secvec_jax.outputs import check_replaceable, check_separate
+from secvec_jax.output_checks import check_replaceable, check_separate
 from secvec_jax.remote import is_url
 from secvec_jax.terminal import Console
 from secvec_jax.workspace.run_directory import check_not_of_run

@@ -18,7 +18,7 @@ from secvec_jax.files import atomic_folder
 from secvec_jax.model.families import weight_names
 from secvec_jax.model.hub import Model
 from secvec_jax.model.hub_files import REPLACEABLE
-from secvec_jax.outputs import check_replaceable
+from secvec_jax.output_checks import check_replaceable
 from secvec_jax.sharding import replicate, shard
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.lora import LoRA, LoRAVectors

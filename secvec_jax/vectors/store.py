@@ -22,7 +22,7 @@ from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.files import atomic_file
 from secvec_jax.model.hub import Model
-from secvec_jax.outputs import check_replaceable
+from secvec_jax.output_checks import check_replaceable
 from secvec_jax.run_folders import find_vectors
 from secvec_jax.sharding import replicate, shard
 from secvec_jax.trees import fingerprint

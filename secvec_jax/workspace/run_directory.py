@@ -20,7 +20,7 @@ from secvec_jax.digests import difference, of_values
 from secvec_jax.errors import UserError, WriteError
 from secvec_jax.evaluation.records import is_number
 from secvec_jax.files import LOCK, atomic_file, clear_unfinished, expanded, lock, read_kept, resolved
-from secvec_jax.outputs import check_own
+from secvec_jax.output_checks import check_own
 from secvec_jax.workspace.inputs import Inputs
 
 VERSION = secvec_jax.__version__

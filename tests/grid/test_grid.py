@@ -20,7 +20,7 @@ from secvec_jax.grid.attacks import make_attack
 from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.grid import Grid, GridConfig, grid
 from secvec_jax.grid.seed_workspace import SeedWorkspace
-from secvec_jax.outputs import check_own
+from secvec_jax.output_checks import check_own
 from secvec_jax.workspace.workspace import Experiment
 
 ROOT = Path(__file__).parents[2]
