@@ -31,7 +31,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -39,6 +39,7 @@ import numpy as np
 import pytest
 
 from tests import quick_shuffle  # noqa: F401 -- sets what its text says
+from tests.disks import Disk
 from tests.toys import VOCABULARY, build_tokenizer
 
 # The same inputs in every run and no time limits: neither chance nor the load of the machine decides what fails.
@@ -243,6 +244,14 @@ def own_cache(tmp_path, monkeypatch) -> Path:
     (own / "packages").symlink_to(shared)
     monkeypatch.setenv("SECVEC_CACHE", str(own))
     return own
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Disk]:
+    """A small disk; the test is skipped where none can be mounted."""
+    disk = Disk(tmp_path / "disk")
+    yield disk
+    disk.unmount()
 
 
 @pytest.fixture

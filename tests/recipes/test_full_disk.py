@@ -3,22 +3,21 @@
 import json
 import random
 import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
 from secvec_jax import digests
+from tests.disks import KIBIBYTES, Disk
 from tests.processes import call
 from tests.toys import tiny_model
 
 TRAINING = ["--batch-size", "4", "--max-seq-len", "64", "--max-steps", "4", "--learning-rate", "1e-2", "--schedule",
             "constant", "--warmup-steps", "0", "--remat", "none", "--check-prompts", "0",
             "--save-every-seconds", "0.001"]  # fmt: skip
-KIBIBYTES = 16 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -76,27 +75,6 @@ def undisturbed(files, tmp_path_factory) -> Callable[[str], tuple[dict[str, str]
         return known[verb]
 
     return of
-
-
-class Disk:
-    """A file system in memory, of a size that can be changed."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={KIBIBYTES}k", "tmpfs", folder]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("only root can mount a small disk")
-
-    def resize(self, kibibytes: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={kibibytes}k", self.folder], check=True)
-
-
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Disk]:
-    disk = Disk(tmp_path / "disk")
-    yield disk
-    subprocess.run(["umount", "-l", disk.folder], check=True)
 
 
 def fails_and_resumes(files: Path, disk: Disk, verb: str, kibibytes: int, expected: dict[str, str]) -> str:

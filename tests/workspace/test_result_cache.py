@@ -1,5 +1,6 @@
 """Results kept in the cache folder: made once, told when damaged or old, and never half read."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,12 +11,14 @@ import pytest
 
 from secvec_jax.config import Training
 from secvec_jax.defenses.identity import with_inputs
+from secvec_jax.digests import of_values
 from secvec_jax.model.hub import load
 from secvec_jax.recipes import protect_vectors
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.workspace import result_cache
 from secvec_jax.workspace.result_cache import inputs_of, kept
 from secvec_jax.workspace.vector_cache import key_of
+from tests.processes import started
 from tests.toys import ARCHITECTURE, build_tokenizer, random_decoder, tiny_model
 
 
@@ -145,6 +148,58 @@ def test_who_comes_second_waits_for_the_result_of_the_first(maker):
         thread.join(60)
     assert results[0] == results[1] and (maker.made, second.made) == (1, 0)
     assert second.told[0] == "another process is making the own replies: waiting"
+
+
+def test_two_that_share_a_full_cache_both_have_their_result(maker, disk, monkeypatch):
+    monkeypatch.setenv("SECVEC_CACHE", str(disk.folder))
+    second, waiting, results = Maker(), threading.Event(), []
+
+    def fill():
+        """The disk is full once the second waits for the first."""
+        threads[1].start()
+        assert waiting.wait(60)
+        with contextlib.suppress(OSError), open(disk.folder / "filler", "wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        return Maker.make(maker)
+
+    maker.make = fill
+    second.told = type("Told", (list,), {"append": lambda self, line: (list.append(self, line), waiting.set())})()
+    threads = [threading.Thread(target=lambda maker=maker: results.append(maker.get("a"))) for maker in (maker, second)]
+    threads[0].start()
+    for thread in threads:
+        thread.join(60)
+    assert results == [{"made": 1, "number": 0.1 + 0.2, "pair": [1, None]}] * 2
+    assert "another process is making the own replies: waiting" == second.told[0]
+    for told in (maker.told, second.told[1:]):
+        assert len(told) == 1 and "are not kept" in told[0] and "No space left" in told[0]
+    assert sorted(path.suffix for path in (disk.folder / "results" / "own-replies").iterdir()) == [".lock"]
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(maker, own_cache):
+    folder = own_cache / "results" / "own-replies"
+    code = """
+import sys, time
+from pathlib import Path
+from secvec_jax.workspace.result_cache import locked
+
+with locked(Path(sys.argv[1]), sys.argv[2], lambda: None):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    key = of_values(["a"]).removeprefix("sha256:")
+    with started([("-c", code, folder, key)]) as (holder,):
+        assert holder.stdout.readline() == "held\n"
+        waiting = threading.Event()
+        maker.told = type("Told", (list,), {"append": lambda self, line: (list.append(self, line), waiting.set())})()
+        results = []
+        thread = threading.Thread(target=lambda: results.append(maker.get("a")))
+        thread.start()
+        assert waiting.wait(60) and not results, "it waits while the holder lives"
+        holder.kill()
+        thread.join(60)
+    assert results[0]["made"] == 1 and maker.told == ["another process is making the own replies: waiting"]
 
 
 def test_processes_of_a_cluster_do_not_use_the_cache(maker, own_cache, monkeypatch):
