@@ -38,6 +38,7 @@ import hypothesis
 import numpy as np
 import pytest
 
+from secvec_jax.programs import drop_programs_if_many
 from tests import quick_shuffle  # noqa: F401 -- sets what its text says
 from tests.disks import Disk
 from tests.toys import VOCABULARY, build_tokenizer
@@ -157,12 +158,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Drops compiled programs, which hold memory maps, when three quarters of those that Linux grants are taken."""
+    """Drops compiled programs where there are too many."""
     yield
-    maps, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
-    if maps.exists() and maps.read_bytes().count(b"\n") > int(limit.read_text()) * 3 // 4:
-        jax.clear_caches()
-        gc.collect()
+    drop_programs_if_many()
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,9 @@ class Record:
     rules: int = 1
     inputs: Mapping[str, str | None] = field(default_factory=dict)
     """content hashes of the inputs; empty in cells of versions that did not record them"""
+    seconds_of: Mapping[str, float] = field(default_factory=dict)
+    """what of the time was "loaded", "trained" and "judged", and what of these three "compiled"; empty in cells of
+    versions that did not record it"""
 
     @classmethod
     def from_dict(cls, contents: dict, source: str = "this record") -> "Record":
@@ -51,7 +54,7 @@ class Record:
         require(isinstance(contents, dict), "not an object")
         unknown = set(contents) - set(known)
         require(not unknown, f"unknown {quoted(unknown)}: the fields are {quoted(known)}")
-        missing = set(known) - set(contents) - {"rules", "inputs"}  # which earlier versions did not write
+        missing = set(known) - set(contents) - {"rules", "inputs", "seconds_of"}  # which earlier versions did not write
         require(not missing, f"no {quoted(missing)}")
         cell, metrics, error = contents["cell"], contents["metrics"], contents["error"]
         require(isinstance(cell, dict) and isinstance(cell.get("seed"), int), "'cell' must be an object with a seed")
@@ -72,7 +75,10 @@ class Record:
         defined = {name: tuple(values) for name, values in metrics.items() if values[0] is not None}
         inputs = contents.get("inputs", {})
         require(isinstance(inputs, dict), "'inputs' must be an object")
-        return cls(cell, defined, contents["seconds"], error, rules, inputs)
+        seconds_of = contents.get("seconds_of", {})
+        is_seconds = isinstance(seconds_of, dict) and all(map(is_number, seconds_of.values()))
+        require(is_seconds, "'seconds_of' must be an object of numbers")
+        return cls(cell, defined, contents["seconds"], error, rules, inputs, seconds_of)
 
 
 def read(folder: str | Path) -> list[Record]:

@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from secvec_jax import config
 from secvec_jax.arguments import whole_number
 from secvec_jax.checks import Text, checked
@@ -35,6 +33,7 @@ from secvec_jax.grid.outcomes import METRIC, FurtherProbe, cell_outcomes
 from secvec_jax.grid.report import Layout
 from secvec_jax.grid.seed_workspace import SeedWorkspace
 from secvec_jax.output_checks import check_own
+from secvec_jax.programs import drop_programs_if_many, seconds_compiling
 from secvec_jax.suggestions import suggestion
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 from secvec_jax.workspace.run_directory import INPUTS, acquire, release
@@ -165,7 +164,7 @@ def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[
             record = _record(workspace, cell, probes)
             on_main_process(partial(_write, path, record, cell, workspace))
             console.print(f"{count}/{len(part)} {_summary(record)}")
-            jax.clear_caches()  # each program holds memory maps, of which a process may have only so many
+            drop_programs_if_many()  # else the next cells use them again
     if unrecorded:
         console.print(f"{unrecorded} cells are of a version that recorded no inputs: they are kept as they are")
     if lacking:
@@ -272,15 +271,17 @@ def _write(path: Path, record: Record, cell: Cell, workspace: SeedWorkspace) -> 
 
 
 def _record(workspace: SeedWorkspace, cell: Cell, probes: Sequence[FurtherProbe]) -> Record:
-    start = time.monotonic()
+    start, compiled_before = time.monotonic(), seconds_compiling()
     metrics: Outcomes = {}
+    seconds_of: dict[str, float] = {}
     error = None
     try:
-        metrics = cell_outcomes(workspace, cell, probes)
+        metrics = cell_outcomes(workspace, cell, probes, seconds_of)
     except Exception as failure:  # it is reported, and the other cells run
         traceback.print_exc()
         error = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
-    return Record(cell.settings, metrics, time.monotonic() - start, error, RULES)
+    seconds_of["compiled"] = seconds_compiling() - compiled_before
+    return Record(cell.settings, metrics, time.monotonic() - start, error, RULES, seconds_of=seconds_of)
 
 
 def _summary(record: Record) -> str:
@@ -293,4 +294,5 @@ def _summary(record: Record) -> str:
     scores = "  ".join(f"{name} {means[name]:.2f}" for name in shown if name in means)
     fields = ("attack", "poison", "samples", "learning_rate", "optimizer", "seed")
     settings = ", ".join(f"{name} {record.cell[name]}" for name in fields)
-    return f"{defense} ({settings}): {scores}  [{record.seconds:.0f} s]"
+    parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in record.seconds_of.items())
+    return f"{defense} ({settings}): {scores}  [{record.seconds:.0f} s: {parts}]"

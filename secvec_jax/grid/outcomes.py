@@ -4,8 +4,10 @@ The further probes cost more than the rest of an evaluation, so a grid file asks
 Those without generated text are as in an audit (`evaluation.audit_measures`).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from secvec_jax.activations import attention_difference
@@ -37,14 +39,25 @@ METRIC: dict[FurtherProbe, str] = {"prefill": "prefill_5", "kl": "kl", "relearni
 RELEARNED_ROWS, RELEARNING_STEPS = 8, 5
 
 
-def cell_outcomes(workspace: SeedWorkspace, cell: Cell, probes: Sequence[FurtherProbe] = ()) -> Outcomes:
+def cell_outcomes(
+    workspace: SeedWorkspace, cell: Cell, probes: Sequence[FurtherProbe], seconds_of: dict[str, float]
+) -> Outcomes:
     """The outcomes of the cell's model, and measurements of its training.
 
     The latter are the attack's loss and the gradient norm in the first and in the last step, the drift of the weights,
-    and the drift of the attention outputs on harmful rows.
+    and the drift of the attention outputs on harmful rows. seconds_of: filled with what loading the aligned model,
+    training and judging took, each with the shared stages that are made for it.
     """
     steps: list[dict[str, float]] = []
-    aligned = workspace.aligned
+
+    @contextlib.contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        seconds_of[name] = time.monotonic() - start
+
+    with timed("loaded"):
+        aligned = workspace.aligned
 
     def work(stage: Stage) -> Outcomes:
         show = stage.on_step()
@@ -54,13 +67,15 @@ def cell_outcomes(workspace: SeedWorkspace, cell: Cell, probes: Sequence[Further
             show(step, num_steps, metrics)
 
         options = FinetuneOptions(training=workspace.training(cell), task=workspace.task_lora(cell), on_step=on_step)
-        defended = cell.defense.apply(CellInputs(workspace, cell, options))
-        suite = workspace.suite(cell, defended.system)
-        results = outcomes(defended.model, suite, on_reply=stage.replies(suite.size, "evaluating"))
-        results["drift"] = [float(distance(defended.model.backbone, aligned.backbone))]
-        results["embedding_drift"] = attention_difference(defended.model, aligned, suite.harmful_targets)
-        for probe in probes:
-            results |= _PROBES[probe](workspace, cell, defended.model, suite, stage)
+        with timed("trained"):
+            defended = cell.defense.apply(CellInputs(workspace, cell, options))
+        with timed("judged"):
+            suite = workspace.suite(cell, defended.system)
+            results = outcomes(defended.model, suite, on_reply=stage.replies(suite.size, "evaluating"))
+            results["drift"] = [float(distance(defended.model.backbone, aligned.backbone))]
+            results["embedding_drift"] = attention_difference(defended.model, aligned, suite.harmful_targets)
+            for probe in probes:
+                results |= _PROBES[probe](workspace, cell, defended.model, suite, stage)
         return results | {name: [float(value)] for name, value in defended.notes.items()}
 
     with workspace.workspace.stages.show(cell.defense.label) as stage:

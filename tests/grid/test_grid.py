@@ -240,10 +240,7 @@ A_FEW = ["none", "self-correction", WITH_SAFE_ROWS]
     ],
     ids=["a few", "all"],
 )  # fmt: skip
-def test_every_defense_runs_and_is_reported(
-    model_folder, tmp_path, monkeypatch, everyone, attacked, attacks, samples, max_seq_len
-):
-    monkeypatch.setattr("jax.clear_caches", lambda: None)  # what a grid of thousands of cells needs costs minutes here
+def test_every_defense_runs_and_is_reported(model_folder, tmp_path, everyone, attacked, attacks, samples, max_seq_len):
     out = tmp_path / "out"
     block = {"table": "A", "samples": [samples], "poison": [0.5], "epochs": [1], "learning_rate": [1e-3]}
     path = plan(
@@ -258,6 +255,10 @@ def test_every_defense_runs_and_is_reported(
     records = read(out)
     failures = {record.cell["defense"]: record.error for record in records if record.error}
     assert not failures
+    for record in records:
+        parts = dict(record.seconds_of)
+        assert 0 <= parts.pop("compiled") < record.seconds and parts.keys() == {"loaded", "trained", "judged"}
+        assert 0.5 * record.seconds < sum(parts.values()) <= record.seconds
     labels = {read_defense(defense).label for defense in everyone}
     assert {record.cell["defense"] for record in records} == labels
     for record in records:
@@ -285,8 +286,7 @@ def test_every_defense_runs_and_is_reported(
 
 
 @pytest.mark.release  # by default, tests/grid/test_outcomes.py checks the probes and test_gap.py the tables
-def test_further_probes_are_measured_and_the_gaps_to_the_oracle_printed(model_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("jax.clear_caches", lambda: None)
+def test_further_probes_are_measured_and_the_gaps_to_the_oracle_printed(model_folder, tmp_path, capsys):
     out = tmp_path / "out"
     block = {"defense": ["none", "benign only"], "samples": [8], "poison": [0.5], "epochs": [1]}
     path = plan(tmp_path, model_folder, block, aligns=False, probes=("prefill", "kl", "relearning"))
