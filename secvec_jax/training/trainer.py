@@ -18,6 +18,7 @@ from secvec_jax.data.pipeline import Batches, Stream
 from secvec_jax.distributed import Consensus, all_max
 from secvec_jax.errors import UserError, WriteError
 from secvec_jax.limits import unlimited_address_space
+from secvec_jax.memory import return_freed_memory
 from secvec_jax.training.checkpoints import Checkpoints, Store
 from secvec_jax.training.phase import Phase, combine
 from secvec_jax.training.profiling import step_tracer
@@ -117,6 +118,7 @@ def fit(
             raise KeyboardInterrupt
         if store is not None and checkpoints is not None and checkpoints.best is not None and run.step:
             store.restore_best(run, last)
+    return_freed_memory()
     return combine(run.trained, frozen)
 
 

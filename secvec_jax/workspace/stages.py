@@ -29,6 +29,7 @@ from secvec_jax.distributed import (
 from secvec_jax.errors import UserError, WriteError
 from secvec_jax.evaluation.records import is_number
 from secvec_jax.files import atomic_file, read_kept, read_log
+from secvec_jax.memory import return_freed_memory
 from secvec_jax.terminal import Console
 from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
@@ -124,6 +125,7 @@ class Stages:
             started.unlink(missing_ok=True)
 
         on_main_process(record_result)
+        return_freed_memory()
         self.console.print(f"{name}: {self.seconds[name]:.0f} s")
         return result
 
