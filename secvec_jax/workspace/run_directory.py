@@ -242,8 +242,12 @@ def read_stage(path: Path) -> dict[str, Any]:
     """The record of a finished stage. Raises UserError if it is damaged."""
     cure = "delete it, and the stage runs again"
     record = read_kept(path, cure)
-    if not isinstance(record, dict) or "result" not in record or not is_number(record.get("seconds")):
-        raise UserError(f"{path} is damaged (it has no seconds and result): {cure}")
+    if (
+        not isinstance(record, dict)
+        or not {"result", "digest"} <= record.keys()
+        or not is_number(record.get("seconds"))
+    ):
+        raise UserError(f"{path} is damaged, or of an older version (it lacks seconds, result or digest): {cure}")
     done = {key: value for key, value in record.items() if key not in ("seconds", "digest")}
     if record.get("digest") != of_values([done]):
         raise UserError(f"{path} is damaged (it differs from its digest): {cure}")
