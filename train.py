@@ -12,4 +12,4 @@ from secvec_jax import cli, command_line
 VERBS = cli.TRAIN
 
 if __name__ == "__main__":
-    command_line.program(__doc__, VERBS)
+    command_line.program(__doc__, VERBS, dict.fromkeys(cli.EVAL, "eval.py"))

@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -41,8 +41,11 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
 
-def program(description: str, verbs: Verbs) -> NoReturn:
-    """Run the verb that the process was started with, and end the process with its exit code."""
+def program(description: str, verbs: Verbs, elsewhere: Mapping[str, str] | None = None) -> NoReturn:
+    """Run the verb that the process was started with, and end the process with its exit code.
+
+    elsewhere: other verbs, with the script that has each.
+    """
     if jax.config.values["jax_compilation_cache_dir"] is None:  # a resumed run need not compile again
         with contextlib.suppress(UserError):  # without a home folder it must
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
@@ -51,7 +54,7 @@ def program(description: str, verbs: Verbs) -> NoReturn:
     _show_log()
     caught = _catch_ctrl_c()
     try:
-        code = main(description, verbs, interrupted=lambda: bool(caught))
+        code = main(description, verbs, interrupted=lambda: bool(caught), elsewhere=elsewhere)
     except Exception as error:
         if not is_clustered():
             raise
@@ -89,19 +92,21 @@ def main(
     verbs: Verbs,
     arguments: Sequence[str] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> int:
     """Run the verb that the arguments name and return the exit code (2: a mistake of the user, 130: interrupted).
 
     A verb that returns an int sets the code itself.
 
-    interrupted: whether Ctrl-C was pressed, for errors that libraries raise instead of KeyboardInterrupt.
+    interrupted: whether Ctrl-C was pressed, for errors that libraries raise instead of KeyboardInterrupt. elsewhere:
+    other verbs, with the script that has each.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # transformers is only used for its tokenizers and need not warn that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _refuse_credentials(arguments)
-        verb = verbs[_verb_of(description, verbs, arguments)]
+        verb = verbs[_verb_of(description, verbs, arguments, elsewhere or {})]
         settings_class, function = verb.load()
         settings, cluster = parse(verb, settings_class, arguments)
         if cluster is not None:
@@ -187,7 +192,7 @@ def _refuse_credentials(arguments: Sequence[str]) -> None:
             )
 
 
-def _verb_of(description: str, verbs: Verbs, arguments: list[str]) -> str:
+def _verb_of(description: str, verbs: Verbs, arguments: list[str], elsewhere: Mapping[str, str]) -> str:
     """The verb that the arguments begin with. Raises UserError if they do not, and SystemExit after --help."""
     program = " ".join(typed_command())
     width = max(map(len, verbs))
@@ -205,6 +210,8 @@ def _verb_of(description: str, verbs: Verbs, arguments: list[str]) -> str:
     verb = overview.parse_args(arguments[:1]).verb
     if verb is None:
         overview.error(f"no verb: use one of {', '.join(verbs)}")
+    if verb not in verbs and verb in elsewhere:
+        overview.error(f"{verb} is a verb of {elsewhere[verb]}: run python {elsewhere[verb]} {verb}")
     if verb not in verbs:
         overview.error(f"unknown verb {verb!r}: {suggestion(verb, verbs)}")
     return verb

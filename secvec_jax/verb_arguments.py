@@ -172,7 +172,7 @@ class Parser(argparse.ArgumentParser):
         known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         flag = next((argument for argument in unknown if argument.startswith("-")), None)
         if flag is None:
-            self.error(f"unknown argument {unknown[0]!r}: settings are given as --NAME VALUE")
+            self.error(f"unknown argument {unknown[0]!r}: use --NAME VALUE, and --NAME for a switch")
         name = flag.partition("=")[0]
         closest = suggestion(name, known)
         self.error(f"unknown flag {name}: {closest if closest.startswith('did') else 'see --help for all flags'}")

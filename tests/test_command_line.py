@@ -314,3 +314,8 @@ def test_an_error_that_cannot_be_written_keeps_its_exit_code(monkeypatch):
         assert command_line.main("", cli.EVAL, ["compare", "--runs", "/nowhere"]) == 2
         with contextlib.suppress(OSError):
             full.close()
+
+
+def test_a_verb_of_the_other_script_is_said_to_be_there(capsys):
+    assert command_line.main("", cli.TRAIN, ["audit"], elsewhere=dict.fromkeys(cli.EVAL, "eval.py")) == 2
+    assert "audit is a verb of eval.py: run python eval.py audit" in capsys.readouterr().err

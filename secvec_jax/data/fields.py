@@ -5,6 +5,7 @@ system prompt, tool calls or rejected answer that it may hold would otherwise be
 """
 
 import datetime
+import difflib
 import numbers
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -45,18 +46,18 @@ def check_record(record: Mapping[str, Any], used: Collection[str], where: str, i
                 continue
             raise UserError(
                 f"{where}: `{name}` is {value!r}, but a row as a whole takes no such mark: remove the rows that are "
-                "not to be learned and the field, or name it in ignore_fields"
+                "not to be learned and the field, or name it in --ignore-fields (in Python, ignore_fields)"
             )
         if not (_is_scalar(value) or _is_repeated(value, used_texts)):
-            unknown.append(" ".join(str(name).split()))
+            unknown.append(str(name))
     if unknown:
-        _refuse(unknown, where, f"are not read ({', '.join(map(str, used))} would be)")
+        _refuse(unknown, where, f"may hold what is to be learned and are not read (read: {', '.join(map(str, used))})")
 
 
 def check_turn(turn: Mapping[str, Any], used: Collection[str], where: str, ignore: Collection[str]) -> None:
     """Raise UserError if a turn has fields that may change what is said or learned, such as tool calls."""
     unknown = [
-        " ".join(str(name).split())
+        str(name)
         for name, value in turn.items()
         if not (name in used or name in ignore or "*" in ignore or str(name).lower() in LABELS or is_empty(value))
         and name not in (*_LEARNED, *_NOT_LEARNED)
@@ -98,9 +99,25 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, list | tuple) and all(map(is_empty, value)))
 
 
-def _refuse(unknown: Iterable[str], where: str, what: str) -> None:
-    named = ", ".join(f"`{name}`" for name in sorted(unknown))
-    raise UserError(f"{where}: unknown fields {named} {what}; remove or rename them, or name them in ignore_fields")
+def _refuse(unknown: Collection[str], where: str, what: str) -> None:
+    named = ", ".join(f"`{' '.join(name.split())}`" for name in sorted(unknown))
+    raise UserError(
+        f"{where}: unknown fields {named} {what}{meant(unknown)}; remove or rename them, or name them in "
+        "--ignore-fields (in Python, ignore_fields)"
+    )
+
+
+_READ = ("messages", "conversations", "prompt", "question", "goal", "instruction", "response", "completion", "answer",
+         "target", "output", "system", "input", "context", "history")  # fmt: skip
+
+
+def meant(names: Iterable[Any]) -> str:
+    """Of names that are not read, which one that is read was probably meant, as the end of a message; or ""."""
+    for name in map(str, names):
+        closest = difflib.get_close_matches(name.strip().lower(), _READ, 1, 0.8)
+        if closest and name not in _READ:
+            return f" (did you mean `{closest[0]}` by {name[:40]!r}?)"
+    return ""
 
 
 def _flag(value: Any) -> bool | None:

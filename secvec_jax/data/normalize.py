@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned
+from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned, meant
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import Message, Role, Row, response_of, row
 from secvec_jax.data.stored import Rows, location
@@ -58,7 +58,7 @@ def _normalized(record: Any, where: str, ignore: Collection[str]) -> Row:
     field = next((name for name in ("messages", "conversations", *_PROMPTS) if record.get(name) is not None), None)
     if field is None:
         names = ", ".join(sorted(" ".join(str(key).split()) for key in record)) or "none"
-        raise UserError(f"{where}: unknown fields (found: {names}); {ACCEPTED_FORMS}")
+        raise UserError(f"{where}: unknown fields (found: {names}){meant(record)}; {ACCEPTED_FORMS}")
     if field in _PROMPTS:
         messages, used = _from_pair(record, field, where, ignore)
     else:
@@ -196,7 +196,8 @@ def _unreadable(name: str, problems: Sequence[UserError], count: int) -> UserErr
 def check_answer(row: Row, where: str) -> None:
     """Raises UserError if a row has no answer, or none that is to be learned."""
     if not (response_of(row) or "").strip():
-        raise UserError(f"{where} has no answer; add one, or load prompts alone with needs_answer=False")
+        cure = "add one, or remove the row (in Python, needs_answer=False loads prompts alone)"
+        raise UserError(f"{where} has no answer; {cure}")
     assistant_turns = [turn for turn in row["messages"] if turn["role"] == "assistant"]
     if not any(turn.get("train", True) for turn in assistant_turns):
         raise UserError(f"{where} has nothing to learn: every turn of the assistant is marked not to be; remove it")

@@ -212,7 +212,7 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        reason = f"{error.msg}, character {error.pos + 1}"
+        reason = f"{error.msg.removesuffix(' at')}, character {error.pos + 1}"
         raise UserError(f"{where} is not valid JSON ({reason}); correct or remove it") from error
     except _Repeated as error:
         raise UserError(f"{where} has the key {str(error)!r} twice; keep the one that is meant") from None

@@ -85,6 +85,13 @@ class Judge:
         check_url(self.url, self.asking)
 
 
+def check_judge(name: str, url: str, asking: JudgeRequests) -> None:
+    """Raise UserError for an endpoint that cannot be one, and for settings of a judge where none is named."""
+    check_url(url, asking)
+    if not name and (url != OPENAI or asking != JudgeRequests()):
+        raise UserError("there are settings of a judge, but none is asked: name its model with --judge")
+
+
 def check_url(url: str, asking: JudgeRequests) -> None:
     """Raise UserError if a judge's URL is invalid or contains credentials, since the URL is saved with the run."""
     try:

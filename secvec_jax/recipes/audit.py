@@ -16,12 +16,12 @@ from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import audit_page, audit_report, inspect_log
 from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, task_line
 from secvec_jax.evaluation.intervals import Score
-from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_url
+from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.recipes.audit_stages import Asked, audited, before_alignment
 from secvec_jax.recipes.harness import Harness, find_tasks, harness_version, task_rows
 from secvec_jax.terminal import Console
-from secvec_jax.workspace.inputs import packaged
+from secvec_jax.workspace.inputs import check_there, packaged
 from secvec_jax.workspace.run_directory import settings_of_run
 from secvec_jax.workspace.runs import Run, scoring_inputs
 from secvec_jax.workspace.splits import sources
@@ -83,7 +83,7 @@ class AuditRun:
     """delete the run in OUT and start over"""
 
     def __post_init__(self) -> None:
-        check_url(self.judge_url, self.asking)  # before the settings are written into a run directory
+        check_judge(self.judge, self.judge_url, self.asking)  # before the settings are written into a run directory
         if self.inspect is not None:
             inspect_log.check_file(self.inspect)
 
@@ -98,6 +98,7 @@ def audit_run(settings: AuditRun, command: str) -> int:
         own = () if settings.harmful and settings.benign else sources("held-out")
         return scoring_inputs() | packaged(own) | ({} if tasks is None else harness_version())
 
+    check_there(settings)
     run = Run(settings, command, more_inputs)
     if settings.json:
         run.stages.console = Console(stderr=True, quiet=not is_main_process(), soft_wrap=True)

@@ -47,8 +47,8 @@ class Estimate:
         cut = f", {self.truncated} of them cut" if self.truncated else ""
         return (
             f"rows: {self.rows:,} with answers, {self.tokens:,} tokens in all, {self.longest:,} in the longest{cut}; "
-            f"exact duplicates: {self.duplicates:,}; steps: {self.steps:,}, roughly {duration}, about "
-            f"{self.gigabytes:.1f} GiB for weights, gradients and optimizer, before activations"
+            f"exact duplicates: {self.duplicates:,}; fine-tuning alone: {self.steps:,} steps, roughly {duration}, "
+            f"about {self.gigabytes:.1f} GiB for weights, gradients and optimizer, before activations"
         )
 
 

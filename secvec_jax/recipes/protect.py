@@ -27,7 +27,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import audit_report, inspect_log
 from secvec_jax.evaluation.audit import Audit, Limits
 from secvec_jax.evaluation.card import model_card
-from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_url
+from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.results import Results
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
@@ -42,14 +42,14 @@ from secvec_jax.recipes.training_run import SYSTEM_FILE, rows_by_source
 from secvec_jax.terminal import Console
 from secvec_jax.vectors.kinds import Vectors
 from secvec_jax.vectors.lora import LoRA
-from secvec_jax.workspace.inputs import packaged
+from secvec_jax.workspace.inputs import check_there, packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS
 from secvec_jax.workspace.runs import Run, scoring_inputs
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stages, release, screen, write
 
 _SAME = (
-    "vectors", "drop", "eval_fraction", "task_lora", "training", "system", "limits", "max_prompts", "reply_tokens",
+    "drop", "eval_fraction", "task_lora", "training", "system", "limits", "max_prompts", "reply_tokens",
     "check_prompts", "keep_replies",
 )  # fmt: skip
 """Settings of the command that are passed on as they are."""
@@ -67,7 +67,7 @@ class Protect:
     """training rows: files, packaged names or hub dataset ids, shuffled together"""
     model: str = "smollm2"
     """the model to fine-tune; it must refuse already (train.py align)"""
-    vectors: str | None = None
+    vectors: str = ""
     """run directory of `train.py vectors`, its vector file, or a PEFT adapter folder; by default vectors are trained on
     the harmful and benign rows, once for a model, and kept in the cache folder"""
     defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=DEFENSE_VARIANTS)
@@ -129,7 +129,12 @@ class Protect:
     """delete the run in OUT and start over"""
 
     def __post_init__(self) -> None:
-        check_url(self.judge_url, self.asking)  # before the settings are written into a run directory
+        check_judge(self.judge, self.judge_url, self.asking)  # before the settings are written into a run directory
+        if self.vectors.strip().lower() == "none":
+            raise UserError(
+                "protect screens rows with vectors: leave --vectors none out, and they are trained; to train without "
+                "protection, use finetune --vectors none"
+            )
         if self.inspect is not None:
             inspect_log.check_file(self.inspect)
         if isinstance(self.defense, dict) and "name" not in self.defense:
@@ -166,6 +171,7 @@ def protect_run(settings: Protect, command: str) -> int:
     """Run `train.py protect`; returns the exit code of its audit."""
     if settings.inspect is not None:
         inspect_log.require_inspect()
+    check_there(settings)
     run = Run(settings, command, lambda: scoring_inputs() | packaged(sources("held-out")))
     if settings.json:
         run.stages.console = Console(stderr=True, quiet=not is_main_process(), soft_wrap=True)
@@ -181,6 +187,7 @@ def protect_run(settings: Protect, command: str) -> int:
         rows=lambda: rows_by_source(settings.data, settings.ignore_fields),
         defense=read_defense(settings.defense),
         given={need: source for need in GIVEN if (source := given(need)) is not None},
+        vectors=settings.vectors or None,
         judge=Judge(settings.judge, settings.judge_url, settings.asking) if settings.judge else None,
         **{name: getattr(settings, name) for name in _SAME},
     )

@@ -51,6 +51,8 @@ def preflight(work: Work) -> None:
         streams = 2 if "safe rows" in asked.defense.reads else 1
         took = estimate(work.model, work.groups, asked.training, full=asked.task_lora is None, streams=streams)
         work.note(str(took))
+        if asked.vectors is None:
+            work.rows_for("harmful rows")  # if they do not fit, that is told now
         work.note("chat template: the model's own")  # without one no row can be encoded, which is an error by now
         work.note(settings_measured(work.model, asked.training.over(PHASE2), asked.task_lora is None))
         work.note(default_rate(work.model, asked.training, PHASE2))
@@ -64,8 +66,8 @@ def preflight(work: Work) -> None:
     found = work.stage("preflight", run)
     if found is not None and found["no_refusals"] is not None:
         raise UserError(
-            f"{found['no_refusals']}: run train.py align --model {work.model_name} --data refusals.jsonl benign.jsonl "
-            "--out runs/aligned, and give its --out as the model"
+            f"{found['no_refusals']}: run train.py align --model {work.model_name} --data refusals alpaca --out "
+            "runs/aligned, packaged rows or files of your own, and give its --out as the model"
         )
 
 
@@ -89,7 +91,7 @@ def screen_rows(work: Work, vectors: Vectors) -> Screening:
         scored = score_rows(work.model, vectors, work.rows)
         found = scored.with_known(**_known_scores(work, vectors, stage))
         on_main_process(lambda: _write_suspects(work, found))
-        then = "left out" if work.asked.drop else "trained on like all others; drop leaves them out"
+        then = "left out" if work.asked.drop else "trained on like all others; --drop leaves them out"
         work.note(
             f"suspects: {len(found.suspects)} of {len(work.rows)} rows score above {found.threshold:+.2f} nats per "
             f"token, and are {then}"

@@ -32,6 +32,17 @@ def inputs_of(settings: Any) -> Inputs:
     return inputs
 
 
+def check_there(settings: Any) -> None:
+    """Raise UserError if a model or adapter of the settings is not there.
+
+    For commands that read some of them after minutes only.
+    """
+    for field in dataclasses.fields(settings):
+        name = getattr(settings, field.name)
+        if _READERS.get(field.name) in (model, adapter) and name and isinstance(name, str):
+            _READERS[field.name](name)
+
+
 def known(read: Callable[[Any], str], name: Any) -> str | None:
     """Return the digest from `read`, or None if it fails: the code that uses the input reports the error."""
     try:

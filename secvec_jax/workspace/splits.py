@@ -136,7 +136,7 @@ def make_splits(
         try:
             return [_cut(encode(model.tokenizer, r["messages"], length), cut) for r in rows]
         except TooLong as error:
-            raise TooLong(f"packaged rows do not fit into {length} tokens: set max_seq_len ({error})") from error
+            raise TooLong(f"packaged rows do not fit into {length} tokens: raise --max-seq-len ({error})") from error
 
     def take(rows: list[Row], count: int) -> list[Row]:
         """Remove and return the first `count` rows, so that they are used only once."""

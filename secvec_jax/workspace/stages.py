@@ -103,17 +103,18 @@ class Stages:
         if not self.console.is_terminal:
             self.console.print(f"{name}: started", soft_wrap=True)
 
-        def record_time() -> None:
-            write(started, json.dumps({"seconds": elapsed(), "inputs": now}))
+        def record_time(seconds: float) -> None:
+            write(started, json.dumps({"seconds": seconds, "inputs": now}))
 
-        on_main_process(record_time)
+        on_main_process(lambda: record_time(before))
         try:
             with self.show(name) as stage:
                 result = work(stage)
-        except BaseException:
-            if is_main_process():
+        except BaseException as error:
+            was_refused = isinstance(error, UserError) and not isinstance(error, WriteError)
+            if is_main_process() and not was_refused:  # else nothing was done that goes on
                 with contextlib.suppress(WriteError):  # the first error says more
-                    record_time()
+                    record_time(elapsed())
             raise
         finally:
             self.seconds[name] = elapsed()

@@ -198,3 +198,17 @@ def test_half_of_a_character_is_refused_wherever_it_is(field, before, half):
 def test_an_answer_that_is_no_number_is_not_compared_with_itself():
     with pytest.raises(UserError, match="here: `response` must be text, found float"):
         normalize({"prompt": "a", "response": math.nan}, "here")
+
+
+@pytest.mark.parametrize(
+    ("record", "hint"),
+    [
+        ({"question": "a", "anwser": "b"}, "did you mean `answer` by 'anwser'"),
+        ({"question": "a", " answer": "b"}, "did you mean `answer` by ' answer'"),
+        ({"Question": "a", "Answer": "b"}, "did you mean `question` by 'Question'"),
+        ({"question": "a", "persona": "b c"}, "are not read .read: question.; remove"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_reported_with_the_right_one(record, hint):
+    with pytest.raises(UserError, match=hint):
+        normalize(record, "row 1")

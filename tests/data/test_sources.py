@@ -209,7 +209,7 @@ def test_fields_are_ignored_by_name(tmp_path):
     for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.parquet"):
         _write(tmp_path / name, [record])
         assert list(load_rows(str(tmp_path / name), ignore_fields=["persona", "mood"])) == ROWS[:1]
-        with pytest.raises(UserError, match=f"{name}, (line|row) 1: unknown fields `mood` are not read"):
+        with pytest.raises(UserError, match=f"{name}, (line|row) 1: unknown fields `mood` may hold .* are not read"):
             load_rows(str(tmp_path / name), ignore_fields=["persona"])
 
 

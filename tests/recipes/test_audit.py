@@ -16,6 +16,7 @@ from secvec_jax.evaluation.judge_client import Judge
 from secvec_jax.evaluation.results import Results
 from secvec_jax.recipes import audit as recipe
 from secvec_jax.recipes import audit_stages
+from secvec_jax.workspace import inputs
 from tests.chat_server import Server, says
 from tests.toys import build_tokenizer, random_decoder, tiny_model
 
@@ -39,6 +40,8 @@ def world(tmp_path, monkeypatch):
             self.beginnings, self.asked = 96, 0
 
     world = World()
+
+    monkeypatch.setattr(inputs, "model", lambda name: name)  # names that no folder has
 
     def as_model(name):
         return world.models[name] if isinstance(name, str) else name

@@ -402,6 +402,11 @@ def test_given_vectors_are_tested_on_rows_they_have_not_seen(known, judged, monk
         (("--defense.rank", "4"), "rank is a setting of vectors that a defense trains"),
         (("--inspect", "log.json"), "log.json is no name of an Inspect log"),
         (("--judge", "m", "--judge-url", "ftp://host"), "'ftp://host' is not a valid judge URL"),
+        (("--judge-url", "http://127.0.0.1:1/v1"), "settings of a judge, but none is asked"),
+        (("--retries", "1"), "settings of a judge, but none is asked"),
+        (("--vectors", "none"), "protect screens rows with vectors"),
+        (("--vectors", "/gone"), "/gone"),
+        (("--drop", "yes"), "unknown argument 'yes': use --NAME VALUE, and --NAME for a switch"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(toys, capsys, flags, message):

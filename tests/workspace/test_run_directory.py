@@ -331,3 +331,19 @@ def test_damaged_lines_of_a_log_are_left_out_of_curves(tmp_path):
     assert curves(tmp_path / "metrics.jsonl", {"plain": "plain"}) == {
         "plain": {"harmful": [(1, 2.0)], "benign": [(1, 1.0)]}
     }
+
+
+def test_the_time_of_an_attempt_counts_where_it_goes_on_and_not_where_its_input_was_refused(tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("secvec_jax.workspace.stages.time.monotonic", lambda: float(next(clock)))
+    counted = []
+    for error in (UserError("a row cannot be read"), KeyboardInterrupt()):
+
+        def fail(stage, error=error):
+            raise error
+
+        stages = Stages(tmp_path, Console(quiet=True))
+        with pytest.raises(type(error)):
+            stages.run("train", fail)
+        counted.append(json.loads((tmp_path / "stages" / "train.seconds").read_text())["seconds"])
+    assert counted[0] == 0 and counted[1] > 0

@@ -12,6 +12,7 @@ from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.grid.grid import _hold, _part_folder
 from secvec_jax.recipes import finetune as finetune_module
+from secvec_jax.recipes.audit import AuditRun
 from secvec_jax.recipes.finetune import Finetune
 from secvec_jax.recipes.score import ScoreRun, score
 from secvec_jax.workspace import inputs, run_directory
@@ -177,14 +178,20 @@ def test_models_adapters_and_rows_have_a_content_whatever_names_them(tiny_model,
     assert inputs.adapter(str(tmp_path / "peft")) != before
     assert inputs.known(inputs.model, str(tmp_path / "gone")) is None
     assert not inputs.inputs_of(ScoreRun(model="", harmful=(), benign=()))
-    found = inputs.inputs_of(
-        Finetune(data=(write(tmp_path / "rows.jsonl", "a"),), model=str(folder), vectors=("gone",))
-    )
-    assert found == {
-        f"--data {tmp_path / 'rows.jsonl'}": inputs.rows(str(tmp_path / "rows.jsonl")),
+    rows = write(tmp_path / "rows.jsonl", "a")
+    assert inputs.inputs_of(Finetune(data=(rows,), model=str(folder), vectors=("gone",))) == {
+        f"--data {rows}": inputs.rows(rows),
         f"--model {folder}": inputs.model(str(folder)),
         "--vectors gone": None,
     }
+
+
+def test_of_an_audit_every_model_must_be_there_before_the_first_is_measured(tiny_model):
+    folder = str(tiny_model("llama").folder)
+    inputs.check_there(AuditRun(before=folder, after="smollm2"))
+    for given in ({"after": "/gone"}, {"reference": "/gone"}, {"unaligned": "/gone"}):
+        with pytest.raises(UserError, match="no model '/gone'"):
+            inputs.check_there(AuditRun(**{"before": folder, "after": folder} | given))
 
 
 def test_parts_of_a_grid_run_together_and_other_divisions_do_not(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def test_held_out_rows_are_those_that_are_judged_and_no_others(parts):
 
 
 def test_a_length_that_packaged_rows_do_not_fit_into_is_told_with_the_setting(model):
-    with pytest.raises(UserError, match="packaged rows do not fit into 8 tokens: set max_seq_len"):
+    with pytest.raises(UserError, match="packaged rows do not fit into 8 tokens: raise --max-seq-len"):
         make_splits(model, Sizes(), Training(max_seq_len=8), seed=0)
 
 
