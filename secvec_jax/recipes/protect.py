@@ -100,7 +100,7 @@ class Protect:
     """a system prompt under which the audit asks all prompts once more, such as the one you serve the model with"""
     limits: Limits = Limits()
     max_prompts: PositiveInt = 80
-    """maximum number of prompts of each kind in the audit"""
+    """maximum number of prompts of each kind in the audit; prefill and kl use up to half of it"""
     reply_tokens: PositiveInt = 16
     """maximum tokens per reply in the audit; for a model that thinks before it answers, include its thoughts; a judge
     needs some hundred"""
