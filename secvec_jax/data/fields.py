@@ -21,6 +21,14 @@ LABELS = frozenset(
 )
 """Fields that describe a record or a turn and change nothing of what is said in it, in lower case."""
 
+CONVERSATIONS = ("messages", "conversations")
+PROMPTS = ("prompt", "question", "goal", "instruction")
+ANSWERS = ("response", "completion", "answer", "target", "output")
+CONTEXTS = ("input", "context")
+SYSTEMS = ("system", "system_prompt", "system_message")
+_READ = (*CONVERSATIONS, *PROMPTS, *ANSWERS, *CONTEXTS, *SYSTEMS, "history")
+"""All fields of a record that are read."""
+
 _LEARNED = ("weight", "train", "training", "trainable", "loss")
 _NOT_LEARNED = ("masked",)
 _RECORD_MARKS = ("weight", "train", "trainable", "masked", "mask", "label")
@@ -105,10 +113,6 @@ def _refuse(unknown: Collection[str], where: str, what: str) -> None:
         f"{where}: unknown fields {named} {what}{meant(unknown)}; remove or rename them, or name them in "
         "--ignore-fields (in Python, ignore_fields)"
     )
-
-
-_READ = ("messages", "conversations", "prompt", "question", "goal", "instruction", "response", "completion", "answer",
-         "target", "output", "system", "input", "context", "history")  # fmt: skip
 
 
 def meant(names: Iterable[Any]) -> str:

@@ -4,7 +4,18 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned, meant
+from secvec_jax.data.fields import (
+    ANSWERS,
+    CONTEXTS,
+    CONVERSATIONS,
+    PROMPTS,
+    SYSTEMS,
+    check_record,
+    check_turn,
+    is_empty,
+    is_learned,
+    meant,
+)
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import Message, Role, Row, response_of, row
 from secvec_jax.data.stored import Rows, location
@@ -23,10 +34,6 @@ _ROLES: dict[str, Role] = {
     "human": "user",
     "gpt": "assistant",
 }
-_PROMPTS = ("prompt", "question", "goal", "instruction")
-_ANSWERS = ("response", "completion", "answer", "target", "output")
-_CONTEXTS = ("input", "context")
-_SYSTEMS = ("system", "system_prompt", "system_message")
 
 
 def normalize(record: Any, where: str, ignore: Collection[str] = ()) -> Row:
@@ -55,15 +62,15 @@ def normalize(record: Any, where: str, ignore: Collection[str] = ()) -> Row:
 def _normalized(record: Any, where: str, ignore: Collection[str]) -> Row:
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: found {type(record).__name__} instead of fields; {ACCEPTED_FORMS}")
-    field = next((name for name in ("messages", "conversations", *_PROMPTS) if record.get(name) is not None), None)
+    field = next((name for name in (*CONVERSATIONS, *PROMPTS) if record.get(name) is not None), None)
     if field is None:
         names = ", ".join(sorted(" ".join(str(key).split()) for key in record)) or "none"
         raise UserError(f"{where}: unknown fields (found: {names}){meant(record)}; {ACCEPTED_FORMS}")
-    if field in _PROMPTS:
+    if field in PROMPTS:
         messages, used = _from_pair(record, field, where, ignore)
     else:
         messages, used = _turns(record[field], where, ignore), [field]
-    system = [name for name in _SYSTEMS if not is_empty(record.get(name)) and name not in ignore]
+    system = [name for name in SYSTEMS if not is_empty(record.get(name)) and name not in ignore]
     if system:
         messages = _with_system_prompt({_text(record[name], name, where) for name in system}, messages, where)
     check_record(record, [*used, *system], where, ignore)
@@ -235,7 +242,7 @@ def _from_pair(
         prompt_turns = [_not_learned(message) for message in _turns(record[field], where, ignore)]
     else:
         prompt = _text(record[field], field, where)
-        for name in _CONTEXTS:
+        for name in CONTEXTS:
             if not is_empty(record.get(name)) and name not in ignore:
                 prompt += "\n" + _text(record[name], name, where)
                 used.append(name)
@@ -245,7 +252,7 @@ def _from_pair(
         if not is_empty(record.get("history")) and "history" not in ignore:
             history = _history(record["history"], where, ignore)
             used.append("history")
-    answers = [name for name in _ANSWERS if record.get(name) not in (None, "") and name not in ignore]
+    answers = [name for name in ANSWERS if record.get(name) not in (None, "") and name not in ignore]
     different = [name for name in answers[1:] if record[name] != record[answers[0]]]
     if different:
         raise UserError(f"{where}: two answers, `{answers[0]}` and `{different[0]}`: keep the one to be learned")

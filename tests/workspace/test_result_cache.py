@@ -22,6 +22,18 @@ from tests.processes import started
 from tests.toys import ARCHITECTURE, build_tokenizer, random_decoder, tiny_model
 
 
+class Told(list):
+    """Lines that were told; sets an event with each."""
+
+    def __init__(self, event: threading.Event):
+        super().__init__()
+        self.event = event
+
+    def append(self, line: str) -> None:
+        super().append(line)
+        self.event.set()
+
+
 class Maker:
     """Makes another result at each call, and keeps what it is told."""
 
@@ -132,7 +144,7 @@ def test_a_full_disk_costs_the_entry_and_not_the_result(maker, monkeypatch):
 def test_who_comes_second_waits_for_the_result_of_the_first(maker):
     started, waiting, results = threading.Event(), threading.Event(), []
     second = Maker()
-    second.told = type("Told", (list,), {"append": lambda self, line: (list.append(self, line), waiting.set())})()
+    second.told = Told(waiting)
 
     def slow():
         started.set()
@@ -165,7 +177,7 @@ def test_two_that_share_a_full_cache_both_have_their_result(maker, disk, monkeyp
         return Maker.make(maker)
 
     maker.make = fill
-    second.told = type("Told", (list,), {"append": lambda self, line: (list.append(self, line), waiting.set())})()
+    second.told = Told(waiting)
     threads = [threading.Thread(target=lambda maker=maker: results.append(maker.get("a"))) for maker in (maker, second)]
     threads[0].start()
     for thread in threads:
@@ -192,7 +204,7 @@ with locked(Path(sys.argv[1]), sys.argv[2], lambda: None):
     with started([("-c", code, folder, key)]) as (holder,):
         assert holder.stdout.readline() == "held\n"
         waiting = threading.Event()
-        maker.told = type("Told", (list,), {"append": lambda self, line: (list.append(self, line), waiting.set())})()
+        maker.told = Told(waiting)
         results = []
         thread = threading.Thread(target=lambda: results.append(maker.get("a")))
         thread.start()
