@@ -29,6 +29,8 @@ from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.finetuning import phase2_step
+from secvec_jax.defenses.guarded import guarded
+from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.defenses.security_vectors import Phase1, phase1_step
 from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.evaluation.results import environment_facts
@@ -55,8 +57,8 @@ def training_side(
 ) -> tuple[dict[str, Any], Callable[[int], None]]:
     """Make a side of `sides.alternate` whose work is an optimizer step on a packed batch.
 
-    kind: "full" or "lora" fine-tuning, "vectors" for phase 1, "vaccine" or "vaccine lora". adapter: a PEFT folder of
-    vectors that are active and frozen, or None.
+    kind: "full" or "lora" fine-tuning, "guarded" for full fine-tuning with safe rows, "vectors" for phase 1, "vaccine"
+    or "vaccine lora". adapter: a PEFT folder of vectors that are active and frozen, or None.
     """
     model = sv.load(folder)
     task_vectors = TASK.init(model.architecture, jax.random.key(0))
@@ -65,7 +67,7 @@ def training_side(
     if kind == "vectors":
         phase, train_step = phase1_step(params, Phase1("kl" if KEEP in batches[0] else "cross_entropy"), training, 1000)
     else:
-        make_step = vaccine() if kind.startswith("vaccine") else make_train_step
+        make_step = {"vaccine": vaccine(), "guarded": guarded()}.get(kind.split()[0], make_train_step)
         phase, train_step = phase2_step(params, ("all",), training, 1000, make_step)
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)
@@ -139,6 +141,7 @@ def parts(splits: Splits, folder: str, adapter: str, pieces: int) -> dict[str, d
     half = dataclasses.replace(PHASE1_TRAINING, batch_size=PHASE1_TRAINING.batch_size // 2)
     with_kl = [learn | keep for learn, keep in zip(harmful, packed(splits.keep, half, pieces, KEEP))]
     cut = windows(mix, 8, 64, pieces)
+    with_safe = [learn | safe for learn, safe in zip(batches, packed(splits.refusals, FULL, pieces, SAFE))]
     unshared = dataclasses.replace(FULL, share_prefix=False)  # Vaccine perturbs each row's own tokens
     unshared_batches = packed(mix, unshared, pieces)
 
@@ -168,6 +171,13 @@ def parts(splits: Splits, folder: str, adapter: str, pieces: int) -> dict[str, d
             "full on their rows": secvec_side(harmful, "full"),
             "vectors, PEFT": peft_side(harmful_rows, TASK.rank),
         },
+        "guarded": {
+            "full, same rows": secvec_side(batches, "full"),
+            "guarded vectors": secvec_side(with_safe, "guarded", under=adapter),
+            "guarded vectors, remat full": secvec_side(
+                with_safe, "guarded", dataclasses.replace(FULL, remat="full"), adapter
+            ),
+        },
         "raw": {
             "raw full": secvec_side(cut, "full"),
             "raw LoRA": secvec_side(cut, "lora", PHASE1_TRAINING),
@@ -192,6 +202,8 @@ RATIOS = {
     "raw_lora_vs_peft": ("raw LoRA, PEFT", "raw LoRA"),
     "frozen_vectors": ("full under vectors", "full"),
     "phase1_vs_full": ("vectors", "full on their rows"),
+    "guarded_vs_full": ("guarded vectors", "full, same rows"),
+    "guarded_remat": ("guarded vectors, remat full", "guarded vectors"),
     "vaccine_vs_sft": ("Vaccine", "SFT"),
     "vaccine_lora_vs_sft": ("Vaccine, LoRA", "SFT, LoRA"),
 }
@@ -215,7 +227,9 @@ def check_losses(side_times: dict[str, Times]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="output file")
-    parser.add_argument("--part", choices=("full", "large", "vectors", "raw", "vaccine"), help="only this comparison")
+    parser.add_argument(
+        "--part", choices=("full", "large", "vectors", "guarded", "raw", "vaccine"), help="only this comparison"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--toy", action="store_true", help="smoke test of every part on a model with two small layers")
     arguments = parser.parse_args()

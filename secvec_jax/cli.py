@@ -36,7 +36,7 @@ TRAIN: dict[str, Verb] = {
     "align": Verb(
         "teach a model to refuse harmful requests",
         _from("recipes.align", "Align", "align"),
-        ("--model MODEL --data refusals.jsonl benign.jsonl --out runs/aligned",),
+        ("--model MODEL --out runs/aligned", "--model MODEL --data refusals.jsonl benign.jsonl --out runs/aligned"),
     ),
     "vectors": Verb(
         "phase 1: train security vectors on harmful rows, with the model frozen",

@@ -157,7 +157,14 @@ def as_model(model: Any) -> Model:
     """The model itself, or the one that a name, folder or hub id names (`sv.load`). Raises UserError for all else."""
     if isinstance(model, str | os.PathLike):
         return load(path("model", model, "a name or a folder") if not isinstance(model, str) else model)
-    return instance("model", model, Model, "pass what sv.load returned, or a name or folder that sv.load takes")
+    check_model("model", model)
+    return model
+
+
+def check_model(name: str, model: Any) -> None:
+    """Raise UserError for what is neither a model nor what `sv.load` takes."""
+    fix = "pass what sv.load returned, or a name or folder that sv.load takes"
+    instance(name, model, (Model, str, os.PathLike), fix)
 
 
 def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapter, ...]:

@@ -29,8 +29,8 @@ class Preset:
 
     parameters: from and to how many. devices: of the mesh. memory_gib: what a step takes of a device, by phase
     ("vectors", "finetune"), as `train.py plan --preset` reports it for `model` with sequences of 2048 tokens; without
-    it, the preset is taken by name only. topology: what `plan` compiles for. vectors, finetune: the settings of these
-    verbs, as in a config file.
+    it, the preset is taken by name only. topology: what `plan` compiles for. vectors, finetune, align, protect: the
+    settings of these verbs, as in a config file; empty: the preset is not for the verb.
     """
 
     summary: Text
@@ -43,6 +43,8 @@ class Preset:
     memory_gib: Mapping[str, float] = dataclasses.field(default_factory=dict)
     vectors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     finetune: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    align: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    protect: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def fits_size(self, parameters: int) -> bool:
         """Whether it is for models of so many parameters."""
@@ -88,11 +90,25 @@ def holds(settings: Any) -> bool:
         return False
     _, values = found
     has_task = getattr(settings, "task_lora", None) is not None
-    return has_task == ("task_lora" in values) and settings.frozen_weights == values.get("frozen_weights")
+    holds_as = getattr(settings, "frozen_weights", None)
+    return has_task == ("task_lora" in values) and holds_as == values.get("frozen_weights")
 
 
 Section = Callable[[Preset, Mapping[str, Any]], Mapping[str, Any]]
 """What a verb takes of a preset, given the settings that flags and a config file have."""
+
+
+def section_of(verb: str) -> Section:
+    """What the verb takes of a preset. Raises UserError if the preset has nothing for it."""
+
+    def section(preset: Preset, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = getattr(preset, verb)
+        if not found:
+            others = [name for name, each in presets().items() if getattr(each, verb)]
+            raise UserError(f"this preset has no settings of {verb}: leave it out, or use {' or '.join(others)}")
+        return found
+
+    return section
 
 
 def preset_field(section: Section) -> Any:

@@ -1,4 +1,4 @@
-"""`--preset`: each one is valid, flags override it, and the one that is chosen changes no result of the small model."""
+"""`--preset`: each one is valid, flags override it, and the one that is chosen changes speed and memory only."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -13,8 +13,10 @@ from secvec_jax.model.hub import load_architecture
 from secvec_jax.planning.gpus import parse_gpus
 from secvec_jax.planning.torus import CHIPS
 from secvec_jax.recipes import preset_choice
+from secvec_jax.recipes.align import Align
 from secvec_jax.recipes.finetune import Finetune
 from secvec_jax.recipes.plan import PlanRun
+from secvec_jax.recipes.protect import Protect
 from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.sharding import parse_mesh
 from secvec_jax.trees import num_parameters
@@ -22,13 +24,15 @@ from secvec_jax.verb_arguments import Verb
 from tests.test_package import ROOT
 
 VERBS = {"vectors": (Vectors, ("--data", "x")), "finetune": (Finetune, ("--data", "x", "--vectors", "none"))}
+OTHERS = {"align": (Align, ()), "protect": (Protect, ("--data", "x"))}
+"""Verbs that the presets of GPUs and TPUs have no settings for."""
 NAMES = list(presets.presets())
 CHIP_OF = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite", "v5p": "TPU v5"}
 
 
 def parsed(verb: str, *arguments: str):
     """The settings of a verb with these arguments, and its mesh."""
-    kind, required = VERBS[verb] if verb in VERBS else (PlanRun, ())
+    kind, required = (VERBS | OTHERS | {"plan": (PlanRun, ())})[verb]
     settings, cluster = command_line.parse(cli.TRAIN[verb], kind, [verb, *required, *arguments])
     return settings, None if cluster is None else cluster.mesh
 
@@ -100,10 +104,19 @@ def test_flags_and_files_override_it(tmp_path):
     assert parsed("vectors", "--preset", "none")[0] == dataclasses.replace(parsed("vectors")[0], preset="none")
 
 
-def test_the_small_models_preset_is_the_defaults():
-    for verb in VERBS:
+def test_the_small_models_preset_keeps_more_for_the_backward_pass_and_is_for_every_training():
+    for verb in VERBS | OTHERS:
         plain, mesh = parsed(verb)
-        assert parsed(verb, "--preset", "135m-cpu") == (dataclasses.replace(plain, preset="135m-cpu"), mesh)
+        training = dataclasses.replace(plain.training, batch_size=2, remat="dots")
+        expected = dataclasses.replace(plain, preset="135m-cpu", training=training)
+        assert parsed(verb, "--preset", "135m-cpu") == (expected, mesh) and presets.holds(expected)
+
+
+def test_one_without_settings_of_the_verb_is_refused():
+    for verb in OTHERS:
+        message = f"this preset has no settings of {verb}: leave it out, or use 135m-cpu"
+        with pytest.raises(UserError, match=f"^{message}$"):
+            parsed(verb, "--preset", "7-8b-80gb")
 
 
 def test_without_a_name_all_are_listed_and_an_unknown_one_is_refused(capsys, monkeypatch):
@@ -169,6 +182,8 @@ def test_the_size_the_devices_and_their_memory_decide(hardware, made, chosen):
     hardware(*made)
     for phase in VERBS:
         assert preset_choice.choose("m", phase) == chosen
+    for phase in OTHERS:
+        assert preset_choice.choose("m", phase) == (chosen if chosen == "135m-cpu" else None)
 
 
 def test_it_is_chosen_on_the_command_line_and_kept_when_the_run_is_resumed(hardware, tmp_path, monkeypatch):
@@ -197,4 +212,5 @@ def test_it_is_chosen_on_the_command_line_and_kept_when_the_run_is_resumed(hardw
     hardware(135_000_000, "cpu")
     out = tmp_path / "other"
     plain = run("--preset", "none")
-    assert dataclasses.replace(run(), preset="none") == plain
+    in_dots = dataclasses.replace(plain.training, remat="dots")
+    assert dataclasses.replace(run(), preset="none") == dataclasses.replace(plain, training=in_dots)

@@ -172,6 +172,16 @@ def answers(judge: Judge, questions: Sequence[str]) -> Generator[tuple[str, Answ
         thread.join(_STOP_SECONDS)
 
 
+def check_answers(judge: Judge) -> None:
+    """Send one short question. Raises UserError as `answers` does, and if the answer is not a chat completion."""
+    for _, answer in answers(judge, ["Answer with the single word: ready"]):
+        if answer is None:
+            raise UserError(
+                f"{judge.url} does not answer as a chat endpoint does: it must be one with OpenAI's chat API, such as "
+                "http://127.0.0.1:8000/v1"
+            )
+
+
 class _Malformed(Exception):
     """The server's answer is not one that a chat endpoint sends."""
 

@@ -94,3 +94,8 @@ EMBEDDED: dict[str, Embedded] = {
     ),
 }
 """smollm2: SmolLM2-135M-Instruct. gemma3-270m: Gemma 3 270M, the base model, which follows no instructions yet."""
+
+
+def is_base(name: str) -> bool:
+    """Whether this is the name of an embedded base model, which follows no instructions yet."""
+    return name in EMBEDDED and EMBEDDED[name].chat_template is not None

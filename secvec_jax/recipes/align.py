@@ -1,18 +1,27 @@
 """`train.py align`: teach a model to refuse, before it is fine-tuned on data that is not trusted."""
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from secvec_jax.checks import NonNegativeInt, Texts, checked
+from secvec_jax.checks import NonNegativeInt, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.advice import default_rate, note_few_steps, only_refusals
 from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
-from secvec_jax.model.hub import load
+from secvec_jax.errors import UserError
+from secvec_jax.model.embedded import is_base
+from secvec_jax.model.hub import Model, load
+from secvec_jax.presets import preset_field, section_of
+from secvec_jax.recipes import preset_choice
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.training.profiling import check_steps
 from secvec_jax.trees import distance
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.workspace.inputs import packaged
+from secvec_jax.workspace.packaged_rows import CONTENTS, PackagedRows
+from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stage
 
 
@@ -21,15 +30,18 @@ from secvec_jax.workspace.stages import Stage
 class Align:
     """Teach a model to refuse harmful requests (or anything else): fine-tune it without vectors."""
 
-    data: Texts
+    data: tuple[str, ...] = ()
     """rows with answers: JSONL, JSON, CSV or Parquet files, packaged names or hub dataset ids; the loss of each is
-    reported separately"""
+    reported separately; by default packaged refusals, and the model's own replies to benign prompts"""
     model: str = "smollm2"
     """embedded name (smollm2, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf file"""
     out: str = "runs/align"
     """run directory; the model is written to OUT/model"""
     task_lora: LoRA | None = ALIGN_TASK
     """train a LoRA and merge it at the end; --no-task-lora: train all weights"""
+    preset: str | None = preset_field(section_of("align"))
+    """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
+    are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
     training: Training = ALIGN
     check_prompts: NonNegativeInt = 24
     """number of packaged prompts, harmful and benign each, for measuring refusals at the end; 0: none"""
@@ -42,16 +54,27 @@ class Align:
 
     def __post_init__(self) -> None:
         check_steps(self.profile)
+        if not self.data and is_base(self.model):
+            raise UserError(
+                f"{self.model} is a base model, whose own replies are not worth keeping: give --data with refusals and "
+                "answers, such as --data refusals alpaca"
+            )
+
+    def default_preset(self) -> str | None:
+        """The preset to take where none is named (see `preset_choice`)."""
+        return preset_choice.default_preset(self, "align")
 
 
 def align(settings: Align, command: str) -> None:
     """Run `train.py align`."""
-    run = TrainingRun(settings, command)
+    run = TrainingRun(settings, command, lambda: {} if settings.data else packaged(sources("held-out")))
 
     def work(stage: Stage) -> dict[str, Any]:
-        rows = rows_by_source(settings.data, settings.ignore_fields)
+        given = rows_by_source(settings.data, settings.ignore_fields) if settings.data else None
         model = load(settings.model)
+        rows = packaged_rows(model, stage) if given is None else given
         _ = run.prompts  # a download that fails should fail before the training
+        run.note(preset_choice.line(settings.preset))
         run.note(default_rate(model, settings.training, ALIGN))
         run.note(only_refusals(model, rows))
         with run.profiled():
@@ -70,5 +93,12 @@ def align(settings: Align, command: str) -> None:
             run.note(sample.over_refusals)
             values |= sample.as_dict()
         return values | {"notes": run.notes}
+
+    def packaged_rows(model: Model, stage: Stage) -> dict[str, Sequence[Any]]:
+        run.note(f"rows: packaged ({CONTENTS['safe rows']}); --data gives your own")
+        # The seed is fixed: the rows of others hold prompts that audits ask.
+        training = dataclasses.replace(settings.training.over(ALIGN), seed=0)
+        show_replies = partial(stage.replies, what="its own replies")
+        return dict(PackagedRows(model, training, run.folder / "own-replies.json", show_replies).alignment())
 
     run.finish(run.stages.run("align", work), f"the model is in {run.folder / 'model'}")

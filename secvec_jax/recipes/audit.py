@@ -18,6 +18,7 @@ from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, task_line
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.results import Results, environment_facts
+from secvec_jax.inference import check_model
 from secvec_jax.recipes.audit_stages import Asked, audited, before_alignment
 from secvec_jax.recipes.harness import Harness, find_tasks, harness_version, task_rows
 from secvec_jax.terminal import Console
@@ -98,7 +99,7 @@ def audit_run(settings: AuditRun, command: str) -> int:
         own = () if settings.harmful and settings.benign else sources("held-out")
         return scoring_inputs() | packaged(own) | ({} if tasks is None else harness_version())
 
-    check_there(settings)
+    check_there(vars(settings))
     run = Run(settings, command, more_inputs)
     if settings.json:
         run.stages.console = Console(stderr=True, quiet=not is_main_process(), soft_wrap=True)
@@ -164,6 +165,10 @@ def audit(
     """
     names = {"before": before, "after": after, "reference": reference, "unaligned": unaligned}
     given = {"harmful": harmful, "benign": benign, "data": data}
+    for role, model in names.items():
+        if model is not None or role in ("before", "after"):
+            check_model(role, model)
+    check_there(names)
 
     def rows_of(kind: str) -> Sequence[Row] | None:
         return None if given[kind] is None else as_rows(given[kind], needs_answer=kind == "data", name=kind)

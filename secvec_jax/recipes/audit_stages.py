@@ -30,7 +30,7 @@ from secvec_jax.evaluation.audit_measures import (
     same_vocabulary,
 )
 from secvec_jax.evaluation.audit_samples import samples_of
-from secvec_jax.evaluation.judge_client import Judge
+from secvec_jax.evaluation.judge_client import Judge, check_answers
 from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, compliant_beginnings
 from secvec_jax.evaluation.results import Results
 from secvec_jax.inference import as_model
@@ -89,8 +89,10 @@ def audited(
 ) -> Audit:
     """Measure the models, one stage each, and compare them. reads: of a role, files that its model is read from."""
     notes: list[str] = []
+    if asked.judge is not None:
+        try_judge(asked.judge, stages)
     before = asked.model("before")
-    prompts, data = _prompts(asked, before)
+    prompts, data, available = _prompts(asked, before)
     beginnings: list[Beginning | None] = stages.run("unaligned", partial(_beginnings, asked, prompts))
     if not are_enough(beginnings):
         notes.append(
@@ -174,6 +176,11 @@ def audited(
     notes.append("Harmful prompts and the rules that read replies are in English, apart from those given by flag.")
     reference = found["reference"].metrics if "reference" in found else None
     lines = compared(found["before"].metrics, found["after"].metrics, asked.limits, reference)
+    if any(line.prompts_needed for line in lines):
+        notes.append(
+            f"For more prompts: --max-prompts, up to the {available['harmful']} harmful and {available['benign']} "
+            "benign ones that there are (prefill and kl use half), or others by --harmful and --benign."
+        )
     changed = changes(prompts, found["before"], found["after"], beginnings, found["after"].metrics.get("kl"))
     names = {role: asked.name(role) for role in roles}
     return Audit(
@@ -186,6 +193,11 @@ def audited(
         stages.seconds,
         samples_of(prompts, found, names, beginnings, grades),
     )
+
+
+def try_judge(judge: Judge, stages: Stages) -> None:
+    """Raise UserError if the judge does not answer: it is needed only after minutes."""
+    stages.run("judge's endpoint", lambda stage: on_main_process(lambda: check_answers(judge)))
 
 
 def _judged(judge: Judge, prompts: AuditPrompts, replies: Mapping[str, Sequence[str]], stage: Stage) -> dict[str, Any]:
@@ -228,9 +240,9 @@ def _ordered(lines: Sequence[Line]) -> tuple[Line, ...]:
 # ---------------------------------------------------------------------------------------------- prompts
 
 
-def _prompts(asked: Asked, model: Model) -> tuple[AuditPrompts, list[Row]]:
-    """The given prompts, packaged ones where none are given, and the user's held-out rows; at most `max_prompts` of
-    each kind."""
+def _prompts(asked: Asked, model: Model) -> tuple[AuditPrompts, list[Row], dict[str, int]]:
+    """The given prompts, packaged ones where none are given, and the user's held-out rows, at most `max_prompts` of
+    each kind; and how many prompts there are."""
     harmful, benign, data = map(asked.rows_of, ("harmful", "benign", "data"))
     packaged_rows = {"harmful": (), "benign": ()} if harmful and benign else _packaged(model)
     harmful_prompts = [full_prompt_of(row) for row in harmful or packaged_rows["harmful"]]
@@ -242,7 +254,8 @@ def _prompts(asked: Asked, model: Model) -> tuple[AuditPrompts, list[Row]]:
         benign_rows=_spread(_answered(benign_rows), _MOST_ROWS),
         system=asked.system,
     )
-    return prompts, list(data or ())[: asked.max_prompts]
+    available = {"harmful": len(harmful_prompts), "benign": len(benign_rows)}
+    return prompts, list(data or ())[: asked.max_prompts], available
 
 
 _MOST_ROWS = 32

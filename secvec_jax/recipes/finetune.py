@@ -21,7 +21,7 @@ from secvec_jax.files import read_log
 from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import Precision
-from secvec_jax.presets import preset_field
+from secvec_jax.presets import preset_field, section_of
 from secvec_jax.recipes import preset_choice
 from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, RunInputs, check_precision, trainings
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
@@ -86,7 +86,7 @@ class Finetune:
     """
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
-    preset: str | None = preset_field(lambda preset, values: preset.finetune)
+    preset: str | None = preset_field(section_of("finetune"))
     """settings by model size and hardware, such as 7-8b-80gb, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
     profile: str | None = None

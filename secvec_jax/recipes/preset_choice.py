@@ -20,7 +20,7 @@ from secvec_jax.sharding import num_shards, platform
 from secvec_jax.trees import num_parameters
 from secvec_jax.workspace.run_directory import preset_of_run
 
-Phase = Literal["vectors", "finetune"]
+Phase = Literal["vectors", "finetune", "align", "protect"]
 
 
 def default_preset(settings: Any, phase: Phase) -> str | None:

@@ -29,9 +29,12 @@ from secvec_jax.evaluation.audit import Audit, Limits
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.results import Results
-from secvec_jax.inference import as_model
+from secvec_jax.inference import as_model, check_model
 from secvec_jax.model.hub import Model
+from secvec_jax.presets import preset_field, section_of
+from secvec_jax.recipes import preset_choice
 from secvec_jax.recipes.audit import results_of, write_report
+from secvec_jax.recipes.audit_stages import try_judge
 from secvec_jax.recipes.defend import sources_of
 from secvec_jax.recipes.export import history, hub_id
 from secvec_jax.recipes.protect_stages import audit_export, divide, fine_tune, preflight, screen_rows
@@ -95,6 +98,9 @@ class Protect:
     """share of the rows to hold out, to measure what was learned; at least 8 rows where there are 40 or more"""
     task_lora: LoRA | None = None
     """train a task LoRA, merged at the end, instead of all weights"""
+    preset: str | None = preset_field(section_of("protect"))
+    """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
+    are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
     training: Training = PHASE2
     system: str | None = None
     """a system prompt under which the audit asks all prompts once more, such as the one you serve the model with"""
@@ -144,6 +150,10 @@ class Protect:
         _check_defense(defense, given, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
 
+    def default_preset(self) -> str | None:
+        """The preset to take where none is named (see `preset_choice`)."""
+        return preset_choice.default_preset(self, "protect")
+
 
 @dataclasses.dataclass(frozen=True)
 class Protected:
@@ -171,7 +181,7 @@ def protect_run(settings: Protect, command: str) -> int:
     """Run `train.py protect`; returns the exit code of its audit."""
     if settings.inspect is not None:
         inspect_log.require_inspect()
-    check_there(settings)
+    check_there(vars(settings))
     run = Run(settings, command, lambda: scoring_inputs() | packaged(sources("held-out")))
     if settings.json:
         run.stages.console = Console(stderr=True, quiet=not is_main_process(), soft_wrap=True)
@@ -192,6 +202,8 @@ def protect_run(settings: Protect, command: str) -> int:
         **{name: getattr(settings, name) for name in _SAME},
     )
     work = Work(asked, run.stages)
+    if (preset := preset_choice.line(settings.preset)) is not None:
+        run.stages.console.print(preset)
     protected = _protected(work)
     results = results_of(protected.audit, settings, command, run.stages.seconds)
     rows_with_facts = [row | (work.facts if row["name"] == "after" else {}) for row in results.rows]
@@ -253,6 +265,8 @@ def protect(
     """
     if not isinstance(defense, Defense):
         defense = read_defense(RECOMMENDED if defense is None else defense)
+    check_model("model", model)
+    check_there({"model": model, "base": base, "vectors": vectors})
     given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)
     _check_defense(defense, list(given), lambda argument: f"{argument}=")
     asked = Asked(
@@ -301,6 +315,8 @@ def _check_defense(defense: Defense, given: Sequence[Need], named: Callable[[str
 
 def _protected(work: Work) -> Protected:
     """All stages, in order."""
+    if work.asked.judge is not None:
+        try_judge(work.asked.judge, work.stages)
     preflight(work)
     vectors = make_vectors(work)
     screening = screen_rows(work, vectors)

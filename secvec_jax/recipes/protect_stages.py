@@ -66,8 +66,8 @@ def preflight(work: Work) -> None:
     found = work.stage("preflight", run)
     if found is not None and found["no_refusals"] is not None:
         raise UserError(
-            f"{found['no_refusals']}: run train.py align --model {work.model_name} --data refusals alpaca --out "
-            "runs/aligned, packaged rows or files of your own, and give its --out as the model"
+            f"{found['no_refusals']}: run train.py align --model {work.model_name} --out runs/aligned, with packaged "
+            "rows or --data of your own, and give its --out as the model"
         )
 
 

@@ -17,7 +17,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import Model, load
 from secvec_jax.model.quantized import Precision
-from secvec_jax.presets import preset_field
+from secvec_jax.presets import preset_field, section_of
 from secvec_jax.recipes import preset_choice
 from secvec_jax.recipes.training_run import TrainingRun
 from secvec_jax.training.profiling import check_steps
@@ -58,7 +58,7 @@ class Vectors:
     of the vectors at the end"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
-    preset: str | None = preset_field(lambda preset, values: preset.vectors)
+    preset: str | None = preset_field(section_of("vectors"))
     """settings by model size and hardware, such as 7-8b-80gb, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
     profile: str | None = None

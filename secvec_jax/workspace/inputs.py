@@ -2,7 +2,8 @@
 
 import dataclasses
 import glob
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,14 @@ def inputs_of(settings: Any) -> Inputs:
     return inputs
 
 
-def check_there(settings: Any) -> None:
-    """Raise UserError if a model or adapter of the settings is not there.
+def check_there(named: Mapping[str, Any]) -> None:
+    """Raise UserError if a model or adapter is not there. named: setting of a command -> its value.
 
-    For commands that read some of them after minutes only.
+    For what reads some of them after minutes only. Values that are no names are left to the code that uses them.
     """
-    for field in dataclasses.fields(settings):
-        name = getattr(settings, field.name)
-        if _READERS.get(field.name) in (model, adapter) and name and isinstance(name, str):
-            _READERS[field.name](name)
+    for setting, name in named.items():
+        if _READERS.get(setting) in (model, adapter) and name and isinstance(name, str | os.PathLike):
+            _READERS[setting](str(name))
 
 
 def known(read: Callable[[Any], str], name: Any) -> str | None:

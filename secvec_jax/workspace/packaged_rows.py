@@ -64,6 +64,11 @@ class PackagedRows:
             "eliciting prompt": lambda: CONTENTS["eliciting prompt"],
         }
 
+    def alignment(self) -> dict[str, list[Example]]:
+        """What the quickstart aligns with: "harmful" prompts with refusals, and "benign" ones with the model's own
+        replies."""
+        return {"harmful": self._splits.refusals, "benign": self._base_replies()}
+
     def held_out(self) -> dict[str, list[Example]]:
         """Rows, "harmful" and "benign", that none of the others has; half of the benign open as the harmful ones do."""
         suite = self._splits.suite
@@ -78,7 +83,7 @@ class PackagedRows:
 
     def _safe(self) -> list[Example]:
         """Refusals and the model's own replies, shuffled so that the first few are of both."""
-        rows = [*self._splits.refusals, *self._base_replies()]
+        rows = [row for group in self.alignment().values() for row in group]
         return random.Random(self._training.seed).sample(rows, len(rows))
 
     def _base_replies(self) -> list[Example]:

@@ -223,20 +223,35 @@ class Stage:
 
     def replies(self, total: int, what: str) -> Callable[[int], None]:
         """A progress callback for `total` replies."""
-        self._progress.update(self._task, description=f"{self.name}: {what}", completed=0, total=total, note="replies")
-        return lambda done: self._progress.update(self._task, completed=done)
+        self._progress.update(self._task, note="replies")
+        count = self.requests()
+        count(what, 0, total)
+        return lambda done: count(what, done, total)
 
     def requests(self) -> Callable[[str, int, int], None]:
-        """A progress callback for work whose kinds and sizes are not known in advance."""
+        """A progress callback for work whose kinds and sizes are not known in advance: what, how much is done, of how
+        much. It updates the bar, or prints a line now and then where there is no terminal."""
+        start = last_line = time.monotonic()
+        current = ""
 
         def on_request(what: str, done: int, total: int) -> None:
+            nonlocal start, last_line, current
             self._progress.update(self._task, description=f"{self.name}: {what}", completed=done, total=total)
+            now = time.monotonic()
+            if what != current:
+                current, start = what, now
+            if now - last_line > _SECONDS_BETWEEN_LINES and not self._progress.console.is_terminal:
+                last_line = now
+                left = f", {_duration((now - start) / done * (total - done))} left" if done else ""
+                self.print(f"{self.name}: {what}, {done}/{total}{left}")
 
         return on_request
 
     def say(self, what: str) -> None:
         """Show what is being done."""
         self._progress.update(self._task, description=f"{self.name}: {what}")
+        if not self._progress.console.is_terminal:
+            self.print(f"{self.name}: {what}")
 
 
 def _average(tokens: float, seconds: float) -> dict[str, float]:

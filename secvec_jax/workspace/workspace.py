@@ -32,7 +32,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
-from secvec_jax.model.embedded import EMBEDDED
+from secvec_jax.model.embedded import is_base
 from secvec_jax.model.hub import Model, load
 from secvec_jax.terminal import Console
 from secvec_jax.training.checkpoints import Checkpoints
@@ -71,8 +71,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         """Raises UserError for a base model that would have to be aligned: its own replies are not worth keeping."""
-        embedded = EMBEDDED.get(self.model)
-        if self.aligns and embedded is not None and embedded.chat_template is not None:
+        if self.aligns and is_base(self.model):
             raise UserError(
                 f"{self.model} is a base model, which follows no instructions yet: train it with train.py align on "
                 "refusals and answers (docs/install.md), and give its --out as the model with --no-aligns"

@@ -234,7 +234,8 @@ def test_a_judge_adds_lines_with_a_limit_of_their_own(world, judge_server, capsy
     assert COMPLIES not in (world.folder / "out" / "report.html").read_text(), "reports have a line of them"
     assert run(world, *flags, "--limits.harm-score", "4", after="plain") == 0, "judged again by the same grades"
     assert run(world, *flags, after="plain", out="again") == 3
-    assert len(judge_server.bodies) == 194, "only what had no grade is asked again"
+    graded = [body for body in judge_server.bodies if "<reply>" in body["messages"][0]["content"]]
+    assert len(graded) == 194, "only what had no grade is asked again"
 
 
 def test_without_any_readable_grade_there_is_no_line(world, judge_server, capsys):
@@ -245,8 +246,13 @@ def test_without_any_readable_grade_there_is_no_line(world, judge_server, capsys
 
 
 def test_a_judge_that_fails_is_reported_and_the_audit_goes_on_later(world, judge_server, capsys):
-    act, judge_server.act = judge_server.act, lambda number, body: (401, "")
+    act = judge_server.act
     flags = ("--judge", "m", "--judge-url", judge_server.url)
+    for answer, words in (((401, ""), "rejected the key (401)"), ((200, "{}"), "not answer as a chat endpoint does")):
+        judge_server.act = lambda number, body, answer=answer: answer
+        assert run(world, *flags) == 2
+        assert words in " ".join(capsys.readouterr().err.split()) and world.asked == 0, "before any model is asked"
+    judge_server.act = lambda number, body: (401, "") if "<reply>" in body["messages"][0]["content"] else says("ready")
     assert run(world, *flags) == 2
     assert "rejected the key (401)" in capsys.readouterr().err and not (world.folder / "out" / "results.json").exists()
     asked, judge_server.act = world.asked, act
@@ -362,5 +368,5 @@ def test_a_value_is_audited_by_asking_it(judge_server, own_cache):
     assert found.samples[0].reply == sv.generate(model, rows[:1], max_new_tokens=4, temperature=0)[0]
     assert all(line.difference.value == 0.0 for line in found.lines)
     assert {"harmful_loss", "data_loss"} <= {line.metric for line in found.lines}
-    assert set(found.seconds) == {"unaligned", "before", "after", "general", "judge"}
+    assert set(found.seconds) == {"unaligned", "before", "after", "general", "judge's endpoint", "judge"}
     assert found._repr_html_().count('<table class="lines">') == 2

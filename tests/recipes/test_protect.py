@@ -339,13 +339,15 @@ def test_the_exit_code_is_the_verdict_and_json_is_alone_on_standard_output(known
     assert "The audit " in capsys.readouterr().out
 
 
-def test_the_audit_asks_the_judge_and_is_written_as_a_log_of_inspect(known, judged, capsys):
+def test_the_audit_asks_the_judge_and_is_written_as_a_log_of_inspect(known, judged, monkeypatch, capsys):
     log = pytest.importorskip("inspect_ai.log")
+    tried = []
+    monkeypatch.setattr(audit_stages, "check_answers", tried.append)
     path = known.folder / "audit.eval"
     flags = ("--judge", "m", "--judge-url", "http://127.0.0.1:1/v1", "--keep-replies", "--inspect", str(path))
     assert run(known, *flags, "--json") == 0
     assert json.loads(capsys.readouterr().out)["inspect"] == str(path)
-    assert judged.asked.judge == Judge("m", "http://127.0.0.1:1/v1") and judged.asked.whole_replies
+    assert [judged.asked.judge] == tried == [Judge("m", "http://127.0.0.1:1/v1")] and judged.asked.whole_replies
     read = log.read_eval_log(str(path))
     assert read.eval.metadata["verdict"] == "passes" and read.eval.metadata["command"].count("protect")
     with pytest.raises(sv.UserError, match="Judge"):

@@ -162,13 +162,26 @@ def test_vectors_end_with_their_gate_on_rows_that_they_were_not_trained_on(
     assert "the gate fails: with the vectors on, the loss of 9 held-out harmful rows is" in said(capsys)
 
 
+def test_alignment_without_data_trains_on_packaged_refusals_and_the_models_own_replies(
+    untrained, tmp_path, monkeypatch, capsys
+):
+    groups = {"harmful": examples_of(tiny_model(), REFUSALS), "benign": examples_of(tiny_model(), REFUSALS[:1])}
+    monkeypatch.setattr(packaged_rows.PackagedRows, "alignment", lambda self: groups)
+    trained_on = []
+    monkeypatch.setattr(align_module, "train_model", lambda model, rows, **options: trained_on.append(rows) or model)
+    align(Align(out=str(tmp_path / "out"), training=TRAINING), "")
+    assert trained_on == [groups] and "rows: packaged (refusals of AdvBench" in said(capsys)
+    with pytest.raises(UserError, match="gemma3-270m is a base model, whose own replies are not worth keeping"):
+        Align(model="gemma3-270m")
+
+
 def test_alignment_ends_with_over_refusal_and_warns(untrained, data, tmp_path, capsys):
     untrained.sample = sample(10, 8)
     out = tmp_path / "out"
     align(Align((data,), out=str(out), training=TRAINING), "")
     text = said(capsys)
     for words in ("4 of 4 answers that were read are refusals", "alignment of 1 step:", "at the end: refusal 100%",
-                  "the model refuses 80% [50, 100] of 10 benign prompts: add benign rows"):  # fmt: skip
+                  "the model refuses 80% [50, 100] of 10 benign prompts: align with more"):  # fmt: skip
         assert words in text, words
     metrics = Results.load(out).rows[0]["metrics"]
     assert metrics["over_refusal"]["value"] == 0.8 and metrics["over_refusal"]["n"] == 10

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import secvec_jax as sv
 from secvec_jax import digests
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
@@ -188,10 +189,14 @@ def test_models_adapters_and_rows_have_a_content_whatever_names_them(tiny_model,
 
 def test_of_an_audit_every_model_must_be_there_before_the_first_is_measured(tiny_model):
     folder = str(tiny_model("llama").folder)
-    inputs.check_there(AuditRun(before=folder, after="smollm2"))
+    inputs.check_there(vars(AuditRun(before=folder, after="smollm2")))
     for given in ({"after": "/gone"}, {"reference": "/gone"}, {"unaligned": "/gone"}):
         with pytest.raises(UserError, match="no model '/gone'"):
-            inputs.check_there(AuditRun(**{"before": folder, "after": folder} | given))
+            inputs.check_there(vars(AuditRun(**{"before": folder, "after": folder} | given)))
+        with pytest.raises(UserError, match="no model '/gone'"):
+            sv.audit(**{"before": folder, "after": folder} | given)
+    with pytest.raises(UserError, match="after is 3: pass"):
+        sv.audit(folder, 3)
 
 
 def test_parts_of_a_grid_run_together_and_other_divisions_do_not(tmp_path, monkeypatch):
