@@ -39,7 +39,10 @@ def runs(tmp_path_factory) -> Path:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     tiny_model().save(folder / "tiny")
     data, aligned, vectors = (str(folder / name) for name in ("rows.jsonl", "aligned", "vectors"))
-    align(Align((data,), str(folder / "tiny"), aligned, None, QUICK, 0), "train.py align --data rows.jsonl")
+    align(
+        Align((data,), str(folder / "tiny"), aligned, None, training=QUICK, check_prompts=0),
+        "train.py align --data rows.jsonl",
+    )
     train(
         Vectors(data, f"{aligned}/model", data, vectors, lora=LoRA(rank=2), training=QUICK, check_prompts=0),
         "train.py vectors",
