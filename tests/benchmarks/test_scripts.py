@@ -45,8 +45,8 @@ def check_sides(found: dict, count: int, printed: str) -> None:
 def train_speed(out: Path) -> None:
     printed = run_script("train_speed", "--json", out, "--rounds", 1)
     found = json.loads(out.read_text())
-    check_sides(found, 18, printed)
-    assert len(found["ranges"]) == 10 and positive(found["ranges"][name]["median"] for name in found["ranges"])
+    check_sides(found, 21, printed)
+    assert len(found["ranges"]) == 12 and positive(found["ranges"][name]["median"] for name in found["ranges"])
     assert {"vectors_vs_peft", "raw_vs_peft", "vaccine_vs_sft", "frozen_vectors_overhead"} <= set(found["ratios"])
     assert len(found["useful tokens per step"]) == 6 and positive(found["useful tokens per step"].values())
     assert found["largest difference of losses"] < 1e-3
@@ -70,6 +70,14 @@ def growth(out: Path) -> None:
         assert all(math.isfinite(number) for fit in part["fits"].values() for number in fit.values())
 
 
+def growth_runs(out: Path) -> None:
+    printed = run_script("growth_runs", "--json", out)
+    found = json.loads(out.read_text())
+    assert set(found) == {"rows", "cells", "prompts"} and printed.count("| exponent |") == 3
+    for part in found.values():
+        assert len(part["points"]) == 2 and all(positive(point.values()) for point in part["points"])
+
+
 def startup(out: Path) -> None:
     assert "| warm |" in run_script("startup", "--json", out)
     found = json.loads(out.read_text())
@@ -91,6 +99,14 @@ def gpu(out: Path) -> None:
             assert positive(found["seconds"] for found in row.get("shapes", {name: row}).values())
 
 
+def precision_quality(out: Path) -> None:
+    printed = run_script("precision_quality", "--json", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["plain", "float32", "bfloat16", "int8", "nf4"] and "| float32, without vectors |" in printed
+    for row in rows.values():
+        assert positive([row["harmful_loss"]["value"], row["refusal"]["n"], row["exact_match"]["n"]])
+
+
 def scale(out: Path) -> None:
     assert "llama-3.2-1b" in run_script("scale")
 
@@ -99,7 +115,8 @@ def scale_gpu(out: Path) -> None:
     assert "1 x h100 | task LoRA | bfloat16 | 1 x 128, dots |" in run_script("scale_gpu")
 
 
-SCRIPTS = {check.__name__: check for check in (train_speed, decode_speed, growth, startup, gpu, scale, scale_gpu)}
+CHECKS = (train_speed, decode_speed, growth, growth_runs, precision_quality, startup, gpu, scale, scale_gpu)
+SCRIPTS = {check.__name__: check for check in CHECKS}
 """What each script must leave; one that is not listed fails."""
 
 
