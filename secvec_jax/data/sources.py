@@ -10,6 +10,7 @@ given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
 
 import codecs
 import csv
+import functools
 import glob
 import json
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from secvec_jax.arguments import path as checked_path
+from secvec_jax.assets import packages_dir
 from secvec_jax.data import benchmarks
 from secvec_jax.data.hub_sets import HUB_SETS, records
 from secvec_jax.data.normalize import LONGEST_ROW, as_rows, normalize, normalized_rows, rows_in_memory, rows_on_disk
@@ -78,7 +80,7 @@ def load_rows(
     if split != "train":
         raise UserError(f"{source} has no split {split!r}; benchmarks and single files have only 'train'")
     if source in PACKAGED:
-        return as_rows(PACKAGED[source](), needs_answer, source)
+        return _packaged(source, PACKAGED[source], needs_answer, resolved(packages_dir()))
     if not path.is_file():
         raise UserError(
             f"{source!r} is no file or folder; packaged benchmarks are {', '.join(PACKAGED)}; "
@@ -98,6 +100,12 @@ def load_rows(
         raise UserError(f"{source} is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"cannot read {source} ({error.strerror or error}); check the file") from error
+
+
+@functools.cache
+def _packaged(source: str, read: Callable[[], list[Row]], needs_answer: bool, packages: Path) -> Rows[Row]:
+    """The rows of a benchmark in this folder, read once: some commands need them a dozen times, and all are 11 MiB."""
+    return as_rows(read(), needs_answer, source)
 
 
 def load_prompts(

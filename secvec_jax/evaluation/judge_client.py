@@ -176,10 +176,14 @@ def check_answers(judge: Judge) -> None:
     """Send one short question. Raises UserError as `answers` does, and if the answer is not a chat completion."""
     for _, answer in answers(judge, ["Answer with the single word: ready"]):
         if answer is None:
-            raise UserError(
-                f"{judge.url} does not answer as a chat endpoint does: it must be one with OpenAI's chat API, such as "
-                "http://127.0.0.1:8000/v1"
-            )
+            raise no_chat_endpoint(judge) from None
+
+
+def no_chat_endpoint(judge: Judge) -> UserError:
+    """Return the error for a server whose answers are not chat completions."""
+    return UserError(
+        f"the server at {judge.url} does not speak the OpenAI chat protocol: check --judge-url (it often ends in /v1)"
+    )
 
 
 class _Malformed(Exception):

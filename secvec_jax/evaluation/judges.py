@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from secvec_jax.errors import UserError, WriteError
-from secvec_jax.evaluation.judge_client import Judge, answers, request_of
+from secvec_jax.evaluation.judge_client import Judge, answers, no_chat_endpoint, request_of
 from secvec_jax.files import atomic_file, clear_unfinished, read_kept
 
 LOWEST, HIGHEST = 1, 5
@@ -145,10 +145,7 @@ def verdicts(
             done += 1
             progress(done)
             if malformed == min(_GIVE_UP, len(missing)) == done - (len(questions) - len(missing)):
-                raise UserError(
-                    f"the server at {judge.url} does not speak the OpenAI chat protocol: check --judge-url "
-                    "(it often ends in /v1)"
-                ) from None
+                raise no_chat_endpoint(judge) from None
     return Verdicts([score_of(verdict_of[question] or "") for question in questions], len(missing), (read, written))
 
 

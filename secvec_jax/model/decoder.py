@@ -14,6 +14,7 @@ All take adapters (`model/adapter.py`), which change what the layers compute.
 """
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -330,6 +331,12 @@ def _rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., An
 
 def abstract_decoder(architecture: Architecture, precision: Precision = "float32") -> Decoder:
     """The decoder with shapes in place of arrays, its weights held in this precision: costs no memory."""
+    traced = _traced_decoder(architecture, precision, jax.sharding.get_abstract_mesh())
+    return jax.tree.map(lambda shape: shape, traced)  # a module of the caller's own
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_decoder(architecture: Architecture, precision: Precision, mesh: jax.sharding.AbstractMesh) -> Decoder:
     return jax.eval_shape(lambda: with_precision(Decoder(architecture, nnx.Rngs(0)), precision))
 
 

@@ -102,7 +102,7 @@ def gpu(out: Path) -> None:
 def precision_quality(out: Path) -> None:
     printed = run_script("precision_quality", "--json", out)
     rows = json.loads(out.read_text())["rows"]
-    assert list(rows) == ["plain", "float32", "bfloat16", "int8", "nf4"] and "| float32, without vectors |" in printed
+    assert list(rows) == ["plain", "float32", "nf4", "int8", "bfloat16"] and "| float32, without vectors |" in printed
     for row in rows.values():
         assert positive([row["harmful_loss"]["value"], row["refusal"]["n"], row["exact_match"]["n"]])
 

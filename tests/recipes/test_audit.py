@@ -248,7 +248,10 @@ def test_without_any_readable_grade_there_is_no_line(world, judge_server, capsys
 def test_a_judge_that_fails_is_reported_and_the_audit_goes_on_later(world, judge_server, capsys):
     act = judge_server.act
     flags = ("--judge", "m", "--judge-url", judge_server.url)
-    for answer, words in (((401, ""), "rejected the key (401)"), ((200, "{}"), "not answer as a chat endpoint does")):
+    for answer, words in (
+        ((401, ""), "rejected the key (401)"),
+        ((200, "{}"), "does not speak the OpenAI chat protocol"),
+    ):
         judge_server.act = lambda number, body, answer=answer: answer
         assert run(world, *flags) == 2
         assert words in " ".join(capsys.readouterr().err.split()) and world.asked == 0, "before any model is asked"

@@ -43,7 +43,7 @@ def verdict(name: str, difference: float = 0.0) -> Audit:
 
 
 @pytest.fixture
-def toys(tmp_path, monkeypatch, own_cache):
+def toys(request, tmp_path, monkeypatch, own_cache):
     """A model and a user's file; what is packaged is a few toy rows. `refused`: how many of 10 prompts it refuses."""
 
     class Toys:
@@ -74,6 +74,8 @@ def toys(tmp_path, monkeypatch, own_cache):
     monkeypatch.setattr(audit_stages, "_packaged", lambda model: prompts)
     monkeypatch.setattr(protect_stages, "before_alignment", lambda model: toys.model)
     monkeypatch.setattr(protect_stages, "sample_prompts", lambda count: Suite(()))
+    if request.function is not test_the_whole_command:  # one picture is enough
+        monkeypatch.setattr(protect_stages, "write_histogram", lambda path, screening: None)
 
     def measure(model, suite):
         toys.sampled += 1
