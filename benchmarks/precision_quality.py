@@ -1,12 +1,12 @@
 """What frozen weights held in bfloat16, int8 or nf4 cost: vectors and a task LoRA on the quickstart's rows, scored.
 
-    python benchmarks/precision_quality.py --model runs/quickstart/model/aligned --json FILE   # half an hour on two cores
-    python benchmarks/precision_quality.py --json FILE --table                                 # only print the table
-    python benchmarks/precision_quality.py --json FILE --toy                                   # smoke test
+    python benchmarks/precision_quality.py --json FILE --model ALIGNED    # half an hour on two cores
+    python benchmarks/precision_quality.py --json FILE --table            # only print the table
+    python benchmarks/precision_quality.py --json FILE --toy              # smoke test
 
 Over weights of each precision, vectors are trained as in the quickstart; then a task LoRA is trained under them on its
-mix of rows, and merged into the weights in full; the model is scored on the quickstart's held-out prompts. The first row
-is the same fine-tuning over float32 without vectors. One seed.
+mix of rows, and merged into the weights in full; the model is scored on the quickstart's held-out prompts. The first
+row is the same fine-tuning over float32 without vectors. One seed.
 """
 
 import argparse
