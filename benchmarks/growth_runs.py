@@ -1,9 +1,10 @@
 """Growth of whole commands: with the rows of a data set on disk, the cells of a grid, and the prompts of an audit.
 
-    python benchmarks/growth_runs.py --json FILE                # all parts, about 15 minutes on two cores
-    python benchmarks/growth_runs.py --json FILE --part rows    # one part; other parts in FILE are kept
-    python benchmarks/growth_runs.py --json FILE --table        # only print the tables of FILE
-    python benchmarks/growth_runs.py --json FILE --toy          # smoke test: the smallest points
+    python benchmarks/growth_runs.py --json FILE                    # all points: an hour on two cores
+    python benchmarks/growth_runs.py --json FILE --largest 100000   # none above this size: ten minutes
+    python benchmarks/growth_runs.py --json FILE --part rows        # one part; points in FILE are kept
+    python benchmarks/growth_runs.py --json FILE --table            # only print the tables of FILE
+    python benchmarks/growth_runs.py --json FILE --toy              # smoke test: the smallest points
 
 Each point is a command in a process of its own, on a model with two small layers and the embedded model's tokenizer, so
 that what is not the model's arithmetic shows. Its memory is the peak of the process. The exponent is the slope of
@@ -130,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="results file")
     parser.add_argument("--part", choices=PARTS, help="measure only this part")
+    parser.add_argument("--largest", type=int, default=10**6, help="measure no point above this size")
     parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
     parser.add_argument("--toy", action="store_true", help="smoke test: the two smallest points of each part")
     options = parser.parse_args()
@@ -141,13 +143,14 @@ def main() -> None:
             toy_model().save(model)
             for name in [options.part] if options.part else PARTS:
                 _, measure, sizes = PARTS[name]
-                points = []
+                points = {point["size"]: point for point in results.get(name, {}).get("points", [])}
                 for size in sizes[:2] if options.toy else sizes:
-                    points.append({"size": size} | measure(model, Path(scratch), size))
-                    print(f"{name} {size}: {points[-1]['seconds']:.1f} s", flush=True)
-                results[name] = {"environment": facts, "points": points}
-                with atomic_file(options.json) as staging:
-                    staging.write_text(json.dumps(results, indent=1) + "\n")
+                    if size <= options.largest and size not in points:
+                        points[size] = {"size": size} | measure(model, Path(scratch), size)
+                        print(f"{name} {size}: {points[size]['seconds']:.1f} s", flush=True)
+                        results[name] = {"environment": facts, "points": [points[key] for key in sorted(points)]}
+                        with atomic_file(options.json) as staging:
+                            staging.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 

@@ -68,7 +68,7 @@ def toys(request, tmp_path, monkeypatch, own_cache):
     )
     monkeypatch.setattr(packaged_rows.PackagedRows, "held_out", lambda self: held_out)
     monkeypatch.setattr(protect_module, "packaged", lambda names: {})
-    phase1 = sv.Training(learning_rate=0.02, epochs=12).over(protect_work.PHASE1)
+    phase1 = sv.Training(learning_rate=0.04, epochs=5).over(protect_work.PHASE1)
     monkeypatch.setattr(protect_work, "PHASE1", phase1)
     prompts = {"harmful": rows("harm", 12), "unseen": rows("harmful", 4, SECRET), "benign": rows("benign", 12)}
     monkeypatch.setattr(audit_stages, "_packaged", lambda model: prompts)
