@@ -1,15 +1,15 @@
 """Limits on the time and the memory of code that came with a model, such as its chat template."""
 
 import contextlib
+import os
 import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 Result = TypeVar("Result")
 
@@ -29,25 +29,26 @@ def run_limited(run: Callable[[], Result], seconds: float, memory: int) -> Resul
     A signal looks at both every tenth of a second, between two operations of the interpreter. What a single operation
     allocates is limited by the operating system, on Linux: the process, with all its threads, may map `_OPERATION`
     bytes more meanwhile, but not within `unlimited_address_space`. There is no limit in threads other than the main
-    one, where Python handles no signals. memory: by which the process's peak may grow.
+    one, where Python handles no signals. memory: by which the process may grow.
 
     Raises LimitExceeded. The timer and the address space are then what they were before.
     """
     if threading.current_thread() is not threading.main_thread():
         return run()
-    start, peak, is_running = time.monotonic(), _peak_memory(), False
+    (mapped, before), start, is_running = _memory(), time.monotonic(), False
 
     def look(number: int, frame: FrameType | None) -> None:
         if is_running and time.monotonic() - start > seconds:
             raise LimitExceeded(f"it takes more than {seconds:g} seconds")
-        if is_running and _peak_memory() - peak > memory:
+        if is_running and _memory().resident - before > memory:
             raise LimitExceeded(f"it takes more than {memory // 2**20:,} MiB of memory")
 
     space = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, look)
     timer = signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
     try:
-        _limit_address_space(_OPERATION)
+        if mapped is not None and not _allocating:
+            _limit_address_space(mapped + _OPERATION)
         is_running = True
         return run()
     except MemoryError:
@@ -79,18 +80,31 @@ def unlimited_address_space() -> Iterator[None]:
 _allocating = 0
 
 
-def _limit_address_space(more: int) -> None:
-    """Let the process map at most so many bytes more. Only Linux enforces that; elsewhere this does nothing."""
-    if _allocating or not sys.platform.startswith("linux"):
-        return
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+def _limit_address_space(most: int) -> None:
+    """Let the process map at most so many bytes, or fewer where there is a limit already."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = pages * resource.getpagesize() + more
     others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(most, *others) if others else most, hard))
 
 
-def _peak_memory() -> int:
-    """The most bytes of memory that the process has had at once."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+class _Memory(NamedTuple):
+    """Bytes that the process has mapped, None where no limit on them is enforced; and bytes that it holds."""
+
+    mapped: int | None
+    resident: int
+
+
+def _memory() -> _Memory:
+    """The process's memory now. Each row of a data set is rendered with limits, so this must take microseconds."""
+    if not sys.platform.startswith("linux"):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return _Memory(None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)  # its peak, at least
+    descriptor = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        mapped, resident, *_ = os.read(descriptor, 256).split()
+    finally:
+        os.close(descriptor)
+    return _Memory(int(mapped) * _PAGE, int(resident) * _PAGE)
+
+
+_PAGE = resource.getpagesize()

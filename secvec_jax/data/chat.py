@@ -151,7 +151,7 @@ def _spans(tokenizer: Any, messages: Sequence[Message], text: str, known: int = 
     for turn in range(known, len(messages)):
         if _is_learned(messages[turn]):
             before = _text_before(tokenizer, messages, turn)
-            after = render(tokenizer, messages[: turn + 1])
+            after = text if turn + 1 == len(messages) else render(tokenizer, messages[: turn + 1])
             if not (after.startswith(before) and text.startswith(after)):
                 raise UserError(
                     "the chat template rewrites earlier turns, so the assistant's spans cannot be found: use a "
