@@ -105,7 +105,7 @@ def section_of(verb: str) -> Section:
         found: Mapping[str, Any] = getattr(preset, verb)
         if not found:
             others = [name for name, each in presets().items() if getattr(each, verb)]
-            raise UserError(f"this preset has no settings of {verb}: leave it out, or use {' or '.join(others)}")
+            raise UserError(f"this preset has no settings for {verb}: leave it out, or use {' or '.join(others)}")
         return found
 
     return section

@@ -114,7 +114,7 @@ def test_the_small_models_preset_keeps_more_for_the_backward_pass_and_is_for_eve
 
 def test_one_without_settings_of_the_verb_is_refused():
     for verb in OTHERS:
-        message = f"this preset has no settings of {verb}: leave it out, or use 135m-cpu"
+        message = f"this preset has no settings for {verb}: leave it out, or use 135m-cpu"
         with pytest.raises(UserError, match=f"^{message}$"):
             parsed(verb, "--preset", "7-8b-80gb")
 

@@ -176,7 +176,7 @@ def check_answers(judge: Judge) -> None:
     """Send one short question. Raises UserError as `answers` does, and if the answer is not a chat completion."""
     for _, answer in answers(judge, ["Answer with the single word: ready"]):
         if answer is None:
-            raise no_chat_endpoint(judge) from None
+            raise no_chat_endpoint(judge)
 
 
 def no_chat_endpoint(judge: Judge) -> UserError:
