@@ -39,19 +39,28 @@ Point = dict[str, float]
 """What was measured: "seconds" and "gib", and further figures by name."""
 
 
+_MEASURED = """\
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+with open(sys.argv[1], "w") as file:
+    file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
+"""A small process that starts the command: the peak of a child is at least that of the process it was forked from."""
+
+
 def run(*command: str) -> Point:
     """The seconds and the peak memory of a command. Ends this process with its last lines if it fails."""
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as said, tempfile.NamedTemporaryFile("r") as peak:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         start = time.monotonic()
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=said, stderr=said)
-        _, status, used = os.wait4(process.pid, 0)
+        measured = [sys.executable, "-c", _MEASURED, peak.name, sys.executable, *command]
+        code = subprocess.call(measured, cwd=ROOT, env=environment, stdout=said, stderr=said)
         seconds = time.monotonic() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode not in (0, 3, 4):  # 3 and 4 are verdicts of an audit
+        if code not in (0, 3, 4):  # 3 and 4 are verdicts of an audit
             said.seek(0)
-            sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{said.read()[-2000:]}")
-    return {"seconds": seconds, "gib": used.ru_maxrss / 2**20}
+            sys.exit(f"{' '.join(command)} ended with {code}:\n{said.read()[-2000:]}")
+        return {"seconds": seconds, "gib": int(peak.read()) / 2**20}
 
 
 def write_rows(path: Path, count: int) -> None:
