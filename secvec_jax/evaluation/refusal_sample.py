@@ -65,8 +65,9 @@ class RefusalSample:
         if self.over_refusal.value <= 0.15:
             return None
         return (
-            f"the model refuses {_percent(self.over_refusal)} of {self.over_refusal.n} benign prompts: align with more "
-            "benign rows that have the model's own answers, as train.py align does without --data"
+            f"the model refuses {_percent(self.over_refusal)} of {self.over_refusal.n} benign prompts: it needs more "
+            "benign rows with its own answers (without --data, train.py align has it answer 528 prompts, most of them "
+            "short)"
         )
 
 

@@ -181,7 +181,7 @@ def test_alignment_ends_with_over_refusal_and_warns(untrained, data, tmp_path, c
     align(Align((data,), out=str(out), training=TRAINING), "")
     text = said(capsys)
     for words in ("4 of 4 answers that were read are refusals", "alignment of 1 step:", "at the end: refusal 100%",
-                  "the model refuses 80% [50, 100] of 10 benign prompts: align with more"):  # fmt: skip
+                  "the model refuses 80% [50, 100] of 10 benign prompts: it needs more"):  # fmt: skip
         assert words in text, words
     metrics = Results.load(out).rows[0]["metrics"]
     assert metrics["over_refusal"]["value"] == 0.8 and metrics["over_refusal"]["n"] == 10
