@@ -38,7 +38,6 @@ STEPS, UNTIMED = 20, 5
 Point = dict[str, float]
 """What was measured: "seconds" and "gib", and further figures by name."""
 
-
 _MEASURED = """\
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[2:])
@@ -49,10 +48,13 @@ sys.exit(code)
 """A small process that starts the command: the peak of a child is at least that of the process it was forked from."""
 
 
-def run(*command: str) -> Point:
-    """The seconds and the peak memory of a command. Ends this process with its last lines if it fails."""
+def run(*command: str, **variables: str) -> Point:
+    """The seconds and the peak memory of a command, with these further environment variables.
+
+    Ends this process with the command's last lines if it fails.
+    """
     with tempfile.TemporaryFile("w+") as said, tempfile.NamedTemporaryFile("r") as peak:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | variables
         start = time.monotonic()
         measured = [sys.executable, "-c", _MEASURED, peak.name, sys.executable, *command]
         code = subprocess.call(measured, cwd=ROOT, env=environment, stdout=said, stderr=said)
@@ -106,8 +108,8 @@ def with_prompts(model: Path, work: Path, count: int) -> Point:
     write_rows(prompts, count)
     flags = ("--harmful", str(prompts), "--benign", str(prompts), "--max-prompts", str(count), "--out", str(out))
     models = ("--before", str(model), "--after", str(model), "--unaligned", str(model))
-    os.environ["SECVEC_CACHE"] = str(work / f"cache-{count}")  # nothing is known of the model
-    return run("eval.py", "audit", *models, *flags)
+    empty = str(work / f"cache-{count}")  # in which nothing is known of the model
+    return run("eval.py", "audit", *models, *flags, SECVEC_CACHE=empty)
 
 
 PARTS: dict[str, tuple[str, Callable[[Path, Path, int], Point], Sequence[int]]] = {

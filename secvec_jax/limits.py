@@ -17,6 +17,7 @@ _TICK = 0.1
 """Seconds between two looks at the time and the memory."""
 _OPERATION = 2**31
 """Bytes that a single operation may allocate."""
+_PAGE = resource.getpagesize()
 
 
 class LimitExceeded(Exception):
@@ -105,6 +106,3 @@ def _memory() -> _Memory:
     finally:
         os.close(descriptor)
     return _Memory(int(mapped) * _PAGE, int(resident) * _PAGE)
-
-
-_PAGE = resource.getpagesize()

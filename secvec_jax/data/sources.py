@@ -104,7 +104,7 @@ def load_rows(
 
 @functools.cache
 def _packaged(source: str, read: Callable[[], list[Row]], needs_answer: bool, packages: Path) -> Rows[Row]:
-    """The rows of a benchmark in this folder, read once: some commands need them a dozen times, and all are 11 MiB."""
+    """The rows of a benchmark, read once from a folder: some commands need them a dozen times, and all are 11 MiB."""
     return as_rows(read(), needs_answer, source)
 
 

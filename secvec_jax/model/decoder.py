@@ -14,11 +14,10 @@ All take adapters (`model/adapter.py`), which change what the layers compute.
 """
 
 import dataclasses
-import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import chex
@@ -335,7 +334,7 @@ def abstract_decoder(architecture: Architecture, precision: Precision = "float32
     return jax.tree.map(lambda shape: shape, traced)  # a module of the caller's own
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def _traced_decoder(architecture: Architecture, precision: Precision, mesh: jax.sharding.AbstractMesh) -> Decoder:
     return jax.eval_shape(lambda: with_precision(Decoder(architecture, nnx.Rngs(0)), precision))
 
