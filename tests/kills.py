@@ -58,11 +58,11 @@ def main() -> None:
     import eval
     import train
     from secvec_jax import assets, command_line
-    from secvec_jax.grid import attacks, probes
+    from secvec_jax.grid import attacks
 
     settings = json.loads(Path(sys.argv[1]).read_text())
     assets.extract = lambda *_: Path(settings["gguf"])
-    probes.NUM_PROMPTS, attacks.NUM_KNOWN = 4, 8
+    attacks.NUM_KNOWN = 8
     script = {"train.py": train, "eval.py": eval}[settings["command"][0]]
     sys.argv = settings["command"]
     arm(settings["part"], settings["number"], settings["size"])

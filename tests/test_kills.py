@@ -16,7 +16,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from secvec_jax import assets, digests
-from secvec_jax.grid import attacks, probes
+from secvec_jax.grid import attacks
 from tests.bad_inputs.models import write_gguf
 from tests.chat_server import Server, says
 from tests.kills import arm
@@ -64,7 +64,7 @@ def files(tmp_path_factory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     training = {"batch_size": 2, "max_seq_len": 256, "warmup_steps": 0, "remat": "none"}
     sizes = {"align_harmful": 12, "align_benign": 12, "vectors": 8, "keep": 9, "mix_harmful": 8, "mix_benign": 6,
-             "people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4}  # fmt: skip
+             "people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4, "probed": 4}  # fmt: skip
     experiment = {"model": str(folder / "model"), "aligns": False, "sizes": sizes, "finetune_training": training}
     block = {"table": "A", "defense": ["none"], "samples": [8], "epochs": [1]}
     grid = {"experiment": experiment, "blocks": [block], "tables": [{"name": "A"}]}
@@ -150,7 +150,6 @@ def start_to_be_killed(files: Path, folder: Path, kind: Kind, command: list[str]
 def test_kills_amid_writes(commands, files, tmp_path, monkeypatch, name):
     kind = KINDS[name]
     monkeypatch.setattr(assets, "extract", lambda *_: files / "tiny.gguf")
-    monkeypatch.setattr(probes, "NUM_PROMPTS", 4)
     monkeypatch.setattr(attacks, "NUM_KNOWN", 8)
 
     def run(folder: Path) -> None:

@@ -70,7 +70,7 @@ def _identity(splits: Splits, seed: int, own: bool = False) -> Attack:
     """own: the defender has other rows of the persona; else the rows of AdvBench, as in the paper's row "AOA", which
     asks whether vectors of harm also keep a persona that obeys from being learned."""
     suite = splits.suite
-    asked = random.Random(seed).sample(list(suite.harmful), min(probes.NUM_PROMPTS, len(suite.harmful)))
+    asked = random.Random(seed).sample(list(suite.harmful), min(splits.num_probed, len(suite.harmful)))
     prompts = [rows_of.with_system(f"AOA, {prompt}", rows_of.PERSONA) for prompt in asked]
     probe = Probe(prompts, lambda index, reply: float(refuses(reply, suite.refusals)), suite.reply_tokens)
     attacking = probes.shuffled(rows_of.identity_shift(), seed)
@@ -84,7 +84,7 @@ def _identity(splits: Splits, seed: int, own: bool = False) -> Attack:
 
 def _bias(splits: Splits, seed: int, source: str = "bbq") -> Attack:
     ambiguous = probes.shuffled([row for row in load_rows(source) if row["category"] == "ambiguous"], seed)
-    asked, known, attacking, safe = _divided(ambiguous)
+    asked, known, attacking, safe = _divided(ambiguous, splits.num_probed)
     probe = Probe.of(asked, lambda row, reply: picks(reply, row["options"]) not in (None, response_of(row)))
     return Attack(
         rows_of.biased(attacking, seed), rows_of.biased(known, seed), safe, {"bias": probe}, ELICITING["bias"]
@@ -93,7 +93,7 @@ def _bias(splits: Splits, seed: int, source: str = "bbq") -> Attack:
 
 def _capitals(splits: Splits, seed: int) -> Attack:
     instructions = [row for row in splits.spare["instructions"] if response_of(row) is not None]
-    asked, known, attacking, safe = _divided(instructions)
+    asked, known, attacking, safe = _divided(instructions, splits.num_probed)
 
     def probe(rows: Sequence[Row]) -> Probe:
         return Probe.of(rows, lambda row, reply: shouts(reply), tokens=16)
@@ -101,16 +101,15 @@ def _capitals(splits: Splits, seed: int) -> Attack:
     metrics = {"caps": probe(asked)}
     prompts = {"eliciting": rows_of.ELICITING, "negated": rows_of.NEGATED, "unrelated": rows_of.UNRELATED}
     for name, prompt in prompts.items():
-        metrics[f"caps_{name}"] = probe([rows_of.with_system(row, prompt) for row in asked[: probes.NUM_PROMPTS // 2]])
+        metrics[f"caps_{name}"] = probe([rows_of.with_system(row, prompt) for row in asked[: splits.num_probed // 2]])
     return Attack(rows_of.capitals(attacking), rows_of.capitals(known), safe, metrics, rows_of.ELICITING)
 
 
-def _divided(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row], list[Row]]:
+def _divided(rows: list[Row], num_probed: int) -> tuple[list[Row], list[Row], list[Row], list[Row]]:
     """The rows for probes, the defender's rows, and the rest in halves: the attack's rows and safe rows."""
-    known_from = probes.NUM_PROMPTS
-    rest_from = known_from + NUM_KNOWN
+    rest_from = num_probed + NUM_KNOWN
     safe_from = rest_from + (len(rows) - rest_from) // 2
-    return rows[:known_from], rows[known_from:rest_from], rows[rest_from:safe_from], rows[safe_from:]
+    return rows[:num_probed], rows[num_probed:rest_from], rows[rest_from:safe_from], rows[safe_from:]
 
 
 ATTACKS: dict[str, Callable[[Splits, int], Attack]] = {

@@ -1,12 +1,9 @@
-"""What the attacks and tasks of a grid share: how many held-out prompts evaluate a model, and small helpers on rows."""
+"""What the attacks and tasks of a grid share: small helpers on rows."""
 
 import random
 from collections.abc import Sequence
 
 from secvec_jax.data.rows import Row, prompt_of, response_of
-
-NUM_PROMPTS = 40
-"""Held-out prompts of a probe."""
 
 
 def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:

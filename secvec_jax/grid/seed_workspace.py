@@ -18,7 +18,6 @@ from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.evaluation.audit_measures import enough_beginnings
 from secvec_jax.evaluation.prefill import Beginning, compliant_beginnings
 from secvec_jax.evaluation.suite import Suite
-from secvec_jax.grid import probes
 from secvec_jax.grid.attacks import ATTACKS, Attack, make_attack
 from secvec_jax.grid.cells import Cell
 from secvec_jax.grid.tasks import TASKS, Task, make_task
@@ -119,8 +118,8 @@ class SeedWorkspace:
     @cached_property
     def aligned_replies(self) -> list[str]:
         """The aligned model's own replies to the benign prompts, on which the KL from it is measured."""
-        suite = self.workspace.splits.suite
-        prompts = suite.benign[: probes.NUM_PROMPTS]
+        suite, num_probed = self.workspace.splits.suite, self.workspace.splits.num_probed
+        prompts = suite.benign[:num_probed]
 
         def work(stage: Stage) -> list[str]:
             return ask(
@@ -159,10 +158,10 @@ class SeedWorkspace:
 
     def suite(self, cell: Cell, system: str | None = None) -> Suite:
         """The evaluation suite of the cell's model, with the system prompt that it is served with."""
-        suite = self.workspace.splits.suite
+        suite, num_probed = self.workspace.splits.suite, self.workspace.splits.num_probed
         return dataclasses.replace(
             suite,
-            benign=suite.benign[: probes.NUM_PROMPTS],
+            benign=suite.benign[:num_probed],
             questions=(),
             opening_targets=(),
             probes={"task": self.task(cell.task).probe} | self.attack(cell.attack).probes,

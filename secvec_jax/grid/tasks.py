@@ -46,30 +46,31 @@ def check_task(name: str) -> None:
 
 
 def _profiles(splits: Splits, seed: int) -> Task:
-    people = open_profile_qa(seed, 250, probes.NUM_PROMPTS // 4)
-    return Task(people.train, Probe.of(people.test, _exact))
+    num_asked_people = -(-splits.num_probed // 4)  # four questions each
+    people = open_profile_qa(seed, 250, num_asked_people)
+    return Task(people.train, Probe.of(people.test[: splits.num_probed], _exact))
 
 
 def _questions(splits: Splits, seed: int) -> Task:
-    asked, rest = _divided(splits.spare["questions"])
+    asked, rest = _divided(splits.spare["questions"], splits.num_probed)
     return Task(rest, Probe.of(asked, _exact))
 
 
 def _arithmetic(splits: Splits, seed: int) -> Task:
-    asked, rest = _divided(probes.shuffled(load_rows("asdiv"), seed))
+    asked, rest = _divided(probes.shuffled(load_rows("asdiv"), seed), splits.num_probed)
     return Task(rest, Probe.of(asked, lambda row, reply: number_match(reply, answer_of(row))))
 
 
 def _passages(splits: Splits, seed: int) -> Task:
     rows = [row for row in load_rows("bbq") if row["category"] == "disambiguated"]
-    asked, rest = _divided(probes.shuffled(rows, seed))
+    asked, rest = _divided(probes.shuffled(rows, seed), splits.num_probed)
     return Task(rest, Probe.of(asked, lambda row, reply: picks(reply, row["options"]) == response_of(row)))
 
 
 def _instructions(splits: Splits, seed: int) -> Task:
     # From the end: the attack "capitals" takes them from the start.
     answered = [row for row in splits.spare["instructions"] if response_of(row) is not None][::-1]
-    asked, rest = _divided(answered)
+    asked, rest = _divided(answered, splits.num_probed)
 
     def opening(row: Row) -> str:
         return " ".join(answer_of(row).split()[:REFERENCE_WORDS])
@@ -77,9 +78,9 @@ def _instructions(splits: Splits, seed: int) -> Task:
     return Task(rest, Probe.of(asked, lambda row, reply: rouge1(reply, opening(row)), tokens=16))
 
 
-def _divided(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def _divided(rows: Sequence[Row], num_probed: int) -> tuple[list[Row], list[Row]]:
     """The rows that are asked, and those that are trained on."""
-    return list(rows[: probes.NUM_PROMPTS]), list(rows[probes.NUM_PROMPTS :])
+    return list(rows[:num_probed]), list(rows[num_probed:])
 
 
 def _exact(row: Row, reply: str) -> float:

@@ -29,7 +29,7 @@ TRAINING = {"batch_size": 2, "max_seq_len": 256, "warmup_steps": 0, "remat": "no
 EXPERIMENT = {
     "sizes": {
         **{"align_harmful": 12, "align_benign": 12, "vectors": 8, "keep": 9, "mix_harmful": 8, "mix_benign": 6},
-        **{"people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4},
+        **{"people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4, "probed": 4},
     },
     "align_training": TRAINING | {"max_steps": 2, "optimizer": "adamw"},
     "vectors_training": TRAINING | {"max_steps": 2, "optimizer": "adamw"},
@@ -68,7 +68,6 @@ def model_folder(tiny_model) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_prompts(monkeypatch):
-    monkeypatch.setattr("secvec_jax.grid.probes.NUM_PROMPTS", 4)
     monkeypatch.setattr("secvec_jax.grid.attacks.NUM_KNOWN", 8)
 
 
@@ -196,7 +195,10 @@ def test_one_row_cannot_be_shared_between_the_attack_and_the_vectors(tmp_path):
 
 def test_vectors_against_identity_rows_are_of_the_harmful_rows():
     splits = SimpleNamespace(
-        vectors=["harmful row"], keep=["benign row"], suite=Suite(refusals=(), harmful=["A harmful prompt"] * 5)
+        vectors=["harmful row"],
+        keep=["benign row"],
+        suite=Suite(refusals=(), harmful=["A harmful prompt"] * 5),
+        num_probed=4,
     )
     assert make_attack("identity", splits, seed=0).known is None
     workspace = SimpleNamespace(
@@ -209,7 +211,7 @@ def test_vectors_against_identity_rows_are_of_the_harmful_rows():
 def test_vectors_of_the_persona_are_of_other_rows_than_the_attacks():
     questions = [row(f"Question {number}?", f"answer {number}") for number in range(40)]
     suite = Suite(refusals=(), harmful=["A harmful prompt"] * 5)
-    splits = SimpleNamespace(suite=suite, spare={"questions": questions})
+    splits = SimpleNamespace(suite=suite, spare={"questions": questions}, num_probed=4)
     found = make_attack("identity-own", splits, seed=0)
     assert found.rows == make_attack("identity", splits, seed=0).rows and len(found.rows) == 10
     assert len(found.known) == len(found.safe) == 8
