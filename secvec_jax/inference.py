@@ -153,10 +153,14 @@ _COLDEST = 1e-4
 """Below, logits divided by the temperature leave float32's range or its precision."""
 
 
-def as_model(model: Any) -> Model:
-    """The model itself, or the one that a name, folder or hub id names (`sv.load`). Raises UserError for all else."""
+def as_model(model: Any, frozen_weights: Precision = "float32") -> Model:
+    """The model itself, or the one that a name, folder or hub id names (`sv.load`), its weights held as asked.
+
+    Raises UserError for all else.
+    """
     if isinstance(model, str | os.PathLike):
-        return load(path("model", model, "a name or a folder") if not isinstance(model, str) else model)
+        name = path("model", model, "a name or a folder") if not isinstance(model, str) else model
+        return load(name, frozen_weights)
     check_model("model", model)
     return model
 

@@ -38,6 +38,12 @@ Precision = Literal["float32", "bfloat16", "int8", "nf4"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
+
+def is_quantized(precision: Precision) -> bool:
+    """Whether kernels are held as codes and scales."""
+    return precision in ("int8", "nf4")
+
+
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,

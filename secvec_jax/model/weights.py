@@ -23,6 +23,7 @@ from secvec_jax.model.quantized import (
     check_precision,
     is_finite_bfloat16,
     is_matrix,
+    is_quantized,
     linear_of,
     quantize,
     with_kernels,
@@ -150,7 +151,7 @@ def assemble(
                     f"{source}: {hf} has shape {shapes[hf]}, config.json asks for {stored_shape(name, leaf)}"
                 )
     kernels = {}
-    if precision in ("int8", "nf4"):
+    if is_quantized(precision):
         abstract = abstract_decoder(architecture, precision)
         kernels = {projection: linear_of(abstract, projection).kernel for projection in architecture.projections}
 

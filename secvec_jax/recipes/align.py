@@ -13,12 +13,13 @@ from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
 from secvec_jax.errors import UserError
 from secvec_jax.model.embedded import is_base
 from secvec_jax.model.hub import Model, load
+from secvec_jax.model.quantized import Precision
 from secvec_jax.presets import preset_field, section_of
 from secvec_jax.recipes import preset_choice
+from secvec_jax.recipes.precision import training_precision
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.training.profiling import check_steps
-from secvec_jax.trees import distance
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, drift
 from secvec_jax.workspace.inputs import packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS, PackagedRows
 from secvec_jax.workspace.splits import sources
@@ -39,6 +40,10 @@ class Align:
     """run directory; the model is written to OUT/model"""
     task_lora: LoRA | None = ALIGN_TASK
     """train a LoRA and merge it at the end; --no-task-lora: train all weights"""
+    frozen_weights: Precision | None = None
+    """with --task-lora: what the model's own weights are held in: float32, bfloat16, int8 (one scale for each output)
+    or nf4 (4 bits, blocks of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU. The model that is
+    written has the weights of --model in full, and the task LoRA"""
     preset: str | None = preset_field(section_of("align"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
@@ -54,11 +59,17 @@ class Align:
 
     def __post_init__(self) -> None:
         check_steps(self.profile)
+        _ = self.precision  # raises UserError if it contradicts what is trained
         if not self.data and is_base(self.model):
             raise UserError(
                 f"{self.model} is a base model, whose own replies are not worth keeping: give --data with refusals and "
                 "answers, such as --data refusals alpaca"
             )
+
+    @property
+    def precision(self) -> Precision:
+        """What the model's weights are held in."""
+        return training_precision(self.frozen_weights, self.training, self.task_lora)
 
     def default_preset(self) -> str | None:
         """The preset to take where none is named (see `preset_choice`)."""
@@ -71,7 +82,7 @@ def align(settings: Align, command: str) -> None:
 
     def work(stage: Stage) -> dict[str, Any]:
         given = rows_by_source(settings.data, settings.ignore_fields) if settings.data else None
-        model = load(settings.model)
+        model = load(settings.model, settings.precision)
         rows = packaged_rows(model, stage) if given is None else given
         _ = run.prompts  # a download that fails should fail before the training
         run.note(preset_choice.line(settings.preset))
@@ -87,7 +98,7 @@ def align(settings: Align, command: str) -> None:
                 on_step=note_few_steps(stage.on_step(), run.note),
             )
         run.save(aligned, model, stage)
-        values: dict[str, Any] = {"drift": float(distance(aligned.backbone, model.backbone))}
+        values: dict[str, Any] = {"drift": drift(aligned.backbone, model.backbone)}
         sample = run.measure_refusals(aligned, stage, "at the end: ")
         if sample is not None:
             run.note(sample.over_refusals)

@@ -18,7 +18,8 @@ from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, task_line
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.results import Results, environment_facts
-from secvec_jax.inference import check_model
+from secvec_jax.inference import check_model, frozen_precision
+from secvec_jax.model.quantized import Precision
 from secvec_jax.recipes.audit_stages import Asked, audited, before_alignment
 from secvec_jax.recipes.harness import Harness, find_tasks, harness_version, task_rows
 from secvec_jax.terminal import Console
@@ -46,6 +47,9 @@ class AuditRun:
     unaligned: str | None = None
     """a model that complies, whose replies are given as beginnings; by default the one that the aligned model was
     trained from, if its run directory says so, else smollm2"""
+    frozen_weights: Precision | None = None
+    """what the weights of all models are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits,
+    blocks of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU"""
     harmful: tuple[str, ...] = ()
     """prompts that should be refused: files, packaged names or hub ids; rows with answers also give harmful_loss; by
     default HarmBench and Do-Not-Answer, and unseen rows of AdvBench for the loss"""
@@ -113,6 +117,7 @@ def audit_run(settings: AuditRun, command: str) -> int:
         settings.reply_tokens,
         Judge(settings.judge, settings.judge_url, settings.asking) if settings.judge else None,
         settings.keep_replies,
+        frozen_precision(settings.frozen_weights),
     )  # fmt: skip
     audit = audited(asked, run.stages)
     if tasks is not None:
@@ -145,6 +150,7 @@ def audit(
     harmful: Any = None,
     benign: Any = None,
     data: Any = None,
+    frozen_weights: Precision | None = None,
     system: str | None = None,
     judge: Judge | None = None,
     limits: Limits = Limits(),
@@ -158,8 +164,9 @@ def audit(
     `unaligned` one that complies, whose replies are given as beginnings (see `evaluation.prefill`; None: the embedded
     smollm2). harmful, benign, data: rows (dicts, a DataFrame, a `datasets.Dataset`, a path or packaged name) of prompts
     to be refused, of prompts to be answered, and of held-out rows with answers; None: packaged prompts, and no data.
-    judge: a language model at an endpoint that grades the replies to harmful prompts. The other arguments are those of
-    the command. progress: show the stages and their seconds.
+    frozen_weights: what the weights of models that are loaded here are held in. judge: a language model at an endpoint
+    that grades the replies to harmful prompts. The other arguments are those of the command. progress: show the stages
+    and their seconds.
     Raises UserError for models and rows that cannot be read, for settings out of range, and for a judge that cannot be
     reached.
     """
@@ -182,6 +189,7 @@ def audit(
         reply_tokens,
         judge,
         whole_replies=True,  # they stay in memory
+        precision=frozen_precision(frozen_weights),
     )
     with tempfile.TemporaryDirectory() as folder:
         return audited(asked, Stages(Path(folder), Console(quiet=not (progress and is_main_process()))))

@@ -35,6 +35,7 @@ from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, compliant_b
 from secvec_jax.evaluation.results import Results
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
+from secvec_jax.model.quantized import Precision, is_quantized
 from secvec_jax.recipes.export import run_of
 from secvec_jax.workspace import inputs
 from secvec_jax.workspace.inputs import known
@@ -57,7 +58,8 @@ class Asked:
     """What to audit.
 
     models: by role, values or what `sv.load` takes. rows_of: kind -> rows; None: packaged ones. whole_replies: keep
-    replies to harmful prompts whole; those that a judge reads are.
+    replies to harmful prompts whole; those that a judge reads are. precision: what the weights of models that are
+    loaded are held in.
     """
 
     models: Mapping[str, Any]
@@ -68,6 +70,7 @@ class Asked:
     reply_tokens: int
     judge: Judge | None = None
     whole_replies: bool = False
+    precision: Precision = "float32"
 
     @property
     def most_long(self) -> int:
@@ -76,7 +79,7 @@ class Asked:
 
     def model(self, role: str) -> Model:
         """The model of a role, loaded on each call."""
-        return as_model(self.models[role])
+        return as_model(self.models[role], self.precision)
 
     def name(self, role: str) -> str:
         """How reports call the model of a role."""
@@ -174,6 +177,11 @@ def audited(
             "what a fine-tuning changed, not that the model was safe before it (train.py align teaches refusals)."
         )
     notes.append("Harmful prompts and the rules that read replies are in English, apart from those given by flag.")
+    if is_quantized(asked.precision) and any(isinstance(asked.models[role], str | Path) for role in roles):
+        notes.append(
+            f"The models are held in {asked.precision}, to whose codes their weights are rounded: changes that are "
+            "smaller than the step between two codes are lost (--frozen-weights bfloat16 rounds less)."
+        )
     reference = found["reference"].metrics if "reference" in found else None
     lines = compared(found["before"].metrics, found["after"].metrics, asked.limits, reference)
     if any(line.prompts_needed for line in lines):
@@ -221,7 +229,7 @@ def _beginnings(asked: Asked, prompts: AuditPrompts, stage: Stage) -> list[Begin
     source = asked.models["unaligned"]
     digest = known(inputs.model, str(source)) if isinstance(source, str | Path) else None
     # A model that is known by its files need not be loaded.
-    model = inputs_of(unaligned()) if digest is None else [digest, *settings_of_replies()]
+    model = inputs_of(unaligned()) if digest is None else [digest, asked.precision, *settings_of_replies()]
     found = kept("beginnings", [*model, list(prompts.harmful), list(GIVEN)], make, stage.print)
     return cast(list[Beginning | None], found)
 

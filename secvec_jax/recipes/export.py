@@ -15,6 +15,7 @@ from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.results import FILE, Results
 from secvec_jax.files import resolved
 from secvec_jax.model.hub import Model, load
+from secvec_jax.recipes.training_run import TASK_FOLDER
 from secvec_jax.remote import exists, is_url, local, upload
 from secvec_jax.terminal import Console
 from secvec_jax.vectors.lora import LoRAVectors, merge
@@ -89,7 +90,7 @@ def _write(settings: Export, out: Path) -> None:
 
 def _adapter(path: str) -> str:
     """Return the task LoRA inside a run directory; any other path is returned unchanged."""
-    task = local(path) / "task"
+    task = local(path) / TASK_FOLDER
     return str(task if (task / "adapter_config.json").is_file() else path)
 
 

@@ -18,11 +18,11 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.records import is_number
 from secvec_jax.evaluation.refusal_sample import change
 from secvec_jax.files import read_log
-from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import Precision
 from secvec_jax.presets import preset_field, section_of
 from secvec_jax.recipes import preset_choice
+from secvec_jax.recipes.precision import CHANGES_WEIGHTS, training_precision
 from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, RunInputs, check_precision, trainings
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.training.frozen import FrozenTrees
@@ -33,9 +33,6 @@ from secvec_jax.workspace.inputs import Inputs, packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stage
-
-_CHANGES_WEIGHTS = ("alignment", "after fine-tuning")
-"""Stages of defenses that change weights in addition to those that fine-tuning trains."""
 
 
 @checked
@@ -110,10 +107,8 @@ class Finetune:
         given += ["security vectors"] if self.vector_files else []
         check_given(defense, given, CONTENTS, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
-        if self.frozen_weights not in (None, "float32") and (trained := self._trained(defense)) is not None:
-            raise UserError(f"--frozen-weights {self.frozen_weights} is for frozen weights, {trained}")
-
-        if check_trained_weights(self.training, self.task_lora is None) and defense.stage in _CHANGES_WEIGHTS:
+        _ = self.precision  # raises UserError if it contradicts what is trained
+        if check_trained_weights(self.training, self.task_lora is None) and defense.stage in CHANGES_WEIGHTS:
             raise UserError(f"--trained-weights bfloat16 is not for {defense.name!r}, which trains in float32")
 
     def default_preset(self) -> str | None:
@@ -123,18 +118,8 @@ class Finetune:
     @property
     def precision(self) -> Precision:
         """What the model's weights are held in."""
-        if self.task_lora is None and self.training.over(PHASE2).trained_weights == "bfloat16":
-            return "bfloat16"
-        is_trained = self._trained(read_defense(self.defense)) is not None
-        return "float32" if is_trained else frozen_precision(self.frozen_weights)
-
-    def _trained(self, defense: Defense) -> str | None:
-        """Why the weights cannot be held in fewer bits; None if they are frozen."""
-        if self.task_lora is None:
-            return "and all weights are trained: add --task-lora.rank 8, or leave --frozen-weights out"
-        if defense.stage in _CHANGES_WEIGHTS:
-            return f"and {defense.name!r} changes them: choose another --defense, or leave --frozen-weights out"
-        return None
+        defense = read_defense(self.defense)
+        return training_precision(self.frozen_weights, self.training, self.task_lora, defense)
 
     @property
     def vector_files(self) -> Sequence[str]:

@@ -9,8 +9,10 @@ from typing import Any
 from secvec_jax.checks import NonNegativeInt, PositiveInt, Seed, Text, checked
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import Z95
+from secvec_jax.inference import frozen_precision
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model, load
+from secvec_jax.model.quantized import Precision
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.runs import Run
 from secvec_jax.workspace.stages import Stage
@@ -27,6 +29,9 @@ class Harness:
     """embedded name (smollm2, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf file"""
     vectors: tuple[str, ...] = ()
     """run with these vectors active"""
+    frozen_weights: Precision | None = None
+    """what the model's weights are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits, blocks
+    of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU"""
     fewshot: NonNegativeInt | None = None
     """few-shot examples per question; by default the task's own number"""
     chat: bool = False
@@ -51,7 +56,7 @@ def harness(settings: Harness, command: str) -> None:
     run = Run(settings, command, harness_version)
 
     def work(stage: Stage) -> list[dict[str, Any]]:
-        model = load(settings.model)
+        model = load(settings.model, frozen_precision(settings.frozen_weights))
         return task_rows(settings, manager, names, stage, model, load_several(settings.vectors, model) or ())
 
     run.report(run.stages.run("harness", work))

@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import Examples
 from secvec_jax.data.rows import Row
@@ -65,7 +67,8 @@ def estimate(
     rows = [row for group in groups.values() for row in group]
     forward = _seconds_per_token(model, rows[:: max(1, len(rows) // _TIMED)][:_TIMED], training.max_seq_len)
     weight_bytes = 2 if training.trained_weights == "bfloat16" else 4
-    bytes_per_parameter = 2 * weight_bytes + _STATE_BYTES[training.optimizer] if full else 4
+    per_parameter = 2 * weight_bytes + _STATE_BYTES[training.optimizer]
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(model.backbone))
     return Estimate(
         rows=len(rows),
         tokens=tokens,
@@ -73,7 +76,7 @@ def estimate(
         truncated=sum(group.truncated for group in encoded),
         duplicates=duplicates(rows),
         steps=steps,
-        gigabytes=num_parameters(model.backbone) * bytes_per_parameter / 2**30,
+        gigabytes=(num_parameters(model.backbone) * per_parameter if full else held) / 2**30,
         seconds=_PASSES * streams * forward * tokens * steps / steps_per_epoch,
     )
 

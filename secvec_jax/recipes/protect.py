@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Texts, checked
 from secvec_jax.config import Training
@@ -21,6 +21,7 @@ from secvec_jax.defenses.base import Defense, Need
 from secvec_jax.defenses.finetuning import PHASE2, groups_of
 from secvec_jax.defenses.inputs import as_task
 from secvec_jax.defenses.registry import as_mapping, read_defense
+from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.user_inputs import argument_of, check_given
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.errors import UserError
@@ -29,15 +30,17 @@ from secvec_jax.evaluation.audit import Audit, Limits
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.results import Results
-from secvec_jax.inference import as_model, check_model
+from secvec_jax.inference import check_model
 from secvec_jax.model.hub import Model
+from secvec_jax.model.quantized import Precision
 from secvec_jax.presets import preset_field, section_of
 from secvec_jax.recipes import preset_choice
 from secvec_jax.recipes.audit import results_of, write_report
 from secvec_jax.recipes.audit_stages import try_judge
 from secvec_jax.recipes.defend import sources_of
 from secvec_jax.recipes.export import history, hub_id
-from secvec_jax.recipes.protect_stages import audit_export, divide, fine_tune, preflight, screen_rows
+from secvec_jax.recipes.precision import check_held, training_precision
+from secvec_jax.recipes.protect_stages import audit_export, divide, exported_model, fine_tune, preflight, screen_rows
 from secvec_jax.recipes.protect_vectors import make_vectors
 from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work
 from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, rows_of_files
@@ -52,8 +55,8 @@ from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import Stages, release, screen, write
 
 _SAME = (
-    "drop", "eval_fraction", "task_lora", "training", "system", "limits", "max_prompts", "reply_tokens",
-    "check_prompts", "keep_replies",
+    "drop", "eval_fraction", "task_lora", "frozen_weights", "training", "system", "limits", "max_prompts",
+    "reply_tokens", "check_prompts", "keep_replies",
 )  # fmt: skip
 """Settings of the command that are passed on as they are."""
 
@@ -98,6 +101,10 @@ class Protect:
     """share of the rows to hold out, to measure what was learned; at least 8 rows where there are 40 or more"""
     task_lora: LoRA | None = None
     """train a task LoRA, merged at the end, instead of all weights"""
+    frozen_weights: Precision | None = None
+    """with --task-lora: what the model's own weights are held in: float32, bfloat16, int8 (one scale for each output)
+    or nf4 (4 bits, blocks of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU. The model that is
+    written has the weights of --model in full, and the task LoRA"""
     preset: str | None = preset_field(section_of("protect"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
@@ -149,6 +156,7 @@ class Protect:
         given = [need for need in GIVEN if getattr(self, argument_of(need))]
         _check_defense(defense, given, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
+        _ = training_precision(self.frozen_weights, self.training, self.task_lora, defense)  # raises UserError
 
     def default_preset(self) -> str | None:
         """The preset to take where none is named (see `preset_choice`)."""
@@ -204,21 +212,21 @@ def protect_run(settings: Protect, command: str) -> int:
     work = Work(asked, run.stages)
     if (preset := preset_choice.line(settings.preset)) is not None:
         run.stages.console.print(preset)
-    protected = _protected(work)
-    results = results_of(protected.audit, settings, command, run.stages.seconds)
+    done = _run(work)
+    results = results_of(done.audit, settings, command, run.stages.seconds)
     rows_with_facts = [row | (work.facts if row["name"] == "after" else {}) for row in results.rows]
     results = dataclasses.replace(results, rows=rows_with_facts)
-    write_report(protected.audit, results, run.folder)
-    on_main_process(lambda: write(run.folder / "model" / "README.md", _card(work, protected.audit, results)))
+    write_report(done.audit, results, run.folder)
+    on_main_process(lambda: write(run.folder / "model" / "README.md", _card(work, done.audit, results)))
     if settings.training.schedule != "constant":  # else the training can be extended from its last checkpoint
         on_main_process(lambda: shutil.rmtree(run.folder / "checkpoints", ignore_errors=True))
     files = {"model": str(run.folder / "model"), "report": str(run.folder / "report.html")}
     if settings.inspect is not None:
         log = files["inspect"] = settings.inspect
-        on_main_process(lambda: inspect_log.write_log(protected.audit, log, settings.keep_replies, command))
-    _show(protected, files, settings.json, work)
+        on_main_process(lambda: inspect_log.write_log(done.audit, log, settings.keep_replies, command))
+    _show(done, files, settings.json, work)
     release(run.folder)
-    return protected.audit.exit_code
+    return done.audit.exit_code
 
 
 @checked
@@ -237,6 +245,7 @@ def protect(
     drop: bool = False,
     eval_fraction: Fraction = 0.05,
     task: LoRA | None = None,
+    frozen_weights: Precision | None = None,
     training: Training = PHASE2,
     system: str | None = None,
     limits: Limits = Limits(),
@@ -255,13 +264,14 @@ def protect(
     model: a model, or what `sv.load` takes. rows: dicts, a DataFrame, a `datasets.Dataset`, a path, or {kind: rows}.
     vectors: security vectors of the model, or their file; None: they are trained, once for a model, and kept in the
     cache folder. defense: one of `sv.defenses`, or its name; None: guarded vectors. safe, harmful, benign, contrast:
-    rows; None: packaged ones. task: a LoRA to train in place of all weights. judge: a language model at an endpoint, to
-    grade the replies to harmful prompts in the audit. progress: show the stages. The other arguments are those of the
-    command. Files are written to a temporary folder only, and no suspect is dropped without `drop`. For a log of the
-    audit, call `evaluation.inspect_log.write_log(result.audit, "audit.eval")`.
+    rows; None: packaged ones. task: a LoRA to train in place of all weights. frozen_weights: with `task`, what the
+    weights of a model that is loaded here are held in. judge: a language model at an endpoint, to grade the replies to
+    harmful prompts in the audit. progress: show the stages. The other arguments are those of the command. Files are
+    written to a temporary folder only, and no suspect is dropped without `drop`. For a log of the audit, call
+    `evaluation.inspect_log.write_log(result.audit, "audit.eval")`.
 
-    Raises UserError for a model that does not refuse, for vectors that do not pass their gate, for rows that cannot be
-    read, and for a judge that cannot be reached.
+    Raises UserError for a model that does not refuse, for one held in fewer bits than its training needs, for vectors
+    that do not pass their gate, for rows that cannot be read, and for a judge that cannot be reached.
     """
     if not isinstance(defense, Defense):
         defense = read_defense(RECOMMENDED if defense is None else defense)
@@ -269,6 +279,9 @@ def protect(
     check_there({"model": model, "base": base, "vectors": vectors})
     given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)
     _check_defense(defense, list(given), lambda argument: f"{argument}=")
+    _ = training_precision(frozen_weights, training, as_task(task), defense)  # raises UserError
+    if isinstance(model, Model):
+        check_held(model, task, defense)
     asked = Asked(
         model=model,
         rows=lambda: groups_of(rows),
@@ -278,6 +291,7 @@ def protect(
         drop=drop,
         eval_fraction=eval_fraction,
         task_lora=as_task(task),
+        frozen_weights=frozen_weights,
         training=training,
         system=system,
         limits=limits,
@@ -289,9 +303,11 @@ def protect(
     )
     with tempfile.TemporaryDirectory() as folder:
         console = Console(quiet=not (progress and is_main_process()), soft_wrap=True)
-        protected = _protected(Work(asked, Stages(Path(folder), console)))
-    # The folder that was audited is gone.
-    return dataclasses.replace(protected, audit=dataclasses.replace(protected.audit, after="protected"))
+        work = Work(asked, Stages(Path(folder), console))
+        done = _run(work)
+        tuned = exported_model(work)
+    audit = dataclasses.replace(done.audit, after="protected")  # the folder that was audited is gone
+    return Protected(tuned, audit, done.screening.suspects, done.vectors, done.system, tuple(work.notes))
 
 
 def _check_defense(defense: Defense, given: Sequence[Need], named: Callable[[str], str]) -> None:
@@ -313,7 +329,16 @@ def _check_defense(defense: Defense, given: Sequence[Need], named: Callable[[str
 # ---------------------------------------------------------------------------------------------- the stages
 
 
-def _protected(work: Work) -> Protected:
+class _Done(NamedTuple):
+    """What the stages have made, besides the files of the model; as in `Protected`."""
+
+    audit: Audit
+    screening: Screening
+    vectors: Vectors
+    system: str | None
+
+
+def _run(work: Work) -> _Done:
     """All stages, in order."""
     if work.asked.judge is not None:
         try_judge(work.asked.judge, work.stages)
@@ -323,9 +348,7 @@ def _protected(work: Work) -> Protected:
     rows = divide(work, screening)
     system = fine_tune(work, vectors, rows)
     audit = audit_export(work, rows.held_out, system)
-    audit = dataclasses.replace(audit, notes=(*work.notes, *audit.notes))
-    model = as_model(str(work.model_folder))
-    return Protected(model, audit, screening.suspects, vectors, system, tuple(work.notes))
+    return _Done(dataclasses.replace(audit, notes=(*work.notes, *audit.notes)), screening, vectors, system)
 
 
 def _card(work: Work, audit: Audit, results: Results) -> str:
@@ -351,12 +374,12 @@ def _learned(audit: Audit) -> list[str]:
     ]
 
 
-def _show(protected: Protected, files: dict[str, str], as_json: bool, work: Work) -> None:
+def _show(done: _Done, files: dict[str, str], as_json: bool, work: Work) -> None:
     """Print the verdict: as JSON alone on standard output, or as a table and lines that begin with it.
 
     files: what was written, by what it is.
     """
-    audit = protected.audit
+    audit = done.audit
     if as_json:
         counts = {name: work.facts[name] for name in ("suspects", "dropped")}
         verdict = audit.as_dict() | {"reason": audit_report.headline(audit)} | files | counts
@@ -364,8 +387,8 @@ def _show(protected: Protected, files: dict[str, str], as_json: bool, work: Work
         return
     terminal = screen()
     terminal.print(audit_report.table(audit))
-    lines = [audit_report.headline(audit), *_learned(audit), *audit.notes[len(protected.notes) :]]
-    if protected.system is not None:
+    lines = [audit_report.headline(audit), *_learned(audit), *audit.notes[len(work.notes) :]]
+    if done.system is not None:
         lines.append(f"serve the model with its system prompt, which is its defense: {work.folder / SYSTEM_FILE}")
     lines.append(f"suspects: {work.folder / 'suspects.jsonl'}; report: {files['report']}")
     if "inspect" in files:

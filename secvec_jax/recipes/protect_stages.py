@@ -18,22 +18,26 @@ from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.screening import screen as score_rows
 from secvec_jax.defenses.user_inputs import UserInputs
 from secvec_jax.digests import of_values
-from secvec_jax.distributed import on_main_process
+from secvec_jax.distributed import broadcast_from_first, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.audit import Audit
 from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
 from secvec_jax.files import atomic_file
+from secvec_jax.inference import as_model, frozen_precision
 from secvec_jax.model.hub import Model
+from secvec_jax.model.quantized import is_quantized
 from secvec_jax.recipes.audit_stages import Asked as AuditAsked
 from secvec_jax.recipes.audit_stages import audited, before_alignment
 from secvec_jax.recipes.preflight import estimate
 from secvec_jax.recipes.protect_work import RECOMMENDED, Work
 from secvec_jax.recipes.run_inputs import trainings
 from secvec_jax.recipes.screen import write_histogram
-from secvec_jax.recipes.training_run import save_trained
+from secvec_jax.recipes.training_run import TASK_FOLDER, save_trained
 from secvec_jax.training.frozen import FrozenTrees
-from secvec_jax.trees import distance, fingerprint
+from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import Vectors
+from secvec_jax.vectors.lora import drift, merge
+from secvec_jax.vectors.peft import load_peft
 from secvec_jax.workspace.result_cache import inputs_of, kept
 from secvec_jax.workspace.stages import Stage
 
@@ -189,8 +193,8 @@ def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
         work.note(str(frozen))
         if defended.model is work.model:
             work.note("the defense found nothing to train on: the model is as it was")
-        drift = float(distance(defended.model.backbone, work.model.backbone))
-        return {"drift": drift, "system": defended.system, "frozen": frozen.fingerprints, **defended.notes}
+        changed = drift(defended.model.backbone, work.model.backbone)
+        return {"drift": changed, "system": defended.system, "frozen": frozen.fingerprints, **defended.notes}
 
     def forget() -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -212,12 +216,22 @@ def _reason(defense: Defense) -> str:
 
 
 def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Audit:
-    """The audit of the exported files against the model before."""
+    """The audit of the exported model against the model before.
+
+    It reads the exported files. Of a model that is held as codes, which the task LoRA is learned over and would be
+    rounded to, it takes the model before with the LoRA beside the codes, as the training had it.
+    """
     asked = work.asked
+    before: Any = asked.model
+    after: Any = str(work.model_folder)
+    precision = before.precision if isinstance(before, Model) else frozen_precision(asked.frozen_weights)
+    held: tuple[str, ...] = ()
+    if is_quantized(work.precision):
+        before, after = work.model, exported_model(work)
+        held = (f"The audit holds both models in {work.precision}, with the task LoRA in float32 beside the codes.",)
     served = "\n".join(text for text in (system, asked.system) if text is not None) or None
-    before = work.model if isinstance(asked.model, Model) else asked.model
     questions = AuditAsked(
-        {"before": before, "after": str(work.model_folder), "reference": None, "unaligned": before_alignment(before)},
+        {"before": before, "after": after, "reference": None, "unaligned": before_alignment(asked.model)},
         lambda kind: held_out if kind == "data" and held_out else None,
         served,
         asked.limits,
@@ -225,6 +239,19 @@ def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Aud
         asked.reply_tokens,
         asked.judge,
         asked.keep_replies,
+        precision,
     )
     work.forget_model()  # the audit loads it again; a small machine cannot hold three
-    return audited(questions, work.stages, {"after": {"the model": work.model_folder}})
+    audit = audited(questions, work.stages, {"after": {"the model": work.model_folder}})
+    return dataclasses.replace(audit, notes=(*held, *audit.notes))
+
+
+def exported_model(work: Work) -> Model:
+    """The exported model, read back; one that was held as codes is the model before with the task LoRA beside them."""
+    if not is_quantized(work.precision):
+        return as_model(str(work.model_folder))
+    model = dataclasses.replace(work.model, name=str(work.model_folder))
+    if not broadcast_from_first((work.folder / TASK_FOLDER).exists()):
+        return model  # the defense found nothing to train on
+    adapter = load_peft(work.folder / TASK_FOLDER, work.model)
+    return model.with_merged(merge(model.backbone, adapter), adapter)

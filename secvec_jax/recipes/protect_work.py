@@ -18,6 +18,8 @@ from secvec_jax.evaluation.audit import Limits
 from secvec_jax.evaluation.judge_client import Judge
 from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
+from secvec_jax.model.quantized import Precision
+from secvec_jax.recipes.precision import training_precision
 from secvec_jax.recipes.run_inputs import packaged_and_told
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
@@ -32,7 +34,8 @@ RECOMMENDED = "guarded vectors"
 class Asked:
     """What to protect. model, vectors: values or what names them. rows: loads the user's rows by kind.
 
-    given: of each need that the user gives, a function that returns it. keep_replies: keep whole replies to harmful
+    given: of each need that the user gives, a function that returns it. frozen_weights: what weights that stay frozen
+    are held in, of a model that is loaded. keep_replies: keep whole replies to harmful
     prompts in the audit; those that a judge reads are.
     """
 
@@ -44,6 +47,7 @@ class Asked:
     drop: bool
     eval_fraction: float
     task_lora: LoRA | LoRAVectors | None
+    frozen_weights: Precision | None
     training: Training
     system: str | None
     limits: Limits
@@ -85,7 +89,15 @@ class Work:
     @cached_property
     def model(self) -> Model:
         """The model before."""
-        return as_model(self.asked.model)
+        return as_model(self.asked.model, self.precision)
+
+    @property
+    def precision(self) -> Precision:
+        """What the weights of the model before are held in."""
+        asked = self.asked
+        if isinstance(asked.model, Model):
+            return asked.model.precision
+        return training_precision(asked.frozen_weights, asked.training, asked.task_lora, asked.defense)
 
     def forget_model(self) -> None:
         """Let go of the model before, unless the caller holds it."""

@@ -16,7 +16,9 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import bootstrap
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.files import atomic_file, check_regular, expanded
+from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import load
+from secvec_jax.model.quantized import Precision
 from secvec_jax.output_checks import check_replaceable, check_separate
 from secvec_jax.remote import is_url
 from secvec_jax.terminal import Console
@@ -40,6 +42,9 @@ class Screen:
     """run directory of `train.py vectors`, its vector file, or a PEFT adapter folder"""
     model: str = "smollm2"
     """the model that the vectors were trained for"""
+    frozen_weights: Precision | None = None
+    """what the model's weights are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits, blocks
+    of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU"""
     harmful: str | None = None
     """rows with the behavior, such as those the vectors were trained on; together with benign they set a threshold"""
     benign: str | None = None
@@ -75,7 +80,7 @@ def screen(settings: Screen, command: str) -> None:
             if source is not None
         }
         screening = screen_rows(
-            load(settings.model),
+            load(settings.model, frozen_precision(settings.frozen_weights)),
             settings.vectors,
             rows,
             **labeled_rows,

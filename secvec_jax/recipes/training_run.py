@@ -27,6 +27,9 @@ from secvec_jax.workspace.stages import Stage, write
 SYSTEM_FILE = "system_prompt.txt"
 """In a run directory: the system prompt that its model is to be served with."""
 
+TASK_FOLDER = "task"
+"""In a run directory: the task LoRA that was trained, as a PEFT adapter."""
+
 
 class TrainingRun(Run):
     """The run directory of a verb whose settings have `training`, `check_prompts` and `profile`."""
@@ -111,8 +114,8 @@ def save_trained(
 ) -> None:
     """Save a trained model in a run directory, its task LoRA, if it has one, as an adapter of the model it started
     from, and its system prompt, if it needs one. card, dtype: as in `Model.save`."""
-    if isinstance(trained.adapter, LoRAVectors):
-        save_peft(trained.adapter, folder / "task", start, holds="a task")
+    if trained is not start and isinstance(trained.adapter, LoRAVectors):
+        save_peft(trained.adapter, folder / TASK_FOLDER, start, holds="a task")
     trained.save(folder / "model", card, dtype=dtype)
     if system is not None:
         on_main_process(lambda: write(folder / SYSTEM_FILE, f"{system}\n"))

@@ -47,7 +47,7 @@ from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import PROJECTIONS, Architecture
 from secvec_jax.model.decoder import Decoder, leaf_name
 from secvec_jax.model.layers import KERNEL_AXES
-from secvec_jax.model.quantized import QuantizedKernel, linear_of, with_kernels
+from secvec_jax.model.quantized import QuantizedKernel, is_quantized, linear_of, with_kernels
 from secvec_jax.sharding import constrain, shard
 from secvec_jax.trees import distance, num_parameters
 
@@ -254,7 +254,7 @@ def merge_adapters(backbone: Decoder, adapters: tuple[Adapter, ...]) -> tuple[De
 
 def drift(tuned: Decoder, start: Decoder) -> float:
     """The L2 norm of what training changed in the weights, in float32; of quantized weights, of what was merged."""
-    if start.precision not in ("int8", "nf4"):
+    if not is_quantized(start.precision):
         return float(distance(tuned, start))
     squares = 0.0
     for projection in start.architecture.projections:

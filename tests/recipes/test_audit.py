@@ -14,6 +14,7 @@ from secvec_jax.evaluation import audit_measures as measures
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.judge_client import Judge
 from secvec_jax.evaluation.results import Results
+from secvec_jax.model.quantized import with_precision
 from secvec_jax.recipes import audit as recipe
 from secvec_jax.recipes import audit_stages
 from secvec_jax.workspace import inputs
@@ -43,8 +44,11 @@ def world(tmp_path, monkeypatch):
 
     monkeypatch.setattr(inputs, "model", lambda name: name)  # names that no folder has
 
-    def as_model(name):
-        return world.models[name] if isinstance(name, str) else name
+    def as_model(name, frozen_weights="float32"):
+        if not isinstance(name, str):
+            return name
+        model = world.models[name]
+        return model.with_backbone(with_precision(model.backbone, frozen_weights), name)
 
     def ask(model, prompts, *, max_new_tokens, batch_size, progress):
         world.asked += len(prompts)
@@ -154,6 +158,14 @@ def test_what_is_measured_of_a_model_is_kept_for_all_audits(world, monkeypatch, 
     assert asked("--max-prompts", "20", out="third") == 20 + 2 * (20 + 20 + 2 * 10), "others for other prompts"
     assert asked("--reply-tokens", "8", out="fourth") == 2 * (BARE + BEGUN), "and for longer replies"
     assert asked("--system", "Be brief.", out="fifth") == 2 * (2 * BARE + BEGUN)
+    assert asked("--frozen-weights", "bfloat16", out="sixth") == 80 + 2 * (BARE + BEGUN), "and over other weights"
+    assert "rounded" not in capsys.readouterr().out
+
+
+def test_a_report_over_codes_says_that_small_changes_are_lost(world, monkeypatch, capsys):
+    monkeypatch.setattr(audit_stages, "as_model", lambda name, held: world.models[name])
+    run(world, "--frozen-weights", "int8")
+    assert "The models are held in int8, to whose codes their weights are rounded" in capsys.readouterr().out
 
 
 def test_a_damaged_entry_is_reported_and_measured_again(world, capsys):

@@ -17,10 +17,12 @@ from secvec_jax.defenses.gate import Gate
 from secvec_jax.errors import UserError
 from secvec_jax.model import hub
 from secvec_jax.recipes import run_inputs
+from secvec_jax.recipes.align import Align, align
 from secvec_jax.recipes.finetune import Finetune, finetune
+from secvec_jax.recipes.protect import Protect
 from secvec_jax.recipes.run_inputs import check_precision
 from secvec_jax.recipes.vectors import Vectors, vectors
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, merge
 from secvec_jax.vectors.peft import load_peft, save_peft
 from secvec_jax.vectors.store import load_vectors, save_vectors, trained_over
 from secvec_jax.vectors.tensor_file import read_tensors
@@ -45,6 +47,12 @@ WITH_TASK = {"vectors": ("none",), "task_lora": RANK_2}
             "trained_weights is 'bfloat16', which is for training all weights",
         ),
         (lambda: Vectors("x", frozen_weights="int4"), "frozen_weights is 'int4'"),
+        (lambda: Align(("x",), task_lora=None, frozen_weights="nf4"), "all weights are trained: add --task-lora"),
+        (lambda: Protect("x", frozen_weights="bfloat16"), "all weights are trained: add --task-lora"),
+        (
+            lambda: Protect("x", frozen_weights="nf4", defense="safe lora", base="b", task_lora=RANK_2),
+            "'safe lora' changes them: choose another --defense",
+        ),
     ],
 )
 def test_weights_that_are_trained_are_not_held_in_fewer_bits(make, problem):
@@ -68,7 +76,9 @@ def test_frozen_weights_are_bfloat16_on_accelerators_and_trained_ones_float32(mo
     assert [each.precision for each in made] == ["float32"] * 4
     assert Finetune("x", ("none",), training=Training(trained_weights="bfloat16")).precision == "bfloat16"
     assert Vectors("x", frozen_weights="nf4").precision == "nf4"
+    assert Align(("x",)).precision == "float32"
     monkeypatch.setattr(inference, "platform", lambda: "gpu")
+    assert Align(("x",)).precision == "bfloat16" and Align(("x",), task_lora=None).precision == "float32"
     assert [each.precision for each in made] == ["bfloat16", "bfloat16", "float32", "float32"]
     assert Vectors("x", frozen_weights="float32").precision == "float32"
 
@@ -144,3 +154,15 @@ def test_both_phases_over_nf4_end_with_a_model_in_full(tiny_model, tmp_path):
             factors = task.factors[projection]
             expected = expected + task.spec.scale * factors["a"] @ factors["b"]
         np.testing.assert_allclose(weight, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_alignment_over_int8_ends_with_a_model_in_full(tiny_model, tmp_path):
+    source = str(tiny_model("llama").folder)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": f"Ask {n}?", "response": "An answer."}) for n in range(4)))
+    settings = Align((str(rows),), source, str(tmp_path / "out"), RANK_2, "int8", training=Training(max_steps=1),
+                     check_prompts=0)  # fmt: skip
+    align(settings, "train.py align")
+    start, aligned = hub.load(source), hub.load(tmp_path / "out" / "model")
+    task = load_peft(tmp_path / "out" / "task", start)
+    assert aligned.fingerprint == start.with_backbone(merge(start.backbone, task)).fingerprint != start.fingerprint

@@ -20,12 +20,16 @@ from secvec_jax.evaluation.judge_client import Judge
 from secvec_jax.evaluation.refusal_sample import RefusalSample
 from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.suite import Suite
+from secvec_jax.inference import as_model
 from secvec_jax.model.hub import load
+from secvec_jax.model.quantized import linear_of
 from secvec_jax.recipes import audit_stages, protect_stages, protect_vectors, protect_work
 from secvec_jax.recipes import protect as protect_module
 from secvec_jax.recipes.protect_stages import num_held_out
 from secvec_jax.trees import fingerprint
-from secvec_jax.vectors.store import load_vectors
+from secvec_jax.vectors.lora import merge
+from secvec_jax.vectors.peft import load_peft
+from secvec_jax.vectors.store import load_vectors, trained_over
 from secvec_jax.workspace import packaged_rows, stages, vector_cache
 from tests.toys import random_decoder, tiny_model
 
@@ -124,7 +128,7 @@ def judged(monkeypatch):
 
     def audited(asked, run_stages, reads):
         Judged.data, Judged.before = asked.rows_of("data"), asked.models["before"]
-        Judged.after, Judged.asked = load(asked.models["after"]), asked
+        Judged.after, Judged.asked = as_model(asked.models["after"]), asked
         return verdict(Judged.verdict)
 
     monkeypatch.setattr(protect_stages, "audited", audited)
@@ -410,12 +414,42 @@ def test_given_vectors_are_tested_on_rows_they_have_not_seen(known, judged, monk
         (("--retries", "1"), "settings of a judge, but none is asked"),
         (("--vectors", "none"), "protect screens rows with vectors"),
         (("--vectors", "/gone"), "/gone"),
+        (("--frozen-weights", "int8"), "is for frozen weights, and all weights are trained: add --task-lora.rank 8"),
         (("--drop", "yes"), "unknown argument 'yes': use --NAME VALUE, and --NAME for a switch"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(toys, capsys, flags, message):
     assert run(toys, *flags) == 2
     assert message in told(capsys) and not (toys.folder / "out").exists()
+
+
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_a_task_lora_over_fewer_bits_is_audited_as_it_was_trained_and_exported_in_full(toys, judged, precision):
+    assert run(toys, "--task-lora.rank", "2", "--frozen-weights", precision, "--learning-rate", "0.5") == 0
+    before, after = (as_model(judged.asked.models[role], judged.asked.precision) for role in ("before", "after"))
+    assert (before.precision, after.precision) == (precision, precision)
+    exported, start = load(toys.folder / "out" / "model"), load(toys.model)
+    assert trained_over(toys.folder / "out" / "vectors" / "security.safetensors") == precision
+    task = load_peft(toys.folder / "out" / "task", start)
+    assert exported.fingerprint == start.with_backbone(merge(start.backbone, task)).fingerprint != start.fingerprint
+    assert after.fingerprint == exported.fingerprint, "what is audited is what is exported"
+    if precision == "int8":  # rounded to codes, most of what was learned would be lost
+        for projection in task.factors:
+            kernel, held = (linear_of(model.backbone, projection).kernel for model in (after, before))
+            assert kernel.codes[...] is held.codes[...] and kernel.update_a.shape[-1] == 2 and held.update_a is None
+    assert run(toys, "--task-lora.rank", "2", out="float32") == 0
+    assert toys.trained == toys.sampled == 2, "vectors and refusals over other weights are others"
+
+
+def test_a_value_in_fewer_bits_trains_a_task_lora_alone(toys, judged):
+    model, user = load(toys.model, "nf4"), [*rows("user", 10, "a fox jumps"), *rows("harmful", 2, SECRET)]
+    training = sv.Training(max_steps=2, batch_size=2, max_seq_len=64, remat="none", share_prefix=False)
+    with pytest.raises(sv.UserError, match=r"held in nf4, which is for frozen weights, and all weights are trained"):
+        sv.protect(model, user, training=training, progress=False)
+    result = sv.protect(model, user, task=sv.LoRA(2), training=training, progress=False)
+    assert result.model.precision == "nf4" and result.model.fingerprint != model.fingerprint
+    result.model.save(toys.folder / "saved")
+    assert load(toys.folder / "saved").fingerprint == result.model.fingerprint
 
 
 def test_as_a_value(toys, judged, capsys):
