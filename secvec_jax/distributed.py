@@ -24,7 +24,7 @@ import secvec_jax
 from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
 from secvec_jax.errors import UserError
 from secvec_jax.rendezvous import Rendezvous
-from secvec_jax.sharding import MESH_AXES, make_mesh, parse_mesh
+from secvec_jax.sharding import make_mesh, parse_mesh
 
 
 @checked
@@ -33,7 +33,7 @@ class Cluster:
     """Hosts and devices to run on; results do not depend on them."""
 
     mesh: str = ""
-    """mesh axes and sizes, such as fsdp=8,tensor=4 (axes: data, fsdp, tensor); empty: one device"""
+    """mesh axes and sizes, such as fsdp=8,tensor=4 (axes: slice, data, fsdp, tensor); empty: one device"""
     cluster: str = ""
     """auto: detect the other hosts (TPU pod, Slurm, MPI); HOST:PORT: address of the first process, to be given with
     --processes and --process; empty: this host only"""
@@ -187,7 +187,9 @@ class Consensus:
 def _largest_vote(vote: int) -> jax.Array:
     mesh = jax.sharding.get_mesh()
     local_vote = np.full(1, vote, np.int32)
-    votes = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, P(MESH_AXES)), lambda index: local_vote)
+    votes = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, P(mesh.axis_names)), lambda index: local_vote
+    )
     return _max_on(mesh)(votes)
 
 

@@ -9,6 +9,7 @@ logical axis to the mesh axes over which it is sharded. The mesh is JAX's ambien
 
 Without a mesh, the functions in this module do nothing, and programs run on one device.
 
+    slice   data parallelism over several TPU slices, or nodes of GPUs, between which the network is slow
     data    data parallelism: the weights are replicated and the batch is sharded
     fsdp    the weights are sharded, and gathered layer by layer when they are used; the batch is sharded as well
     tensor  tensor parallelism: heads, MLP channels and vocabulary are sharded, and so is the work on them
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,8 +31,8 @@ from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.errors import UserError
 
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
-    "copies": "data",
+    "batch": ("slice", "data", "fsdp"),
+    "copies": ("slice", "data"),
     "embed": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
@@ -48,7 +50,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 axis that is not sharded over fsdp.
 """
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
 
 LogicalAxes = tuple[str | None, ...]
 """The logical name of each axis of an array; None is replicated."""
@@ -68,16 +70,39 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 @checked
-def make_mesh(data: PositiveInt = 1, fsdp: PositiveInt = 1, tensor: PositiveInt = 1, *, devices: Any = None) -> Mesh:
-    """Make a mesh with these axes over all devices. Raises UserError if it does not use exactly all of them."""
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    needed, have = data * fsdp * tensor, len(jax.devices() if devices is None else devices)
+def make_mesh(
+    data: PositiveInt = 1,
+    fsdp: PositiveInt = 1,
+    tensor: PositiveInt = 1,
+    *,
+    slice: PositiveInt = 1,
+    devices: Any = None,
+) -> Mesh:
+    """Make a mesh with these axes over all devices.
+
+    slice: how many TPU slices the devices are of, each of which has all of the other axes: slices exchange gradients
+    once a step, over the data center's network. Raises UserError if the mesh does not use exactly all devices, or if
+    TPUs are of another number of slices.
+    """
+    sizes = {"slice": slice, "data": data, "fsdp": fsdp, "tensor": tensor}
+    devices = jax.devices() if devices is None else devices
+    needed, have = math.prod(sizes.values()), len(devices)
     if needed != have:
         text = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "fsdp=1"
         raise UserError(
             f"mesh {text} needs {needed} devices, but there are {have}: the product of the axes must be {have}"
         )
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=devices)
+    slices = len({device.slice_index for device in devices})
+    if slices != slice:
+        raise UserError(
+            f"mesh slice={slice} is for {slice} TPU slices, but the devices are of {slices}: use slice={slices}"
+        )
+    return Mesh(
+        create_hybrid_device_mesh((1, data, fsdp, tensor), (slice, 1, 1, 1), devices), MESH_AXES, axis_types=axis_types
+    )
 
 
 def platform() -> str:

@@ -34,7 +34,7 @@ def test_nothing_is_started_without_settings():
 def test_a_mesh_in_the_settings_becomes_the_ambient_one():
     with jax.set_mesh(make_mesh(data=8)):  # given back at the end
         start_cluster(Cluster("fsdp=4,tensor=2"))
-        assert dict(jax.sharding.get_mesh().shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+        assert dict(jax.sharding.get_mesh().shape) == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 2}
     assert jax.sharding.get_mesh().empty
 
 

@@ -32,6 +32,7 @@ from tests.sharded_run import PROMPTS, STEPS, everything
 from tests.toys import random_decoder, random_examples, tiny_model
 
 MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2"]
+OTHERS = ["fsdp=4,tensor=2", "slice=2,fsdp=2,tensor=2"]
 
 
 # Numbers ------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def test_the_run_tells_enough_to_compare(on_one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [MESHES[1], pytest.param("fsdp=4,tensor=2", marks=pytest.mark.release)])
+@pytest.mark.parametrize("shape", [MESHES[1], *(pytest.param(shape, marks=pytest.mark.release) for shape in OTHERS)])
 def test_eight_devices_compute_what_one_does(on_one_device, shape):
     with jax.set_mesh(make_mesh(**parse_mesh(shape))):
         check(everything(), on_one_device)

@@ -124,9 +124,31 @@ def test_a_mesh_must_take_all_devices(sizes, words):
 
 
 def test_a_mesh_has_all_axes_whatever_their_sizes():
-    assert dict(make_mesh(fsdp=8).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert dict(make_mesh(data=2, tensor=4).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert dict(make_mesh(fsdp=8).shape) == {"slice": 1, "data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(data=2, tensor=4).shape) == {"slice": 1, "data": 2, "fsdp": 1, "tensor": 4}
     assert make_mesh(fsdp=2, devices=jax.devices()[:2]).size == 2
+
+
+class Chip:
+    """A TPU of a slice of 2x2, as much of it as a mesh asks for."""
+
+    platform, device_kind = "tpu", "TPU v5 lite"
+
+    def __init__(self, number: int, slice_index: int):
+        self.id, self.slice_index, self.process_index = 4 * slice_index + number, slice_index, slice_index
+        self.coords, self.core_on_chip = (number % 2, number // 2, 0), 0
+
+
+def test_each_slice_of_tpus_has_all_axes_but_its_own():
+    chips = [Chip(number, index) for number in range(4) for index in (1, 0)]  # in no order
+    mesh = make_mesh(slice=2, fsdp=2, tensor=2, devices=chips)
+    assert dict(mesh.shape) == {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2}
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+    for sizes in ({"slice": 4, "fsdp": 2}, {"fsdp": 8}, {"data": 2, "fsdp": 4}):
+        with pytest.raises(UserError, match=r"the devices are of 2: use slice=2"):
+            make_mesh(**sizes, devices=chips)
+    with pytest.raises(UserError, match=r"mesh slice=2 is for 2 TPU slices, but the devices are of 1: use slice=1"):
+        make_mesh(slice=2, fsdp=2, devices=[Chip(number, 0) for number in range(4)])
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -166,6 +188,9 @@ def test_places_are_mesh_axes():
         ({"fsdp": 8}, ("batch", "length"), P("fsdp")),
         ({"data": 2, "fsdp": 4}, ("batch", "length"), P(("data", "fsdp"))),
         ({"data": 2, "fsdp": 4}, ("copies",), P("data")),
+        ({"slice": 2, "fsdp": 4}, ("batch", "length"), P(("slice", "fsdp"))),
+        ({"slice": 2, "data": 2, "fsdp": 2}, ("copies",), P(("slice", "data"))),
+        ({"slice": 2, "fsdp": 4}, ("layers", "embed", "heads"), P(None, "fsdp")),
         ({"fsdp": 4, "tensor": 2}, ("vocab", "embed"), P("tensor", "fsdp")),
         ({"fsdp": 4, "tensor": 2}, ("layers", "mlp", None), P(None, "tensor")),
         ({"fsdp": 4, "tensor": 2}, (None, "rank"), P()),
