@@ -21,7 +21,7 @@ from secvec_jax.grid.inputs import CellInputs
 from secvec_jax.grid.seed_workspace import SeedWorkspace
 from secvec_jax.model.hub import Model
 from secvec_jax.trees import distance
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stage import Stage
 
 FurtherProbe = Literal["prefill", "kl", "relearning"]
 """Probes that a grid file may ask for.

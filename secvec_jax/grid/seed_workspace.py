@@ -28,7 +28,8 @@ from secvec_jax.training.trainer import OnStep
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.workspace.inputs import Inputs, known, rows
-from secvec_jax.workspace.stages import Stage, file_name
+from secvec_jax.workspace.stage import Stage
+from secvec_jax.workspace.stages import file_name
 from secvec_jax.workspace.workspace import Experiment, Workspace
 
 

@@ -23,7 +23,7 @@ from secvec_jax.vectors.lora import LoRA, drift
 from secvec_jax.workspace.inputs import packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS, PackagedRows
 from secvec_jax.workspace.splits import sources
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stage import Stage
 
 
 @checked

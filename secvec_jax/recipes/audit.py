@@ -27,7 +27,8 @@ from secvec_jax.workspace.inputs import check_there, packaged
 from secvec_jax.workspace.run_directory import settings_of_run
 from secvec_jax.workspace.runs import Run, scoring_inputs
 from secvec_jax.workspace.splits import sources
-from secvec_jax.workspace.stages import Stage, Stages, devices, release, screen, write
+from secvec_jax.workspace.stage import Stage
+from secvec_jax.workspace.stages import Stages, devices, release, screen, write
 
 
 @checked

@@ -41,7 +41,8 @@ from secvec_jax.workspace import inputs
 from secvec_jax.workspace.inputs import known
 from secvec_jax.workspace.result_cache import inputs_of, kept, settings_of_replies
 from secvec_jax.workspace.splits import Sizes, make_splits
-from secvec_jax.workspace.stages import Stage, Stages
+from secvec_jax.workspace.stage import Stage
+from secvec_jax.workspace.stages import Stages
 
 UNALIGNED = "smollm2"
 """The model whose compliant replies are the beginnings, if the one before alignment is not known."""

@@ -32,7 +32,7 @@ from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.inputs import Inputs, packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS
 from secvec_jax.workspace.splits import sources
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stage import Stage
 
 
 @checked

@@ -15,7 +15,7 @@ from secvec_jax.model.hub import Model, load
 from secvec_jax.model.quantized import Precision
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.runs import Run
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stage import Stage
 
 
 @checked

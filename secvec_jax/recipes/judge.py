@@ -30,7 +30,7 @@ from secvec_jax.model.quantized import Precision
 from secvec_jax.turns import answer_of
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.runs import Run, result_name, scoring_inputs
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stage import Stage
 
 Exchanges = dict[str, list[tuple[str | list[Message], str]]]
 """Kind of prompt ("harmful" or "benign") -> (prompt, reply) pairs."""

@@ -15,7 +15,8 @@ from secvec_jax.workspace import run_directory
 from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 from secvec_jax.workspace.runs import scoring_inputs
 from secvec_jax.workspace.splits import sources
-from secvec_jax.workspace.stages import Stage, claim, curves
+from secvec_jax.workspace.stage import Stage
+from secvec_jax.workspace.stages import claim, curves
 from secvec_jax.workspace.workspace import Workspace
 
 OBJECTIVES: tuple[ObjectiveName, ...] = ("cross_entropy", "kl", "min_min")

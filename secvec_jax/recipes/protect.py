@@ -6,9 +6,7 @@ before.
 Each stage is done once; a command that was interrupted goes on where it stopped.
 """
 
-import contextlib
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,26 +23,23 @@ from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.user_inputs import argument_of, check_given
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation import audit_report, inspect_log
+from secvec_jax.evaluation import inspect_log
 from secvec_jax.evaluation.audit import Audit, Limits
-from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
-from secvec_jax.evaluation.results import Results
 from secvec_jax.inference import check_model
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import Precision
 from secvec_jax.presets import preset_field, section_of
-from secvec_jax.recipes import preset_choice
+from secvec_jax.recipes import preset_choice, protect_report
 from secvec_jax.recipes.audit import results_of, write_report
 from secvec_jax.recipes.audit_stages import try_judge
 from secvec_jax.recipes.defend import sources_of
-from secvec_jax.recipes.export import history, hub_id
 from secvec_jax.recipes.precision import check_held, training_precision
 from secvec_jax.recipes.protect_stages import audit_export, divide, exported_model, fine_tune, preflight, screen_rows
 from secvec_jax.recipes.protect_vectors import make_vectors
 from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work
 from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, rows_of_files
-from secvec_jax.recipes.training_run import SYSTEM_FILE, rows_by_source
+from secvec_jax.recipes.training_run import rows_by_source
 from secvec_jax.terminal import Console
 from secvec_jax.vectors.kinds import Vectors
 from secvec_jax.vectors.lora import LoRA
@@ -52,7 +47,7 @@ from secvec_jax.workspace.inputs import check_there, packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS
 from secvec_jax.workspace.runs import Run, scoring_inputs
 from secvec_jax.workspace.splits import sources
-from secvec_jax.workspace.stages import Stages, release, screen, write
+from secvec_jax.workspace.stages import Stages, release, write
 
 _SAME = (
     "drop", "eval_fraction", "task_lora", "frozen_weights", "training", "system", "limits", "max_prompts",
@@ -217,14 +212,14 @@ def protect_run(settings: Protect, command: str) -> int:
     rows_with_facts = [row | (work.facts if row["name"] == "after" else {}) for row in results.rows]
     results = dataclasses.replace(results, rows=rows_with_facts)
     write_report(done.audit, results, run.folder)
-    on_main_process(lambda: write(run.folder / "model" / "README.md", _card(work, done.audit, results)))
+    on_main_process(lambda: write(run.folder / "model" / "README.md", protect_report.card(work, done.audit, results)))
     if settings.training.schedule != "constant":  # else the training can be extended from its last checkpoint
         on_main_process(lambda: shutil.rmtree(run.folder / "checkpoints", ignore_errors=True))
     files = {"model": str(run.folder / "model"), "report": str(run.folder / "report.html")}
     if settings.inspect is not None:
         log = files["inspect"] = settings.inspect
         on_main_process(lambda: inspect_log.write_log(done.audit, log, settings.keep_replies, command))
-    _show(done, files, settings.json, work)
+    protect_report.show(work, done.audit, done.system, files, settings.json)
     release(run.folder)
     return done.audit.exit_code
 
@@ -349,49 +344,3 @@ def _run(work: Work) -> _Done:
     system = fine_tune(work, vectors, rows)
     audit = audit_export(work, rows.held_out, system)
     return _Done(dataclasses.replace(audit, notes=(*work.notes, *audit.notes)), screening, vectors, system)
-
-
-def _card(work: Work, audit: Audit, results: Results) -> str:
-    """The model card, with the audit."""
-    name = work.folder.resolve().name
-    earlier: list[Results] = []
-    with contextlib.suppress(UserError):  # a run that was moved or changed is left out
-        earlier = list(history(str(work.asked.model)))[::-1]
-    root = str(earlier[0].config.get("model", "")) if earlier else work.model_name
-    drift = work.facts["drift"]
-    row = work.facts | {"name": name, "metrics": {"drift": {"value": drift, "n": 1, "ci95": [drift, drift]}}}
-    trained = dataclasses.replace(results, rows=[row])
-    return model_card(name, hub_id(root), [*earlier, trained], [results]) + "\n" + audit_report.section(audit)
-
-
-def _learned(audit: Audit) -> list[str]:
-    """What was learned, in one sentence; none without held-out rows."""
-    return [
-        f"the loss of your {line.before.n} held-out rows is {line.after.value:.2f} nats per token (before: "
-        f"{line.before.value:.2f})"
-        for line in audit.lines
-        if line.metric == "data_loss"
-    ]
-
-
-def _show(done: _Done, files: dict[str, str], as_json: bool, work: Work) -> None:
-    """Print the verdict: as JSON alone on standard output, or as a table and lines that begin with it.
-
-    files: what was written, by what it is.
-    """
-    audit = done.audit
-    if as_json:
-        counts = {name: work.facts[name] for name in ("suspects", "dropped")}
-        verdict = audit.as_dict() | {"reason": audit_report.headline(audit)} | files | counts
-        on_main_process(lambda: print(json.dumps(verdict)))
-        return
-    terminal = screen()
-    terminal.print(audit_report.table(audit))
-    lines = [audit_report.headline(audit), *_learned(audit), *audit.notes[len(work.notes) :]]
-    if done.system is not None:
-        lines.append(f"serve the model with its system prompt, which is its defense: {work.folder / SYSTEM_FILE}")
-    lines.append(f"suspects: {work.folder / 'suspects.jsonl'}; report: {files['report']}")
-    if "inspect" in files:
-        lines.append(f"inspect: {files['inspect']}")
-    for line in (*lines, f"the model, with its card, is in {files['model']}"):
-        terminal.print(line)

@@ -39,7 +39,7 @@ from secvec_jax.vectors.kinds import Vectors
 from secvec_jax.vectors.lora import drift, merge
 from secvec_jax.vectors.peft import load_peft
 from secvec_jax.workspace.result_cache import inputs_of, kept
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stage import Stage
 
 _FEWEST_HELD_OUT, _ENOUGH = 8, 40
 """Of the user's rows, held out where there are enough of them."""

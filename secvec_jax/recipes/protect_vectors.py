@@ -16,7 +16,7 @@ from secvec_jax.recipes.protect_work import Work
 from secvec_jax.vectors.kinds import Vectors
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_vectors
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stage import Stage
 from secvec_jax.workspace.vector_cache import key_of, locked_entry
 
 

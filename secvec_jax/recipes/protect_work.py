@@ -24,7 +24,8 @@ from secvec_jax.recipes.run_inputs import packaged_and_told
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.workspace.packaged_rows import PackagedRows
-from secvec_jax.workspace.stages import Stage, Stages
+from secvec_jax.workspace.stage import Stage
+from secvec_jax.workspace.stages import Stages
 
 RECOMMENDED = "guarded vectors"
 """The defense that is used if none is named: the best that docs/results.md shows."""

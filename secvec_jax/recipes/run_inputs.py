@@ -25,7 +25,8 @@ from secvec_jax.training.trainer import OnStep
 from secvec_jax.vectors.kinds import Spec
 from secvec_jax.vectors.store import load_vectors, save_vectors, trained_over
 from secvec_jax.workspace.packaged_rows import CONTENTS, PackagedRows
-from secvec_jax.workspace.stages import Stage, Stages
+from secvec_jax.workspace.stage import Stage
+from secvec_jax.workspace.stages import Stages
 
 GIVEN: tuple[Need, ...] = (
     "safe rows", "harmful rows", "benign rows", "contrast rows", "base model", "eliciting prompt"

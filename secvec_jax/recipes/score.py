@@ -12,7 +12,7 @@ from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import Precision
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.runs import Run, result_name, scoring_inputs
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stage import Stage
 
 
 @checked

@@ -24,7 +24,7 @@ from secvec_jax.remote import is_url
 from secvec_jax.terminal import Console
 from secvec_jax.workspace.run_directory import check_not_of_run
 from secvec_jax.workspace.runs import Run
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stage import Stage
 from secvec_jax.workspace.stages import screen as terminal
 
 _SHOWN = 10

@@ -22,7 +22,8 @@ from secvec_jax.vectors.lora import LoRAVectors
 from secvec_jax.vectors.peft import save_peft
 from secvec_jax.workspace.inputs import Inputs
 from secvec_jax.workspace.runs import Run
-from secvec_jax.workspace.stages import Stage, write
+from secvec_jax.workspace.stage import Stage
+from secvec_jax.workspace.stages import write
 
 SYSTEM_FILE = "system_prompt.txt"
 """In a run directory: the system prompt that its model is to be served with."""

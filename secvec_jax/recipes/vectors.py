@@ -27,7 +27,7 @@ from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import save_vectors
 from secvec_jax.workspace.packaged_rows import PackagedRows
-from secvec_jax.workspace.stages import Stage
+from secvec_jax.workspace.stage import Stage
 
 
 @checked

@@ -8,15 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from secvec_jax.digests import difference
 from secvec_jax.distributed import (
@@ -31,10 +22,9 @@ from secvec_jax.evaluation.records import is_number
 from secvec_jax.files import atomic_file, read_kept, read_log
 from secvec_jax.memory import return_freed_memory
 from secvec_jax.terminal import Console
-from secvec_jax.training.meter import Pace
 from secvec_jax.workspace import inputs, run_directory
 from secvec_jax.workspace.inputs import Inputs
-from secvec_jax.workspace.trackers import Tracker
+from secvec_jax.workspace.stage import Stage, showing
 
 
 class Stages:
@@ -50,7 +40,7 @@ class Stages:
     def run(
         self,
         name: str,
-        work: Callable[["Stage"], Any],
+        work: Callable[[Stage], Any],
         *,
         reads: Mapping[str, Path | str] | None = None,
         makes: Mapping[str, Path] | None = None,
@@ -131,20 +121,10 @@ class Stages:
         return result
 
     @contextlib.contextmanager
-    def show(self, name: str) -> Iterator["Stage"]:
+    def show(self, name: str) -> Iterator[Stage]:
         """A running stage that is neither timed nor stored."""
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
-        tracker = Tracker(self.folder, name)
-        with contextlib.closing(tracker), Progress(*columns, console=self.console, transient=True) as progress:
-            yield Stage(name, tracker, progress)
+        with showing(name, self.folder, self.console) as stage:
+            yield stage
 
 
 def _contents(named: Mapping[str, Path | str]) -> Inputs:
@@ -169,114 +149,6 @@ def _record(path: Path) -> dict[str, Any]:
     if not is_number(record.get("seconds", 0.0)) or not isinstance(record.get("inputs", {}), dict):
         raise UserError(f"{path} is damaged: delete it")
     return record
-
-
-_SECONDS_BETWEEN_LINES = 10.0
-"""Seconds between two progress lines, where there is no terminal for a bar."""
-
-
-class Stage:
-    """A running stage: its progress, and the log of its steps."""
-
-    def __init__(self, name: str, tracker: Tracker, progress: Progress):
-        self.name, self._tracker, self._progress = name, tracker, progress
-        self._task = progress.add_task(name, total=None, note="")
-
-    def on_step(self) -> Callable[[int, int, dict[str, float]], None]:
-        """A callback for `fit` that updates the bar, or prints lines where there is no terminal, and logs the step (see
-        `Tracker`)."""
-        pace = Pace()
-        first_step: int | None = None
-        start = last_line = time.monotonic()
-        tokens = 0.0
-
-        def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
-            nonlocal first_step, start, last_line, tokens
-            now = time.monotonic()
-            is_first = first_step is None
-            if first_step is None:
-                first_step, start = step, now  # its time is mostly compilation
-                if step > 1:
-                    self.print(f"{self.name}: resumed at step {step} of {total}")
-            speed = pace.of(metrics)
-            tokens += 0.0 if is_first else metrics.get("tokens", 0.0)
-            # The last two steps are reported together, so their own times say nothing.
-            shown = _average(tokens, now - start) if step == total else speed
-            note = _note(metrics, shown)
-            self._progress.update(self._task, completed=step, total=total, note=note)
-            is_due = is_first or step == total or now - last_line > _SECONDS_BETWEEN_LINES or "eval/loss" in metrics
-            if is_due and not self._progress.console.is_terminal:
-                last_line = now
-                line = f"{self.name}: step {step}/{total}, {note}"
-                if first_step < step < total:
-                    seconds_left = (now - start) / (step - first_step) * (total - step)
-                    line += f", {_duration(seconds_left)} left"
-                self.print(line)
-            if is_main_process():
-                self._tracker.log(step, metrics, speed)
-
-        return on_step
-
-    def print(self, line: str) -> None:
-        """Print a line without wrapping it."""
-        self._progress.console.print(line, soft_wrap=True)
-
-    def replies(self, total: int, what: str) -> Callable[[int], None]:
-        """A progress callback for `total` replies."""
-        self._progress.update(self._task, note="replies")
-        count = self.requests()
-        count(what, 0, total)
-        return lambda done: count(what, done, total)
-
-    def requests(self) -> Callable[[str, int, int], None]:
-        """A progress callback for work whose kinds and sizes are not known in advance: what, how much is done, of how
-        much. It updates the bar, or prints a line now and then where there is no terminal."""
-        start = last_line = time.monotonic()
-        current = ""
-
-        def on_request(what: str, done: int, total: int) -> None:
-            nonlocal start, last_line, current
-            self._progress.update(self._task, description=f"{self.name}: {what}", completed=done, total=total)
-            now = time.monotonic()
-            if what != current:
-                current, start = what, now
-            if now - last_line > _SECONDS_BETWEEN_LINES and not self._progress.console.is_terminal:
-                last_line = now
-                left = f", {_duration((now - start) / done * (total - done))} left" if done else ""
-                self.print(f"{self.name}: {what}, {done}/{total}{left}")
-
-        return on_request
-
-    def say(self, what: str) -> None:
-        """Show what is being done."""
-        self._progress.update(self._task, description=f"{self.name}: {what}")
-        if not self._progress.console.is_terminal:
-            self.print(f"{self.name}: {what}")
-
-
-def _average(tokens: float, seconds: float) -> dict[str, float]:
-    return {"tokens_per_second": tokens / seconds} if tokens and seconds > 0 else {}
-
-
-def _note(metrics: dict[str, float], pace: dict[str, float]) -> str:
-    """The epoch, the losses by name, and the speed of a step."""
-    parts = [f"epoch {metrics['epoch']:.2f}"] if "epoch" in metrics else []
-    losses = [key for key in sorted(metrics) if key in ("loss", "kl") or "loss/" in key or key.endswith("/loss")]
-    if "loss/all" in losses:  # the loss, of rows of one kind
-        losses.remove("loss/all")
-    parts += [f"{key} {metrics[key]:.3f}" for key in losses]
-    if "tokens_per_second" in pace:
-        parts.append(f"{pace['tokens_per_second']:,.0f} tokens/s")
-    if "mfu" in pace:
-        parts.append(f"{100 * pace['mfu']:.1f}% MFU")
-    return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    """Such as 0:45 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def write(path: Path, text: str) -> None:

@@ -44,7 +44,8 @@ from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace.inputs import known, of_path
 from secvec_jax.workspace.run_directory import settings_of_run
 from secvec_jax.workspace.splits import EvalSplit, Sizes, Splits, greedy_openings, make_splits, stored_examples
-from secvec_jax.workspace.stages import Stage, Stages, devices, file_name, release, screen
+from secvec_jax.workspace.stage import Stage
+from secvec_jax.workspace.stages import Stages, devices, file_name, release, screen
 
 
 @checked

@@ -35,6 +35,7 @@ from secvec_jax.training import trainer
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace import packaged_rows, stages
+from secvec_jax.workspace.stage import Stage
 from tests.toys import example, tiny_model
 
 TRAINING = Training(max_steps=2, batch_size=1, max_seq_len=64, learning_rate=0.01, remat="none", share_prefix=False)
@@ -129,7 +130,7 @@ def test_the_verb_and_the_function_give_what_a_direct_call_gives_bit_by_bit(file
 
 def test_a_defense_of_two_trainings_resumes_each_of_them_exactly(files, tmp_path, monkeypatch):
     stop_at: list[tuple[str, int]] = []
-    on_step = stages.Stage.on_step
+    on_step = Stage.on_step
 
     def stopping(self):
         show = on_step(self)
@@ -141,7 +142,7 @@ def test_a_defense_of_two_trainings_resumes_each_of_them_exactly(files, tmp_path
 
         return shown
 
-    monkeypatch.setattr(stages.Stage, "on_step", stopping)
+    monkeypatch.setattr(Stage, "on_step", stopping)
     training = Training(max_steps=4, save_every_seconds=1e-9).over(TRAINING)
     options = {"base": files["base"], "safe": (files["safe"],), "training": training}
     whole, _ = run(files, tmp_path / "whole", "vaccine", **options)

@@ -16,7 +16,8 @@ from tensorboardX.record_writer import RecordWriter
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.recipes.finetune import Finetune, finetune
-from secvec_jax.workspace import stages, trackers
+from secvec_jax.workspace import stage as stage_module
+from secvec_jax.workspace import trackers
 from secvec_jax.workspace.stages import Stages
 from tests.toys import tiny_model
 
@@ -68,7 +69,7 @@ def test_a_pipe_gets_plain_lines(tmp_path, monkeypatch):
     assert lines[:2] == ["fine tune: started", "fine tune: step 1/3, loss 1.000"]
     assert lines[2].startswith("fine tune: step 3/3, loss 0.333, ") and lines[2].endswith(" tokens/s")
     assert "2/3" not in told and "\x1b" not in told
-    monkeypatch.setattr(stages, "_SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(stage_module, "_SECONDS_BETWEEN_LINES", -1.0)
     lines = run(tmp_path / "often").splitlines()
     assert [f"step {step}/3" in lines[step] for step in (1, 2, 3)] == [True] * 3
     assert lines[2].endswith(" tokens/s, 0:00 left")
