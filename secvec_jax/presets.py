@@ -27,9 +27,9 @@ NONE = "none"
 class Preset:
     """Settings for models of some size on some hardware.
 
-    parameters: from and to how many. devices: of the mesh. memory_gib: what a step takes of a device, by phase
-    ("vectors", "finetune"), as `train.py plan --preset` reports it for `model` with sequences of 2048 tokens; without
-    it, the preset is taken by name only. topology: what `plan` compiles for. vectors, finetune, align, protect: the
+    parameters: from and to how many. devices: of the mesh. memory_gib: what a step takes of a device, by phase,
+    as `train.py plan --preset NAME --phase PHASE` reports it for `model` with sequences of 2048 tokens; without it, the
+    preset is taken by name only. topology: what `plan` compiles for. vectors, finetune, align, protect: the
     settings of these verbs, as in a config file; empty: the preset is not for the verb.
     """
 
@@ -98,14 +98,19 @@ Section = Callable[[Preset, Mapping[str, Any]], Mapping[str, Any]]
 """What a verb takes of a preset, given the settings that flags and a config file have."""
 
 
-def section_of(verb: str) -> Section:
-    """What the verb takes of a preset. Raises UserError if the preset has nothing for it."""
+def section_of(verb: str, on_topology: bool = False) -> Section:
+    """What the verb takes of a preset. Raises UserError if the preset has nothing for it, and names those that do.
+
+    on_topology: name only presets of devices that `plan` compiles for.
+    """
 
     def section(preset: Preset, values: Mapping[str, Any]) -> Mapping[str, Any]:
         found: Mapping[str, Any] = getattr(preset, verb)
         if not found:
-            others = [name for name, each in presets().items() if getattr(each, verb)]
-            raise UserError(f"this preset has no settings for {verb}: leave it out, or use {' or '.join(others)}")
+            usable = [name for name, each in presets().items() if each.topology or not on_topology]
+            others = [name for name in usable if getattr(presets()[name], verb)]
+            use = f", or use {' or '.join(others)}" if others else ""
+            raise UserError(f"this preset has no settings for {verb}: leave it out{use}")
         return found
 
     return section

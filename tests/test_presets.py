@@ -139,6 +139,22 @@ def test_plan_refuses_what_it_cannot_compile_for():
     assert PlanRun(phase="vectors").precision == "bfloat16" and PlanRun().precision == "float32"
 
 
+def test_plan_takes_the_phases_settings_and_refuses_a_preset_without(monkeypatch):
+    full = presets.named("7-8b-80gb")
+    having = dataclasses.replace(full, align=full.finetune, protect={"training": {"batch_size": 3}})
+    without = dataclasses.replace(full, align={}, protect={})
+    known = {"135m-cpu": presets.named("135m-cpu"), "with": having, "without": without}
+    monkeypatch.setattr(presets, "presets", lambda: known)
+    aligned, _ = parsed("plan", "--preset", "with", "--phase", "align")
+    assert (aligned.phase, aligned.topology, aligned.task_lora.rank) == ("align", full.topology, 16)
+    assert parsed("plan", "--preset", "with", "--phase", "protect")[0].training.batch_size == 3
+    for phase in OTHERS:
+        with pytest.raises(UserError, match=f"^this preset has no settings for {phase}: leave it out, or use with$"):
+            parsed("plan", "--preset", "without", "--phase", phase)
+    with pytest.raises(UserError, match=r"^--phase is 'potato'"):
+        parsed("plan", "--preset", "with", "--phase", "potato")
+
+
 def test_one_of_another_size_is_refused(monkeypatch):
     monkeypatch.setattr(preset_choice, "_parameters", lambda model: 135_000_000)
     message = "--preset 7-8b-80gb is for models of 6.0 billion to 9.0 billion parameters, and tiny has 135 million: use"

@@ -45,7 +45,8 @@ class TooLarge(UserError):
 class Work:
     """The model FLOPs of one training step.
 
-    learn, keep: tokens per step of the two streams. full: whether the backbone's weights are trained.
+    learn, keep: tokens per step, on all devices: those that are learned, of the stream `keep` and of all others
+    (the user's rows, and a defense's safe rows). full: whether the backbone's weights are trained.
     """
 
     learn: int
@@ -82,7 +83,7 @@ class Plan:
     """model FLOPs per step and chip, by `formula`"""
     formula: str
     tokens: int
-    """tokens per step on all chips"""
+    """tokens per step on all chips, of all streams: the user's rows, and those to keep or safe ones"""
     account: Account | Roofline
     compile_seconds: float
 
@@ -156,7 +157,8 @@ def plan_step(
 ) -> Plan:
     """Compile the train step of a phase for the ambient mesh, whose devices need not be attached.
 
-    params: abstract. batch_sizes: stream -> sequences per batch. length: tokens per sequence.
+    params: abstract. batch_sizes: stream -> sequences per batch; all streams but `keep` are learned, with a forward and
+    a backward pass each. length: tokens per sequence.
 
     Raises TooLarge if the step does not fit into a chip's memory, and UserError if the mesh does not divide a batch.
     """
@@ -191,8 +193,8 @@ def plan_step(
     total = program_bytes(compiled) + memory.generated_code_size_in_bytes
     if total > chip.memory:  # the compiler has accepted a program of 16.8 GiB for a chip of 16
         raise TooLarge(f"{total / 2**30:.1f} GiB do not fit into {size}")
-    local = sum(batch_sizes.values()) // parts
-    chunks = -(-local * length // CHUNK[platform()])
+    local = max(batch_sizes.values()) // parts
+    chunks = -(-local * length // CHUNK[platform()])  # of the loss, which has a loop for each stream
     text = compiled.as_text()
     cost: Account | Roofline
     if isinstance(chip, Gpu):
@@ -201,7 +203,8 @@ def plan_step(
         kernels = _kernels(architecture, batch_sizes, length, chip)
         cost = account(text, chip, [device.coords for device in mesh.devices.flat], trips=chunks, kernels=kernels)
     is_full = bool(jax.tree.leaves(trained.backbone.decoder))
-    work = Work(batch_sizes[LEARN] * length, batch_sizes.get(KEEP, 0) * length, is_full)
+    keep = batch_sizes.get(KEEP, 0)
+    work = Work((sum(batch_sizes.values()) - keep) * length, keep * length, is_full)
     return Plan(
         chip=chip,
         chips=mesh.size,

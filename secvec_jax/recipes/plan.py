@@ -10,7 +10,9 @@ from secvec_jax.checks import checked
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import LENGTHS
 from secvec_jax.defenses.finetuning import PHASE2, check_trained_weights, phase2_step
-from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_step
+from secvec_jax.defenses.guarded import guarded
+from secvec_jax.defenses.mixing import SAFE
+from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, phase1_step
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import Remat, abstract_decoder
@@ -20,10 +22,12 @@ from secvec_jax.planning.gpus import USABLE
 from secvec_jax.planning.plan import Plan, TooLarge, plan_step, topology_mesh
 from secvec_jax.planning.roofline import Roofline
 from secvec_jax.planning.schedule import Account
-from secvec_jax.presets import Preset, preset_field
+from secvec_jax.presets import Preset, preset_field, section_of
+from secvec_jax.recipes.preset_choice import Phase
 from secvec_jax.sharding import num_shards
 from secvec_jax.terminal import Console
 from secvec_jax.training.objective import KEEP, LEARN, Backbone, Params
+from secvec_jax.training.step import make_train_step
 from secvec_jax.vectors.lora import LoRA
 
 REMATS = get_args(Remat)
@@ -45,12 +49,14 @@ class PlanRun:
     v6e:2x4 a v6e-8, v5p:2x2x1 a v5p-8 (named by cores), v5p:4x4x4 a v5p-128"""
     mesh: str = ""
     """mesh axes and sizes, as for the other verbs; empty: fsdp over all chips"""
-    phase: Literal["vectors", "finetune"] = "finetune"
-    """vectors: phase 1, with the model frozen; finetune: phase 2, all weights under frozen vectors"""
+    phase: Phase = "finetune"
+    """vectors: phase 1, with the model frozen; finetune: phase 2, all weights under frozen vectors; align: all weights
+    without vectors; protect: phase 2 with as many sequences of safe rows in addition, which are learned without the
+    vectors (guarded vectors). vectors and align use adamw, as their verbs do, unless --optimizer is other than sgd"""
     lora: LoRA | None = LoRA()
-    """the security vectors; --no-lora: plain fine-tuning"""
+    """the security vectors, which align has none of; --no-lora: plain fine-tuning"""
     task_lora: LoRA | None = None
-    """finetune: train a task LoRA instead of all weights"""
+    """finetune, align and protect: train a task LoRA instead of all weights"""
     objective: Literal["cross_entropy", "kl"] = "kl"
     """vectors: with kl, a batch has half as many sequences of benign rows in addition"""
     frozen_weights: Precision | None = None
@@ -76,14 +82,19 @@ class PlanRun:
 
 
 def _of_preset(preset: Preset, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of a plan for the preset, in the phase that the values name. Raises UserError for one of a CPU."""
+    """The settings of a plan for the preset, in the phase that the values name.
+
+    Raises UserError for a preset of a CPU, and for one that has no settings for the phase.
+    """
     if not preset.topology:
         raise UserError(
             f"the preset is for {preset.platform.upper()}s, and plan compiles for GPUs and TPUs: choose another"
         )
     phase = values.get("phase", PlanRun.phase)
     devices = {"model": preset.model, "topology": preset.topology, "mesh": preset.mesh}
-    return devices | dict(getattr(preset, str(phase), {}))
+    if phase not in get_args(Phase):  # which the check of the settings reports
+        return devices
+    return devices | dict(section_of(phase, on_topology=True)(preset, values))
 
 
 def plan(settings: PlanRun, command: str) -> None:
@@ -105,22 +116,28 @@ def plan(settings: PlanRun, command: str) -> None:
 
 def compile_plan(settings: PlanRun, architecture: Architecture) -> Plan:
     """Return the plan of the settings' train step on the ambient mesh. Raises UserError if it does not fit."""
-    training, frozen_decoder = settings.training, abstract_decoder(architecture, settings.precision)
-    if settings.phase == "vectors" and settings.lora is None:
-        raise UserError("phase 1 trains vectors: leave --no-lora out")
+    training, phase_name = settings.training, settings.phase
+    if settings.lora is None and phase_name in ("vectors", "protect"):
+        raise UserError(f"{phase_name} needs vectors: leave --no-lora out")
 
     def adapter(lora: LoRA | None):
         return None if lora is None else jax.eval_shape(lambda: lora.init(architecture, jax.random.key(0)))
 
+    decoder = abstract_decoder(architecture, settings.precision)
+    vectors = None if phase_name == "align" else adapter(settings.lora)
     sequences = {LEARN: training.batch_size}
-    if settings.phase == "vectors":
-        params = Params(Backbone(frozen_decoder), adapter(settings.lora))
-        phase, train_step = phase1_step(params, Phase1(settings.objective), _optimizer(training, PHASE1), 100)
+    if phase_name == "vectors":
+        params = Params(Backbone(decoder), vectors)
+        phase, train_step = phase1_step(params, Phase1(settings.objective), _with_optimizer_of(PHASE1, training), 100)
         if settings.objective == "kl":
             sequences[KEEP] = max(1, training.batch_size // 2)
     else:
-        params = Params(Backbone(frozen_decoder, adapter(settings.task_lora)), adapter(settings.lora))
-        phase, train_step = phase2_step(params, ("all",), training, 100)
+        params = Params(Backbone(decoder, adapter(settings.task_lora)), vectors)
+        training = _with_optimizer_of(ALIGN, training) if phase_name == "align" else training
+        make_step = guarded() if phase_name == "protect" else make_train_step
+        phase, train_step = phase2_step(params, ("all",), training, 100, make_step)
+        if phase_name == "protect":
+            sequences[SAFE] = training.batch_size
     return plan_step(architecture, params, phase, train_step, sequences, length_of(training))
 
 
@@ -129,9 +146,10 @@ def length_of(training: Training) -> int:
     return training.max_seq_len or LENGTHS[-1]
 
 
-def _optimizer(training: Training, phase: Training) -> Training:
-    """Return the settings with the optimizer of phase 1, whose state covers only the vectors."""
-    return dataclasses.replace(training, optimizer=phase.optimizer, max_grad_norm=phase.max_grad_norm)
+def _with_optimizer_of(default: Training, training: Training) -> Training:
+    """Return the settings with the optimizer of a verb's defaults, unless another than that of phase 2 was chosen."""
+    optimizer = default.optimizer if training.optimizer == PHASE2.optimizer else training.optimizer
+    return dataclasses.replace(training, optimizer=optimizer, max_grad_norm=default.max_grad_norm)
 
 
 def _fastest(settings: PlanRun, architecture: Architecture, console: Console) -> tuple[PlanRun, Plan]:
@@ -201,9 +219,10 @@ def report_lines(settings: PlanRun, plan: Plan) -> Iterator[str]:
     on_gpus = isinstance(account, Roofline)
     chips, memory = ("GPUs", "memory per GPU") if on_gpus else ("chips", "HBM per chip")
     one = chips.removesuffix("s")
+    safe = " and as many of safe rows" if settings.phase == "protect" else ""
     yield (
-        f"{settings.model}, phase {settings.phase}, {training.batch_size} sequences x {length_of(training)} tokens, "
-        f"remat {training.remat}, weights in {settings.precision}, on {plan.chips} {plan.chip.name} {chips} "
+        f"{settings.model}, phase {settings.phase}, {training.batch_size} sequences x {length_of(training)} tokens"
+        f"{safe}, remat {training.remat}, weights in {settings.precision}, on {plan.chips} {plan.chip.name} {chips} "
         f"({settings.topology})"
     )
     yield (

@@ -217,7 +217,7 @@ def test_every_gpu_of_the_table_can_be_compiled_for(name):
 
 @needs_cuda
 @pytest.mark.release
-@pytest.mark.parametrize("phase", ["finetune", "vectors"])
+@pytest.mark.parametrize("phase", ["finetune", "vectors", "align", "protect"])
 def test_a_plan_names_memory_kernels_and_the_bound(phase):
     done = run(
         "train.py", "plan", "--model", "configs/models/llama-3.2-1b.json", "--topology", "h100:2", "--phase", phase,
