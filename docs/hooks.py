@@ -107,22 +107,28 @@ def defenses() -> str:
 def presets() -> str:
     """The table of all presets, as Markdown."""
     presets, config = _imported("secvec_jax.presets", "secvec_jax.config")
-    lines = ["| preset | for | `vectors`, memory | `finetune`, memory |", "|---|---|---|---|"]
-
-    def phase(preset: Any, name: str) -> str:
-        values = config.flat(dict(getattr(preset, name)))
-        parts = [f"batch {values['training.batch_size']}, remat {values['training.remat']}"]
-        parts += [f"task LoRA of rank {values['task_lora.rank']}"] if "task_lora.rank" in values else []
-        parts += [f"weights in {values['frozen_weights']}"] if "frozen_weights" in values else []
-        memory = preset.memory_gib.get(name)
-        not_compiled = "; not compiled" if preset.topology else ""
-        return ", ".join(parts) + (f"; {memory:.1f} GiB" if memory else not_compiled)
-
+    names = ["| preset | for |", "|---|---|"]
+    settings = [
+        "| preset | verb | batch size | remat | trained | weights in | memory |",
+        "|---|---|---:|---|---|---|---:|",
+    ]
     for name, preset in presets.presets().items():
         mesh = f", `--mesh {preset.mesh}`" if preset.mesh else ""
-        columns = [f"`{name}`", preset.summary + mesh, phase(preset, "vectors"), phase(preset, "finetune")]
-        lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines)
+        names.append(f"| `{name}` | {preset.summary}{mesh} |")
+        for verb in ("align", "vectors", "finetune", "protect"):
+            values = config.flat(dict(getattr(preset, verb)))
+            lora = f"task LoRA, rank {values['task_lora.rank']}" if "task_lora.rank" in values else "all weights"
+            columns = [
+                f"`{name}`",
+                f"`{verb}`",
+                str(values["training.batch_size"]),
+                values["training.remat"],
+                "vectors" if verb == "vectors" else lora,
+                values.get("frozen_weights", "float32"),
+                f"{preset.memory_gib[verb]:.1f} GiB" if preset.topology else "",
+            ]
+            settings.append(f"| {' | '.join(columns)} |")
+    return "\n".join([*names, "", *settings])
 
 
 def needs() -> str:

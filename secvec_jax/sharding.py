@@ -93,13 +93,14 @@ def make_mesh(
             f"mesh {text} needs {needed} devices, but there are {have}: the product of the axes must be {have}"
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    if devices[0].platform != "tpu":
-        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=devices)
-    slices = len({device.slice_index for device in devices})
-    if slices != slice:
+    is_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices})  # of one slice they may not say it
+    if is_tpu and slices != slice:
         raise UserError(
             f"mesh slice={slice} is for {slice} TPU slices, but the devices are of {slices}: use slice={slices}"
         )
+    if not is_tpu or slice == 1:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=devices)
     return Mesh(
         create_hybrid_device_mesh((1, data, fsdp, tensor), (slice, 1, 1, 1), devices), MESH_AXES, axis_types=axis_types
     )

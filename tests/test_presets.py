@@ -23,16 +23,19 @@ from secvec_jax.trees import num_parameters
 from secvec_jax.verb_arguments import Verb
 from tests.test_package import ROOT
 
-VERBS = {"vectors": (Vectors, ("--data", "x")), "finetune": (Finetune, ("--data", "x", "--vectors", "none"))}
-OTHERS = {"align": (Align, ()), "protect": (Protect, ("--data", "x"))}
-"""Verbs that the presets of GPUs and TPUs have no settings for."""
+VERBS = {
+    "align": (Align, ()),
+    "vectors": (Vectors, ("--data", "x")),
+    "finetune": (Finetune, ("--data", "x", "--vectors", "none")),
+    "protect": (Protect, ("--data", "x")),
+}
 NAMES = list(presets.presets())
 CHIP_OF = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite", "v5p": "TPU v5"}
 
 
 def parsed(verb: str, *arguments: str):
     """The settings of a verb with these arguments, and its mesh."""
-    kind, required = (VERBS | OTHERS | {"plan": (PlanRun, ())})[verb]
+    kind, required = (VERBS | {"plan": (PlanRun, ())})[verb]
     settings, cluster = command_line.parse(cli.TRAIN[verb], kind, [verb, *required, *arguments])
     return settings, None if cluster is None else cluster.mesh
 
@@ -72,7 +75,7 @@ def test_each_is_valid(name, monkeypatch):
         for side in shape.split("x"):
             count *= int(side)
     assert count == preset.devices
-    assert set(preset.memory_gib) <= set(VERBS) and presets.largest(preset) < device.memory / 2**30
+    assert set(preset.memory_gib) == set(VERBS) and presets.largest(preset) < device.memory / 2**30
     for phase in VERBS:
         plan, _ = parsed("plan", "--preset", name, "--phase", phase)
         run = runs[phase]
@@ -105,18 +108,21 @@ def test_flags_and_files_override_it(tmp_path):
 
 
 def test_the_small_models_preset_keeps_more_for_the_backward_pass_and_is_for_every_training():
-    for verb in VERBS | OTHERS:
+    for verb in VERBS:
         plain, mesh = parsed(verb)
         training = dataclasses.replace(plain.training, batch_size=2, remat="dots")
         expected = dataclasses.replace(plain, preset="135m-cpu", training=training)
         assert parsed(verb, "--preset", "135m-cpu") == (expected, mesh) and presets.holds(expected)
 
 
-def test_one_without_settings_of_the_verb_is_refused():
-    for verb in OTHERS:
+def test_one_without_settings_of_the_verb_is_refused(monkeypatch):
+    without = dataclasses.replace(presets.named("7-8b-80gb"), align={}, protect={})
+    known = {"135m-cpu": presets.named("135m-cpu"), "without": without}
+    monkeypatch.setattr(presets, "presets", lambda: known)
+    for verb in ("align", "protect"):
         message = f"this preset has no settings for {verb}: leave it out, or use 135m-cpu"
         with pytest.raises(UserError, match=f"^{message}$"):
-            parsed(verb, "--preset", "7-8b-80gb")
+            parsed(verb, "--preset", "without")
 
 
 def test_without_a_name_all_are_listed_and_an_unknown_one_is_refused(capsys, monkeypatch):
@@ -148,7 +154,7 @@ def test_plan_takes_the_phases_settings_and_refuses_a_preset_without(monkeypatch
     aligned, _ = parsed("plan", "--preset", "with", "--phase", "align")
     assert (aligned.phase, aligned.topology, aligned.task_lora.rank) == ("align", full.topology, 16)
     assert parsed("plan", "--preset", "with", "--phase", "protect")[0].training.batch_size == 3
-    for phase in OTHERS:
+    for phase in ("align", "protect"):
         with pytest.raises(UserError, match=f"^this preset has no settings for {phase}: leave it out, or use with$"):
             parsed("plan", "--preset", "without", "--phase", phase)
     with pytest.raises(UserError, match=r"^--phase is 'potato'"):
@@ -186,6 +192,7 @@ def hardware(monkeypatch):
         ((8_000_000_000, "cpu"), None),
         ((8_000_000_000, "gpu", 76.0), "7-8b-80gb"),
         ((8_000_000_000, "gpu", 18.0), "7-8b-24gb"),
+        ((3_000_000_000, "gpu", 18.0), "1-3b-24gb"),
         ((8_000_000_000, "gpu", 4.0), None),
         ((8_000_000_000, "gpu", None), None),
         ((8_000_000_000, "gpu", 76.0, 8), "7-8b-8x80gb"),
@@ -198,8 +205,6 @@ def test_the_size_the_devices_and_their_memory_decide(hardware, made, chosen):
     hardware(*made)
     for phase in VERBS:
         assert preset_choice.choose("m", phase) == chosen
-    for phase in OTHERS:
-        assert preset_choice.choose("m", phase) == (chosen if chosen == "135m-cpu" else None)
 
 
 def test_it_is_chosen_on_the_command_line_and_kept_when_the_run_is_resumed(hardware, tmp_path, monkeypatch):

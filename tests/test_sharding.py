@@ -134,8 +134,10 @@ class Chip:
 
     platform, device_kind = "tpu", "TPU v5 lite"
 
-    def __init__(self, number: int, slice_index: int):
-        self.id, self.slice_index, self.process_index = 4 * slice_index + number, slice_index, slice_index
+    def __init__(self, number: int, slice_index: int | None = None):
+        if slice_index is not None:
+            self.slice_index = slice_index
+        self.id, self.process_index = 4 * (slice_index or 0) + number, slice_index or 0
         self.coords, self.core_on_chip = (number % 2, number // 2, 0), 0
 
 
@@ -148,7 +150,8 @@ def test_each_slice_of_tpus_has_all_axes_but_its_own():
         with pytest.raises(UserError, match=r"the devices are of 2: use slice=2"):
             make_mesh(**sizes, devices=chips)
     with pytest.raises(UserError, match=r"mesh slice=2 is for 2 TPU slices, but the devices are of 1: use slice=1"):
-        make_mesh(slice=2, fsdp=2, devices=[Chip(number, 0) for number in range(4)])
+        make_mesh(slice=2, fsdp=2, devices=[Chip(number) for number in range(4)])
+    assert make_mesh(fsdp=4, devices=[Chip(number) for number in range(4)]).size == 4
 
 
 # The table ----------------------------------------------------------------------------------------

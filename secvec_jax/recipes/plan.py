@@ -23,6 +23,7 @@ from secvec_jax.planning.plan import Plan, TooLarge, plan_step, topology_mesh
 from secvec_jax.planning.roofline import Roofline
 from secvec_jax.planning.schedule import Account
 from secvec_jax.presets import Preset, preset_field, section_of
+from secvec_jax.recipes.precision import training_precision
 from secvec_jax.recipes.preset_choice import Phase
 from secvec_jax.sharding import num_shards
 from secvec_jax.terminal import Console
@@ -70,15 +71,11 @@ class PlanRun:
     @property
     def precision(self) -> Precision:
         """What the model's weights are held in. Raises UserError if trained weights are to be held in too few bits."""
-        if self.phase == "vectors" or self.task_lora is not None:
-            check_trained_weights(self.training, full=False)
-            return self.frozen_weights or "bfloat16"
-        if self.frozen_weights not in (None, "float32"):
-            raise UserError(
-                f"--frozen-weights {self.frozen_weights} is for frozen weights, and all weights are trained: add "
-                "--task-lora.rank 8, or leave --frozen-weights out"
-            )
-        return "bfloat16" if check_trained_weights(self.training, full=True) else "float32"
+        trains_all = self.phase != "vectors" and self.task_lora is None
+        check_trained_weights(self.training, trains_all)
+        if trains_all:
+            return training_precision(self.frozen_weights, self.training, None)
+        return self.frozen_weights or "bfloat16"
 
 
 def _of_preset(preset: Preset, values: Mapping[str, Any]) -> Mapping[str, Any]:
