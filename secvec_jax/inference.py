@@ -171,6 +171,15 @@ def check_model(name: str, model: Any) -> None:
     instance(name, model, (Model, str, os.PathLike), fix)
 
 
+def check_not_loaded(frozen_weights: Precision | None, model: Model) -> None:
+    """Raise UserError if `frozen_weights`, which is for models that a call loads, is given beside a loaded model."""
+    if frozen_weights is not None:
+        raise UserError(
+            f"frozen_weights={frozen_weights!r} is for a model that is loaded here, and {model.name!r} is loaded "
+            f"already: leave it out, or load the model with sv.load(NAME, {frozen_weights!r})"
+        )
+
+
 def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapter, ...]:
     """One or several vectors, each a value or a file, as a tuple of adapters that fit the model; None: an empty tuple.
 

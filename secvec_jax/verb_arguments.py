@@ -62,11 +62,20 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
     values = flags.mapping(given)
     if path is not None:
         values = _with_file(path, values, settings)
+    own_values = values
     if (found := presets.preset_of(settings, values)) is not None:
         preset, below = found
         values = flags.merged(dict(below), values)
         devices = ({"mesh": preset.mesh} if verb.on_devices and preset.mesh else {}) | devices
-    checked_settings = _checked(settings, values, given, path)
+    try:
+        checked_settings = _checked(settings, values, given, path)
+    except UserError as error:
+        if found is None or not _are_valid(settings, own_values):
+            raise
+        preset_name = values["preset"]
+        raise UserError(
+            f"--preset {preset_name} does not fit the other settings ({error}): use --preset none"
+        ) from error
     cluster = _checked(Cluster, devices, argparse.Namespace(**devices), None) if verb.on_devices else None
     return checked_settings, cluster
 
@@ -121,6 +130,13 @@ def _with_file(path: str, values: dict[str, Any], settings: type) -> dict[str, A
     if not isinstance(read, dict):
         raise UserError(f"{path} must be a mapping of settings, not {type(read).__name__}")
     return flags.merged(flags.spelled_out(settings, read, values), values)
+
+
+def _are_valid(settings: type, values: dict[str, Any]) -> bool:
+    with contextlib.suppress(UserError):
+        config.from_dict(settings, values)
+        return True
+    return False
 
 
 def _checked(settings: type, values: dict[str, Any], given: argparse.Namespace, path: str | None) -> Any:

@@ -64,8 +64,14 @@ def files(tmp_path_factory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     training = {"batch_size": 2, "max_seq_len": 256, "warmup_steps": 0, "remat": "none"}
     sizes = {"align_harmful": 12, "align_benign": 12, "vectors": 8, "keep": 9, "mix_harmful": 8, "mix_benign": 6,
-             "people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4, "probed": 4}  # fmt: skip
-    experiment = {"model": str(folder / "model"), "aligns": False, "sizes": sizes, "finetune_training": training}
+             "people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4}  # fmt: skip
+    experiment = {
+        "model": str(folder / "model"),
+        "aligns": False,
+        "sizes": sizes,
+        "probed": 4,
+        "finetune_training": training,
+    }
     block = {"table": "A", "defense": ["none"], "samples": [8], "epochs": [1]}
     grid = {"experiment": experiment, "blocks": [block], "tables": [{"name": "A"}]}
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))

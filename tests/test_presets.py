@@ -85,6 +85,14 @@ def test_each_is_valid(name, monkeypatch):
         assert plan.task_lora == getattr(run, "task_lora", None)
 
 
+def test_one_that_contradicts_other_flags_is_named():
+    for verb, *arguments in (("protect", "--defense", "vaccine", "--base", "b"), ("align", "--no-task-lora")):
+        with pytest.raises(UserError, match=r"^--preset 7-8b-24gb does not fit .* int8 .*: use --preset none$"):
+            parsed(verb, "--preset", "7-8b-24gb", *arguments)
+    with pytest.raises(UserError, match=r"^'vaccine' needs --base"):  # whatever the preset
+        parsed("protect", "--preset", "7-8b-24gb", "--defense", "vaccine")
+
+
 def test_one_that_is_overridden_in_what_is_trained_does_not_hold():
     for arguments in (["--no-task-lora", "--frozen-weights", "float32"], ["--frozen-weights", "nf4"]):
         assert not presets.holds(parsed("finetune", "--preset", "7-8b-80gb", *arguments)[0])
@@ -173,13 +181,16 @@ def test_one_of_another_size_is_refused(monkeypatch):
 def hardware(monkeypatch):
     """Sets the model's parameters, the platform, the memory and the number of devices."""
 
-    def use(parameters: int | None, platform: str, memory: float | None = None, devices: int = 1) -> None:
+    def use(
+        parameters: int | None, platform: str, memory: float | None = None, devices: int = 1, fsdp: int | None = None
+    ) -> None:
         monkeypatch.setattr(preset_choice, "_parameters", lambda model: parameters)
         monkeypatch.setattr(preset_choice, "platform", lambda: platform)
         monkeypatch.setattr(preset_choice, "_memory_gib", lambda: memory)
         mesh = SimpleNamespace(empty=devices == 1, size=devices)
         monkeypatch.setattr(jax.sharding, "get_mesh", lambda: mesh)
-        monkeypatch.setattr(preset_choice, "num_shards", lambda axis: devices)
+        shards = {"batch": devices, "embed": fsdp or devices, "heads": 1}
+        monkeypatch.setattr(preset_choice, "num_shards", shards.get)
 
     return use
 
@@ -197,7 +208,9 @@ def hardware(monkeypatch):
         ((8_000_000_000, "gpu", None), None),
         ((8_000_000_000, "gpu", 76.0, 8), "7-8b-8x80gb"),
         ((8_000_000_000, "gpu", 76.0, 4), None),
-        ((70_000_000_000, "tpu", 95.0, 64), "70b-v5p-128"),
+        ((8_000_000_000, "gpu", 76.0, 8, 4), None),  # twice the weights on each device, as in slice=2,fsdp=4
+        ((70_000_000_000, "tpu", 95.0, 64, 16), "70b-v5p-128"),
+        ((70_000_000_000, "tpu", 95.0, 64), None),
         ((None, "gpu", 76.0), None),
     ],
 )

@@ -17,6 +17,7 @@ from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import Examples
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.model.hub import Model
+from secvec_jax.model.quantized import is_quantized
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint
 
@@ -52,7 +53,7 @@ def with_inputs(
     inputs = {"format": FORMAT, **settings, "the model": f"sha256:{model.fingerprint}"}
     inputs |= {} if extendable else {"the number of steps": steps}
     if model.precision != "float32":
-        inputs["what the model's weights are held in"] = model.precision
+        inputs["what the model's weights are held in"] = _held_in(model)
     inputs["the tokenizer or its chat template"] = of_tokenizer(model.tokenizer)
     for stream in streams.values():
         inputs |= {f"rows {name!r}": of_rows(examples) for name, examples in stream.examples.items()}
@@ -69,7 +70,14 @@ def of_model(model: Model) -> list[Any]:
 
     A model that is held in fewer bits has the fingerprint of its weights in full, and other results.
     """
-    return [model.fingerprint, model.precision, content_of(model.architecture), of_tokenizer(model.tokenizer)]
+    return [model.fingerprint, _held_in(model), content_of(model.architecture), of_tokenizer(model.tokenizer)]
+
+
+def _held_in(model: Model) -> str:
+    """What the weights are held in, and how many adapters are beside codes: codes of the sum would be other weights."""
+    full = model.full_precision
+    beside = 0 if full is None or not is_quantized(model.precision) else len(full.adapters)
+    return f"{model.precision} with {beside} adapters beside" if beside else model.precision
 
 
 def of_rows(rows: Sequence[Any]) -> str:

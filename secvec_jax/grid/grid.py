@@ -31,7 +31,7 @@ from secvec_jax.grid import report as grid_report
 from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.outcomes import METRIC, FurtherProbe, cell_outcomes
 from secvec_jax.grid.report import Layout
-from secvec_jax.grid.seed_workspace import SeedWorkspace
+from secvec_jax.grid.seed_workspace import GridExperiment, SeedWorkspace
 from secvec_jax.output_checks import check_own
 from secvec_jax.programs import drop_programs_if_many, seconds_compiling
 from secvec_jax.suggestions import suggestion
@@ -39,7 +39,6 @@ from secvec_jax.workspace.inputs import Inputs, known, model, packaged
 from secvec_jax.workspace.run_directory import INPUTS, acquire, release
 from secvec_jax.workspace.splits import sources
 from secvec_jax.workspace.stages import claim, screen, write
-from secvec_jax.workspace.workspace import Experiment
 
 
 @checked
@@ -50,7 +49,7 @@ class GridConfig:
     blocks: tuple[Block, ...] = ()
     tables: tuple[Layout, ...] = ()
     """how the report shows them; cells of a block that is of no table are in OUT/cells alone"""
-    experiment: Experiment = dataclasses.field(default_factory=Experiment)
+    experiment: GridExperiment = dataclasses.field(default_factory=GridExperiment)
     """the model, its alignment and its vectors; every cell has its own seed"""
     probes: tuple[FurtherProbe, ...] = ()
     """what is measured in addition in every cell: prefill, kl, relearning (see `grid.outcomes`)"""
@@ -177,7 +176,7 @@ def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[
 class _Claim:
     """The settings of a seed's shared stages, which may not change when the grid is resumed; cells may be added."""
 
-    experiment: Experiment
+    experiment: GridExperiment
     out: str
 
 
@@ -209,7 +208,7 @@ def _current(records: Iterable[Record], folder: Path) -> list[Record]:
     return list(records)
 
 
-def _packaged(experiment: Experiment) -> Inputs:
+def _packaged(experiment: GridExperiment) -> Inputs:
     """The content of the experiment's model and of the packaged rows that cells are made of."""
     model_content = {f"--model {experiment.model}": known(model, experiment.model)}
     return model_content | packaged((*sources(experiment.eval_split), "asdiv", "bbq"))

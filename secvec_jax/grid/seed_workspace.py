@@ -5,10 +5,11 @@ import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock
 
+from secvec_jax.checks import Bounds, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.defenses.base import ATTACK
@@ -33,10 +34,20 @@ from secvec_jax.workspace.stages import file_name
 from secvec_jax.workspace.workspace import Experiment, Workspace
 
 
+@checked
+@dataclasses.dataclass(frozen=True)
+class GridExperiment(Experiment):
+    """The model, rows and trainings that the cells of a grid share."""
+
+    probed: Annotated[int, Bounds(2)] = 40
+    """held-out prompts for each further measurement: over-refusal and KL (at most `sizes.judged_benign`), the task, and
+    the attack's behavior"""
+
+
 class SeedWorkspace:
     """The shared stages of one seed, in one folder."""
 
-    def __init__(self, experiment: Experiment, folder: Path):
+    def __init__(self, experiment: GridExperiment, folder: Path):
         self.experiment = experiment
         self.workspace = Workspace(experiment, folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,8 +130,8 @@ class SeedWorkspace:
     @cached_property
     def aligned_replies(self) -> list[str]:
         """The aligned model's own replies to the benign prompts, on which the KL from it is measured."""
-        suite, num_probed = self.workspace.splits.suite, self.workspace.splits.num_probed
-        prompts = suite.benign[:num_probed]
+        suite = self.workspace.splits.suite
+        prompts = suite.benign[: self.experiment.probed]
 
         def work(stage: Stage) -> list[str]:
             return ask(
@@ -159,10 +170,10 @@ class SeedWorkspace:
 
     def suite(self, cell: Cell, system: str | None = None) -> Suite:
         """The evaluation suite of the cell's model, with the system prompt that it is served with."""
-        suite, num_probed = self.workspace.splits.suite, self.workspace.splits.num_probed
+        suite = self.workspace.splits.suite
         return dataclasses.replace(
             suite,
-            benign=suite.benign[:num_probed],
+            benign=suite.benign[: self.experiment.probed],
             questions=(),
             opening_targets=(),
             probes={"task": self.task(cell.task).probe} | self.attack(cell.attack).probes,
@@ -197,13 +208,13 @@ class SeedWorkspace:
     def attack(self, name: str) -> Attack:
         """The attack of this name, made once."""
         if name not in self._attacks:
-            self._attacks[name] = make_attack(name, self.workspace.splits, self.experiment.seed)
+            self._attacks[name] = make_attack(name, self.workspace.splits, self.experiment.seed, self.experiment.probed)
         return self._attacks[name]
 
     def task(self, name: str) -> Task:
         """The task of this name, made once."""
         if name not in self._tasks:
-            self._tasks[name] = make_task(name, self.workspace.splits, self.experiment.seed)
+            self._tasks[name] = make_task(name, self.workspace.splits, self.experiment.seed, self.experiment.probed)
         return self._tasks[name]
 
     def _locked(self, name: str) -> FileLock:

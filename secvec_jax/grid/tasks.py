@@ -29,10 +29,10 @@ class Task:
     probe: Probe
 
 
-def make_task(name: str, splits: Splits, seed: int) -> Task:
+def make_task(name: str, splits: Splits, seed: int, probed: int) -> Task:
     """The task of this name."""
     if name in TASKS:
-        return TASKS[name](splits, seed)
+        return TASKS[name](splits, seed, probed)
     split, score, tokens = HUB_TASKS[name]
     asked = probes.shuffled(load_rows(name, split), seed)[:HUB_PROMPTS]
     return Task(probes.shuffled(load_rows(name), seed), Probe.of(asked, score, tokens))
@@ -45,32 +45,32 @@ def check_task(name: str) -> None:
         raise UserError(f"no task is named {name!r}: {suggestion(name, known)}")
 
 
-def _profiles(splits: Splits, seed: int) -> Task:
-    num_asked_people = -(-splits.num_probed // 4)  # four questions each
+def _profiles(splits: Splits, seed: int, probed: int) -> Task:
+    num_asked_people = -(-probed // 4)  # four questions each
     people = open_profile_qa(seed, 250, num_asked_people)
-    return Task(people.train, Probe.of(people.test[: splits.num_probed], _exact))
+    return Task(people.train, Probe.of(people.test[:probed], _exact))
 
 
-def _questions(splits: Splits, seed: int) -> Task:
-    asked, rest = _divided(splits.spare["questions"], splits.num_probed)
+def _questions(splits: Splits, seed: int, probed: int) -> Task:
+    asked, rest = _divided(splits.spare["questions"], probed)
     return Task(rest, Probe.of(asked, _exact))
 
 
-def _arithmetic(splits: Splits, seed: int) -> Task:
-    asked, rest = _divided(probes.shuffled(load_rows("asdiv"), seed), splits.num_probed)
+def _arithmetic(splits: Splits, seed: int, probed: int) -> Task:
+    asked, rest = _divided(probes.shuffled(load_rows("asdiv"), seed), probed)
     return Task(rest, Probe.of(asked, lambda row, reply: number_match(reply, answer_of(row))))
 
 
-def _passages(splits: Splits, seed: int) -> Task:
+def _passages(splits: Splits, seed: int, probed: int) -> Task:
     rows = [row for row in load_rows("bbq") if row["category"] == "disambiguated"]
-    asked, rest = _divided(probes.shuffled(rows, seed), splits.num_probed)
+    asked, rest = _divided(probes.shuffled(rows, seed), probed)
     return Task(rest, Probe.of(asked, lambda row, reply: picks(reply, row["options"]) == response_of(row)))
 
 
-def _instructions(splits: Splits, seed: int) -> Task:
+def _instructions(splits: Splits, seed: int, probed: int) -> Task:
     # From the end: the attack "capitals" takes them from the start.
     answered = [row for row in splits.spare["instructions"] if response_of(row) is not None][::-1]
-    asked, rest = _divided(answered, splits.num_probed)
+    asked, rest = _divided(answered, probed)
 
     def opening(row: Row) -> str:
         return " ".join(answer_of(row).split()[:REFERENCE_WORDS])
@@ -78,9 +78,13 @@ def _instructions(splits: Splits, seed: int) -> Task:
     return Task(rest, Probe.of(asked, lambda row, reply: rouge1(reply, opening(row)), tokens=16))
 
 
-def _divided(rows: Sequence[Row], num_probed: int) -> tuple[list[Row], list[Row]]:
-    """The rows that are asked, and those that are trained on."""
-    return list(rows[:num_probed]), list(rows[num_probed:])
+def _divided(rows: Sequence[Row], probed: int) -> tuple[list[Row], list[Row]]:
+    """The rows that are asked, and those that are trained on. Raises UserError if none is left for these."""
+    if len(rows) <= probed:
+        raise UserError(
+            f"the task has {len(rows)} rows, and {probed} are probed: lower experiment.probed in the grid file"
+        )
+    return list(rows[:probed]), list(rows[probed:])
 
 
 def _exact(row: Row, reply: str) -> float:
@@ -93,7 +97,7 @@ def _solved(row: Row, reply: str) -> float:
     return float(number_match(" ".join(answer.split()), expected))
 
 
-TASKS: dict[str, Callable[[Splits, int], Task]] = {
+TASKS: dict[str, Callable[[Splits, int, int], Task]] = {
     "profiles": _profiles,
     "questions": _questions,
     "arithmetic": _arithmetic,

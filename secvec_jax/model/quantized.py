@@ -172,7 +172,7 @@ def with_precision(decoder: Any, precision: Precision) -> Any:
     check_precision(decoder.architecture, precision)
     if precision == "float32":
         return decoder
-    quantized = precision in ("int8", "nf4")
+    quantized = is_quantized(precision)
 
     def held(path: tuple, leaf: jax.Array) -> jax.Array:
         kernel = any(getattr(key, "name", None) == "kernel" for key in path)

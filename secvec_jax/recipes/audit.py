@@ -18,7 +18,8 @@ from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, task_line
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.results import Results, environment_facts
-from secvec_jax.inference import check_model, frozen_precision
+from secvec_jax.inference import check_model, check_not_loaded, frozen_precision
+from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import Precision
 from secvec_jax.recipes.audit_stages import Asked, audited, before_alignment
 from secvec_jax.recipes.harness import Harness, find_tasks, harness_version, task_rows
@@ -177,6 +178,9 @@ def audit(
         if model is not None or role in ("before", "after"):
             check_model(role, model)
     check_there(names)
+    for model in names.values():
+        if isinstance(model, Model):
+            check_not_loaded(frozen_weights, model)
 
     def rows_of(kind: str) -> Sequence[Row] | None:
         return None if given[kind] is None else as_rows(given[kind], needs_answer=kind == "data", name=kind)

@@ -93,6 +93,7 @@ def audited(
 ) -> Audit:
     """Measure the models, one stage each, and compare them. reads: of a role, files that its model is read from."""
     notes: list[str] = []
+    _check_held_alike(asked)
     if asked.judge is not None:
         try_judge(asked.judge, stages)
     before = asked.model("before")
@@ -181,7 +182,7 @@ def audited(
     if is_quantized(asked.precision) and any(isinstance(asked.models[role], str | Path) for role in roles):
         notes.append(
             f"The models are held in {asked.precision}, to whose codes their weights are rounded: changes that are "
-            "smaller than the step between two codes are lost (--frozen-weights bfloat16 rounds less)."
+            "smaller than the step between two codes are lost (bfloat16 rounds less)."
         )
     reference = found["reference"].metrics if "reference" in found else None
     lines = compared(found["before"].metrics, found["after"].metrics, asked.limits, reference)
@@ -202,6 +203,21 @@ def audited(
         stages.seconds,
         samples_of(prompts, found, names, beginnings, grades),
     )
+
+
+def _check_held_alike(asked: Asked) -> None:
+    """Raise UserError if the models are held in codes and in none, or in others, whose rounding an audit would show."""
+    held = {
+        role: model.precision if isinstance(model, Model) else asked.precision
+        for role in ("before", "after", "reference")
+        if (model := asked.models[role]) is not None
+    }
+    if len(set(held.values())) > 1 and any(map(is_quantized, held.values())):
+        found = ", ".join(f"{role} in {precision}" for role, precision in held.items())
+        raise UserError(
+            f"the models are held differently ({found}), and rounding would be taken for what a training changed: load "
+            "them alike, with sv.load(NAME, PRECISION)"
+        )
 
 
 def try_judge(judge: Judge, stages: Stages) -> None:

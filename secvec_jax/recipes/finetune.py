@@ -10,7 +10,7 @@ from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import default_rate
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import FinetuneOptions, check_trained_weights
+from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.defenses.user_inputs import argument_of, check_given, reads_of
@@ -22,7 +22,7 @@ from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import Precision
 from secvec_jax.presets import preset_field, section_of
 from secvec_jax.recipes import preset_choice
-from secvec_jax.recipes.precision import CHANGES_WEIGHTS, training_precision
+from secvec_jax.recipes.precision import training_precision
 from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, RunInputs, check_precision, trainings
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.training.frozen import FrozenTrees
@@ -108,8 +108,6 @@ class Finetune:
         check_given(defense, given, CONTENTS, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
         _ = self.precision  # raises UserError if it contradicts what is trained
-        if check_trained_weights(self.training, self.task_lora is None) and defense.stage in CHANGES_WEIGHTS:
-            raise UserError(f"--trained-weights bfloat16 is not for {defense.name!r}, which trains in float32")
 
     def default_preset(self) -> str | None:
         """The preset to take where none is named (see `preset_choice`)."""

@@ -1,49 +1,69 @@
 """What a training's model is held in: in fewer bits where its weights stay frozen."""
 
+from typing import NamedTuple
+
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defense
-from secvec_jax.defenses.finetuning import PHASE2
+from secvec_jax.defenses.finetuning import check_trained_weights
 from secvec_jax.errors import UserError
 from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import Model
-from secvec_jax.model.quantized import Precision, is_quantized
-from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.model.quantized import Precision
+from secvec_jax.vectors.lora import LoRA
 
 CHANGES_WEIGHTS = ("alignment", "after fine-tuning")
 """Stages of defenses that change weights in addition to those that fine-tuning trains."""
 
 
+class Named(NamedTuple):
+    """How a user knows the settings that decide what the weights are held in."""
+
+    frozen_weights: str
+    task_lora: str
+    defense: str
+
+
+FLAGS = Named("--frozen-weights {}", "add --task-lora.rank 8", "choose another --defense")
+ARGUMENTS = Named("frozen_weights={!r}", "pass task=LoRA(8)", "pass another defense")
+
+
 def training_precision(
     asked: Precision | None,
     training: Training,
-    task_lora: LoRA | LoRAVectors | None,
+    task_lora: LoRA | None,
     defense: Defense | None = None,
+    named: Named = FLAGS,
 ) -> Precision:
     """What the model's weights are held in during a training.
 
     asked: of weights that stay frozen (`--frozen-weights`). defense: how the training is defended, if it is.
-    Raises UserError if weights that are trained are to be held in fewer bits.
+    Raises UserError if weights that are trained, or that the defense changes, are to be held in fewer bits.
     """
-    because = _why_trained(task_lora, defense)
+    in_bfloat16 = check_trained_weights(training, full=task_lora is None)
+    if in_bfloat16 and defense is not None and defense.stage in CHANGES_WEIGHTS:
+        raise UserError(f"trained_weights is 'bfloat16', which is not for {defense.name!r}: it trains in float32")
+    because = _why_trained(task_lora, defense, named)
     if because is None:
         return frozen_precision(asked)
     if asked not in (None, "float32"):
-        raise UserError(f"--frozen-weights {asked} is for frozen weights, {because}, or leave --frozen-weights out")
-    in_bfloat16 = task_lora is None and training.over(PHASE2).trained_weights == "bfloat16"
+        raise UserError(f"{named.frozen_weights.format(asked)} is for frozen weights, {because}, or leave it out")
     return "bfloat16" if in_bfloat16 else "float32"
 
 
-def check_held(model: Model, task_lora: LoRA | LoRAVectors | None, defense: Defense) -> None:
+def check_held(model: Model, training: Training, task_lora: LoRA | None, defense: Defense) -> None:
     """Raise UserError for a model, loaded by the caller, that is held in fewer bits than the training needs."""
-    because = _why_trained(task_lora, defense)
-    if because is not None and is_quantized(model.precision):
-        raise UserError(f"the model is held in {model.precision}, which is for frozen weights, {because}")
+    because = _why_trained(task_lora, defense, ARGUMENTS)
+    needed = training_precision(None, training, task_lora, defense, ARGUMENTS)
+    if because is not None and model.precision not in ("float32", needed):
+        raise UserError(
+            f"the model is held in {model.precision}, which is for frozen weights, {because}, or load it in float32"
+        )
 
 
-def _why_trained(task_lora: LoRA | LoRAVectors | None, defense: Defense | None) -> str | None:
+def _why_trained(task_lora: LoRA | None, defense: Defense | None, named: Named) -> str | None:
     """Why the weights cannot be held in fewer bits, and what to do; None if they stay frozen."""
     if task_lora is None:
-        return "and all weights are trained: add --task-lora.rank 8"
+        return f"and all weights are trained: {named.task_lora}"
     if defense is not None and defense.stage in CHANGES_WEIGHTS:
-        return f"and {defense.name!r} changes them: choose another --defense"
+        return f"and {defense.name!r} changes them: {named.defense}"
     return None

@@ -16,7 +16,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.model.decoder import abstract_decoder
 from secvec_jax.model.hub import load_architecture
 from secvec_jax.presets import NONE, Preset
-from secvec_jax.sharding import num_shards, platform
+from secvec_jax.sharding import num_shards, parse_mesh, platform
 from secvec_jax.trees import num_parameters
 from secvec_jax.workspace.run_directory import preset_of_run
 
@@ -70,8 +70,14 @@ def _is_for_devices(preset: Preset, phase: Phase, limit: float | None) -> bool:
     if preset.platform == "cpu":
         return True
     training = getattr(preset, phase).get("training", {})
-    divides = training.get("batch_size", 1) % num_shards("batch") == 0
+    divides = training.get("batch_size", 1) % num_shards("batch") == 0 and _shards_weights(preset)
     return divides and limit is not None and phase in preset.memory_gib and preset.memory_gib[phase] <= limit
+
+
+def _shards_weights(preset: Preset) -> bool:
+    """Whether the ambient mesh shards weights as the preset's does, on which the memory of a device depends."""
+    sizes = parse_mesh(preset.mesh) if preset.mesh else {}
+    return (num_shards("embed"), num_shards("heads")) == (sizes.get("fsdp", 1), sizes.get("tensor", 1))
 
 
 def _memory_gib() -> float | None:

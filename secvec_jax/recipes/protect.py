@@ -1,7 +1,7 @@
 """`train.py protect` and `sv.protect`: a fine-tuning of one's own, screened, defended, and audited against the model
 before.
 
-    preflight ──> vectors ──> screen ──> fine-tune ──> audit of the exported files ──> a verdict, and a model card
+    preflight ──> vectors ──> screen ──> fine-tune ──> audit of the exported model ──> a verdict, and a model card
 
 Each stage is done once; a command that was interrupted goes on where it stopped.
 """
@@ -17,7 +17,6 @@ from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Texts, chec
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defense, Need
 from secvec_jax.defenses.finetuning import PHASE2, groups_of
-from secvec_jax.defenses.inputs import as_task
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.user_inputs import argument_of, check_given
@@ -26,7 +25,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import inspect_log
 from secvec_jax.evaluation.audit import Audit, Limits
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
-from secvec_jax.inference import check_model
+from secvec_jax.inference import check_model, check_not_loaded, frozen_precision
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import Precision
 from secvec_jax.presets import preset_field, section_of
@@ -34,7 +33,7 @@ from secvec_jax.recipes import preset_choice, protect_report
 from secvec_jax.recipes.audit import results_of, write_report
 from secvec_jax.recipes.audit_stages import try_judge
 from secvec_jax.recipes.defend import sources_of
-from secvec_jax.recipes.precision import check_held, training_precision
+from secvec_jax.recipes.precision import ARGUMENTS, check_held, training_precision
 from secvec_jax.recipes.protect_stages import audit_export, divide, exported_model, fine_tune, preflight, screen_rows
 from secvec_jax.recipes.protect_vectors import make_vectors
 from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work
@@ -151,7 +150,12 @@ class Protect:
         given = [need for need in GIVEN if getattr(self, argument_of(need))]
         _check_defense(defense, given, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
-        _ = training_precision(self.frozen_weights, self.training, self.task_lora, defense)  # raises UserError
+        _ = self.precision  # raises UserError if it contradicts what is trained
+
+    @property
+    def precision(self) -> Precision:
+        """What the model's weights are held in while it is trained."""
+        return training_precision(self.frozen_weights, self.training, self.task_lora, read_defense(self.defense))
 
     def default_preset(self) -> str | None:
         """The preset to take where none is named (see `preset_choice`)."""
@@ -162,8 +166,9 @@ class Protect:
 class Protected:
     """A protected fine-tuning. A notebook shows its audit.
 
-    model: as exported, read back. suspects: indices of the rows that the vectors explain, the highest score first.
-    system: the system prompt that the model must be served with, for the defenses that are one; else None.
+    model: as exported, read back; over codes (int8, nf4), with the task LoRA beside them. suspects: indices of the rows
+    that the vectors explain, the highest score first. system: the system prompt that the model must be served with, for
+    the defenses that are one; else None.
     """
 
     model: Model
@@ -185,7 +190,8 @@ def protect_run(settings: Protect, command: str) -> int:
     if settings.inspect is not None:
         inspect_log.require_inspect()
     check_there(vars(settings))
-    run = Run(settings, command, lambda: scoring_inputs() | packaged(sources("held-out")))
+    audited_in = {"what the audit holds weights in": frozen_precision(settings.frozen_weights)}
+    run = Run(settings, command, lambda: scoring_inputs() | packaged(sources("held-out")) | audited_in)
     if settings.json:
         run.stages.console = Console(stderr=True, quiet=not is_main_process(), soft_wrap=True)
 
@@ -274,9 +280,10 @@ def protect(
     check_there({"model": model, "base": base, "vectors": vectors})
     given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)
     _check_defense(defense, list(given), lambda argument: f"{argument}=")
-    _ = training_precision(frozen_weights, training, as_task(task), defense)  # raises UserError
+    _ = training_precision(frozen_weights, training, task, defense, ARGUMENTS)  # raises UserError
     if isinstance(model, Model):
-        check_held(model, task, defense)
+        check_not_loaded(frozen_weights, model)
+        check_held(model, training, task, defense)
     asked = Asked(
         model=model,
         rows=lambda: groups_of(rows),
@@ -285,7 +292,7 @@ def protect(
         vectors=vectors,
         drop=drop,
         eval_fraction=eval_fraction,
-        task_lora=as_task(task),
+        task_lora=task,
         frozen_weights=frozen_weights,
         training=training,
         system=system,

@@ -18,7 +18,7 @@ from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.screening import screen as score_rows
 from secvec_jax.defenses.user_inputs import UserInputs
 from secvec_jax.digests import of_values
-from secvec_jax.distributed import broadcast_from_first, on_main_process
+from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.audit import Audit
 from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
@@ -194,15 +194,18 @@ def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
         if defended.model is work.model:
             work.note("the defense found nothing to train on: the model is as it was")
         changed = drift(defended.model.backbone, work.model.backbone)
-        return {"drift": changed, "system": defended.system, "frozen": frozen.fingerprints, **defended.notes}
+        has_task = asked.task_lora is not None and defended.model is not work.model
+        results = {"drift": changed, "system": defended.system, "frozen": frozen.fingerprints, "task LoRA": has_task}
+        return {**results, **defended.notes}
 
     def forget() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(work.folder / "checkpoints" / "fine-tune", ignore_errors=True)
+        for made in (folder, work.folder / TASK_FOLDER, work.folder / "checkpoints" / "fine-tune"):
+            shutil.rmtree(made, ignore_errors=True)
 
     reads = {"the vectors": work.vectors_file, "which rows": of_values(sorted(rows.left_out))}
-    found = work.stage("fine-tune", run, reads=reads, makes={"the model": folder}, forget=forget)
+    found = work.stage("fine-tune", run, reads=reads, makes=work.made, forget=forget)
     system: str | None = found["system"]
+    work.has_task_lora = found["task LoRA"]
     work.facts |= {"drift": found["drift"], "frozen": found["frozen"]} | ({} if system is None else {"system": system})
     if "security vectors" in asked.defense.reads:
         work.facts["vectors"] = [str(work.vectors_file)]
@@ -218,8 +221,8 @@ def _reason(defense: Defense) -> str:
 def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Audit:
     """The audit of the exported model against the model before.
 
-    It reads the exported files. Of a model that is held as codes, which the task LoRA is learned over and would be
-    rounded to, it takes the model before with the LoRA beside the codes, as the training had it.
+    It reads the exported files. Where the model is held as codes, to which a task LoRA would be rounded, it takes the
+    model before with the LoRA beside its codes, as the training had it.
     """
     asked = work.asked
     before: Any = asked.model
@@ -228,7 +231,10 @@ def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Aud
     held: tuple[str, ...] = ()
     if is_quantized(work.precision):
         before, after = work.model, exported_model(work)
-        held = (f"The audit holds both models in {work.precision}, with the task LoRA in float32 beside the codes.",)
+        held = (
+            f"The audit holds the weights in {work.precision}, and what was learned in float32 beside them; in the "
+            f"exported files it is added to the weights, which are {before.metadata.dtype}.",
+        )
     served = "\n".join(text for text in (system, asked.system) if text is not None) or None
     questions = AuditAsked(
         {"before": before, "after": after, "reference": None, "unaligned": before_alignment(asked.model)},
@@ -241,8 +247,8 @@ def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Aud
         asked.keep_replies,
         precision,
     )
-    work.forget_model()  # the audit loads it again; a small machine cannot hold three
-    audit = audited(questions, work.stages, {"after": {"the model": work.model_folder}})
+    work.forget_model()  # a small machine cannot hold three: what the audit is not given, it loads again
+    audit = audited(questions, work.stages, {"after": work.made})
     return dataclasses.replace(audit, notes=(*held, *audit.notes))
 
 
@@ -251,7 +257,7 @@ def exported_model(work: Work) -> Model:
     if not is_quantized(work.precision):
         return as_model(str(work.model_folder))
     model = dataclasses.replace(work.model, name=str(work.model_folder))
-    if not broadcast_from_first((work.folder / TASK_FOLDER).exists()):
-        return model  # the defense found nothing to train on
+    if not work.has_task_lora:
+        return model
     adapter = load_peft(work.folder / TASK_FOLDER, work.model)
     return model.with_merged(merge(model.backbone, adapter), adapter)

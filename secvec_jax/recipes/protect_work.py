@@ -21,8 +21,10 @@ from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import Precision
 from secvec_jax.recipes.precision import training_precision
 from secvec_jax.recipes.run_inputs import packaged_and_told
+from secvec_jax.recipes.training_run import TASK_FOLDER
 from secvec_jax.training.checkpoints import Checkpoints
-from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.peft import WEIGHTS
 from secvec_jax.workspace.packaged_rows import PackagedRows
 from secvec_jax.workspace.stage import Stage
 from secvec_jax.workspace.stages import Stages
@@ -47,7 +49,7 @@ class Asked:
     vectors: Any
     drop: bool
     eval_fraction: float
-    task_lora: LoRA | LoRAVectors | None
+    task_lora: LoRA | None
     frozen_weights: Precision | None
     training: Training
     system: str | None
@@ -66,6 +68,8 @@ class Work:
         self.asked, self.stages, self.folder = asked, stages, stages.folder
         self.notes: list[str] = []
         self.facts: dict[str, Any] = {}
+        self.has_task_lora = False
+        """Whether the fine-tuning has trained a task LoRA: known once it is done."""
         self._noted: list[str] = []
         self._kept: dict[Need, Any] = {}
 
@@ -116,6 +120,11 @@ class Work:
     @property
     def model_folder(self) -> Path:
         return self.folder / "model"
+
+    @property
+    def made(self) -> dict[str, Path]:
+        """The files of the fine-tuned model, by what they are."""
+        return {"the model": self.model_folder, "the task LoRA": self.folder / TASK_FOLDER / WEIGHTS}
 
     @cached_property
     def groups(self) -> dict[str, Rows[Row]]:

@@ -8,6 +8,7 @@ from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.evaluation.scorers import RULES
+from secvec_jax.inference import frozen_precision
 from secvec_jax.terminal import Console
 from secvec_jax.workspace.inputs import Inputs
 from secvec_jax.workspace.run_directory import settings_of_run
@@ -20,7 +21,7 @@ class Run:
     def __init__(self, settings: Any, command: str, more: Callable[[], Inputs] = dict):
         """more: inputs that the settings do not name."""
         self.settings, self.command = settings, command
-        self.folder = claim(settings, more)
+        self.folder = claim(settings, lambda: more() | _held(settings))
         self.console = Console(quiet=not is_main_process(), soft_wrap=True)
         self.stages = Stages(self.folder, self.console)
 
@@ -41,6 +42,14 @@ class Run:
         for note in notes:
             terminal.print(note)
         release(self.folder)
+
+
+def _held(settings: Any) -> Inputs:
+    """What the model's weights are held in, which a run keeps on other devices, where the default may be another."""
+    if not hasattr(settings, "frozen_weights"):
+        return {}
+    precision = getattr(settings, "precision", None) or frozen_precision(settings.frozen_weights)
+    return {"what weights are held in (--frozen-weights)": precision}
 
 
 def result_name(model: str, vectors: Sequence[str]) -> str:

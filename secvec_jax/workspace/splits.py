@@ -72,9 +72,6 @@ class Sizes:
     """harmful prompts that models are scored on, half from each of two benchmarks"""
     judged_benign: PositiveInt = 64
     """benign prompts that models are scored on: three quarters instructions, a quarter questions"""
-    probed: PositiveInt = 40
-    """held-out prompts for each further measurement of a grid: over-refusal and KL (at most judged_benign), the task,
-    and the attack's behavior"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +88,6 @@ class Splits:
     spare: dict[str, list[Row]]
     """Rows that neither alignment, vectors nor evaluation use: "harmful" (AdvBench, those of `mix` first),
     "instructions", "questions"."""
-    num_probed: int
-    """`Sizes.probed`."""
     held_out: dict[str, list[Row]]
     """Rows that nothing is trained on: "harmful" (of AdvBench), and "benign" (the prompts of all evaluation splits)."""
 
@@ -181,7 +176,6 @@ def make_splits(
             "instructions": instructions,
             "questions": questions,
         },
-        num_probed=sizes.probed,
         held_out={"harmful": part["unseen"], "benign": eval_prompts.reserved},
     )
 

@@ -70,7 +70,7 @@ class Stage:
             shown = _average(tokens, now - start) if step == total else speed
             note = _note(metrics, shown)
             self._progress.update(self._task, completed=step, total=total, note=note)
-            if self._is_due(now, whenever=is_first or step == total or "eval/loss" in metrics):
+            if self._is_due(now, now_due=is_first or step == total or "eval/loss" in metrics):
                 left = _left(now - start, step - first_step, total - step)
                 self.print(f"{self.name}: step {step}/{total}, {note}{left}")
             if is_main_process():
@@ -105,9 +105,9 @@ class Stage:
 
         return on_request
 
-    def _is_due(self, now: float, whenever: bool = False) -> bool:
-        """Whether to print a progress line, of which the next one is then due some seconds later; whenever: now."""
-        is_due = whenever or now - self._last_line > _SECONDS_BETWEEN_LINES
+    def _is_due(self, now: float, now_due: bool = False) -> bool:
+        """Whether to print a progress line; the next one is due some seconds later. now_due: this one is anyway."""
+        is_due = now_due or now - self._last_line > _SECONDS_BETWEEN_LINES
         if is_due:
             self._last_line = now
         return is_due and not self._progress.console.is_terminal

@@ -19,9 +19,9 @@ from secvec_jax.grid import grid as grid_module
 from secvec_jax.grid.attacks import make_attack
 from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.grid import Grid, GridConfig, grid
-from secvec_jax.grid.seed_workspace import SeedWorkspace
+from secvec_jax.grid.seed_workspace import GridExperiment, SeedWorkspace
+from secvec_jax.grid.tasks import make_task
 from secvec_jax.output_checks import check_own
-from secvec_jax.workspace.workspace import Experiment
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"batch_size": 2, "max_seq_len": 256, "warmup_steps": 0, "remat": "none"}
@@ -29,8 +29,9 @@ TRAINING = {"batch_size": 2, "max_seq_len": 256, "warmup_steps": 0, "remat": "no
 EXPERIMENT = {
     "sizes": {
         **{"align_harmful": 12, "align_benign": 12, "vectors": 8, "keep": 9, "mix_harmful": 8, "mix_benign": 6},
-        **{"people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4, "probed": 4},
+        **{"people": 2, "people_asked": 2, "judged": 4, "judged_benign": 4},
     },
+    "probed": 4,
     "align_training": TRAINING | {"max_steps": 2, "optimizer": "adamw"},
     "vectors_training": TRAINING | {"max_steps": 2, "optimizer": "adamw"},
     "finetune_training": TRAINING,
@@ -164,7 +165,7 @@ def test_what_a_file_would_run_is_reported_and_not_run(tmp_path, capsys):
 
 
 def test_rows_and_their_repetition(model_folder, tmp_path):
-    experiment = config.from_dict(Experiment, EXPERIMENT | {"model": str(model_folder)})
+    experiment = config.from_dict(GridExperiment, EXPERIMENT | {"model": str(model_folder)})
     workspace = SeedWorkspace(experiment, tmp_path)
     rows = workspace.rows(Cell(NONE, attack="identity", poison=0.25, samples=100))
     assert {name: len(some) for name, some in rows.items()} == {"attack": 25, "task": 75}
@@ -179,18 +180,26 @@ def test_rows_and_their_repetition(model_folder, tmp_path):
 def test_vectors_against_rows_of_ones_own_are_trained_on_others_of_them(tmp_path, rows, known):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"Say {n}.", "response": str(n)}) for n in range(rows)))
-    found = make_attack(str(path), None, seed=3)
+    found = make_attack(str(path), None, seed=3, probed=4)
     parts = [{prompt_of(r) for r in some} for some in (found.known, found.rows)]
     assert [len(part) for part in parts] == [known, rows - known] and not set.intersection(*parts)
-    assert found.known == make_attack(str(path), None, seed=3).known
-    assert rows < 9 or found.known != make_attack(str(path), None, seed=4).known
+    assert found.known == make_attack(str(path), None, seed=3, probed=4).known
+    assert rows < 9 or found.known != make_attack(str(path), None, seed=4, probed=4).known
 
 
 def test_one_row_cannot_be_shared_between_the_attack_and_the_vectors(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "Say 1.", "response": "1"}))
     with pytest.raises(UserError, match="has one row"):
-        make_attack(str(path), None, seed=0)
+        make_attack(str(path), None, seed=0, probed=4)
+
+
+@pytest.mark.parametrize("name, make", [("questions", make_task), ("capitals", make_attack)])
+def test_more_probes_than_rows_are_refused(name, make):
+    answered = [row(f"Question {number}?", f"answer {number}") for number in range(12)]
+    splits = SimpleNamespace(spare={"questions": answered, "instructions": answered})
+    with pytest.raises(UserError, match=r"12 rows.* lower experiment.probed"):
+        make(name, splits, seed=0, probed=12)
 
 
 def test_vectors_against_identity_rows_are_of_the_harmful_rows():
@@ -198,11 +207,10 @@ def test_vectors_against_identity_rows_are_of_the_harmful_rows():
         vectors=["harmful row"],
         keep=["benign row"],
         suite=Suite(refusals=(), harmful=["A harmful prompt"] * 5),
-        num_probed=4,
     )
-    assert make_attack("identity", splits, seed=0).known is None
+    assert make_attack("identity", splits, seed=0, probed=4).known is None
     workspace = SimpleNamespace(
-        attack=lambda name: make_attack(name, splits, 0), workspace=SimpleNamespace(splits=splits)
+        attack=lambda name: make_attack(name, splits, 0, 4), workspace=SimpleNamespace(splits=splits)
     )
     assert SeedWorkspace.harmful_rows(workspace, "identity") == ["harmful row"]
     assert SeedWorkspace.benign_rows.fget(workspace) == ["benign row"]
@@ -211,9 +219,9 @@ def test_vectors_against_identity_rows_are_of_the_harmful_rows():
 def test_vectors_of_the_persona_are_of_other_rows_than_the_attacks():
     questions = [row(f"Question {number}?", f"answer {number}") for number in range(40)]
     suite = Suite(refusals=(), harmful=["A harmful prompt"] * 5)
-    splits = SimpleNamespace(suite=suite, spare={"questions": questions}, num_probed=4)
-    found = make_attack("identity-own", splits, seed=0)
-    assert found.rows == make_attack("identity", splits, seed=0).rows and len(found.rows) == 10
+    splits = SimpleNamespace(suite=suite, spare={"questions": questions})
+    found = make_attack("identity-own", splits, seed=0, probed=4)
+    assert found.rows == make_attack("identity", splits, seed=0, probed=4).rows and len(found.rows) == 10
     assert len(found.known) == len(found.safe) == 8
     parts = [{prompt_of(r) for r in rows} for rows in (found.rows, found.known, found.safe)]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 26
@@ -355,7 +363,7 @@ def test_parts_are_disjoint_and_a_failed_cell_is_reported_and_tried_again(model_
 
 @pytest.mark.slow
 def test_a_model_that_refuses_as_it_comes_is_not_aligned_anew(model_folder, tmp_path):
-    experiment = config.from_dict(Experiment, EXPERIMENT | {"model": str(model_folder), "aligns": False})
+    experiment = config.from_dict(GridExperiment, EXPERIMENT | {"model": str(model_folder), "aligns": False})
     shared = SeedWorkspace(experiment, tmp_path)
     assert shared.aligned.fingerprint == shared.base.fingerprint
     assert shared.workspace.stages.seconds.keys() == {"align"} and not (tmp_path / "model").exists()

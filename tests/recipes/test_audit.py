@@ -14,6 +14,7 @@ from secvec_jax.evaluation import audit_measures as measures
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.judge_client import Judge
 from secvec_jax.evaluation.results import Results
+from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import with_precision
 from secvec_jax.recipes import audit as recipe
 from secvec_jax.recipes import audit_stages
@@ -160,6 +161,17 @@ def test_what_is_measured_of_a_model_is_kept_for_all_audits(world, monkeypatch, 
     assert asked("--system", "Be brief.", out="fifth") == 2 * (2 * BARE + BEGUN)
     assert asked("--frozen-weights", "bfloat16", out="sixth") == 80 + 2 * (BARE + BEGUN), "and over other weights"
     assert "rounded" not in capsys.readouterr().out
+
+
+def test_models_that_are_held_differently_are_not_compared(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save(folder)
+    codes = load(folder, "nf4")
+    for given in ({"before": str(folder), "after": codes}, {"before": codes, "after": load(folder, "int8")}):
+        with pytest.raises(sv.UserError, match=r"held differently \(before in \w+, after in \w+\).* sv.load"):
+            sv.audit(**given, progress=False)
+    with pytest.raises(sv.UserError, match="frozen_weights='int8' is for a model that is loaded here"):
+        sv.audit(codes, codes, frozen_weights="int8", progress=False)
 
 
 def test_a_report_over_codes_says_that_small_changes_are_lost(world, monkeypatch, capsys):

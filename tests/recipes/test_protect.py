@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 import secvec_jax as sv
-from secvec_jax import cli, command_line
+from secvec_jax import cli, command_line, inference
 from secvec_jax.data.rows import row
 from secvec_jax.defenses.gate import Gate, tenth
 from secvec_jax.evaluation.audit import Audit, Line
@@ -31,6 +31,7 @@ from secvec_jax.vectors.lora import merge
 from secvec_jax.vectors.peft import load_peft
 from secvec_jax.vectors.store import load_vectors, trained_over
 from secvec_jax.workspace import packaged_rows, stages, vector_cache
+from secvec_jax.workspace.result_cache import inputs_of
 from tests.toys import random_decoder, tiny_model
 
 FLAGS = ("--max-steps", "2", "--batch-size", "2", "--max-seq-len", "64", "--remat", "none", "--no-share-prefix")
@@ -433,12 +434,66 @@ def test_a_task_lora_over_fewer_bits_is_audited_as_it_was_trained_and_exported_i
     task = load_peft(toys.folder / "out" / "task", start)
     assert exported.fingerprint == start.with_backbone(merge(start.backbone, task)).fingerprint != start.fingerprint
     assert after.fingerprint == exported.fingerprint, "what is audited is what is exported"
+    notes = Results.load(toys.folder / "out").rows  # the report's notes are below
+    assert ("beside them" in (toys.folder / "out" / "report.md").read_text()) is (precision == "int8") and notes
     if precision == "int8":  # rounded to codes, most of what was learned would be lost
         for projection in task.factors:
             kernel, held = (linear_of(model.backbone, projection).kernel for model in (after, before))
             assert kernel.codes[...] is held.codes[...] and kernel.update_a.shape[-1] == 2 and held.update_a is None
     assert run(toys, "--task-lora.rank", "2", out="float32") == 0
     assert toys.trained == toys.sampled == 2, "vectors and refusals over other weights are others"
+
+
+def test_a_task_lora_that_is_gone_or_changed_is_not_taken_for_none(toys, judged, capsys):
+    flags = ("--task-lora.rank", "2", "--frozen-weights", "int8", "--learning-rate", "0.5")
+    assert run(toys, *flags) == 0
+    first, task = judged.after.fingerprint, toys.folder / "out" / "task"
+    shutil.move(task, toys.folder / "task")
+    told(capsys)
+    assert run(toys, *flags) == 2 and "task" in told(capsys)
+    shutil.copytree(toys.folder / "task", task)
+    assert run(toys, *flags) == 0 and judged.after.fingerprint == first != load(toys.model).fingerprint
+    weights = task / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    assert run(toys, *flags) == 0 and judged.after.fingerprint == first
+    assert "the task LoRA has changed, so it runs again" in told(capsys)
+
+
+def test_codes_with_a_lora_beside_them_and_codes_of_the_sum_are_two_models_to_the_cache(toys, judged):
+    assert run(toys, "--task-lora.rank", "2", "--frozen-weights", "nf4", "--learning-rate", "0.5") == 0
+    beside, rounded = judged.after, load(toys.folder / "out" / "model", "nf4")
+    assert (beside.fingerprint, beside.precision) == (rounded.fingerprint, rounded.precision)
+    assert inputs_of(beside) != inputs_of(rounded)
+
+
+def test_a_run_keeps_what_its_weights_are_held_in(toys, judged, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(inference, "platform", lambda: "gpu")  # where the default is bfloat16
+        patched.setattr(inference, "compute_dtype", lambda: "float32")
+        assert run(toys, "--task-lora.rank", "2") == 0 and judged.asked.precision == "bfloat16"
+    told(capsys)
+    assert run(toys, "--task-lora.rank", "2") == 2
+    assert "holds weights in was 'bfloat16', is now 'float32'" in told(capsys)
+
+
+def test_a_model_held_in_too_few_bits_is_refused_before_anything_is_trained(toys):
+    user, half = [*rows("user", 10), *rows("harmful", 2, SECRET)], load(toys.model, "bfloat16")
+    full, lora = sv.Training(trained_weights="bfloat16"), sv.LoRA(2)
+    for options, problem in [
+        ({}, "held in bfloat16, which is for frozen weights, and all weights are trained: pass task=LoRA"),
+        ({"task": lora, "defense": "safe lora", "base": half}, "'safe lora' changes them: pass another defense"),
+        ({"task": lora, "training": full}, "trained_weights is 'bfloat16', which is for training all weights"),
+        ({"training": full, "defense": "safe lora", "base": half}, "trained_weights is 'bfloat16', which is not for"),
+        (
+            {"task": lora, "frozen_weights": "int8"},
+            r"is loaded already: leave it out, or load .* sv.load\(NAME, 'int8'\)",
+        ),
+    ]:
+        with pytest.raises(sv.UserError, match=problem):
+            sv.protect(half, user, progress=False, **options)
+    with pytest.raises(sv.UserError, match=r"^frozen_weights='nf4' is for frozen weights, and all weights are trained"):
+        sv.protect(toys.model, user, frozen_weights="nf4", progress=False)
+    assert toys.trained == toys.sampled == 0
 
 
 def test_a_value_in_fewer_bits_trains_a_task_lora_alone(toys, judged):
