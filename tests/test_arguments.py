@@ -299,6 +299,15 @@ def test_a_larger_model_with_the_default_learning_rate_is_warned_of(monkeypatch)
     assert advice.default_rate(MODEL, default, default) is None
 
 
+def test_a_task_lora_at_the_default_for_all_weights_is_warned_of():
+    default, task = security_vectors.PHASE2, sv.LoRA(2)
+    text = advice.default_rate(MODEL, default, default, task)
+    assert text and "a task LoRA needs a higher rate; try adamw at 1e-3" in text
+    adam = dataclasses.replace(default, optimizer="adamw")
+    for training, lora in ((adam, task), (dataclasses.replace(default, learning_rate=0.1), task), (default, None)):
+        assert advice.default_rate(MODEL, training, default, lora) is None
+
+
 def test_settings_say_whether_they_were_measured_for_a_model_of_this_size(monkeypatch):
     default = sv.Training(learning_rate=3.6e-4).over(sv.Training.base)
     told = advice.settings_measured(MODEL, default, full=True)

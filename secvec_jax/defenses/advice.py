@@ -16,6 +16,7 @@ from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.model.hub import Model
 from secvec_jax.training.trainer import OnStep
 from secvec_jax.trees import num_parameters
+from secvec_jax.vectors.lora import LoRA, LoRAVectors
 
 
 class Advice(UserWarning):
@@ -35,8 +36,17 @@ _READ = 200
 _OPENINGS = ("I'm sorry", "I am sorry", "Sorry", "I cannot", "I can't", "I apologize")
 
 
-def default_rate(model: Model, training: Training, default: Training) -> str | None:
-    """Warns if the learning rate is the default and the model is over twice as large as the one it was tuned on."""
+def default_rate(
+    model: Model, training: Training, default: Training, task: LoRA | LoRAVectors | None = None
+) -> str | None:
+    """Warns if the learning rate is the default and the model is over twice as large as the one it was tuned on, or a
+    task LoRA is trained by what was tuned for all weights."""
+    if task is not None and (training.optimizer, training.learning_rate) == (default.optimizer, default.learning_rate):
+        return (
+            f"{training.optimizer} at {training.learning_rate:g}, the default, was tuned for training all weights: a "
+            "task LoRA needs a higher rate; try adamw at 1e-3, with which one was measured (docs/precision.md), and look "
+            "at the loss of held-out rows"
+        )
     count = num_parameters(model.backbone)
     if training.learning_rate != default.learning_rate or count <= 2 * TUNED_ON:
         return None

@@ -228,7 +228,8 @@ def finetune(
     on_step: called after each step with its number, the number of steps and the metrics; None: a line on the screen in
         a notebook or a terminal.
 
-    Warns if `vectors` is left out, or if the default learning rate is used for a larger model than it was tuned on.
+    Warns if `vectors` is left out, or if the default learning rate is used for a larger model than it was tuned on or
+    for a task LoRA.
     """
     model, task = as_model(model), as_task(task)
     checkpoints, on_step = as_options(training, checkpoints, on_step)
@@ -238,7 +239,7 @@ def finetune(
     adapters = as_vectors(vectors, model)
     if vectors is not None and not adapters:
         raise UserError("vectors is empty: pass security vectors, or vectors=None to train without protection")
-    _warn(default_rate(model, training, PHASE2), *(_other_precision(item, model) for item in _files(vectors)))
+    _warn(default_rate(model, training, PHASE2, task), *(_other_precision(item, model) for item in _files(vectors)))
     with step_progress("finetune", on_step) as show:
         options = FinetuneOptions(
             task=task, training=training, eval_rows=eval_rows, checkpoints=checkpoints, on_step=show

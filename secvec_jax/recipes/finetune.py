@@ -139,7 +139,7 @@ def finetune(settings: Finetune, command: str) -> None:
         run.note(preset_choice.line(settings.preset))
         vectors = load_several(settings.vector_files, model)
         run.note(f"defense: {defense.label}, {_summary(defense)}")
-        run.note(default_rate(model, settings.training, PHASE2))
+        run.note(default_rate(model, settings.training, PHASE2, settings.task_lora))
         before = run.measure_refusals(model, stage, "at the start: ")
         if before is not None:
             run.note(before.no_refusals)

@@ -59,7 +59,7 @@ def preflight(work: Work) -> None:
             work.rows_for("harmful rows")  # if they do not fit, that is told now
         work.note("chat template: the model's own")  # without one no row can be encoded, which is an error by now
         work.note(settings_measured(work.model, asked.training.over(PHASE2), asked.task_lora is None))
-        work.note(default_rate(work.model, asked.training, PHASE2))
+        work.note(default_rate(work.model, asked.training, PHASE2, asked.task_lora))
         if not asked.check_prompts:
             return None
         sample = _refusals(work, stage)
