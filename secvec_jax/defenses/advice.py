@@ -44,8 +44,8 @@ def default_rate(
     if task is not None and (training.optimizer, training.learning_rate) == (default.optimizer, default.learning_rate):
         return (
             f"{training.optimizer} at {training.learning_rate:g}, the default, was tuned for training all weights: a "
-            "task LoRA needs a higher rate; try adamw at 1e-3, with which one was measured (docs/precision.md), and look "
-            "at the loss of held-out rows"
+            "task LoRA needs a higher rate; try adamw at 1e-3, with which one was measured (docs/precision.md), and "
+            "look at the loss of held-out rows"
         )
     count = num_parameters(model.backbone)
     if training.learning_rate != default.learning_rate or count <= 2 * TUNED_ON:
