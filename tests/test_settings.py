@@ -47,6 +47,7 @@ from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, align, f
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.audit import Limits
 from secvec_jax.grid.grid import GridConfig
+from secvec_jax.grid.seed_workspace import GridExperiment
 from secvec_jax.model.decoder import abstract_decoder, leaf_name
 from secvec_jax.recipes.align import Align
 from secvec_jax.recipes.finetune import Finetune
@@ -128,7 +129,7 @@ def test_all_three_ways_give_the_same_settings_or_the_same_refusal(from_command_
 
 
 REQUIRED = {"defense": PlainFinetuning(), "examples": {"all": [1]}, "batch_size": 2, "seq_len": 8, "prompts": (),
-            "score": len, "refusals": (), "model": "x", "folder": Path("x"), "experiment": Experiment(), "out": "x",
+            "score": len, "refusals": (), "model": "x", "folder": Path("x"), "experiment": GridExperiment(), "out": "x",
             "data": "x", "vectors": "x", "grid": "x", "tasks": "x", "runs": "x", "before": "x", "after": "x",
             "models": {}, "rows_of": len, "system": None, "limits": Limits(), "max_prompts": 1,
             "reply_tokens": 1}  # fmt: skip

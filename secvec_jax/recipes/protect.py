@@ -96,9 +96,7 @@ class Protect:
     task_lora: LoRA | None = None
     """train a task LoRA, merged at the end, instead of all weights"""
     frozen_weights: Precision | None = None
-    """with --task-lora: what the model's own weights are held in: float32, bfloat16, int8 (one scale for each output)
-    or nf4 (4 bits, blocks of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU. The model that is
-    written has the weights of --model in full, and the task LoRA"""
+    """with --task-lora: what the model's own weights are held in: float32, bfloat16, int8 or nf4, as for finetune"""
     preset: str | None = preset_field(section_of("protect"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
