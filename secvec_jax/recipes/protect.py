@@ -96,7 +96,7 @@ class Protect:
     task_lora: LoRA | None = None
     """train a task LoRA, merged at the end, instead of all weights"""
     frozen_weights: Precision | None = None
-    """with --task-lora: what the model's own weights are held in: float32, bfloat16, int8 or nf4, as for finetune"""
+    """with --task-lora: what the model's own weights are held in (see finetune)"""
     preset: str | None = preset_field(section_of("protect"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
@@ -121,15 +121,13 @@ class Protect:
     keep_replies: bool = False
     """keep whole replies to harmful prompts, for --inspect; by default they are clipped to a line"""
     check_prompts: NonNegativeInt = 24
-    """number of packaged prompts, harmful and benign each, for measuring at the start whether the model refuses; 0:
-    none"""
+    """number of packaged prompts of each kind that show at the start whether the model refuses; 0: none"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     json: bool = False
     """print the verdict as JSON, and nothing else, on standard output"""
     out: str = "runs/protect"
-    """run directory; writes the model with its card to OUT/model, and suspects.jsonl, results.json, report.md and
-    report.html"""
+    """run directory: the model with its card in OUT/model, suspects.jsonl, results.json, report.md and report.html"""
     overwrite: bool = False
     """delete the run in OUT and start over"""
 
