@@ -128,7 +128,7 @@ def made(folder: Path) -> dict[str, Any]:
             record = json.loads(path.read_text())
             if isinstance(record.get("result"), dict):
                 record["result"] |= {"asked": 0, "tokens": 0}  # of the judge, by the last start
-            found[name] = record | {"seconds": 0.0, "digest": ""}
+            found[name] = record | {"seconds": 0.0, "seconds_of": {}, "digest": ""}
         elif path.suffix == ".safetensors":  # in which the order of metadata is that of a hash table
             found[name] = {key: digests.of_values([array.tolist()]) for key, array in sorted(load_file(path).items())}
         elif path.suffix in (".yaml", ".json"):
