@@ -16,7 +16,7 @@ from secvec_jax.model.hub import Model, load
 from secvec_jax.model.quantized import Precision
 from secvec_jax.presets import preset_field, section_of
 from secvec_jax.recipes import preset_choice
-from secvec_jax.recipes.precision import training_precision
+from secvec_jax.recipes.precision import check_precision_settings, training_precision
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.training.profiling import check_steps
 from secvec_jax.vectors.lora import LoRA, drift
@@ -59,7 +59,7 @@ class Align:
 
     def __post_init__(self) -> None:
         check_steps(self.profile)
-        _ = self.precision  # raises UserError if it contradicts what is trained
+        check_precision_settings(self.frozen_weights, self.training, self.task_lora)
         if not self.data and is_base(self.model):
             raise UserError(
                 f"{self.model} is a base model, whose own replies are not worth keeping: give --data with refusals and "

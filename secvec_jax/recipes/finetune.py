@@ -22,7 +22,7 @@ from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import Precision
 from secvec_jax.presets import preset_field, section_of
 from secvec_jax.recipes import preset_choice
-from secvec_jax.recipes.precision import training_precision
+from secvec_jax.recipes.precision import check_precision_settings, training_precision
 from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, RunInputs, check_precision, trainings
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.training.frozen import FrozenTrees
@@ -107,7 +107,7 @@ class Finetune:
         given += ["security vectors"] if self.vector_files else []
         check_given(defense, given, CONTENTS, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
-        _ = self.precision  # raises UserError if it contradicts what is trained
+        check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense)
 
     def default_preset(self) -> str | None:
         """The preset to take where none is named (see `preset_choice`)."""

@@ -34,20 +34,34 @@ def training_precision(
     defense: Defense | None = None,
     named: Named = FLAGS,
 ) -> Precision:
-    """What the model's weights are held in during a training.
+    """What the model's weights are held in during a training; starts JAX where that depends on the devices.
 
-    asked: of weights that stay frozen (`--frozen-weights`). defense: how the training is defended, if it is.
-    Raises UserError if weights that are trained, or that the defense changes, are to be held in fewer bits.
+    The arguments are those of `check_precision_settings`, and so are the errors.
+    """
+    check_precision_settings(asked, training, task_lora, defense, named)
+    if _why_trained(task_lora, defense, named) is None:
+        return frozen_precision(asked)
+    return "bfloat16" if check_trained_weights(training, full=task_lora is None) else "float32"
+
+
+def check_precision_settings(
+    asked: Precision | None,
+    training: Training,
+    task_lora: LoRA | None,
+    defense: Defense | None = None,
+    named: Named = FLAGS,
+) -> None:
+    """Raise UserError if weights that are trained, or that the defense changes, are to be held in fewer bits.
+
+    asked: of weights that stay frozen (`--frozen-weights`). defense: how the training is defended, if it is. Does not
+    start JAX: settings are made before the processes of a cluster have found each other.
     """
     in_bfloat16 = check_trained_weights(training, full=task_lora is None)
     if in_bfloat16 and defense is not None and defense.stage in CHANGES_WEIGHTS:
         raise UserError(f"trained_weights is 'bfloat16', which is not for {defense.name!r}: it trains in float32")
     because = _why_trained(task_lora, defense, named)
-    if because is None:
-        return frozen_precision(asked)
-    if asked not in (None, "float32"):
+    if because is not None and asked not in (None, "float32"):
         raise UserError(f"{named.frozen_weights.format(asked)} is for frozen weights, {because}, or leave it out")
-    return "bfloat16" if in_bfloat16 else "float32"
 
 
 def check_held(model: Model, training: Training, task_lora: LoRA | None, defense: Defense) -> None:

@@ -33,7 +33,7 @@ from secvec_jax.recipes import preset_choice, protect_report
 from secvec_jax.recipes.audit import results_of, write_report
 from secvec_jax.recipes.audit_stages import try_judge
 from secvec_jax.recipes.defend import sources_of
-from secvec_jax.recipes.precision import ARGUMENTS, check_held, training_precision
+from secvec_jax.recipes.precision import ARGUMENTS, check_held, check_precision_settings, training_precision
 from secvec_jax.recipes.protect_stages import audit_export, divide, exported_model, fine_tune, preflight, screen_rows
 from secvec_jax.recipes.protect_vectors import make_vectors
 from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work
@@ -146,7 +146,7 @@ class Protect:
         given = [need for need in GIVEN if getattr(self, argument_of(need))]
         _check_defense(defense, given, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
-        _ = self.precision  # raises UserError if it contradicts what is trained
+        check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense)
 
     @property
     def precision(self) -> Precision:
@@ -276,7 +276,7 @@ def protect(
     check_there({"model": model, "base": base, "vectors": vectors})
     given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)
     _check_defense(defense, list(given), lambda argument: f"{argument}=")
-    _ = training_precision(frozen_weights, training, task, defense, ARGUMENTS)  # raises UserError
+    check_precision_settings(frozen_weights, training, task, defense, ARGUMENTS)
     if isinstance(model, Model):
         check_not_loaded(frozen_weights, model)
         check_held(model, training, task, defense)

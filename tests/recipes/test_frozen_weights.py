@@ -83,6 +83,17 @@ def test_frozen_weights_are_bfloat16_on_accelerators_and_trained_ones_float32(mo
     assert Vectors("x", frozen_weights="float32").precision == "float32"
 
 
+def test_settings_are_made_without_starting_jax_which_a_cluster_does_later(monkeypatch):
+    def started():
+        raise AssertionError("the devices were asked for")
+
+    monkeypatch.setattr(inference, "platform", started)
+    made = [Align(("x",)), Finetune("x", **WITH_TASK), Protect("x", task_lora=RANK_2), Vectors("x")]
+    for each in made:
+        with pytest.raises(AssertionError, match="the devices were asked for"):
+            _ = each.precision
+
+
 def test_files_of_vectors_say_what_they_were_trained_over(tiny_model, random_vectors, tmp_path):
     folder = tiny_model("llama").folder
     plain, quantized = hub.load(folder), hub.load(folder, "nf4")
