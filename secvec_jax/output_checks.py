@@ -47,7 +47,7 @@ def check_own(folder: Path, marks: Iterable[str]) -> None:
 
 
 def check_separate(output: str | os.PathLike, flag: str, inputs: Mapping[str, str | os.PathLike]) -> None:
-    """Raise UserError if a file that is to be written is one of the inputs, or lies in one.
+    """Raise UserError if a file that is to be written is one of the inputs, or is inside one.
 
     flag: the one that names the output. inputs: flag -> path; a path where nothing is cannot be overwritten.
     """

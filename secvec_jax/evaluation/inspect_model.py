@@ -3,7 +3,7 @@
     inspect eval task.py --model secvec_jax/runs/tuned
     inspect eval task.py --model secvec_jax/runs/aligned -M vectors=runs/vectors
 
-After `secvec_jax/` stands what `sv.load` takes. Inspect finds this module where secvec_jax is installed; in a clone,
+After `secvec_jax/` comes what `sv.load` accepts. Inspect finds this module where secvec_jax is installed; in a clone,
 the task's file has to import it. Requests that wait at the same time are decoded as one batch.
 """
 
@@ -210,7 +210,7 @@ class SecvecModel(ModelAPI):
 
 
 def _content(text: str) -> str | list[Content]:
-    """A reply as scorers read it: a thought is kept apart from the answer."""
+    """A reply as scorers read it: a thought is kept separate from the answer."""
     answer = answer_of(text)
     if answer == text:
         return text

@@ -1,4 +1,4 @@
-"""Loss and log-likelihood of given replies under a model, and how far two models' distributions are apart on them."""
+"""Loss and log-likelihood of given replies under a model, and how much two models' distributions differ on them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -223,7 +223,7 @@ class Block(nnx.Module):
 
 
 def stacked_blocks(architecture: Architecture, rngs: nnx.Rngs) -> Block:
-    """All blocks as one, whose parameters have a leading layer axis: `lax.scan` takes it apart again."""
+    """All blocks as one, whose parameters have a leading layer axis: `lax.scan` slices it layer by layer."""
 
     @nnx.split_rngs(splits=architecture.num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)

@@ -26,7 +26,7 @@ from secvec_jax.trees import pieces
 class FullPrecision:
     """The float32 weights of a model that is held in fewer bits, read from its checkpoint each time they are needed.
 
-    It stands in for the decoder that they would fill, in fingerprints and in what is saved. adapters: what was merged
+    It replaces the decoder that they would fill, in fingerprints and in what is saved. adapters: what was merged
     into the model since it was loaded, and is merged into each layer's weights as they are read.
     """
 
@@ -43,7 +43,7 @@ class FullPrecision:
 
 @dataclasses.dataclass(frozen=True)
 class Widened:
-    """The weights of a decoder that is in bfloat16, as float32; in files it stands for the decoder."""
+    """The weights of a decoder that is in bfloat16, as float32; in files it replaces the decoder."""
 
     decoder: Decoder
 

@@ -135,8 +135,8 @@ def audit_run(settings: AuditRun, command: str) -> int:
     else:
         terminal = screen()
         terminal.print(audit_report.table(audit))
-        told = [f"{name}: {path}" for name, path in files.items()]
-        for text in (*audit.notes, audit_report.headline(audit), *told):
+        files_written = [f"{name}: {path}" for name, path in files.items()]
+        for text in (*audit.notes, audit_report.headline(audit), *files_written):
             terminal.print(text, markup=False, highlight=False)
     release(run.folder)
     return audit.exit_code

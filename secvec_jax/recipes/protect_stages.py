@@ -50,13 +50,13 @@ def preflight(work: Work) -> None:
     asked = work.asked
 
     def run(stage: Stage) -> dict[str, Any] | None:
-        # The rows first: what is wrong with a file should be told before a minute has passed.
+        # The rows first: a problem with a file should be reported before a minute has passed.
         stage.say("reading the rows")
         streams = 2 if "safe rows" in asked.defense.reads else 1
         took = estimate(work.model, work.groups, asked.training, full=asked.task_lora is None, streams=streams)
         work.note(str(took))
         if asked.vectors is None:
-            work.rows_for("harmful rows")  # if they do not fit, that is told now
+            work.rows_for("harmful rows")  # if they do not fit, that is reported now
         work.note("chat template: the model's own")  # without one no row can be encoded, which is an error by now
         work.note(settings_measured(work.model, asked.training.over(PHASE2), asked.task_lora is None))
         work.note(default_rate(work.model, asked.training, PHASE2, asked.task_lora))

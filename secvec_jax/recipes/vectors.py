@@ -132,9 +132,9 @@ def vectors(settings: Vectors, command: str) -> None:
 
 
 def _gate(run: TrainingRun, model: Model, trained: Any, rows: dict[str, Any], stage: Stage) -> Gate | None:
-    """The gate of the vectors, told and no error; None if no refusals are measured, which takes packaged rows, too.
+    """The gate of the vectors, which is reported and stops nothing; None if no refusals are to be measured.
 
-    All rows that are given are trained on, so it is measured on packaged ones that are not among them.
+    All rows that are given are trained on, so it is measured on packaged rows that are not among them.
     """
     if run.prompts is None:
         return None

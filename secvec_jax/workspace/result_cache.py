@@ -98,7 +98,7 @@ def locked(folder: Path, key: str, waits: Callable[[], None]) -> Iterator[None]:
 
 
 def _read(file: Path, kind: str, tell: Callable[[str], None]) -> tuple[Any] | None:
-    """The result in a file; None if there is none, or, which is told, none to be used."""
+    """The result in a file; None if there is none, or none that can be used, which is reported."""
     try:
         if not file.exists():
             return None

@@ -45,7 +45,7 @@ class Entry:
         self.folder = folder
 
     def read(self, model: Model, tell: Callable[[str], None]) -> tuple[Vectors, dict[str, Any]] | None:
-        """The vectors and what was measured of them; None if there are none, or, which is told, none to be used."""
+        """The vectors and what was measured of them; None without any that can be used, which is reported."""
         if not self.folder.exists():
             return None
         try:
