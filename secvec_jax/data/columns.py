@@ -5,7 +5,6 @@ rows = load_rows("rows.csv", columns={"prompt": "anfrage", "response": "antwort"
 """
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from secvec_jax.data.fields import ANSWERS, CONTEXTS, CONVERSATIONS, HISTORIES, 
 from secvec_jax.errors import UserError
 from secvec_jax.files import expanded
 from secvec_jax.remote import exists, is_url
+from secvec_jax.suggestions import nearest_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,7 @@ class Columns:
         for name, column in (mapping or {}).items():
             field = _FIELDS.get(name) if isinstance(name, str) else None
             if field is None:
-                raise UserError(
-                    f"no field is named {shown(name)}{closest(name, _FIELDS)}; fields: {', '.join(_FIELDS)}"
-                )
+                raise UserError(f"no field of a row is named {shown(name)}; {hint(name, _FIELDS)}")
             if not isinstance(column, str) or not column:
                 raise UserError(f"the column of {name!r} is {shown(column)}: pass its name")
             if field in found:
@@ -60,12 +58,15 @@ class Columns:
         pair = found.keys() & _PAIR
         if "messages" in found and pair:
             raise UserError(f"'messages' is a whole conversation: map either it or {min(pair)!r}")
-        unread = _PAIR if "messages" in found else ("messages",) if pair else ()
-        return cls(**dict.fromkeys(unread, ()), **{k: (v,) for k, v in found.items()}, mapped=tuple(found.values()))
+        taken = tuple(found.values())
+        columns = {field: tuple(name for name in names if name not in taken) for field, names in _KNOWN.items()}
+        columns |= dict.fromkeys(_PAIR if "messages" in found else ("messages",) if pair else (), ())
+        return cls(**columns | {field: (column,) for field, column in found.items()}, mapped=taken)
 
 
 KNOWN = Columns()
-_FIELDS = {name: field.name for field in dataclasses.fields(Columns) for name in field.default}  # type: ignore[union-attr]
+_KNOWN = {name: names for name, names in vars(KNOWN).items() if names}
+_FIELDS = {name: field for field, names in _KNOWN.items() for name in names}
 _PAIR = ("prompt", "response", "input", "history")
 
 HOW = (
@@ -74,27 +75,29 @@ HOW = (
 )
 """The end of an error about columns that are not known."""
 
-_SUFFIX = re.compile(r"(.+?):(\s*\w+\s*=.*)", re.DOTALL)
+_BEGIN = re.compile(r"(?<=.):(?=\s*\w+\s*=)", re.DOTALL)
 _ITEM = re.compile(r'\s*(?P<field>\w+)\s*=\s*(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<plain>[^",][^,]*)?)\s*(?:,|\Z)')
 
 
 def without_columns(source: str) -> str:
     """The file, URL or name of a source, without the columns that follow it."""
-    match = _SUFFIX.fullmatch(source)
-    return source if match is None or _is_there(source) else match[1]
+    names = [source[: colon.start()] for colon in _BEGIN.finditer(source)]
+    if not names or _is_there(source):
+        return source
+    return names[0] if len(names) == 1 else next(filter(_is_there, reversed(names)), names[0])
 
 
 def split_columns(source: str) -> tuple[str, dict[str, str]]:
     """A source and the mapping from fields to columns that follows it ("rows.csv:prompt=anfrage"); {} if none does.
 
     A column whose name begins with a quotation mark or a space, ends with a space or has a comma is quoted as in CSV:
-    rows.csv:prompt="Question, asked". What exists under the whole name is that file. Raises UserError for a mapping
+    rows.csv:prompt="Question, asked". A file that has such a name itself is that file. Raises UserError for a mapping
     that cannot be read.
     """
     name = without_columns(source)
     if name == source:
         file, colon, _ = source.rpartition(":")
-        if colon and not _is_there(source) and os.path.isfile(expanded(file)):
+        if colon and os.path.isfile(expanded(file)) and not _is_there(source):
             raise UserError(f"{source!r} names no columns after the colon: write {file}:prompt=COLUMN,response=COLUMN")
         return source, {}
     text, mapping, start = source[len(name) + 1 :], dict[str, str](), 0
@@ -113,11 +116,11 @@ def split_columns(source: str) -> tuple[str, dict[str, str]]:
     return name, mapping
 
 
-def closest(name: Any, names: Iterable[Any], cutoff: float = 0.6) -> str:
-    """Which of the names was probably meant, as a part of a message; or ""."""
-    by_lower = {str(each).strip().lower(): each for each in names}
-    found = difflib.get_close_matches(str(name).strip().lower(), by_lower, 1, cutoff)
-    return f" (did you mean {shown(by_lower[found[0]])}?)" if found else ""
+def hint(name: Any, known: Iterable[str]) -> str:
+    """The known names, and which of them was probably meant, as the end of an error."""
+    known = list(known)
+    nearest = nearest_name(name, known)
+    return f"available: {', '.join(known)}" + ("" if nearest is None else f" (did you mean {nearest!r}?)")
 
 
 def _is_there(source: str) -> bool:

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from secvec_jax.data.columns import HOW, KNOWN, Columns, closest
+from secvec_jax.data.columns import HOW, KNOWN, Columns, hint
 from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned, meant
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import Message, Role, Row, response_of, row
@@ -57,7 +57,7 @@ def _normalized(record: Any, where: str, ignore: Collection[str], columns: Colum
         ignore = [name for name in ignore if name not in columns.mapped]
     asked = (*columns.messages, *columns.prompt)
     field = next((name for name in asked if record.get(name) is not None), None)
-    if field is None and asked[0] in columns.mapped:
+    if field is None and any(name in columns.mapped for name in asked):
         raise UserError(f"{where}: the column {asked[0]!r} is missing or empty (found: {_names(record)})")
     if field is None:
         raise UserError(f"{where}: unknown fields (found: {_names(record)}){meant(record)}; {ACCEPTED_FORMS}; {HOW}")
@@ -182,7 +182,7 @@ def normalized_rows(
     if missing and seen:
         column = next(iter(missing))
         where = name if count < _MOST_COUNTED else f"{name}, {unit} 1 to {number}"
-        raise UserError(f"no column {column!r} in {where}{closest(column, seen)}; found: {_names(seen)}")
+        raise UserError(f"no column {column!r} in {where}; {hint(column, map(str, seen))}")
     if count == 1:
         raise problems[0]
     if problems:
