@@ -82,7 +82,7 @@ def load_rows(
     path = checked_path("data", source, "a file, a folder, a packaged name or a hub data set's id")
     source = str(source)
     if mapping and columns:
-        raise UserError(f"{source} is followed by columns, and `columns` is passed too: map them in one place")
+        raise UserError(f"{source} is followed by columns, and columns= is passed, too: map them in one place")
     named = Columns.of(mapping or columns)
     if named.mapped and (source in PACKAGED or source in HUB_SETS):
         raise UserError(f"{source} is made into rows already: leave the columns out")

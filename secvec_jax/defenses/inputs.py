@@ -45,7 +45,8 @@ def as_row_source(rows: Any, name: str) -> Any:
     """
     if isinstance(rows, str | os.PathLike):
         source, columns = split_columns(str(rows))
-        return load_rows(str(path(name, source, "a list of rows, or the path of a file with rows")), columns=columns)
+        path(name, source, "a list of rows, or the path of a file with rows")
+        return load_rows(source, columns=columns)
     rows = records_of(rows)
     if isinstance(rows, Mapping) and is_row(rows):
         raise UserError(f"{name} is a single row: pass a list, [row]")
