@@ -89,7 +89,14 @@ KNOWN_AS: dict[str, tuple[str, ...]] = {
 
 
 def suggestion(name: Any, known: Iterable[str]) -> str:
-    """ "did you mean ...?" with the known name closest to an unknown one, or the list of known names if none is close.
+    """ "did you mean ...?" with the known name closest to an unknown one, or all known names if none is close."""
+    known = list(known)
+    nearest = nearest_name(name, known)
+    return f"known are {', '.join(known)}" if nearest is None else f"did you mean {nearest!r}?"
+
+
+def nearest_name(name: Any, known: Iterable[str]) -> str | None:
+    """The known name closest to an unknown one, or None if none is close.
 
     Names may be flags (`--batch-size`) or the paths of nested settings (`lora.rank`), of which the last part suffices.
     """
@@ -101,7 +108,7 @@ def suggestion(name: Any, known: Iterable[str]) -> str:
     candidates = [_plain(other) for key in (asked, last) for other in KNOWN_AS.get(key, ()) if _plain(other) in plain]
     candidates += [key for key in (asked, last) if key in plain]
     candidates += difflib.get_close_matches(asked, plain, n=1) or difflib.get_close_matches(last, plain, n=1)
-    return f"did you mean {plain[candidates[0]]!r}?" if candidates else f"known are {', '.join(known)}"
+    return plain[candidates[0]] if candidates else None
 
 
 def _plain(name: str) -> str:

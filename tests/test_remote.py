@@ -8,6 +8,7 @@ import pytest
 
 from secvec_jax import cli, command_line, remote
 from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses.inputs import as_row_source
 from secvec_jax.errors import UserError
 from secvec_jax.files import atomic_file, atomic_folder, lock
 from secvec_jax.model import hub
@@ -35,7 +36,8 @@ def test_rows_are_read_and_read_again_when_they_change(store, tmp_path):
     url = "memory://bucket/rows.jsonl"
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     expected = load_rows(str(tmp_path / "rows.jsonl"))
-    assert list(load_rows(url)) == list(expected)
+    assert list(load_rows(url)) == list(as_row_source(url, "rows")) == list(expected)
+    assert list(load_rows(f"{url}:question=prompt,answer=response")) == list(expected)
     before = inputs.rows(url)
     assert before == inputs.rows(str(tmp_path / "rows.jsonl"))
     assert remote.fetched(url) == remote.fetched(url)

@@ -26,7 +26,8 @@ PROMPTS = ("prompt", "question", "goal", "instruction")
 ANSWERS = ("response", "completion", "answer", "target", "output")
 CONTEXTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt", "system_message")
-_READ = (*CONVERSATIONS, *PROMPTS, *ANSWERS, *CONTEXTS, *SYSTEMS, "history")
+HISTORIES = ("history",)
+_READ = (*CONVERSATIONS, *PROMPTS, *ANSWERS, *CONTEXTS, *SYSTEMS, *HISTORIES)
 """All fields of a record that are read."""
 
 _LEARNED = ("weight", "train", "training", "trainable", "loss")
@@ -59,7 +60,8 @@ def check_record(record: Mapping[str, Any], used: Collection[str], where: str, i
         if not (_is_scalar(value) or _is_repeated(value, used_texts)):
             unknown.append(str(name))
     if unknown:
-        _refuse(unknown, where, f"may hold what is to be learned and are not read (read: {', '.join(map(str, used))})")
+        what = f"may hold what is to be learned and are not read (read: {', '.join(map(str, used))})"
+        _refuse(unknown, where, what, ", rename or map them (FILE:FIELD=COLUMN)")
 
 
 def check_turn(turn: Mapping[str, Any], used: Collection[str], where: str, ignore: Collection[str]) -> None:
@@ -71,7 +73,7 @@ def check_turn(turn: Mapping[str, Any], used: Collection[str], where: str, ignor
         and name not in (*_LEARNED, *_NOT_LEARNED)
     ]
     if unknown:
-        _refuse(unknown, where, "of a turn are not read: only its role and text are")
+        _refuse(unknown, where, "of a turn are not read: only its role and text are", " or rename them")
 
 
 def is_learned(turn: Mapping[str, Any], where: str) -> bool:
@@ -107,10 +109,10 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, list | tuple) and all(map(is_empty, value)))
 
 
-def _refuse(unknown: Collection[str], where: str, what: str) -> None:
+def _refuse(unknown: Collection[str], where: str, what: str, fix: str) -> None:
     named = ", ".join(f"`{' '.join(name.split())}`" for name in sorted(unknown))
     raise UserError(
-        f"{where}: unknown fields {named} {what}{meant(unknown)}; remove or rename them, or name them in "
+        f"{where}: unknown fields {named} {what}{meant(unknown)}; remove{fix}, or name them in "
         "--ignore-fields (in Python, ignore_fields)"
     )
 

@@ -4,18 +4,8 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from secvec_jax.data.fields import (
-    ANSWERS,
-    CONTEXTS,
-    CONVERSATIONS,
-    PROMPTS,
-    SYSTEMS,
-    check_record,
-    check_turn,
-    is_empty,
-    is_learned,
-    meant,
-)
+from secvec_jax.data.columns import HOW, KNOWN, Columns, hint
+from secvec_jax.data.fields import check_record, check_turn, is_empty, is_learned, meant
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.rows import Message, Role, Row, response_of, row
 from secvec_jax.data.stored import Rows, location
@@ -36,21 +26,22 @@ _ROLES: dict[str, Role] = {
 }
 
 
-def normalize(record: Any, where: str, ignore: Collection[str] = ()) -> Row:
+def normalize(record: Any, where: str, ignore: Collection[str] = (), columns: Columns = KNOWN) -> Row:
     """Return the row that a record represents; `where` says in errors which record it was.
 
     Accepted are `messages` or `conversations` (turns with role and content, or from and value), and `prompt`,
     `question`, `goal` or `instruction` with `response`, `completion`, `answer`, `target` or `output`. A prompt and its
     answer may be turns as well: then only the answer's are learned. `system` (or `system_prompt`) goes in front,
     `input` or `context` after the prompt, `history` ([[question, answer], ...]) before it. A record without an answer
-    becomes a row without one; a `category` that is text and `options` that are a list of texts are kept.
+    becomes a row without one; a `category` that is text and `options` that are a list of texts are kept. `columns`
+    says where these fields are in records that name them otherwise.
 
     Raises UserError for values that are not text, for text of more than `LONGEST_ROW` characters, for values that are
     nested too deep, and for fields other than these that may change what is to be learned (see `fields`), unless
     `ignore` names them.
     """
     try:
-        normalized = _normalized(record, where, ignore)
+        normalized = _normalized(record, where, ignore, columns)
     except RecursionError:
         raise UserError(f"{where} is nested too deep for a row; correct or remove it") from None
     length = sum(len(message["content"]) for message in normalized["messages"])
@@ -59,18 +50,22 @@ def normalize(record: Any, where: str, ignore: Collection[str] = ()) -> Row:
     return normalized
 
 
-def _normalized(record: Any, where: str, ignore: Collection[str]) -> Row:
+def _normalized(record: Any, where: str, ignore: Collection[str], columns: Columns) -> Row:
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: found {type(record).__name__} instead of fields; {ACCEPTED_FORMS}")
-    field = next((name for name in (*CONVERSATIONS, *PROMPTS) if record.get(name) is not None), None)
+    if columns.mapped:
+        ignore = [name for name in ignore if name not in columns.mapped]
+    asked = (*columns.messages, *columns.prompt)
+    field = next((name for name in asked if record.get(name) is not None), None)
+    if field is None and any(name in columns.mapped for name in asked):
+        raise UserError(f"{where}: the column {asked[0]!r} is missing or empty (found: {_names(record)})")
     if field is None:
-        names = ", ".join(sorted(" ".join(str(key).split()) for key in record)) or "none"
-        raise UserError(f"{where}: unknown fields (found: {names}){meant(record)}; {ACCEPTED_FORMS}")
-    if field in PROMPTS:
-        messages, used = _from_pair(record, field, where, ignore)
+        raise UserError(f"{where}: unknown fields (found: {_names(record)}){meant(record)}; {ACCEPTED_FORMS}; {HOW}")
+    if field in columns.prompt:
+        messages, used = _from_pair(record, field, where, ignore, columns)
     else:
         messages, used = _turns(record[field], where, ignore), [field]
-    system = [name for name in SYSTEMS if not is_empty(record.get(name)) and name not in ignore]
+    system = [name for name in columns.system if not is_empty(record.get(name)) and name not in ignore]
     if system:
         messages = _with_system_prompt({_text(record[name], name, where) for name in system}, messages, where)
     check_record(record, [*used, *system], where, ignore)
@@ -84,31 +79,39 @@ def as_rows(
     needs_answer: bool = True,
     name: str = "data",
     ignore_fields: Collection[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> Rows[Row]:
     """Return the rows of a list of dicts, a data frame or a `datasets.Dataset`; `name` is what errors call it.
 
     `Rows` are returned as they are. A `Dataset` is not copied into memory: its records are read once to be
-    checked, and again on each access. ignore_fields: fields that `normalize` may leave out. Raises
-    UserError if there are no rows, if a record cannot be read, or if `needs_answer` and a row has no answer.
+    checked, and again on each access. ignore_fields: fields that `normalize` may leave out. columns: which column
+    each field of a row is read from, {"prompt": "anfrage", "response": "antwort"}, where they have other names. Raises
+    UserError if there are no rows, if a record cannot be read, if no record has a column that is mapped, or if
+    `needs_answer` and a row has no answer.
     """
+    named = Columns.of(columns)
     data = records_of(data)
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
         kind = type(data).__name__
         raise UserError(f"{name} must be a list of dicts or one split of a data set, found {kind}")
     if isinstance(data, Rows):
+        if named.mapped:
+            raise UserError(f"{name} was read before: map its columns where it is read, or pass the records themselves")
         return _checked_again(data, needs_answer, name)
     if hasattr(data, "num_rows") and hasattr(data, "features"):
-        return rows_on_disk(data, needs_answer, name, ignore_fields)
-    return rows_in_memory(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields)
+        return rows_on_disk(data, needs_answer, name, ignore_fields, named)
+    return rows_in_memory(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields, columns=named)
 
 
-def rows_on_disk(data: Any, needs_answer: bool, name: str, ignore_fields: Collection[str] = ()) -> Rows[Row]:
+def rows_on_disk(
+    data: Any, needs_answer: bool, name: str, ignore_fields: Collection[str] = (), columns: Columns = KNOWN
+) -> Rows[Row]:
     """The rows of a `datasets.Dataset`, each of which has been checked; raises UserError as `as_rows` does."""
 
     def read(index: int) -> Row:
-        return normalize(data[index], location(name, index + 1), ignore_fields)
+        return normalize(data[index], location(name, index + 1), ignore_fields, columns)
 
-    count = sum(1 for _ in normalized_rows(enumerate(data, 1), needs_answer, name, ignore_fields=ignore_fields))
+    count = sum(1 for _ in normalized_rows(enumerate(data, 1), needs_answer, name, "row", ignore_fields, columns))
     return Rows(read, count, lambda index: location(name, index + 1), answered=needs_answer)
 
 
@@ -129,6 +132,7 @@ def rows_in_memory(
     name: str,
     unit: str = "row",
     ignore_fields: Collection[str] = (),
+    columns: Columns = KNOWN,
 ) -> Rows[Row]:
     """The rows of numbered records, in memory; raises UserError as `as_rows` does."""
     numbers = array("Q")
@@ -138,7 +142,7 @@ def rows_in_memory(
             numbers.append(number)
             yield number, record
 
-    rows = list(normalized_rows(noted(), needs_answer, name, unit, ignore_fields))
+    rows = list(normalized_rows(noted(), needs_answer, name, unit, ignore_fields, columns))
     return Rows(rows.__getitem__, len(rows), lambda index: location(name, numbers[index], unit), answered=needs_answer)
 
 
@@ -148,17 +152,23 @@ def normalized_rows(
     name: str,
     unit: str = "row",
     ignore_fields: Collection[str] = (),
+    columns: Columns = KNOWN,
 ) -> Iterator[Row]:
     """The rows of numbered records one by one; raises UserError as `as_rows` does, after all records are read.
 
     A record may be the UserError that its reader met. Of several records that cannot be read, the error tells how many,
-    or that there are at least `_MOST_COUNTED`, and its notes (`__notes__`) tell up to ten of them.
+    or that there are at least `_MOST_COUNTED`, and its notes (`__notes__`) tell up to ten of them. If no record has a
+    column that was mapped, that is the error.
     """
     empty, problems, count = True, list[UserError](), 0
+    missing, seen = dict.fromkeys(columns.mapped), dict[Any, None]()
     for number, record in records:
         empty = False
+        if missing and isinstance(record, Mapping):
+            seen |= dict.fromkeys(record) if len(seen) < _MOST_NAMES else {}
+            missing = {column: None for column in missing if column not in record}
         try:
-            normalized = _checked_row(record, location(name, number, unit), needs_answer, ignore_fields)
+            normalized = _checked_row(record, location(name, number, unit), needs_answer, ignore_fields, columns)
         except UserError as error:
             count += 1
             problems += [error] if count <= _MOST_TOLD else []
@@ -169,6 +179,10 @@ def normalized_rows(
             yield normalized
     if empty:
         raise UserError(f"{name} holds no rows; {ACCEPTED_FORMS}")
+    if missing and seen:
+        column = next(iter(missing))
+        where = name if count < _MOST_COUNTED else f"{name}, {unit} 1 to {number}"
+        raise UserError(f"no column {column!r} in {where}; {hint(column, map(str, seen))}")
     if count == 1:
         raise problems[0]
     if problems:
@@ -179,15 +193,21 @@ _MOST_TOLD = 10
 """Rows that cannot be read and are told one by one."""
 _MOST_COUNTED = 10_000
 """Rows that cannot be read after which no more are read: a file of millions would take minutes to refuse."""
+_MOST_NAMES = 1_000
+"""Names of columns among which the one that was meant is looked for."""
 
 
-def _checked_row(record: Any, where: str, needs_answer: bool, ignore_fields: Collection[str]) -> Row:
+def _checked_row(record: Any, where: str, needs_answer: bool, ignore_fields: Collection[str], columns: Columns) -> Row:
     if isinstance(record, UserError):
         raise record
-    normalized = normalize(record, where, ignore_fields)
+    normalized = normalize(record, where, ignore_fields, columns)
     if needs_answer:
         check_answer(normalized, where)
     return normalized
+
+
+def _names(record: Iterable[Any]) -> str:
+    return ", ".join(sorted(" ".join(str(key).split()) for key in record)) or "none"
 
 
 def _unreadable(name: str, problems: Sequence[UserError], count: int) -> UserError:
@@ -233,7 +253,7 @@ def _are_turns(value: Any) -> bool:
 
 
 def _from_pair(
-    record: Mapping[str, Any], field: str, where: str, ignore: Collection[str]
+    record: Mapping[str, Any], field: str, where: str, ignore: Collection[str], columns: Columns
 ) -> tuple[list[Message], list[str]]:
     """The turns of a prompt, what belongs to it, and its answer; and the fields that were used."""
     used = [field]
@@ -242,17 +262,18 @@ def _from_pair(
         prompt_turns = [_not_learned(message) for message in _turns(record[field], where, ignore)]
     else:
         prompt = _text(record[field], field, where)
-        for name in CONTEXTS:
+        for name in columns.input:
             if not is_empty(record.get(name)) and name not in ignore:
                 prompt += "\n" + _text(record[name], name, where)
                 used.append(name)
         if not prompt.strip():
             raise UserError(f"{where}: `{field}` is empty; write a prompt or remove the row")
         prompt_turns = row(prompt)["messages"]
-        if not is_empty(record.get("history")) and "history" not in ignore:
-            history = _history(record["history"], where, ignore)
-            used.append("history")
-    answers = [name for name in ANSWERS if record.get(name) not in (None, "") and name not in ignore]
+        for name in columns.history:
+            if not is_empty(record.get(name)) and name not in ignore:
+                history = _history(record[name], name, where, ignore)
+                used.append(name)
+    answers = [name for name in columns.response if record.get(name) not in (None, "") and name not in ignore]
     different = [name for name in answers[1:] if record[name] != record[answers[0]]]
     if different:
         raise UserError(f"{where}: two answers, `{answers[0]}` and `{different[0]}`: keep the one to be learned")
@@ -267,16 +288,16 @@ def _from_pair(
     return history + prompt_turns + answer_turns, used + answers
 
 
-def _history(history: Any, where: str, ignore: Collection[str]) -> list[Message]:
+def _history(history: Any, field: str, where: str, ignore: Collection[str]) -> list[Message]:
     """Earlier turns, as [[question, answer], ...] or as messages."""
     if _are_turns(history):
         return _turns(history, where, ignore)
     if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
-        raise UserError(f"{where}: `history` must be a list of [question, answer], or of turns")
+        raise UserError(f"{where}: `{field}` must be a list of [question, answer], or of turns")
     return [
         message
         for question, answer in history
-        for message in row(_text(question, "history", where), _text(answer, "history", where))["messages"]
+        for message in row(_text(question, field, where), _text(answer, field, where))["messages"]
     ]
 
 

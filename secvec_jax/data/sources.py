@@ -4,6 +4,7 @@ harmful = load_rows("advbench")                              # packaged; read fr
 mine = load_rows("my_rows.jsonl")                            # or .json, .csv, .parquet, a folder
 theirs = load_rows("openai/gsm8k:main", split="test")        # hub: OWNER/NAME or OWNER/NAME:CONFIG
 bucket = load_rows("gs://bucket/my_rows.jsonl")              # an object store, through fsspec
+other = load_rows("rows.csv:prompt=anfrage,response=antwort")  # columns with other names; see `columns`
 unsafe = load_rows("beavertails-unsafe", split="30k_test")   # hub: by a name of `HUB_SETS`, made into rows
 given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
 """
@@ -22,6 +23,7 @@ from typing import Any
 from secvec_jax.arguments import path as checked_path
 from secvec_jax.assets import packages_dir
 from secvec_jax.data import benchmarks
+from secvec_jax.data.columns import Columns, split_columns
 from secvec_jax.data.hub_sets import HUB_SETS, records
 from secvec_jax.data.normalize import LONGEST_ROW, as_rows, normalize, normalized_rows, rows_in_memory, rows_on_disk
 from secvec_jax.data.refusals import refusals
@@ -55,7 +57,11 @@ LARGE = 256 * 2**20
 
 
 def load_rows(
-    source: str, split: str = "train", needs_answer: bool = True, ignore_fields: Collection[str] = ()
+    source: str,
+    split: str = "train",
+    needs_answer: bool = True,
+    ignore_fields: Collection[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> Rows[Row]:
     """Return the rows of a packaged benchmark, a local file or folder, or a data set of the hub.
 
@@ -63,18 +69,28 @@ def load_rows(
     keys of `HUB_SETS` take any that `datasets.load_dataset` takes, such as "test" or "train[:500]". Remote code never
     runs. Of folders, hub ids, Parquet files and JSONL files of more than `LARGE` bytes the rows stay on disk: they are
     checked here, and read on access. ignore_fields: fields that may be left out although they could hold
-    what is to be learned; "*": all that are not used.
+    what is to be learned; "*": all that are not used. columns: the columns that hold the fields of a row, such as
+    {"prompt": "anfrage", "response": "antwort"}; they can also follow the source: "rows.csv:prompt=anfrage".
 
     Raises UserError if nothing has this name, if it cannot be reached or read, if it is empty, if a row has
-    fields that `normalize` does not know, or if `needs_answer` and a row has no answer.
+    fields that `normalize` does not know, if no row has a column that is mapped, or if `needs_answer` and a row has no
+    answer.
     """
+    mapping = dict[str, str]()
+    if isinstance(source, str | Path):
+        source, mapping = split_columns(str(source))
     path = checked_path("data", source, "a file, a folder, a packaged name or a hub data set's id")
     source = str(source)
+    if mapping and columns:
+        raise UserError(f"{source} is followed by columns, and columns= is passed, too: map them in one place")
+    named = Columns.of(mapping or columns)
+    if named.mapped and (source in PACKAGED or source in HUB_SETS):
+        raise UserError(f"{source} is made into rows already: leave the columns out")
     if is_url(source):
         path = fetched(source)
         source = str(path)
     if source not in PACKAGED and (path.is_dir() or _looks_like_hub_id(source)):
-        return as_rows(_load_dataset(source, split), needs_answer, source, ignore_fields)
+        return as_rows(_load_dataset(source, split), needs_answer, source, ignore_fields, mapping or columns)
     if source in HUB_SETS:
         return as_rows(HUB_SETS[source](split), needs_answer, source)
     if split != "train":
@@ -91,11 +107,11 @@ def load_rows(
         raise UserError(f"{source}: cannot read {path.suffix or 'such'} files; use one of {known}")
     try:
         if path.suffix == ".parquet":
-            return rows_on_disk(_parquet(path), needs_answer, path.name, ignore_fields)
+            return rows_on_disk(_parquet(path), needs_answer, path.name, ignore_fields, named)
         if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
-            return _lines_on_disk(path, needs_answer, ignore_fields)
+            return _lines_on_disk(path, needs_answer, ignore_fields, named)
         unit = "line" if path.suffix == ".jsonl" else "row"
-        return rows_in_memory(_READERS[path.suffix](path), needs_answer, path.name, unit, ignore_fields)
+        return rows_in_memory(_READERS[path.suffix](path), needs_answer, path.name, unit, ignore_fields, named)
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:
@@ -140,7 +156,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, _parsed(line, path, number)
 
 
-def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str]) -> Rows[Row]:
+def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str], columns: Columns) -> Rows[Row]:
     """The rows of a JSONL file by where their lines begin, each checked once."""
     starts, numbers = array("Q"), array("Q")
 
@@ -155,7 +171,7 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
                     yield number, _parsed(line.decode(), path, number)
                 begin += len(line)
 
-    for _ in normalized_rows(lines(), needs_answer, path.name, "line", ignore_fields):
+    for _ in normalized_rows(lines(), needs_answer, path.name, "line", ignore_fields, columns):
         pass
 
     def where(index: int) -> str:
@@ -165,7 +181,7 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
         with path.open("rb") as file:
             file.seek(starts[index])
             line = file.readline().decode()
-            return normalize(_parse_json(line, where(index)), where(index), ignore_fields)
+            return normalize(_parse_json(line, where(index)), where(index), ignore_fields, columns)
 
     return Rows(read, len(starts), where, answered=needs_answer)
 

@@ -10,6 +10,7 @@ from secvec_jax.arguments import callback, instance, path, shown
 from secvec_jax.batch import check_token_ids
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
+from secvec_jax.data.columns import split_columns
 from secvec_jax.data.encoded import LENGTHS, Examples, encode_rows
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.sources import as_rows, load_rows
@@ -43,7 +44,9 @@ def as_row_source(rows: Any, name: str) -> Any:
     Raises UserError for a single row and for anything that contains no rows.
     """
     if isinstance(rows, str | os.PathLike):
-        return load_rows(str(path(name, rows, "a list of rows, or the path of a file with rows")))
+        source, columns = split_columns(str(rows))
+        path(name, source, "a list of rows, or the path of a file with rows")
+        return load_rows(source, columns=columns)
     rows = records_of(rows)
     if isinstance(rows, Mapping) and is_row(rows):
         raise UserError(f"{name} is a single row: pass a list, [row]")

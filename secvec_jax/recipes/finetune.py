@@ -41,8 +41,8 @@ class Finetune:
     """Phase 2: fine-tune on your data, with the security vectors active and frozen, or under another defense."""
 
     data: Texts
-    """training rows: files, packaged names or hub dataset ids, shuffled together; the loss of each is reported
-    separately"""
+    """training rows: files (FILE:prompt=COLUMN,response=COLUMN for other columns), packaged names or hub dataset ids,
+    shuffled together; the loss of each is reported separately"""
     vectors: tuple[str, ...] = ()
     """run directories of `train.py vectors`, their vector files, or PEFT adapter folders, all active at once; none:
     train without protection; required, except with a --defense, which needs no vectors or trains its own"""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secvec_jax.checks import PositiveInt, Text, checked
+from secvec_jax.data.columns import without_columns
 from secvec_jax.data.rows import Row, prompt_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.screening import Screening
@@ -116,7 +117,8 @@ def _check_clean(settings: Screen, clean: str) -> None:
     check_replaceable(path)
     check_regular(path)
     named = {f"--{name}": getattr(settings, name) for name in ("data", "harmful", "benign", "vectors", "model")}
-    inputs = {flag: expanded(name) for flag, name in named.items() if name is not None and not is_url(name)}
+    files = {flag: without_columns(name) for flag, name in named.items() if name is not None}
+    inputs = {flag: expanded(name) for flag, name in files.items() if not is_url(name)}
     check_separate(path, "--write-clean", inputs)
     check_not_of_run(path, "--write-clean", settings.out)
 

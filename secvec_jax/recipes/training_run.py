@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from secvec_jax.data.columns import without_columns
 from secvec_jax.data.rows import Row
 from secvec_jax.data.sources import load_rows
 from secvec_jax.distributed import on_main_process
@@ -131,6 +132,7 @@ def rows_by_source(sources: Sequence[str], ignore_fields: Sequence[str]) -> dict
         return {"all": load_rows(sources[0], ignore_fields=ignore_fields)}
     if len(set(sources)) < len(sources):
         raise UserError(f"--data names {max(sources, key=list(sources).count)} twice: name each source once")
-    short = [Path(source).stem if Path(source).is_file() else source for source in sources]
+    files = [without_columns(source) for source in sources]
+    short = [Path(file).stem if Path(file).is_file() else source for file, source in zip(files, sources)]
     names = short if len(set(short)) == len(short) else sources
     return {name: load_rows(source, ignore_fields=ignore_fields) for name, source in zip(names, sources)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secvec_jax import assets, digests
+from secvec_jax.data.columns import split_columns
 from secvec_jax.data.sources import PACKAGED, load_rows
 from secvec_jax.errors import UserError
 from secvec_jax.files import expanded
@@ -57,13 +58,14 @@ def of_path(path: Path) -> str:
 
 
 def rows(source: str) -> str:
-    """Return the digest of a source for `load_rows`: of a file's or folder's bytes, otherwise of the rows."""
-    path = local(source)
-    if source not in PACKAGED and path.is_file():
-        return digests.of_file(path)
-    if source not in PACKAGED and path.is_dir():
-        return digests.of_files(path, _visible(path))
-    return digests.of_values(load_rows(source, needs_answer=False))
+    """Return the digest of a source for `load_rows`: of a file's or folder's bytes and of the columns that follow its
+    name, otherwise of the rows."""
+    name, columns = split_columns(source)
+    path = local(name)
+    if name in PACKAGED or not (path.is_file() or path.is_dir()):
+        return digests.of_values(load_rows(source, needs_answer=False))
+    content = digests.of_file(path) if path.is_file() else digests.of_files(path, _visible(path))
+    return digests.of_values([content, columns]) if columns else content
 
 
 def packaged(sources: Iterable[str]) -> Inputs:

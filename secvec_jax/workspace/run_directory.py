@@ -16,6 +16,7 @@ from typing import Any
 
 import secvec_jax
 from secvec_jax import config
+from secvec_jax.data.columns import without_columns
 from secvec_jax.digests import difference, of_values
 from secvec_jax.errors import UserError, WriteError
 from secvec_jax.evaluation.records import is_number
@@ -153,7 +154,7 @@ def _clear(folder: Path, inputs: Inputs) -> None:
     """Delete what a run has made. Raises UserError if an input of the new run is among it, or is missing."""
     made = [folder / name for name in _MADE] + [*folder.glob("seed-*")]
     for label, content in inputs.items():
-        name = label.partition(" ")[2]
+        name = without_columns(label.partition(" ")[2])
         if not label.startswith("--"):
             continue
         if any(resolved(expanded(name)).is_relative_to(resolved(path)) for path in made):
