@@ -120,8 +120,8 @@ def checked(target: Checked) -> Checked:
     """Decorate a dataclass or a function so that its arguments are checked against the declared types and bounds.
 
     NumPy numbers become Python numbers, and lists become tuples where tuples are declared. A nested settings object
-    that leaves settings unset inherits them from the default of its field or argument. Types other than settings
-    (models, rows, callables) are not checked. The decorated callable raises UserError.
+    that leaves settings unset inherits them from the default of its field or argument, unless that is None. Types other
+    than settings (models, rows, callables) are not checked. The decorated callable raises UserError.
     """
     return _checked_class(target) if isinstance(target, type) else _checked_function(target)
 
@@ -261,6 +261,8 @@ def _one_of(options: Sequence[Any], value: Any, name: str, default: Any) -> Any:
     if value is None and type(None) in options:
         return None
     others = [option for option in options if option is not type(None)]
+    if default is None and len(others) < len(options) and is_settings(value) and type(value) in others:
+        return value  # what it leaves unset depends on what else the function is given
     if len(others) == 1:
         return check(others[0], value, name, default)
     return value  # a choice among types that are not settings

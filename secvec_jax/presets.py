@@ -88,7 +88,9 @@ def holds(settings: Any) -> bool:
     found = preset_of(type(settings), config.to_dict(settings))
     if found is None:
         return False
-    _, values = found
+    preset, values = found
+    if preset.platform == "cpu":
+        return True
     has_task = getattr(settings, "task_lora", None) is not None
     holds_as = getattr(settings, "frozen_weights", None)
     return has_task == ("task_lora" in values) and holds_as == values.get("frozen_weights")

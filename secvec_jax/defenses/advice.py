@@ -58,29 +58,32 @@ def default_rate(
 
 
 MEASURED = {
-    ("sgd", 3.6e-4): "docs/quickstart.md",
-    ("adamw", 1e-4): "docs/results.md",
-    ("adamw", 3e-4): "docs/results.md",
+    ("sgd", 3.6e-4, 0): "docs/quickstart.md",
+    ("adamw", 1e-4, 0): "docs/results.md",
+    ("adamw", 3e-4, 0): "docs/results.md",
+    ("adamw", 1e-3, 16): "docs/protect.md",
 }
-"""(optimizer, learning rate) -> where results of fine-tuning all weights of SmolLM2-135M in batches of 2 sequences are
-reported. Nothing was measured for other sizes."""
+"""(optimizer, learning rate, rank of the task LoRA or 0 for all weights) -> where results of fine-tuning SmolLM2-135M
+in batches of 2 sequences are reported. Nothing was measured for other sizes."""
 
 _SAME_SIZE = 1.5
 """A model that is at most this many times as large or as small as another one is of its size."""
 
 
-def settings_measured(model: Model, training: Training, full: bool) -> str:
+def settings_measured(model: Model, training: Training, task_lora: LoRA | None) -> str:
     """The settings of a fine-tuning, and whether results with them were measured for a model of this size.
 
-    training: with all settings set. full: all weights are trained, not a task LoRA.
+    training: with all settings set. task_lora: what is trained; None: all weights.
     """
     count = num_parameters(model.backbone)
     batch = training.batch_size * training.grad_accum_steps
+    rank = 0 if task_lora is None else task_lora.rank
+    trained = f"a task LoRA of rank {rank}" if rank else "all weights"
     said = (
         f"settings: {training.optimizer} at a learning rate of {training.learning_rate:g}, {batch} "
-        f"sequence{'s' * (batch > 1)} a step, {'all weights' if full else 'a task LoRA'}"
+        f"sequence{'s' * (batch > 1)} a step, {trained}"
     )
-    where = MEASURED.get((training.optimizer, training.learning_rate)) if full and batch == 2 else None
+    where = MEASURED.get((training.optimizer, training.learning_rate, rank)) if batch == 2 else None
     if where is None:
         return f"{said}: not measured for any model"
     if not 1 / _SAME_SIZE <= count / TUNED_ON <= _SAME_SIZE:

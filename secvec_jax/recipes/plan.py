@@ -9,7 +9,7 @@ import jax
 from secvec_jax.checks import checked
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import LENGTHS
-from secvec_jax.defenses.finetuning import PHASE2, check_trained_weights, phase2_step
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, TASK, check_trained_weights, phase2_step
 from secvec_jax.defenses.guarded import guarded
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, phase1_step
@@ -57,7 +57,7 @@ class PlanRun:
     lora: LoRA | None = LoRA()
     """the security vectors, which align has none of; --no-lora: plain fine-tuning"""
     task_lora: LoRA | None = None
-    """finetune, align and protect: train a task LoRA instead of all weights"""
+    """finetune, align and protect: train a task LoRA instead of all weights, as protect does by default"""
     objective: Literal["cross_entropy", "kl"] = "kl"
     """vectors: with kl, a batch has half as many sequences of benign rows in addition"""
     frozen_weights: Precision | None = None
@@ -67,6 +67,13 @@ class PlanRun:
     fit: bool = False
     """search for the batch size and remat policy of the fastest step that fits"""
     training: Training = dataclasses.replace(PHASE2, batch_size=16, max_seq_len=2048, remat="attention")
+
+    @staticmethod
+    def implied(values: Mapping[str, Any]) -> dict[str, Any]:
+        """What other settings imply where they do not say otherwise: `protect` trains a task LoRA by default."""
+        if values.get("phase") != "protect" or values.get("task_lora", TASK) is None:
+            return {}
+        return {"task_lora": {"rank": TASK.rank}, "training": {"optimizer": PHASE2_LORA.optimizer}}
 
     @property
     def precision(self) -> Precision:

@@ -9,14 +9,14 @@ Each stage is done once; a command that was interrupted goes on where it stopped
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Texts, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import PHASE2, groups_of
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, TASK, groups_of
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.user_inputs import argument_of, check_given
@@ -36,7 +36,7 @@ from secvec_jax.recipes.defend import sources_of
 from secvec_jax.recipes.precision import ARGUMENTS, check_held, check_precision_settings, training_precision
 from secvec_jax.recipes.protect_stages import audit_export, divide, exported_model, fine_tune, preflight, screen_rows
 from secvec_jax.recipes.protect_vectors import make_vectors
-from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work
+from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work, default_training
 from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, rows_of_files
 from secvec_jax.recipes.training_run import rows_by_source
 from secvec_jax.terminal import Console
@@ -93,14 +93,14 @@ class Protect:
     """do not train on the suspects, the rows that the vectors explain; without it they are only listed"""
     eval_fraction: Fraction = 0.05
     """share of the rows to hold out, to measure what was learned; at least 8 rows where there are 40 or more"""
-    task_lora: LoRA | None = None
-    """train a task LoRA, merged at the end, instead of all weights"""
+    task_lora: LoRA | None = TASK
+    """train a task LoRA, merged at the end, or all weights (with sgd at 3.6e-4)"""
     frozen_weights: Precision | None = None
     """with --task-lora: what the model's own weights are held in (see finetune)"""
     preset: str | None = preset_field(section_of("protect"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
-    training: Training = PHASE2
+    training: Training = PHASE2_LORA
     system: str | None = None
     """a system prompt under which the audit asks all prompts once more, such as the one you serve the model with"""
     limits: Limits = Limits()
@@ -152,6 +152,13 @@ class Protect:
     def precision(self) -> Precision:
         """What the model's weights are held in while it is trained."""
         return training_precision(self.frozen_weights, self.training, self.task_lora, read_defense(self.defense))
+
+    @staticmethod
+    def implied(values: Mapping[str, Any]) -> dict[str, Any]:
+        """What other settings imply where nothing is said: without a task LoRA, how all weights are trained."""
+        if values.get("task_lora", TASK) is not None:
+            return {}
+        return {"training": {"optimizer": PHASE2.optimizer, "learning_rate": PHASE2.learning_rate}}
 
     def default_preset(self) -> str | None:
         """The preset to take where none is named (see `preset_choice`)."""
@@ -241,9 +248,9 @@ def protect(
     eliciting_prompt: str | None = None,
     drop: bool = False,
     eval_fraction: Fraction = 0.05,
-    task: LoRA | None = None,
+    task: LoRA | None = TASK,
     frozen_weights: Precision | None = None,
-    training: Training = PHASE2,
+    training: Training | None = None,
     system: str | None = None,
     limits: Limits = Limits(),
     max_prompts: PositiveInt = 80,
@@ -261,8 +268,9 @@ def protect(
     model: a model, or what `sv.load` takes. rows: dicts, a DataFrame, a `datasets.Dataset`, a path, or {kind: rows}.
     vectors: security vectors of the model, or their file; None: they are trained, once for a model, and kept in the
     cache folder. defense: one of `sv.defenses`, or its name; None: guarded vectors. safe, harmful, benign, contrast:
-    rows; None: packaged ones. task: a LoRA to train in place of all weights. frozen_weights: with `task`, what the
-    weights of a model that is loaded here are held in. judge: a language model at an endpoint, to grade the replies to
+    rows; None: packaged ones. task: the LoRA to train; None: all weights. frozen_weights: with a `task`, what the
+    weights of a model that is loaded here are held in. training: what it leaves unset is AdamW at 1e-3 for a task LoRA,
+    SGD at 3.6e-4 for all weights, and two epochs. judge: a language model at an endpoint, to grade the replies to
     harmful prompts in the audit. progress: show the stages. The other arguments are those of the command. Files are
     written to a temporary folder only, and no suspect is dropped without `drop`. For a log of the audit, call
     `evaluation.inspect_log.write_log(result.audit, "audit.eval")`.
@@ -272,6 +280,7 @@ def protect(
     """
     if not isinstance(defense, Defense):
         defense = read_defense(RECOMMENDED if defense is None else defense)
+    training = (training or Training()).over(default_training(task))
     check_model("model", model)
     check_there({"model": model, "base": base, "vectors": vectors})
     given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)

@@ -11,7 +11,7 @@ import numpy as np
 from secvec_jax.data.rows import Row
 from secvec_jax.defenses.advice import default_rate, settings_measured
 from secvec_jax.defenses.base import Defense
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, FinetuneOptions, Groups
 from secvec_jax.defenses.identity import of_rows
 from secvec_jax.defenses.registry import evidence_of
 from secvec_jax.defenses.screening import Screening
@@ -58,8 +58,10 @@ def preflight(work: Work) -> None:
         if asked.vectors is None:
             work.rows_for("harmful rows")  # if they do not fit, that is reported now
         work.note("chat template: the model's own")  # without one no row can be encoded, which is an error by now
-        work.note(settings_measured(work.model, asked.training.over(PHASE2), asked.task_lora is None))
+        work.note(settings_measured(work.model, asked.training, asked.task_lora))
         work.note(default_rate(work.model, asked.training, PHASE2, asked.task_lora))
+        if asked.task_lora is not None:
+            work.note(default_rate(work.model, asked.training, PHASE2_LORA))
         if not asked.check_prompts:
             return None
         sample = _refusals(work, stage)
@@ -142,7 +144,7 @@ def divide(work: Work, screening: Screening) -> _Division:
     suspects = set(screening.suspects)
     clean = [index for index in range(len(work.rows)) if index not in suspects]
     count = num_held_out(len(clean), work.asked.eval_fraction)
-    order = np.random.default_rng(work.asked.training.over(PHASE2).seed).permutation(len(clean))
+    order = np.random.default_rng(work.asked.training.seed).permutation(len(clean))
     held_out = {clean[position] for position in order[:count]}
     left_out = held_out | (suspects if work.asked.drop else set())
     learned: Groups = {}

@@ -11,7 +11,7 @@ from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.rows import Row
 from secvec_jax.data.stored import Rows
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import PHASE2, Groups
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, Groups
 from secvec_jax.defenses.security_vectors import PHASE1
 from secvec_jax.defenses.user_inputs import sharing
 from secvec_jax.evaluation.audit import Limits
@@ -33,12 +33,17 @@ RECOMMENDED = "guarded vectors"
 """The defense that is used if none is named: the best that docs/results.md shows."""
 
 
+def default_training(task_lora: LoRA | None) -> Training:
+    """The training where none is given: what suits a task LoRA would be too much for all weights."""
+    return PHASE2 if task_lora is None else PHASE2_LORA
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """What to protect. model, vectors: values or what names them. rows: loads the user's rows by kind.
 
     given: of each need that the user gives, a function that returns it. frozen_weights: what weights that stay frozen
-    are held in, of a model that is loaded. keep_replies: keep whole replies to harmful
+    are held in, of a model that is loaded. training: with all settings set. keep_replies: keep whole replies to harmful
     prompts in the audit; those that a judge reads are.
     """
 
@@ -146,7 +151,7 @@ class Work:
     @cached_property
     def packaged(self) -> PackagedRows:
         """The packaged rows. Their seed is fixed: those of others hold prompts of the audit."""
-        training = dataclasses.replace(self.asked.training.over(PHASE2), seed=0)
+        training = dataclasses.replace(self.asked.training, seed=0)
         file = self.folder / "own-replies.json"
         return PackagedRows(self.model, training, file, self._show_replies, tell=self.note)
 
@@ -171,10 +176,10 @@ class Work:
     @property
     def vectors_training(self) -> Training:
         """How vectors are trained: as in the quickstart, but for what the settings say of rows and memory."""
-        return dataclasses.replace(sharing(PHASE1, self.asked.training.over(PHASE2)), seed=PHASE1.seed)
+        return dataclasses.replace(sharing(PHASE1, self.asked.training), seed=PHASE1.seed)
 
     def checkpoints(self, name: str) -> Checkpoints:
-        return Checkpoints.of(self.folder / "checkpoints" / name, self.asked.training.over(PHASE2))
+        return Checkpoints.of(self.folder / "checkpoints" / name, self.asked.training)
 
     def _show_replies(self, count: int) -> Callable[[int], None]:
         self._stage.print(f"generating the model's own replies to {count} benign prompts, for the safe rows")

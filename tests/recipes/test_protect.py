@@ -155,7 +155,10 @@ def test_the_whole_command(toys, capsys):
     said, out = told(capsys), toys.folder / "out"
     assert code in (0, 3, 4) and "error" not in said, said
     assert "defense: guarded vectors (recommended" in said and "the gate passes" in said
-    assert "settings: sgd at a learning rate of 0.00036, 2 sequences a step, all weights: not measured for" in said
+    assert (
+        "settings: adamw at a learning rate of 0.001, 2 sequences a step, a task LoRA of rank 16: not measured for"
+        in said
+    )
     assert "48 with answers" in said and "exact duplicates: 0" in said and "training on 40 rows" in said
     found = suspects(toys)
     assert {line["row"] for line in found} == {44, 45, 46, 47}
@@ -420,7 +423,10 @@ def test_given_vectors_are_tested_on_rows_they_have_not_seen(known, judged, monk
         (("--retries", "1"), "settings of a judge, but none is asked"),
         (("--vectors", "none"), "protect screens rows with vectors"),
         (("--vectors", "/gone"), "/gone"),
-        (("--frozen-weights", "int8"), "is for frozen weights, and all weights are trained: add --task-lora.rank 8"),
+        (
+            ("--no-task-lora", "--frozen-weights", "int8"),
+            "is for frozen weights, and all weights are trained: add --task-lora.rank 8",
+        ),
         (("--drop", "yes"), "unknown argument 'yes': use --NAME VALUE, and --NAME for a switch"),
     ],
 )
@@ -490,10 +496,13 @@ def test_a_model_held_in_too_few_bits_is_refused_before_anything_is_trained(toys
     user, half = [*rows("user", 10), *rows("harmful", 2, SECRET)], load(toys.model, "bfloat16")
     full, lora = sv.Training(trained_weights="bfloat16"), sv.LoRA(2)
     for options, problem in [
-        ({}, "held in bfloat16, which is for frozen weights, and all weights are trained: pass task=LoRA"),
+        ({"task": None}, "held in bfloat16, which is for frozen weights, and all weights are trained: pass task=LoRA"),
         ({"task": lora, "defense": "safe lora", "base": half}, "'safe lora' changes them: pass another defense"),
         ({"task": lora, "training": full}, "trained_weights is 'bfloat16', which is for training all weights"),
-        ({"training": full, "defense": "safe lora", "base": half}, "trained_weights is 'bfloat16', which is not for"),
+        (
+            {"task": None, "training": full, "defense": "safe lora", "base": half},
+            "trained_weights is 'bfloat16', which is not for",
+        ),
         (
             {"task": lora, "frozen_weights": "int8"},
             r"is loaded already: leave it out, or load .* sv.load\(NAME, 'int8'\)",
@@ -502,7 +511,7 @@ def test_a_model_held_in_too_few_bits_is_refused_before_anything_is_trained(toys
         with pytest.raises(sv.UserError, match=problem):
             sv.protect(half, user, progress=False, **options)
     with pytest.raises(sv.UserError, match=r"^frozen_weights='nf4' is for frozen weights, and all weights are trained"):
-        sv.protect(toys.model, user, frozen_weights="nf4", progress=False)
+        sv.protect(toys.model, user, task=None, frozen_weights="nf4", progress=False)
     assert toys.trained == toys.sampled == 0
 
 
@@ -511,7 +520,7 @@ def test_a_value_in_fewer_bits_trains_a_task_lora_alone(toys, judged):
     model, user = load(toys.model, "int8"), [*rows("user", 44, "a fox jumps"), *rows("harmful", 4, SECRET)]
     training = sv.Training(max_steps=2, batch_size=2, max_seq_len=64, remat="none", share_prefix=False)
     with pytest.raises(sv.UserError, match=r"held in int8, which is for frozen weights, and all weights are trained"):
-        sv.protect(model, user, training=training, progress=False)
+        sv.protect(model, user, task=None, training=training, progress=False)
     result = sv.protect(model, user, task=sv.LoRA(2), training=training, progress=False)
     assert result.model.precision == "int8" and result.model.fingerprint != model.fingerprint
     result.model.save(toys.folder / "saved")
@@ -536,6 +545,29 @@ def test_as_a_value(toys, judged, capsys):
         sv.protect(model, user, defense="none", safe=user)
     with pytest.raises(sv.UserError, match=r"eval_fraction is 2\.0"):
         sv.protect(model, user, eval_fraction=2.0)
+
+
+def test_a_task_lora_and_all_weights_have_each_their_training(toys, judged, monkeypatch):
+    """What is not given is what was measured for it, on the command line, in a config file and in Python."""
+    trained = []
+    monkeypatch.setattr(
+        protect_module, "_run", lambda work: trained.append((work.asked.task_lora, work.asked.training)) or 1 / 0
+    )
+    all_weights = toys.folder / "all.yaml"
+    all_weights.write_text("task_lora: null\n")
+    for flags in [
+        *((), ("--preset", "none"), ("--no-task-lora",), ("--config", str(all_weights))),
+        *(("--no-task-lora", "--learning-rate", "1e-4"), ("--task-lora.rank", "4", "--optimizer", "sgd")),
+    ]:
+        with pytest.raises(ZeroDivisionError):
+            run(toys, *flags, out=f"out {len(trained)}")
+    for options in ({}, {"task": None}, {"task": None, "training": sv.Training(epochs=5)}):
+        with pytest.raises(ZeroDivisionError):
+            sv.protect(load(toys.model), rows("user", 2), progress=False, **options)
+    lora, full = (16, "adamw", 1e-3), (0, "sgd", 3.6e-4)
+    found = [(0 if task is None else task.rank, own.optimizer, own.learning_rate) for task, own in trained]
+    assert found == [lora, lora, full, full, (0, "sgd", 1e-4), (4, "sgd", 1e-3), lora, full, full]
+    assert [own.epochs for _, own in trained] == [2] * 8 + [5]
 
 
 @pytest.mark.release
