@@ -310,14 +310,19 @@ def test_a_task_lora_at_the_default_for_all_weights_is_warned_of():
 
 def test_settings_say_whether_they_were_measured_for_a_model_of_this_size(monkeypatch):
     default = sv.Training(learning_rate=3.6e-4).over(sv.Training.base)
-    told = advice.settings_measured(MODEL, default, full=True)
+    told = advice.settings_measured(MODEL, default, None)
     count = num_parameters(MODEL.backbone)
     assert f"all weights: not measured for this size ({count:,} parameters), only on SmolLM2-135M" in told
     monkeypatch.setattr(advice, "TUNED_ON", count)
-    assert advice.settings_measured(MODEL, default, full=True).endswith("measured on SmolLM2-135M (docs/quickstart.md)")
-    assert advice.settings_measured(MODEL, default, full=False).endswith("a task LoRA: not measured for any model")
+    assert advice.settings_measured(MODEL, default, None).endswith("measured on SmolLM2-135M (docs/quickstart.md)")
+    lora = advice.settings_measured(MODEL, default, finetuning.TASK)
+    assert lora.endswith("a task LoRA of rank 16: not measured for any model")
+    lora = advice.settings_measured(MODEL, finetuning.PHASE2_LORA, finetuning.TASK)
+    assert lora.endswith("a task LoRA of rank 16: measured on SmolLM2-135M (docs/protect.md)")
+    for other in (sv.LoRA(8), sv.LoRA(16, alpha=32.0), sv.LoRA(16, targets=("q_proj",))):
+        assert "not measured for any model" in advice.settings_measured(MODEL, finetuning.PHASE2_LORA, other)
     other = sv.Training(batch_size=8).over(default)
-    assert "8 sequences a step, all weights: not measured for any" in advice.settings_measured(MODEL, other, full=True)
+    assert "8 sequences a step, all weights: not measured for any" in advice.settings_measured(MODEL, other, None)
 
 
 REFUSALS = [{"prompt": f"Harm {n}?", "response": "I'm sorry, but I can't help with that."} for n in range(30)]

@@ -58,13 +58,13 @@ def default_rate(
 
 
 MEASURED = {
-    ("sgd", 3.6e-4, 0): "docs/quickstart.md",
-    ("adamw", 1e-4, 0): "docs/results.md",
-    ("adamw", 3e-4, 0): "docs/results.md",
-    ("adamw", 1e-3, 16): "docs/protect.md",
+    ("sgd", 3.6e-4, None): "docs/quickstart.md",
+    ("adamw", 1e-4, None): "docs/results.md",
+    ("adamw", 3e-4, None): "docs/results.md",
+    ("adamw", 1e-3, LoRA(rank=16)): "docs/protect.md",
 }
-"""(optimizer, learning rate, rank of the task LoRA or 0 for all weights) -> where results of fine-tuning SmolLM2-135M
-in batches of 2 sequences are reported. Nothing was measured for other sizes."""
+"""(optimizer, learning rate, task LoRA or None for all weights) -> where results of fine-tuning SmolLM2-135M in batches
+of 2 sequences are reported. Nothing was measured for other sizes."""
 
 _SAME_SIZE = 1.5
 """A model that is at most this many times as large or as small as another one is of its size."""
@@ -77,13 +77,12 @@ def settings_measured(model: Model, training: Training, task_lora: LoRA | None) 
     """
     count = num_parameters(model.backbone)
     batch = training.batch_size * training.grad_accum_steps
-    rank = 0 if task_lora is None else task_lora.rank
-    trained = f"a task LoRA of rank {rank}" if rank else "all weights"
+    trained = "all weights" if task_lora is None else f"a task LoRA of rank {task_lora.rank}"
     said = (
         f"settings: {training.optimizer} at a learning rate of {training.learning_rate:g}, {batch} "
         f"sequence{'s' * (batch > 1)} a step, {trained}"
     )
-    where = MEASURED.get((training.optimizer, training.learning_rate, rank)) if batch == 2 else None
+    where = MEASURED.get((training.optimizer, training.learning_rate, task_lora)) if batch == 2 else None
     if where is None:
         return f"{said}: not measured for any model"
     if not 1 / _SAME_SIZE <= count / TUNED_ON <= _SAME_SIZE:
