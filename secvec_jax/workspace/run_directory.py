@@ -198,7 +198,7 @@ def _check_settings(settings: Any, folder: Path) -> bool:
         _check_length(folder, before, now)
         return True
     key = differing[0]
-    what = f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" if before else f"{CONFIG} cannot be read"
+    what = f"{key} was {_shown(before, key)}, is now {_shown(now, key)}" if before else f"{CONFIG} cannot be read"
     raise UserError(
         f"{folder} already contains a run with different settings ({what}): pass --overwrite to replace it, or give "
         "another --out"
@@ -206,6 +206,12 @@ def _check_settings(settings: Any, folder: Path) -> bool:
 
 
 _absent = object()
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    """A setting as an error shows it; as a mapping if it is a group whose settings are there in its place."""
+    group = {name.removeprefix(f"{key}."): value for name, value in values.items() if name.startswith(f"{key}.")}
+    return repr(group or values.get(key))
 
 
 def _check_length(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from secvec_jax.config import Training, load
 from secvec_jax.errors import UserError
 from secvec_jax.files import LOCK, read_log
 from secvec_jax.terminal import Console
+from secvec_jax.vectors.lora import LoRA
 from secvec_jax.workspace import run_directory
 from secvec_jax.workspace.run_directory import claim, stage_record
 from secvec_jax.workspace.stages import Stages, curves
@@ -22,6 +23,7 @@ from secvec_jax.workspace.stages import Stages, curves
 class Experiment:
     seeds: tuple[int, ...] = (0, 1)
     folder: str | None = None
+    lora: LoRA | None = None
     training: Training = Training.base
     overwrite: bool = False
 
@@ -59,6 +61,7 @@ def test_a_folder_is_claimed_once_and_again_by_the_same_settings_and_inputs(tmp_
         (Experiment(training=Training(learning_rate=9.0)), "training.learning_rate was 0.001, is now 9.0"),
         (Experiment(seeds=(5,)), r"seeds was \[0, 1\], is now \[5\]"),
         (Experiment(folder="x"), "folder was None, is now 'x'"),
+        (Experiment(lora=LoRA(4)), r"lora was None, is now \{'rank': 4, 'alpha': 16.0, .*\}"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused_and_left_alone(tmp_path, other, difference):
