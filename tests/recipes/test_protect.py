@@ -110,7 +110,9 @@ def known(toys, own_cache, kept):
     if not any(kept.iterdir()):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(protect_stages, "audited", lambda *_: verdict("passes"))
-            assert run(toys, "--defense", "none", out="known") == 0
+            assert run(toys, "--defense", "none", "--no-task-lora", out="known") == 0
+        made = toys.folder / "known"
+        assert load(made / "model").fingerprint != load(toys.model).fingerprint and not (made / "task").exists()
         for name in ("vectors", "results"):
             shutil.copytree(own_cache / name, kept / name)
     else:
