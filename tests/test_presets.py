@@ -169,6 +169,13 @@ def test_plan_takes_the_phases_settings_and_refuses_a_preset_without(monkeypatch
         parsed("plan", "--preset", "with", "--phase", "potato")
 
 
+@pytest.mark.parametrize("flags", [(), ("--no-task-lora",), ("--task-lora.rank", "4"), ("--optimizer", "sgd")])
+def test_plan_trains_what_protect_trains_with_its_optimizer(flags):
+    run = parsed("protect", *flags)[0]
+    plan = parsed("plan", "--phase", "protect", *flags)[0]
+    assert (plan.task_lora, plan.training.optimizer) == (run.task_lora, run.training.optimizer)
+
+
 def test_one_of_another_size_is_refused(monkeypatch):
     monkeypatch.setattr(preset_choice, "_parameters", lambda model: 135_000_000)
     message = "--preset 7-8b-80gb is for models of 6.0 billion to 9.0 billion parameters, and tiny has 135 million: use"
