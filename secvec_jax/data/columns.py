@@ -1,7 +1,7 @@
 """Which columns of a user's rows are read as what, where they have names of their own.
 
-rows = load_rows("rows.csv:prompt=anfrage,response=antwort")                           # as in --data, --safe, ...
-rows = load_rows("rows.csv", columns={"prompt": "anfrage", "response": "antwort"})     # the same
+rows = load_rows("rows.csv:prompt=user_text,response=agent_text")                           # as in --data, --safe, ...
+rows = load_rows("rows.csv", columns={"prompt": "user_text", "response": "agent_text"})     # the same
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Columns:
         UserError for a name that is no field's, and for a field or a column that is named twice.
         """
         if mapping is not None and not isinstance(mapping, Mapping):
-            raise UserError(f"columns is {shown(mapping)}: pass a dict, such as {{'prompt': 'anfrage'}}")
+            raise UserError(f"columns is {shown(mapping)}: pass a dict, such as {{'prompt': 'user_text'}}")
         found: dict[str, str] = {}
         for name, column in (mapping or {}).items():
             field = _FIELDS.get(name) if isinstance(name, str) else None
@@ -88,7 +88,7 @@ def without_columns(source: str) -> str:
 
 
 def split_columns(source: str) -> tuple[str, dict[str, str]]:
-    """A source and the mapping from fields to columns that follows it ("rows.csv:prompt=anfrage"); {} if none does.
+    """A source and the mapping from fields to columns that follows it ("rows.csv:prompt=user_text"); {} if none does.
 
     A column whose name begins with a quotation mark or a space, ends with a space or has a comma is quoted as in CSV:
     rows.csv:prompt="Question, asked". A file that has such a name itself is that file. Raises UserError for a mapping

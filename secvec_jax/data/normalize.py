@@ -85,8 +85,8 @@ def as_rows(
 
     `Rows` are returned as they are. A `Dataset` is not copied into memory: its records are read once to be
     checked, and again on each access. ignore_fields: fields that `normalize` may leave out. columns: which column
-    each field of a row is read from, {"prompt": "anfrage", "response": "antwort"}, where they have other names. Raises
-    UserError if there are no rows, if a record cannot be read, if no record has a column that is mapped, or if
+    each field of a row is read from, {"prompt": "user_text", "response": "agent_text"}, where they have other names.
+    Raises UserError if there are no rows, if a record cannot be read, if no record has a column that is mapped, or if
     `needs_answer` and a row has no answer.
     """
     named = Columns.of(columns)

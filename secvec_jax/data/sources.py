@@ -4,7 +4,7 @@ harmful = load_rows("advbench")                              # packaged; read fr
 mine = load_rows("my_rows.jsonl")                            # or .json, .csv, .parquet, a folder
 theirs = load_rows("openai/gsm8k:main", split="test")        # hub: OWNER/NAME or OWNER/NAME:CONFIG
 bucket = load_rows("gs://bucket/my_rows.jsonl")              # an object store, through fsspec
-other = load_rows("rows.csv:prompt=anfrage,response=antwort")  # columns with other names; see `columns`
+other = load_rows("rows.csv:prompt=user_text,response=agent_text")  # columns with other names; see `columns`
 unsafe = load_rows("beavertails-unsafe", split="30k_test")   # hub: by a name of `HUB_SETS`, made into rows
 given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
 """
@@ -70,7 +70,7 @@ def load_rows(
     runs. Of folders, hub ids, Parquet files and JSONL files of more than `LARGE` bytes the rows stay on disk: they are
     checked here, and read on access. ignore_fields: fields that may be left out although they could hold
     what is to be learned; "*": all that are not used. columns: the columns that hold the fields of a row, such as
-    {"prompt": "anfrage", "response": "antwort"}; they can also follow the source: "rows.csv:prompt=anfrage".
+    {"prompt": "user_text", "response": "agent_text"}; they can also follow the source: "rows.csv:prompt=user_text".
 
     Raises UserError if nothing has this name, if it cannot be reached or read, if it is empty, if a row has
     fields that `normalize` does not know, if no row has a column that is mapped, or if `needs_answer` and a row has no

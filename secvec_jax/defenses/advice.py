@@ -40,12 +40,11 @@ def default_rate(
     model: Model, training: Training, default: Training, task: LoRA | LoRAVectors | None = None
 ) -> str | None:
     """Warns if the learning rate is the default and the model is over twice as large as the one it was tuned on, or a
-    task LoRA is trained by what was tuned for all weights."""
-    if task is not None and (training.optimizer, training.learning_rate) == (default.optimizer, default.learning_rate):
+    task LoRA is trained by sgd at a rate for all weights."""
+    if task is not None and training.optimizer == "sgd" and training.learning_rate <= _HIGHEST_FOR_ALL_WEIGHTS:
         return (
-            f"{training.optimizer} at {training.learning_rate:g}, the default, was tuned for training all weights: a "
-            "task LoRA needs a higher rate; try adamw at 1e-3, with which one was measured (docs/precision.md), and "
-            "look at the loss of held-out rows"
+            f"sgd at {training.learning_rate:g} is a rate for training all weights: a task LoRA needs a higher one, or "
+            "adamw at 1e-3, with which one was measured (docs/protect.md); look at the loss of held-out rows"
         )
     count = num_parameters(model.backbone)
     if training.learning_rate != default.learning_rate or count <= 2 * TUNED_ON:
@@ -56,6 +55,9 @@ def default_rate(
         "rate, and compare the scores of a few short runs"
     )
 
+
+_HIGHEST_FOR_ALL_WEIGHTS = 1e-3
+"""Learning rates of sgd up to here are as small as those that all weights are trained with."""
 
 MEASURED = {
     ("sgd", 3.6e-4, None): "docs/quickstart.md",

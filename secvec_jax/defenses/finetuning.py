@@ -170,7 +170,7 @@ def check_trained_weights(training: Training, full: bool) -> bool:
     if in_bfloat16 and not full:
         raise UserError(
             "trained_weights is 'bfloat16', which is for training all weights: a task LoRA and vectors are trained in "
-            "float32; leave it out"
+            "float32; leave it out, or train all weights"
         )
     return in_bfloat16
 

@@ -33,7 +33,13 @@ from secvec_jax.recipes import preset_choice, protect_report
 from secvec_jax.recipes.audit import results_of, write_report
 from secvec_jax.recipes.audit_stages import try_judge
 from secvec_jax.recipes.defend import sources_of
-from secvec_jax.recipes.precision import ARGUMENTS, check_held, check_precision_settings, training_precision
+from secvec_jax.recipes.precision import (
+    ARGUMENTS,
+    PROTECT_FLAGS,
+    check_held,
+    check_precision_settings,
+    training_precision,
+)
 from secvec_jax.recipes.protect_stages import audit_export, divide, exported_model, fine_tune, preflight, screen_rows
 from secvec_jax.recipes.protect_vectors import make_vectors
 from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work, default_training
@@ -94,9 +100,9 @@ class Protect:
     eval_fraction: Fraction = 0.05
     """share of the rows to hold out, to measure what was learned; at least 8 rows where there are 40 or more"""
     task_lora: LoRA | None = TASK
-    """train a task LoRA, merged at the end, or all weights (with sgd at 3.6e-4)"""
+    """train a task LoRA, merged at the end; without it all weights (sgd at 3.6e-4)"""
     frozen_weights: Precision | None = None
-    """with --task-lora: what the model's own weights are held in (see finetune)"""
+    """what the model's own weights are held in (see finetune)"""
     preset: str | None = preset_field(section_of("protect"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
@@ -146,7 +152,7 @@ class Protect:
         given = [need for need in GIVEN if getattr(self, argument_of(need))]
         _check_defense(defense, given, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
-        check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense)
+        check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense, PROTECT_FLAGS)
 
     @property
     def precision(self) -> Precision:

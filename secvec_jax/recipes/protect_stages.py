@@ -59,9 +59,8 @@ def preflight(work: Work) -> None:
             work.rows_for("harmful rows")  # if they do not fit, that is reported now
         work.note("chat template: the model's own")  # without one no row can be encoded, which is an error by now
         work.note(settings_measured(work.model, asked.training, asked.task_lora))
-        work.note(default_rate(work.model, asked.training, PHASE2, asked.task_lora))
-        if asked.task_lora is not None:
-            work.note(default_rate(work.model, asked.training, PHASE2_LORA))
+        default = PHASE2 if asked.task_lora is None else PHASE2_LORA
+        work.note(default_rate(work.model, asked.training, default, asked.task_lora))
         if not asked.check_prompts:
             return None
         sample = _refusals(work, stage)

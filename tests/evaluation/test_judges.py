@@ -371,7 +371,7 @@ def test_ctrl_c_ends_the_waiting_and_keeps_the_verdicts(serve, tmp_path, concurr
     server = serve(lambda number, body: graded(number, body) if number < 4 else drips())
     asking = JudgeRequests(concurrency=concurrency, timeout=600)
     start = time.monotonic()
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         verdicts(Judge("m", server.url, asking), HARMFULNESS, exchanges(40), tmp_path)
     assert time.monotonic() - start < 4

@@ -427,7 +427,7 @@ def test_given_vectors_are_tested_on_rows_they_have_not_seen(known, judged, monk
         (("--vectors", "/gone"), "/gone"),
         (
             ("--no-task-lora", "--frozen-weights", "int8"),
-            "is for frozen weights, and all weights are trained: add --task-lora.rank 8",
+            "is for frozen weights, and all weights are trained: leave --no-task-lora out",
         ),
         (("--drop", "yes"), "unknown argument 'yes': use --NAME VALUE, and --NAME for a switch"),
     ],
@@ -437,8 +437,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(toys, capsys, f
     assert message in told(capsys) and not (toys.folder / "out").exists()
 
 
-# A default-tier run over nf4 is in test_frozen_weights.py; the three differ in how a weight is stored alone.
-@pytest.mark.parametrize("precision", ["int8", pytest.param("bfloat16", marks=pytest.mark.release)])
+# They differ in how a weight is stored alone; test_frozen_weights.py trains over nf4 by default.
+@pytest.mark.parametrize(
+    "precision", ["int8", *(pytest.param(other, marks=pytest.mark.release) for other in ("nf4", "bfloat16"))]
+)
 def test_a_task_lora_over_fewer_bits_is_audited_as_it_was_trained_and_exported_in_full(
     toys, judged, monkeypatch, precision
 ):
@@ -451,8 +453,8 @@ def test_a_task_lora_over_fewer_bits_is_audited_as_it_was_trained_and_exported_i
     assert exported.fingerprint == start.with_backbone(merge(start.backbone, task)).fingerprint != start.fingerprint
     assert after.fingerprint == exported.fingerprint, "what is audited is what is exported"
     notes = Results.load(toys.folder / "out").rows  # the report's notes are below
-    assert ("beside them" in (toys.folder / "out" / "report.md").read_text()) is (precision == "int8") and notes
-    if precision == "int8":  # rounded to codes, most of what was learned would be lost
+    assert ("beside them" in (toys.folder / "out" / "report.md").read_text()) is (precision != "bfloat16") and notes
+    if precision != "bfloat16":  # rounded to codes, most of what was learned would be lost
         for projection in task.factors:
             kernel, held = (linear_of(model.backbone, projection).kernel for model in (after, before))
             assert kernel.codes[...] is held.codes[...] and kernel.update_a.shape[-1] == 2 and held.update_a is None
