@@ -299,10 +299,11 @@ def test_a_larger_model_with_the_default_learning_rate_is_warned_of(monkeypatch)
     assert advice.default_rate(MODEL, default, default) is None
 
 
-def test_a_task_lora_at_the_default_for_all_weights_is_warned_of():
+def test_a_task_lora_at_a_rate_for_all_weights_is_warned_of():
     default, task = security_vectors.PHASE2, sv.LoRA(2)
-    text = advice.default_rate(MODEL, default, default, task)
-    assert text and "a task LoRA needs a higher rate; try adamw at 1e-3" in text
+    for slow in (default, dataclasses.replace(finetuning.PHASE2_LORA, optimizer="sgd")):
+        text = advice.default_rate(MODEL, slow, finetuning.PHASE2_LORA, task)
+        assert text and "a task LoRA needs a higher one, or adamw at 1e-3" in text
     adam = dataclasses.replace(default, optimizer="adamw")
     for training, lora in ((adam, task), (dataclasses.replace(default, learning_rate=0.1), task), (default, None)):
         assert advice.default_rate(MODEL, training, default, lora) is None

@@ -53,7 +53,8 @@ class PlanRun:
     phase: Phase = "finetune"
     """vectors: phase 1, with the model frozen; finetune: phase 2, all weights under frozen vectors; align: all weights
     without vectors; protect: phase 2 with as many sequences of safe rows in addition, which are learned without the
-    vectors (guarded vectors). vectors and align use adamw, as their verbs do, unless --optimizer is other than sgd"""
+    vectors (guarded vectors). vectors and align use adamw, as their verbs do, unless --optimizer is other than sgd;
+    protect uses it for a task LoRA by default"""
     lora: LoRA | None = LoRA()
     """the security vectors, which align has none of; --no-lora: plain fine-tuning"""
     task_lora: LoRA | None = None
