@@ -316,9 +316,9 @@ def test_settings_say_whether_they_were_measured_for_a_model_of_this_size(monkey
     assert f"all weights: not measured for this size ({count:,} parameters), only on SmolLM2-135M" in told
     monkeypatch.setattr(advice, "TUNED_ON", count)
     assert advice.settings_measured(MODEL, default, None).endswith("measured on SmolLM2-135M (docs/quickstart.md)")
-    lora = advice.settings_measured(MODEL, default, finetuning.TASK)
+    lora = advice.settings_measured(MODEL, default, sv.LoRA(16))
     assert lora.endswith("a task LoRA of rank 16: not measured for any model")
-    lora = advice.settings_measured(MODEL, finetuning.PHASE2_LORA, finetuning.TASK)
+    lora = advice.settings_measured(MODEL, finetuning.PHASE2_LORA, sv.LoRA(16))
     assert lora.endswith("a task LoRA of rank 16: measured on SmolLM2-135M (docs/protect.md)")
     for other in (sv.LoRA(8), sv.LoRA(16, alpha=32.0), sv.LoRA(16, targets=("q_proj",))):
         assert "not measured for any model" in advice.settings_measured(MODEL, finetuning.PHASE2_LORA, other)

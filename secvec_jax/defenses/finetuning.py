@@ -66,9 +66,8 @@ TrainStepMaker = Callable[[Objective, optax.GradientTransformation], TrainStep]
 PHASE2 = Training(learning_rate=3.6e-4, epochs=2).over(Training.base)
 """The settings of the quickstart, tuned on a model of 135 million parameters."""
 
-TASK = LoRA(rank=16)
 PHASE2_LORA = Training(optimizer="adamw", learning_rate=1e-3).over(PHASE2)
-"""What `protect` trains, and how; docs/protect.md has the results for a model of 135 million parameters."""
+"""How `protect` trains a task LoRA; docs/protect.md has the results for a model of 135 million parameters."""
 
 
 class FinetuneOptions(TypedDict, total=False):

@@ -9,7 +9,7 @@ import jax
 from secvec_jax.checks import checked
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import LENGTHS
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, TASK, check_trained_weights, phase2_step
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, check_trained_weights, phase2_step
 from secvec_jax.defenses.guarded import guarded
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, phase1_step
@@ -54,11 +54,11 @@ class PlanRun:
     """vectors: phase 1, with the model frozen; finetune: phase 2, all weights under frozen vectors; align: all weights
     without vectors; protect: phase 2 with as many sequences of safe rows in addition, which are learned without the
     vectors (guarded vectors). vectors and align use adamw, as their verbs do, unless --optimizer is other than sgd;
-    protect uses it for a task LoRA by default"""
+    protect uses it for a task LoRA"""
     lora: LoRA | None = LoRA()
     """the security vectors, which align has none of; --no-lora: plain fine-tuning"""
     task_lora: LoRA | None = None
-    """finetune, align and protect: train a task LoRA instead of all weights, as protect does by default"""
+    """finetune, align and protect: train a task LoRA instead of all weights"""
     objective: Literal["cross_entropy", "kl"] = "kl"
     """vectors: with kl, a batch has half as many sequences of benign rows in addition"""
     frozen_weights: Precision | None = None
@@ -71,10 +71,10 @@ class PlanRun:
 
     @staticmethod
     def implied(values: Mapping[str, Any]) -> dict[str, Any]:
-        """What other settings imply where they do not say otherwise: `protect` trains a task LoRA by default."""
-        if values.get("phase") != "protect" or values.get("task_lora", TASK) is None:
+        """What other settings imply where they do not say otherwise: how `protect` trains a task LoRA."""
+        if values.get("phase") != "protect" or values.get("task_lora") is None:
             return {}
-        return {"task_lora": {"rank": TASK.rank}, "training": {"optimizer": PHASE2_LORA.optimizer}}
+        return {"training": {"optimizer": PHASE2_LORA.optimizer}}
 
     @property
     def precision(self) -> Precision:

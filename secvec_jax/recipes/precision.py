@@ -24,7 +24,6 @@ class Named(NamedTuple):
 
 
 FLAGS = Named("--frozen-weights {}", "add --task-lora.rank 8", "choose another --defense")
-PROTECT_FLAGS = FLAGS._replace(task_lora="leave --no-task-lora out")
 ARGUMENTS = Named("frozen_weights={!r}", "pass task=LoRA(8)", "pass another defense")
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Texts, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, TASK, groups_of
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, groups_of
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.user_inputs import argument_of, check_given
@@ -33,13 +33,7 @@ from secvec_jax.recipes import preset_choice, protect_report
 from secvec_jax.recipes.audit import results_of, write_report
 from secvec_jax.recipes.audit_stages import try_judge
 from secvec_jax.recipes.defend import sources_of
-from secvec_jax.recipes.precision import (
-    ARGUMENTS,
-    PROTECT_FLAGS,
-    check_held,
-    check_precision_settings,
-    training_precision,
-)
+from secvec_jax.recipes.precision import ARGUMENTS, check_held, check_precision_settings, training_precision
 from secvec_jax.recipes.protect_stages import audit_export, divide, exported_model, fine_tune, preflight, screen_rows
 from secvec_jax.recipes.protect_vectors import make_vectors
 from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work, default_training
@@ -99,14 +93,14 @@ class Protect:
     """do not train on the suspects, the rows that the vectors explain; without it they are only listed"""
     eval_fraction: Fraction = 0.05
     """share of the rows to hold out, to measure what was learned; at least 8 rows where there are 40 or more"""
-    task_lora: LoRA | None = TASK
-    """train a task LoRA, merged at the end; without it all weights (sgd at 3.6e-4)"""
+    task_lora: LoRA | None = None
+    """train a task LoRA, merged at the end, instead of all weights"""
     frozen_weights: Precision | None = None
-    """what the model's own weights are held in (see finetune)"""
+    """with --task-lora: what the model's own weights are held in (see finetune)"""
     preset: str | None = preset_field(section_of("protect"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
-    training: Training = PHASE2_LORA
+    training: Training = PHASE2
     system: str | None = None
     """a system prompt under which the audit asks all prompts once more, such as the one you serve the model with"""
     limits: Limits = Limits()
@@ -152,7 +146,7 @@ class Protect:
         given = [need for need in GIVEN if getattr(self, argument_of(need))]
         _check_defense(defense, given, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
-        check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense, PROTECT_FLAGS)
+        check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense)
 
     @property
     def precision(self) -> Precision:
@@ -161,10 +155,10 @@ class Protect:
 
     @staticmethod
     def implied(values: Mapping[str, Any]) -> dict[str, Any]:
-        """What other settings imply where nothing is said: without a task LoRA, how all weights are trained."""
-        if values.get("task_lora", TASK) is not None:
+        """What other settings imply where nothing is said: how a task LoRA is trained."""
+        if values.get("task_lora") is None:
             return {}
-        return {"training": {"optimizer": PHASE2.optimizer, "learning_rate": PHASE2.learning_rate}}
+        return {"training": {"optimizer": PHASE2_LORA.optimizer, "learning_rate": PHASE2_LORA.learning_rate}}
 
     def default_preset(self) -> str | None:
         """The preset to take where none is named (see `preset_choice`)."""
@@ -254,7 +248,7 @@ def protect(
     eliciting_prompt: str | None = None,
     drop: bool = False,
     eval_fraction: Fraction = 0.05,
-    task: LoRA | None = TASK,
+    task: LoRA | None = None,
     frozen_weights: Precision | None = None,
     training: Training | None = None,
     system: str | None = None,
@@ -274,7 +268,7 @@ def protect(
     model: a model, or what `sv.load` takes. rows: dicts, a DataFrame, a `datasets.Dataset`, a path, or {kind: rows}.
     vectors: security vectors of the model, or their file; None: they are trained, once for a model, and kept in the
     cache folder. defense: one of `sv.defenses`, or its name; None: guarded vectors. safe, harmful, benign, contrast:
-    rows; None: packaged ones. task: the LoRA to train; None: all weights. frozen_weights: with a `task`, what the
+    rows; None: packaged ones. task: a LoRA to train in place of all weights. frozen_weights: with a `task`, what the
     weights of a model that is loaded here are held in. training: what it leaves unset is AdamW at 1e-3 for a task LoRA,
     SGD at 3.6e-4 for all weights, and two epochs. judge: a language model at an endpoint, to grade the replies to
     harmful prompts in the audit. progress: show the stages. The other arguments are those of the command. Files are

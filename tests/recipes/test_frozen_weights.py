@@ -48,7 +48,7 @@ WITH_TASK = {"vectors": ("none",), "task_lora": RANK_2}
         ),
         (lambda: Vectors("x", frozen_weights="int4"), "frozen_weights is 'int4'"),
         (lambda: Align(("x",), task_lora=None, frozen_weights="nf4"), "all weights are trained: add --task-lora"),
-        (lambda: Protect("x", task_lora=None, frozen_weights="bfloat16"), "trained: leave --no-task-lora out"),
+        (lambda: Protect("x", frozen_weights="bfloat16"), "all weights are trained: add --task-lora"),
         (
             lambda: Protect("x", frozen_weights="nf4", defense="safe lora", base="b", task_lora=RANK_2),
             "'safe lora' changes them: choose another --defense",

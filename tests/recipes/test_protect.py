@@ -110,7 +110,7 @@ def known(toys, own_cache, kept):
     if not any(kept.iterdir()):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(protect_stages, "audited", lambda *_: verdict("passes"))
-            assert run(toys, "--defense", "none", "--no-task-lora", out="known") == 0
+            assert run(toys, "--defense", "none", out="known") == 0
         made = toys.folder / "known"
         assert load(made / "model").fingerprint != load(toys.model).fingerprint and not (made / "task").exists()
         for name in ("vectors", "results"):
@@ -157,10 +157,7 @@ def test_the_whole_command(toys, capsys):
     said, out = told(capsys), toys.folder / "out"
     assert code in (0, 3, 4) and "error" not in said, said
     assert "defense: guarded vectors (recommended" in said and "the gate passes" in said
-    assert (
-        "settings: adamw at a learning rate of 0.001, 2 sequences a step, a task LoRA of rank 16: not measured for"
-        in said
-    )
+    assert "settings: sgd at a learning rate of 0.00036, 2 sequences a step, all weights: not measured for" in said
     assert "48 with answers" in said and "exact duplicates: 0" in said and "training on 40 rows" in said
     found = suspects(toys)
     assert {line["row"] for line in found} == {44, 45, 46, 47}
@@ -425,10 +422,7 @@ def test_given_vectors_are_tested_on_rows_they_have_not_seen(known, judged, monk
         (("--retries", "1"), "settings of a judge, but none is asked"),
         (("--vectors", "none"), "protect screens rows with vectors"),
         (("--vectors", "/gone"), "/gone"),
-        (
-            ("--no-task-lora", "--frozen-weights", "int8"),
-            "is for frozen weights, and all weights are trained: leave --no-task-lora out",
-        ),
+        (("--frozen-weights", "int8"), "is for frozen weights, and all weights are trained: add --task-lora.rank 8"),
         (("--drop", "yes"), "unknown argument 'yes': use --NAME VALUE, and --NAME for a switch"),
     ],
 )
@@ -500,11 +494,11 @@ def test_a_model_held_in_too_few_bits_is_refused_before_anything_is_trained(toys
     user, half = [*rows("user", 10), *rows("harmful", 2, SECRET)], load(toys.model, "bfloat16")
     full, lora = sv.Training(trained_weights="bfloat16"), sv.LoRA(2)
     for options, problem in [
-        ({"task": None}, "held in bfloat16, which is for frozen weights, and all weights are trained: pass task=LoRA"),
+        ({}, "held in bfloat16, which is for frozen weights, and all weights are trained: pass task=LoRA"),
         ({"task": lora, "defense": "safe lora", "base": half}, "'safe lora' changes them: pass another defense"),
         ({"task": lora, "training": full}, "trained_weights is 'bfloat16', which is for training all weights"),
         (
-            {"task": None, "training": full, "defense": "safe lora", "base": half},
+            {"training": full, "defense": "safe lora", "base": half},
             "trained_weights is 'bfloat16', which is not for",
         ),
         (
@@ -515,7 +509,7 @@ def test_a_model_held_in_too_few_bits_is_refused_before_anything_is_trained(toys
         with pytest.raises(sv.UserError, match=problem):
             sv.protect(half, user, progress=False, **options)
     with pytest.raises(sv.UserError, match=r"^frozen_weights='nf4' is for frozen weights, and all weights are trained"):
-        sv.protect(toys.model, user, task=None, frozen_weights="nf4", progress=False)
+        sv.protect(toys.model, user, frozen_weights="nf4", progress=False)
     assert toys.trained == toys.sampled == 0
 
 
@@ -524,7 +518,7 @@ def test_a_value_in_fewer_bits_trains_a_task_lora_alone(toys, judged):
     model, user = load(toys.model, "int8"), [*rows("user", 44, "a fox jumps"), *rows("harmful", 4, SECRET)]
     training = sv.Training(max_steps=2, batch_size=2, max_seq_len=64, remat="none", share_prefix=False)
     with pytest.raises(sv.UserError, match=r"held in int8, which is for frozen weights, and all weights are trained"):
-        sv.protect(model, user, task=None, training=training, progress=False)
+        sv.protect(model, user, training=training, progress=False)
     result = sv.protect(model, user, task=sv.LoRA(2), training=training, progress=False)
     assert result.model.precision == "int8" and result.model.fingerprint != model.fingerprint
     result.model.save(toys.folder / "saved")
@@ -557,20 +551,21 @@ def test_a_task_lora_and_all_weights_have_each_their_training(toys, judged, monk
     monkeypatch.setattr(
         protect_module, "_run", lambda work: trained.append((work.asked.task_lora, work.asked.training)) or 1 / 0
     )
-    all_weights = toys.folder / "all.yaml"
-    all_weights.write_text("task_lora: null\n")
+    lora_file = toys.folder / "lora.yaml"
+    lora_file.write_text("task_lora: {rank: 8}\n")
     for flags in [
-        *((), ("--preset", "none"), ("--no-task-lora",), ("--config", str(all_weights))),
-        *(("--no-task-lora", "--learning-rate", "1e-4"), ("--task-lora.rank", "4", "--optimizer", "sgd")),
+        *((), ("--preset", "none"), ("--task-lora",), ("--config", str(lora_file))),
+        *(("--task-lora", "--learning-rate", "1e-4"), ("--config", str(lora_file), "--no-task-lora")),
     ]:
         with pytest.raises(ZeroDivisionError):
             run(toys, *flags, out=f"out {len(trained)}")
-    for options in ({}, {"task": None}, {"task": None, "training": sv.Training(epochs=5)}):
+    for options in ({}, {"task": sv.LoRA(4)}, {"task": sv.LoRA(4), "training": sv.Training(epochs=5)}):
         with pytest.raises(ZeroDivisionError):
             sv.protect(load(toys.model), rows("user", 2), progress=False, **options)
-    lora, full = (16, "adamw", 1e-3), (0, "sgd", 3.6e-4)
+    full, adam = (0, "sgd", 3.6e-4), ("adamw", 1e-3)
     found = [(0 if task is None else task.rank, own.optimizer, own.learning_rate) for task, own in trained]
-    assert found == [lora, lora, full, full, (0, "sgd", 1e-4), (4, "sgd", 1e-3), lora, full, full]
+    commands = [full, full, (8, *adam), (8, *adam), (8, "adamw", 1e-4), full]
+    assert found == [*commands, full, (4, *adam), (4, *adam)]
     assert [own.epochs for _, own in trained] == [2] * 8 + [5]
 
 
