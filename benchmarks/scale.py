@@ -25,6 +25,7 @@ from secvec_jax.vectors.lora import LoRA
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "docs" / "scale.json", ROOT / "docs" / "scale.md"
 SLICES = {
+    "v5e-4": ("v5e:2x2", "fsdp=4"),
     "v5e-16": ("v5e:4x4", "fsdp=16"),
     "v6e-8": ("v6e:2x4", "fsdp=8"),
     "v5p-8": ("v5p:2x2x1", "fsdp=4"),
@@ -33,6 +34,9 @@ SLICES = {
 
 ROWS = [
     # model, slice, phase, sequences per shard of the batch, length, remat
+    ("llama-2-70b", "v5p-8", "vectors", 2, 2048, "full"),
+    ("llama-2-13b", "v5e-4", "vectors", 4, 2048, "attention"),
+    ("llama-2-7b", "v5e-4", "vectors", 4, 2048, "attention"),
     ("llama-2-7b", "v5p-8", "finetune", 8, 2048, "attention"),
     ("llama-2-13b", "v5p-8", "finetune", 8, 2048, "attention"),
     ("llama-3.1-8b", "v5p-8", "finetune", 8, 2048, "attention"),
@@ -43,9 +47,9 @@ ROWS = [
     ("llama-3.1-8b", "v5p-8", "plain", 8, 2048, "attention"),
     ("qwen3-32b", "v5p-128", "plain", 4, 2048, "attention"),
     ("llama-2-70b", "v5p-128", "plain", 1, 4096, "attention"),
-    ("llama-2-7b", "v5p-8", "vectors", 8, 2048, "attention"),
-    ("llama-2-13b", "v5p-8", "vectors", 8, 2048, "attention"),
-    ("llama-3.1-8b", "v5p-8", "vectors", 8, 2048, "attention"),
+    ("llama-2-7b", "v5p-8", "vectors", 8, 2048, "dots"),
+    ("llama-2-13b", "v5p-8", "vectors", 8, 2048, "dots"),
+    ("llama-3.1-8b", "v5p-8", "vectors", 8, 2048, "dots"),
     ("qwen3-32b", "v5p-128", "vectors", 4, 2048, "attention"),
     ("llama-2-70b", "v5p-128", "vectors", 2, 4096, "attention"),
     ("llama-2-7b", "v5e-16", "finetune", 4, 2048, "attention"),
@@ -65,7 +69,6 @@ ROWS = [
     ("llama-2-13b", "v6e-8", "vectors", 4, 2048, "attention"),
     ("qwen3-32b", "v6e-8", "vectors", 2, 2048, "attention"),
     ("qwen3-32b", "v5p-8", "vectors", 4, 2048, "attention"),
-    ("llama-2-70b", "v5p-8", "vectors", 2, 2048, "attention"),
     ("llama-2-7b", "v5p-128", "vectors", 4, 2048, "attention"),
     ("llama-2-13b", "v5p-128", "vectors", 4, 2048, "attention"),
     ("llama-3.1-8b", "v5p-128", "vectors", 4, 2048, "attention"),
@@ -95,7 +98,6 @@ def measured(row: tuple) -> dict:
                 mesh=mesh,
                 phase="vectors" if phase == "vectors" else "finetune",
                 lora=None if phase == "plain" else LoRA(),
-                frozen_weights="float32",
             )
             training = dataclasses.replace(settings.training, batch_size=lines * parts, max_seq_len=length, remat=remat)
             try:
