@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import secvec_jax as sv
-from secvec_jax import digests
+from secvec_jax import digests, inference
 from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.grid.grid import _hold, _part_folder
@@ -17,6 +17,7 @@ from secvec_jax.recipes.audit import AuditRun
 from secvec_jax.recipes.finetune import Finetune
 from secvec_jax.recipes.score import ScoreRun, score
 from secvec_jax.workspace import inputs, run_directory
+from secvec_jax.workspace.runs import Run
 from secvec_jax.workspace.stages import Stages
 
 
@@ -211,3 +212,14 @@ def test_parts_of_a_grid_run_together_and_other_divisions_do_not(tmp_path, monke
 
 def _held_elsewhere(folder):
     raise UserError("held")
+
+
+def test_a_run_keeps_what_weights_are_held_in(tiny_model, tmp_path, monkeypatch):
+    """The default differs on other devices, and results over weights in another precision are other results."""
+    settings = ScoreRun(str(tiny_model("llama").folder), out=str(tmp_path / "run"))
+    run = Run(settings, "command")
+    run.stages.run("score", lambda stage: {"measured": 1.0})
+    run_directory.release(run.folder)
+    monkeypatch.setattr(inference, "platform", lambda: "gpu")
+    with pytest.raises(UserError, match=r"what weights are held in .* was 'float32', is now 'bfloat16'"):
+        Run(settings, "command")
