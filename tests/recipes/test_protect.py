@@ -1,5 +1,6 @@
 """`train.py protect` and `sv.protect`: the whole command on toys, resumed, cached, gated, and its verdicts."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -574,6 +575,8 @@ def test_the_notebook_on_toys(toys, monkeypatch, capsys):
     """The third notebook's code, on a model that learns nothing worth showing."""
     monkeypatch.chdir(toys.folder)
     monkeypatch.setenv("PROTECT_MODEL", toys.model)
+    more = dataclasses.replace(protect_work.PHASE1, epochs=10)  # longer sequences make fewer steps of an epoch
+    monkeypatch.setattr(protect_work, "PHASE1", more)
     monkeypatch.setattr(audit_stages, "UNALIGNED", toys.model)
     path = Path(__file__).parents[2] / "notebooks" / "protect_a_fine_tuning.ipynb"
     names: dict = {}
