@@ -11,7 +11,7 @@ import numpy as np
 from secvec_jax.data.rows import Row
 from secvec_jax.defenses.advice import default_rate, settings_measured
 from secvec_jax.defenses.base import Defense
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, FinetuneOptions, Groups
+from secvec_jax.defenses.finetuning import FinetuneOptions, Groups
 from secvec_jax.defenses.identity import of_rows
 from secvec_jax.defenses.registry import evidence_of
 from secvec_jax.defenses.screening import Screening
@@ -29,7 +29,7 @@ from secvec_jax.model.quantized import is_quantized
 from secvec_jax.recipes.audit_stages import Asked as AuditAsked
 from secvec_jax.recipes.audit_stages import audited, before_alignment
 from secvec_jax.recipes.preflight import estimate
-from secvec_jax.recipes.protect_work import RECOMMENDED, Work
+from secvec_jax.recipes.protect_work import RECOMMENDED, Work, default_training
 from secvec_jax.recipes.run_inputs import trainings
 from secvec_jax.recipes.screen import write_histogram
 from secvec_jax.recipes.training_run import TASK_FOLDER, save_trained
@@ -59,8 +59,7 @@ def preflight(work: Work) -> None:
             work.rows_for("harmful rows")  # if they do not fit, that is reported now
         work.note("chat template: the model's own")  # without one no row can be encoded, which is an error by now
         work.note(settings_measured(work.model, asked.training, asked.task_lora))
-        default = PHASE2 if asked.task_lora is None else PHASE2_LORA
-        work.note(default_rate(work.model, asked.training, default, asked.task_lora))
+        work.note(default_rate(work.model, asked.training, default_training(asked.task_lora), asked.task_lora))
         if not asked.check_prompts:
             return None
         sample = _refusals(work, stage)

@@ -34,7 +34,7 @@ RECOMMENDED = "guarded vectors"
 
 
 def default_training(task_lora: LoRA | None) -> Training:
-    """The training where none is given: what suits all weights would hardly move a task LoRA."""
+    """The training where none is given: PHASE2 was tuned for all weights only."""
     return PHASE2 if task_lora is None else PHASE2_LORA
 
 
