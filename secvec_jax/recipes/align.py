@@ -35,7 +35,7 @@ class Align:
     """rows with answers: JSONL, JSON, CSV or Parquet files, packaged names or hub dataset ids; the loss of each is
     reported separately; by default packaged refusals, and the model's own replies to benign prompts"""
     model: str = "smollm2"
-    """embedded name (smollm2, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf file"""
+    """embedded name (smollm2, smollm2-aligned, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf"""
     out: str = "runs/align"
     """run directory; the model is written to OUT/model"""
     task_lora: LoRA | None = ALIGN_TASK
@@ -107,8 +107,7 @@ def align(settings: Align, command: str) -> None:
 
     def packaged_rows(model: Model, stage: Stage) -> dict[str, Sequence[Any]]:
         run.note(f"rows: packaged ({CONTENTS['safe rows']}); --data gives your own")
-        # The seed is fixed: the rows of others hold prompts that audits ask.
-        training = dataclasses.replace(settings.training.over(ALIGN), seed=0)
+        training = settings.training.over(ALIGN)
         show_replies = partial(stage.replies, what="its own replies")
         return dict(PackagedRows(model, training, run.folder / "own-replies.json", show_replies).alignment())
 

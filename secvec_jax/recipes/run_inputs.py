@@ -1,7 +1,6 @@
 """The inputs of a defense in a run: rows by flag or packaged, and other trainings as stages of the run."""
 
 import contextlib
-import dataclasses
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -116,7 +115,7 @@ def check_precision(run: TrainingRun, stage: Stage, model: Model, files: Sequenc
     if not others:
         return
     stage.say("testing the vectors")
-    rows = PackagedRows(model, dataclasses.replace(run.settings.training.over(PHASE2), seed=0)).held_out()
+    rows = PackagedRows(model, run.settings.training.over(PHASE2)).held_out()
     for file, precision in others.items():
         gate = measure_gate(model, load_vectors(file, model), rows["harmful"], rows["benign"])
         over = f"{file} was trained over {precision} weights, and these are {model.precision}"

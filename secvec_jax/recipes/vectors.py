@@ -140,7 +140,7 @@ def _gate(run: TrainingRun, model: Model, trained: Any, rows: dict[str, Any], st
         return None
     stage.say("testing the vectors")
     try:
-        held_out = PackagedRows(model, dataclasses.replace(run.settings.training.over(PHASE1), seed=0)).held_out()
+        held_out = PackagedRows(model, run.settings.training.over(PHASE1)).held_out()
     except UserError as error:
         run.note(f"the vectors are not tested ({error}); --check-prompts 0 skips this")
         return None

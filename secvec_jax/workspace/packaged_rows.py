@@ -33,13 +33,17 @@ CONTENTS: dict[Need, str] = {
 }
 """What is packaged, and of what it is made."""
 
+_SEED = 0
+
 
 class PackagedRows:
     """The packaged rows for a model, made on first use.
 
-    training: how they are encoded, and the seed by which they are drawn. The model's own replies are kept in the cache
-    folder, and in `file`, if there is one. show: called with the number of replies, returns their progress callback.
-    tell: called with what is wrong in the cache. without: prompts to leave out, since the model is evaluated on them.
+    They are drawn with one seed, so that vectors and defenses get neither rows that `train.py align` trains on nor
+    prompts that audits ask. training: how they are encoded, and the seed by which safe rows are shuffled. The model's
+    own replies are kept in the cache folder, and in `file`, if there is one. show: called with the number of replies,
+    returns their progress callback. tell: called with what is wrong in the cache. without: prompts to leave out, since
+    the model is evaluated on them.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class PackagedRows:
 
     @cached_property
     def _splits(self) -> Splits:
-        return make_splits(self._model, Sizes(), self._training, self._training.seed)
+        return make_splits(self._model, Sizes(), self._training, _SEED)
 
     def _safe(self) -> list[Example]:
         """Refusals and the model's own replies, shuffled so that the first few are of both."""
