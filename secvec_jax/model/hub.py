@@ -161,8 +161,8 @@ class Model:
 def load(source: str | Path, frozen_weights: Precision = "float32") -> Model:
     """The model that `source` names, sharded over the ambient mesh.
 
-    source: an embedded name ("smollm2", "gemma3-270m"), a local Hugging Face folder, the run directory of a training, a
-    local .gguf file, a hub id, or the URL of a folder in an object store (gs://bucket/model).
+    source: an embedded name ("smollm2", "smollm2-aligned", "gemma3-270m"), a local Hugging Face folder, the run
+    directory of a training, a local .gguf file, a hub id, or the URL of a folder in an object store (gs://bucket/model).
     frozen_weights: what the weights are held in: "float32", or "bfloat16", "int8" or "nf4" for a model that is not
     trained itself: vectors and a task LoRA can be trained over it, in float32 (see `model.quantized`).
     Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, if the mesh
@@ -207,8 +207,9 @@ def load_architecture(source: str | Path) -> Architecture:
 
 
 def _folder_of(name: str) -> Path:
-    """Where an embedded model is converted to."""
-    return assets.cache_dir() / "models" / name
+    """Where an embedded model is converted to: another folder for another adapter of a later version."""
+    adapter = EMBEDDED[name].adapter
+    return assets.cache_dir() / "models" / (name if adapter is None else f"{name}-{adapter.sha256[:8]}")
 
 
 def _converted(name: str) -> Path:
@@ -231,6 +232,8 @@ def _converted(name: str) -> Path:
                     embedded.terms.check_accepted(name)
                 file = GGUF(embedded.file())
                 architecture, weight, _ = file.read()
+                if embedded.adapter is not None:
+                    weight = embedded.adapter.merged(weight)
                 backbone = abstract_decoder(architecture)
                 kinds = {
                     hf: "float32" for name in weight_names(architecture).values() for hf in members(name, architecture)

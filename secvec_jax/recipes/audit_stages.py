@@ -34,6 +34,7 @@ from secvec_jax.evaluation.judge_client import Judge, check_answers
 from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, compliant_beginnings
 from secvec_jax.evaluation.results import Results
 from secvec_jax.inference import as_model
+from secvec_jax.model.embedded import ALIGNED, UNALIGNED
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import Precision, is_quantized
 from secvec_jax.recipes.export import run_of
@@ -43,9 +44,6 @@ from secvec_jax.workspace.result_cache import inputs_of, kept, settings_of_repli
 from secvec_jax.workspace.splits import Sizes, make_splits
 from secvec_jax.workspace.stage import Stage
 from secvec_jax.workspace.stages import Stages
-
-UNALIGNED = "smollm2"
-"""The model whose compliant replies are the beginnings, if the one before alignment is not known."""
 
 _LONG_SHARE = 0.5
 """Share of the prompts that the measures that take longest use."""
@@ -306,7 +304,10 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def before_alignment(model: Any) -> str:
-    """The model that the run directories of this package say another was aligned from; smollm2 if they do not."""
+    """The model whose compliant replies are the beginnings: the one that run directories say `model` was aligned from.
+
+    smollm2 if they do not say it, and for the packaged aligned model.
+    """
     if not isinstance(model, str | Path):
         return UNALIGNED
     name, aligned = str(model), False
@@ -316,4 +317,4 @@ def before_alignment(model: Any) -> str:
         with contextlib.suppress(UserError):
             settings = Results.load(folder).config
             name, aligned = str(settings.get("model", "")), "vectors" not in settings
-    return name if aligned else UNALIGNED
+    return name if aligned and name != ALIGNED else UNALIGNED

@@ -14,6 +14,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.results import FILE, Results
 from secvec_jax.files import resolved
+from secvec_jax.model.embedded import ALIGNED, UNALIGNED
 from secvec_jax.model.hub import Model, load
 from secvec_jax.recipes.training_run import TASK_FOLDER
 from secvec_jax.remote import exists, is_url, local, upload
@@ -24,7 +25,8 @@ from secvec_jax.workspace.inputs import adapter, known, model
 from secvec_jax.workspace.run_directory import inputs_of_run
 from secvec_jax.workspace.stages import read_by_all
 
-_HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3-270m": "google/gemma-3-270m"}
+_SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_HUB_IDS = {UNALIGNED: _SMOLLM2, ALIGNED: _SMOLLM2, "gemma3-270m": "google/gemma-3-270m"}
 
 
 @checked

@@ -26,7 +26,7 @@ class Harness:
     tasks: Text
     """comma-separated task names, such as mmlu,gsm8k,truthfulqa_mc2; * matches any characters"""
     model: str = "smollm2"
-    """embedded name (smollm2, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf file"""
+    """embedded name (smollm2, smollm2-aligned, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf"""
     vectors: tuple[str, ...] = ()
     """run with these vectors active"""
     frozen_weights: Precision | None = None

@@ -49,7 +49,7 @@ class JudgeRun:
     """Judge a model's replies with an LLM, a classifier, or both."""
 
     model: str = "smollm2"
-    """embedded name (smollm2, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf file"""
+    """embedded name (smollm2, smollm2-aligned, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf"""
     vectors: tuple[str, ...] = ()
     """reply with these vectors active"""
     frozen_weights: Precision | None = None

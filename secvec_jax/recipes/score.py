@@ -21,7 +21,7 @@ class ScoreRun:
     """Score a model: refusals, compliance, over-refusal, exact match and losses. Vectors are off unless given."""
 
     model: str = "smollm2"
-    """embedded name (smollm2, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf file"""
+    """embedded name (smollm2, smollm2-aligned, gemma3-270m), Hugging Face folder, run directory, hub id or .gguf"""
     vectors: tuple[str, ...] = ()
     """score with these vectors active"""
     frozen_weights: Precision | None = None

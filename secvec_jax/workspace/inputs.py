@@ -81,7 +81,9 @@ def model(source: str) -> str:
     if source in EMBEDDED:
         embedded = EMBEDDED[source]
         parts = [value for package, member in embedded.parts for value in (assets.ASSETS[package].sha256, member)]
-        return digests.of_values([*parts, *([embedded.chat_template] if embedded.chat_template else [])])
+        parts += [embedded.chat_template] if embedded.chat_template else []
+        parts += [embedded.adapter.sha256] if embedded.adapter else []
+        return digests.of_values(parts)
     path = local(source)
     if path.suffix == ".gguf":
         return digests.of_files(path.parent, _parts(path))

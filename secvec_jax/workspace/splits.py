@@ -21,7 +21,7 @@ from secvec_jax.data.generated import open_profile_qa, sure_prefix_control
 from secvec_jax.data.refusals import refused, to_refuse
 from secvec_jax.data.rows import Row, prompt_of, response_of
 from secvec_jax.data.sources import load_rows
-from secvec_jax.data.topics import split_by_topic
+from secvec_jax.data.topics import off_topic, split_by_topic
 from secvec_jax.distributed import broadcast_from_first, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.scorers import refuses
@@ -104,22 +104,37 @@ def sources(eval_split: EvalSplit) -> tuple[str, ...]:
 
 
 def make_splits(
-    model: Model, sizes: Sizes, training: Training, seed: int, eval_split: EvalSplit = "held-out"
+    model: Model,
+    sizes: Sizes,
+    training: Training,
+    seed: int,
+    eval_split: EvalSplit = "held-out",
+    alignment: tuple[Sizes, int] | None = None,
 ) -> Splits:
-    """All splits, drawn with `seed` and encoded for the model. Raises UserError if there are too few rows."""
+    """All splits, drawn with `seed` and encoded for the model. Raises UserError if there are too few rows.
+
+    alignment: the sizes and the seed by which the rows were drawn that the model was aligned with before. They are then
+    those of the alignment, and nothing else has their topics and prompts.
+    """
     rng = random.Random(seed)
-    third = sizes.align_harmful // 3
-    advbench = load_rows("advbench")
-    part = split_by_topic(
-        advbench,
-        {"align": third, "vectors": sizes.vectors, "mix": sizes.mix_harmful, "unseen": _UNSEEN},
-        seed,
-    )
+    advbench: Sequence[Row] = load_rows("advbench")
+    part = split_by_topic(advbench, _parts_of_advbench(sizes), seed)
     # Several goals of JailbreakBench have the same sources as those of HarmBench.
     held_out = [prompt_of(r) for name, _ in EVAL_SPLITS["held-out"] for r in load_rows(name, needs_answer=False)]
     taught = to_refuse(part["align"], held_out, sizes.align_harmful, rng)
     instructions = _shuffled(_short(load_rows("alpaca")), rng)
     questions = _shuffled(load_rows("nq-open"), rng)
+    before = None
+    if alignment is not None and alignment != (sizes, seed):
+        aligned_sizes, aligned_seed = alignment
+        before = make_splits(model, aligned_sizes, training, aligned_seed)
+        refused_already = split_by_topic(advbench, _parts_of_advbench(aligned_sizes), aligned_seed)["align"]
+        advbench = off_topic(advbench, [prompt_of(r) for r in refused_already])
+        part = split_by_topic(advbench, _parts_of_advbench(sizes, "vectors", "mix", "unseen"), seed)
+        answered = set(before.align_benign)
+        instructions, questions = (
+            [r for r in rows if prompt_of(r) not in answered] for rows in (instructions, questions)
+        )
     num_instructions, num_how_to = sizes.align_benign // 2, sizes.align_benign // 3
     num_facts = sizes.align_benign - num_instructions - num_how_to
     how_to = _shuffled([r for r in _short(load_rows("piqa")) if _asks_how(prompt_of(r))], rng)[:num_how_to]
@@ -140,14 +155,22 @@ def make_splits(
 
     def take(rows: list[Row], count: int) -> list[Row]:
         """Remove and return the first `count` rows, so that they are used only once."""
+        if len(rows) < count:
+            raise UserError(f"{count} benign rows are asked for and {len(rows)} are left: ask for fewer in the sizes")
         taken, rows[:] = rows[:count], rows[count:]
         return taken
 
     assigned = {prompt_of(r) for rows in part.values() for r in rows}
     unseen_openings = take(openings, _UNSEEN)
+    if before is None:
+        refusals = encoded(refused(taught), OPENING)
+        benign = take(instructions, num_instructions) + take(questions, num_facts) + how_to
+        align_benign = [prompt_of(r) for r in benign]
+    else:
+        refusals, align_benign = before.refusals, before.align_benign
     return Splits(
-        refusals=encoded(refused(taught), OPENING),
-        align_benign=[prompt_of(r) for r in take(instructions, num_instructions) + take(questions, num_facts) + how_to],
+        refusals=refusals,
+        align_benign=align_benign,
         vectors=encoded(part["vectors"]),
         keep=[
             *encoded(take(instructions, keep_per_kind), _REPLY),
@@ -178,6 +201,17 @@ def make_splits(
         },
         held_out={"harmful": part["unseen"], "benign": eval_prompts.reserved},
     )
+
+
+def _parts_of_advbench(sizes: Sizes, *names: str) -> dict[str, int]:
+    """The number of rows of each part, or of those with these names."""
+    parts = {
+        "align": sizes.align_harmful // 3,
+        "vectors": sizes.vectors,
+        "mix": sizes.mix_harmful,
+        "unseen": _UNSEEN,
+    }
+    return {name: parts[name] for name in names or parts}
 
 
 _UNSEEN = 32

@@ -32,7 +32,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
-from secvec_jax.model.embedded import is_base
+from secvec_jax.model.embedded import ALIGNED, is_base
 from secvec_jax.model.hub import Model, load
 from secvec_jax.terminal import Console
 from secvec_jax.training.checkpoints import Checkpoints
@@ -54,7 +54,7 @@ class Experiment:
     """How a model is aligned, gets its vectors, and is fine-tuned and evaluated."""
 
     model: str = "smollm2"
-    """embedded name (smollm2, gemma3-270m), Hugging Face folder, hub id or .gguf file"""
+    """embedded name (smollm2, smollm2-aligned, gemma3-270m), Hugging Face folder, hub id or .gguf file"""
     seed: Seed = 0
     """seed of the data splits, the order of the rows and the initial vectors"""
     aligns: bool = True
@@ -71,7 +71,9 @@ class Experiment:
     finetune_training: Training = dataclasses.replace(PHASE2, remat="dots", max_seq_len=256)
 
     def __post_init__(self) -> None:
-        """Raises UserError for a base model that would have to be aligned: its own replies are not worth keeping."""
+        """Raises UserError for a base model, whose own replies are not worth keeping, and for an aligned one."""
+        if self.aligns and self.model == ALIGNED:
+            raise UserError(f"{self.model} is aligned already: give it with --no-aligns")
         if self.aligns and is_base(self.model):
             raise UserError(
                 f"{self.model} is a base model, which follows no instructions yet: train it with train.py align on "
@@ -82,7 +84,7 @@ class Experiment:
 class Workspace:
     """The artifacts of an experiment in its run directory, made on first use."""
 
-    def __init__(self, experiment: Experiment, folder: Path, aligned: Path | None = None):
+    def __init__(self, experiment: Experiment, folder: Path, aligned: Path | str | None = None):
         """aligned: the path or name of an aligned model; None: it is made."""
         self.experiment, self.folder = experiment, folder
         self.console = Console(quiet=not is_main_process(), soft_wrap=True)
@@ -107,7 +109,12 @@ class Workspace:
         model = self.aligned if self._is_given or broadcast_from_first(Path(self._aligned).exists()) else self.base
         experiment = self.experiment
         return make_splits(
-            model, experiment.sizes, experiment.finetune_training, experiment.seed, experiment.eval_split
+            model,
+            experiment.sizes,
+            experiment.finetune_training,
+            experiment.seed,
+            experiment.eval_split,
+            alignment=(Sizes(), 0) if str(self._aligned) == ALIGNED else None,
         )
 
     def stage(

@@ -115,7 +115,14 @@ def scale_gpu(out: Path) -> None:
     assert "1 x h100 | task LoRA | bfloat16 | 1 x 128, dots |" in run_script("scale_gpu")
 
 
-CHECKS = (train_speed, decode_speed, growth, growth_runs, precision_quality, startup, gpu, scale, scale_gpu)
+def alignment_adapter(out: Path) -> None:
+    assert "% of the squared change" in run_script("alignment_adapter")
+
+
+CHECKS = (
+    *(train_speed, decode_speed, growth, growth_runs, precision_quality, startup, gpu, scale, scale_gpu),
+    alignment_adapter,
+)
 SCRIPTS = {check.__name__: check for check in CHECKS}
 """What each script must leave; one that is not listed fails."""
 

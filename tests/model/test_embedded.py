@@ -1,18 +1,28 @@
 """Models inside published packages: terms that are accepted before a download, and a chat template of our own."""
 
+import dataclasses
+import importlib.util
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from secvec_jax import assets
 from secvec_jax.data.chat import _marked_by_difference, encode
 from secvec_jax.errors import UserError
-from secvec_jax.model import hub
-from secvec_jax.model.embedded import ACCEPTED, EMBEDDED, GEMMA_TEMPLATE
+from secvec_jax.model import embedded, hub
+from secvec_jax.model.embedded import ACCEPTED, ALIGNED, EMBEDDED, GEMMA_TEMPLATE, PackagedAdapter, is_base
 from secvec_jax.model.gguf import GGUF
 from secvec_jax.turns import render, turn_ends
+from secvec_jax.workspace import inputs
 from tests.model.test_gguf import write_sentencepiece
+
+_SCRIPT = Path(__file__).parents[2] / "benchmarks" / "alignment_adapter.py"
+_spec = importlib.util.spec_from_file_location("alignment_adapter", _SCRIPT)
+alignment_adapter = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(alignment_adapter)
 
 CHAT = [
     {"role": "system", "content": "a"},
@@ -102,6 +112,67 @@ def test_a_notice_accompanies_what_is_made_from_a_model(tiny_model, tmp_path):
     model = hub.load(tmp_path / "plain")
     model.with_backbone(model.backbone).save(tmp_path / "tuned")
     assert (tmp_path / "tuned" / "NOTICE").read_text() == "Under terms.\n"
+
+
+@pytest.fixture
+def packed(tiny_model, tmp_path, monkeypatch) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], PackagedAdapter]:
+    """The weights of a model before and after a change of rank 2, and the adapter that is made of them."""
+    random = np.random.default_rng(0)
+    before = load_file(tiny_model("llama").folder / "model.safetensors")
+    after = {
+        name: array + random.normal(size=(len(array), 2)) @ random.normal(size=(2, array.shape[-1]))
+        if ".layers.1." in name and array.ndim == 2
+        else array
+        for name, array in before.items()
+    }
+    monkeypatch.setattr(embedded, "_ADAPTERS", tmp_path)
+    sha256, kept = alignment_adapter.pack(before, after, tmp_path / "a.safetensors")
+    assert kept > 0.999
+    return before, after, PackagedAdapter("a.safetensors", sha256)
+
+
+def test_a_packaged_adapter_holds_the_change_of_the_weights(packed):
+    before, after, adapter = packed
+    weight = adapter.merged(before.__getitem__)
+    for name, array in after.items():
+        change = np.abs(array - before[name]).max()
+        np.testing.assert_allclose(weight(name), array, rtol=0, atol=0.03 * change, err_msg=name)
+
+
+def test_the_factors_are_the_closest_of_their_rank():
+    change = np.diag([5.0, 4.0, 3.0, 2.0])
+    b, a = alignment_adapter.factors(change, rank=2)
+    np.testing.assert_allclose(b @ a, np.diag([5.0, 4.0, 0, 0]), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(b, axis=0), np.linalg.norm(a, axis=1))
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing"])
+def test_another_packaged_adapter_is_refused(packed, tmp_path, damage):
+    before, _, adapter = packed
+    file = tmp_path / "a.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "altered":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="is not the file that came with this version of secvec_jax: install it again"):
+        adapter.merged(before.__getitem__)
+
+
+def test_another_adapter_is_converted_into_another_folder(monkeypatch):
+    folder = hub._folder_of(ALIGNED)
+    other = dataclasses.replace(EMBEDDED[ALIGNED], adapter=PackagedAdapter("a.safetensors", "f" * 64))
+    monkeypatch.setitem(EMBEDDED, ALIGNED, other)
+    assert hub._folder_of(ALIGNED) != folder != hub._folder_of("smollm2")
+
+
+def test_the_aligned_smollm2_is_smollm2_with_its_adapter():
+    aligned = EMBEDDED[ALIGNED]
+    assert aligned.parts == EMBEDDED["smollm2"].parts and is_base(ALIGNED) is False
+    shapes = {"self_attn.q_proj": (576, 576), "mlp.up_proj": (1536, 576)}
+    zeros = {f"model.layers.{i}.{name}.weight": np.zeros(shapes[name], np.float32) for i in (0, 29) for name in shapes}
+    weight = aligned.adapter.merged(zeros.__getitem__)
+    assert [np.linalg.matrix_rank(weight(name)) for name in zeros] == [8] * len(zeros)
+    assert inputs.model(ALIGNED) != inputs.model("smollm2")
 
 
 @pytest.mark.release  # 242 MB under terms of its own; by default a generated file of this architecture is read

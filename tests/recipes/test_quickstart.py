@@ -109,6 +109,11 @@ def test_the_three_objectives_are_compared_in_one_report(finished, tmp_path):
     assert "min_min" in (tmp_path / "o" / "report.md").read_text()
 
 
+def test_objectives_need_a_quickstart(tmp_path):
+    code, _, errors = call("train.py", "objectives", "--quickstart", str(tmp_path), "--out", str(tmp_path / "o"))
+    assert code == 2 and f"{tmp_path} has no aligned model: run" in errors
+
+
 @pytest.mark.slow
 def test_another_config_is_refused(finished, model_folder):
     out, _ = finished

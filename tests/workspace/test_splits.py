@@ -8,6 +8,7 @@ from secvec_jax.config import Training
 from secvec_jax.data.chat import prompt_tokens
 from secvec_jax.data.rows import prompt_of
 from secvec_jax.data.sources import load_rows
+from secvec_jax.data.topics import off_topic
 from secvec_jax.errors import UserError
 from secvec_jax.workspace.splits import Sizes, make_splits, stored_examples
 
@@ -17,9 +18,10 @@ def model(tiny_model):
     return tiny_model("llama", max_position_embeddings=1024).model
 
 
-def prompts_by_part(model, eval_split: str) -> dict[str, set[tuple[int, ...]]]:
+def prompts_by_part(model, eval_split: str, sizes=Sizes(), **options) -> dict[str, set[tuple[int, ...]]]:
     """Part -> its prompts as token ids."""
-    found = make_splits(model, Sizes(), Training(max_seq_len=1000), seed=0, eval_split=eval_split)
+    options = {"seed": 0} | options
+    found = make_splits(model, sizes, Training(max_seq_len=1000), eval_split=eval_split, **options)
 
     def asked(prompts) -> set[tuple[int, ...]]:
         return {tuple(prompt_tokens(model.tokenizer, [{"role": "user", "content": p}], 1000)) for p in prompts}
@@ -49,6 +51,33 @@ def test_no_prompt_is_in_two_parts(parts, eval_split):
     trained = {name: prompts for name, prompts in parts[eval_split].items() if not name.startswith("held-out ")}
     for (one, these), (other, those) in itertools.combinations(trained.items(), 2):
         assert not these & those, f"{one} and {other} share {len(these & those)} prompts"
+
+
+@pytest.mark.parametrize(("sizes", "seed"), [(Sizes(), 1), (Sizes(vectors=30, align_harmful=30), 0)])
+def test_what_a_model_was_aligned_with_before_is_in_no_other_part(model, parts, sizes, seed):
+    drawn = prompts_by_part(model, "held-out", sizes, seed=seed, alignment=(Sizes(), 0))
+    aligned_with = {name: parts["held-out"][name] for name in ("refusals", "kept")}
+    assert {name: drawn[name] for name in aligned_with} == aligned_with
+    test_no_prompt_is_in_two_parts({"held-out": drawn}, "held-out")
+    assert len(drawn["vectors"]) == sizes.vectors and drawn["vectors"] != parts["held-out"]["vectors"]
+    assert len(drawn["keep"]) == sizes.keep and len(drawn["benign"]) == sizes.mix_benign
+
+
+def test_no_topic_of_the_alignment_before_is_in_another_part(model):
+    """The rows of AdvBench that nothing was trained on, too, of which grids take further ones."""
+    drawn = make_splits(model, Sizes(), Training(max_seq_len=1000), seed=1, alignment=(Sizes(), 0))
+    taught = [prompt_of(r) for r in load_rows("refusals")]
+    others = drawn.spare["harmful"] + drawn.held_out["harmful"]
+    assert len(off_topic(others, taught[: Sizes().align_harmful // 3])) == len(others) > 150
+
+
+def test_more_benign_rows_than_there_are_is_an_error(model):
+    with pytest.raises(UserError, match=r"100000 benign rows are asked for and .* are left: ask for fewer"):
+        make_splits(model, Sizes(mix_benign=100_000), Training(max_seq_len=1000), seed=0)
+
+
+def test_the_rows_of_the_seed_that_a_model_was_aligned_with_stay_as_they_are(model, parts):
+    assert prompts_by_part(model, "held-out", alignment=(Sizes(), 0)) == parts["held-out"]
 
 
 def test_development_judges_by_prompts_of_its_own_and_trains_on_the_same(parts):

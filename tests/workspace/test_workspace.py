@@ -3,10 +3,33 @@
 import pytest
 
 from secvec_jax.errors import UserError
-from secvec_jax.workspace.workspace import Experiment
+from secvec_jax.model.embedded import ALIGNED
+from secvec_jax.workspace import workspace as workspace_module
+from secvec_jax.workspace.splits import Sizes
+from secvec_jax.workspace.workspace import Experiment, Workspace
 
 
 def test_a_base_model_is_not_aligned_on_its_own_replies():
     with pytest.raises(UserError, match=r"gemma3-270m is a base model.*train\.py align.*with --no-aligns"):
         Experiment(model="gemma3-270m")
     assert Experiment(model="gemma3-270m", aligns=False).model == "gemma3-270m"
+
+
+def test_an_aligned_model_is_not_aligned_again():
+    with pytest.raises(UserError, match="smollm2-aligned is aligned already: give it with --no-aligns"):
+        Experiment(model=ALIGNED)
+    assert Experiment(model=ALIGNED, aligns=False).model == ALIGNED
+
+
+@pytest.mark.parametrize(
+    ("settings", "alignment"),
+    [
+        (Experiment(seed=3, model=ALIGNED, aligns=False), (Sizes(), 0)),
+        (Experiment(seed=3, model="folder", aligns=False), None),
+        (Experiment(seed=3), None),
+    ],
+)
+def test_rows_leave_out_what_the_packaged_model_was_aligned_with(monkeypatch, tmp_path, settings, alignment):
+    monkeypatch.setattr(workspace_module, "load", lambda source: source)
+    monkeypatch.setattr(workspace_module, "make_splits", lambda *args, alignment: alignment)
+    assert Workspace(settings, tmp_path).splits == alignment
