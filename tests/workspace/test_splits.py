@@ -10,6 +10,7 @@ from secvec_jax.data.rows import prompt_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import off_topic
 from secvec_jax.errors import UserError
+from secvec_jax.workspace.packaged_rows import PackagedRows
 from secvec_jax.workspace.splits import Sizes, make_splits, stored_examples
 
 
@@ -98,6 +99,15 @@ def test_held_out_rows_are_those_that_are_judged_and_no_others(parts):
 def test_a_length_that_packaged_rows_do_not_fit_into_is_told_with_the_setting(model):
     with pytest.raises(UserError, match="packaged rows do not fit into 8 tokens: raise --max-seq-len"):
         make_splits(model, Sizes(), Training(max_seq_len=8), seed=0)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_packaged_rows_of_any_seed_are_none_that_models_are_aligned_with(model, parts, seed):
+    sources = PackagedRows(model, Training(max_seq_len=1000, seed=seed)).sources()
+    for need, part in (("harmful rows", "vectors"), ("benign rows", "keep")):
+        prompts = {tuple(e.tokens[: e.answer_start]) for e in sources[need]()}
+        assert prompts == parts["held-out"][part]
+        assert not prompts & (parts["held-out"]["refusals"] | parts["held-out"]["kept"])
 
 
 @pytest.mark.parametrize("damage", ["[[[1, 2", "3", "[[[1, 2], 1], 3]", '[[["x"], 1]]', "[[[1e99], 1]]"])
