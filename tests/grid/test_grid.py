@@ -16,6 +16,7 @@ from secvec_jax.evaluation import report
 from secvec_jax.evaluation.records import read
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.grid import grid as grid_module
+from secvec_jax.grid import seed_workspace
 from secvec_jax.grid.attacks import make_attack
 from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.grid import Grid, GridConfig, grid
@@ -359,6 +360,12 @@ def test_parts_are_disjoint_and_a_failed_cell_is_reported_and_tried_again(model_
     Path(path).write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match="different settings"):
         grid(Grid(path, out=str(out)), "command")
+
+
+def test_the_packaged_aligned_model_was_smollm2_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(seed_workspace, "load", lambda source: source)
+    experiment = config.from_dict(GridExperiment, EXPERIMENT | {"model": "smollm2-aligned", "aligns": False})
+    assert SeedWorkspace(experiment, tmp_path).base == "smollm2"
 
 
 @pytest.mark.slow

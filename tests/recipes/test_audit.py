@@ -14,6 +14,7 @@ from secvec_jax.evaluation import audit_measures as measures
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.judge_client import Judge
 from secvec_jax.evaluation.results import Results
+from secvec_jax.model.embedded import ALIGNED
 from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import with_precision
 from secvec_jax.recipes import audit as recipe
@@ -369,6 +370,9 @@ def test_the_model_before_alignment_is_found_in_the_run_directories(tmp_path):
     assert audit_stages.before_alignment(str(tmp_path / "aligned")) == "base-model"
     assert audit_stages.before_alignment(str(tmp_path / "tuned" / "model")) == "base-model"
     assert audit_stages.before_alignment("somebody/model") == audit_stages.before_alignment(tiny_model()) == "smollm2"
+    Results("python train.py", {"model": ALIGNED}).save(tmp_path / "aligned")
+    for aligned in (ALIGNED, str(tmp_path / "aligned")):
+        assert audit_stages.before_alignment(aligned) == "smollm2", "aligned as it comes"
     (tmp_path / "aligned" / "results.json").unlink()
     assert audit_stages.before_alignment(str(tmp_path / "tuned")) == "smollm2", "tuned from a model of unknown origin"
 
