@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from secvec_jax.model.embedded import change_of
+
 OUT = Path(__file__).parents[1] / "secvec_jax" / "adapter_files" / "smollm2-aligned.safetensors"
 RANK = 8
 
@@ -48,8 +50,8 @@ def pack(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], out:
         b, a = factors(change)
         for part, factor, axis in (("a", a, 1), ("b", b, 0)):
             tensors[f"{name}.{part}"], tensors[f"{name}.{part}_scale"] = in_eight_bits(factor, axis)
-        a, b = (tensors[f"{name}.{part}"] * tensors[f"{name}.{part}_scale"] for part in ("a", "b"))
-        total, lost = total + float(np.sum(change**2)), lost + float(np.sum((change - b @ a) ** 2))
+        total += float(np.sum(change**2))
+        lost += float(np.sum((change - change_of(name, tensors)) ** 2))
     content = save(tensors)
     out.write_bytes(content)
     return hashlib.sha256(content).hexdigest(), 1 - lost / total

@@ -23,7 +23,7 @@ from secvec_jax.grid.attacks import ATTACKS, Attack, make_attack
 from secvec_jax.grid.cells import Cell
 from secvec_jax.grid.tasks import TASKS, Task, make_task
 from secvec_jax.inference import ask
-from secvec_jax.model.embedded import ALIGNED, UNALIGNED
+from secvec_jax.model.embedded import unaligned
 from secvec_jax.model.hub import Model, load
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
@@ -68,8 +68,7 @@ class SeedWorkspace:
     @property
     def base(self) -> Model:
         """The model before it was aligned; loaded each time, so that two models are in memory only while needed."""
-        model = self.experiment.model
-        return load(UNALIGNED if model == ALIGNED else model)
+        return load(unaligned(self.experiment.model))
 
     def aligned_model(self, name: str, train: Callable[[Checkpoints, OnStep], Model]) -> Model:
         """The model of another alignment, shared under this name."""

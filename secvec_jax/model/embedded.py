@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,12 @@ class Terms:
 _ADAPTERS = Path(__file__).parents[1] / "adapter_files"
 
 
+def change_of(name: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The change B A of the weight of this name, `[out, in]`, from the tensors of a `PackagedAdapter`."""
+    a, b = (tensors[f"{name}.{factor}"] * tensors[f"{name}.{factor}_scale"] for factor in ("a", "b"))
+    return b @ a
+
+
 @dataclasses.dataclass(frozen=True)
 class PackagedAdapter:
     """A LoRA adapter that ships with this package and is merged into the weights of an embedded model.
@@ -58,10 +64,7 @@ class PackagedAdapter:
         tensors = self._tensors()
 
         def changed(name: str) -> np.ndarray:
-            if f"{name}.a" not in tensors:
-                return weight(name)
-            a, b = (tensors[f"{name}.{factor}"] * tensors[f"{name}.{factor}_scale"] for factor in ("a", "b"))
-            return weight(name) + b @ a
+            return weight(name) + change_of(name, tensors) if f"{name}.a" in tensors else weight(name)
 
         return changed
 
@@ -147,6 +150,11 @@ EMBEDDED: dict[str, Embedded] = {
 }
 """smollm2: SmolLM2-135M-Instruct. smollm2-aligned: the same after the quickstart's alignment, as rounded by
 benchmarks/alignment_adapter.py. gemma3-270m: Gemma 3 270M, the base model, which follows no instructions yet."""
+
+
+def unaligned(name: str) -> str:
+    """The name of what the packaged aligned model was before its alignment; any other name as it is."""
+    return UNALIGNED if name == ALIGNED else name
 
 
 def is_base(name: str) -> bool:

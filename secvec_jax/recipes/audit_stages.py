@@ -34,14 +34,14 @@ from secvec_jax.evaluation.judge_client import Judge, check_answers
 from secvec_jax.evaluation.prefill import GENERIC, GIVEN, Beginning, compliant_beginnings
 from secvec_jax.evaluation.results import Results
 from secvec_jax.inference import as_model
-from secvec_jax.model.embedded import ALIGNED, UNALIGNED
+from secvec_jax.model.embedded import UNALIGNED, unaligned
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import Precision, is_quantized
 from secvec_jax.recipes.export import run_of
 from secvec_jax.workspace import inputs
 from secvec_jax.workspace.inputs import known
 from secvec_jax.workspace.result_cache import inputs_of, kept, settings_of_replies
-from secvec_jax.workspace.splits import Sizes, make_splits
+from secvec_jax.workspace.splits import PACKAGED_SEED, Sizes, make_splits
 from secvec_jax.workspace.stage import Stage
 from secvec_jax.workspace.stages import Stages
 
@@ -288,7 +288,9 @@ _MOST_ROWS = 32
 def _packaged(model: Model) -> dict[str, Sequence[Row]]:
     """Prompts that no training of this package uses: those of the quickstart with its default settings."""
     # Only prompts and rows are used, which no length of a training limits.
-    splits = make_splits(model, Sizes(), dataclasses.replace(PHASE2, max_seq_len=model.architecture.max_length), seed=0)
+    splits = make_splits(
+        model, Sizes(), dataclasses.replace(PHASE2, max_seq_len=model.architecture.max_length), PACKAGED_SEED
+    )
     harmful: list[Row] = [{"messages": [{"role": "user", "content": str(text)}]} for text in splits.suite.harmful]
     return {"harmful": harmful, "unseen": splits.held_out["harmful"], "benign": splits.held_out["benign"]}
 
@@ -317,4 +319,4 @@ def before_alignment(model: Any) -> str:
         with contextlib.suppress(UserError):
             settings = Results.load(folder).config
             name, aligned = str(settings.get("model", "")), "vectors" not in settings
-    return name if aligned and name != ALIGNED else UNALIGNED
+    return unaligned(name) if aligned else UNALIGNED

@@ -14,6 +14,7 @@ from secvec_jax.model.hub import Model
 from secvec_jax.workspace.result_cache import inputs_of, kept
 from secvec_jax.workspace.splits import (
     OPENING,
+    PACKAGED_SEED,
     Sizes,
     Splits,
     as_json,
@@ -32,8 +33,6 @@ CONTENTS: dict[Need, str] = {
     "eliciting prompt": ELICITING["compliance"],
 }
 """What is packaged, and of what it is made."""
-
-_SEED = 0
 
 
 class PackagedRows:
@@ -83,7 +82,7 @@ class PackagedRows:
 
     @cached_property
     def _splits(self) -> Splits:
-        return make_splits(self._model, Sizes(), self._training, _SEED)
+        return make_splits(self._model, Sizes(), self._training, PACKAGED_SEED)
 
     def _safe(self) -> list[Example]:
         """Refusals and the model's own replies, shuffled so that the first few are of both."""

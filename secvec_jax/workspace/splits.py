@@ -217,6 +217,9 @@ def _parts_of_advbench(sizes: Sizes, *names: str) -> dict[str, int]:
 _UNSEEN = 32
 """Rows of each kind (harmful, benign, benign with the same opening) whose loss is measured; never trained on."""
 
+PACKAGED_SEED = 0
+"""Of the rows that `train.py align` and the packaged aligned model were given, and of what audits and defenses draw."""
+
 OPENING = 5
 """Tokens of a reply that alignment trains on: they decide whether it is a refusal."""
 

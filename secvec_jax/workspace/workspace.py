@@ -43,7 +43,15 @@ from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace.inputs import known, of_path
 from secvec_jax.workspace.run_directory import settings_of_run
-from secvec_jax.workspace.splits import EvalSplit, Sizes, Splits, greedy_openings, make_splits, stored_examples
+from secvec_jax.workspace.splits import (
+    PACKAGED_SEED,
+    EvalSplit,
+    Sizes,
+    Splits,
+    greedy_openings,
+    make_splits,
+    stored_examples,
+)
 from secvec_jax.workspace.stage import Stage
 from secvec_jax.workspace.stages import Stages, devices, file_name, release, screen
 
@@ -84,7 +92,7 @@ class Experiment:
 class Workspace:
     """The artifacts of an experiment in its run directory, made on first use."""
 
-    def __init__(self, experiment: Experiment, folder: Path, aligned: Path | str | None = None):
+    def __init__(self, experiment: Experiment, folder: Path, aligned: Path | None = None):
         """aligned: the path or name of an aligned model; None: it is made."""
         self.experiment, self.folder = experiment, folder
         self.console = Console(quiet=not is_main_process(), soft_wrap=True)
@@ -114,7 +122,7 @@ class Workspace:
             experiment.finetune_training,
             experiment.seed,
             experiment.eval_split,
-            alignment=(Sizes(), 0) if str(self._aligned) == ALIGNED else None,
+            alignment=(Sizes(), PACKAGED_SEED) if str(self._aligned) == ALIGNED else None,
         )
 
     def stage(
