@@ -116,7 +116,7 @@ def assemble(
                     raise not_finite(hf)
         if sharding is None:
             (part,) = parts.values()
-            placed = jnp.asarray(part)
+            placed = jax.device_put(part)
         else:
             placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[_bounds(index, leaf.shape)])
         # The host holds one leaf's parts at a time.
@@ -186,7 +186,7 @@ def _with_quantized(
 
 
 def _zeros(shape: tuple[int, ...], dtype: DTypeLike, axes: LogicalAxes) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=named_sharding(*axes))()
+    return jnp.zeros(shape, dtype, device=named_sharding(*axes))
 
 
 def _is_finite(array: np.ndarray) -> bool:

@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -52,7 +51,8 @@ def learning_rate_at(training: Training, steps: int, step: int) -> float:
 @lru_cache(maxsize=8)
 def _learning_rates(learning_rate: float, schedule: str, warmup: int, steps: int) -> np.ndarray:
     """The learning rate of every step, `[steps]`: computed one by one, they would cost each step some milliseconds."""
-    return np.broadcast_to(_schedule(learning_rate, schedule, warmup, steps)(jnp.arange(steps)), steps)
+    rates = jax.jit(_schedule(learning_rate, schedule, warmup, steps))
+    return np.broadcast_to(rates(np.arange(steps)), steps)
 
 
 @lru_cache(maxsize=32)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.arguments import path
@@ -199,4 +198,4 @@ def _stacked(tensors: dict[str, np.ndarray], key: str, layers: set[int], model: 
         raise ValueError("it is too large")
     zero = np.zeros_like(next(iter(given.values())))
     every = [given.get(layer, zero) for layer in range(model.architecture.num_layers)]
-    return jnp.asarray(np.stack(every), jnp.float32)
+    return jax.device_put(np.stack(every).astype(np.float32))

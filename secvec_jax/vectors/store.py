@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.arguments import instance
@@ -87,7 +86,8 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
         factors: dict[str, Any] = {}
         for key, array in arrays.items():
             *groups, name = key.split(".")
-            functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, factors)[name] = jnp.asarray(array)
+            group = functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, factors)
+            group[name] = jax.device_put(array)
         kind = KINDS[metadata["kind"]]
         vectors = kind.vectors(factors, from_dict(kind.spec, json.loads(metadata["spec"])))
         intact = "backbone" in metadata and _fingerprint(vectors) == metadata["fingerprint"]

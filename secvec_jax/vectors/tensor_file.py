@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.arguments import instance
@@ -41,7 +40,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         raise UserError(
             f"{path}: {unsupported[:80]} is of type {kinds[unsupported]}: factors must be of {', '.join(_FLOATS)}"
         )
-    if wrong := next((key for key, array in tensors.items() if not bool(jnp.isfinite(array).all())), None):
+    if wrong := next((key for key, array in tensors.items() if not np.isfinite(array).all()), None):
         raise UserError(f"{path}: {wrong[:80]} has NaN or infinite numbers: its training went wrong, train it again")
     return metadata, tensors
 

@@ -158,10 +158,8 @@ def stop(folder: Path, layout: tuple[int, str], number: int, whom: int, after: i
     return lines
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "whom"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.release)]
-)
+@pytest.mark.release  # by default, the test below signals each of two processes
+@pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_a_signal_to_one_process_stops_both_at_the_same_step(unkilled, tmp_path, number, whom):
     lines = stop(tmp_path, LAYOUTS["fsdp"], number, whom)
     assert 2 <= len(lines) < STEPS
@@ -179,8 +177,8 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(unkilled, tmp_path,
 )
 def test_a_run_goes_on_in_another_layout(unkilled, tmp_path, layouts):
     lines = []
-    for name in layouts[:-1]:
-        lines += stop(tmp_path, LAYOUTS[name], signal.SIGTERM, 0)
+    for whom, name in enumerate(layouts[:-1]):  # the first process of the first layout, the second of the second
+        lines += stop(tmp_path, LAYOUTS[name], signal.SIGTERM, whom)
     assert len(lines) < STEPS
     lines += finish(tmp_path, LAYOUTS[layouts[-1]])
     assert batches(lines) == batches(unkilled["one"])

@@ -87,13 +87,13 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(optimizer, weights, tmp
                 raise KeyboardInterrupt
 
         checkpoints = None if folder is None else Checkpoints(folder, 0.0)
-        after = fit(start, PHASE, train_step, make_streams(), steps=STEPS, checkpoints=checkpoints, on_step=on_step)
+        after = fit(start, PHASE, train_step, make_streams(), steps=5, checkpoints=checkpoints, on_step=on_step)
         assert after["vectors"].table.dtype == weights
         return fingerprint(after)
 
     expected = run()
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, stop_at=7)
+        run(tmp_path, stop_at=3)
     assert run(tmp_path) == expected
 
 
