@@ -11,18 +11,9 @@ from secvec_jax.data.chat import Example
 from secvec_jax.defenses.base import Need
 from secvec_jax.defenses.prompting import ELICITING
 from secvec_jax.model.hub import Model
+from secvec_jax.workspace.own_replies import OPENING, as_json, from_json, greedy_openings, stored_examples
 from secvec_jax.workspace.result_cache import inputs_of, kept
-from secvec_jax.workspace.splits import (
-    OPENING,
-    PACKAGED_SEED,
-    Sizes,
-    Splits,
-    as_json,
-    from_json,
-    greedy_openings,
-    make_splits,
-    stored_examples,
-)
+from secvec_jax.workspace.splits import PACKAGED_SEED, Sizes, Splits, make_splits
 
 CONTENTS: dict[Need, str] = {
     "safe rows": "refusals of AdvBench, StrongREJECT and JailbreakBench prompts, and the model's own replies to as "

@@ -5,32 +5,23 @@ prompts for evaluation come from other benchmarks.
 """
 
 import dataclasses
-import json
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from collections.abc import Sequence
+from typing import Literal
 
 from secvec_jax.checks import NonNegativeInt, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.data.benchmarks import refusal_prefixes
-from secvec_jax.data.chat import Example, TooLong, encode, prompt_tokens
+from secvec_jax.data.chat import Example, TooLong, encode
 from secvec_jax.data.generated import open_profile_qa, sure_prefix_control
 from secvec_jax.data.refusals import refused, to_refuse
 from secvec_jax.data.rows import Row, prompt_of, response_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import off_topic, split_by_topic
-from secvec_jax.distributed import broadcast_from_first, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Suite
-from secvec_jax.files import read_kept
-from secvec_jax.inference import compute_dtype
-from secvec_jax.model.generate import generate_tokens
 from secvec_jax.model.hub import Model
-from secvec_jax.workspace.stages import write
+from secvec_jax.workspace.own_replies import OPENING
 
 EvalSplit = Literal["held-out", "development"]
 """Prompts for evaluation: the held-out ones that results report, or others to tune settings on."""
@@ -116,6 +107,60 @@ def make_splits(
     alignment: the sizes and the seed by which the rows were drawn that the model was aligned with before. They are then
     those of the alignment, and nothing else has their topics and prompts.
     """
+    rows = _drawn(sizes, seed, eval_split, alignment)
+
+    def encoded(some: Sequence[Row], cut: int | None = None) -> list[Example]:
+        length = training.max_seq_len or _LENGTH
+        try:
+            return [_cut(encode(model.tokenizer, r["messages"], length), cut) for r in some]
+        except TooLong as error:
+            raise TooLong(f"packaged rows do not fit into {length} tokens: raise --max-seq-len ({error})") from error
+
+    return Splits(
+        refusals=encoded(refused(rows.taught), OPENING),
+        align_benign=rows.align_benign,
+        vectors=encoded(rows.vectors),
+        keep=[
+            *encoded(rows.keep["instructions"], _REPLY),
+            *encoded(rows.keep["openings"]),
+            *encoded(rows.keep["questions"]),
+        ],
+        mix={
+            "harmful": encoded(rows.mix["harmful"]),
+            "profiles": encoded(rows.mix["profiles"]),
+            "benign": encoded(rows.mix["benign"], _REPLY),
+        },
+        suite=Suite(
+            refusals=refusal_prefixes(),
+            harmful=rows.judged.harmful,
+            benign=rows.judged.benign,
+            questions=[(prompt_of(r), response_of(r) or "") for r in rows.questions],
+            harmful_targets=encoded(rows.unseen["harmful"]),
+            benign_targets=encoded(rows.unseen["benign"], _REPLY),
+            opening_targets=encoded(rows.unseen["openings"]),
+        ),
+        spare=rows.spare,
+        held_out={"harmful": rows.unseen["harmful"], "benign": rows.judged.reserved},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """The rows of all splits, which do not depend on the model."""
+
+    taught: list[Row]
+    """Harmful prompts that alignment teaches to refuse."""
+    align_benign: list[str]
+    vectors: list[Row]
+    keep: dict[str, list[Row]]
+    mix: dict[str, list[Row]]
+    judged: "_EvalPrompts"
+    questions: list[Row]
+    unseen: dict[str, list[Row]]
+    spare: dict[str, list[Row]]
+
+
+def _drawn(sizes: Sizes, seed: int, eval_split: EvalSplit, alignment: tuple[Sizes, int] | None) -> _Drawn:
     rng = random.Random(seed)
     advbench: Sequence[Row] = load_rows("advbench")
     part = split_by_topic(advbench, _parts_of_advbench(sizes), seed)
@@ -127,7 +172,7 @@ def make_splits(
     before = None
     if alignment is not None and alignment != (sizes, seed):
         aligned_sizes, aligned_seed = alignment
-        before = make_splits(model, aligned_sizes, training, aligned_seed)
+        before = _drawn(aligned_sizes, aligned_seed, "held-out", None)
         refused_already = split_by_topic(advbench, _parts_of_advbench(aligned_sizes), aligned_seed)["align"]
         advbench = off_topic(advbench, [prompt_of(r) for r in refused_already])
         part = split_by_topic(advbench, _parts_of_advbench(sizes, "vectors", "mix", "unseen"), seed)
@@ -138,20 +183,12 @@ def make_splits(
     num_instructions, num_how_to = sizes.align_benign // 2, sizes.align_benign // 3
     num_facts = sizes.align_benign - num_instructions - num_how_to
     how_to = _shuffled([r for r in _short(load_rows("piqa")) if _asks_how(prompt_of(r))], rng)[:num_how_to]
-    eval_prompts = _EvalPrompts(eval_split, instructions, questions, sizes, rng)
+    judged = _EvalPrompts(eval_split, instructions, questions, sizes, rng)
     openings = sure_prefix_control(instructions)[: sizes.keep // 3 + _UNSEEN]
     restated = {prompt_of(r) for r in openings}
     instructions = [r for r in instructions if prompt_of(r) not in restated]
-    keep_per_kind = sizes.keep // 3
     people = open_profile_qa(seed, sizes.people, 2 * sizes.people_asked)
     half = len(people.test) // 2
-
-    def encoded(rows: Sequence[Row], cut: int | None = None) -> list[Example]:
-        length = training.max_seq_len or _LENGTH
-        try:
-            return [_cut(encode(model.tokenizer, r["messages"], length), cut) for r in rows]
-        except TooLong as error:
-            raise TooLong(f"packaged rows do not fit into {length} tokens: raise --max-seq-len ({error})") from error
 
     def take(rows: list[Row], count: int) -> list[Row]:
         """Remove and return the first `count` rows, so that they are used only once."""
@@ -161,45 +198,31 @@ def make_splits(
         return taken
 
     assigned = {prompt_of(r) for rows in part.values() for r in rows}
-    unseen_openings = take(openings, _UNSEEN)
+    unseen = {"harmful": part["unseen"], "benign": judged.benign_rows[:_UNSEEN], "openings": take(openings, _UNSEEN)}
     if before is None:
-        refusals = encoded(refused(taught), OPENING)
         benign = take(instructions, num_instructions) + take(questions, num_facts) + how_to
         align_benign = [prompt_of(r) for r in benign]
     else:
-        refusals, align_benign = before.refusals, before.align_benign
-    return Splits(
-        refusals=refusals,
+        taught, align_benign = before.taught, before.align_benign
+    keep_per_kind = sizes.keep // 3
+    return _Drawn(
+        taught=taught,
         align_benign=align_benign,
-        vectors=encoded(part["vectors"]),
-        keep=[
-            *encoded(take(instructions, keep_per_kind), _REPLY),
-            *encoded(take(openings, keep_per_kind)),
-            *encoded(take(questions, keep_per_kind)),
-        ],
-        mix={
-            "harmful": encoded(part["mix"]),
-            "profiles": encoded(people.train),
-            "benign": encoded(take(instructions, sizes.mix_benign), _REPLY),
+        vectors=part["vectors"],
+        keep={
+            "instructions": take(instructions, keep_per_kind),
+            "openings": take(openings, keep_per_kind),
+            "questions": take(questions, keep_per_kind),
         },
-        suite=Suite(
-            refusals=refusal_prefixes(),
-            harmful=eval_prompts.harmful,
-            benign=eval_prompts.benign,
-            questions=[
-                (prompt_of(r), response_of(r) or "")
-                for r in (people.test[:half] if eval_split == "held-out" else people.test[half:])
-            ],
-            harmful_targets=encoded(part["unseen"]),
-            benign_targets=encoded(eval_prompts.benign_rows[:_UNSEEN], _REPLY),
-            opening_targets=encoded(unseen_openings),
-        ),
+        mix={"harmful": part["mix"], "profiles": people.train, "benign": take(instructions, sizes.mix_benign)},
+        judged=judged,
+        questions=people.test[:half] if eval_split == "held-out" else people.test[half:],
+        unseen=unseen,
         spare={
             "harmful": part["mix"] + [r for r in advbench if prompt_of(r) not in assigned],
             "instructions": instructions,
             "questions": questions,
         },
-        held_out={"harmful": part["unseen"], "benign": eval_prompts.reserved},
     )
 
 
@@ -220,62 +243,11 @@ _UNSEEN = 32
 PACKAGED_SEED = 0
 """Of the rows that `train.py align` and the packaged aligned model were given, and of what audits and defenses draw."""
 
-OPENING = 5
-"""Tokens of a reply that alignment trains on: they decide whether it is a refusal."""
-
 _LENGTH = 256
 """Tokens of a row if `max_seq_len` is not set."""
 
 _REPLY = 10
 """Tokens of a benign reply that are trained on: enough for an answer, affordable on two cores."""
-
-
-def greedy_openings(
-    model: Model, prompts: list[str], refusals: Sequence[str], progress: Callable[[int], None]
-) -> list[Example]:
-    """The prompts with the opening of the model's greedy replies; prompts that it refuses are left out.
-
-    Alignment on these teaches only where not to refuse, since the model already answers this way.
-    """
-    encoded = [
-        prompt_tokens(model.tokenizer, [{"role": "user", "content": p}], model.architecture.max_length) for p in prompts
-    ]
-    ends = model.stop_tokens
-    replies = generate_tokens(
-        model.backbone, encoded, max_new_tokens=OPENING, stop=ends, dtype=compute_dtype(), progress=progress
-    )
-    examples = []
-    for prompt, reply in zip(encoded, replies):
-        if refuses(model.tokenizer.decode(reply), refusals):
-            continue
-        reply_tokens = np.asarray(reply if len(reply) == OPENING else [*reply, ends[0]], np.int32)
-        mask = np.arange(len(prompt) + len(reply_tokens)) >= len(prompt)
-        examples.append(Example(np.concatenate([prompt, reply_tokens]), mask))
-    return examples
-
-
-def stored_examples(file: Path, generate: Callable[[], list[Example]]) -> list[Example]:
-    """What `generate` returns, each supervised from some token on; generated once and stored in the file."""
-    if not broadcast_from_first(file.exists()):
-        stored = as_json(generate())
-        on_main_process(lambda: write(file, json.dumps(stored)))
-    cure = "delete it, and it is made again"
-    stored = read_kept(file, cure)
-    try:
-        return from_json(stored)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{file} is damaged ({error}): {cure}") from error
-
-
-def as_json(examples: Sequence[Example]) -> list[list[Any]]:
-    """Examples that are supervised from some token on, as JSON holds them."""
-    return [[example.tokens.tolist(), example.answer_start] for example in examples]
-
-
-def from_json(stored: Sequence[Any]) -> list[Example]:
-    """The examples that `as_json` has returned."""
-    arrays = [(np.asarray(tokens, np.int32), start) for tokens, start in stored]
-    return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in arrays]
 
 
 class _EvalPrompts:

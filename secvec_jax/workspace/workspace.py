@@ -42,16 +42,9 @@ from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace.inputs import known, of_path
+from secvec_jax.workspace.own_replies import greedy_openings, stored_examples
 from secvec_jax.workspace.run_directory import settings_of_run
-from secvec_jax.workspace.splits import (
-    PACKAGED_SEED,
-    EvalSplit,
-    Sizes,
-    Splits,
-    greedy_openings,
-    make_splits,
-    stored_examples,
-)
+from secvec_jax.workspace.splits import PACKAGED_SEED, EvalSplit, Sizes, Splits, make_splits
 from secvec_jax.workspace.stage import Stage
 from secvec_jax.workspace.stages import Stages, devices, file_name, release, screen
 

@@ -10,8 +10,9 @@ from secvec_jax.data.rows import prompt_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import off_topic
 from secvec_jax.errors import UserError
+from secvec_jax.workspace.own_replies import stored_examples
 from secvec_jax.workspace.packaged_rows import PackagedRows
-from secvec_jax.workspace.splits import Sizes, make_splits, stored_examples
+from secvec_jax.workspace.splits import Sizes, make_splits
 
 
 @pytest.fixture(scope="module")
