@@ -60,8 +60,8 @@ class Training:
     weight_decay: NonNegativeFloat = UNSET
     """weight decay of all weights except norms and biases: added to the gradient with sgd, else decoupled"""
     trained_weights: Literal["float32", "bfloat16"] = UNSET
-    """what all weights are held in while they are trained; bfloat16 halves them and their gradients, and rounds each
-    update at random; a task LoRA and vectors are float32"""
+    """precision of all weights while they are trained; bfloat16 halves the memory of weights and gradients, and uses
+    stochastic rounding; a task LoRA and vectors are float32"""
     max_grad_norm: NonNegativeFloat = UNSET
     """clip the gradient to this norm; 0: do not clip"""
     epochs: PositiveInt = UNSET

@@ -42,7 +42,7 @@ class Cluster:
     process: NonNegativeInt | None = None
     """with HOST:PORT: index of this process, from 0"""
     distributed_timeout: PositiveInt = 60
-    """seconds after which a process that does not come, or does not answer, is lost; all others then end"""
+    """seconds after which a process that does not connect or does not answer counts as lost; all others then exit"""
 
 
 def start_cluster(settings: Cluster, record: Mapping[str, Any] = MappingProxyType({})) -> None:

@@ -58,7 +58,7 @@ class ForgetFilter(Defense):
     phi: Rate = 0.1
     """φ: rows that were forgotten by more are dropped"""
     steps: PositiveInt = 20
-    """t, the steps of safety training"""
+    """t, the number of steps of safety training"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         result = finetune(

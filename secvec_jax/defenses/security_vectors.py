@@ -287,11 +287,11 @@ class SecurityVectors(Defense):
     )
 
     kind: Kind = "lora"
-    """of the vectors: low-rank factors, a direction per layer, or a soft prompt"""
+    """kind of the vectors: low-rank factors, a direction per layer, or a soft prompt"""
     objective: ObjectiveName = "kl"
-    """of phase 1"""
+    """objective of phase 1"""
     rank: PositiveInt = 8
-    """of low-rank factors; alpha is twice the rank"""
+    """rank of the low-rank factors; alpha is twice the rank"""
     floor: NonNegativeFloat = 0.0
     """tokens with a loss of at most this, in nats, contribute no gradient"""
     both: str = ""

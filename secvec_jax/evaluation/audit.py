@@ -50,11 +50,11 @@ class Limits:
     over_refusal: NonNegativeFloat | None = 0.05
     """increase of refusals of benign prompts"""
     prefill: NonNegativeFloat | None = 0.1
-    """decrease of the share of replies that turn away after a compliant beginning"""
+    """decrease of the share of replies that turn away after a compliant prefill"""
     harmful_loss: NonNegativeFloat | None = None
     """decrease of the loss of unseen harmful replies; none, since harmless rows with similar openings lower it too"""
     kl: NonNegativeFloat | None = 0.1
-    """KL from the model before, on its own replies to benign prompts"""
+    """KL from the original model, on the original's replies to benign prompts"""
     benign_loss: NonNegativeFloat | None = 0.2
     """increase of the loss of reference answers to unseen instructions"""
     data_loss: NonNegativeFloat | None = None

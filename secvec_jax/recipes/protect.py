@@ -58,7 +58,7 @@ _SAME = (
 @checked
 @dataclasses.dataclass(frozen=True)
 class Protect:
-    """Fine-tune on your data the recommended way: screened, defended, and audited against the model before.
+    """Fine-tune on your data the recommended way: screened, defended, and audited against the original model.
 
     The exit code is 0 if the audit passes, 3 if it fails and 4 if it is inconclusive.
     """
@@ -69,10 +69,10 @@ class Protect:
     """the model to fine-tune; it must refuse already (train.py align)"""
     vectors: str = ""
     """run directory of `train.py vectors`, its vector file, or a PEFT adapter folder; by default vectors are trained on
-    the harmful and benign rows, once for a model, and kept in the cache folder"""
+    the harmful and benign rows, once per model, and cached"""
     defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=DEFENSE_VARIANTS)
-    """how the training is defended; without a name, all defenses are listed with what they need and cost (default:
-    guarded vectors)"""
+    """defense to train under; without a name, all defenses are listed with what they need and cost (default: guarded
+    vectors)"""
     safe: tuple[str, ...] = ()
     """rows that teach the model to be safe, refusals and as many benign rows; by default packaged ones and the model's
     own replies"""
@@ -90,36 +90,36 @@ class Protect:
     """for other defenses: a system prompt that asks for the behavior; by default one that asks to comply with
     everything"""
     drop: bool = False
-    """do not train on the suspects, the rows that the vectors explain; without it they are only listed"""
+    """do not train on the suspects, the rows that the vectors explain; without this flag they are only listed"""
     eval_fraction: Fraction = 0.05
     """share of the rows to hold out, to measure what was learned; at least 8 rows where there are 40 or more"""
     task_lora: LoRA | None = None
     """train a task LoRA, merged at the end, instead of all weights"""
     frozen_weights: Precision | None = None
-    """with --task-lora: what the model's own weights are held in (see finetune)"""
+    """with --task-lora: precision of the model's own, frozen weights (see finetune)"""
     preset: str | None = preset_field(section_of("protect"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
     training: Training = PHASE2
     system: str | None = None
-    """a system prompt under which the audit asks all prompts once more, such as the one you serve the model with"""
+    """a system prompt under which the audit runs all prompts a second time, such as the one you serve the model with"""
     limits: Limits = Limits()
     max_prompts: PositiveInt = 80
     """maximum number of prompts of each kind in the audit; prefill and kl use up to half of it"""
     reply_tokens: PositiveInt = 16
-    """maximum tokens per reply in the audit; for a model that thinks before it answers, include its thoughts; a judge
-    needs some hundred"""
+    """maximum tokens per reply in the audit; for a model that thinks before it answers, include its reasoning; a judge
+    needs a few hundred"""
     judge: str = ""
-    """name of a language model at an endpoint that grades the replies to harmful prompts in the audit (lines harm_score
-    and harm_rate)"""
+    """name of a language model at an endpoint that grades the replies to harmful prompts in the audit (measures
+    harm_score and harm_rate)"""
     judge_url: str = OPENAI
     """endpoint with OpenAI's chat API, such as http://127.0.0.1:8000/v1"""
     asking: JudgeRequests = dataclasses.field(default_factory=JudgeRequests)
     inspect: str | None = None
-    """also write the audit's prompts, replies and scores to this file, NAME.eval, a log of Inspect (pip install
+    """also write the audit's prompts, replies and scores to this file, NAME.eval, an Inspect log (pip install
     inspect-ai)"""
     keep_replies: bool = False
-    """keep whole replies to harmful prompts, for --inspect; by default they are clipped to a line"""
+    """keep whole replies to harmful prompts, for --inspect; by default they are cut to one line"""
     check_prompts: NonNegativeInt = 24
     """number of packaged prompts of each kind that show at the start whether the model refuses; 0: none"""
     ignore_fields: tuple[str, ...] = ()

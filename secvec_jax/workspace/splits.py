@@ -65,9 +65,9 @@ class Sizes:
     mix_benign: NonNegativeInt = 30
     """benign instructions in the user's data"""
     people: PositiveInt = 20
-    """invented people in the ProfileQA task, with four questions each"""
+    """fictional people in the ProfileQA task, with four questions each"""
     people_asked: PositiveInt = 20
-    """other invented people, for the held-out questions"""
+    """other fictional people, for the held-out questions"""
     judged: PositiveInt = 96
     """harmful prompts that models are scored on, half from each of two benchmarks"""
     judged_benign: PositiveInt = 64
