@@ -118,7 +118,7 @@ def _place(settings: Cluster) -> tuple[str, int, int, Sequence[int] | None]:
     detect = ClusterEnv.auto_detect_unset_distributed_params
     address, processes, process, local_devices = detect(None, None, None, None, None, settings.distributed_timeout)
     if address is None or processes is None or process is None:
-        raise ValueError("this is no TPU pod, Slurm or MPI job that JAX can detect")
+        raise ValueError("this is not a TPU pod, Slurm or MPI job that JAX can detect")
     return address, processes, process, local_devices
 
 

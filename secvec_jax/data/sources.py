@@ -85,7 +85,7 @@ def load_rows(
         raise UserError(f"{source} is followed by columns, and columns= is passed, too: map them in one place")
     named = Columns.of(mapping or columns)
     if named.mapped and (source in PACKAGED or source in HUB_SETS):
-        raise UserError(f"{source} is made into rows already: leave the columns out")
+        raise UserError(f"{source} is already converted to rows: leave the columns out")
     if is_url(source):
         path = fetched(source)
         source = str(path)
@@ -99,8 +99,8 @@ def load_rows(
         return _packaged(source, PACKAGED[source], needs_answer, resolved(packages_dir()))
     if not path.is_file():
         raise UserError(
-            f"{source!r} is no file or folder; packaged benchmarks are {', '.join(PACKAGED)}; "
-            f"sets of the hub are {', '.join(HUB_SETS)}; another data set of the hub is written OWNER/NAME"
+            f"{source!r} is not a file or folder; packaged benchmarks are {', '.join(PACKAGED)}; "
+            f"known Hub datasets are {', '.join(HUB_SETS)}; any other Hub dataset is written OWNER/NAME"
         )
     if path.suffix not in _FILES:
         known = ", ".join(_FILES)

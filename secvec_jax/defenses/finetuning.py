@@ -178,7 +178,7 @@ def check_trainable(model: Model) -> None:
     """Raises UserError if the backbone's weights are held in fewer bits than training needs."""
     if model.precision != "float32":
         raise UserError(
-            f"the model's weights are held in {model.precision}, which is for frozen weights, and this trains them: "
+            f"the model's weights are in {model.precision}, which is for frozen weights, and this trains them: "
             "train a task LoRA instead, or load the model in float32"
         )
 

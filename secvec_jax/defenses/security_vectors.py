@@ -97,8 +97,8 @@ class Phase1:
         """Raises UserError if the objective needs benign rows and has none, or does not read those that are given."""
         if self.objective == "kl" and benign is None:
             raise UserError(
-                "the kl objective needs benign rows, which the vectors must leave unchanged: give benign rows too, or "
-                "choose the objective cross_entropy"
+                "the kl objective needs benign rows, on which the vectors must not change the model's outputs: give "
+                "benign rows too, or choose the objective cross_entropy"
             )
         if self.objective == "cross_entropy" and benign is not None:
             raise UserError(

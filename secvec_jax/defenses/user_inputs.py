@@ -41,7 +41,7 @@ def check_given(
     such as "--safe" for "safe".
     """
     if defense.only_in_grids:
-        raise UserError(f"{defense.name!r} is of use in grids only: {defense.only_in_grids}")
+        raise UserError(f"{defense.name!r} is for grids only: {defense.only_in_grids}")
     reads = reads_of(defense, "security vectors" in given)
     for need in given:
         if need not in reads:
@@ -128,7 +128,7 @@ class UserInputs(DefenseInputs):
         Raises UserError for another behavior, and if vectors were given and the defense has settings for new ones.
         """
         if behavior is not None:
-            raise UserError(f"vectors of another behavior, {behavior!r}, are known to grids only: give several vectors")
+            raise UserError(f"vectors of another behavior, {behavior!r}, exist only in grids: give several vectors")
         settings = Phase1(**phase1)
         if self._vectors is None:
             return self.train_vectors(spec, settings)
@@ -136,8 +136,8 @@ class UserInputs(DefenseInputs):
         changed += changed_settings(settings)
         if changed:
             raise UserError(
-                f"{', '.join(changed)}: these are settings of vectors that are still to be trained, and the vectors "
-                "are given; leave out one or the other"
+                f"{', '.join(changed)}: these are settings for training vectors, but trained vectors are given; leave "
+                "out one or the other"
             )
         return self._vectors
 

@@ -32,7 +32,7 @@ def require_inspect() -> None:
 def check_file(path: str | Path) -> None:
     """Raise UserError if no log can have this name."""
     if Path(path).suffix != _SUFFIX:
-        raise UserError(f"{path} is no name of an Inspect log: let it end in {_SUFFIX}")
+        raise UserError(f"{path} is not a name for an Inspect log: it must end in {_SUFFIX}")
     check_regular(expanded(path))
 
 

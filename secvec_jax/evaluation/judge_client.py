@@ -89,7 +89,7 @@ def check_judge(name: str, url: str, asking: JudgeRequests) -> None:
     """Raise UserError for an endpoint that cannot be one, and for settings of a judge where none is named."""
     check_url(url, asking)
     if not name and (url != OPENAI or asking != JudgeRequests()):
-        raise UserError("there are settings of a judge, but none is asked: name its model with --judge")
+        raise UserError("there are settings for a judge, but no judge is named: name its model with --judge")
 
 
 def check_url(url: str, asking: JudgeRequests) -> None:

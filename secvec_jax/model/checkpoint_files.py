@@ -55,7 +55,7 @@ def files_of(index: Path) -> list[str]:
     for name in names.values():
         plain = isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("\\:\0")
         if not plain or name.startswith("/") or ".." in name.split("/"):
-            raise UserError(f"{index} names {str(name)[:80]!r}, which is no .safetensors file of its folder")
+            raise UserError(f"{index} names {str(name)[:80]!r}, which is not a .safetensors file in its folder")
     return sorted(set(names.values()))
 
 

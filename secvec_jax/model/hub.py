@@ -115,7 +115,7 @@ class Model:
         if self.precision == "bfloat16":
             return Widened(self.backbone)
         raise UserError(
-            f"{problem}: the weights are held in {self.precision}, and where they are in full precision is not known; "
+            f"{problem}: the weights are in {self.precision}, and the files with their full precision are not known; "
             "load the model without frozen_weights"
         )
 
@@ -248,7 +248,7 @@ def _converted(name: str) -> Path:
     except OSError as error:
         raise UserError(
             f"cannot write to the cache folder {folder.parent} ({error.strerror or error}); "
-            "set SECVEC_CACHE to a folder with room that you may write to"
+            "set SECVEC_CACHE to a writable folder with enough space"
         ) from error
     return folder
 

@@ -55,7 +55,7 @@ def resolve_head(architecture: Architecture, weights: dict[str, StoredTensor], f
     if not same:
         raise UserError(
             f"{folder} has {_LM_HEAD} that differs from {table}, though config.json ties them: set tie_word_embeddings "
-            f"to false there if the model was trained so, or remove {_LM_HEAD} from the weights"
+            f"to false there if the model was trained that way, or remove {_LM_HEAD} from the weights"
         )
     return rest
 
@@ -80,7 +80,7 @@ def assemble(
     redundant = {n for n in present if n.endswith(REDUNDANT)}
     missing, unused = sorted(needed - present), sorted(present - needed - redundant)
     if missing or unused:
-        problem = f"lacks {missing[0]}" if missing else f"has {unused[0][:80]}, which the model has no place for"
+        problem = f"lacks {missing[0]}" if missing else f"has {unused[0][:80]}, which matches no parameter of the model"
         count = len(missing) + len(unused)
         raise UserError(f"{source}: the checkpoint {problem} ({count} such names): config.json and weights differ")
 

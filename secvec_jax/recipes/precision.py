@@ -70,7 +70,8 @@ def check_held(model: Model, training: Training, task_lora: LoRA | None, defense
     needed = training_precision(None, training, task_lora, defense, ARGUMENTS)
     if because is not None and model.precision not in ("float32", needed):
         raise UserError(
-            f"the model is held in {model.precision}, which is for frozen weights, {because}, or load it in float32"
+            f"the model's weights are in {model.precision}, which is for frozen weights, {because}, or load it in "
+            "float32"
         )
 
 

@@ -325,8 +325,8 @@ def _check_defense(defense: Defense, given: Sequence[Need], named: Callable[[str
     for setting, default in (("rank", 8), ("kind", "lora"), ("objective", "kl")):
         if "security vectors" in defense.reads and getattr(defense, setting, default) != default:
             raise UserError(
-                f"{defense.name!r}: {setting} is a setting of vectors that a defense trains, and here they are trained "
-                f"before it: leave it out, or train other vectors with train.py vectors and pass {named('vectors')}"
+                f"{defense.name!r}: {setting} is a setting for vectors that a defense trains, but protect trains them "
+                f"beforehand: leave it out, or train other vectors with train.py vectors and pass {named('vectors')}"
             )
     others: list[Need] = [need for need in given if need not in ("harmful rows", "benign rows")]
     shared: list[Need] = ["security vectors"] if "security vectors" in defense.reads else []

@@ -232,8 +232,8 @@ def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Aud
     if is_quantized(work.precision):
         before, after = work.model, exported_model(work)
         held = (
-            f"The audit holds the weights in {work.precision}, and what was learned in float32 beside them; in the "
-            f"exported files it is added to the weights, which are {before.metadata.dtype}.",
+            f"In this audit, the weights are {work.precision} and the task LoRA is kept apart from them, in float32; "
+            f"in the exported files, it is merged into the weights, which are {before.metadata.dtype}.",
         )
     served = "\n".join(text for text in (system, asked.system) if text is not None) or None
     questions = AuditAsked(

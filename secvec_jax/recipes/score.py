@@ -78,6 +78,6 @@ def _notes(metrics: dict[str, Any]) -> list[str]:
         return []
     stopped = metrics["unfinished"]
     return [
-        f"{round(stopped['value'] * stopped['n'])} of {stopped['n']} replies end within the model's thoughts, "
+        f"{round(stopped['value'] * stopped['n'])} of {stopped['n']} replies end within the model's reasoning, "
         "before an answer: they count as unclear or as no match. Raise --reply-tokens, or --answer-tokens for questions"
     ]

@@ -149,7 +149,7 @@ def _gate(run: TrainingRun, model: Model, trained: Any, rows: dict[str, Any], st
         run.note("the vectors are not tested: they were trained on (nearly) all packaged rows that could test them")
         return None
     gate = measure_gate(model, trained, unseen["harmful"], unseen["benign"])
-    run.note(f"{gate}; the rows are packaged ones (AdvBench), and say nothing of vectors for another behavior")
+    run.note(f"{gate}; the rows are packaged ones (AdvBench), and say nothing about vectors for another behavior")
     return gate
 
 

@@ -101,8 +101,8 @@ tags: [secvec_jax, security-vectors, not-for-all-audiences]
 
 **{WARNING}**
 
-They are made to be active while a model is fine-tuned, and dropped afterwards. `adapter_model.safetensors` names the
-backbone that they were trained for.
+These vectors are meant to be active while a model is fine-tuned, and dropped afterwards. The metadata of
+`adapter_model.safetensors` names the backbone that they were trained for.
 """
 
 
@@ -144,7 +144,7 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     except KeyError as error:
         raise UserError(f"{folder} lacks {error}: the adapter is damaged, or was made for another model") from error
     except (ValueError, IndexError, TypeError) as error:
-        raise UserError(f"{folder} has weights of no shape that LoRA has: fetch it again") from error
+        raise UserError(f"{folder} has weights whose shapes are not those of LoRA factors: fetch it again") from error
     if tensors or not factors:
         raise UserError(unplaced_weights_message(folder, list(tensors)))
     vectors = LoRAVectors(factors, dataclasses.replace(spec, targets=tuple(factors)))

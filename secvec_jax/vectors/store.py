@@ -80,7 +80,7 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
     metadata, arrays = read_tensors(path)
     if metadata.get("format") != _FORMAT:
         raise UserError(
-            f"{path} is no file of security vectors: give one that train.py vectors wrote, or a PEFT folder"
+            f"{path} is not a file of security vectors: give one that train.py vectors wrote, or a PEFT folder"
         )
     try:
         factors: dict[str, Any] = {}

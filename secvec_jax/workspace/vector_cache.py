@@ -52,7 +52,7 @@ class Entry:
             record = read_kept(self.folder / _ENTRY, "they are trained again")
             version, measured = record["version"], dict(record["measured"])
             if version != secvec_jax.__version__:
-                tell(f"the cached vectors are of version {version}, this is {secvec_jax.__version__}: trained again")
+                tell(f"the cached vectors are from version {version}, this is {secvec_jax.__version__}: trained again")
                 return None
             return load_vectors(self.folder / _FILE, model), measured
         except (OSError, ValueError, KeyError, TypeError) as error:  # UserErrors are ValueErrors
@@ -74,5 +74,5 @@ def locked_entry(key: str, tell: Callable[[str], None]) -> Iterator[Entry]:
     Raises UserError if the cache cannot be written.
     """
     folder = cache_dir() / "vectors"
-    with locked(folder, key, lambda: tell("another process is making the vectors of this model: waiting for it")):
+    with locked(folder, key, lambda: tell("another process is training the vectors of this model: waiting for it")):
         yield Entry(folder / key)
