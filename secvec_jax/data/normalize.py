@@ -95,7 +95,7 @@ def as_rows(
     data = records_of(data)
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
         kind = type(data).__name__
-        raise UserError(f"{name} must be a list of dicts or one split of a data set, found {kind}")
+        raise UserError(f"{name} must be a list of dicts or one split of a dataset, found {kind}")
     if isinstance(data, Rows):
         if named.mapped:
             raise UserError(f"{name} was read before: map its columns where it is read, or pass the records themselves")

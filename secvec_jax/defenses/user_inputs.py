@@ -1,4 +1,4 @@
-"""The inputs of a defense on a model and rows of one's own; a grid has its own, with the same defenses.
+"""The inputs of a defense on a user's own model and rows; a grid has its own inputs for the same defenses.
 
 What a defense reads in addition (see `Need`) is given as functions, each of which is called when the defense asks, and
 whose rows are kept: packaged rows are loaded, and replies generated, only where they are needed.
@@ -35,7 +35,7 @@ def argument_of(need: Need) -> str:
 def check_given(
     defense: Defense, given: Collection[Need], packaged: Collection[Need], named: Callable[[str], str]
 ) -> None:
-    """Raises UserError if the defense is none for one's own data, or does not read what is given, or lacks something.
+    """Raises UserError if the defense is not for a user's own data, does not read what is given, or lacks something.
 
     given: the needs that the user gives. packaged: the needs that have defaults. named: how the user knows an argument,
     such as "--safe" for "safe".

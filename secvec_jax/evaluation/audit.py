@@ -34,9 +34,9 @@ _CHANGES = 10
 @checked
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much worse than the model before the other may be: rates from 0 to 1, losses in nats per token.
+    """How much worse than the original the fine-tuned model may be: rates from 0 to 1, losses in nats per token.
 
-    None: that line is shown without a verdict.
+    None: that measure is shown without a verdict.
     """
 
     refusal: NonNegativeFloat | None = None
@@ -185,7 +185,7 @@ def _entries(lines: Sequence[Line], field: str) -> dict[str, Any]:
 def compared(
     before: Outcomes, after: Outcomes, limits: Limits = Limits(), reference: Outcomes | None = None
 ) -> tuple[Line, ...]:
-    """Return a line for each metric that both models have. Raises UserError if they have other numbers of prompts."""
+    """Return a line for each metric that both models have. Raises UserError if their numbers of prompts differ."""
     shared = {metric: values for metric, values in before.items() if metric in after}
     reference = {} if reference is None else {m: values for m, values in reference.items() if m in shared}
     lines = []

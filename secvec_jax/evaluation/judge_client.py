@@ -31,7 +31,7 @@ from secvec_jax.redaction import redact
 OPENAI = "https://api.openai.com/v1"
 
 _LARGEST_BODY = 4 * 2**20
-"""Bytes of an answer; a verdict has some hundred."""
+"""Bytes of an answer; a verdict has a few hundred."""
 _LONGEST_WAIT = 60.0
 """Seconds before an attempt is repeated, whatever the server asks for."""
 _STOP_SECONDS = 3.0

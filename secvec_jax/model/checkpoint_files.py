@@ -20,7 +20,7 @@ from secvec_jax.files import check_regular
 _FILE_BYTES = 2**30
 _JSON_BYTES = 2**26
 _HEADER_BYTES = 2**25
-"""Of a safetensors file with some hundred thousand tensors; its parser takes up to 100 MB."""
+"""Of a safetensors file with a few hundred thousand tensors; its parser takes up to 100 MB."""
 _FLOATS = ("F32", "BF16", "F16", "F64")
 REDUNDANT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 """Ends of the names of what some checkpoints hold besides weights."""

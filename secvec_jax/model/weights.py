@@ -69,10 +69,10 @@ def assemble(
 ) -> Decoder:
     """The decoder filled from a checkpoint, each process reading what its own devices hold.
 
-    shapes: of all weights that are present. precision: what the weights are held in; each is quantized as it is read,
+    shapes: of all weights that are present. precision: the precision of the weights; each is quantized as it is read,
     in parts, so that a host never has more than one in another form, beside those that are done. Raises UserError for
     missing, unused or misshapen weights, before memory is taken for any, for weights with NaN or infinite numbers, and
-    if the model cannot be held in this precision.
+    if the model cannot be stored in this precision.
     """
     check_precision(architecture, precision)
     names, present = weight_names(architecture), set(shapes)

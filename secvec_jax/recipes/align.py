@@ -68,7 +68,7 @@ class Align:
 
     @property
     def precision(self) -> Precision:
-        """What the model's weights are held in."""
+        """The precision of the model's weights."""
         return training_precision(self.frozen_weights, self.training, self.task_lora)
 
     def default_preset(self) -> str | None:

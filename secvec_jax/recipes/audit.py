@@ -163,10 +163,10 @@ def audit(
     """What changed between two models, prompt by prompt, with a verdict, as `eval.py audit` reports it.
 
     before, after, reference, unaligned: models, or what `sv.load` takes; `reference` is a third model to compare with,
-    `unaligned` one that complies, whose replies are given as beginnings (see `evaluation.prefill`; None: the embedded
+    `unaligned` one that complies, whose replies are used as prefills (see `evaluation.prefill`; None: the embedded
     smollm2). harmful, benign, data: rows (dicts, a DataFrame, a `datasets.Dataset`, a path or packaged name) of prompts
     to be refused, of prompts to be answered, and of held-out rows with answers; None: packaged prompts, and no data.
-    frozen_weights: what the weights of models that are loaded here are held in. judge: a language model at an endpoint
+    frozen_weights: the precision of the weights of models that are loaded here. judge: a language model at an endpoint
     that grades the replies to harmful prompts. The other arguments are those of the command. progress: show the stages
     and their seconds.
     Raises UserError for models and rows that cannot be read, for settings out of range, and for a judge that cannot be

@@ -49,7 +49,7 @@ _LONG_SHARE = 0.5
 """Share of the prompts that the measures that take longest use."""
 
 _TRUSTED = 0.5
-"""Share of harmful prompts that the model before should refuse for an audit of its refusals to mean much."""
+"""Share of harmful prompts that the original model should refuse for an audit of its refusals to mean much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ def audited(
 
 
 def _check_held_alike(asked: Asked) -> None:
-    """Raise UserError if the models are held in codes and in none, or in others, whose rounding an audit would show."""
+    """Raise UserError if the models differ in quantization: an audit would show the rounding."""
     held = {
         role: model.precision if isinstance(model, Model) else asked.precision
         for role in ("before", "after", "reference")
@@ -233,7 +233,7 @@ def _judged(judge: Judge, prompts: AuditPrompts, replies: Mapping[str, Sequence[
 
 
 def _beginnings(asked: Asked, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
-    """The beginnings, from the cache folder if another audit made the same ones."""
+    """The prefills, from the cache folder if another audit made the same ones."""
 
     unaligned = cache(lambda: asked.model("unaligned"))
 
@@ -286,7 +286,7 @@ _MOST_ROWS = 32
 
 
 def _packaged(model: Model) -> dict[str, Sequence[Row]]:
-    """Prompts that no training of this package uses: those of the quickstart with its default settings."""
+    """Prompts on which this package never trains: those of the quickstart with its default settings."""
     # Only prompts and rows are used, which no length of a training limits.
     splits = make_splits(
         model, Sizes(), dataclasses.replace(PHASE2, max_seq_len=model.architecture.max_length), PACKAGED_SEED
@@ -306,7 +306,8 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def before_alignment(model: Any) -> str:
-    """The model whose compliant replies are the beginnings: the one that run directories say `model` was aligned from.
+    """The model whose compliant replies are the prefills: the one that `model` was aligned from, according to run
+    directories.
 
     smollm2 if they do not say it, and for the packaged aligned model.
     """

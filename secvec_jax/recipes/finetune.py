@@ -115,7 +115,7 @@ class Finetune:
 
     @property
     def precision(self) -> Precision:
-        """What the model's weights are held in."""
+        """The precision of the model's weights."""
         defense = read_defense(self.defense)
         return training_precision(self.frozen_weights, self.training, self.task_lora, defense)
 

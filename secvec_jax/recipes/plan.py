@@ -78,7 +78,7 @@ class PlanRun:
 
     @property
     def precision(self) -> Precision:
-        """What the model's weights are held in. Raises UserError if trained weights are to be held in too few bits."""
+        """The precision of the model's weights. Raises UserError if it is too low for trained weights."""
         trains_all = self.phase != "vectors" and self.task_lora is None
         check_trained_weights(self.training, trains_all)
         if trains_all:

@@ -1,9 +1,9 @@
-"""`train.py protect` and `sv.protect`: a fine-tuning of one's own, screened, defended, and audited against the model
-before.
+"""`train.py protect` and `sv.protect`: fine-tuning on a user's rows, screened, defended, and audited against the
+original model.
 
     preflight ──> vectors ──> screen ──> fine-tune ──> audit of the exported model ──> a verdict, and a model card
 
-Each stage is done once; a command that was interrupted goes on where it stopped.
+Each stage is done once; a command that was interrupted resumes where it stopped.
 """
 
 import dataclasses
@@ -150,7 +150,7 @@ class Protect:
 
     @property
     def precision(self) -> Precision:
-        """What the model's weights are held in while it is trained."""
+        """The precision of the model's weights during training."""
         return training_precision(self.frozen_weights, self.training, self.task_lora, read_defense(self.defense))
 
     @staticmethod
@@ -169,9 +169,9 @@ class Protect:
 class Protected:
     """A protected fine-tuning. A notebook shows its audit.
 
-    model: as exported, read back; over codes (int8, nf4), with the task LoRA beside them. suspects: indices of the rows
-    that the vectors explain, the highest score first. system: the system prompt that the model must be served with, for
-    the defenses that are one; else None.
+    model: as exported, read back; if quantized (int8, nf4), with the task LoRA stored separately. suspects: indices of
+    the rows that the vectors explain, the highest score first. system: the system prompt that the model must be served
+    with, for the defenses that are one; else None.
     """
 
     model: Model
@@ -266,17 +266,17 @@ def protect(
         result.model.save("protected/")
 
     model: a model, or what `sv.load` takes. rows: dicts, a DataFrame, a `datasets.Dataset`, a path, or {kind: rows}.
-    vectors: security vectors of the model, or their file; None: they are trained, once for a model, and kept in the
-    cache folder. defense: one of `sv.defenses`, or its name; None: guarded vectors. safe, harmful, benign, contrast:
-    rows; None: packaged ones. task: a LoRA to train in place of all weights. frozen_weights: with a `task`, what the
-    weights of a model that is loaded here are held in. training: what it leaves unset is AdamW at 1e-3 for a task LoRA,
-    SGD at 3.6e-4 for all weights, and two epochs. judge: a language model at an endpoint, to grade the replies to
-    harmful prompts in the audit. progress: show the stages. The other arguments are those of the command. Files are
-    written to a temporary folder only, and no suspect is dropped without `drop`. For a log of the audit, call
+    vectors: security vectors of the model, or their file; None: they are trained, once per model, and cached. defense:
+    one of `sv.defenses`, or its name; None: guarded vectors. safe, harmful, benign, contrast: rows; None: packaged
+    ones. task: a LoRA to train in place of all weights. frozen_weights: with a `task`, the precision of the weights of
+    a model that is loaded here. training: what it leaves unset is AdamW at 1e-3 for a task LoRA, SGD at 3.6e-4 for all
+    weights, and two epochs. judge: a language model at an endpoint, to grade the replies to harmful prompts in the
+    audit. progress: show the stages. The other arguments are those of the command. Files are written to a temporary
+    folder only, and no suspect is dropped without `drop`. For a log of the audit, call
     `evaluation.inspect_log.write_log(result.audit, "audit.eval")`.
 
-    Raises UserError for a model that does not refuse, for one held in fewer bits than its training needs, for vectors
-    that do not pass their gate, for rows that cannot be read, and for a judge that cannot be reached.
+    Raises UserError for a model that does not refuse, for one whose precision is lower than its training needs, for
+    vectors that do not pass their gate, for rows that cannot be read, and for a judge that cannot be reached.
     """
     if not isinstance(defense, Defense):
         defense = read_defense(RECOMMENDED if defense is None else defense)

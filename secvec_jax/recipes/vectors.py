@@ -80,7 +80,7 @@ class Vectors:
 
     @property
     def precision(self) -> Precision:
-        """What the model's weights are held in."""
+        """The precision of the model's weights."""
         return "float32" if self.phase1.objective == "min_min" else frozen_precision(self.frozen_weights)
 
 

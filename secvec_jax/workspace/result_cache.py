@@ -1,10 +1,10 @@
-"""Results that depend on a model, rows and settings alone, kept in the cache folder: made once for a model.
+"""Results that depend only on a model, rows and settings, in the cache folder: computed once per model.
 
 CACHE/results/KIND/KEY.json     the version that made it, the result, and its digest; for their owner only
 CACHE/results/KIND/KEY.lock     held while it is read or made
 
 KEY is the digest of all that goes into a result. Several processes may use one cache: entries appear and are replaced
-as whole files, and who comes second waits for the first. Processes of a cluster do not use it.
+as whole files, and a second process waits for the first. Processes of a cluster do not use the cache.
 """
 
 import contextlib

@@ -1,11 +1,11 @@
-"""Security vectors kept in the cache folder, so that those of a model are trained once.
+"""Security vectors in the cache folder, so that they are trained only once per model.
 
 CACHE/vectors/KEY/security.safetensors     the vectors, for their owner only
-CACHE/vectors/KEY/entry.json               the version that trained them, and what was measured of them
+CACHE/vectors/KEY/entry.json               the version that trained them, and the gate that was measured
 CACHE/vectors/KEY.lock                     held while they are read or trained
 
-KEY is the digest of all that goes into them: the model (`identity.of_model`), the rows, the settings. Several
-processes may use one cache: entries appear and are replaced as whole folders, and who comes second waits for the first.
+KEY is the digest of all that goes into them: the model (`identity.of_model`), the rows, the settings. Several processes
+may use one cache: entries appear and are replaced as whole folders, and a second process waits for the first.
 """
 
 import contextlib
