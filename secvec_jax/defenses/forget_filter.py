@@ -52,7 +52,7 @@ class ForgetFilter(Defense):
     name = "forget filter"
     stage = "data"
     needs = ("safe rows",)
-    cost = "2 more trainings, and 2 replies per row"
+    cost = "2 more training runs, and 2 replies per row"
     source = "Zhao et al. 2312.12736"
 
     phi: Rate = 0.1

@@ -187,7 +187,7 @@ _DAMAGES = {
     "index of a list": (lambda f: _only_index(f, {"weight_map": ["a.safetensors"]}), "weight_map"),
     "index that leaves its folder": (
         lambda f: _only_index(f, {"weight_map": {"w": "../other/model.safetensors"}}),
-        r"names '\.\./other/model\.safetensors', which is no \.safetensors file of its folder",
+        r"names '\.\./other/model\.safetensors', which is not a \.safetensors file in its folder",
     ),
     "index of an absolute path": (lambda f: _only_index(f, {"weight_map": {"w": "/etc/w.safetensors"}}), "its folder"),
     "index of another file": (lambda f: _only_index(f, {"weight_map": {"w": "weights.bin"}}), "its folder"),

@@ -448,7 +448,7 @@ def test_a_task_lora_over_fewer_bits_is_audited_as_it_was_trained_and_exported_i
     assert exported.fingerprint == start.with_backbone(merge(start.backbone, task)).fingerprint != start.fingerprint
     assert after.fingerprint == exported.fingerprint, "what is audited is what is exported"
     notes = Results.load(toys.folder / "out").rows  # the report's notes are below
-    assert ("beside them" in (toys.folder / "out" / "report.md").read_text()) is (precision != "bfloat16") and notes
+    assert ("kept apart" in (toys.folder / "out" / "report.md").read_text()) is (precision != "bfloat16") and notes
     if precision != "bfloat16":  # rounded to codes, most of what was learned would be lost
         for projection in task.factors:
             kernel, held = (linear_of(model.backbone, projection).kernel for model in (after, before))

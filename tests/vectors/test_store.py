@@ -419,7 +419,7 @@ def test_a_new_entry_that_may_change_the_adapter_is_refused_by_name(tiny_model, 
     path.write_text(json.dumps(config | {"use_next_years_lora": False, "peft_version": "9"}))
     load_peft(tmp_path / "peft", model)
     path.write_text(json.dumps(config | {"use_next_years_lora": True}))
-    with pytest.raises(UserError, match=r"no plain LoRA adapter \(use_next_years_lora\)"):
+    with pytest.raises(UserError, match=r"not a plain LoRA adapter \(use_next_years_lora\)"):
         load_peft(tmp_path / "peft", model)
 
 
