@@ -180,7 +180,7 @@ _DAMAGES = {
         r"lacks model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "missing head": (_drop("lm_head.weight"), r"lacks lm_head\.weight"),
-    "unused weight": (_put("model.layers.7.mlp.up_proj.weight", (3,)), r"has model\.layers\.7.*no place"),
+    "unused weight": (_put("model.layers.7.mlp.up_proj.weight", (3,)), r"has model\.layers\.7.*matches no parameter"),
     "wrong shape": (_put("model.norm.weight", (31,)), r"model\.norm\.weight has shape \(31,\).*\(32,\)"),
     "pickled weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"\.bin is a pickle"),
     "index without map": (lambda f: _only_index(f, {}), "weight_map"),

@@ -144,7 +144,7 @@ def test_files_that_hold_no_vectors_are_refused(model, tmp_path):
         load_vectors(path, model)
     for metadata in (None, {"format": "pt"}, {"format": "secvec_jax/999"}):
         safetensors.numpy.save_file({"x": np.zeros(3, np.float32)}, path, metadata=metadata)
-        with pytest.raises(UserError, match="no file of security vectors"):
+        with pytest.raises(UserError, match="not a file of security vectors"):
             load_vectors(path, model)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty contains no vectors: use a run directory .* or a PEFT adapter folder"):
