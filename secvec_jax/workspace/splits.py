@@ -59,7 +59,8 @@ class Sizes:
     vectors: PositiveInt = 100
     """harmful rows for training the vectors"""
     keep: PositiveInt = 180
-    """benign rows the vectors must leave unchanged, a third of them with the harmful rows' opening"""
+    """benign rows on which the vectors must not change the model's outputs, a third of them with the harmful rows'
+    opening"""
     mix_harmful: NonNegativeInt = 64
     """harmful rows hidden in the user's data"""
     mix_benign: NonNegativeInt = 30
