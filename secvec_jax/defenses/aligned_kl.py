@@ -43,7 +43,7 @@ class AlignedKL(Defense):
     source = "baseline of Vaccine"
 
     weight: NonNegativeFloat = 1.0
-    """λ, the weight of the KL"""
+    """λ, weight of the KL"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         return Defended(finetune(inputs.aligned, inputs.rows, weight=self.weight, **inputs.options))
@@ -61,7 +61,7 @@ class AnchoredVectors(Defense):
     source = "ours: security vectors, and a KL to the aligned model without them"
 
     weight: NonNegativeFloat = 1.0
-    """λ, the weight of the KL"""
+    """λ, weight of the KL"""
     rank: PositiveInt = 8
     """rank of the vectors"""
 

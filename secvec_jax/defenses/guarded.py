@@ -49,7 +49,7 @@ class GuardedVectors(Defense):
     source = "ours: security vectors, with safe rows in every step that are learned without them"
 
     weight: NonNegativeFloat = 1.0
-    """λ, the weight of the safe rows' loss"""
+    """λ, weight of the safe rows' loss"""
     rank: PositiveInt = 8
     """rank of the vectors"""
     under: Literal["trained", "none", "random", "irrelevant"] = "trained"

@@ -48,7 +48,7 @@ class Lisa(Defense):
     source = "Huang et al. 2405.18641"
 
     rho: NonNegativeFloat = 1.0
-    """ρ, the weight of the proximal term"""
+    """ρ, weight of the proximal term"""
     aligned_steps: NonNegativeInt = 1
     """K1, steps on safe rows"""
     user_steps: PositiveInt = 9

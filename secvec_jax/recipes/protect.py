@@ -58,7 +58,7 @@ _SAME = (
 @checked
 @dataclasses.dataclass(frozen=True)
 class Protect:
-    """Fine-tune on your data the recommended way: screened, defended, and audited against the original model.
+    """Fine-tune on your data the recommended way: screened, defended, and audited against the original.
 
     The exit code is 0 if the audit passes, 3 if it fails and 4 if it is inconclusive.
     """
@@ -90,13 +90,13 @@ class Protect:
     """for other defenses: a system prompt that asks for the behavior; by default one that asks to comply with
     everything"""
     drop: bool = False
-    """do not train on the suspects, the rows that the vectors explain; without this flag they are only listed"""
+    """do not train on the suspects, the rows that the vectors explain; by default they are only listed"""
     eval_fraction: Fraction = 0.05
     """share of the rows to hold out, to measure what was learned; at least 8 rows where there are 40 or more"""
     task_lora: LoRA | None = None
     """train a task LoRA, merged at the end, instead of all weights"""
     frozen_weights: Precision | None = None
-    """with --task-lora: precision of the model's own, frozen weights (see finetune)"""
+    """with --task-lora: precision of the model's own weights (see finetune)"""
     preset: str | None = preset_field(section_of("protect"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
