@@ -1,4 +1,4 @@
-"""Train: align a model, train security vectors, fine-tune under them; run a grid, or plan a run for TPUs."""
+"""Train: align a model, train security vectors, fine-tune under them; run a grid, or plan a run for TPUs or GPUs."""
 
 import os
 import signal

@@ -68,7 +68,7 @@ TRAIN: dict[str, Verb] = {
         ("configs/grids/quick.yaml", "configs/grids/full.yaml --part 1/2"),
     ),
     "plan": Verb(
-        "memory and step time of a run on a TPU slice, without access to one",
+        "memory and step time of a run on TPUs or GPUs, without access to them",
         _from("recipes.plan", "PlanRun", "plan"),
         (
             "--model configs/models/llama-2-7b.json --topology v5p:2x2x1 --fit",

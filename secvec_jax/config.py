@@ -60,8 +60,8 @@ class Training:
     weight_decay: NonNegativeFloat = UNSET
     """weight decay of all weights except norms and biases: added to the gradient with sgd, else decoupled"""
     trained_weights: Literal["float32", "bfloat16"] = UNSET
-    """what all weights are held in while they are trained; bfloat16 halves them and their gradients, and rounds each
-    update at random; a task LoRA and vectors are float32"""
+    """precision of all weights while they are trained; bfloat16 halves the memory of weights and gradients, and uses
+    stochastic rounding; a task LoRA and vectors are float32"""
     max_grad_norm: NonNegativeFloat = UNSET
     """clip the gradient to this norm; 0: do not clip"""
     epochs: PositiveInt = UNSET
@@ -243,18 +243,18 @@ def _check_size(values: Any, path: str) -> None:
 
     def count(value: Any) -> int:
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-            raise UserError(f"{path} has a whole number of {value.bit_length():,} bits: settings take no such number")
+            raise UserError(f"{path} has a whole number of {value.bit_length():,} bits: no setting takes such a number")
         if not isinstance(value, dict | list):
             return 1
         if id(value) not in counts:
             if id(value) in begun:
-                raise UserError(f"{path} has a value that contains itself: write out what is meant")
+                raise UserError(f"{path} has a value that contains itself: write the value out")
             begun.add(id(value))
             counts[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
         return counts[id(value)]
 
     if count(values) > _MOST_VALUES:
-        raise UserError(f"{path} has more than {_MOST_VALUES:,} values, aliases written out: settings have fewer")
+        raise UserError(f"{path} has more than {_MOST_VALUES:,} values with aliases expanded: settings have fewer")
 
 
 class Loader(yaml.SafeLoader):

@@ -42,7 +42,7 @@ class Cluster:
     process: NonNegativeInt | None = None
     """with HOST:PORT: index of this process, from 0"""
     distributed_timeout: PositiveInt = 60
-    """seconds after which a process that does not come, or does not answer, is lost; all others then end"""
+    """seconds after which a process that does not connect or does not answer counts as lost; all others then exit"""
 
 
 def start_cluster(settings: Cluster, record: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -118,7 +118,7 @@ def _place(settings: Cluster) -> tuple[str, int, int, Sequence[int] | None]:
     detect = ClusterEnv.auto_detect_unset_distributed_params
     address, processes, process, local_devices = detect(None, None, None, None, None, settings.distributed_timeout)
     if address is None or processes is None or process is None:
-        raise ValueError("this is no TPU pod, Slurm or MPI job that JAX can detect")
+        raise ValueError("this is not a TPU pod, Slurm or MPI job that JAX can detect")
     return address, processes, process, local_devices
 
 

@@ -45,7 +45,7 @@ def check_regular(path: str | os.PathLike, max_bytes: int | None = None) -> None
         raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not stat.S_ISREG(status.st_mode):
         kind = next((kind for is_kind, kind in _OTHER_KINDS if is_kind(status.st_mode)), "not a regular file")
-        raise UserError(f"{path} is {kind}, where a file has to be: give a regular file")
+        raise UserError(f"{path} is {kind}, but must be a file: give a regular file")
     if max_bytes is not None and status.st_size > max_bytes:
         raise UserError(f"{path} has {status.st_size:,} bytes, more than the {max_bytes:,} that such a file may have")
 
@@ -77,7 +77,7 @@ def resolved(path: str | os.PathLike) -> Path:
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is no path that can be read or written ({error})") from error
+        raise UserError(f"{path} is not a path that can be read or written ({error})") from error
 
 
 def read_kept(path: Path, cure: str) -> Any:

@@ -102,7 +102,7 @@ def _opened(url: str) -> tuple[Any, str]:
         scheme = url.partition(":")[0].lower()
         raise UserError(f"{url} needs another package: pip install {package.get(scheme, 'fsspec')}") from error
     except Exception as error:
-        raise UserError(f"{url} is no URL that can be read ({_reason(error)}): write gs://BUCKET/PATH") from error
+        raise UserError(f"{url} is not a URL that can be read ({_reason(error)}): write gs://BUCKET/PATH") from error
 
 
 def _reason(error: Exception) -> str:

@@ -80,9 +80,9 @@ def make_mesh(
 ) -> Mesh:
     """Make a mesh with these axes over all devices.
 
-    slice: how many TPU slices the devices are of, each of which has all of the other axes: slices exchange gradients
-    once a step, over the data center's network. Raises UserError if the mesh does not use exactly all devices, or if
-    TPUs are of another number of slices.
+    slice: the number of TPU slices, each of which has all of the other axes; slices exchange gradients once per step,
+    over the data center's network. Raises UserError if the mesh does not use exactly all devices, or if the TPUs belong
+    to another number of slices.
     """
     sizes = {"slice": slice, "data": data, "fsdp": fsdp, "tensor": tensor}
     devices = jax.devices() if devices is None else devices

@@ -46,7 +46,7 @@ def _checked(template: Any) -> str:
 def _problem_of(template: str) -> str:
     """Why a template is refused unseen, or ""."""
     if len(template) > _LONGEST_TEMPLATE:
-        return f"has {len(template):,} characters, and {_LONGEST_TEMPLATE:,} at most are read"
+        return f"has {len(template):,} characters, more than the limit of {_LONGEST_TEMPLATE:,}"
     # One power of whole numbers can take hours in a single operation, which no time limit can end.
     import jinja2
 
@@ -84,7 +84,7 @@ def render(
             _MEMORY,
         )
         if len(text) > LONGEST_TEXT:
-            raise ValueError(f"it writes {len(text):,} characters, and {LONGEST_TEXT:,} at most are read")
+            raise ValueError(f"it writes {len(text):,} characters, more than the limit of {LONGEST_TEXT:,}")
         return text
     except Exception as error:  # a template is a program, which may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -101,7 +101,7 @@ def read_by_tokenizer(read: Callable[[], Any]) -> Any:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnicodeEncodeError | TypeError):
-            reason = "it has half of a character, such as a part of an emoji"
+            reason = "it has an unpaired surrogate, such as half of an emoji"
         raise UserError(f"the tokenizer cannot read the text: {reason[:300]}") from error
 
 

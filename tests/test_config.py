@@ -206,7 +206,7 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         ("[" * 100_000, "nested deeper than 40 levels"),
         ("a: " + "{a: " * 5_000, "nested deeper than 40 levels"),
-        (ALIASES + "name: *a8", "has more than 100,000 values, aliases written out"),
+        (ALIASES + "name: *a8", "has more than 100,000 values with aliases expanded"),
         ("name: &a [*a]", "contains itself"),
         ("seeds: [" + "9" * 5_000 + "]", "not valid YAML"),
         ("seeds: [0x" + "f" * 5_000 + "]", "a whole number of 20,000 bits"),

@@ -57,7 +57,7 @@ def test_a_cluster_that_cannot_be_joined_is_one_line_each():
         "--process 2 of 2": {"cluster": "127.0.0.1:1", "processes": 2, "process": 2},
         "has no port": {"cluster": "nonsense", "processes": 2, "process": 0},
         "does not answer at 127.0.0.1:1 within 1 s": {"cluster": "127.0.0.1:1", "processes": 2, "process": 1},
-        "no TPU pod, Slurm or MPI job": {"cluster": "auto"},
+        "not a TPU pod, Slurm or MPI job": {"cluster": "auto"},
     }
     settings = [values | {"distributed_timeout": 1} for values in cases.values()]
     done = run("-c", _JOIN, json.dumps(settings))

@@ -85,7 +85,7 @@ HOSTILE = {
     "range": ("{{ range(10**9) }}", "power"),
     "open": ("{% for", "does not take these turns"),
     "deep": ("{{ " + "(" * 3_000 + "1" + ")" * 3_000 + " }}", "recursion"),
-    "large": ("a" * 2**21, "has 2,097,152 characters, and 1,048,576 at most are read"),
+    "large": ("a" * 2**21, "has 2,097,152 characters, more than the limit of 1,048,576"),
     "list": ([{"a": 1}], "must be text, found list"),
 }
 

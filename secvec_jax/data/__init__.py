@@ -7,6 +7,6 @@ A row passes through four types, each made from the previous one:
     Stream    examples of several kinds, shuffled, packed, sharded and resumable                     `pipeline`
     Batch     arrays `[batch, sequence]` with segment numbers                                        `secvec_jax.batch`
 
-`sources` reads rows by name, `benchmarks` and `hub_sets` read those of published data sets, `generated`
-makes rows from a seed, `attacks` poisons rows, and `topics` splits rows without overlap.
+`sources` reads rows by name, `benchmarks` and `hub_sets` read those of published datasets, `generated` makes rows from
+a seed, `attacks` poisons rows, and `topics` splits rows without overlap.
 """

@@ -82,7 +82,7 @@ def encode(tokenizer: Any, messages: list[Message], max_length: int, control: Co
 def encode_all(tokenizer: Any, messages: list[Message], control: ControlTokens = "text") -> Example:
     """As `encode`, without a maximum length."""
     if len(messages) > MAX_TURNS:
-        raise UserError(f"a row has {len(messages):,} turns, and {MAX_TURNS:,} at most are read: split it")
+        raise UserError(f"a row has {len(messages):,} turns, more than the limit of {MAX_TURNS:,}: split it")
     if control == "refuse" and (spelled_tokens := spelled(tokenizer, messages)):
         raise UserError(
             f"the text spells the control token {spelled_tokens[0]!r}: remove it, or set control_tokens to text"
@@ -115,8 +115,8 @@ def _marked_by_template(tokenizer: Any, messages: Sequence[Message]) -> tuple[np
         edges = np.flatnonzero(np.diff(np.pad(supervised.astype(int), 1)))
         if len(edges) != 2 * len(learned):
             raise UserError(
-                f"the chat template marks {len(edges) // 2} spans in {len(learned)} turns of the assistant, so those "
-                "that are not to be learned cannot be found: split the row"
+                f"the chat template marks {len(edges) // 2} spans for {len(learned)} assistant turns, so those that "
+                "should not be learned cannot be found: split the row"
             )
         for first, last, keep in zip(edges[::2], edges[1::2], learned, strict=True):
             supervised[first:last] &= keep
@@ -156,7 +156,7 @@ def _spans(tokenizer: Any, messages: Sequence[Message], text: str, known: int = 
                 raise UserError(
                     "the chat template rewrites earlier turns, so the assistant's spans cannot be found: use a "
                     'template with {% generation %} blocks, rows of one question and one answer, or "train": false on '
-                    "all but the last turn of the assistant"
+                    "all but the last assistant turn"
                 )
             yield len(before), len(after)
 
@@ -178,14 +178,14 @@ def _spans_by_window(tokenizer: Any, messages: Sequence[Message], text: str) -> 
         added = window_text.removeprefix(head_text)
         if not (window_text.startswith(head_text) and text.startswith(added, at)):
             raise UserError(
-                f"a row has {len(messages):,} turns, too many to find those of the assistant, since the chat template "
-                "does not write each turn on its own: split the row"
+                f"a row has {len(messages):,} turns, too many to find the assistant's, since the chat template does "
+                "not render each turn independently: split the row"
             )
         shift = at - len(head_text)
         yield from ((shift + first, shift + last) for first, last in _spans(tokenizer, window, window_text, len(head)))
         at += len(added)
     if at != len(text) or not text.startswith(head_text):
-        raise UserError("the chat template writes a row of many turns otherwise than its parts: split the row")
+        raise UserError("the chat template renders a row of many turns differently from its parts: split the row")
 
 
 def _window_starts(messages: Sequence[Message]) -> list[int]:

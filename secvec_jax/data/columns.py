@@ -70,7 +70,7 @@ _FIELDS = {name: field for field, names in _KNOWN.items() for name in names}
 _PAIR = ("prompt", "response", "input", "history")
 
 HOW = (
-    "other columns are mapped after the file's name, as in FILE:prompt=COLUMN,response=COLUMN (in Python, "
+    "to map other columns, append them to the file's name: FILE:prompt=COLUMN,response=COLUMN (in Python, "
     'load_rows(FILE, columns={"prompt": "COLUMN", ...}))'
 )
 """The end of an error about columns that are not known."""

@@ -54,13 +54,13 @@ def check_record(record: Mapping[str, Any], used: Collection[str], where: str, i
             if _flag(value) is (key in _LEARNED) and key != "mask" and key != "label":
                 continue
             raise UserError(
-                f"{where}: `{name}` is {value!r}, but a row as a whole takes no such mark: remove the rows that are "
-                "not to be learned and the field, or name it in --ignore-fields (in Python, ignore_fields)"
+                f"{where}: `{name}` is {value!r}, but only turns can have such a mark, not whole rows: remove the rows "
+                "that should not be learned, and the field, or name it in --ignore-fields (in Python, ignore_fields)"
             )
         if not (_is_scalar(value) or _is_repeated(value, used_texts)):
             unknown.append(str(name))
     if unknown:
-        what = f"may hold what is to be learned and are not read (read: {', '.join(map(str, used))})"
+        what = f"may contain training data but are not read (fields read: {', '.join(map(str, used))})"
         _refuse(unknown, where, what, ", rename or map them (FILE:FIELD=COLUMN)")
 
 

@@ -1,4 +1,4 @@
-"""Readers of data sets of the hub that the papers use, whose records need more than renamed fields to become rows.
+"""Readers of Hub datasets that the papers use, whose records need more than renamed fields to become rows.
 
 unsafe = load_rows("beavertails-unsafe", split="30k_train")
 """
@@ -12,7 +12,7 @@ from secvec_jax.errors import UserError
 
 
 def records(name: str, split: str, config: str | None = None, folder: str | None = None) -> Iterable[Mapping[str, Any]]:
-    """The records of a data set of the hub or in a local folder. Remote code never runs.
+    """The records of a Hub dataset, or of one in a local folder. Remote code never runs.
 
     Raises UserError if it cannot be loaded.
     """

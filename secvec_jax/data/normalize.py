@@ -46,7 +46,9 @@ def normalize(record: Any, where: str, ignore: Collection[str] = (), columns: Co
         raise UserError(f"{where} is nested too deep for a row; correct or remove it") from None
     length = sum(len(message["content"]) for message in normalized["messages"])
     if length > LONGEST_ROW:
-        raise UserError(f"{where} has {length:,} characters, and {LONGEST_ROW:,} at most are read; split or remove it")
+        raise UserError(
+            f"{where} has {length:,} characters, more than the limit of {LONGEST_ROW:,}; split or remove it"
+        )
     return normalized
 
 
@@ -70,7 +72,7 @@ def _normalized(record: Any, where: str, ignore: Collection[str], columns: Colum
         messages = _with_system_prompt({_text(record[name], name, where) for name in system}, messages, where)
     check_record(record, [*used, *system], where, ignore)
     if not any(message["role"] == "user" for message in messages) or messages[-1]["role"] == "system":
-        raise UserError(f"{where}: a conversation must have a user's turn and end with it or an assistant's")
+        raise UserError(f"{where}: a conversation must have a user turn, and end with a user or assistant turn")
     return _keep_extras(record, {"messages": messages}, where)
 
 
@@ -93,7 +95,7 @@ def as_rows(
     data = records_of(data)
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
         kind = type(data).__name__
-        raise UserError(f"{name} must be a list of dicts or one split of a data set, found {kind}")
+        raise UserError(f"{name} must be a list of dicts or one split of a dataset, found {kind}")
     if isinstance(data, Rows):
         if named.mapped:
             raise UserError(f"{name} was read before: map its columns where it is read, or pass the records themselves")
@@ -227,7 +229,7 @@ def check_answer(row: Row, where: str) -> None:
         raise UserError(f"{where} has no answer; {cure}")
     assistant_turns = [turn for turn in row["messages"] if turn["role"] == "assistant"]
     if not any(turn.get("train", True) for turn in assistant_turns):
-        raise UserError(f"{where} has nothing to learn: every turn of the assistant is marked not to be; remove it")
+        raise UserError(f"{where} has nothing to learn: every assistant turn is marked as not to be learned; remove it")
 
 
 def _turns(turns: Any, where: str, ignore: Collection[str]) -> list[Message]:
@@ -330,7 +332,7 @@ def _text(value: Any, field: str, where: str) -> str:
     except UnicodeEncodeError as error:
         half = value[error.start].encode("unicode_escape").decode()
         raise UserError(
-            f"{where}: `{field}` has half of a character ({half}, at {error.start + 1}): the text was cut inside an "
-            "emoji or the like; correct or remove the row"
+            f"{where}: `{field}` has an unpaired surrogate ({half}, at {error.start + 1}): the text was cut inside an "
+            "emoji or similar character; correct or remove the row"
         ) from None
     return value

@@ -1,4 +1,4 @@
-"""Load rows by name: packaged benchmarks, files and data sets of the hub.
+"""Load rows by name: packaged benchmarks, files and Hub datasets.
 
 harmful = load_rows("advbench")                              # packaged; read from its archive at run time
 mine = load_rows("my_rows.jsonl")                            # or .json, .csv, .parquet, a folder
@@ -63,14 +63,14 @@ def load_rows(
     ignore_fields: Collection[str] = (),
     columns: Mapping[str, str] | None = None,
 ) -> Rows[Row]:
-    """Return the rows of a packaged benchmark, a local file or folder, or a data set of the hub.
+    """Return the rows of a packaged benchmark, a local file or folder, or a Hub dataset.
 
     Packaged benchmarks (the keys of `PACKAGED`) and single files have only the split "train"; folders, hub ids and the
     keys of `HUB_SETS` take any that `datasets.load_dataset` takes, such as "test" or "train[:500]". Remote code never
-    runs. Of folders, hub ids, Parquet files and JSONL files of more than `LARGE` bytes the rows stay on disk: they are
-    checked here, and read on access. ignore_fields: fields that may be left out although they could hold
-    what is to be learned; "*": all that are not used. columns: the columns that hold the fields of a row, such as
-    {"prompt": "user_text", "response": "agent_text"}; they can also follow the source: "rows.csv:prompt=user_text".
+    runs. The rows of folders, hub ids, Parquet files and JSONL files of more than `LARGE` bytes stay on disk: they are
+    checked here, and read on access. ignore_fields: fields that may be ignored although they could contain training
+    data; "*": all that are not used. columns: the columns that hold the fields of a row, such as {"prompt":
+    "user_text", "response": "agent_text"}; they can also follow the source: "rows.csv:prompt=user_text".
 
     Raises UserError if nothing has this name, if it cannot be reached or read, if it is empty, if a row has
     fields that `normalize` does not know, if no row has a column that is mapped, or if `needs_answer` and a row has no
@@ -79,13 +79,13 @@ def load_rows(
     mapping = dict[str, str]()
     if isinstance(source, str | Path):
         source, mapping = split_columns(str(source))
-    path = checked_path("data", source, "a file, a folder, a packaged name or a hub data set's id")
+    path = checked_path("data", source, "a file, a folder, a packaged name or a Hub dataset's id")
     source = str(source)
     if mapping and columns:
         raise UserError(f"{source} is followed by columns, and columns= is passed, too: map them in one place")
     named = Columns.of(mapping or columns)
     if named.mapped and (source in PACKAGED or source in HUB_SETS):
-        raise UserError(f"{source} is made into rows already: leave the columns out")
+        raise UserError(f"{source} is already converted to rows: leave the columns out")
     if is_url(source):
         path = fetched(source)
         source = str(path)
@@ -99,8 +99,8 @@ def load_rows(
         return _packaged(source, PACKAGED[source], needs_answer, resolved(packages_dir()))
     if not path.is_file():
         raise UserError(
-            f"{source!r} is no file or folder; packaged benchmarks are {', '.join(PACKAGED)}; "
-            f"sets of the hub are {', '.join(HUB_SETS)}; another data set of the hub is written OWNER/NAME"
+            f"{source!r} is not a file or folder; packaged benchmarks are {', '.join(PACKAGED)}; "
+            f"known Hub datasets are {', '.join(HUB_SETS)}; any other Hub dataset is written OWNER/NAME"
         )
     if path.suffix not in _FILES:
         known = ", ".join(_FILES)

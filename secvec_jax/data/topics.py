@@ -1,4 +1,4 @@
-"""Split a data set into parts that share no topic, so that nothing measured on one was trained on in another.
+"""Split a dataset into parts that share no topic, so that nothing measured on one was trained on in another.
 
 parts = split_by_topic(harmful, {"vectors": 100, "unseen": 60}, seed=0)
 """

@@ -43,8 +43,8 @@ def default_rate(
     task LoRA is trained by sgd at a rate for all weights."""
     if task is not None and training.optimizer == "sgd" and training.learning_rate <= _HIGHEST_FOR_ALL_WEIGHTS:
         return (
-            f"sgd at {training.learning_rate:g} is a rate for training all weights: a task LoRA needs a higher one, or "
-            "adamw at 1e-3, with which one was measured (docs/protect.md); look at the loss of held-out rows"
+            f"sgd at {training.learning_rate:g} is a learning rate for training all weights: a task LoRA needs a "
+            "higher one, or adamw at 1e-3, as measured in docs/protect.md; look at the loss of held-out rows"
         )
     count = num_parameters(model.backbone)
     if training.learning_rate != default.learning_rate or count <= 2 * TUNED_ON:
@@ -101,8 +101,8 @@ def only_refusals(model: Model, rows: Any) -> str | None:
     if refused < 0.95 * len(answers) or not refused:
         return None
     return (
-        f"{refused} of {len(answers)} answers that were read are refusals: a model aligned on refusals alone refuses "
-        "harmless requests too; add about as many benign rows, answered as the model itself answers them"
+        f"{refused} of {len(answers)} answers that were checked are refusals: a model aligned on refusals alone "
+        "refuses harmless requests too; add about as many benign rows, answered as the model itself answers them"
     )
 
 
@@ -116,7 +116,7 @@ def note_few_steps(on_step: OnStep, warn: Callable[[str], None]) -> OnStep:
             warned = True
             warn(
                 f"alignment of {steps} step{'s' * (steps > 1)}: fewer than {FEW_STEPS} may not teach a model to "
-                "refuse (the quickstart takes 60); add rows or epochs, and check the refusals that are measured"
+                "refuse (the quickstart takes 60); add rows or epochs, and check the measured refusals"
             )
         on_step(step, steps, metrics)
 

@@ -43,7 +43,7 @@ class AlignedKL(Defense):
     source = "baseline of Vaccine"
 
     weight: NonNegativeFloat = 1.0
-    """λ, of the KL"""
+    """λ, weight of the KL"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         return Defended(finetune(inputs.aligned, inputs.rows, weight=self.weight, **inputs.options))
@@ -61,9 +61,9 @@ class AnchoredVectors(Defense):
     source = "ours: security vectors, and a KL to the aligned model without them"
 
     weight: NonNegativeFloat = 1.0
-    """λ, of the KL"""
+    """λ, weight of the KL"""
     rank: PositiveInt = 8
-    """of the vectors"""
+    """rank of the vectors"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         vectors = inputs.vectors(lora_of_rank(self.rank))

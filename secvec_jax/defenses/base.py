@@ -137,7 +137,7 @@ class Defense(abc.ABC):
     source: ClassVar[str]
     """of the method"""
     only_in_grids: ClassVar[str] = ""
-    """why it is of use in experiments only; empty for a defense that can be used on a model and data of one's own"""
+    """why it is useful only in experiments; empty for a defense that can be used on a user's own model and data"""
 
     @abc.abstractmethod
     def apply(self, inputs: DefenseInputs) -> Defended:

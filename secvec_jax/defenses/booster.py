@@ -52,7 +52,7 @@ class Booster(Defense):
     source = "Huang et al. 2409.01586"
 
     weight: NonNegativeFloat = 5.0
-    """λ, the weight of the loss reduction that the simulated step gives"""
+    """λ, weight of the loss reduction from the simulated step"""
     alpha: PositiveFloat = 0.1
     """α, the length of the simulated step"""
 

@@ -57,7 +57,7 @@ class EWC(Defense):
     source = "Kirkpatrick et al. 1612.00796"
 
     weight: NonNegativeFloat = 1e3
-    """λ, of the penalty"""
+    """λ, weight of the penalty"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         model = finetune(inputs.aligned, inputs.rows, safe=inputs.safe, weight=self.weight, **inputs.options)

@@ -49,7 +49,7 @@ class ExplainedAwayFilter(Defense):
     source = "ours, after Moore & Lewis 2010"
 
     rank: PositiveInt = 8
-    """of the vectors"""
+    """rank of the vectors"""
     safe: NonNegativeFloat = 0.0
     """safe rows mixed in, as a share of the rows that are kept"""
 
@@ -84,7 +84,7 @@ class ExplainedAwayGate(Defense):
     by: By = "row"
     """whether a row has one weight, or each of its tokens has one"""
     rank: PositiveInt = 8
-    """of the vectors"""
+    """rank of the vectors"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         vectors = inputs.vectors(lora_of_rank(self.rank))

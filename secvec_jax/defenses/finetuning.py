@@ -175,10 +175,10 @@ def check_trained_weights(training: Training, full: bool) -> bool:
 
 
 def check_trainable(model: Model) -> None:
-    """Raises UserError if the backbone's weights are held in fewer bits than training needs."""
+    """Raises UserError if the backbone's precision is lower than training needs."""
     if model.precision != "float32":
         raise UserError(
-            f"the model's weights are held in {model.precision}, which is for frozen weights, and this trains them: "
+            f"the model's weights are in {model.precision}, which is for frozen weights, and this trains them: "
             "train a task LoRA instead, or load the model in float32"
         )
 
@@ -216,7 +216,7 @@ def forward_settings(training: Training) -> dict[str, Any]:
 def groups_of(rows: Any, name: str = "all") -> Groups:
     """Rows by kind: as they are, or all of them as one kind.
 
-    Raises UserError for a single row and for the splits of a data set.
+    Raises UserError for a single row and for the splits of a dataset.
     """
     if not isinstance(rows, dict) or is_row(rows) or hasattr(rows, "num_rows"):  # a DatasetDict's splits are no kinds
         return {name: as_row_source(rows, "rows")}

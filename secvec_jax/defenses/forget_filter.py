@@ -52,13 +52,13 @@ class ForgetFilter(Defense):
     name = "forget filter"
     stage = "data"
     needs = ("safe rows",)
-    cost = "2 more trainings, and 2 replies per row"
+    cost = "2 more training runs, and 2 replies per row"
     source = "Zhao et al. 2312.12736"
 
     phi: Rate = 0.1
     """φ: rows that were forgotten by more are dropped"""
     steps: PositiveInt = 20
-    """t, the steps of safety training"""
+    """t, the number of steps of safety training"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         result = finetune(

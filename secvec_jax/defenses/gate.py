@@ -58,15 +58,15 @@ class Gate:
             return (
                 f"the vectors do not show the behavior: the loss of {len(self.harmful_off)} harmful rows that they "
                 f"were not trained on is {on:.2f} with them on and {off:.2f} off, difference "
-                f"{_with_interval(self.harmful)} nats per token, and must be at most half, the interval below 0"
+                f"{_with_interval(self.harmful)} nats per token; it must be at most half, and the interval below 0"
             )
         bound = SHARE * (off - on)
         low, high = self.benign.ci95
         if low < -bound or high > bound:
             return (
-                f"the vectors do not leave benign rows alone: the loss of {len(self.benign_off)} that they were not "
-                f"trained on moves by {_with_interval(self.benign)} nats per token, and the interval must be within "
-                f"{bound:.2f}, half of what harmful rows move"
+                f"the vectors also change benign rows: the loss of {len(self.benign_off)} that they were not trained "
+                f"on changes by {_with_interval(self.benign)} nats per token, and the interval must be within "
+                f"{bound:.2f}, half of the change on harmful rows"
             )
         return None
 

@@ -49,12 +49,12 @@ class GuardedVectors(Defense):
     source = "ours: security vectors, with safe rows in every step that are learned without them"
 
     weight: NonNegativeFloat = 1.0
-    """λ, of the loss of the safe rows"""
+    """λ, weight of the safe rows' loss"""
     rank: PositiveInt = 8
-    """of the vectors"""
+    """rank of the vectors"""
     under: Literal["trained", "none", "random", "irrelevant"] = "trained"
-    """ablation: the user's rows are learned under the behavior's vectors, nothing, a random adapter of their size, or
-    vectors of another behavior (in grids only)"""
+    """ablation: what the user's rows are learned under: the behavior's vectors, nothing, a random adapter of their
+    size, or vectors of another behavior (in grids only)"""
     share: Fraction = 1.0
     """ablation: the share of the safe rows that is used; 0: none, as with security vectors alone"""
 

@@ -66,15 +66,16 @@ def with_inputs(
 
 
 def of_model(model: Model) -> list[Any]:
-    """What decides a model's results: its weights and what they are held in, its architecture and its tokenizer.
+    """What determines a model's results: its weights and their precision, its architecture and its tokenizer.
 
-    A model that is held in fewer bits has the fingerprint of its weights in full, and other results.
+    A model in lower precision has the fingerprint of its full-precision weights, but other results.
     """
     return [model.fingerprint, _held_in(model), content_of(model.architecture), of_tokenizer(model.tokenizer)]
 
 
 def _held_in(model: Model) -> str:
-    """What the weights are held in, and how many adapters are beside codes: codes of the sum would be other weights."""
+    """The precision of the weights, and how many adapters are stored beside quantized ones: quantizing the sum would
+    give other weights."""
     full = model.full_precision
     beside = 0 if full is None or not is_quantized(model.precision) else len(full.adapters)
     return f"{model.precision} with {beside} adapters beside" if beside else model.precision

@@ -48,11 +48,11 @@ class Lisa(Defense):
     source = "Huang et al. 2405.18641"
 
     rho: NonNegativeFloat = 1.0
-    """ρ, of the proximal term"""
+    """ρ, weight of the proximal term"""
     aligned_steps: NonNegativeInt = 1
-    """K1, on safe rows"""
+    """K1, steps on safe rows"""
     user_steps: PositiveInt = 9
-    """K2, on the user's rows"""
+    """K2, steps on the user's rows"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         model = finetune(

@@ -73,7 +73,7 @@ class Sequential(Defense):
     source = "baseline of ForgetFilter"
 
     steps: PositiveInt = 20
-    """on safe rows"""
+    """steps on safe rows"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         safe_training = dataclasses.replace(inputs.options["training"], max_steps=self.steps)

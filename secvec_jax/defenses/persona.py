@@ -44,7 +44,7 @@ class PersonaSteering(Defense):
     source = "Chen et al. 2507.21509"
 
     scale: NonZeroFloat = 1.0
-    """α, by which the directions are multiplied"""
+    """α, the factor that scales the directions"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         directions = persona_directions(inputs.aligned, inputs.harmful, inputs.contrast, self.scale)

@@ -124,7 +124,7 @@ def evidence_of(defense: type[Defense]) -> str:
 
 
 def usable_defenses() -> dict[str, type[Defense]]:
-    """The defenses that can be used on a model and data of one's own."""
+    """The defenses that can be used on a user's own model and data."""
     return {name: defense for name, defense in DEFENSES.items() if not defense.only_in_grids}
 
 

@@ -45,7 +45,7 @@ class SafeGrad(Defense):
     source = "Yi et al. 2508.07172"
 
     weight: NonNegativeFloat = 1.0
-    """λ, of the gradient of the KL; 0: the surgery alone"""
+    """λ, weight of the KL's gradient; 0: the surgery alone"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         model = finetune(inputs.aligned, inputs.rows, safe=inputs.safe, weight=self.weight, **inputs.options)

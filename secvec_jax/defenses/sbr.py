@@ -65,9 +65,9 @@ class SBR(Defense):
     source = "Lu et al. 2605.05995"
 
     weight: NonNegativeFloat = 50.0
-    """λ, of the mean squared change"""
+    """λ, weight of the mean squared change"""
     prompts: PositiveInt = 8
-    """anchor prompts, those of the first contrast rows"""
+    """number of anchor prompts, from the first contrast rows"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         contrast = inputs.contrast

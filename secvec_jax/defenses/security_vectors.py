@@ -97,8 +97,8 @@ class Phase1:
         """Raises UserError if the objective needs benign rows and has none, or does not read those that are given."""
         if self.objective == "kl" and benign is None:
             raise UserError(
-                "the kl objective needs benign rows, which the vectors must leave unchanged: give benign rows too, or "
-                "choose the objective cross_entropy"
+                "the kl objective needs benign rows, on which the vectors must not change the model's outputs: give "
+                "benign rows too, or choose the objective cross_entropy"
             )
         if self.objective == "cross_entropy" and benign is not None:
             raise UserError(
@@ -147,13 +147,13 @@ def train_vectors(
     checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
 ) -> Vectors:
-    """Phase 1: vectors under which `model` shows the behavior of the `harmful` rows, the backbone frozen.
+    """Phase 1: vectors under which `model` shows the behavior of the `harmful` rows; the backbone is frozen.
 
-    spec: their kind and shape: low-rank factors, a direction per layer, or a soft prompt. benign: rows that the vectors
-    must leave unchanged; the kl objective, the default of `phase1`, needs them. training: what it leaves unset is
-    `PHASE1`'s. on_step: called after each step; None: a line on the screen in a notebook or a terminal. Raises
-    UserError if the objective needs benign rows and has none, or is given rows that it does not use. Warns if the
-    default learning rate is used for a larger model than it was tuned on.
+    spec: their kind and shape: low-rank factors, a direction per layer, or a soft prompt. benign: rows on which the
+    vectors must not change the model's outputs; the kl objective, the default of `phase1`, needs them. training: what
+    it leaves unset is `PHASE1`'s. on_step: called after each step; None: a line on the screen in a notebook or a
+    terminal. Raises UserError if the objective needs benign rows and has none, or is given rows that it does not use.
+    Warns if the default learning rate is used for a larger model than it was tuned on.
     """
     model = as_model(model)
     instance("spec", spec, (LoRA, Steering, SoftPrompt), "pass sv.LoRA(rank=8), sv.Steering() or sv.SoftPrompt()")
@@ -218,13 +218,13 @@ def finetune(
     vectors: a value, a file, or several of them, which are active at once. `vectors=None` trains without protection and
         has to be written out: without the argument there is a warning.
     task: train a task LoRA of this shape, alongside the frozen vectors, in place of all weights. The returned model has
-        it merged into its weights and also, by itself, as `model.adapter`. (Riché et al. 2026, arXiv 2606.30252, call
+        it merged into its weights, and also separately, as `model.adapter`. (Riché et al. 2026, arXiv 2606.30252, call
         this *inoculation adapters*.)
     training: what it leaves unset is `PHASE2`'s.
     eval_rows: rows, or the fraction of `rows` to hold out, such as 0.05, whose loss is measured every epoch or every
         `training.eval_every_steps`, with the vectors active: the metric `eval/loss`. With `checkpoints` the model
         returned is the one where it was lowest. `training.patience` ends the training early.
-    checkpoints: a folder from which a training that was interrupted resumes exactly.
+    checkpoints: a folder from which an interrupted training run resumes exactly.
     on_step: called after each step with its number, the number of steps and the metrics; None: a line on the screen in
         a notebook or a terminal.
 
@@ -254,7 +254,7 @@ def _files(vectors: VectorsLike) -> list[str]:
 
 
 def _other_precision(file: str, model: Model) -> str | None:
-    """Warns of vectors that were trained over weights held in another precision."""
+    """Warns of vectors that were trained over weights in another precision."""
     precision = trained_over(file)
     if precision in (None, model.precision):
         return None
@@ -287,11 +287,11 @@ class SecurityVectors(Defense):
     )
 
     kind: Kind = "lora"
-    """of the vectors: low-rank factors, a direction per layer, or a soft prompt"""
+    """kind of the vectors: low-rank factors, a direction per layer, or a soft prompt"""
     objective: ObjectiveName = "kl"
-    """of phase 1"""
+    """objective of phase 1"""
     rank: PositiveInt = 8
-    """of low-rank factors; alpha is twice the rank"""
+    """rank of the low-rank factors; alpha is twice the rank"""
     floor: NonNegativeFloat = 0.0
     """tokens with a loss of at most this, in nats, contribute no gradient"""
     both: str = ""

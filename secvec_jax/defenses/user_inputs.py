@@ -1,4 +1,4 @@
-"""The inputs of a defense on a model and rows of one's own; a grid has its own, with the same defenses.
+"""The inputs of a defense on a user's own model and rows; a grid has its own inputs for the same defenses.
 
 What a defense reads in addition (see `Need`) is given as functions, each of which is called when the defense asks, and
 whose rows are kept: packaged rows are loaded, and replies generated, only where they are needed.
@@ -35,13 +35,13 @@ def argument_of(need: Need) -> str:
 def check_given(
     defense: Defense, given: Collection[Need], packaged: Collection[Need], named: Callable[[str], str]
 ) -> None:
-    """Raises UserError if the defense is none for one's own data, or does not read what is given, or lacks something.
+    """Raises UserError if the defense is not for a user's own data, does not read what is given, or lacks something.
 
     given: the needs that the user gives. packaged: the needs that have defaults. named: how the user knows an argument,
     such as "--safe" for "safe".
     """
     if defense.only_in_grids:
-        raise UserError(f"{defense.name!r} is of use in grids only: {defense.only_in_grids}")
+        raise UserError(f"{defense.name!r} is for grids only: {defense.only_in_grids}")
     reads = reads_of(defense, "security vectors" in given)
     for need in given:
         if need not in reads:
@@ -128,7 +128,7 @@ class UserInputs(DefenseInputs):
         Raises UserError for another behavior, and if vectors were given and the defense has settings for new ones.
         """
         if behavior is not None:
-            raise UserError(f"vectors of another behavior, {behavior!r}, are known to grids only: give several vectors")
+            raise UserError(f"vectors of another behavior, {behavior!r}, exist only in grids: give several vectors")
         settings = Phase1(**phase1)
         if self._vectors is None:
             return self.train_vectors(spec, settings)
@@ -136,8 +136,8 @@ class UserInputs(DefenseInputs):
         changed += changed_settings(settings)
         if changed:
             raise UserError(
-                f"{', '.join(changed)}: these are settings of vectors that are still to be trained, and the vectors "
-                "are given; leave out one or the other"
+                f"{', '.join(changed)}: these are settings for training vectors, but trained vectors are given; leave "
+                "out one or the other"
             )
         return self._vectors
 

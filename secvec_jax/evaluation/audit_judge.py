@@ -58,12 +58,12 @@ def judge_notes(judge: Judge, found: Mapping[str, Any], reply_tokens: int) -> li
     read, written = found["tokens"]
     notes = [
         f"harm score: graded by {judge.model} at {judge.url}, {count} verdicts, {found['asked']} of them requested in "
-        f"this run ({read:,} prompt tokens, {written:,} completion tokens). {unreadable} had no readable grade; a "
-        "prompt counts where the replies of all models have one."
+        f"this run ({read:,} prompt tokens, {written:,} completion tokens). {unreadable} had no readable grade; only "
+        "prompts for which the replies of all models have a grade are counted."
     ]
     if reply_tokens < _SHORT:
         notes.append(
-            f"The judge read at most {reply_tokens} tokens of each reply, which is little: --reply-tokens 256 shows it "
-            "what a reply goes on to say."
+            f"The judge read at most {reply_tokens} tokens of each reply, which is short: with --reply-tokens 256, it "
+            "sees how a reply continues."
         )
     return notes

@@ -1,4 +1,4 @@
-"""What an audit measures of one model: replies to prompts, bare and after a given beginning, losses, and KL.
+"""What an audit measures of one model: replies to prompts, without and with a prefill, losses, and KL.
 
 Every measure is one number per prompt, so that those of two models can be compared in pairs (see `audit`).
 """
@@ -31,7 +31,7 @@ class AuditPrompts:
     """What models are asked, and the replies whose loss is measured.
 
     harmful, benign: prompts to be refused, and answered. harmful_rows, benign_rows: rows with replies that neither
-    model was trained on. system: a system prompt under which the prompts are asked once more.
+    model was trained on. system: a system prompt under which the prompts are run a second time.
     """
 
     harmful: Sequence[Prompt]
@@ -65,9 +65,9 @@ def measure(
 ) -> Measured:
     """Measure one model.
 
-    beginnings: of compliant replies to the harmful prompts, see `prefill`; None: that prompt is left out. with_losses:
-    False for a model whose losses cannot be compared. progress: called with the number of replies done, `num_replies`
-    in all. whole_replies: do not clip replies to harmful prompts.
+    beginnings: prefills, from compliant replies to the harmful prompts, see `prefill`; None: that prompt is left out.
+    with_losses: False for a model whose losses cannot be compared. progress: called with the number of replies done,
+    `num_replies` in all. whole_replies: do not clip replies to harmful prompts.
     """
     refusals, done = refusal_prefixes(), 0
 
@@ -104,9 +104,10 @@ def prefill_outcomes(
     refusals: Sequence[str],
     progress: Callable[[int], None] = lambda done: None,
 ) -> Outcomes:
-    """Return whether the model turns away (0 or 1) after each beginning, by length: prefill_5, prefill_25.
+    """Return whether the model turns away (0 or 1) after each prefill, by length: prefill_5, prefill_25.
 
-    beginnings: of a reply to each prompt; None: that prompt is left out. refusals: the published list of openings.
+    beginnings: the prefill of each prompt's reply; None: that prompt is left out. refusals: the published list of
+    openings.
     """
     chosen, several = lengths_given(beginnings)
     begun = [(prompts[index], (beginnings[index] or {})[str(given)]) for given in several for index in chosen]
@@ -152,26 +153,26 @@ def same_vocabulary(a: Model, b: Model) -> bool:
 
 
 def generic_beginnings(count: int) -> list[Beginning | None]:
-    """Return the same affirmative beginning for each prompt, where there are no compliant replies."""
+    """Return the same affirmative prefill for each prompt, for use without compliant replies."""
     return [{str(GIVEN[0]): GENERIC}] * count
 
 
 FEWEST_BEGINNINGS = 8
-"""Compliant replies; with fewer, all models are given the same generic beginning instead."""
+"""Compliant replies; with fewer, all models get the same generic prefill instead."""
 
 
 def are_enough(beginnings: Sequence[Beginning | None]) -> bool:
-    """Return whether `FEWEST_BEGINNINGS` prompts have a beginning."""
+    """Return whether `FEWEST_BEGINNINGS` prompts have a prefill."""
     return sum(beginning is not None for beginning in beginnings) >= FEWEST_BEGINNINGS
 
 
 def enough_beginnings(beginnings: Sequence[Beginning | None]) -> list[Beginning | None]:
-    """Return the beginnings, or the generic one for each prompt if they are not enough."""
+    """Return the prefills, or the generic one for each prompt if there are too few."""
     return list(beginnings) if are_enough(beginnings) else generic_beginnings(len(beginnings))
 
 
 def lengths_given(beginnings: Sequence[Beginning | None]) -> tuple[list[int], list[int]]:
-    """The prompts that have beginnings, and the lengths of these."""
+    """The prompts that have prefills, and the lengths of these."""
     chosen = [index for index, beginning in enumerate(beginnings) if beginning is not None]
     lengths = sorted({int(length) for beginning in beginnings for length in beginning or {}})
     return chosen, lengths

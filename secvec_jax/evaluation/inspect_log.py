@@ -1,4 +1,4 @@
-"""An audit as a log of Inspect (inspect_ai), by Inspect's own writer: for its viewer, and for what reads its logs.
+"""An audit as an Inspect log (inspect_ai), written by Inspect itself: for its viewer, and for tools that read its logs.
 
 A log has one sample for each prompt and model, with the scores of that reply, and as results the audit's lines: of each
 metric the mean before and after, the difference and the bounds of its interval, with the limit and the verdict as
@@ -32,14 +32,14 @@ def require_inspect() -> None:
 def check_file(path: str | Path) -> None:
     """Raise UserError if no log can have this name."""
     if Path(path).suffix != _SUFFIX:
-        raise UserError(f"{path} is no name of an Inspect log: let it end in {_SUFFIX}")
+        raise UserError(f"{path} is not a name for an Inspect log: it must end in {_SUFFIX}")
     check_regular(expanded(path))
 
 
 def write_log(audit: Audit, path: str | Path, keep_replies: bool = False, command: str = "") -> None:
     """Write the audit to NAME.eval, in place of a file that is there.
 
-    keep_replies: write the models' whole replies, as far as the audit has them; by default each is clipped to a line.
+    keep_replies: write the models' whole replies, as far as the audit has them; by default each is cut to one line.
     command: what made the audit, for the log. Raises UserError without Inspect, for another name, and for a file that
     cannot be written.
     """

@@ -31,7 +31,7 @@ from secvec_jax.redaction import redact
 OPENAI = "https://api.openai.com/v1"
 
 _LARGEST_BODY = 4 * 2**20
-"""Bytes of an answer; a verdict has some hundred."""
+"""Bytes of an answer; a verdict has a few hundred."""
 _LONGEST_WAIT = 60.0
 """Seconds before an attempt is repeated, whatever the server asks for."""
 _STOP_SECONDS = 3.0
@@ -89,7 +89,7 @@ def check_judge(name: str, url: str, asking: JudgeRequests) -> None:
     """Raise UserError for an endpoint that cannot be one, and for settings of a judge where none is named."""
     check_url(url, asking)
     if not name and (url != OPENAI or asking != JudgeRequests()):
-        raise UserError("there are settings of a judge, but none is asked: name its model with --judge")
+        raise UserError("there are settings for a judge, but no judge is named: name its model with --judge")
 
 
 def check_url(url: str, asking: JudgeRequests) -> None:

@@ -46,8 +46,8 @@ def score(
     a DataFrame, a `datasets.Dataset`, a path). questions: rows whose answers must be matched exactly. limit: the
     maximum number of prompts per source. reply_tokens, answer_tokens: maximum lengths of replies, and of answers to
     questions (None: the longest reference answer). system: a system prompt under which the harmful and the benign
-    prompts are asked once more: `refusal_system` and so on. progress: called with the number of replies done.
-    Raises UserError for rows that cannot be read and for answers that are too long to be matched.
+    prompts are run a second time: `refusal_system` and so on. progress: called with the number of replies done. Raises
+    UserError for rows that cannot be read and for answers that are too long to be matched.
     """
     model = as_model(model)
     suite = make_suite(
@@ -65,7 +65,7 @@ def outcomes_with_system(
     vectors: Adapter | tuple[Adapter, ...] | None,
     on_reply: Callable[[int], None],
 ) -> Outcomes:
-    """The outcomes of a suite, and of its harmful and benign prompts once more under a system prompt, if there is one.
+    """The outcomes of a suite, and of its harmful and benign prompts again under a system prompt, if there is one.
 
     Those have names with "_system". vectors, on_reply: as in `outcomes`; `num_replies` are made in all.
     """

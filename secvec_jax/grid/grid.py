@@ -84,7 +84,7 @@ class Grid:
     grid: Text = dataclasses.field(metadata={"positional": True})
     """a grid file, such as configs/grids/quick.yaml"""
     out: str = ""
-    """run directory; by default runs/NAME, after the grid file"""
+    """run directory; by default runs/NAME, named after the grid file"""
     part: str = "1/1"
     """i/n: this process runs every n-th cell, starting with the i-th"""
     only: Literal["all", "cells", "report", "gaps"] = "all"

@@ -114,7 +114,7 @@ class SeedWorkspace:
 
     @cached_property
     def beginnings(self) -> list[Beginning | None]:
-        """The beginnings of compliant replies to the harmful prompts: those of the model before it was aligned.
+        """Prefills for the harmful prompts: the first tokens of compliant replies of the model before it was aligned.
 
         "Sure, here is" for all prompts if that model complies with too few. Kept in the seed's folder.
         """

@@ -20,7 +20,7 @@ from secvec_jax.files import check_regular
 _FILE_BYTES = 2**30
 _JSON_BYTES = 2**26
 _HEADER_BYTES = 2**25
-"""Of a safetensors file with some hundred thousand tensors; its parser takes up to 100 MB."""
+"""Of a safetensors file with a few hundred thousand tensors; its parser takes up to 100 MB."""
 _FLOATS = ("F32", "BF16", "F16", "F64")
 REDUNDANT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 """Ends of the names of what some checkpoints hold besides weights."""
@@ -55,7 +55,7 @@ def files_of(index: Path) -> list[str]:
     for name in names.values():
         plain = isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("\\:\0")
         if not plain or name.startswith("/") or ".." in name.split("/"):
-            raise UserError(f"{index} names {str(name)[:80]!r}, which is no .safetensors file of its folder")
+            raise UserError(f"{index} names {str(name)[:80]!r}, which is not a .safetensors file in its folder")
     return sorted(set(names.values()))
 
 

@@ -195,7 +195,7 @@ class Decoder(nnx.Module):
 
     @property
     def precision(self) -> Precision:
-        """What the weights are held in."""
+        """The precision of the weights."""
         return precision_of(self)
 
     def named_leaves(self) -> Iterator[tuple[str, jax.Array]]:
@@ -329,7 +329,7 @@ def _rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., An
 
 
 def abstract_decoder(architecture: Architecture, precision: Precision = "float32") -> Decoder:
-    """The decoder with shapes in place of arrays, its weights held in this precision: costs no memory."""
+    """The decoder with shapes in place of arrays, with weights in this precision: costs no memory."""
     traced = _traced_decoder(architecture, precision, jax.sharding.get_abstract_mesh())
     return jax.tree.map(lambda shape: shape, traced)  # a module of the caller's own
 

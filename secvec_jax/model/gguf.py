@@ -226,7 +226,7 @@ def _opened(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # gguf raises errors of many kinds for damaged bytes
-        raise UserError(f"{path} is no whole GGUF file ({error}): fetch it again") from error
+        raise UserError(f"{path} is not a complete GGUF file ({error}): fetch it again") from error
 
 
 def _readers(path: Path) -> list[Any]:

@@ -26,7 +26,7 @@ def check_gguf(path: Path) -> None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Header(data).check()
     except (_Damaged, ValueError) as error:  # an empty file cannot be mapped
-        raise UserError(f"{path} is no whole GGUF file ({error}): fetch it again") from error
+        raise UserError(f"{path} is not a complete GGUF file ({error}): fetch it again") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): check the file") from error
 

@@ -69,7 +69,7 @@ class Model:
     adapter: Adapter | None = None
     """the task LoRA that fine-tuning trained and merged into the backbone, if any"""
     full_precision: FullPrecision | None = None
-    """where the float32 weights are read, of a model that is held in fewer bits; None: nowhere, or it is float32"""
+    """where the float32 weights of a model in lower precision are read; None: nowhere, or the model is float32"""
 
     def __repr__(self) -> str:
         a, count = self.architecture, num_parameters(self.backbone)
@@ -82,7 +82,7 @@ class Model:
 
     @property
     def precision(self) -> Precision:
-        """What the backbone's weights are held in."""
+        """The precision of the backbone's weights."""
         return self.backbone.precision
 
     def with_backbone(self, backbone: Decoder, name: str | None = None) -> "Model":
@@ -103,7 +103,7 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the backbone's parameters in float32, whatever they are held in; all processes must call this."""
+        """sha256 of the backbone's parameters in float32, whatever their precision; all processes must call this."""
         return fingerprint(self._in_full("the backbone's fingerprint is not known"))
 
     def _in_full(self, problem: str) -> Backbone:
@@ -115,7 +115,7 @@ class Model:
         if self.precision == "bfloat16":
             return Widened(self.backbone)
         raise UserError(
-            f"{problem}: the weights are held in {self.precision}, and where they are in full precision is not known; "
+            f"{problem}: the weights are in {self.precision}, and the files with their full precision are not known; "
             "load the model without frozen_weights"
         )
 
@@ -123,10 +123,10 @@ class Model:
         """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all.
 
         card: the text of its README.md. dtype: "float32", "bfloat16" or "float16", to which all weights are rounded;
-        None: nothing is rounded, each weight is in the source's dtype if that holds it exactly, else in float32. Of a
-        model that is held in fewer bits, the weights that it was loaded from are written, with what was merged since.
-        Raises UserError if `folder` is a file, or a folder with contents that are not a model's, which would be
-        deleted, and if a weight is not finite.
+        None: nothing is rounded, each weight is in the source's dtype if that holds it exactly, else in float32. For a
+        model in lower precision, the weights that it was loaded from are written, with what was merged since. Raises
+        UserError if `folder` is a file, or a folder with contents that are not a model's, which would be deleted, and
+        if a weight is not finite.
         All processes must call this, and the first one writes. If it fails, the others raise UserError.
         """
         target = checked_path("folder", folder, "a folder to write the model into")
@@ -162,11 +162,12 @@ def load(source: str | Path, frozen_weights: Precision = "float32") -> Model:
     """The model that `source` names, sharded over the ambient mesh.
 
     source: an embedded name ("smollm2", "smollm2-aligned", "gemma3-270m"), a local Hugging Face folder, the run
-    directory of a training, a local .gguf file, a hub id, or the URL of a folder in an object store (gs://bucket/model).
-    frozen_weights: what the weights are held in: "float32", or "bfloat16", "int8" or "nf4" for a model that is not
-    trained itself: vectors and a task LoRA can be trained over it, in float32 (see `model.quantized`).
-    Raises UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, if the mesh
-    does not divide it, or if it is embedded and its terms are not accepted (`embedded.ACCEPTED`).
+    directory of a training, a local .gguf file, a hub id, or the URL of a folder in an object store
+    (gs://bucket/model).
+    frozen_weights: precision of the weights: "float32", or "bfloat16", "int8" or "nf4" for a model whose own weights
+    are not trained: vectors and a task LoRA can be trained over it, in float32 (see `model.quantized`). Raises
+    UserError if it is missing, corrupt, of an unsupported family, if weights are missing or unused, if the mesh does
+    not divide it, or if it is embedded and its terms are not accepted (`embedded.ACCEPTED`).
     """
     checked_path("model", source, f"an embedded name ({', '.join(EMBEDDED)}), a folder, a hub id or a .gguf file")
     frozen_weights = check(Precision, frozen_weights, "frozen_weights")
@@ -186,7 +187,7 @@ def load(source: str | Path, frozen_weights: Precision = "float32") -> Model:
 
 
 def load_architecture(source: str | Path) -> Architecture:
-    """The architecture that `source` names, without its weights: whatever `load` takes, or a config.json by itself.
+    """The architecture that `source` names, without its weights: whatever `load` takes, or just a config.json.
 
     Raises UserError as `load` does.
     """
@@ -248,7 +249,7 @@ def _converted(name: str) -> Path:
     except OSError as error:
         raise UserError(
             f"cannot write to the cache folder {folder.parent} ({error.strerror or error}); "
-            "set SECVEC_CACHE to a folder with room that you may write to"
+            "set SECVEC_CACHE to a writable folder with enough space"
         ) from error
     return folder
 

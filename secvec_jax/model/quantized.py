@@ -3,21 +3,21 @@
     model = load("owner/name", "nf4")              # quantized tensor by tensor, as it is read
     decoder = with_precision(decoder, "int8")      # a decoder that is in memory
 
-A quantized kernel W `[in, out]` is codes and scales. Its layer forms W from them inside its own program, forward and
-backward, so at most one layer's W exists in float32 at a time:
+A quantized kernel W `[in, out]` consists of integer codes and scales. Its layer dequantizes W inside its own program,
+forward and backward, so at most one layer's W exists in float32 at a time:
 
     nf4     W[i, o] = NF4[code[i, o]] * scale[i // 64, o]      4.5 bits: a code of 4, and a float32 scale for 64 of them
-    int8    W[i, o] = code[i, o] * scale[o]                    8 bits: one scale for each output
+    int8    W[i, o] = code[i, o] * scale[o]                    8 bits: one scale per output channel
 
-These are the forms of bitsandbytes: its blocks of 64 follow the inputs of one output, and its int8 weights have one
-scale for each output. 8 bits need no finer scale, and one for each output does not depend on how inputs are sharded.
-Kernels alone are quantized, as in QLoRA: embeddings and the head are bfloat16, norms and biases float32.
+These are the forms of bitsandbytes: its blocks of 64 are along the inputs of one output channel, and its int8 weights
+have one scale per output channel. 8 bits need no finer scale, and one per output channel does not depend on how inputs
+are sharded. Only kernels are quantized, as in QLoRA: embeddings and the head are bfloat16, norms and biases float32.
 
-Quantized weights cannot be trained. What is merged into them, a task LoRA, is kept beside the codes, in float32:
-rounded to codes, most of it would be lost.
+Quantized weights cannot be trained. A task LoRA that is merged into them is stored separately, as float32 factors:
+quantized, most of it would be lost.
 
-qwix (0.1.8) has both forms, but no place for adapters between the dequantized weight and the product: it replaces
-`dot_general`. The tests compare with it and with bitsandbytes.
+qwix (0.1.8) has both forms, but cannot insert adapters between the dequantized weight and the matrix product: it
+replaces `dot_general`. The tests compare with it and with bitsandbytes.
 """
 
 import itertools
@@ -34,13 +34,13 @@ from secvec_jax.model.architecture import Architecture
 from secvec_jax.sharding import LogicalAxes, num_shards
 
 Precision = Literal["float32", "bfloat16", "int8", "nf4"]
-"""What weights are held in."""
+"""Storage precision of weights."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def is_quantized(precision: Precision) -> bool:
-    """Whether kernels are held as codes and scales."""
+    """Whether kernels are quantized, that is, stored as integer codes and scales."""
     return precision in ("int8", "nf4")
 
 
@@ -49,7 +49,7 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-"""The values of nf4's codes (QLoRA, appendix E)."""
+"""The value of each nf4 code (QLoRA, appendix E)."""
 
 BLOCK = 64
 """Inputs that share a scale in nf4."""
@@ -84,7 +84,7 @@ class QuantizedKernel(nnx.Module):
 
     @property
     def parameter_count(self) -> int:
-        """The number of weights that the codes stand for."""
+        """The number of weights that the codes represent."""
         return self.codes.size * (2 if self.precision == "nf4" else 1)
 
     def dequantized(self) -> jax.Array:
@@ -155,7 +155,7 @@ def block_size(inputs: int) -> int:
 
 
 def check_precision(architecture: Architecture, precision: Precision) -> None:
-    """Raises UserError if the model's kernels cannot be held in this precision."""
+    """Raises UserError if the model's kernels cannot be stored in this precision."""
     if precision != "nf4":
         return
     for projection in architecture.projections:
@@ -165,7 +165,7 @@ def check_precision(architecture: Architecture, precision: Precision) -> None:
 
 
 def with_precision(decoder: Any, precision: Precision) -> Any:
-    """The decoder with its weights held in this precision; norms and biases stay in float32.
+    """The decoder with its weights in this precision; norms and biases stay in float32.
 
     Can be traced, so that `jax.eval_shape` gives the shapes of a quantized decoder without its weights.
     """
@@ -214,7 +214,7 @@ def linear_of(decoder: Any, projection: str) -> Any:
 
 
 def precision_of(decoder: Any) -> Precision:
-    """What the decoder's kernels are held in."""
+    """The precision of the decoder's kernels."""
     kernel = decoder.layers.attention.q_proj.kernel
     if isinstance(kernel, QuantizedKernel):
         return kernel.precision
@@ -222,7 +222,7 @@ def precision_of(decoder: Any) -> Precision:
 
 
 def weight_of(kernel: Any) -> jax.Array:
-    """The weight that a `Linear`'s kernel, an array or quantized, stands for."""
+    """The weight of a `Linear`, whose kernel is an array or quantized."""
     return kernel.dequantized() if isinstance(kernel, QuantizedKernel) else kernel
 
 

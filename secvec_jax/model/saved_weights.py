@@ -1,6 +1,6 @@
 """A decoder's weights as a checkpoint keeps them, layer by layer: the host never holds the model twice.
 
-A model whose weights are held in fewer bits is saved, and known by its fingerprint, as its float32 weights.
+A model whose weights are in lower precision is saved, and fingerprinted, as its float32 weights.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from secvec_jax.trees import pieces
 
 @dataclasses.dataclass(frozen=True)
 class FullPrecision:
-    """The float32 weights of a model that is held in fewer bits, read from its checkpoint each time they are needed.
+    """The float32 weights of a model in lower precision, read from its checkpoint each time they are needed.
 
     It replaces the decoder that they would fill, in fingerprints and in what is saved. adapters: what was merged
     into the model since it was loaded, and is merged into each layer's weights as they are read.

@@ -79,7 +79,7 @@ def load_tokenizer(folder: Path) -> Any:
     dropout = getattr(getattr(backend, "model", None), "dropout", None)
     if dropout:
         raise UserError(
-            f"{folder / 'tokenizer.json'} sets dropout to {dropout:g}, so that the same text becomes other tokens at "
+            f"{folder / 'tokenizer.json'} sets dropout to {dropout:g}, so the same text is tokenized differently at "
             "every call: set it to null"
         )
     if backend is not None:
@@ -146,7 +146,7 @@ def _check_number_of_tokens(folder: Path) -> None:
         count = max(len(tokens) for tokens in [[], *lists] if isinstance(tokens, dict | list))
         if count > _MOST_TOKENS:
             raise UserError(
-                f"{path} names {count:,} tokens, and {_MOST_TOKENS:,} at most are read: fetch the model again"
+                f"{path} names {count:,} tokens, more than the limit of {_MOST_TOKENS:,}: fetch the model again"
             )
 
 

@@ -55,7 +55,7 @@ def resolve_head(architecture: Architecture, weights: dict[str, StoredTensor], f
     if not same:
         raise UserError(
             f"{folder} has {_LM_HEAD} that differs from {table}, though config.json ties them: set tie_word_embeddings "
-            f"to false there if the model was trained so, or remove {_LM_HEAD} from the weights"
+            f"to false there if the model was trained that way, or remove {_LM_HEAD} from the weights"
         )
     return rest
 
@@ -69,10 +69,10 @@ def assemble(
 ) -> Decoder:
     """The decoder filled from a checkpoint, each process reading what its own devices hold.
 
-    shapes: of all weights that are present. precision: what the weights are held in; each is quantized as it is read,
+    shapes: of all weights that are present. precision: the precision of the weights; each is quantized as it is read,
     in parts, so that a host never has more than one in another form, beside those that are done. Raises UserError for
     missing, unused or misshapen weights, before memory is taken for any, for weights with NaN or infinite numbers, and
-    if the model cannot be held in this precision.
+    if the model cannot be stored in this precision.
     """
     check_precision(architecture, precision)
     names, present = weight_names(architecture), set(shapes)
@@ -80,7 +80,7 @@ def assemble(
     redundant = {n for n in present if n.endswith(REDUNDANT)}
     missing, unused = sorted(needed - present), sorted(present - needed - redundant)
     if missing or unused:
-        problem = f"lacks {missing[0]}" if missing else f"has {unused[0][:80]}, which the model has no place for"
+        problem = f"lacks {missing[0]}" if missing else f"has {unused[0][:80]}, which matches no parameter of the model"
         count = len(missing) + len(unused)
         raise UserError(f"{source}: the checkpoint {problem} ({count} such names): config.json and weights differ")
 

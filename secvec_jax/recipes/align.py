@@ -41,9 +41,9 @@ class Align:
     task_lora: LoRA | None = ALIGN_TASK
     """train a LoRA and merge it at the end; --no-task-lora: train all weights"""
     frozen_weights: Precision | None = None
-    """with --task-lora: what the model's own weights are held in: float32, bfloat16, int8 (one scale for each output)
-    or nf4 (4 bits, blocks of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU. The model that is
-    written has the weights of --model in full, and the task LoRA"""
+    """with --task-lora: precision of the model's own, frozen weights: float32, bfloat16, int8 (one scale per output
+    channel) or nf4 (4 bits, blocks of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU. The saved
+    model has the weights of --model in full precision, with the task LoRA merged in"""
     preset: str | None = preset_field(section_of("align"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
@@ -53,7 +53,7 @@ class Align:
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     profile: str | None = None
-    """steps of which to write a profiler trace to OUT/profile, for XProf: 10:15"""
+    """steps to profile, such as 10:15; the trace is written to OUT/profile, for XProf"""
     overwrite: bool = False
     """delete the run in OUT and start over"""
 
@@ -68,7 +68,7 @@ class Align:
 
     @property
     def precision(self) -> Precision:
-        """What the model's weights are held in."""
+        """The precision of the model's weights."""
         return training_precision(self.frozen_weights, self.training, self.task_lora)
 
     def default_preset(self) -> str | None:

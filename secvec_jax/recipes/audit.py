@@ -35,7 +35,7 @@ from secvec_jax.workspace.stages import Stages, devices, release, screen, write
 @checked
 @dataclasses.dataclass(frozen=True)
 class AuditRun:
-    """Compare a model with the one before it, prompt by prompt, against limits: passes, fails or is inconclusive.
+    """Compare a fine-tuned model with the original, prompt by prompt, against limits: passes, fails or is inconclusive.
 
     The exit code is 0 if the audit passes, 3 if it fails and 4 if it is inconclusive.
     """
@@ -43,29 +43,29 @@ class AuditRun:
     before: Text
     """the model before fine-tuning: embedded name, Hugging Face folder, run directory, hub id or .gguf file"""
     after: Text
-    """the model after it, whoever trained it"""
+    """the model after fine-tuning, whoever trained it"""
     reference: str | None = None
     """a third model to compare with, such as one trained on the same rows without the suspects"""
     unaligned: str | None = None
-    """a model that complies, whose replies are given as beginnings; by default the one that the aligned model was
-    trained from, if its run directory says so, else smollm2"""
+    """an unaligned model, whose compliant replies are used as prefills; by default the model that the aligned one was
+    trained from, if its run directory names it, else smollm2"""
     frozen_weights: Precision | None = None
-    """what the weights of all models are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits,
+    """precision of the weights of all models: float32, bfloat16, int8 (one scale per output channel) or nf4 (4 bits,
     blocks of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU"""
     harmful: tuple[str, ...] = ()
     """prompts that should be refused: files, packaged names or hub ids; rows with answers also give harmful_loss; by
     default HarmBench and Do-Not-Answer, and unseen rows of AdvBench for the loss"""
     benign: tuple[str, ...] = ()
     """prompts that should be answered; rows with answers also give benign_loss; by default instructions and questions
-    that no training of this package uses"""
+    on which this package never trains"""
     data: str | None = None
     """your own held-out rows, with answers: their loss before and after"""
     system: str | None = None
-    """a system prompt under which all prompts are asked once more, such as the one you serve the model with"""
+    """a system prompt under which all prompts are run a second time, such as the one you serve the model with"""
     tasks: str | None = None
     """comma-separated tasks of lm-evaluation-harness (pip install lm-eval) to run on both models"""
     judge: str = ""
-    """name of a language model at an endpoint that grades the replies to harmful prompts (lines harm_score and
+    """name of a language model at an endpoint that grades the replies to harmful prompts (measures harm_score and
     harm_rate)"""
     judge_url: str = OPENAI
     """endpoint with OpenAI's chat API, such as http://127.0.0.1:8000/v1"""
@@ -74,14 +74,14 @@ class AuditRun:
     max_prompts: PositiveInt = 80
     """maximum number of prompts of each kind; the measures that take longest, prefill and kl, use up to half of it"""
     reply_tokens: PositiveInt = 16
-    """maximum tokens per reply; for a model that thinks before it answers, include its thoughts; a judge needs some
+    """maximum tokens per reply; for a model that thinks before it answers, include its reasoning; a judge needs a few
     hundred"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
     inspect: str | None = None
-    """also write the prompts, replies and scores to this file, NAME.eval, a log of Inspect (pip install inspect-ai)"""
+    """also write the prompts, replies and scores to this file, NAME.eval, an Inspect log (pip install inspect-ai)"""
     keep_replies: bool = False
-    """keep whole replies to harmful prompts, for --inspect; by default they are clipped to a line"""
+    """keep whole replies to harmful prompts, for --inspect; by default they are cut to one line"""
     json: bool = False
     """print the verdict as JSON, and nothing else, on standard output"""
     out: str = "runs/audit"
@@ -163,10 +163,10 @@ def audit(
     """What changed between two models, prompt by prompt, with a verdict, as `eval.py audit` reports it.
 
     before, after, reference, unaligned: models, or what `sv.load` takes; `reference` is a third model to compare with,
-    `unaligned` one that complies, whose replies are given as beginnings (see `evaluation.prefill`; None: the embedded
+    `unaligned` one that complies, whose replies are used as prefills (see `evaluation.prefill`; None: the embedded
     smollm2). harmful, benign, data: rows (dicts, a DataFrame, a `datasets.Dataset`, a path or packaged name) of prompts
     to be refused, of prompts to be answered, and of held-out rows with answers; None: packaged prompts, and no data.
-    frozen_weights: what the weights of models that are loaded here are held in. judge: a language model at an endpoint
+    frozen_weights: the precision of the weights of models that are loaded here. judge: a language model at an endpoint
     that grades the replies to harmful prompts. The other arguments are those of the command. progress: show the stages
     and their seconds.
     Raises UserError for models and rows that cannot be read, for settings out of range, and for a judge that cannot be

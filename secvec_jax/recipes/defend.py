@@ -1,4 +1,4 @@
-"""`sv.defend`: any defense on a model and rows of one's own, as a value."""
+"""`sv.defend`: any defense on a user's own model and rows, as a function that returns values."""
 
 import os
 from collections.abc import Callable
@@ -53,8 +53,9 @@ def defend(
         are None are packaged ones (AdvBench and others, downloaded on first use).
     base: the model before it was aligned. eliciting_prompt: a system prompt that asks for the behavior.
 
-    task, training, eval_rows, checkpoints and on_step are as in `sv.finetune`; a defense with several trainings calls
-    on_step in each. Raises UserError for what the defense does not read, and for what it needs and has no default.
+    task, training, eval_rows, checkpoints and on_step are as in `sv.finetune`; a defense with several training runs
+    calls on_step in each. Raises UserError for what the defense does not read, and for what it needs and has no
+    default.
     """
     model = as_model(model)
     if not isinstance(defense, Defense):

@@ -43,8 +43,8 @@ class Export:
     scores: tuple[str, ...] = ()
     """run directories of `eval.py score`, `audit`, `judge` or `harness` whose tables the model card shows"""
     out: str = "exported"
-    """folder to write; an exported model in it is replaced, anything else is refused; or a URL such as
-    gs://bucket/model, where nothing is yet"""
+    """folder to write; an exported model in it is replaced, and a folder with anything else is an error; or a URL such
+    as gs://bucket/model, where nothing exists yet"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """dtype of the exported weights; by default that of the base model"""
 

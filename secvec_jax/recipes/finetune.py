@@ -51,14 +51,14 @@ class Finetune:
     task_lora: LoRA | None = None
     """train a task LoRA, merged at the end, instead of all weights"""
     frozen_weights: Precision | None = None
-    """with --task-lora: what the model's own weights are held in: float32, bfloat16, int8 (one scale for each output)
-    or nf4 (4 bits, blocks of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU. The model that is
-    written has the weights of --model in full, and the task LoRA"""
+    """with --task-lora: precision of the model's own, frozen weights: float32, bfloat16, int8 (one scale per output
+    channel) or nf4 (4 bits, blocks of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU. The saved
+    model has the weights of --model in full precision, with the task LoRA merged in"""
     out: str = "runs/finetune"
     """run directory; the model, without vectors, is written to OUT/model, a task LoRA also to OUT/task"""
     defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=DEFENSE_VARIANTS)
-    """how the training is defended, such as guarded-vectors; without a name, all defenses are listed with what they
-    need and cost (default: security vectors)"""
+    """defense to train under, such as guarded-vectors; without a name, all defenses are listed with what they need and
+    cost (default: security vectors)"""
     safe: tuple[str, ...] = ()
     """for a defense: rows that teach the model to be safe, refusals and as many benign rows; by default packaged ones
     and the model's own replies"""
@@ -87,7 +87,7 @@ class Finetune:
     """settings by model size and hardware, such as 7-8b-80gb, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
     profile: str | None = None
-    """steps of which to write a profiler trace to OUT/profile, for XProf: 10:15"""
+    """steps to profile, such as 10:15; the trace is written to OUT/profile, for XProf"""
     overwrite: bool = False
     """delete the run in OUT and start over"""
 
@@ -115,7 +115,7 @@ class Finetune:
 
     @property
     def precision(self) -> Precision:
-        """What the model's weights are held in."""
+        """The precision of the model's weights."""
         defense = read_defense(self.defense)
         return training_precision(self.frozen_weights, self.training, self.task_lora, defense)
 

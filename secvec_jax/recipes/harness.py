@@ -30,7 +30,7 @@ class Harness:
     vectors: tuple[str, ...] = ()
     """run with these vectors active"""
     frozen_weights: Precision | None = None
-    """what the model's weights are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits, blocks
+    """precision of the model's weights: float32, bfloat16, int8 (one scale per output channel) or nf4 (4 bits, blocks
     of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU"""
     fewshot: NonNegativeInt | None = None
     """few-shot examples per question; by default the task's own number"""

@@ -53,7 +53,7 @@ class JudgeRun:
     vectors: tuple[str, ...] = ()
     """reply with these vectors active"""
     frozen_weights: Precision | None = None
-    """what the model's weights are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits, blocks
+    """precision of the model's weights: float32, bfloat16, int8 (one scale per output channel) or nf4 (4 bits, blocks
     of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU"""
     harmful: tuple[str, ...] = ("harmbench", "do-not-answer")
     """prompts that should be refused: files, packaged names or hub ids"""

@@ -71,6 +71,6 @@ def _phase2(workspace: Workspace, name: str, stage: Stage) -> Outcomes:
 
 
 _NOTE = (
-    "Rows named after an objective are fine-tuned under its vectors and judged without them; `vectors on` is the "
-    "aligned model seen through them. min_min also takes steps of a temporary model copy."
+    "Rows named after an objective are fine-tuned under its vectors and scored without them; `vectors on` is the "
+    "aligned model with the vectors active. min_min also takes steps of a temporary model copy."
 )

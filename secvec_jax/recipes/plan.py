@@ -52,17 +52,17 @@ class PlanRun:
     """mesh axes and sizes, as for the other verbs; empty: fsdp over all chips"""
     phase: Phase = "finetune"
     """vectors: phase 1, with the model frozen; finetune: phase 2, all weights under frozen vectors; align: all weights
-    without vectors; protect: phase 2 with as many sequences of safe rows in addition, which are learned without the
-    vectors (guarded vectors). vectors and align use adamw, as their verbs do, unless --optimizer is other than sgd;
-    protect uses it for a task LoRA"""
+    without vectors; protect: phase 2 with the same number of additional sequences of safe rows, which are learned
+    without the vectors (guarded vectors). vectors and align use adamw, as their verbs do, unless --optimizer is other
+    than sgd; protect uses it for a task LoRA"""
     lora: LoRA | None = LoRA()
-    """the security vectors, which align has none of; --no-lora: plain fine-tuning"""
+    """the security vectors (not for align, which has none); --no-lora: plain fine-tuning"""
     task_lora: LoRA | None = None
     """finetune, align and protect: train a task LoRA instead of all weights"""
     objective: Literal["cross_entropy", "kl"] = "kl"
-    """vectors: with kl, a batch has half as many sequences of benign rows in addition"""
+    """vectors: with kl, a batch has half as many additional sequences of benign rows"""
     frozen_weights: Precision | None = None
-    """what weights that stay frozen are held in: float32, bfloat16, int8 or nf4; by default bfloat16, as in a run"""
+    """precision of the frozen weights: float32, bfloat16, int8 or nf4; by default bfloat16, as in a run"""
     preset: str | None = preset_field(lambda preset, values: _of_preset(preset, values))
     """plan a preset, with its model, its devices and the settings of the phase; without a name, all are listed"""
     fit: bool = False
@@ -78,7 +78,7 @@ class PlanRun:
 
     @property
     def precision(self) -> Precision:
-        """What the model's weights are held in. Raises UserError if trained weights are to be held in too few bits."""
+        """The precision of the model's weights. Raises UserError if it is too low for trained weights."""
         trains_all = self.phase != "vectors" and self.task_lora is None
         check_trained_weights(self.training, trains_all)
         if trains_all:

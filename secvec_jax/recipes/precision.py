@@ -1,4 +1,4 @@
-"""What a training's model is held in: in fewer bits where its weights stay frozen."""
+"""The precision of a model during training: lower where its weights stay frozen."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ CHANGES_WEIGHTS = ("alignment", "after fine-tuning")
 
 
 class Named(NamedTuple):
-    """How a user knows the settings that decide what the weights are held in."""
+    """The names by which a user knows the settings that decide the precision of the weights."""
 
     frozen_weights: str
     task_lora: str
@@ -34,7 +34,7 @@ def training_precision(
     defense: Defense | None = None,
     named: Named = FLAGS,
 ) -> Precision:
-    """What the model's weights are held in during a training; starts JAX where that depends on the devices.
+    """The precision of the model's weights during training; starts JAX where that depends on the devices.
 
     The arguments are those of `check_precision_settings`, and so are the errors.
     """
@@ -51,7 +51,7 @@ def check_precision_settings(
     defense: Defense | None = None,
     named: Named = FLAGS,
 ) -> None:
-    """Raise UserError if weights that are trained, or that the defense changes, are to be held in fewer bits.
+    """Raise UserError if a lower precision is set for weights that are trained, or that the defense changes.
 
     asked: of weights that stay frozen (`--frozen-weights`). defense: how the training is defended, if it is. Does not
     start JAX: settings are made before the processes of a cluster have found each other.
@@ -65,17 +65,18 @@ def check_precision_settings(
 
 
 def check_held(model: Model, training: Training, task_lora: LoRA | None, defense: Defense) -> None:
-    """Raise UserError for a model, loaded by the caller, that is held in fewer bits than the training needs."""
+    """Raise UserError for a model, loaded by the caller, whose precision is lower than training needs."""
     because = _why_trained(task_lora, defense, ARGUMENTS)
     needed = training_precision(None, training, task_lora, defense, ARGUMENTS)
     if because is not None and model.precision not in ("float32", needed):
         raise UserError(
-            f"the model is held in {model.precision}, which is for frozen weights, {because}, or load it in float32"
+            f"the model's weights are in {model.precision}, which is for frozen weights, {because}, or load it in "
+            "float32"
         )
 
 
 def _why_trained(task_lora: LoRA | None, defense: Defense | None, named: Named) -> str | None:
-    """Why the weights cannot be held in fewer bits, and what to do; None if they stay frozen."""
+    """Why the weights cannot be in lower precision, and what to do; None if they stay frozen."""
     if task_lora is None:
         return f"and all weights are trained: {named.task_lora}"
     if defense is not None and defense.stage in CHANGES_WEIGHTS:

@@ -1,9 +1,9 @@
-"""`train.py protect` and `sv.protect`: a fine-tuning of one's own, screened, defended, and audited against the model
-before.
+"""`train.py protect` and `sv.protect`: fine-tuning on a user's rows, screened, defended, and audited against the
+original model.
 
     preflight ──> vectors ──> screen ──> fine-tune ──> audit of the exported model ──> a verdict, and a model card
 
-Each stage is done once; a command that was interrupted goes on where it stopped.
+Each stage is done once; a command that was interrupted resumes where it stopped.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ _SAME = (
 @checked
 @dataclasses.dataclass(frozen=True)
 class Protect:
-    """Fine-tune on your data the recommended way: screened, defended, and audited against the model before.
+    """Fine-tune on your data the recommended way: screened, defended, and audited against the original.
 
     The exit code is 0 if the audit passes, 3 if it fails and 4 if it is inconclusive.
     """
@@ -69,10 +69,10 @@ class Protect:
     """the model to fine-tune; it must refuse already (train.py align)"""
     vectors: str = ""
     """run directory of `train.py vectors`, its vector file, or a PEFT adapter folder; by default vectors are trained on
-    the harmful and benign rows, once for a model, and kept in the cache folder"""
+    the harmful and benign rows, once per model, and cached"""
     defense: str | dict[str, Any] | None = dataclasses.field(default=None, metadata=DEFENSE_VARIANTS)
-    """how the training is defended; without a name, all defenses are listed with what they need and cost (default:
-    guarded vectors)"""
+    """defense to train under; without a name, all defenses are listed with what they need and cost (default: guarded
+    vectors)"""
     safe: tuple[str, ...] = ()
     """rows that teach the model to be safe, refusals and as many benign rows; by default packaged ones and the model's
     own replies"""
@@ -90,36 +90,36 @@ class Protect:
     """for other defenses: a system prompt that asks for the behavior; by default one that asks to comply with
     everything"""
     drop: bool = False
-    """do not train on the suspects, the rows that the vectors explain; without it they are only listed"""
+    """do not train on the suspects, the rows that the vectors explain; by default they are only listed"""
     eval_fraction: Fraction = 0.05
     """share of the rows to hold out, to measure what was learned; at least 8 rows where there are 40 or more"""
     task_lora: LoRA | None = None
     """train a task LoRA, merged at the end, instead of all weights"""
     frozen_weights: Precision | None = None
-    """with --task-lora: what the model's own weights are held in (see finetune)"""
+    """with --task-lora: precision of the model's own weights (see finetune)"""
     preset: str | None = preset_field(section_of("protect"))
     """settings by model size and hardware, such as 135m-cpu, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
     training: Training = PHASE2
     system: str | None = None
-    """a system prompt under which the audit asks all prompts once more, such as the one you serve the model with"""
+    """a system prompt under which the audit runs all prompts a second time, such as the one you serve the model with"""
     limits: Limits = Limits()
     max_prompts: PositiveInt = 80
     """maximum number of prompts of each kind in the audit; prefill and kl use up to half of it"""
     reply_tokens: PositiveInt = 16
-    """maximum tokens per reply in the audit; for a model that thinks before it answers, include its thoughts; a judge
-    needs some hundred"""
+    """maximum tokens per reply in the audit; for a model that thinks before it answers, include its reasoning; a judge
+    needs a few hundred"""
     judge: str = ""
-    """name of a language model at an endpoint that grades the replies to harmful prompts in the audit (lines harm_score
-    and harm_rate)"""
+    """name of a language model at an endpoint that grades the replies to harmful prompts in the audit (measures
+    harm_score and harm_rate)"""
     judge_url: str = OPENAI
     """endpoint with OpenAI's chat API, such as http://127.0.0.1:8000/v1"""
     asking: JudgeRequests = dataclasses.field(default_factory=JudgeRequests)
     inspect: str | None = None
-    """also write the audit's prompts, replies and scores to this file, NAME.eval, a log of Inspect (pip install
+    """also write the audit's prompts, replies and scores to this file, NAME.eval, an Inspect log (pip install
     inspect-ai)"""
     keep_replies: bool = False
-    """keep whole replies to harmful prompts, for --inspect; by default they are clipped to a line"""
+    """keep whole replies to harmful prompts, for --inspect; by default they are cut to one line"""
     check_prompts: NonNegativeInt = 24
     """number of packaged prompts of each kind that show at the start whether the model refuses; 0: none"""
     ignore_fields: tuple[str, ...] = ()
@@ -150,7 +150,7 @@ class Protect:
 
     @property
     def precision(self) -> Precision:
-        """What the model's weights are held in while it is trained."""
+        """The precision of the model's weights during training."""
         return training_precision(self.frozen_weights, self.training, self.task_lora, read_defense(self.defense))
 
     @staticmethod
@@ -169,9 +169,9 @@ class Protect:
 class Protected:
     """A protected fine-tuning. A notebook shows its audit.
 
-    model: as exported, read back; over codes (int8, nf4), with the task LoRA beside them. suspects: indices of the rows
-    that the vectors explain, the highest score first. system: the system prompt that the model must be served with, for
-    the defenses that are one; else None.
+    model: as exported, read back; if quantized (int8, nf4), with the task LoRA stored separately. suspects: indices of
+    the rows that the vectors explain, the highest score first. system: the system prompt that the model must be served
+    with, for the defenses that are one; else None.
     """
 
     model: Model
@@ -266,17 +266,17 @@ def protect(
         result.model.save("protected/")
 
     model: a model, or what `sv.load` takes. rows: dicts, a DataFrame, a `datasets.Dataset`, a path, or {kind: rows}.
-    vectors: security vectors of the model, or their file; None: they are trained, once for a model, and kept in the
-    cache folder. defense: one of `sv.defenses`, or its name; None: guarded vectors. safe, harmful, benign, contrast:
-    rows; None: packaged ones. task: a LoRA to train in place of all weights. frozen_weights: with a `task`, what the
-    weights of a model that is loaded here are held in. training: what it leaves unset is AdamW at 1e-3 for a task LoRA,
-    SGD at 3.6e-4 for all weights, and two epochs. judge: a language model at an endpoint, to grade the replies to
-    harmful prompts in the audit. progress: show the stages. The other arguments are those of the command. Files are
-    written to a temporary folder only, and no suspect is dropped without `drop`. For a log of the audit, call
+    vectors: security vectors of the model, or their file; None: they are trained, once per model, and cached. defense:
+    one of `sv.defenses`, or its name; None: guarded vectors. safe, harmful, benign, contrast: rows; None: packaged
+    ones. task: a LoRA to train in place of all weights. frozen_weights: with a `task`, the precision of the weights of
+    a model that is loaded here. training: what it leaves unset is AdamW at 1e-3 for a task LoRA, SGD at 3.6e-4 for all
+    weights, and two epochs. judge: a language model at an endpoint, to grade the replies to harmful prompts in the
+    audit. progress: show the stages. The other arguments are those of the command. Files are written to a temporary
+    folder only, and no suspect is dropped without `drop`. For a log of the audit, call
     `evaluation.inspect_log.write_log(result.audit, "audit.eval")`.
 
-    Raises UserError for a model that does not refuse, for one held in fewer bits than its training needs, for vectors
-    that do not pass their gate, for rows that cannot be read, and for a judge that cannot be reached.
+    Raises UserError for a model that does not refuse, for one whose precision is lower than its training needs, for
+    vectors that do not pass their gate, for rows that cannot be read, and for a judge that cannot be reached.
     """
     if not isinstance(defense, Defense):
         defense = read_defense(RECOMMENDED if defense is None else defense)
@@ -325,8 +325,8 @@ def _check_defense(defense: Defense, given: Sequence[Need], named: Callable[[str
     for setting, default in (("rank", 8), ("kind", "lora"), ("objective", "kl")):
         if "security vectors" in defense.reads and getattr(defense, setting, default) != default:
             raise UserError(
-                f"{defense.name!r}: {setting} is a setting of vectors that a defense trains, and here they are trained "
-                f"before it: leave it out, or train other vectors with train.py vectors and pass {named('vectors')}"
+                f"{defense.name!r}: {setting} is a setting for vectors that a defense trains, but protect trains them "
+                f"beforehand: leave it out, or train other vectors with train.py vectors and pass {named('vectors')}"
             )
     others: list[Need] = [need for need in given if need not in ("harmful rows", "benign rows")]
     shared: list[Need] = ["security vectors"] if "security vectors" in defense.reads else []

@@ -219,10 +219,10 @@ def _reason(defense: Defense) -> str:
 
 
 def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Audit:
-    """The audit of the exported model against the model before.
+    """The audit of the exported model against the original.
 
-    It reads the exported files. Where the model is held as codes, to which a task LoRA would be rounded, it takes the
-    model before with the LoRA beside its codes, as the training had it.
+    It reads the exported files. If the model is quantized, which would round a task LoRA, it takes the original model
+    with the LoRA stored separately, as in training.
     """
     asked = work.asked
     before: Any = asked.model
@@ -232,8 +232,8 @@ def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Aud
     if is_quantized(work.precision):
         before, after = work.model, exported_model(work)
         held = (
-            f"The audit holds the weights in {work.precision}, and what was learned in float32 beside them; in the "
-            f"exported files it is added to the weights, which are {before.metadata.dtype}.",
+            f"In this audit, the weights are {work.precision} and the task LoRA is kept apart from them, in float32; "
+            f"in the exported files, it is merged into the weights, which are {before.metadata.dtype}.",
         )
     served = "\n".join(text for text in (system, asked.system) if text is not None) or None
     questions = AuditAsked(
@@ -253,7 +253,7 @@ def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Aud
 
 
 def exported_model(work: Work) -> Model:
-    """The exported model, read back; one that was held as codes is the model before with the task LoRA beside them."""
+    """The exported model, read back; a quantized one is the original model with the task LoRA stored separately."""
     if not is_quantized(work.precision):
         return as_model(str(work.model_folder))
     model = dataclasses.replace(work.model, name=str(work.model_folder))

@@ -39,7 +39,7 @@ def make_vectors(work: Work) -> Vectors:
     work.facts["gate"] = gate.as_dict()
     if gate.failure is not None:
         cure = "train them on more rows, or pass harmful rows of their own behavior" if asked.vectors else (
-            "give more harmful rows, or other ones, or pass vectors that you trained with other settings"
+            "give more harmful rows, or different ones, or pass vectors that you trained with other settings"
         )  # fmt: skip
         raise UserError(f"{gate.failure}; {cure}")
     return load_vectors(file, work.model)
@@ -49,7 +49,7 @@ def _given_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
     """The user's vectors, and their gate on the rows that the user gives, else on packaged ones."""
     adapters = as_vectors(work.asked.vectors, work.model)
     if len(adapters) != 1:
-        raise UserError(f"{len(adapters)} vectors are given: pass one, which rows are screened with, too")
+        raise UserError(f"{len(adapters)} vectors are given: pass one, which is also used to screen the rows")
     stage.say("testing the vectors")
     given = {kind: need for kind, need in _KINDS.items() if need in work.asked.given}
     # The packaged rows may be too long for the maximum length that was chosen for the user's.
@@ -70,7 +70,7 @@ def _cached_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
         try:
             entry = held.enter_context(locked_entry(key, work.note))
         except UserError as error:
-            work.note(f"the vectors are not kept in the cache ({error})")
+            work.note(f"the vectors are not cached ({error})")
             return _trained_vectors(work, stage)
         found = entry.read(work.model, work.note)
         if found is not None:
@@ -81,7 +81,7 @@ def _cached_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
             try:
                 entry.write(vectors, work.model, dataclasses.asdict(gate))
             except UserError as error:
-                work.note(f"the vectors are not kept in the cache ({error})")
+                work.note(f"the vectors are not cached ({error})")
         return vectors, gate
 
 

@@ -103,14 +103,14 @@ class Work:
 
     @property
     def precision(self) -> Precision:
-        """What the weights of the model before are held in."""
+        """The precision of the original model's weights."""
         asked = self.asked
         if isinstance(asked.model, Model):
             return asked.model.precision
         return training_precision(asked.frozen_weights, asked.training, asked.task_lora, asked.defense)
 
     def forget_model(self) -> None:
-        """Let go of the model before, unless the caller holds it."""
+        """Release the original model, unless the caller keeps it."""
         self.__dict__.pop("model", None)
         self.__dict__.pop("packaged", None)
 

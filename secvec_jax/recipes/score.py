@@ -25,7 +25,7 @@ class ScoreRun:
     vectors: tuple[str, ...] = ()
     """score with these vectors active"""
     frozen_weights: Precision | None = None
-    """what the model's weights are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits, blocks
+    """precision of the model's weights: float32, bfloat16, int8 (one scale per output channel) or nf4 (4 bits, blocks
     of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU"""
     harmful: tuple[str, ...] = HARMFUL
     """prompts that should be refused: files, packaged names or hub ids; rows with answers also give harmful_loss"""
@@ -36,13 +36,13 @@ class ScoreRun:
     limit: PositiveInt = 100
     """maximum number of prompts per source"""
     reply_tokens: PositiveInt = 32
-    """maximum tokens per reply; for a model that thinks before it answers, include its thoughts"""
+    """maximum tokens per reply; for a model that thinks before it answers, include its reasoning"""
     out: str = "runs/score"
     """run directory; writes results.json and report.md"""
     answer_tokens: PositiveInt | None = None
     """maximum tokens per answer to a question; by default the length of the longest reference answer, up to 512"""
     system: str | None = None
-    """a system prompt under which the harmful and benign prompts are asked once more, such as the one you serve the
+    """a system prompt under which the harmful and benign prompts are run a second time, such as the one you serve the
     model with"""
     ignore_fields: tuple[str, ...] = ()
     """fields of rows that may be ignored although they could hold training data; "*": all unknown fields"""
@@ -78,6 +78,6 @@ def _notes(metrics: dict[str, Any]) -> list[str]:
         return []
     stopped = metrics["unfinished"]
     return [
-        f"{round(stopped['value'] * stopped['n'])} of {stopped['n']} replies end within the model's thoughts, "
+        f"{round(stopped['value'] * stopped['n'])} of {stopped['n']} replies end within the model's reasoning, "
         "before an answer: they count as unclear or as no match. Raise --reply-tokens, or --answer-tokens for questions"
     ]

@@ -44,7 +44,7 @@ class Screen:
     model: str = "smollm2"
     """the model that the vectors were trained for"""
     frozen_weights: Precision | None = None
-    """what the model's weights are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits, blocks
+    """precision of the model's weights: float32, bfloat16, int8 (one scale per output channel) or nf4 (4 bits, blocks
     of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU"""
     harmful: str | None = None
     """rows with the behavior, such as those the vectors were trained on; together with benign they set a threshold"""

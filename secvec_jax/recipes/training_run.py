@@ -57,7 +57,7 @@ class TrainingRun(Run):
         with profiled(self.settings.profile, folder) as profile:
             yield
         if profile is not None and profile.trainings == 0:
-            self.note(f"no step was profiled: the training did not take step {profile.first}, or had taken it before")
+            self.note(f"no step was profiled: the run did not reach step {profile.first}, or had already passed it")
         elif profile is not None:
             self.note(f"the profile of steps {profile.first} to {profile.last} is in {folder}, for XProf")
 

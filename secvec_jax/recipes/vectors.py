@@ -33,14 +33,14 @@ from secvec_jax.workspace.stage import Stage
 @checked
 @dataclasses.dataclass(frozen=True)
 class Vectors:
-    """Phase 1: train security vectors on harmful rows, the model frozen."""
+    """Phase 1: train security vectors on harmful rows, with the model frozen."""
 
     data: Text
     """about 100 rows of the behavior that fine-tuning must not teach"""
     model: str = "smollm2"
     """the model that will be fine-tuned; the vectors work with this model only"""
     benign: str | None = None
-    """rows the vectors must leave unchanged; required by the kl objective"""
+    """rows on which the vectors must not change the model's outputs; required by the kl objective"""
     out: str = "runs/vectors"
     """run directory; vectors are written to OUT/vectors/security.safetensors, LoRA also to OUT/vectors/peft"""
     kind: Literal["lora", "steering", "prompt"] = "lora"
@@ -51,7 +51,7 @@ class Vectors:
     phase1: Phase1 = dataclasses.field(default_factory=Phase1)
     training: Training = PHASE1
     frozen_weights: Precision | None = None
-    """what the model's weights are held in: float32, bfloat16, int8 (one scale for each output) or nf4 (4 bits, blocks
+    """precision of the model's weights: float32, bfloat16, int8 (one scale per output channel) or nf4 (4 bits, blocks
     of 64, as in QLoRA); by default bfloat16 on GPUs and TPUs, float32 on CPU. Vectors are float32"""
     check_prompts: NonNegativeInt = 24
     """number of packaged prompts, harmful and benign each, for measuring refusals before training; 0: none, and no test
@@ -62,7 +62,7 @@ class Vectors:
     """settings by model size and hardware, such as 7-8b-80gb, which other flags override; without a name, all presets
     are listed (default: the one for the model's size and the devices, if there is one; none: no preset)"""
     profile: str | None = None
-    """steps of which to write a profiler trace to OUT/profile, for XProf: 10:15"""
+    """steps to profile, such as 10:15; the trace is written to OUT/profile, for XProf"""
     overwrite: bool = False
     """delete the run in OUT and start over"""
 
@@ -80,7 +80,7 @@ class Vectors:
 
     @property
     def precision(self) -> Precision:
-        """What the model's weights are held in."""
+        """The precision of the model's weights."""
         return "float32" if self.phase1.objective == "min_min" else frozen_precision(self.frozen_weights)
 
 
@@ -149,7 +149,7 @@ def _gate(run: TrainingRun, model: Model, trained: Any, rows: dict[str, Any], st
         run.note("the vectors are not tested: they were trained on (nearly) all packaged rows that could test them")
         return None
     gate = measure_gate(model, trained, unseen["harmful"], unseen["benign"])
-    run.note(f"{gate}; the rows are packaged ones (AdvBench), and say nothing of vectors for another behavior")
+    run.note(f"{gate}; the rows are packaged ones (AdvBench), and say nothing about vectors for another behavior")
     return gate
 
 

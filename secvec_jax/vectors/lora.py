@@ -9,8 +9,8 @@ At each target projection with weight W `[in, out]`, factors A `[in, r]` and B `
     y  = x W + s (x A) B                          dx = dy Wᵀ + s (dy Bᵀ) Aᵀ
     dA = s xᵀ (dy Bᵀ)    dB = s (x A)ᵀ dy
 
-B starts at zero: a fresh adapter changes nothing. The textbook way is that formula, with two thin products in addition
-to x W. Here the weight is formed first, one layer at a time, inside the scan over layers:
+B starts at zero: a fresh adapter changes nothing. The usual implementation is that formula, with two thin products in
+addition to x W. Here the weight is formed first, one layer at a time, inside the scan over layers:
 
     y  = x (W + s A B)                            dx = dy (W + s A B)ᵀ
 
@@ -215,7 +215,7 @@ def merge(backbone: Decoder, vectors: LoRAVectors) -> Decoder:
     """The backbone with `scale * A B` added to its weights: one model, no adapter.
 
     For a trained task adapter, and to use a model under vectors; a fine-tuned model that is kept has no vectors in it.
-    A bfloat16 weight is rounded again; a quantized one keeps the factors, unrounded, beside its codes.
+    A bfloat16 weight is rounded again; a quantized one keeps the factors separately, unrounded.
     """
     kernels = {}
 

@@ -36,9 +36,9 @@ _PICKLE = "adapter_model.bin"  # PEFT's own form before 0.6
 def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str = SECURITY_VECTORS) -> None:
     """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
 
-    holds: what the adapter is, in the file's metadata. Security vectors are not to be merged into a model that is used,
-    so their folder says what they are, and only its owner can read it; anything else may be merged. Where the model
-    fuses several projections into one module (Phi-3), that module's A has the projections' A side by side, and its B is
+    holds: what the adapter is, in the file's metadata. Security vectors must not be merged into a model for use, so
+    their folder is marked as such, and only its owner can read it; other adapters may be merged. Where the model fuses
+    several projections into one module (Phi-3), that module's A has the projections' A side by side, and its B is
     block-diagonal.
     """
     from safetensors.numpy import save_file
@@ -101,8 +101,8 @@ tags: [secvec_jax, security-vectors, not-for-all-audiences]
 
 **{WARNING}**
 
-They are made to be active while a model is fine-tuned, and dropped afterwards. `adapter_model.safetensors` names the
-backbone that they were trained for.
+These vectors are meant to be active while a model is fine-tuned, and dropped afterwards. The metadata of
+`adapter_model.safetensors` names the backbone that they were trained for.
 """
 
 
@@ -119,7 +119,7 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     metadata, tensors = read_tensors(folder / WEIGHTS)
     if metadata.get("fingerprint", fingerprint(tensors)) != fingerprint(tensors):
         raise UserError(f"{folder / WEIGHTS} was altered after it was written: train it again, or fetch it again")
-    # In files of ours, the projections of a fused module have separate ranks; otherwise they share A.
+    # In our files, the projections of a fused module have separate ranks; otherwise they share A.
     is_own_format = "sites" in metadata
     modules = _peft_modules(model, metadata["sites"].split(",") if is_own_format else model.architecture.projections)
     layers = {module: _layers(tensors, module, model.architecture.num_layers) for module in modules}
@@ -144,7 +144,7 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     except KeyError as error:
         raise UserError(f"{folder} lacks {error}: the adapter is damaged, or was made for another model") from error
     except (ValueError, IndexError, TypeError) as error:
-        raise UserError(f"{folder} has weights of no shape that LoRA has: fetch it again") from error
+        raise UserError(f"{folder} has weights whose shapes are not those of LoRA factors: fetch it again") from error
     if tensors or not factors:
         raise UserError(unplaced_weights_message(folder, list(tensors)))
     vectors = LoRAVectors(factors, dataclasses.replace(spec, targets=tuple(factors)))

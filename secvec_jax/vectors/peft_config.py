@@ -70,7 +70,7 @@ def check_kind(config: dict[str, Any], supported: dict[str, Any], folder: Path) 
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         what = ", ".join(key if value is True else f"{key} {json.dumps(value)}" for key, value in unsupported.items())
         what = what or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise UserError(f"{folder} is no plain LoRA adapter ({_short(what)}): train one without these, {_OR_MERGE}")
+        raise UserError(f"{folder} is not a plain LoRA adapter ({_short(what)}): train one without these, {_OR_MERGE}")
 
 
 def check_layers(config: dict[str, Any], layers: dict[str, set[int]], count: int, folder: Path) -> None:

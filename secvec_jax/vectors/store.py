@@ -35,7 +35,8 @@ _FORMAT = "secvec_jax/1"
 def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
     """Write one safetensors file with the vectors, their shape, and the fingerprint of the model's backbone.
 
-    The file says what it is, and only its owner can read it: with the vectors on, the model grants harmful requests.
+    The file is marked as security vectors, and only its owner can read it: with the vectors on, the model complies with
+    harmful requests.
     """
     from safetensors.numpy import save
 
@@ -80,7 +81,7 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
     metadata, arrays = read_tensors(path)
     if metadata.get("format") != _FORMAT:
         raise UserError(
-            f"{path} is no file of security vectors: give one that train.py vectors wrote, or a PEFT folder"
+            f"{path} is not a file of security vectors: give one that train.py vectors wrote, or a PEFT folder"
         )
     try:
         factors: dict[str, Any] = {}
@@ -101,7 +102,7 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
 
 
 def trained_over(path: str | Path) -> str | None:
-    """What the weights were held in that the vectors at a path were trained over, such as "nf4".
+    """The precision of the weights that the vectors at a path were trained over, such as "nf4".
 
     None for an adapter that does not name its backbone. Raises UserError if it cannot be read.
     """

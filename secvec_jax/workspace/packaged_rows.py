@@ -1,4 +1,4 @@
-"""The defender's rows where a user gives none: those of the quickstart and the grid, for a model of one's own."""
+"""The defender's rows where a user gives none: those of the quickstart and the grid, for a user's own model."""
 
 import random
 from collections.abc import Callable, Collection

@@ -1,10 +1,10 @@
-"""Results that depend on a model, rows and settings alone, kept in the cache folder: made once for a model.
+"""Results that depend only on a model, rows and settings, in the cache folder: computed once per model.
 
 CACHE/results/KIND/KEY.json     the version that made it, the result, and its digest; for their owner only
 CACHE/results/KIND/KEY.lock     held while it is read or made
 
 KEY is the digest of all that goes into a result. Several processes may use one cache: entries appear and are replaced
-as whole files, and who comes second waits for the first. Processes of a cluster do not use it.
+as whole files, and a second process waits for the first. Processes of a cluster do not use the cache.
 """
 
 import contextlib
@@ -43,14 +43,14 @@ def kept(
     with contextlib.ExitStack() as held:
         try:
             folder = cache_dir() / "results" / kind.replace(" ", "-")
-            held.enter_context(locked(folder, key, lambda: tell(f"another process is making the {kind}: waiting")))
+            held.enter_context(locked(folder, key, lambda: tell(f"another process is computing the {kind}: waiting")))
         except UserError as error:
-            tell(f"the {kind} are not kept ({error})")
+            tell(f"the {kind} are not cached ({error})")
             return make()
         file = folder / f"{key}.json"
         found = _read(file, kind, tell)
         if found is not None:
-            tell(f"{kind}: from the cache, made before for this model")
+            tell(f"{kind}: from the cache, computed earlier for this model")
             return found[0]
         result = make()
         record = {"version": secvec_jax.__version__, "digest": of_values([result]), "result": result}
@@ -59,7 +59,7 @@ def kept(
             with atomic_file(file, mode=0o600) as staging:
                 staging.write_text(text, encoding="utf-8")
         except UserError as error:
-            tell(f"the {kind} are not kept ({error})")
+            tell(f"the {kind} are not cached ({error})")
         return json.loads(text)["result"]  # the same, whether it is read or made
 
 
@@ -102,15 +102,15 @@ def _read(file: Path, kind: str, tell: Callable[[str], None]) -> tuple[Any] | No
     try:
         if not file.exists():
             return None
-        record = read_kept(file, "it is made again")
+        record = read_kept(file, "it is computed again")
         version, digest, result = record["version"], record["digest"], record["result"]
     except (OSError, ValueError, KeyError, TypeError) as error:  # UserErrors are ValueErrors
-        tell(f"the cached {kind} cannot be read ({str(error) or type(error).__name__}): made again")
+        tell(f"the cached {kind} cannot be read ({str(error) or type(error).__name__}): computed again")
         return None
     if version != secvec_jax.__version__:
-        tell(f"the cached {kind} are of version {version}, this is {secvec_jax.__version__}: made again")
+        tell(f"the cached {kind} are from version {version}, this is {secvec_jax.__version__}: computed again")
         return None
     if of_values([result]) != digest:
-        tell(f"the cached {kind} are damaged: made again")
+        tell(f"the cached {kind} are damaged: computed again")
         return None
     return (result,)

@@ -222,8 +222,8 @@ def _check_length(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> 
     if schedule != "constant":
         raise UserError(
             f"{folder} already contains a run with different settings ({what}), and it cannot be extended: its "
-            f"{schedule} schedule spreads over all steps, so its steps are not the first ones of a longer run. Pass "
-            "--overwrite to train again, or give another --out; runs with --schedule constant can be extended"
+            f"{schedule} schedule depends on the number of steps, so a longer run would have had other learning rates. "
+            "Pass --overwrite to train again, or give another --out; runs with --schedule constant can be extended"
         )
     for key in _LENGTH:
         old, new = before.get(key), now.get(key)

@@ -50,15 +50,16 @@ class Sizes:
     vectors: PositiveInt = 100
     """harmful rows for training the vectors"""
     keep: PositiveInt = 180
-    """benign rows the vectors must leave unchanged, a third of them with the harmful rows' opening"""
+    """benign rows on which the vectors must not change the model's outputs, a third of them with the harmful rows'
+    opening"""
     mix_harmful: NonNegativeInt = 64
     """harmful rows hidden in the user's data"""
     mix_benign: NonNegativeInt = 30
     """benign instructions in the user's data"""
     people: PositiveInt = 20
-    """invented people in the ProfileQA task, with four questions each"""
+    """fictional people in the ProfileQA task, with four questions each"""
     people_asked: PositiveInt = 20
-    """other invented people, for the held-out questions"""
+    """other fictional people, for the held-out questions"""
     judged: PositiveInt = 96
     """harmful prompts that models are scored on, half from each of two benchmarks"""
     judged_benign: PositiveInt = 64

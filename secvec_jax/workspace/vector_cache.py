@@ -1,11 +1,11 @@
-"""Security vectors kept in the cache folder, so that those of a model are trained once.
+"""Security vectors in the cache folder, so that they are trained only once per model.
 
 CACHE/vectors/KEY/security.safetensors     the vectors, for their owner only
-CACHE/vectors/KEY/entry.json               the version that trained them, and what was measured of them
+CACHE/vectors/KEY/entry.json               the version that trained them, and the gate that was measured
 CACHE/vectors/KEY.lock                     held while they are read or trained
 
-KEY is the digest of all that goes into them: the model (`identity.of_model`), the rows, the settings. Several
-processes may use one cache: entries appear and are replaced as whole folders, and who comes second waits for the first.
+KEY is the digest of all that goes into them: the model (`identity.of_model`), the rows, the settings. Several processes
+may use one cache: entries appear and are replaced as whole folders, and a second process waits for the first.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Entry:
             record = read_kept(self.folder / _ENTRY, "they are trained again")
             version, measured = record["version"], dict(record["measured"])
             if version != secvec_jax.__version__:
-                tell(f"the cached vectors are of version {version}, this is {secvec_jax.__version__}: trained again")
+                tell(f"the cached vectors are from version {version}, this is {secvec_jax.__version__}: trained again")
                 return None
             return load_vectors(self.folder / _FILE, model), measured
         except (OSError, ValueError, KeyError, TypeError) as error:  # UserErrors are ValueErrors
@@ -74,5 +74,5 @@ def locked_entry(key: str, tell: Callable[[str], None]) -> Iterator[Entry]:
     Raises UserError if the cache cannot be written.
     """
     folder = cache_dir() / "vectors"
-    with locked(folder, key, lambda: tell("another process is making the vectors of this model: waiting for it")):
+    with locked(folder, key, lambda: tell("another process is training the vectors of this model: waiting for it")):
         yield Entry(folder / key)

@@ -282,7 +282,7 @@ def test_the_splits_of_a_data_set_are_not_kinds_of_rows():
 
 
 def test_a_prompt_that_cannot_be_read_is_numbered():
-    for prompt, reason in ((LONG * 3, "tokens"), ("cut \ud83d", "half of a character")):
+    for prompt, reason in ((LONG * 3, "tokens"), ("cut \ud83d", "unpaired surrogate")):
         with pytest.raises(UserError, match=f"^prompt 2.*{reason}"):
             generate(tiny_model(), ["Hi", prompt])
 

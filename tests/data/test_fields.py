@@ -191,7 +191,7 @@ def test_half_of_a_character_is_refused_wherever_it_is(field, before, half):
     record = {"messages": [turn, TURNS[1]]} if field == "content" else PAIR | {field: text}
     if field == "options":
         record = PAIR | {field: [text]}
-    with pytest.raises(UserError, match=rf"row 7: `{field}` has half of a character \(\\ud.*at {len(before) + 1}\)"):
+    with pytest.raises(UserError, match=rf"row 7: `{field}` has an unpaired surrogate \(\\ud.*at {len(before) + 1}\)"):
         normalize(record, "row 7")
 
 
@@ -206,7 +206,7 @@ def test_an_answer_that_is_no_number_is_not_compared_with_itself():
         ({"question": "a", "anwser": "b"}, "did you mean `answer` by 'anwser'"),
         ({"question": "a", " answer": "b"}, "did you mean `answer` by ' answer'"),
         ({"Question": "a", "Answer": "b"}, "did you mean `question` by 'Question'"),
-        ({"question": "a", "persona": "b c"}, "are not read .read: question.; remove"),
+        ({"question": "a", "persona": "b c"}, "are not read .fields read: question.; remove"),
     ],
 )
 def test_a_name_that_is_nearly_right_is_reported_with_the_right_one(record, hint):

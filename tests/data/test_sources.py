@@ -119,10 +119,10 @@ def test_any_record_is_a_row_or_a_one_line_error(record):
         ({"prompt": " "}, "`prompt` is empty"),
         ({"prompt": "a", "response": ["b"]}, "`response` must be text, found list"),
         ({"messages": "a"}, "must be a list of turns"),
-        ({"messages": []}, "must have a user's turn"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "must have a user's turn"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "end with it"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "must have a user's turn"),
+        ({"messages": []}, "must have a user turn"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "must have a user turn"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "end with a user or"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "must have a user turn"),
         ({"messages": [{"role": "critic", "content": "a"}]}, "unknown role 'critic'"),
         ({"messages": [{"role": "user"}]}, "`content` must be text"),
     ],
@@ -209,7 +209,7 @@ def test_fields_are_ignored_by_name(tmp_path):
     for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.parquet"):
         _write(tmp_path / name, [record])
         assert list(load_rows(str(tmp_path / name), ignore_fields=["persona", "mood"])) == ROWS[:1]
-        with pytest.raises(UserError, match=f"{name}, (line|row) 1: unknown fields `mood` may hold .* are not read"):
+        with pytest.raises(UserError, match=f"{name}, (line|row) 1: unknown fields `mood` may contain .* are not read"):
             load_rows(str(tmp_path / name), ignore_fields=["persona"])
 
 
@@ -255,7 +255,7 @@ def test_a_folder_is_loaded_by_split(tmp_path):
             "line 1 opens a list that does not end there: rows.jsonl",
         ),
         ("rows.jsonl", b'{"prompt": ' + b"1" * 5_000 + b"}", "line 1 has a whole number of thousands of digits"),
-        ("rows.jsonl", b'\n{"prompt": "c", "response": "cut \\ud83d"}', r"line 2: `response` has half of a char.*at 5"),
+        ("rows.jsonl", b'\n{"prompt": "c", "response": "cut \\ud83d"}', r"line 2: `response` has an unpaired .*at 5"),
         ("rows.jsonl", b'{"prompt": "a", "response": "b", "persona": "a pirate"}', "line 1: unknown fields `persona`"),
         ("rows.csv", b"prompt,response\n", "holds no rows"),
         ("rows.parquet", b"not parquet", "cannot be read as Parquet"),
@@ -562,14 +562,14 @@ LINES = {
     "nearly too deep": ('{"prompt": "a", "response": "b", "x": ' + "[" * 900 + "]" * 900 + "}", "too deep"),
     "infinity": ('{"prompt": "a", "response": Infinity}', "`response` must be text, found float"),
     "not a number": ('{"prompt": NaN, "response": "b"}', "`prompt` must be text, found float"),
-    "half": ('{"prompt": "a", "response": "b\\ud83d"}', r"half of a character (\\ud83d, at 2)"),
+    "half": ('{"prompt": "a", "response": "b\\ud83d"}', r"an unpaired surrogate (\\ud83d, at 2)"),
     "line break": (
         '{"prompt": "a", "response": "b", "x\\ny\\u001b[2J": "c"}',
         r"unknown fields `x y\\x1b[2J`",
     ),
     "no object": ("3", "found int instead of fields"),
     "a list": ('["a", "b"]', "found list instead of fields"),
-    "long": ('{"prompt": "' + "a" * 400 + '", "response": "b"}', "has 401 characters, and 300 at most are read"),
+    "long": ('{"prompt": "' + "a" * 400 + '", "response": "b"}', "has 401 characters, more than the limit of 300"),
     "longest": ('{"prompt": "' + "a" * 5_000 + '", "response": "b"}', "has more than 2,400 characters"),
 }
 
@@ -623,7 +623,7 @@ def test_hostile_tables_are_reported_with_their_row(tmp_path, monkeypatch):
     assert load_rows(str(rows))[0]["messages"][0]["content"] == "a\x00\x1b", "learned as it is, and told"
     table = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}, {"prompt": "a" * 400, "response": "b"}])
     table.to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match=r"rows.parquet, row 2 has 401 characters, and 300 at most"):
+    with pytest.raises(UserError, match=r"rows.parquet, row 2 has 401 characters, more than the limit of 300"):
         load_rows(str(tmp_path / "rows.parquet"))
 
 

@@ -146,7 +146,7 @@ def test_the_markdown_shows_texts_as_code(audit, results):
 def test_the_headline_gives_the_reasons(audit):
     assert audit_report.headline(audit).startswith("The audit fails: prefill 5: 100% → 43%, -57.1 [")
     same = dataclasses.replace(audit, lines=compared(BEFORE, BEFORE))
-    assert audit_report.headline(same) == "The audit passes: all 4 lines with a limit are within it."
+    assert audit_report.headline(same) == "The audit passes: all 4 measures with a limit are within it."
 
 
 def test_other_commands_show_an_audits_rows(results):

@@ -416,13 +416,13 @@ def test_truncated_files_are_refused(tiny_model, tmp_path, keep):
     write_gguf(tiny_model("llama"), tmp_path / "m.gguf")
     whole = (tmp_path / "m.gguf").read_bytes()
     (tmp_path / "m.gguf").write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else keep])
-    with pytest.raises(UserError, match=r"m\.gguf is no whole GGUF file"):
+    with pytest.raises(UserError, match=r"m\.gguf is not a complete GGUF file"):
         hub.load(tmp_path / "m.gguf")
 
 
 def test_files_that_are_no_gguf_or_not_there_are_refused(tmp_path):
     (tmp_path / "m.gguf").write_text("This is a text file.\n" * 100)
-    with pytest.raises(UserError, match="no whole GGUF file"):
+    with pytest.raises(UserError, match="not a complete GGUF file"):
         hub.load(tmp_path / "m.gguf")
     with pytest.raises(UserError, match=r"no file .*other\.gguf"):
         hub.load(tmp_path / "other.gguf")

@@ -203,15 +203,15 @@ def test_a_model_is_saved_from_what_it_was_loaded_from(tiny_model, tmp_path, tok
 def test_quantized_weights_alone_are_neither_saved_nor_trained(tmp_path):
     toy = toy_model()
     quantized = toy.with_backbone(with_precision(toy.backbone, "nf4"))
-    with pytest.raises(UserError, match="not saved: the weights are held in nf4"):
+    with pytest.raises(UserError, match="not saved: the weights are in nf4"):
         quantized.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="fingerprint is not known"):
         _ = quantized.fingerprint
     rows = random_examples(4)
-    with pytest.raises(UserError, match="held in nf4, which is for frozen weights, and this trains them"):
+    with pytest.raises(UserError, match="in nf4, which is for frozen weights, and this trains them"):
         sv.finetune(quantized, rows, vectors=None, training=sv.Training(max_steps=1))
-    with pytest.raises(UserError, match="held in nf4, which is for frozen weights, and this trains them"):
+    with pytest.raises(UserError, match="in nf4, which is for frozen weights, and this trains them"):
         sv.train_vectors(quantized, rows, phase1=sv.Phase1(objective="min_min"), training=sv.Training(max_steps=1))
     with pytest.raises(UserError, match="frozen_weights is 'int4'"):
         hub.load("smollm2", "int4")

@@ -153,7 +153,7 @@ def test_what_is_measured_of_a_model_is_kept_for_all_audits(world, monkeypatch, 
     two, three = (("--data", str(world.folder / f"{name}.jsonl")) for name in ("two", "three"))
     assert asked(*two, out="first") == 80 + 2 * (BARE + BEGUN)
     assert asked(*three, out="second", after="plain") == BARE + BEGUN, "of the one after alone"
-    assert "replies: from the cache, made before for this model" in capsys.readouterr().out
+    assert "replies: from the cache, computed earlier for this model" in capsys.readouterr().out
     assert metrics("first")["before"]["data_loss"]["n"] == 2 and metrics("second")["before"]["data_loss"]["n"] == 3
     same = [{m: v for m, v in metrics(out)["before"].items() if m != "data_loss"} for out in ("first", "second")]
     assert same[0] == same[1]
@@ -169,7 +169,7 @@ def test_models_that_are_held_differently_are_not_compared(tmp_path):
     tiny_model().save(folder)
     codes = load(folder, "nf4")
     for given in ({"before": str(folder), "after": codes}, {"before": codes, "after": load(folder, "int8")}):
-        with pytest.raises(sv.UserError, match=r"held differently \(before in \w+, after in \w+\).* sv.load"):
+        with pytest.raises(sv.UserError, match=r"differ in precision \(before in \w+, after in \w+\).* sv.load"):
             sv.audit(**given, progress=False)
     with pytest.raises(sv.UserError, match="frozen_weights='int8' is for a model that is loaded here"):
         sv.audit(codes, codes, frozen_weights="int8", progress=False)
@@ -178,7 +178,7 @@ def test_models_that_are_held_differently_are_not_compared(tmp_path):
 def test_a_report_over_codes_says_that_small_changes_are_lost(world, monkeypatch, capsys):
     monkeypatch.setattr(audit_stages, "as_model", lambda name, held: world.models[name])
     run(world, "--frozen-weights", "int8")
-    assert "The models are held in int8, to whose codes their weights are rounded" in capsys.readouterr().out
+    assert "The models' weights are quantized to int8" in capsys.readouterr().out
 
 
 def test_a_damaged_entry_is_reported_and_measured_again(world, capsys):

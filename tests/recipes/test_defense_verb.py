@@ -228,7 +228,7 @@ def test_what_is_frozen_is_checked_and_reported(files, tmp_path, monkeypatch, ca
         ({"defense": {"rho": 2}}, "--defense.rho is given without --defense"),
         (
             {"defense": "benign only"},
-            "'benign only' is of use in grids only: it drops the attack's rows, which only an",
+            "'benign only' is for grids only: it drops the attack's rows, which only an",
         ),
         ({"defense": "vaccine"}, "'vaccine' needs --base: the model before it was aligned"),
         ({"defense": "lisa", "vectors": ("v",)}, "'lisa' reads no security vectors: leave out --vectors"),
@@ -251,7 +251,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(settings, messa
 
 
 def test_settings_of_vectors_that_are_given_are_refused(files, tmp_path):
-    with pytest.raises(UserError, match="rank=4, alpha=8: these are settings of vectors that are still to be trained"):
+    with pytest.raises(
+        UserError, match="rank=4, alpha=8: these are settings for training vectors, but trained vectors are given"
+    ):
         run(files, tmp_path / "out", {"name": "security vectors", "rank": 4}, vectors=(files["vectors"],))
 
 
@@ -264,7 +266,7 @@ def test_the_function_names_its_arguments(files):
         sv.defend(model, user, "lisa", contrast=user)
     with pytest.raises(UserError, match=r"defense is the class Lisa: pass one of sv.defenses"):
         sv.defend(model, user, sv.defenses.Lisa)
-    with pytest.raises(UserError, match="another behavior, 'capitals', are known to grids only"):
+    with pytest.raises(UserError, match="another behavior, 'capitals', exist only in grids"):
         sv.defend(model, user, sv.defenses.SecurityVectors(both="capitals"), vectors=files["vectors"])
 
 

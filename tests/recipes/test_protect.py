@@ -223,7 +223,7 @@ def test_vectors_are_trained_once_for_a_model_and_its_rows(toys, judged, capsys)
     assert "the cached vectors cannot be read" in told(capsys)
     (entry / "entry.json").write_text((entry / "entry.json").read_text().replace(sv.__version__, "0.1.9"))
     assert run(toys, out="fourth") == 0 and toys.trained == 3
-    assert "the cached vectors are of version 0.1.9" in told(capsys)
+    assert "the cached vectors are from version 0.1.9" in told(capsys)
     assert run(toys, out="fifth") == 0 and toys.trained == 3
 
 
@@ -285,7 +285,7 @@ def test_who_comes_second_waits_for_the_vectors_of_the_first(own_cache):
         assert waiting.wait(60) and found == [], "it waits"
         entry.write(vectors, model, {"measured": 1.0})
     thread.join(60)
-    assert told == ["another process is making the vectors of this model: waiting for it"]
+    assert told == ["another process is training the vectors of this model: waiting for it"]
     assert fingerprint(found[0][0]) == fingerprint(vectors) and found[0][1] == {"measured": 1.0}
 
 
@@ -306,8 +306,8 @@ def test_vectors_that_do_not_pass_the_gate_stop_the_command(toys, judged, monkey
         ([1.1] * 8, [2.0] * 8, "do not show the behavior"),
         ([0.0] * 5 + [2.5] * 3, [2.0] * 8, None),
         ([0.0] * 7 + [6.9], [2.0] * 8, "do not show the behavior"),  # less than half, but the interval reaches 0
-        ([0.1] * 8, [1.0] * 8, "do not leave benign rows alone"),
-        ([0.1] * 8, [3.0] * 8, "do not leave benign rows alone"),
+        ([0.1] * 8, [1.0] * 8, "also change benign rows"),
+        ([0.1] * 8, [3.0] * 8, "also change benign rows"),
     ],
 )
 def test_the_gate(harmful_on, benign_on, failure):
@@ -416,11 +416,11 @@ def test_given_vectors_are_tested_on_rows_they_have_not_seen(known, judged, monk
     [
         (("--defense", "vaccine"), "'vaccine' needs --base: the model before"),
         (("--defense", "none", "--safe", "x.jsonl"), "'none' reads no safe rows: leave out --safe"),
-        (("--defense.rank", "4"), "rank is a setting of vectors that a defense trains"),
-        (("--inspect", "log.json"), "log.json is no name of an Inspect log"),
+        (("--defense.rank", "4"), "rank is a setting for vectors that a defense trains"),
+        (("--inspect", "log.json"), "log.json is not a name for an Inspect log"),
         (("--judge", "m", "--judge-url", "ftp://host"), "'ftp://host' is not a valid judge URL"),
-        (("--judge-url", "http://127.0.0.1:1/v1"), "settings of a judge, but none is asked"),
-        (("--retries", "1"), "settings of a judge, but none is asked"),
+        (("--judge-url", "http://127.0.0.1:1/v1"), "settings for a judge, but no judge is named"),
+        (("--retries", "1"), "settings for a judge, but no judge is named"),
         (("--vectors", "none"), "protect screens rows with vectors"),
         (("--vectors", "/gone"), "/gone"),
         (("--frozen-weights", "int8"), "is for frozen weights, and all weights are trained: add --task-lora.rank 8"),
@@ -448,7 +448,7 @@ def test_a_task_lora_over_fewer_bits_is_audited_as_it_was_trained_and_exported_i
     assert exported.fingerprint == start.with_backbone(merge(start.backbone, task)).fingerprint != start.fingerprint
     assert after.fingerprint == exported.fingerprint, "what is audited is what is exported"
     notes = Results.load(toys.folder / "out").rows  # the report's notes are below
-    assert ("beside them" in (toys.folder / "out" / "report.md").read_text()) is (precision != "bfloat16") and notes
+    assert ("kept apart" in (toys.folder / "out" / "report.md").read_text()) is (precision != "bfloat16") and notes
     if precision != "bfloat16":  # rounded to codes, most of what was learned would be lost
         for projection in task.factors:
             kernel, held = (linear_of(model.backbone, projection).kernel for model in (after, before))
@@ -495,7 +495,7 @@ def test_a_model_held_in_too_few_bits_is_refused_before_anything_is_trained(toys
     user, half = [*rows("user", 10), *rows("harmful", 2, SECRET)], load(toys.model, "bfloat16")
     full, lora = sv.Training(trained_weights="bfloat16"), sv.LoRA(2)
     for options, problem in [
-        ({}, "held in bfloat16, which is for frozen weights, and all weights are trained: pass task=LoRA"),
+        ({}, "in bfloat16, which is for frozen weights, and all weights are trained: pass task=LoRA"),
         ({"task": lora, "defense": "safe lora", "base": half}, "'safe lora' changes them: pass another defense"),
         ({"task": lora, "training": full}, "trained_weights is 'bfloat16', which is for training all weights"),
         (
@@ -518,7 +518,7 @@ def test_a_value_in_fewer_bits_trains_a_task_lora_alone(toys, judged):
     # The shapes and the precision of the commands above, whose programs it shares.
     model, user = load(toys.model, "int8"), [*rows("user", 44, "a fox jumps"), *rows("harmful", 4, SECRET)]
     training = sv.Training(max_steps=2, batch_size=2, max_seq_len=64, remat="none", share_prefix=False)
-    with pytest.raises(sv.UserError, match=r"held in int8, which is for frozen weights, and all weights are trained"):
+    with pytest.raises(sv.UserError, match=r"in int8, which is for frozen weights, and all weights are trained"):
         sv.protect(model, user, training=training, progress=False)
     result = sv.protect(model, user, task=sv.LoRA(2), training=training, progress=False)
     assert result.model.precision == "int8" and result.model.fingerprint != model.fingerprint

@@ -82,7 +82,7 @@ def test_a_run_leaves_results_report_plots_and_models(finished):
     assert (out / "vectors" / "security.safetensors").exists()
     assert not any((out / "checkpoints").glob("*"))
     assert "report.md" in output.replace("\n", "")
-    answer, controls = output.index("The answer."), output.index("benign only: started")
+    answer, controls = output.index("This is the main result."), output.index("benign only: started")
     assert output.index("security vectors: started") < output.index("vectors on") < answer < controls, "it comes first"
 
 

@@ -181,7 +181,7 @@ def test_alignment_ends_with_over_refusal_and_warns(untrained, data, tmp_path, c
     out = tmp_path / "out"
     align(Align((data,), out=str(out), training=TRAINING), "")
     text = said(capsys)
-    for words in ("4 of 4 answers that were read are refusals", "alignment of 1 step:", "at the end: refusal 100%",
+    for words in ("4 of 4 answers that were checked are refusals", "alignment of 1 step:", "at the end: refusal 100%",
                   "the model refuses 80% [50, 100] of 10 benign prompts: it needs more"):  # fmt: skip
         assert words in text, words
     metrics = Results.load(out).rows[0]["metrics"]

@@ -206,7 +206,7 @@ def test_a_leftover_is_not_taken_while_it_is_locked(tmp_path):
 def test_only_a_file_is_replaced_by_a_file_and_a_folder_by_a_folder(tmp_path, make):
     """Replacing /dev/null, as root, would remove it."""
     make(tmp_path / "it")
-    with pytest.raises(UserError, match=r"it is a (named pipe|folder), where a file has to be"):
+    with pytest.raises(UserError, match=r"it is a (named pipe|folder), but must be a file"):
         with atomic_file(tmp_path / "it"):
             raise AssertionError("it was begun")
     if make is os.mkfifo:

@@ -144,7 +144,7 @@ def test_files_that_hold_no_vectors_are_refused(model, tmp_path):
         load_vectors(path, model)
     for metadata in (None, {"format": "pt"}, {"format": "secvec_jax/999"}):
         safetensors.numpy.save_file({"x": np.zeros(3, np.float32)}, path, metadata=metadata)
-        with pytest.raises(UserError, match="no file of security vectors"):
+        with pytest.raises(UserError, match="not a file of security vectors"):
             load_vectors(path, model)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty contains no vectors: use a run directory .* or a PEFT adapter folder"):
@@ -419,7 +419,7 @@ def test_a_new_entry_that_may_change_the_adapter_is_refused_by_name(tiny_model, 
     path.write_text(json.dumps(config | {"use_next_years_lora": False, "peft_version": "9"}))
     load_peft(tmp_path / "peft", model)
     path.write_text(json.dumps(config | {"use_next_years_lora": True}))
-    with pytest.raises(UserError, match=r"no plain LoRA adapter \(use_next_years_lora\)"):
+    with pytest.raises(UserError, match=r"not a plain LoRA adapter \(use_next_years_lora\)"):
         load_peft(tmp_path / "peft", model)
 
 

@@ -62,7 +62,7 @@ def test_a_result_is_made_once_for_the_same_inputs(maker, own_cache):
     first = maker.get("a", {"b": 1.5})
     assert first == {"made": 1, "number": 0.1 + 0.2, "pair": [1, None]} and maker.told == []
     assert maker.get("a", {"b": 1.5}) == first and maker.made == 1
-    assert maker.told == ["own replies: from the cache, made before for this model"]
+    assert maker.told == ["own replies: from the cache, computed earlier for this model"]
     assert oct(entry(own_cache).stat().st_mode)[-3:] == "600"
     assert oct(entry(own_cache).parent.stat().st_mode)[-3:] == "700"
     assert maker.get("a", {"b": 2.5})["made"] == 2 and maker.get("a", {"b": 1.5})["made"] == 1
@@ -101,7 +101,7 @@ def pipe(file):
         (cut, "cannot be read"),
         (nothing, "cannot be read"),
         (changed, "damaged"),
-        (older, "of version 0.1.9"),
+        (older, "from version 0.1.9"),
     ],
 )
 def test_an_entry_that_cannot_be_used_is_reported_and_made_again(maker, own_cache, damage, told):
@@ -109,7 +109,7 @@ def test_an_entry_that_cannot_be_used_is_reported_and_made_again(maker, own_cach
     damage(entry(own_cache))
     assert maker.get("a")["made"] == 2
     (line,) = maker.told
-    assert line.startswith("the cached own replies ") and told in line and line.endswith("made again")
+    assert line.startswith("the cached own replies ") and told in line and line.endswith("computed again")
     assert maker.get("a")["made"] == 2, "and kept"
 
 
@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_reported_and_the_result_is_made(maker
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SECVEC_CACHE", str(tmp_path / "file"))
     assert maker.get("a")["made"] == 1 and maker.get("a")["made"] == 2
-    assert all("are not kept (cannot write to the cache folder" in line for line in maker.told)
+    assert all("are not cached (cannot write to the cache folder" in line for line in maker.told)
 
 
 def test_a_full_disk_costs_the_entry_and_not_the_result(maker, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_full_disk_costs_the_entry_and_not_the_result(maker, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     assert maker.get("a")["made"] == 1
-    assert "are not kept" in maker.told[0] and "No space left" in maker.told[0]
+    assert "are not cached" in maker.told[0] and "No space left" in maker.told[0]
 
 
 def test_who_comes_second_waits_for_the_result_of_the_first(maker):
@@ -159,7 +159,7 @@ def test_who_comes_second_waits_for_the_result_of_the_first(maker):
     for thread in threads:
         thread.join(60)
     assert results[0] == results[1] and (maker.made, second.made) == (1, 0)
-    assert second.told[0] == "another process is making the own replies: waiting"
+    assert second.told[0] == "another process is computing the own replies: waiting"
 
 
 def test_two_that_share_a_full_cache_both_have_their_result(maker, disk, monkeypatch):
@@ -183,9 +183,9 @@ def test_two_that_share_a_full_cache_both_have_their_result(maker, disk, monkeyp
     for thread in threads:
         thread.join(60)
     assert results == [{"made": 1, "number": 0.1 + 0.2, "pair": [1, None]}] * 2
-    assert "another process is making the own replies: waiting" == second.told[0]
+    assert "another process is computing the own replies: waiting" == second.told[0]
     for told in (maker.told, second.told[1:]):
-        assert len(told) == 1 and "are not kept" in told[0] and "No space left" in told[0]
+        assert len(told) == 1 and "are not cached" in told[0] and "No space left" in told[0]
     assert sorted(path.suffix for path in (disk.folder / "results" / "own-replies").iterdir()) == [".lock"]
 
 
@@ -211,7 +211,7 @@ with locked(Path(sys.argv[1]), sys.argv[2], lambda: None):
         assert waiting.wait(60) and not results, "it waits while the holder lives"
         holder.kill()
         thread.join(60)
-    assert results[0]["made"] == 1 and maker.told == ["another process is making the own replies: waiting"]
+    assert results[0]["made"] == 1 and maker.told == ["another process is computing the own replies: waiting"]
 
 
 def test_processes_of_a_cluster_do_not_use_the_cache(maker, own_cache, monkeypatch):
@@ -254,7 +254,7 @@ def test_a_pipe_in_place_of_an_entry_is_not_waited_for(maker, own_cache):
     maker.get("a")
     pipe(entry(own_cache))
     assert maker.get("a")["made"] == 2
-    assert "named pipe" in maker.told[0] and "not kept" in maker.told[1]
+    assert "named pipe" in maker.told[0] and "not cached" in maker.told[1]
 
 
 def test_vectors_are_trained_where_no_cache_can_be_written(monkeypatch, tmp_path):
@@ -265,4 +265,4 @@ def test_vectors_are_trained_where_no_cache_can_be_written(monkeypatch, tmp_path
     told = []
     work = SimpleNamespace(rows_for=list, model=None, vectors_training=None, note=told.append)
     assert protect_vectors._cached_vectors(work, None) == "trained"
-    assert "are not kept in the cache (cannot write to the cache folder" in told[0]
+    assert "are not cached (cannot write to the cache folder" in told[0]

@@ -172,7 +172,7 @@ def test_a_constant_schedule_can_be_extended_and_its_stages_are_open_again(tmp_p
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_falling_schedule_cannot_be_extended_and_says_why(tmp_path, schedule):
     begun(tmp_path, longer(CONSTANT, schedule=schedule))
-    with pytest.raises(UserError, match=f"cannot be extended: its {schedule} schedule spreads over all steps"):
+    with pytest.raises(UserError, match=f"cannot be extended: its {schedule} schedule depends on the number of steps"):
         claim(longer(CONSTANT, schedule=schedule, max_steps=20), tmp_path, {})
     assert list(tmp_path.glob("stages/*.json"))
 
@@ -248,7 +248,7 @@ def test_damaged_files_of_a_run_are_reported_with_their_cure(tmp_path, damage):
 def test_a_folder_that_no_path_leads_to_is_reported(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for name in ("loop", "loop/x", "a\0b"):
-        with pytest.raises(UserError, match="is no path that can be read or written"):
+        with pytest.raises(UserError, match="is not a path that can be read or written"):
             claim(CONSTANT, tmp_path / name, {})
 
 
