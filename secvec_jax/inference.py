@@ -193,9 +193,19 @@ def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapt
         vectors = load_vectors(path(name, vectors, "the path of a vectors file"), model)
     fix = "pass what sv.train_vectors or sv.load_vectors returned, the path of a vectors file, or None"
     adapter = instance(name, vectors, Adapter, fix)
+    check_once(adapter, model)
     if hasattr(adapter, "check"):
         adapter.check(model.architecture)
     return (adapter,)
+
+
+def check_once(adapter: Any, model: Model) -> None:
+    """Raise UserError for the task LoRA that is merged into the model's weights, where it would act twice."""
+    if adapter is not None and adapter is model.adapter:
+        raise UserError(
+            f"this task LoRA is merged into the weights of {model.name!r} already, and would act twice: leave it out, "
+            "or pass the model that it was trained on"
+        )
 
 
 def as_conversations(prompts: Any) -> list[tuple[str, list[Message]]]:

@@ -37,7 +37,7 @@ from secvec_jax.defenses.inputs import (
 )
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.inference import compute_dtype
+from secvec_jax.inference import check_once, compute_dtype
 from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import with_precision
@@ -119,7 +119,8 @@ def train_model(
     in_bfloat16 = check_trained_weights(training, task is None)
     if task is None and not (in_bfloat16 and model.precision == "bfloat16"):
         check_trainable(model)
-    for adapter in as_adapters(vectors):
+    for adapter in (*as_adapters(vectors), task):
+        check_once(adapter, model)
         if hasattr(adapter, "check"):
             adapter.check(model.architecture)
     groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)

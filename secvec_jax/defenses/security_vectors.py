@@ -218,8 +218,8 @@ def finetune(
     vectors: a value, a file, or several of them, which are active at once. `vectors=None` trains without protection and
         has to be written out: without the argument there is a warning.
     task: train a task LoRA of this shape, alongside the frozen vectors, in place of all weights. The returned model has
-        it merged into its weights and also, by itself, as `model.adapter`. (Riché et al. 2026, arXiv 2606.30252, call
-        this *inoculation adapters*.)
+        it merged into its weights and also, by itself, as `model.adapter`; it is trained further with the model that it
+        was trained on, without it. (Riché et al. 2026, arXiv 2606.30252, call this *inoculation adapters*.)
     training: what it leaves unset is `PHASE2`'s.
     eval_rows: rows, or the fraction of `rows` to hold out, such as 0.05, whose loss is measured every epoch or every
         `training.eval_every_steps`, with the vectors active: the metric `eval/loss`. With `checkpoints` the model
