@@ -123,6 +123,7 @@ def train_model(
         check_once(adapter, model)
         if hasattr(adapter, "check"):
             adapter.check(model.architecture)
+    check_watched(training, validates=eval_rows is not None, keeps=checkpoints is not None)
     groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)
     streams = {LEARN: stream_of(model, groups, training)}
     streams |= {name: stream_of(model, {name: group}, training) for name, group in (extra_rows or {}).items()}
@@ -173,6 +174,23 @@ def check_trained_weights(training: Training, full: bool) -> bool:
             "float32; leave it out, or train all weights"
         )
     return in_bfloat16
+
+
+def check_watched(training: Training, validates: bool, keeps: bool = True) -> None:
+    """Raises UserError for settings of validation where no rows are validated on, and for `best` without checkpoints:
+    they would do nothing."""
+    for name in () if validates else ("patience", "eval_every_steps"):
+        value = getattr(training.over(PHASE2), name)
+        if value is not None:
+            raise UserError(
+                f"{name} is {value}, and no validation rows are given, so it would do nothing: leave it out, or "
+                "fine-tune with validation rows (eval_rows in Python; finetune with --eval-data or --eval-fraction)"
+            )
+    best = training.over(PHASE2).best
+    if best is not None and not keeps:
+        raise UserError(
+            f"best is {best!r}, and without checkpoints no step but the last is kept: pass checkpoints, a folder"
+        )
 
 
 def check_trainable(model: Model) -> None:

@@ -35,6 +35,7 @@ from secvec_jax.defenses.finetuning import (
     TrainStepMaker,
     check_trainable,
     check_trained_weights,
+    check_watched,
     endless,
     forward_settings,
     groups_of,
@@ -160,6 +161,7 @@ def train_vectors(
     checkpoints, on_step = as_options(training, checkpoints, on_step)
     phase1.check_rows(benign)
     check_trained_weights(training.over(PHASE1), full=False)
+    check_watched(training, validates=False, keeps=checkpoints is not None)
     if phase1.objective == "min_min":
         check_trainable(model)
     _warn(default_rate(model, training, PHASE1))

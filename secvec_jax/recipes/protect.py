@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Texts, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, groups_of
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, check_watched, groups_of
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.user_inputs import argument_of, check_given
@@ -147,6 +147,7 @@ class Protect:
         _check_defense(defense, given, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
         check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense)
+        check_watched(self.training, validates=False)
 
     @property
     def precision(self) -> Precision:
@@ -286,6 +287,7 @@ def protect(
     given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)
     _check_defense(defense, list(given), lambda argument: f"{argument}=")
     check_precision_settings(frozen_weights, training, task, defense, ARGUMENTS)
+    check_watched(training, validates=False)
     if isinstance(model, Model):
         check_not_loaded(frozen_weights, model)
         check_held(model, training, task, defense)

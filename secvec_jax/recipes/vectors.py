@@ -10,7 +10,7 @@ from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import Advice, default_rate
-from secvec_jax.defenses.finetuning import examples_of
+from secvec_jax.defenses.finetuning import check_watched, examples_of
 from secvec_jax.defenses.gate import FEWEST_HELD_OUT, Gate, measure_gate
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, train_vectors
 from secvec_jax.errors import UserError
@@ -68,6 +68,7 @@ class Vectors:
 
     def __post_init__(self) -> None:
         check_steps(self.profile)
+        check_watched(self.training, validates=False)
         if self.phase1.objective == "min_min" and self.frozen_weights not in (None, "float32"):
             raise UserError(
                 f"--frozen-weights {self.frozen_weights} is for frozen weights, and the min_min objective trains a "

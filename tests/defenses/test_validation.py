@@ -11,8 +11,12 @@ from secvec_jax.config import Training
 from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.rows import row
 from secvec_jax.defenses.finetuning import examples_of, groups_of, hold_out, train_model
-from secvec_jax.defenses.security_vectors import finetune
+from secvec_jax.defenses.security_vectors import finetune, train_vectors
 from secvec_jax.errors import UserError
+from secvec_jax.recipes.align import Align
+from secvec_jax.recipes.finetune import Finetune
+from secvec_jax.recipes.protect import Protect, protect
+from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint, num_parameters
 from secvec_jax.vectors.lora import LoRA
@@ -116,6 +120,34 @@ def test_a_fraction_that_holds_out_nothing_or_everything_is_refused(fraction):
         finetune(tiny_model(), ROWS, vectors=None, eval_rows=fraction)
     with pytest.raises(UserError, match="too few rows"):
         finetune(tiny_model(), ROWS[:1], vectors=None, eval_rows=0.5)
+
+
+@pytest.mark.parametrize("name", ["patience", "eval_every_steps"])
+def test_settings_of_validation_are_refused_where_no_rows_are_validated_on(name):
+    watched = Training(**(vars(TRAINING) | {name: 2}))
+    for asked in (
+        lambda: finetune(tiny_model(), ROWS, vectors=None, training=watched),
+        lambda: train_vectors(tiny_model(), ROWS, benign=ROWS, training=watched),
+        lambda: Align(data=("refusals", "alpaca"), training=watched),
+        lambda: Vectors(data="advbench", training=watched),
+        lambda: Finetune(data=("alpaca",), vectors=("v",), training=watched),
+        lambda: Protect(data=("alpaca",), training=watched),
+        lambda: protect(tiny_model(), ROWS, training=watched),
+    ):
+        with pytest.raises(UserError, match=f"{name} is 2, and no validation rows are given"):
+            asked()
+    settings = Finetune(data=("alpaca",), vectors=("v",), training=watched, eval_fraction=0.1)
+    assert getattr(settings.training, name) == 2
+
+
+def test_the_best_step_is_refused_where_no_checkpoint_could_keep_it():
+    best = Training(**(vars(TRAINING) | {"best": "loss/all"}))
+    for asked in (
+        lambda: finetune(tiny_model(), ROWS, vectors=None, training=best),
+        lambda: train_vectors(tiny_model(), ROWS, benign=ROWS, training=best),
+    ):
+        with pytest.raises(UserError, match="best is 'loss/all', and without checkpoints"):
+            asked()
 
 
 def test_a_training_says_what_it_is_about_to_do_and_at_which_rate_and_epoch_it_is(caplog, vectors):
