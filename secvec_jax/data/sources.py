@@ -10,6 +10,7 @@ given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
 """
 
 import codecs
+import copy
 import csv
 import functools
 import glob
@@ -96,7 +97,9 @@ def load_rows(
     if split != "train":
         raise UserError(f"{source} has no split {split!r}; benchmarks and single files have only 'train'")
     if source in PACKAGED:
-        return _packaged(source, PACKAGED[source], needs_answer, resolved(packages_dir()))
+        kept = _packaged(source, PACKAGED[source], needs_answer, resolved(packages_dir()))
+        rows = copy.deepcopy(list(kept))  # the caller may change them
+        return Rows(rows.__getitem__, len(rows), kept.where, answered=needs_answer)
     if not path.is_file():
         raise UserError(
             f"{source!r} is no file or folder; packaged benchmarks are {', '.join(PACKAGED)}; "
