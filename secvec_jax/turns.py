@@ -111,11 +111,16 @@ def turn_ends(tokenizer: Any) -> tuple[int, ...]:
     In ChatML and Llama templates both are the same token. Gemma and Phi-3 end a turn with a separate token. Without a
     template, or where it ends turns with plain text, only the `eos_token` is returned.
     """
-    return _turn_ends(tokenizer, chat_template(tokenizer))
+    return _turn_ends(tokenizer, chat_template(tokenizer), state_of(tokenizer))
+
+
+def state_of(tokenizer: Any) -> tuple[Any, ...]:
+    """What a user may change of a loaded tokenizer besides its template: results are cached by it."""
+    return tokenizer.eos_token_id, len(tokenizer), tuple(tokenizer.all_special_ids)
 
 
 @functools.lru_cache(maxsize=8)
-def _turn_ends(tokenizer: Any, template: str | None) -> tuple[int, ...]:
+def _turn_ends(tokenizer: Any, template: str | None, state: tuple[Any, ...]) -> tuple[int, ...]:
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     if not template:
         return end
