@@ -156,10 +156,8 @@ class Protect:
 
     @staticmethod
     def implied(values: Mapping[str, Any]) -> dict[str, Any]:
-        """What other settings imply where nothing is said: how a task LoRA is trained."""
-        if values.get("task_lora") is None:
-            return {}
-        return {"training": {"optimizer": PHASE2_LORA.optimizer, "learning_rate": PHASE2_LORA.learning_rate}}
+        """The defaults that other settings imply: how a task LoRA is trained (see `checks.implied_by`)."""
+        return {} if values.get("task_lora") is None else {"training": PHASE2_LORA}
 
     def default_preset(self) -> str | None:
         """The preset to take where none is named (see `preset_choice`)."""
