@@ -93,7 +93,7 @@ def made(make):
         return make()
     except UserError as error:
         named = re.sub(r"^--([a-z-]+) ", lambda match: match[1].replace("-", "_") + " ", str(error))
-        return named.replace("config.training.", "").replace("'", "")
+        return named.replace("config.", "").replace("training.", "").replace("'", "")
 
 
 @pytest.fixture(scope="module")

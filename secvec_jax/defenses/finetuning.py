@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import optax
 
-from secvec_jax.checks import PositiveInt, checked
+from secvec_jax.checks import PositiveInt, SettingError, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import LENGTHS, Examples
@@ -182,14 +182,15 @@ def check_watched(training: Training, validates: bool, keeps: bool = True) -> No
     for name in () if validates else ("patience", "eval_every_steps"):
         value = getattr(training.over(PHASE2), name)
         if value is not None:
-            raise UserError(
-                f"{name} is {value}, and no validation rows are given, so it would do nothing: leave it out, or "
-                "fine-tune with validation rows (eval_rows in Python; finetune with --eval-data or --eval-fraction)"
+            raise SettingError(
+                f"training.{name}",
+                f" is {value}, and no validation rows are given, so it would do nothing: leave it out, or fine-tune "
+                "with validation rows (eval_rows in Python; finetune with --eval-data or --eval-fraction)",
             )
     best = training.over(PHASE2).best
     if best is not None and not keeps:
-        raise UserError(
-            f"best is {best!r}, and without checkpoints no step but the last is kept: pass checkpoints, a folder"
+        raise SettingError(
+            "training.best", f" is {best!r}, and without checkpoints only the last step is kept: pass checkpoints="
         )
 
 
