@@ -223,6 +223,8 @@ def judged_line(line: Line, limit: float | None, is_constant: bool = False) -> L
         return line
     score, sign = line.difference, -1 if is_higher_better(line.metric) else 1
     worse, (best, worst) = sign * score.value, sorted(sign * bound for bound in score.ci95)
+    if score.n == 1 and best == worst != 0:  # a single number shows nothing of how far others are from it
+        return dataclasses.replace(line, limit=limit, verdict="inconclusive")
     if worst <= limit + _ROUNDING:
         verdict: Verdict = "passes"
     else:
