@@ -146,7 +146,7 @@ def defaults_of(kind: Any) -> dict[str, Any]:
 
 
 def implied_by(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of nested settings that depend on what is given: what the class's static method `implied` returns."""
+    """The defaults of nested settings that depend on what is given: those of the class's static method `implied`."""
     implied = getattr(kind, "implied", None)
     return {} if implied is None else implied(given)
 

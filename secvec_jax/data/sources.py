@@ -128,9 +128,9 @@ def _packaged(source: str, read: Callable[[], list[Row]], needs_answer: bool, pa
 
 
 def load_prompts(
-    sources: Iterable[str], limit: int, needs_answer: bool = False, ignore_fields: Collection[str] = ()
+    sources: Iterable[str], limit: int | None, needs_answer: bool = False, ignore_fields: Collection[str] = ()
 ) -> list[Row]:
-    """Return at most `limit` rows of each source, with or without answers; as in `load_rows`."""
+    """Return the first `limit` rows of each source (None: all), with or without answers; as in `load_rows`."""
     loaded = (load_rows(source, needs_answer=needs_answer, ignore_fields=ignore_fields) for source in sources)
     return [row for rows in loaded for row in rows[:limit]]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -183,7 +184,10 @@ def audit(
             check_not_loaded(frozen_weights, model)
 
     def rows_of(kind: str) -> Sequence[Row] | None:
-        return None if given[kind] is None else as_rows(given[kind], needs_answer=kind == "data", name=kind)
+        rows = given[kind]
+        if isinstance(rows, str | os.PathLike):
+            rows = load_rows(os.fspath(rows), needs_answer=kind == "data")
+        return None if rows is None else as_rows(rows, needs_answer=kind == "data", name=kind)
 
     asked = Asked(
         names | {"unaligned": before_alignment(before) if unaligned is None else unaligned},
@@ -204,7 +208,8 @@ def _loaded(settings: AuditRun, kind: str) -> Sequence[Row] | None:
     if kind == "data":
         return None if settings.data is None else load_rows(settings.data, ignore_fields=settings.ignore_fields)
     names = getattr(settings, kind)
-    return load_prompts(names, settings.max_prompts, ignore_fields=settings.ignore_fields) if names else None
+    # All of them: those that are asked are spread over the rows, as in `audit`.
+    return load_prompts(names, limit=None, ignore_fields=settings.ignore_fields) if names else None
 
 
 # ---------------------------------------------------------------------------------------------- tasks and report
