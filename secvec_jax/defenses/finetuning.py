@@ -30,8 +30,10 @@ from secvec_jax.defenses.inputs import (
     as_examples,
     as_examples_or_rows,
     as_row_source,
+    choose_held_out,
     is_row,
     longest_example,
+    row_keys,
     select_rows,
     shown_name_of,
 )
@@ -281,8 +283,9 @@ def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int, f
 def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups | None]:
     """The rows to train on, and those to validate on.
 
-    eval_rows: rows, by kind or not; or the fraction of each kind that is held out, chosen by the seed; or None. Raises
-    UserError for a fraction that holds out no row or all of them.
+    eval_rows: rows, by kind or not; or the fraction of each kind that is held out, chosen by the seed; or None. Copies
+    of a row are held out together, and a row of several kinds is not. Raises UserError for a fraction that holds out no
+    row or all of them.
     """
     if eval_rows is None:
         return groups, None
@@ -292,15 +295,20 @@ def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups 
         raise UserError(f"eval_rows is {eval_rows}: pass rows, or the fraction of the rows to hold out, such as 0.05")
     kept: Groups = {}
     held_out: Groups = {}
+    groups = {name: as_examples_or_rows(rows, name) for name, rows in groups.items()}
+    keys = {name: row_keys(rows) for name, rows in groups.items()}
     for number, (name, rows) in enumerate(groups.items()):
-        rows = as_examples_or_rows(rows, name)
         count = min(max(round(eval_rows * len(rows)), 1), len(rows) - 1)
         order = np.random.default_rng([seed, number]).permutation(len(rows))
-        kept[name] = select_rows(rows, np.sort(order[count:]))
-        if count > 0:
-            held_out[name] = select_rows(rows, np.sort(order[:count]))
+        elsewhere = {key for other, of_other in keys.items() if other != name for key in of_other}
+        chosen = choose_held_out(keys[name], order.tolist(), count, elsewhere)
+        kept[name] = select_rows(rows, np.setdiff1d(np.arange(len(rows)), chosen))
+        if chosen:
+            held_out[name] = select_rows(rows, np.asarray(chosen))
     if not held_out:
-        raise UserError("there are too few rows to hold any out for validation: pass eval_rows, or more rows")
+        raise UserError(
+            "there are too few rows, or too few different ones, to hold any out for validation: pass eval_rows"
+        )
     return kept, held_out
 
 

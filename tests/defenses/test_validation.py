@@ -11,6 +11,7 @@ from secvec_jax.config import Training
 from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.rows import row
 from secvec_jax.defenses.finetuning import examples_of, groups_of, hold_out, train_model
+from secvec_jax.defenses.inputs import row_keys
 from secvec_jax.defenses.security_vectors import finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.recipes.align import Align
@@ -112,6 +113,21 @@ def test_a_fraction_is_held_out_of_every_kind_by_the_seed():
     kept, held = hold_out({"all": examples}, 0.5, seed=0)
     assert len(kept["all"]) == len(held["all"]) == 6
     assert {id(e) for e in [*kept["all"], *held["all"]]} == set(map(id, examples))
+
+
+def test_no_copy_of_a_row_that_is_held_out_is_trained_on():
+    thrice = [*ROWS, *ROWS[:6], *ROWS[:6]]
+    for rows in (thrice, examples_of(tiny_model(), thrice), as_rows(thrice)):
+        for seed in range(4):
+            kept, held = hold_out({"all": rows}, 0.25, seed)
+            assert 4 <= len(held["all"]) <= 6 and len(kept["all"]) + len(held["all"]) == 24
+            assert not set(row_keys(kept["all"])) & set(row_keys(held["all"]))
+    kept, held = hold_out({"a": ROWS[:8], "b": ROWS[4:]}, 0.5, seed=0)
+    assert sorted(map(json.dumps, held["a"])) == sorted(map(json.dumps, ROWS[:4])), "the others are in both"
+    kept, held = hold_out({"all": ROWS[:2] * 5}, 0.1, seed=0)
+    assert len(held["all"]) == 5, "more than asked for, where it has no row with fewer copies"
+    with pytest.raises(UserError, match="too few rows"):
+        hold_out({"all": ROWS[:1] * 9}, 0.1, seed=0)
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, True])
