@@ -92,6 +92,22 @@ def render(
         raise UserError(f"the model's chat template does not take these turns ({roles}): {reason[:300]}") from error
 
 
+def check_rendered(text: str, messages: Sequence[Any]) -> None:
+    """Raise UserError if the rendered text leaves out a turn: some templates pass over roles that they do not know.
+
+    Turns of the assistant are not checked: templates leave out earlier thoughts. Others may trim or escape a text.
+    """
+    for turn in messages:
+        content = str(turn["content"]).strip()
+        if turn["role"] == "assistant" or content in text:
+            continue
+        if not all(word in text for word in re.findall("[A-Za-z0-9]+", content) or [content]):
+            raise UserError(
+                f"the model's chat template leaves out what the {turn['role']} turn says, so it would have no effect: "
+                "leave that turn out, or use a template that takes it, in chat_template.jinja"
+            )
+
+
 def read_by_tokenizer(read: Callable[[], Any]) -> Any:
     """The result of a tokenizer's call, whose errors are raised as UserError."""
     try:
