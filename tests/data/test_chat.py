@@ -198,9 +198,8 @@ def test_a_template_that_leaves_out_a_turn_is_refused_and_one_that_trims_or_esca
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim | tojson }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    prompt_tokens(
-        trims, conversation(system=' Say "no"\nand stop. ') + [{"role": "user", "content": "Was für ein Tag?"}], 99
-    )
+    asked = {"role": "user", "content": "Was für ein Tag?"}
+    prompt_tokens(trims, [*conversation(system=' Say "no"\nand stop. '), asked], 99)
 
 
 def test_of_named_templates_the_default_is_used(tokenizer, templated):
