@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from secvec_jax.checks import NonNegativeFloat, checked
+from secvec_jax.checks import NonNegativeFloat, SettingError, checked
 from secvec_jax.data.rows import last_user_text
 from secvec_jax.evaluation.audit_measures import AuditPrompts, Measured, Prompt, lengths_given
 from secvec_jax.evaluation.audit_samples import Sample
@@ -66,6 +66,20 @@ class Limits:
         """Return the limit of a metric; None for one that has none."""
         name = "prefill" if metric.startswith("prefill_") else metric.removesuffix("_system")
         return self.tasks if metric.startswith(TASK) else getattr(self, name, None)
+
+
+def check_limits(limits: Limits, data: bool, tasks: bool, judge: bool) -> None:
+    """Raises UserError for a limit that was set and is of what is not measured: an audit would pass without it.
+
+    data, tasks, judge: whether there are held-out rows, tasks of lm-evaluation-harness, and a judge.
+    """
+    measured = {"data_loss": data, "tasks": tasks, "harm_score": judge, "harm_rate": judge}
+    for name, is_measured in measured.items():
+        value = getattr(limits, name)
+        if not is_measured and value is not None and value != getattr(Limits(), name):
+            given = {"data_loss": "held-out rows", "tasks": "tasks of lm-evaluation-harness"}.get(name, "a judge")
+            problem = f" is {value:g}, and without {given} there is nothing to measure it on: leave it out, or add that"
+            raise SettingError(f"limits.{name}", problem)
 
 
 TASK = "task: "

@@ -15,7 +15,7 @@ from secvec_jax.data.rows import Row
 from secvec_jax.data.sources import as_rows, load_prompts, load_rows
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import audit_page, audit_report, inspect_log
-from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, task_line
+from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, check_limits, task_line
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.results import Results, environment_facts
@@ -92,6 +92,7 @@ class AuditRun:
 
     def __post_init__(self) -> None:
         check_judge(self.judge, self.judge_url, self.asking)  # before the settings are written into a run directory
+        check_limits(self.limits, self.data is not None, self.tasks is not None, bool(self.judge))
         if self.inspect is not None:
             inspect_log.check_file(self.inspect)
 
@@ -175,6 +176,7 @@ def audit(
     """
     names = {"before": before, "after": after, "reference": reference, "unaligned": unaligned}
     given = {"harmful": harmful, "benign": benign, "data": data}
+    check_limits(limits, data is not None, False, judge is not None)
     for role, model in names.items():
         if model is not None or role in ("before", "after"):
             check_model(role, model)

@@ -23,7 +23,7 @@ from secvec_jax.defenses.user_inputs import argument_of, check_given
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import inspect_log
-from secvec_jax.evaluation.audit import Audit, Limits
+from secvec_jax.evaluation.audit import Audit, Limits, check_limits
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.inference import check_model, check_not_loaded, frozen_precision
 from secvec_jax.model.hub import Model
@@ -133,6 +133,7 @@ class Protect:
 
     def __post_init__(self) -> None:
         check_judge(self.judge, self.judge_url, self.asking)  # before the settings are written into a run directory
+        check_limits(self.limits, self.eval_fraction > 0, False, bool(self.judge))
         if self.vectors.strip().lower() == "none":
             raise UserError(
                 "protect screens rows with vectors: leave --vectors none out, and they are trained; to train without "
@@ -286,6 +287,7 @@ def protect(
     _check_defense(defense, list(given), lambda argument: f"{argument}=")
     check_precision_settings(frozen_weights, training, task, defense, ARGUMENTS)
     check_watched(training, validates=False)
+    check_limits(limits, eval_fraction > 0, False, judge is not None)
     if isinstance(model, Model):
         check_not_loaded(frozen_weights, model)
         check_held(model, training, task, defense)

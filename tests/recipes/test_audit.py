@@ -12,6 +12,7 @@ import pytest
 import secvec_jax as sv
 from secvec_jax import cli, command_line
 from secvec_jax.data.rows import prompt_of
+from secvec_jax.errors import UserError
 from secvec_jax.evaluation import audit_measures as measures
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.judge_client import Judge
@@ -20,7 +21,7 @@ from secvec_jax.model.embedded import ALIGNED
 from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import with_precision
 from secvec_jax.recipes import audit as recipe
-from secvec_jax.recipes import audit_stages
+from secvec_jax.recipes import audit_stages, protect
 from secvec_jax.workspace import inputs
 from tests.chat_server import Server, says
 from tests.toys import build_tokenizer, random_decoder, tiny_model
@@ -401,6 +402,22 @@ def test_the_command_asks_the_prompts_that_the_function_asks(tmp_path, monkeypat
     for given in (kinds, dict.fromkeys(kinds, file), dict.fromkeys(kinds, rows)):
         found = sv.audit(tiny_model(), tiny_model(), max_prompts=4, progress=False, **given)
         assert found == (prompts, data, available)
+
+
+@pytest.mark.parametrize("limits", [{"data_loss": 0.1}, {"tasks": 0.01}, {"harm_score": 0.1}, {"harm_rate": 0.0}])
+def test_a_limit_of_what_is_not_measured_is_refused(limits):
+    (name,) = limits
+    model, rows = tiny_model(), [{"prompt": "Hi"}]
+    for asked in (
+        lambda: recipe.AuditRun("a", "b", limits=sv.Limits(**limits)),
+        lambda: sv.audit(model, model, harmful=rows, benign=rows, limits=sv.Limits(**limits)),
+        lambda: protect.Protect("x", eval_fraction=0.0, limits=sv.Limits(**limits)),
+        lambda: sv.protect(model, rows, eval_fraction=0.0, limits=sv.Limits(**limits)),
+    ):
+        with pytest.raises(UserError, match=f"^limits.{name} is .* nothing to measure it on"):
+            asked()
+    measured = {"data": "x", "tasks": "piqa", "judge": "m", "judge_url": "http://127.0.0.1:1/v1"}
+    recipe.AuditRun("a", "b", limits=sv.Limits(**limits), **measured)
 
 
 def test_a_value_is_audited_by_asking_it(judge_server, own_cache):
