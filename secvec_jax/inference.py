@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from secvec_jax.arguments import instance, path, shown
+from secvec_jax.arguments import check_distinct, instance, path, shown
 from secvec_jax.batch import check_token_ids
 from secvec_jax.checks import Bounds, NonNegativeFloat, PositiveInt, check
 from secvec_jax.data.chat import prompt_tokens
@@ -188,6 +188,7 @@ def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapt
     if vectors is None:
         return ()
     if isinstance(vectors, list | tuple):
+        check_distinct(item for item in vectors if item is not None)
         return tuple(adapter for item in vectors if item is not None for adapter in as_vectors(item, model, name))
     if isinstance(vectors, str | os.PathLike):
         vectors = load_vectors(path(name, vectors, "the path of a vectors file"), model)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from secvec_jax.arguments import check_distinct
 from secvec_jax.arguments import path as checked_path
 from secvec_jax.assets import packages_dir
 from secvec_jax.data import benchmarks
@@ -131,6 +132,8 @@ def load_prompts(
     sources: Iterable[str], limit: int | None, needs_answer: bool = False, ignore_fields: Collection[str] = ()
 ) -> list[Row]:
     """Return the first `limit` rows of each source (None: all), with or without answers; as in `load_rows`."""
+    sources = list(sources)
+    check_distinct(sources)
     loaded = (load_rows(source, needs_answer=needs_answer, ignore_fields=ignore_fields) for source in sources)
     return [row for rows in loaded for row in rows[:limit]]
 
