@@ -121,7 +121,7 @@ def train_model(
     in_bfloat16 = check_trained_weights(training, task is None)
     if task is None and not (in_bfloat16 and model.precision == "bfloat16"):
         check_trainable(model)
-    for adapter in (*as_adapters(vectors), task):
+    for adapter in as_adapters(vectors, task if isinstance(task, LoRAVectors) else None):
         check_once(adapter, model)
         if hasattr(adapter, "check"):
             adapter.check(model.architecture)
