@@ -7,7 +7,7 @@ was passed and what to pass instead. Settings and numbers are checked by `checks
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +58,15 @@ def instance(name: str, value: Any, kinds: type[Value] | tuple[type[Value], ...]
     if not isinstance(value, kinds):
         raise UserError(f"{name} is {shown(value)}: {fix}")
     return value
+
+
+def check_distinct(values: Iterable[Any]) -> None:
+    """Raise UserError if the same thing, such as a file of rows or of vectors, is named twice: it would count twice."""
+    seen: list[Any] = []
+    for value in values:
+        if any(value is other or (isinstance(value, str | os.PathLike) and value == other) for other in seen):
+            raise UserError(f"{shown(value)} is given twice, and would count twice: give each once")
+        seen.append(value)
 
 
 def callback(name: str, value: Any) -> Callable[..., Any]:

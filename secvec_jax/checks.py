@@ -19,7 +19,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from secvec_jax.arguments import shown
@@ -145,12 +145,18 @@ def defaults_of(kind: Any) -> dict[str, Any]:
     return defaults
 
 
+def implied_by(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of nested settings that depend on what is given: those of the class's static method `implied`."""
+    implied = getattr(kind, "implied", None)
+    return {} if implied is None else implied(given)
+
+
 def arguments_of(kind: Any, given: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a dataclass, checked, and with its nested default settings completed.
 
     Raises SettingError for an invalid setting, and for one that is required and missing.
     """
-    given, defaults = dict(given), defaults_of(kind)
+    given, defaults = dict(given), defaults_of(kind) | implied_by(kind, given)
     for name, hint in hints.items():
         default = defaults.get(name)
         if name in given:

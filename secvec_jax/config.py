@@ -26,6 +26,7 @@ from secvec_jax.checks import (
     checked,
     defaults_of,
     hints_of,
+    implied_by,
     inherit,
 )
 from secvec_jax.errors import UserError
@@ -170,7 +171,7 @@ def from_dict(kind: type[Settings], values: Any, where: str = "config", default:
         raise UserError(f"{where} must be a mapping of settings, not {type(values).__name__}")
     prefix = f"{where}." if where else ""
     hints = hints_of(kind)
-    defaults = defaults_of(kind)
+    defaults = defaults_of(kind) | implied_by(kind, values)
     if type(default) is kind:
         defaults |= {name: getattr(default, name) for name in hints}
     given = {name: value for name, value in defaults.items() if name in hints}

@@ -226,8 +226,8 @@ def _add(section: Any, flag: Flag, hidden: bool) -> None:
         del options["dest"]
         section.add_argument(flag.key, metavar=flag.metavar, nargs=None if flag.default is REQUIRED else "?", **options)
     else:
-        nargs = "+" if flag.takes_several else None
-        section.add_argument(flag.name, metavar=flag.metavar, nargs=nargs, type=_converter(flag.hint), **options)
+        several: dict[str, Any] = {"nargs": "+", "action": _Several} if flag.takes_several else {}
+        section.add_argument(flag.name, metavar=flag.metavar, type=_converter(flag.hint), **several, **options)
 
 
 class _Choice(argparse.Action):
@@ -242,6 +242,15 @@ class _Choice(argparse.Action):
             with contextlib.suppress(BrokenPipeError):  # as where it is shown by `head`
                 print(self._listing(), flush=True)
             parser.exit()
+        setattr(namespace, self.dest, values)
+
+
+class _Several(argparse.Action):
+    """The values of a list. A second flag of the name is refused: it would replace the first one's values."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string} is given twice: give all values after one, {option_string} ONE TWO")
         setattr(namespace, self.dest, values)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from secvec_jax.arguments import instance, path, shown
+from secvec_jax.arguments import check_distinct, instance, path, shown
 from secvec_jax.batch import check_token_ids
 from secvec_jax.checks import Bounds, NonNegativeFloat, PositiveInt, check
 from secvec_jax.data.chat import prompt_tokens
@@ -188,14 +188,25 @@ def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapt
     if vectors is None:
         return ()
     if isinstance(vectors, list | tuple):
+        check_distinct(item for item in vectors if item is not None)
         return tuple(adapter for item in vectors if item is not None for adapter in as_vectors(item, model, name))
     if isinstance(vectors, str | os.PathLike):
         vectors = load_vectors(path(name, vectors, "the path of a vectors file"), model)
     fix = "pass what sv.train_vectors or sv.load_vectors returned, the path of a vectors file, or None"
     adapter = instance(name, vectors, Adapter, fix)
+    check_once(adapter, model)
     if hasattr(adapter, "check"):
         adapter.check(model.architecture)
     return (adapter,)
+
+
+def check_once(adapter: Any, model: Model) -> None:
+    """Raise UserError for the task LoRA that is merged into the model's weights, where it would act twice."""
+    if adapter is not None and adapter is model.adapter:
+        raise UserError(
+            f"this task LoRA is merged into the weights of {model.name!r} already, and would act twice: leave it out, "
+            "or pass the model that it was trained on"
+        )
 
 
 def as_conversations(prompts: Any) -> list[tuple[str, list[Message]]]:

@@ -92,6 +92,22 @@ def render(
         raise UserError(f"the model's chat template does not take these turns ({roles}): {reason[:300]}") from error
 
 
+def check_rendered(text: str, messages: Sequence[Any]) -> None:
+    """Raise UserError if the rendered text leaves out a turn: some templates pass over roles that they do not know.
+
+    Turns of the assistant are not checked: templates leave out earlier thoughts. Others may trim or escape a text.
+    """
+    for turn in messages:
+        content = str(turn["content"]).strip()
+        if turn["role"] == "assistant" or content in text:
+            continue
+        if not all(word in text for word in re.findall("[A-Za-z0-9]+", content) or [content]):
+            raise UserError(
+                f"the model's chat template leaves out what the {turn['role']} turn says, so it would have no effect: "
+                "leave that turn out, or use a template that takes it, in chat_template.jinja"
+            )
+
+
 def read_by_tokenizer(read: Callable[[], Any]) -> Any:
     """The result of a tokenizer's call, whose errors are raised as UserError."""
     try:
@@ -111,11 +127,16 @@ def turn_ends(tokenizer: Any) -> tuple[int, ...]:
     In ChatML and Llama templates both are the same token. Gemma and Phi-3 end a turn with a separate token. Without a
     template, or where it ends turns with plain text, only the `eos_token` is returned.
     """
-    return _turn_ends(tokenizer, chat_template(tokenizer))
+    return _turn_ends(tokenizer, chat_template(tokenizer), state_of(tokenizer))
+
+
+def state_of(tokenizer: Any) -> tuple[Any, ...]:
+    """What a user may change of a loaded tokenizer besides its template: results are cached by it."""
+    return tokenizer.eos_token_id, len(tokenizer), tuple(tokenizer.all_special_ids)
 
 
 @functools.lru_cache(maxsize=8)
-def _turn_ends(tokenizer: Any, template: str | None) -> tuple[int, ...]:
+def _turn_ends(tokenizer: Any, template: str | None, state: tuple[Any, ...]) -> tuple[int, ...]:
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     if not template:
         return end

@@ -67,9 +67,6 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
         preset, below = found
         values = flags.merged(dict(below), values)
         devices = ({"mesh": preset.mesh} if verb.on_devices and preset.mesh else {}) | devices
-    implied = getattr(settings, "implied", None)
-    if implied is not None:
-        values = flags.merged(implied(values), values)
     try:
         checked_settings = _checked(settings, values, given, path)
     except UserError as error:

@@ -19,11 +19,15 @@ from hypothesis import strategies as st
 import secvec_jax as sv
 from secvec_jax import inference
 from secvec_jax.data.frames import records_of
+from secvec_jax.data.sources import load_prompts
 from secvec_jax.defenses import advice, finetuning, security_vectors
 from secvec_jax.defenses.inputs import as_row_source
 from secvec_jax.output_checks import check_replaceable
+from secvec_jax.recipes.export import Export, export
+from secvec_jax.recipes.run_inputs import rows_of_files
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import num_parameters
+from secvec_jax.vectors.store import load_several
 from tests.toys import random_examples, tiny_model
 
 MODEL = tiny_model()
@@ -454,3 +458,17 @@ def test_a_line_is_shown_where_someone_watches(monkeypatch, capsys):
     assert steps().rstrip().endswith("finetune: step 2/2, loss 0.250")
     with progress.step_progress("finetune", SimpleNamespace) as show:
         assert show is SimpleNamespace
+
+
+def test_what_is_given_twice_is_refused_before_it_counts_twice(tmp_path):
+    vectors = sv.LoRA(rank=2).init(MODEL.architecture, jax.random.key(0))
+    file = str(tmp_path / "rows.jsonl")
+    for twice in (
+        lambda: sv.logits(MODEL, [[5, 6]], [vectors, vectors]),
+        lambda: load_several([file, file], MODEL),
+        lambda: load_prompts(["advbench", "advbench"], 8),
+        lambda: rows_of_files([file, file], (), seed=0),
+        lambda: export(Export(model="smollm2", adapters=(file, file), out=str(tmp_path / "out")), "command"),
+    ):
+        with pytest.raises(sv.UserError, match="is given twice, and would count twice"):
+            twice()

@@ -177,6 +177,7 @@ def test_flags(tmp_path, arguments, expected):
         (["--oven.fan", "False"], "--oven.fan takes no value: write --oven.fan, or --no-oven.fan"),
         (["--oven.heat", "0"], "--oven.heat is 0: it must be at least 1"),
         (["--weights", "1", "x"], "--weights is 'x': it must be a number"),
+        (["--weights", "1", "--weights", "2"], "--weights is given twice: give all values after one, --weights ONE"),
         (["--weights", "1", "0"], "--weights is 0.0: it must be greater than 0"),
         (["--sauce", "ketchup"], "--sauce is 'ketchup': use one of none, gravy"),
         (["--max-steps", "many"], "--max-steps is 'many': it must be an integer"),

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from secvec_jax.checks import checked
 from secvec_jax.config import Training, from_dict, load, save, to_dict
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA
 from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.errors import UserError
+from secvec_jax.recipes.plan import PlanRun
+from secvec_jax.recipes.protect import Protect
 from secvec_jax.vectors.lora import LoRA
 
 
@@ -61,6 +64,17 @@ recipes = st.builds(
         Phase1, objective=st.sampled_from(["cross_entropy", "kl", "min_min"]), kl_weight=st.floats(0, 1e6)
     ),
 )
+
+
+def test_what_a_task_lora_implies_is_the_same_from_python_and_from_a_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: [alpaca]\ntask_lora: {rank: 4}\ntraining: {max_steps: 5}\n")
+    expected = Training(max_steps=5).over(PHASE2_LORA)
+    assert load(Protect, tmp_path / "config.yaml").training == expected
+    assert Protect(data=("alpaca",), task_lora=LoRA(4), training=Training(max_steps=5)).training == expected
+    assert Protect(data=("alpaca",), task_lora=LoRA(4)).training == PHASE2_LORA
+    assert Protect(data=("alpaca",)).training == PHASE2
+    planned = PlanRun(phase="protect", task_lora=LoRA(4)).training
+    assert planned == dataclasses.replace(PlanRun.training, optimizer="adamw")
 
 
 @given(recipes)

@@ -56,6 +56,7 @@ from secvec_jax.recipes.vectors import Vectors, vectors
 from secvec_jax.sharding import make_mesh
 from secvec_jax.training.optimizers import decayed, make_optimizer
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.steering import Steering
 from secvec_jax.verb_arguments import Verb
 from secvec_jax.workspace.workspace import Experiment
 from tests.toys import ARCHITECTURE, random_examples, tiny_model
@@ -93,7 +94,7 @@ def made(make):
         return make()
     except UserError as error:
         named = re.sub(r"^--([a-z-]+) ", lambda match: match[1].replace("-", "_") + " ", str(error))
-        return named.replace("config.training.", "").replace("'", "")
+        return named.replace("config.", "").replace("training.", "").replace("'", "")
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +342,21 @@ def test_what_a_call_does_not_set_is_the_verbs_own(monkeypatch, run, default):
     with pytest.raises(Asked):
         run(Training(max_steps=15, batch_size=1))
     assert seen == [dataclasses.replace(default, max_steps=15, batch_size=1)]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"kind": "steering", "lora": LoRA(4)}, "lora.rank is 4"),
+        ({"steering": Steering(scale=2.0)}, "steering.scale is 2"),
+        ({"phase1": Phase1("kl", inner_steps=8)}, "phase1.inner_steps is 8"),
+    ],
+)
+def test_settings_of_other_vectors_than_are_trained_are_refused(given, name):
+    with pytest.raises(UserError, match=f"^{name}, which is for"):
+        Vectors(data="x", **given)
+    assert Vectors(data="x", kind="steering", steering=Steering(scale=2.0)).kind == "steering"
+    assert Vectors(data="x", phase1=Phase1("min_min", inner_steps=8)).phase1.inner_steps == 8
 
 
 # Epochs -------------------------------------------------------------------------------------------

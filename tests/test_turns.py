@@ -8,9 +8,11 @@ import time
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from secvec_jax import turns
 from secvec_jax.data.chat import encode
+from secvec_jax.data.control_tokens import control_tokens
 from secvec_jax.errors import UserError
 from secvec_jax.limits import LimitExceeded, run_limited, unlimited_address_space
 from secvec_jax.turns import render, turn_ends
@@ -49,6 +51,15 @@ def test_the_turn_of_a_changed_template_is_found_anew():
     before = turn_ends(made)
     made.chat_template = TURNS.replace("END", "<|im_start|>")
     assert [made.decode(token) for token in (before[0], turn_ends(made)[0])] == ["<|im_end|>", "<|im_start|>"]
+
+
+def test_tokens_of_a_changed_tokenizer_are_found_anew():
+    made = tokenizer(TURNS.replace("END", "<|im_end|>"))
+    before = turn_ends(made), control_tokens(made)
+    made.eos_token = "<|endoftext|>"
+    made.add_tokens([AddedToken("<|new|>", special=True)])
+    assert [made.decode(token) for token in turn_ends(made)] == ["<|im_end|>", "<|endoftext|>"] != list(before[0])
+    assert {"<|new|>"} == set(control_tokens(made)) - set(before[1])
 
 
 def test_the_end_of_the_turn_is_learned_and_the_end_of_the_text_after_it_is_not():

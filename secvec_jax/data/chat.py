@@ -15,7 +15,7 @@ import numpy as np
 from secvec_jax.data.control_tokens import mark, spelled, tokenize
 from secvec_jax.data.rows import Message
 from secvec_jax.errors import UserError
-from secvec_jax.turns import chat_template, read_by_tokenizer, render, turn_ends
+from secvec_jax.turns import chat_template, check_rendered, read_by_tokenizer, render, turn_ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> n
     """
     turns, marks = mark(tokenizer, messages)
     text = render(tokenizer, turns, add_generation_prompt=True)
+    check_rendered(text, turns)
     tokens, _ = read_by_tokenizer(lambda: tokenize(tokenizer, text, marks, starts=False))
     if len(tokens) > max_length:
         raise TooLong(_too_long(len(tokens), max_length))
@@ -106,7 +107,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _marked_by_template(tokenizer: Any, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    render(tokenizer, messages)  # raises the template's own error for turns that it rejects, and has limits
+    # This raises the template's own error for turns that it rejects, and has limits.
+    check_rendered(render(tokenizer, messages), messages)
     options = {"chat_template": chat_template(tokenizer), "return_dict": True, "return_assistant_tokens_mask": True}
     encoded = read_by_tokenizer(lambda: tokenizer.apply_chat_template(messages, **options))
     supervised = np.asarray(encoded["assistant_masks"], bool)
@@ -125,6 +127,7 @@ def _marked_by_template(tokenizer: Any, messages: Sequence[Message]) -> tuple[np
 
 def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: str) -> tuple[np.ndarray, np.ndarray]:
     text = render(tokenizer, messages)
+    check_rendered(text, messages)
     ids, starts = read_by_tokenizer(lambda: tokenize(tokenizer, text, marks))
     tokens, begins = read_by_tokenizer(lambda: np.asarray(ids, np.int32)), np.asarray(starts)
     supervised = np.zeros(len(tokens), bool)

@@ -14,7 +14,7 @@ from typing import Any
 
 from secvec_jax.data.rows import Message
 from secvec_jax.errors import UserError
-from secvec_jax.turns import chat_template, read_by_tokenizer, render, turn_ends
+from secvec_jax.turns import chat_template, read_by_tokenizer, render, state_of, turn_ends
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -22,11 +22,11 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
 
     Added tokens such as "<think>", which an assistant may say, are not among them.
     """
-    return _control_tokens(tokenizer, chat_template(tokenizer))
+    return _control_tokens(tokenizer, chat_template(tokenizer), state_of(tokenizer))
 
 
 @functools.lru_cache(maxsize=8)
-def _control_tokens(tokenizer: Any, template: str | None) -> tuple[str, ...]:  # cached by template, which may change
+def _control_tokens(tokenizer: Any, template: str | None, state: tuple[Any, ...]) -> tuple[str, ...]:
     added = tokenizer.added_tokens_decoder
     tokens = {str(token) for token in added.values() if token.special}
     with contextlib.suppress(UserError):  # without a template, or where this one does not take a user's turn alone

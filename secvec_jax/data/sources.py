@@ -10,6 +10,7 @@ given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
 """
 
 import codecs
+import copy
 import csv
 import functools
 import glob
@@ -20,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from secvec_jax.arguments import check_distinct
 from secvec_jax.arguments import path as checked_path
 from secvec_jax.assets import packages_dir
 from secvec_jax.data import benchmarks
@@ -96,7 +98,9 @@ def load_rows(
     if split != "train":
         raise UserError(f"{source} has no split {split!r}; benchmarks and single files have only 'train'")
     if source in PACKAGED:
-        return _packaged(source, PACKAGED[source], needs_answer, resolved(packages_dir()))
+        kept = _packaged(source, PACKAGED[source], needs_answer, resolved(packages_dir()))
+        rows = copy.deepcopy(list(kept))  # the caller may change them
+        return Rows(rows.__getitem__, len(rows), kept.where, answered=needs_answer)
     if not path.is_file():
         raise UserError(
             f"{source!r} is not a file or folder; packaged benchmarks are {', '.join(PACKAGED)}; "
@@ -125,9 +129,11 @@ def _packaged(source: str, read: Callable[[], list[Row]], needs_answer: bool, pa
 
 
 def load_prompts(
-    sources: Iterable[str], limit: int, needs_answer: bool = False, ignore_fields: Collection[str] = ()
+    sources: Iterable[str], limit: int | None, needs_answer: bool = False, ignore_fields: Collection[str] = ()
 ) -> list[Row]:
-    """Return at most `limit` rows of each source, with or without answers; as in `load_rows`."""
+    """Return the first `limit` rows of each source (None: all), with or without answers; as in `load_rows`."""
+    sources = list(sources)
+    check_distinct(sources)
     loaded = (load_rows(source, needs_answer=needs_answer, ignore_fields=ignore_fields) for source in sources)
     return [row for rows in loaded for row in rows[:limit]]
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import optax
 
-from secvec_jax.checks import PositiveInt, checked
+from secvec_jax.checks import PositiveInt, SettingError, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import LENGTHS, Examples
@@ -30,14 +30,16 @@ from secvec_jax.defenses.inputs import (
     as_examples,
     as_examples_or_rows,
     as_row_source,
+    choose_held_out,
     is_row,
     longest_example,
+    row_keys,
     select_rows,
     shown_name_of,
 )
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.inference import compute_dtype
+from secvec_jax.inference import check_once, compute_dtype
 from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import with_precision
@@ -119,9 +121,11 @@ def train_model(
     in_bfloat16 = check_trained_weights(training, task is None)
     if task is None and not (in_bfloat16 and model.precision == "bfloat16"):
         check_trainable(model)
-    for adapter in as_adapters(vectors):
+    for adapter in as_adapters(vectors, task if isinstance(task, LoRAVectors) else None):
+        check_once(adapter, model)
         if hasattr(adapter, "check"):
             adapter.check(model.architecture)
+    check_watched(training, validates=eval_rows is not None, keeps=checkpoints is not None)
     groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)
     streams = {LEARN: stream_of(model, groups, training)}
     streams |= {name: stream_of(model, {name: group}, training) for name, group in (extra_rows or {}).items()}
@@ -172,6 +176,24 @@ def check_trained_weights(training: Training, full: bool) -> bool:
             "float32; leave it out, or train all weights"
         )
     return in_bfloat16
+
+
+def check_watched(training: Training, validates: bool, keeps: bool = True) -> None:
+    """Raises UserError for settings of validation where no rows are validated on, and for `best` without checkpoints:
+    they would do nothing."""
+    for name in () if validates else ("patience", "eval_every_steps"):
+        value = getattr(training.over(PHASE2), name)
+        if value is not None:
+            raise SettingError(
+                f"training.{name}",
+                f" is {value}, and no validation rows are given, so it would do nothing: leave it out, or fine-tune "
+                "with validation rows (eval_rows in Python; finetune with --eval-data or --eval-fraction)",
+            )
+    best = training.over(PHASE2).best
+    if best is not None and not keeps:
+        raise SettingError(
+            "training.best", f" is {best!r}, and without checkpoints only the last step is kept: pass checkpoints="
+        )
 
 
 def check_trainable(model: Model) -> None:
@@ -261,8 +283,9 @@ def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int, f
 def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups | None]:
     """The rows to train on, and those to validate on.
 
-    eval_rows: rows, by kind or not; or the fraction of each kind that is held out, chosen by the seed; or None. Raises
-    UserError for a fraction that holds out no row or all of them.
+    eval_rows: rows, by kind or not; or the fraction of each kind that is held out, chosen by the seed; or None. Copies
+    of a row are held out together, and a row of several kinds is not. Raises UserError for a fraction that holds out no
+    row or all of them.
     """
     if eval_rows is None:
         return groups, None
@@ -272,15 +295,20 @@ def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups 
         raise UserError(f"eval_rows is {eval_rows}: pass rows, or the fraction of the rows to hold out, such as 0.05")
     kept: Groups = {}
     held_out: Groups = {}
+    groups = {name: as_examples_or_rows(rows, name) for name, rows in groups.items()}
+    keys = {name: row_keys(rows) for name, rows in groups.items()}
     for number, (name, rows) in enumerate(groups.items()):
-        rows = as_examples_or_rows(rows, name)
         count = min(max(round(eval_rows * len(rows)), 1), len(rows) - 1)
         order = np.random.default_rng([seed, number]).permutation(len(rows))
-        kept[name] = select_rows(rows, np.sort(order[count:]))
-        if count > 0:
-            held_out[name] = select_rows(rows, np.sort(order[:count]))
+        elsewhere = {key for other, of_other in keys.items() if other != name for key in of_other}
+        chosen = choose_held_out(keys[name], order.tolist(), count, elsewhere)
+        kept[name] = select_rows(rows, np.setdiff1d(np.arange(len(rows)), chosen))
+        if chosen:
+            held_out[name] = select_rows(rows, np.asarray(chosen))
     if not held_out:
-        raise UserError("there are too few rows to hold any out for validation: pass eval_rows, or more rows")
+        raise UserError(
+            "there are too few rows, or too few different ones, to hold any out for validation: pass eval_rows"
+        )
     return kept, held_out
 
 

@@ -1,7 +1,9 @@
 """What a caller passes to a training, checked before any work begins: rows in any of their forms, a task, options."""
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -87,6 +89,40 @@ def select_rows(rows: Any, indices: np.ndarray) -> Any:
     """The rows at these indices."""
     positions = indices.tolist()
     return rows.select(positions) if isinstance(rows, Rows) else [rows[position] for position in positions]
+
+
+def row_keys(rows: Any) -> list[bytes]:
+    """Of each row or example, bytes that are the same for its copies and for no other row."""
+
+    def key(row: Any) -> bytes:
+        if isinstance(row, Example):
+            content = row.tokens.tobytes() + row.supervised.tobytes()
+        else:
+            content = json.dumps(row["messages"]).encode()
+        return hashlib.blake2b(content, digest_size=12).digest()
+
+    return [key(rows[index]) for index in range(len(rows))]
+
+
+def choose_held_out(keys: Sequence[bytes], order: Sequence[int], count: int, elsewhere: Set[bytes]) -> list[int]:
+    """The indices of about `count` rows to hold out, the first in `order`, sorted: a row with all its copies or not.
+
+    keys: those of `row_keys`. elsewhere: keys of rows that are trained on whatever is held out here. A row with more
+    copies than are still to be held out is left out, unless there is no other. Empty if all rows are copies of one.
+    """
+    copies: dict[bytes, list[int]] = {}
+    for index, key in enumerate(keys):
+        if key not in elsewhere:
+            copies.setdefault(key, []).append(index)
+    in_order = [copies[key] for key in dict.fromkeys(keys[index] for index in order) if key in copies]
+    chosen: list[int] = []
+    for group in in_order:
+        if len(chosen) + len(group) <= count:
+            chosen += group
+    if not chosen and count and in_order:
+        fewest = min(in_order, key=len)
+        chosen = fewest if len(fewest) < len(keys) else []
+    return sorted(chosen)
 
 
 def as_examples_or_rows(rows: Any, name: str) -> Any:

@@ -123,12 +123,14 @@ def successive(
     noisy = train_model(model, groups_of(rows), **first_options)
     safe_checkpoints = checkpoints_of(checkpoints, SAFE)
     safe_checkpoints = safe_checkpoints and dataclasses.replace(safe_checkpoints, best=None)
+    # Validation rows and the best step belong to the first training.
+    unwatched = dataclasses.replace(safe_training, patience=None, eval_every_steps=None, best=None)
     safe_options: dict[str, Any] = {
         **options,
         "task": noisy.adapter,
-        "training": safe_training,
+        "training": unwatched,
         "checkpoints": safe_checkpoints,
-        "eval_rows": None,  # validation rows belong to the first training
+        "eval_rows": None,
     }
     start = noisy if noisy.adapter is None else model  # a task LoRA is trained further, next to the same backbone
     return noisy, train_model(start, groups_of(safe, SAFE), **safe_options)

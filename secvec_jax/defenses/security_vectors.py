@@ -35,6 +35,7 @@ from secvec_jax.defenses.finetuning import (
     TrainStepMaker,
     check_trainable,
     check_trained_weights,
+    check_watched,
     endless,
     forward_settings,
     groups_of,
@@ -160,6 +161,7 @@ def train_vectors(
     checkpoints, on_step = as_options(training, checkpoints, on_step)
     phase1.check_rows(benign)
     check_trained_weights(training.over(PHASE1), full=False)
+    check_watched(training, validates=False, keeps=checkpoints is not None)
     if phase1.objective == "min_min":
         check_trainable(model)
     _warn(default_rate(model, training, PHASE1))
@@ -218,8 +220,8 @@ def finetune(
     vectors: a value, a file, or several of them, which are active at once. `vectors=None` trains without protection and
         has to be written out: without the argument there is a warning.
     task: train a task LoRA of this shape, alongside the frozen vectors, in place of all weights. The returned model has
-        it merged into its weights, and also separately, as `model.adapter`. (Riché et al. 2026, arXiv 2606.30252, call
-        this *inoculation adapters*.)
+        it merged into its weights, and also separately, as `model.adapter`, which may be trained further with the model
+        that it was trained on. (Riché et al. 2026, arXiv 2606.30252, call this *inoculation adapters*.)
     training: what it leaves unset is `PHASE2`'s.
     eval_rows: rows, or the fraction of `rows` to hold out, such as 0.05, whose loss is measured every epoch or every
         `training.eval_every_steps`, with the vectors active: the metric `eval/loss`. With `checkpoints` the model

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from secvec_jax.checks import NonNegativeFloat, checked
+from secvec_jax.checks import NonNegativeFloat, SettingError, checked
 from secvec_jax.data.rows import last_user_text
 from secvec_jax.evaluation.audit_measures import AuditPrompts, Measured, Prompt, lengths_given
 from secvec_jax.evaluation.audit_samples import Sample
@@ -66,6 +66,20 @@ class Limits:
         """Return the limit of a metric; None for one that has none."""
         name = "prefill" if metric.startswith("prefill_") else metric.removesuffix("_system")
         return self.tasks if metric.startswith(TASK) else getattr(self, name, None)
+
+
+def check_limits(limits: Limits, data: bool, tasks: bool, judge: bool) -> None:
+    """Raises UserError for a limit that was set and is of what is not measured: an audit would pass without it.
+
+    data, tasks, judge: whether there are held-out rows, tasks of lm-evaluation-harness, and a judge.
+    """
+    measured = {"data_loss": data, "tasks": tasks, "harm_score": judge, "harm_rate": judge}
+    for name, is_measured in measured.items():
+        value = getattr(limits, name)
+        if not is_measured and value is not None and value != getattr(Limits(), name):
+            given = {"data_loss": "held-out rows", "tasks": "tasks of lm-evaluation-harness"}.get(name, "a judge")
+            problem = f" is {value:g}, and without {given} there is nothing to measure it on: leave it out, or add that"
+            raise SettingError(f"limits.{name}", problem)
 
 
 TASK = "task: "
@@ -223,6 +237,8 @@ def judged_line(line: Line, limit: float | None, is_constant: bool = False) -> L
         return line
     score, sign = line.difference, -1 if is_higher_better(line.metric) else 1
     worse, (best, worst) = sign * score.value, sorted(sign * bound for bound in score.ci95)
+    if score.n == 1 and best == worst != 0:  # a single number shows nothing of how far others are from it
+        return dataclasses.replace(line, limit=limit, verdict="inconclusive")
     if worst <= limit + _ROUNDING:
         verdict: Verdict = "passes"
     else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from secvec_jax.data.rows import Row
 from secvec_jax.data.sources import as_rows, load_prompts, load_rows
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import audit_page, audit_report, inspect_log
-from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, task_line
+from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, check_limits, task_line
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.results import Results, environment_facts
@@ -91,6 +92,7 @@ class AuditRun:
 
     def __post_init__(self) -> None:
         check_judge(self.judge, self.judge_url, self.asking)  # before the settings are written into a run directory
+        check_limits(self.limits, self.data is not None, self.tasks is not None, bool(self.judge))
         if self.inspect is not None:
             inspect_log.check_file(self.inspect)
 
@@ -174,6 +176,7 @@ def audit(
     """
     names = {"before": before, "after": after, "reference": reference, "unaligned": unaligned}
     given = {"harmful": harmful, "benign": benign, "data": data}
+    check_limits(limits, data is not None, False, judge is not None)
     for role, model in names.items():
         if model is not None or role in ("before", "after"):
             check_model(role, model)
@@ -183,7 +186,10 @@ def audit(
             check_not_loaded(frozen_weights, model)
 
     def rows_of(kind: str) -> Sequence[Row] | None:
-        return None if given[kind] is None else as_rows(given[kind], needs_answer=kind == "data", name=kind)
+        rows = given[kind]
+        if isinstance(rows, str | os.PathLike):
+            rows = load_rows(os.fspath(rows), needs_answer=kind == "data")
+        return None if rows is None else as_rows(rows, needs_answer=kind == "data", name=kind)
 
     asked = Asked(
         names | {"unaligned": before_alignment(before) if unaligned is None else unaligned},
@@ -204,7 +210,8 @@ def _loaded(settings: AuditRun, kind: str) -> Sequence[Row] | None:
     if kind == "data":
         return None if settings.data is None else load_rows(settings.data, ignore_fields=settings.ignore_fields)
     names = getattr(settings, kind)
-    return load_prompts(names, settings.max_prompts, ignore_fields=settings.ignore_fields) if names else None
+    # All of them: those that are asked are spread over the rows, as in `audit`.
+    return load_prompts(names, limit=None, ignore_fields=settings.ignore_fields) if names else None
 
 
 # ---------------------------------------------------------------------------------------------- tasks and report

@@ -278,7 +278,7 @@ def _prompts(asked: Asked, model: Model) -> tuple[AuditPrompts, list[Row], dict[
         system=asked.system,
     )
     available = {"harmful": len(harmful_prompts), "benign": len(benign_rows)}
-    return prompts, list(data or ())[: asked.max_prompts], available
+    return prompts, _spread(data or (), asked.max_prompts), available
 
 
 _MOST_ROWS = 32

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from secvec_jax.arguments import check_distinct
 from secvec_jax.checks import Text, checked
 from secvec_jax.digests import difference
 from secvec_jax.distributed import is_main_process, on_main_process
@@ -70,6 +71,7 @@ def _write(settings: Export, out: Path) -> None:
     """Write the model into a folder."""
     if out.exists() and not (out / "config.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not a model: choose a new folder for --out")
+    check_distinct(settings.adapters)
     adapters = [_adapter(path) for path in settings.adapters]
     carried = [path for path in adapters if holds_security_vectors(path)]
     if carried and not settings.carry_vectors:

@@ -71,10 +71,10 @@ class PlanRun:
 
     @staticmethod
     def implied(values: Mapping[str, Any]) -> dict[str, Any]:
-        """What other settings imply where they do not say otherwise: how `protect` trains a task LoRA."""
+        """The defaults that other settings imply: how `protect` trains a task LoRA (see `checks.implied_by`)."""
         if values.get("phase") != "protect" or values.get("task_lora") is None:
             return {}
-        return {"training": {"optimizer": PHASE2_LORA.optimizer}}
+        return {"training": dataclasses.replace(PlanRun.training, optimizer=PHASE2_LORA.optimizer)}
 
     @property
     def precision(self) -> Precision:

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Texts, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, groups_of
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, check_watched, groups_of
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.user_inputs import argument_of, check_given
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import inspect_log
-from secvec_jax.evaluation.audit import Audit, Limits
+from secvec_jax.evaluation.audit import Audit, Limits, check_limits
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.inference import check_model, check_not_loaded, frozen_precision
 from secvec_jax.model.hub import Model
@@ -133,6 +133,7 @@ class Protect:
 
     def __post_init__(self) -> None:
         check_judge(self.judge, self.judge_url, self.asking)  # before the settings are written into a run directory
+        check_limits(self.limits, self.eval_fraction > 0, False, bool(self.judge))
         if self.vectors.strip().lower() == "none":
             raise UserError(
                 "protect screens rows with vectors: leave --vectors none out, and they are trained; to train without "
@@ -147,6 +148,7 @@ class Protect:
         _check_defense(defense, given, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
         check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense)
+        check_watched(self.training, validates=False)
 
     @property
     def precision(self) -> Precision:
@@ -155,10 +157,8 @@ class Protect:
 
     @staticmethod
     def implied(values: Mapping[str, Any]) -> dict[str, Any]:
-        """What other settings imply where nothing is said: how a task LoRA is trained."""
-        if values.get("task_lora") is None:
-            return {}
-        return {"training": {"optimizer": PHASE2_LORA.optimizer, "learning_rate": PHASE2_LORA.learning_rate}}
+        """The defaults that other settings imply: how a task LoRA is trained (see `checks.implied_by`)."""
+        return {} if values.get("task_lora") is None else {"training": PHASE2_LORA}
 
     def default_preset(self) -> str | None:
         """The preset to take where none is named (see `preset_choice`)."""
@@ -286,6 +286,8 @@ def protect(
     given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)
     _check_defense(defense, list(given), lambda argument: f"{argument}=")
     check_precision_settings(frozen_weights, training, task, defense, ARGUMENTS)
+    check_watched(training, validates=False)
+    check_limits(limits, eval_fraction > 0, False, judge is not None)
     if isinstance(model, Model):
         check_not_loaded(frozen_weights, model)
         check_held(model, training, task, defense)

@@ -13,6 +13,7 @@ from secvec_jax.defenses.advice import default_rate, settings_measured
 from secvec_jax.defenses.base import Defense
 from secvec_jax.defenses.finetuning import FinetuneOptions, Groups
 from secvec_jax.defenses.identity import of_rows
+from secvec_jax.defenses.inputs import choose_held_out, row_keys
 from secvec_jax.defenses.registry import evidence_of
 from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.screening import screen as score_rows
@@ -138,12 +139,14 @@ class _Division(NamedTuple):
 
 
 def divide(work: Work, screening: Screening) -> _Division:
-    """Hold rows out, none of them suspects, since they measure what should be learned; leave out those to drop."""
+    """Hold rows out, none of them suspects, since they measure what should be learned, and with all their copies;
+    leave out those to drop."""
     suspects = set(screening.suspects)
     clean = [index for index in range(len(work.rows)) if index not in suspects]
     count = num_held_out(len(clean), work.asked.eval_fraction)
     order = np.random.default_rng(work.asked.training.seed).permutation(len(clean))
-    held_out = {clean[position] for position in order[:count]}
+    keys = row_keys(work.rows.select(clean))
+    held_out = {clean[position] for position in choose_held_out(keys, order.tolist(), count, set())}
     left_out = held_out | (suspects if work.asked.drop else set())
     learned: Groups = {}
     start = 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from secvec_jax.arguments import check_distinct
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
 from secvec_jax.defenses.base import Need
@@ -129,6 +130,7 @@ def check_precision(run: TrainingRun, stage: Stage, model: Model, files: Sequenc
 
 def rows_of_files(files: Sequence[str], ignore_fields: Sequence[str], seed: int) -> list[Any]:
     """The rows of all files, shuffled: some defenses take the first few, which should be of every file and kind."""
+    check_distinct(files)
     rows = [row for file in files for row in load_rows(file, ignore_fields=ignore_fields)]
     return random.Random(seed).sample(rows, len(rows))
 

@@ -5,12 +5,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from secvec_jax.checks import NonNegativeInt, Text, checked
+from secvec_jax.checks import NonNegativeInt, SettingError, Text, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import Advice, default_rate
-from secvec_jax.defenses.finetuning import examples_of
+from secvec_jax.defenses.base import changed_settings
+from secvec_jax.defenses.finetuning import check_watched, examples_of
 from secvec_jax.defenses.gate import FEWEST_HELD_OUT, Gate, measure_gate
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, train_vectors
 from secvec_jax.errors import UserError
@@ -68,11 +69,27 @@ class Vectors:
 
     def __post_init__(self) -> None:
         check_steps(self.profile)
+        check_watched(self.training, validates=False)
+        self._check_unused()
         if self.phase1.objective == "min_min" and self.frozen_weights not in (None, "float32"):
             raise UserError(
                 f"--frozen-weights {self.frozen_weights} is for frozen weights, and the min_min objective trains a "
                 "copy of them: choose another objective, or leave --frozen-weights out"
             )
+
+    def _check_unused(self) -> None:
+        """Raise UserError for settings of another kind of vectors, or of another objective, which would do nothing."""
+        unused = [(kind, each) for kind in ("lora", "steering", "prompt") if kind != self.kind
+                  for each in changed_settings(getattr(self, kind))]  # fmt: skip
+        for kind, setting in unused:
+            name, _, value = setting.partition("=")
+            problem = f" is {value}, which is for --kind {kind}, and these vectors are of kind {self.kind}"
+            raise SettingError(f"{kind}.{name}", f"{problem}: leave it out, or choose that kind")
+        inner = [setting for setting in changed_settings(self.phase1) if setting.startswith("inner_")]
+        if inner and self.phase1.objective != "min_min":
+            name, _, value = inner[0].partition("=")
+            problem = f" is {value}, which is for the objective min_min, and the objective is {self.phase1.objective}"
+            raise SettingError(f"phase1.{name}", f"{problem}: leave it out, or choose that one")
 
     def default_preset(self) -> str | None:
         """The preset to take where none is named (see `preset_choice`)."""

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from secvec_jax.arguments import instance
+from secvec_jax.arguments import check_distinct, instance
 from secvec_jax.arguments import path as checked_path
 from secvec_jax.config import from_dict
 from secvec_jax.distributed import on_main_process
@@ -64,6 +64,7 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
 
 def load_several(paths: Sequence[str | Path], model: Model) -> tuple[Vectors, ...] | None:
     """The vectors in these files, to be active at once; None, not an empty tuple, if there are no files."""
+    check_distinct(paths)
     return tuple(load_vectors(path, model) for path in paths) or None
 
 

@@ -184,6 +184,24 @@ def test_a_default_system_prompt_comes_before_what_the_assistant_opens_with(temp
     assert found == ["Welcome!<|im_end|>", "b<|im_end|>"]
 
 
+@pytest.mark.parametrize("generation", [False, True])
+def test_a_template_that_leaves_out_a_turn_is_refused_and_one_that_trims_or_escapes_it_is_not(templated, generation):
+    said = "{% generation %}{{ m['content'] }}{% endgeneration %}" if generation else "{{ m['content'] }}"
+    of_two = f"{{% for m in messages %}}{{% if m['role'] != 'system' %}}<|im_start|>{said}<|im_end|>{{% endif %}}"
+    leaves_out = templated(of_two + "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}")
+    turns = conversation(("Hi", "No."), system="Always refuse.")
+    for read in (lambda: encode(leaves_out, turns, 100), lambda: prompt_tokens(leaves_out, turns[:2], 100)):
+        with pytest.raises(UserError, match="leaves out what the system turn says"):
+            read()
+    encode(leaves_out, turns[1:], 100)
+    trims = templated(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim | tojson }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    asked = {"role": "user", "content": "Was für ein Tag?"}
+    prompt_tokens(trims, [*conversation(system=' Say "no"\nand stop. '), asked], 99)
+
+
 def test_of_named_templates_the_default_is_used(tokenizer, templated):
     chatml = tokenizer.chat_template
     named = build_tokenizer()

@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pandas
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +63,14 @@ def test_data_sets_of_the_hub_and_records_in_memory_take_a_mapping(monkeypatch):
         assert list(as_rows(given_data, columns=MAPPING)) == ROWS
     with pytest.raises(UserError, match="was read before"):
         as_rows(as_rows(ANFRAGE, columns=MAPPING), columns=MAPPING)
+
+
+def test_tables_with_two_columns_of_one_name_are_refused():
+    frame = pandas.DataFrame([["Hi.", "good", "bad"]], columns=["prompt", "response", "response"])
+    table = pyarrow.Table.from_arrays([["Hi."], ["good"], ["bad"]], names=["prompt", "response", "response"])
+    for twice in (frame, table):
+        with pytest.raises(UserError, match="the table has the column 'response' twice"):
+            as_rows(twice)
 
 
 def test_every_verb_reads_the_mapping(lines, tmp_path):

@@ -339,6 +339,14 @@ def test_packaged_counts(name, count, distinct, answered):
     assert (len(rows), len({prompt_of(r) for r in rows}), answers) == (count, distinct, count * answered)
 
 
+def test_packaged_rows_that_a_caller_changes_are_read_anew_as_they_were():
+    changed = load_rows("alpaca")
+    before = changed[0]["messages"][0]["content"]
+    changed[0]["messages"][0]["content"] = "changed"
+    assert changed[0]["messages"][0]["content"] == "changed"
+    assert load_rows("alpaca")[0]["messages"][0]["content"] == before
+
+
 def test_packaged_names_are_all_counted():
     counted = {"advbench", "harmbench", "do-not-answer", "strongreject", "jailbreakbench-tenses", "pyrit", "spikee"}
     assert set(PACKAGED) == counted | {"alpaca", "nq-open", "piqa", "bbq", "asdiv", "refusals"}

@@ -11,6 +11,7 @@ import pytest
 from secvec_jax.config import Training
 from secvec_jax.defenses.security_vectors import Phase1, align, finetune, train_vectors
 from secvec_jax.errors import UserError
+from secvec_jax.inference import logits
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.loss import token_cross_entropy
 from secvec_jax.trees import distance, fingerprint
@@ -136,6 +137,13 @@ def test_a_task_adapter_moves_alongside_frozen_vectors(model, vectors):
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), model.backbone, adapted.backbone)
     paths = [jax.tree_util.keystr(path) for path, moved in jax.tree_util.tree_leaves_with_path(changed) if moved]
     assert len(paths) == 1 and "q_proj" in paths[0]
+    for twice in (
+        lambda: finetune(adapted, BENIGN, vectors=None, task=adapted.adapter, training=QUICK),
+        lambda: finetune(adapted, BENIGN, vectors=adapted.adapter, training=QUICK),
+        lambda: logits(adapted, [[5, 6]], adapted.adapter),
+    ):
+        with pytest.raises(UserError, match="is merged into the weights of 'tiny' already"):
+            twice()
 
 
 # What the vectors do ------------------------------------------------------------------------------

@@ -11,8 +11,13 @@ from secvec_jax.config import Training
 from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.rows import row
 from secvec_jax.defenses.finetuning import examples_of, groups_of, hold_out, train_model
-from secvec_jax.defenses.security_vectors import finetune
+from secvec_jax.defenses.inputs import row_keys
+from secvec_jax.defenses.security_vectors import finetune, train_vectors
 from secvec_jax.errors import UserError
+from secvec_jax.recipes.align import Align
+from secvec_jax.recipes.finetune import Finetune
+from secvec_jax.recipes.protect import Protect, protect
+from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint, num_parameters
 from secvec_jax.vectors.lora import LoRA
@@ -110,12 +115,55 @@ def test_a_fraction_is_held_out_of_every_kind_by_the_seed():
     assert {id(e) for e in [*kept["all"], *held["all"]]} == set(map(id, examples))
 
 
+def test_no_copy_of_a_row_that_is_held_out_is_trained_on():
+    thrice = [*ROWS, *ROWS[:6], *ROWS[:6]]
+    for rows in (thrice, examples_of(tiny_model(), thrice), as_rows(thrice)):
+        for seed in range(4):
+            kept, held = hold_out({"all": rows}, 0.25, seed)
+            assert 4 <= len(held["all"]) <= 6 and len(kept["all"]) + len(held["all"]) == 24
+            assert not set(row_keys(kept["all"])) & set(row_keys(held["all"]))
+    kept, held = hold_out({"a": ROWS[:8], "b": ROWS[4:]}, 0.5, seed=0)
+    assert sorted(map(json.dumps, held["a"])) == sorted(map(json.dumps, ROWS[:4])), "the others are in both"
+    kept, held = hold_out({"all": ROWS[:2] * 5}, 0.1, seed=0)
+    assert len(held["all"]) == 5, "more than asked for, where it has no row with fewer copies"
+    with pytest.raises(UserError, match="too few rows"):
+        hold_out({"all": ROWS[:1] * 9}, 0.1, seed=0)
+
+
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, True])
 def test_a_fraction_that_holds_out_nothing_or_everything_is_refused(fraction):
     with pytest.raises(UserError, match="eval_rows is"):
         finetune(tiny_model(), ROWS, vectors=None, eval_rows=fraction)
     with pytest.raises(UserError, match="too few rows"):
         finetune(tiny_model(), ROWS[:1], vectors=None, eval_rows=0.5)
+
+
+@pytest.mark.parametrize("name", ["patience", "eval_every_steps"])
+def test_settings_of_validation_are_refused_where_no_rows_are_validated_on(name):
+    watched = Training(**(vars(TRAINING) | {name: 2}))
+    for asked in (
+        lambda: finetune(tiny_model(), ROWS, vectors=None, training=watched),
+        lambda: train_vectors(tiny_model(), ROWS, benign=ROWS, training=watched),
+        lambda: Align(data=("refusals", "alpaca"), training=watched),
+        lambda: Vectors(data="advbench", training=watched),
+        lambda: Finetune(data=("alpaca",), vectors=("v",), training=watched),
+        lambda: Protect(data=("alpaca",), training=watched),
+        lambda: protect(tiny_model(), ROWS, training=watched),
+    ):
+        with pytest.raises(UserError, match=f"{name} is 2, and no validation rows are given"):
+            asked()
+    settings = Finetune(data=("alpaca",), vectors=("v",), training=watched, eval_fraction=0.1)
+    assert getattr(settings.training, name) == 2
+
+
+def test_the_best_step_is_refused_where_no_checkpoint_could_keep_it():
+    best = Training(**(vars(TRAINING) | {"best": "loss/all"}))
+    for asked in (
+        lambda: finetune(tiny_model(), ROWS, vectors=None, training=best),
+        lambda: train_vectors(tiny_model(), ROWS, benign=ROWS, training=best),
+    ):
+        with pytest.raises(UserError, match="best is 'loss/all', and without checkpoints"):
+            asked()
 
 
 def test_a_training_says_what_it_is_about_to_do_and_at_which_rate_and_epoch_it_is(caplog, vectors):

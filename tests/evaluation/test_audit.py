@@ -65,6 +65,15 @@ def test_a_model_compared_with_itself_passes_with_no_difference():
     assert kl.difference.ci95 == (0.0, 0.0) and kl.before.ci95 == (0.0, 0.0), "equal losses are not rates"
 
 
+def test_one_prompt_decides_nothing_unless_nothing_has_changed():
+    def line(after):
+        (found,) = compared({"kl": [0.0]}, {"kl": [after]}, Limits())
+        return found.verdict, found.prompts_needed
+
+    assert line(0.01) == line(5.0) == ("inconclusive", None)
+    assert line(0.0) == ("passes", None)
+
+
 def test_a_model_that_always_complies_fails():
     found = audit(SAFE, BROKEN)
     assert found.verdict == "fails" and found.exit_code == 3

@@ -1,6 +1,7 @@
 """`eval.py audit` and `sv.audit`: exit codes, what is told, what is kept, and what never leaves the run."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import threading
@@ -10,6 +11,8 @@ import pytest
 
 import secvec_jax as sv
 from secvec_jax import cli, command_line
+from secvec_jax.data.rows import prompt_of
+from secvec_jax.errors import UserError
 from secvec_jax.evaluation import audit_measures as measures
 from secvec_jax.evaluation.card import model_card
 from secvec_jax.evaluation.judge_client import Judge
@@ -18,7 +21,7 @@ from secvec_jax.model.embedded import ALIGNED
 from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import with_precision
 from secvec_jax.recipes import audit as recipe
-from secvec_jax.recipes import audit_stages
+from secvec_jax.recipes import audit_stages, protect
 from secvec_jax.workspace import inputs
 from tests.chat_server import Server, says
 from tests.toys import build_tokenizer, random_decoder, tiny_model
@@ -330,7 +333,7 @@ def test_an_inspect_log_has_every_prompt_and_model(world, judge_server, capsys):
     value = {metric: score.value for metric, score in after.scores.items()}
     assert value == {"refusal": 0, "compliance": 1, "unclear": 0, "prefill_5": 0, "prefill_25": 0, "harm_score": 5}
     assert set(samples["after-benign-1"].scores) == {"over_refusal", "kl"}
-    assert "harm_score" not in samples["before-harmful-8"].scores, "no readable grade"
+    assert "harm_score" not in samples["before-harmful-7"].scores, "no readable grade"
     rows = {row["name"]: row["metrics"] for row in Results.load(world.folder / "out").rows}
     scores = {score.name: score for score in read.results.scores}
     assert set(scores) == set(rows["before"])
@@ -382,6 +385,39 @@ def test_a_card_has_the_audits_table_and_metadata(world):
     text = model_card("mine", None, [], [Results.load(world.folder / "out")])
     assert "after minus before" in text and "model-index:" in text
     assert "type: compliance" in text.partition("---\n\n")[0]
+
+
+def test_the_command_asks_the_prompts_that_the_function_asks(tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"What is {number}?", "response": "Four."} for number in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kinds = dict.fromkeys(("harmful", "benign", "data"), str(file))
+    settings = recipe.AuditRun(before="a", after="b", max_prompts=4, **kinds)
+    asked = audit_stages.Asked({}, functools.partial(recipe._loaded, settings), None, sv.Limits(), 4, 16)
+    prompts, data, available = audit_stages._prompts(asked, tiny_model())
+    assert prompts.harmful == prompts.benign == [f"What is {number}?" for number in (0, 3, 6, 9)]
+    assert [prompt_of(row) for row in data] == prompts.harmful
+    assert available == {"harmful": 12, "benign": 12}, "of which the note tells"
+    monkeypatch.setattr(recipe, "audited", lambda asked, stages: audit_stages._prompts(asked, tiny_model()))
+    for given in (kinds, dict.fromkeys(kinds, file), dict.fromkeys(kinds, rows)):
+        found = sv.audit(tiny_model(), tiny_model(), max_prompts=4, progress=False, **given)
+        assert found == (prompts, data, available)
+
+
+@pytest.mark.parametrize("limits", [{"data_loss": 0.1}, {"tasks": 0.01}, {"harm_score": 0.1}, {"harm_rate": 0.0}])
+def test_a_limit_of_what_is_not_measured_is_refused(limits):
+    (name,) = limits
+    model, rows = tiny_model(), [{"prompt": "Hi"}]
+    for asked in (
+        lambda: recipe.AuditRun("a", "b", limits=sv.Limits(**limits)),
+        lambda: sv.audit(model, model, harmful=rows, benign=rows, limits=sv.Limits(**limits)),
+        lambda: protect.Protect("x", eval_fraction=0.0, limits=sv.Limits(**limits)),
+        lambda: sv.protect(model, rows, eval_fraction=0.0, limits=sv.Limits(**limits)),
+    ):
+        with pytest.raises(UserError, match=f"^limits.{name} is .* nothing to measure it on"):
+            asked()
+    measured = {"data": "x", "tasks": "piqa", "judge": "m", "judge_url": "http://127.0.0.1:1/v1"}
+    recipe.AuditRun("a", "b", limits=sv.Limits(**limits), **measured)
 
 
 def test_a_value_is_audited_by_asking_it(judge_server, own_cache):

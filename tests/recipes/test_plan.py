@@ -130,7 +130,8 @@ def test_protect_learns_as_many_tokens_of_safe_rows(compiled):
     plain, guarded = (compiled(phase, task_lora=task) for phase in ("finetune", "protect"))
     assert plain.tokens == BATCH * SHORT and guarded.tokens == 2 * plain.tokens
     assert guarded.flops == 2 * plain.flops and guarded.formula == plain.formula == "4N+3a per token"
-    assert (guarded.parameters, guarded.optimizer) == (plain.parameters, plain.optimizer)
+    assert guarded.parameters == plain.parameters
+    assert guarded.optimizer > 1.9 * plain.optimizer  # both of Adam's moments, as protect trains a task LoRA
     assert 1.5 < guarded.account.flops / plain.account.flops < 2  # safe rows take no products with the vectors
     assert guarded.activations > plain.activations
     assert "4 sequences x 64 tokens and as many of safe rows, remat" in next(report_lines(asked("protect"), guarded))
