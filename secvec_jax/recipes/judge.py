@@ -12,7 +12,7 @@ from secvec_jax.data.sources import load_prompts
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.classifier import flagged
-from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_url
+from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.judges import (
     HARMFULNESS,
     HARMLESSNESS,
@@ -79,11 +79,24 @@ class JudgeRun:
     out: str = "runs/judge"
     """run directory; writes results.json and report.md"""
 
-    def __post_init__(self) -> None:
-        check_url(self.judge_url, self.asking)  # before the settings are written into a run directory
-
     overwrite: bool = False
     """delete the run in OUT and start over"""
+
+    def __post_init__(self) -> None:
+        check_judge(self.judge, self.judge_url, self.asking)  # before the settings are written into a run directory
+        of_a_model = {
+            "--model": self.model != JudgeRun.model,
+            "--vectors": bool(self.vectors),
+            "--frozen-weights": self.frozen_weights is not None,
+            "--reply-tokens": self.reply_tokens != JudgeRun.reply_tokens,
+        }
+        unused = next((flag for flag, is_set in of_a_model.items() if is_set), None)
+        if self.given and unused is not None:
+            raise UserError(
+                f"{unused} has no effect with --given, which judges the replies in the rows: omit one of them"
+            )
+        if self.labels and self.classifier is None:
+            raise UserError("--labels are those of a classifier, and none is named: name one with --classifier")
 
 
 def judge(settings: JudgeRun, command: str) -> None:

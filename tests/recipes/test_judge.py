@@ -330,3 +330,19 @@ def _wait(url: str, process: subprocess.Popen, log) -> None:
         except OSError:
             time.sleep(0.2)
     raise AssertionError(f"no server after 2 minutes: {log.read_text()[-2000:]}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"given": True, "model": "other", "judge": "m"}, "--model has no effect with --given"),
+        ({"given": True, "vectors": ("v",), "judge": "m"}, "--vectors has no effect with --given"),
+        ({"given": True, "frozen_weights": "int8", "judge": "m"}, "--frozen-weights has no effect with --given"),
+        ({"given": True, "reply_tokens": 9, "judge": "m"}, "--reply-tokens has no effect with --given"),
+        ({"labels": ("unsafe",), "judge": "m"}, "and none is named: name one with --classifier"),
+        ({"judge_url": "http://127.0.0.1:1/v1", "classifier": "c"}, "no judge is named"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings, problem):
+    with pytest.raises(UserError, match=problem):
+        JudgeRun(**settings)
