@@ -12,7 +12,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.lm_eval import HarnessModel
 from secvec_jax.evaluation.results import Results
 from secvec_jax.model import hub
-from secvec_jax.recipes.harness import Harness, harness
+from secvec_jax.recipes.harness import Harness, find_tasks, harness
 from secvec_jax.sharding import make_mesh
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -181,12 +181,10 @@ def test_what_is_wrong_is_reported(given, message, tmp_path, few_tasks):
 
 @pytest.mark.release
 def test_the_tasks_of_the_harness_are_found(tmp_path):
-    from secvec_jax.recipes.harness import _tasks
-
-    _, names = _tasks(Harness("arc_easy, hellaswag", out=str(tmp_path / "out")))
+    _, names = find_tasks(Harness("arc_easy, hellaswag", out=str(tmp_path / "out")))
     assert set(names) == {"arc_easy", "hellaswag"}
     with pytest.raises(UserError, match="no task 'no_such_task'"):
-        _tasks(Harness("no_such_task", out=str(tmp_path / "out")))
+        find_tasks(Harness("no_such_task", out=str(tmp_path / "out")))
 
 
 def test_what_we_cannot_generate_is_reported(tiny_model, tmp_path):
