@@ -84,17 +84,12 @@ class JudgeRun:
 
     def __post_init__(self) -> None:
         check_judge(self.judge, self.judge_url, self.asking)  # before the settings are written into a run directory
-        of_a_model = {
-            "--model": self.model != JudgeRun.model,
-            "--vectors": bool(self.vectors),
-            "--frozen-weights": self.frozen_weights is not None,
-            "--reply-tokens": self.reply_tokens != JudgeRun.reply_tokens,
-        }
-        unused = next((flag for flag, is_set in of_a_model.items() if is_set), None)
-        if self.given and unused is not None:
-            raise UserError(
-                f"{unused} has no effect with --given, which judges the replies in the rows: omit one of them"
-            )
+        for name in ("model", "vectors", "frozen_weights", "reply_tokens"):
+            if self.given and getattr(self, name) != getattr(JudgeRun, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} has no effect with --given, which judges the replies in the rows: "
+                    "omit one of them"
+                )
         if self.labels and self.classifier is None:
             raise UserError("--labels are those of a classifier, and none is named: name one with --classifier")
 
