@@ -15,6 +15,7 @@ import csv
 import functools
 import glob
 import json
+import os
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -126,6 +127,13 @@ def load_rows(
 def _packaged(source: str, read: Callable[[], list[Row]], needs_answer: bool, packages: Path) -> Rows[Row]:
     """The rows of a benchmark, read once from a folder: some commands need them a dozen times, and all are 11 MiB."""
     return as_rows(read(), needs_answer, source)
+
+
+def named_or_given(rows: Any, needs_answer: bool = True, name: str = "data") -> Rows[Row]:
+    """The rows of a name or a path, as `load_rows` reads them, or those that are given in memory."""
+    if isinstance(rows, str | os.PathLike):
+        return load_rows(os.fspath(rows), needs_answer=needs_answer)
+    return as_rows(rows, needs_answer=needs_answer, name=name)
 
 
 def load_prompts(

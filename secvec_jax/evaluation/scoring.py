@@ -1,6 +1,5 @@
 """Scores of a model on prompts that it should refuse, prompts that it should answer, and questions."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ from secvec_jax.checks import PositiveInt, checked
 from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import Example, encode
 from secvec_jax.data.rows import Row, full_prompt_of, response_of
-from secvec_jax.data.sources import as_rows, load_prompts, load_rows
+from secvec_jax.data.sources import load_prompts, named_or_given
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.suite import Outcomes, Suite, outcomes, scores
@@ -128,9 +127,7 @@ def _prompts(given: Any, limit: int) -> Sequence[Row]:
 
 def _rows(given: Any, needs_answer: bool = True) -> Sequence[Row]:
     empty = given is None or (isinstance(given, list | tuple) and not given)
-    if isinstance(given, str | os.PathLike):
-        return load_rows(os.fspath(given), needs_answer=needs_answer)
-    return () if empty else as_rows(given, needs_answer=needs_answer)
+    return () if empty else named_or_given(given, needs_answer)
 
 
 def _answer_tokens(model: Model, questions: Sequence[Row]) -> int:

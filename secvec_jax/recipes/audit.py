@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 from secvec_jax import config
 from secvec_jax.checks import PositiveInt, Text, checked
 from secvec_jax.data.rows import Row
-from secvec_jax.data.sources import as_rows, load_prompts, load_rows
+from secvec_jax.data.sources import load_prompts, load_rows, named_or_given
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import audit_page, audit_report, inspect_log
 from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, check_limits, task_line
@@ -187,9 +186,7 @@ def audit(
 
     def rows_of(kind: str) -> Sequence[Row] | None:
         rows = given[kind]
-        if isinstance(rows, str | os.PathLike):
-            rows = load_rows(os.fspath(rows), needs_answer=kind == "data")
-        return None if rows is None else as_rows(rows, needs_answer=kind == "data", name=kind)
+        return None if rows is None else named_or_given(rows, needs_answer=kind == "data", name=kind)
 
     asked = Asked(
         names | {"unaligned": before_alignment(before) if unaligned is None else unaligned},
