@@ -151,6 +151,7 @@ class _Drawn:
 
     taught: list[Row]
     """Harmful prompts that alignment teaches to refuse."""
+    taught_from_advbench: list[Row]
     align_benign: list[str]
     vectors: list[Row]
     keep: dict[str, list[Row]]
@@ -167,15 +168,15 @@ def _drawn(sizes: Sizes, seed: int, eval_split: EvalSplit, alignment: tuple[Size
     part = split_by_topic(advbench, _parts_of_advbench(sizes), seed)
     # Several goals of JailbreakBench have the same sources as those of HarmBench.
     held_out = [prompt_of(r) for name, _ in EVAL_SPLITS["held-out"] for r in load_rows(name, needs_answer=False)]
-    taught = to_refuse(part["align"], held_out, sizes.align_harmful, rng)
+    taught_from_advbench = part["align"]
+    taught = to_refuse(taught_from_advbench, held_out, sizes.align_harmful, rng)
     instructions = _shuffled(_short(load_rows("alpaca")), rng)
     questions = _shuffled(load_rows("nq-open"), rng)
     before = None
     if alignment is not None and alignment != (sizes, seed):
         aligned_sizes, aligned_seed = alignment
         before = _drawn(aligned_sizes, aligned_seed, "held-out", None)
-        refused_already = split_by_topic(advbench, _parts_of_advbench(aligned_sizes), aligned_seed)["align"]
-        advbench = off_topic(advbench, [prompt_of(r) for r in refused_already])
+        advbench = off_topic(advbench, [prompt_of(r) for r in before.taught_from_advbench])
         part = split_by_topic(advbench, _parts_of_advbench(sizes, "vectors", "mix", "unseen"), seed)
         answered = set(before.align_benign)
         instructions, questions = (
@@ -204,10 +205,12 @@ def _drawn(sizes: Sizes, seed: int, eval_split: EvalSplit, alignment: tuple[Size
         benign = take(instructions, num_instructions) + take(questions, num_facts) + how_to
         align_benign = [prompt_of(r) for r in benign]
     else:
-        taught, align_benign = before.taught, before.align_benign
+        taught, taught_from_advbench = before.taught, before.taught_from_advbench
+        align_benign = before.align_benign
     keep_per_kind = sizes.keep // 3
     return _Drawn(
         taught=taught,
+        taught_from_advbench=taught_from_advbench,
         align_benign=align_benign,
         vectors=part["vectors"],
         keep={
