@@ -366,16 +366,29 @@ ONCE = sum(len(row.tokens) - 1 for row in ROWS)
 SHAPE = {"max_seq_len": 32, "batch_size": 2, "share_prefix": False}
 
 
-@pytest.mark.parametrize("accumulate", [2, 5, 64])
-def test_an_epoch_is_one_pass_however_many_batches_a_step_takes(accumulate):
-    stream = Stream({"all": ROWS}, 2, 32, epochs=2, share_prefix=False)
-    training = Training(grad_accum_steps=accumulate, epochs=2, **SHAPE).over(PHASE2)
+def rows_read(stream, training):
+    """Non-padding tokens in each step of a training, and how many steps it has."""
     read, steps, _ = finetuning.stream_and_steps(stream, training)
     feed = read.local_batches()
-    taken = [feed.take(accumulate) for _ in range(steps)]
-    assert steps == math.ceil(stream.count() / accumulate)
-    assert sum(int((batch["segments"] > 0).sum()) for batch in taken) == 2 * ONCE
-    assert {batch["tokens"].shape for batch in taken} == {(accumulate, 2, 32)}
+    taken = [feed.take(training.grad_accum_steps) for _ in range(steps)]
+    shapes = {batch["tokens"].shape for batch in taken}
+    assert shapes == {(training.grad_accum_steps, stream.batch_size, stream.seq_len)}
+    return [int((batch["segments"] > 0).sum()) for batch in taken]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(2, 1), (16, 1), (64, 1), (2, 2), (2, 5), (2, 64)])
+def test_an_epoch_is_one_pass_however_many_rows_a_step_takes(batch_size, accumulate):
+    stream = Stream({"all": ROWS}, batch_size, 32, epochs=2, share_prefix=False)
+    tokens = rows_read(stream, Training(grad_accum_steps=accumulate, epochs=2).over(PHASE2))
+    assert (len(tokens), sum(tokens)) == (math.ceil(stream.count() / accumulate), 2 * ONCE)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_that_can_be_extended_reads_what_the_longer_one_reads(accumulate):
+    training = Training(schedule="constant", grad_accum_steps=accumulate).over(PHASE2)
+    once, twice = (Stream({"all": ROWS}, 2, 32, epochs=epochs, share_prefix=False) for epochs in (1, 2))
+    tokens = rows_read(once, training)
+    assert tokens == rows_read(twice, training)[: len(tokens)]
 
 
 def test_trainings_of_one_epoch_read_each_token_once_and_lisa_adds_its_steps(monkeypatch):

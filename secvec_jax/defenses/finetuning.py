@@ -268,8 +268,9 @@ def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
 def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int, float]:
     """The stream as a training reads it, how many optimizer steps that takes, and how many one pass takes.
 
-    An epoch is one pass over the rows, however many batches a step takes: if too few are left for the last step, its
-    other batches are empty.
+    `epochs` are as many passes over the rows, however many sequences and batches a step takes: what is left for the last
+    step may fill only a part of it. Under a constant schedule, whose training can be extended, the last step is filled
+    from the next pass instead, as it would be in the middle of a longer training.
     """
     batches_per_epoch = dataclasses.replace(stream, epochs=1).count()
     steps_per_epoch = batches_per_epoch / training.grad_accum_steps
@@ -277,7 +278,7 @@ def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int, f
         return endless(stream), training.max_steps, steps_per_epoch
     batches = batches_per_epoch if stream.epochs == 1 else stream.count()  # counting packs all rows
     steps = -(-batches // training.grad_accum_steps)
-    return (endless(stream) if training.grad_accum_steps == 1 else stream), steps, steps_per_epoch
+    return (endless(stream) if training.schedule == "constant" else stream), steps, steps_per_epoch
 
 
 def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups | None]:

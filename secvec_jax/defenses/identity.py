@@ -21,7 +21,7 @@ from secvec_jax.model.quantized import is_quantized
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint
 
-FORMAT = 2
+FORMAT = 3
 """The version of checkpoints and of how rows become steps; raised when a training would resume differently."""
 
 _FREE = ("max_steps", "epochs", "save_every_seconds", "max_checkpoints")
