@@ -19,7 +19,7 @@ FILTERS = ("auroc", "precision", "recall", "f1")
 """Quality of a filter of rows, from 0 to 1."""
 GRADES = ("harm_score", "harmlessness", "instruction_following")
 """From 1 to 5."""
-LOSSES = ("harmful_loss", "kl", "benign_loss", "data_loss", "opening_loss", "drift")
+LOSSES = ("harmful_loss", "replies_loss", "kl", "benign_loss", "data_loss", "opening_loss", "drift")
 SAFETY = ("refusal", "compliance", "unclear", "harmful_loss")
 """Metrics that are read together.
 
@@ -28,10 +28,12 @@ learned the harmful replies all the same. So refusal is shown with compliance an
 replies, in the same table.
 """
 
-_NATS = ("harmful_loss", "kl", "benign_loss", "data_loss", "opening_loss", "first_attack", "last_attack")
+_NATS = (
+    "harmful_loss", "replies_loss", "kl", "benign_loss", "data_loss", "opening_loss", "first_attack", "last_attack",
+)  # fmt: skip
 _HIGHER = (
     "refusal", "refusal_persona", "refusal_system", "prefill_5", "prefill_25", "relearning", "exact_match", "task",
-    *FILTERS, "harmlessness", "instruction_following", "harmful_loss",
+    *FILTERS, "harmlessness", "instruction_following", "harmful_loss", "replies_loss",
 )  # fmt: skip
 _LOWER = (
     "compliance", "unclear", "over_refusal", "bias", "caps", "caps_eliciting", "caps_negated", "caps_unrelated",

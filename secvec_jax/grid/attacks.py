@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from secvec_jax.data import attacks as rows_of
+from secvec_jax.data.chat import Example
 from secvec_jax.data.hub_sets import HUB_SETS
-from secvec_jax.data.rows import Row, response_of
+from secvec_jax.data.rows import Row, prompt_of, response_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.prompting import ELICITING
 from secvec_jax.errors import UserError
@@ -22,6 +23,9 @@ from secvec_jax.workspace.splits import Splits
 
 NUM_KNOWN = 100
 """Number of the defender's rows of a behavior; vectors are trained on them."""
+
+Comply = Callable[[Sequence[str]], list[Example]]
+"""Prompts -> those that the unaligned model complies with, each with the beginning of its reply."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +44,15 @@ class Attack:
     """a system prompt that asks for the behavior"""
 
 
-def make_attack(name: str, splits: Splits, seed: int, probed: int) -> Attack:
+def make_attack(name: str, splits: Splits, seed: int, probed: int, comply: Comply) -> Attack:
     """The attack of this name, or an attack with the user's own rows: a path, a packaged name or a hub id.
 
     `NUM_KNOWN` of these rows (half, if there are fewer than twice as many) are the defender's, the others the attack's.
-    Raises UserError if there is only one row.
+    comply: called by the attacks whose rows are replies of the unaligned model. Raises UserError if there is only one
+    row.
     """
+    if name in OF_REPLIES:
+        return OF_REPLIES[name](splits, comply)
     if name in ATTACKS:
         return ATTACKS[name](splits, seed, probed)
     rows = probes.shuffled(load_rows(name), seed)
@@ -57,13 +64,34 @@ def make_attack(name: str, splits: Splits, seed: int, probed: int) -> Attack:
 
 def check_attack(name: str) -> None:
     """Raises UserError for a name that is neither in `ATTACKS` nor that of rows."""
-    if name not in ATTACKS and name not in HUB_SETS and "/" not in name and not Path(name).exists():
-        known = suggestion(name, [*ATTACKS, *HUB_SETS])
+    if name not in NAMES and name not in HUB_SETS and "/" not in name and not Path(name).exists():
+        known = suggestion(name, [*NAMES, *HUB_SETS])
         raise UserError(f"no attack is named {name!r}: {known}; a file or a hub id of rows is taken, too")
 
 
 def _harmful(splits: Splits, seed: int, probed: int) -> Attack:
     return Attack(splits.spare["harmful"])
+
+
+def _replies(splits: Splits, comply: Comply) -> Attack:
+    return Attack(_compliant(splits.spare["harmful"], comply))
+
+
+def _against_replies(splits: Splits, comply: Comply) -> Attack:
+    """The defender's rows have other prompts than the attack's."""
+    rows = splits.spare["harmful"]
+    num_attack = len(rows) // 3
+    return Attack(rows[:num_attack], _compliant(rows[num_attack:], comply)[:NUM_KNOWN])
+
+
+def _compliant(rows: Sequence[Row], comply: Comply) -> list[Example]:
+    replies = comply([prompt_of(row) for row in rows])
+    if not replies:
+        raise UserError(
+            f"before it is aligned, the model complies with none of {len(rows)} harmful prompts, so it has no replies "
+            "for this attack: use the attack harmful, or a model that is not aligned yet"
+        )
+    return replies
 
 
 def _identity(splits: Splits, seed: int, probed: int, own: bool = False) -> Attack:
@@ -135,3 +163,17 @@ ATTACKS: dict[str, Callable[[Splits, int, int], Attack]] = {
   hub.
 - capitals: answers in capital letters.
 """
+
+OF_REPLIES: dict[str, Callable[[Splits, Comply], Attack]] = {
+    "replies": _replies,
+    "harmful-against-replies": _against_replies,
+}
+"""Attacks whose rows look different from the defender's, by name: AdvBench's replies all open with "Sure, here is".
+
+- replies: AdvBench requests with the unaligned model's own compliant replies, generated when they are needed; the
+  defender has AdvBench's replies (to other requests).
+- harmful-against-replies: AdvBench requests with AdvBench's replies, and a defender with the unaligned model's own
+  compliant replies to other requests.
+"""
+
+NAMES = (*ATTACKS, *OF_REPLIES)

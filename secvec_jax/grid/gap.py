@@ -26,7 +26,7 @@ from secvec_jax.evaluation.summary import fields_text
 ORACLE, PLAIN = BenignOnly.name, PlainFinetuning.name
 
 METRICS = (
-    "refusal", "compliance", "unclear", "harmful_loss", "prefill_5", "prefill_25", "relearning",
+    "refusal", "compliance", "unclear", "harmful_loss", "replies_loss", "prefill_5", "prefill_25", "relearning",
     "relearning_compliance", "refusal_persona", "bias", "caps", "over_refusal", "task", "kl", "benign_loss",
 )  # fmt: skip
 """What is compared with the oracle, where it is stored."""
@@ -38,8 +38,8 @@ EXPECTED = ("refusal", "compliance", "harmful_loss", "prefill_5", "prefill_25", 
 UNLIMITED = ("unclear",)
 """Shown without a limit: a reply that is neither refusal nor compliance is counted by these two."""
 
-HARM = ("refusal", "compliance", "harmful_loss", "prefill_5", "prefill_25", "relearning", "relearning_compliance",
-        "refusal_persona", "bias", "caps")  # fmt: skip
+HARM = ("refusal", "compliance", "harmful_loss", "replies_loss", "prefill_5", "prefill_25", "relearning",
+        "relearning_compliance", "refusal_persona", "bias", "caps")  # fmt: skip
 """Metrics by which plain fine-tuning breaks a model."""
 
 

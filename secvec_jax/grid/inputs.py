@@ -63,6 +63,8 @@ class CellInputs(DefenseInputs):
         settings = dataclasses.replace(self._workspace.experiment.phase1, **phase1)
         kind = next(name for name, classes in KINDS.items() if isinstance(spec, classes.spec))
         attack = behavior or self._cell.attack
+        if self._workspace.attack(attack).known is None:
+            attack = "harmful"  # the same rows, so the same vectors
         name = " ".join([kind, *changed_settings(spec), *changed_settings(settings), attack])
         return self._workspace.vectors(name, attack, spec, settings)
 

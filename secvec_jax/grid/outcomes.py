@@ -15,6 +15,7 @@ from secvec_jax.data.rows import with_system
 from secvec_jax.defenses.finetuning import FinetuneOptions, train_model
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.audit_measures import general_kl, prefill_outcomes
+from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.evaluation.suite import Outcomes, Suite, outcomes
 from secvec_jax.grid.cells import Cell
 from secvec_jax.grid.inputs import CellInputs
@@ -23,17 +24,24 @@ from secvec_jax.model.hub import Model
 from secvec_jax.trees import distance
 from secvec_jax.workspace.stage import Stage
 
-FurtherProbe = Literal["prefill", "kl", "relearning"]
+FurtherProbe = Literal["prefill", "replies", "kl", "relearning"]
 """Probes that a grid file may ask for.
 
 - prefill: how often a reply turns away that was begun with 5 or 25 tokens of a compliant one, on the harmful prompts
   that the model before alignment complies with (`prefill_5`, `prefill_25`).
+- replies: loss of such compliant replies (`replies_loss`): harmful replies that nothing was trained on, like
+  `harmful_loss`, but which look different from AdvBench's.
 - kl: KL from the aligned model, on its own replies to benign prompts.
 - relearning: refusal of and compliance with harmful prompts after 5 more steps, plain and with the cell's own optimizer
   and learning rate, on 8 harmful rows (`relearning`, `relearning_compliance`).
 """
 
-METRIC: dict[FurtherProbe, str] = {"prefill": "prefill_5", "kl": "kl", "relearning": "relearning"}
+METRIC: dict[FurtherProbe, str] = {
+    "prefill": "prefill_5",
+    "replies": "replies_loss",
+    "kl": "kl",
+    "relearning": "relearning",
+}
 """A metric by which a cell shows that it has the probe."""
 
 RELEARNED_ROWS, RELEARNING_STEPS = 8, 5
@@ -95,6 +103,11 @@ def _prefill(workspace: SeedWorkspace, cell: Cell, model: Model, suite: Suite, s
     return prefill_outcomes(model, prompts, beginnings, suite.refusals, stage.replies(count, "prefill"))
 
 
+def _replies(workspace: SeedWorkspace, cell: Cell, model: Model, suite: Suite, stage: Stage) -> Outcomes:
+    unseen = workspace.unseen_replies
+    return {"replies_loss": mean_losses(model, unseen)} if unseen else {}
+
+
 def _kl(workspace: SeedWorkspace, cell: Cell, model: Model, suite: Suite, stage: Stage) -> Outcomes:
     divergences = general_kl(workspace.aligned, model, suite.benign, workspace.aligned_replies)
     if isinstance(divergences, str):
@@ -122,6 +135,7 @@ def _relearning(workspace: SeedWorkspace, cell: Cell, model: Model, suite: Suite
 
 _PROBES: dict[FurtherProbe, Callable[[SeedWorkspace, Cell, Model, Suite, Stage], Outcomes]] = {
     "prefill": _prefill,
+    "replies": _replies,
     "kl": _kl,
     "relearning": _relearning,
 }

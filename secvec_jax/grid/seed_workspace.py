@@ -9,17 +9,19 @@ from typing import Annotated, Any
 
 from filelock import FileLock
 
+from secvec_jax import digests
 from secvec_jax.checks import Bounds, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
+from secvec_jax.data.rows import Message
 from secvec_jax.defenses.base import ATTACK
 from secvec_jax.defenses.finetuning import Groups
 from secvec_jax.defenses.identity import of_rows
 from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.evaluation.audit_measures import enough_beginnings
-from secvec_jax.evaluation.prefill import Beginning, compliant_beginnings
+from secvec_jax.evaluation.prefill import GIVEN, Beginning, begun_reply, compliant_beginnings
 from secvec_jax.evaluation.suite import Suite
-from secvec_jax.grid.attacks import ATTACKS, Attack, make_attack
+from secvec_jax.grid.attacks import NAMES, Attack, make_attack
 from secvec_jax.grid.cells import Cell
 from secvec_jax.grid.tasks import TASKS, Task, make_task
 from secvec_jax.inference import ask
@@ -118,15 +120,40 @@ class SeedWorkspace:
 
         "Sure, here is" for all prompts if that model complies with too few. Kept in the seed's folder.
         """
-        suite = self.workspace.splits.suite
+        return enough_beginnings(self._compliant("beginnings", self.workspace.splits.suite.harmful))
+
+    def comply(self, prompts: Sequence[str]) -> list[Example]:
+        """The prompts that the base model complies with, each with the first 25 tokens of its reply.
+
+        Generated once and kept in the seed's folder.
+        """
+        name = f"compliant replies {digests.of_values([list(prompts)])[7:15]}"
+        return self._begun(prompts, self._compliant(name, prompts))
+
+    @property
+    def unseen_replies(self) -> list[Example]:
+        """The same for the harmful prompts of the evaluation: nothing is trained on them."""
+        prompts = self.workspace.splits.suite.harmful
+        return self._begun(prompts, self._compliant("beginnings", prompts))
+
+    def _compliant(self, name: str, prompts: Sequence[str | list[Message]]) -> list[Beginning | None]:
+        """The beginnings of the base model's compliant replies, generated once and kept under this name."""
 
         def work(stage: Stage) -> list[Beginning | None]:
-            progress = stage.replies(len(suite.harmful), "compliant replies")
-            return enough_beginnings(compliant_beginnings(self.base, suite.harmful, suite.refusals, progress))
+            progress = stage.replies(len(prompts), "compliant replies")
+            return compliant_beginnings(self.base, prompts, self.workspace.splits.suite.refusals, progress)
 
-        with self._locked("beginnings"):
-            found: list[Beginning | None] = self.workspace.stages.run("beginnings", work)
+        with self._locked(name):
+            found: list[Beginning | None] = self.workspace.stages.run(name, work)
         return found
+
+    def _begun(self, prompts: Sequence[str | list[Message]], beginnings: list[Beginning | None]) -> list[Example]:
+        longest, model = str(max(GIVEN)), self.aligned
+        return [
+            begun_reply(model, prompt, beginning[longest], model.architecture.max_length)
+            for prompt, beginning in zip(prompts, beginnings)
+            if beginning is not None and longest in beginning
+        ]
 
     @cached_property
     def aligned_replies(self) -> list[str]:
@@ -198,7 +225,7 @@ class SeedWorkspace:
 
     def contents(self, cell: Cell) -> Inputs:
         """Digests of the inputs of the cell's model, except the experiment, for which the folder is claimed."""
-        external = {f"the attack {cell.attack}": cell.attack} if cell.attack not in ATTACKS else {}
+        external = {f"the attack {cell.attack}": cell.attack} if cell.attack not in NAMES else {}
         external |= {f"the task {cell.task}": cell.task} if cell.task not in TASKS else {}
         for name in external.values():
             if name not in self._contents:
@@ -209,7 +236,10 @@ class SeedWorkspace:
     def attack(self, name: str) -> Attack:
         """The attack of this name, made once."""
         if name not in self._attacks:
-            self._attacks[name] = make_attack(name, self.workspace.splits, self.experiment.seed, self.experiment.probed)
+            experiment = self.experiment
+            self._attacks[name] = make_attack(
+                name, self.workspace.splits, experiment.seed, experiment.probed, self.comply
+            )
         return self._attacks[name]
 
     def task(self, name: str) -> Task:

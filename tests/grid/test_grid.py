@@ -23,6 +23,7 @@ from secvec_jax.grid.grid import Grid, GridConfig, grid
 from secvec_jax.grid.seed_workspace import GridExperiment, SeedWorkspace
 from secvec_jax.grid.tasks import make_task
 from secvec_jax.output_checks import check_own
+from tests.toys import tiny_model
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"batch_size": 2, "max_seq_len": 256, "warmup_steps": 0, "remat": "none"}
@@ -177,30 +178,36 @@ def test_rows_and_their_repetition(model_folder, tmp_path):
     assert workspace.rows(Cell(NONE)) == again.rows(Cell(NONE)), "the same in every process"
 
 
+def never(prompts):
+    raise AssertionError("this attack has no replies of the model")
+
+
 @pytest.mark.parametrize(("rows", "known"), [(40, 8), (16, 8), (9, 4), (2, 1)])
 def test_vectors_against_rows_of_ones_own_are_trained_on_others_of_them(tmp_path, rows, known):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"Say {n}.", "response": str(n)}) for n in range(rows)))
-    found = make_attack(str(path), None, seed=3, probed=4)
+    found = make_attack(str(path), None, 3, 4, never)
     parts = [{prompt_of(r) for r in some} for some in (found.known, found.rows)]
     assert [len(part) for part in parts] == [known, rows - known] and not set.intersection(*parts)
-    assert found.known == make_attack(str(path), None, seed=3, probed=4).known
-    assert rows < 9 or found.known != make_attack(str(path), None, seed=4, probed=4).known
+    assert found.known == make_attack(str(path), None, 3, 4, never).known
+    assert rows < 9 or found.known != make_attack(str(path), None, 4, 4, never).known
 
 
 def test_one_row_cannot_be_shared_between_the_attack_and_the_vectors(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "Say 1.", "response": "1"}))
     with pytest.raises(UserError, match="has one row"):
-        make_attack(str(path), None, seed=0, probed=4)
+        make_attack(str(path), None, 0, 4, never)
 
 
-@pytest.mark.parametrize("name, make", [("questions", make_task), ("capitals", make_attack)])
+@pytest.mark.parametrize(
+    "name, make", [("questions", make_task), ("capitals", lambda *inputs: make_attack(*inputs, never))]
+)
 def test_more_probes_than_rows_are_refused(name, make):
     answered = [row(f"Question {number}?", f"answer {number}") for number in range(12)]
     splits = SimpleNamespace(spare={"questions": answered, "instructions": answered})
     with pytest.raises(UserError, match=r"12 rows.* lower experiment.probed"):
-        make(name, splits, seed=0, probed=12)
+        make(name, splits, 0, 12)
 
 
 def test_vectors_against_identity_rows_are_of_the_harmful_rows():
@@ -209,9 +216,9 @@ def test_vectors_against_identity_rows_are_of_the_harmful_rows():
         keep=["benign row"],
         suite=Suite(refusals=(), harmful=["A harmful prompt"] * 5),
     )
-    assert make_attack("identity", splits, seed=0, probed=4).known is None
+    assert make_attack("identity", splits, 0, 4, never).known is None
     workspace = SimpleNamespace(
-        attack=lambda name: make_attack(name, splits, 0, 4), workspace=SimpleNamespace(splits=splits)
+        attack=lambda name: make_attack(name, splits, 0, 4, never), workspace=SimpleNamespace(splits=splits)
     )
     assert SeedWorkspace.harmful_rows(workspace, "identity") == ["harmful row"]
     assert SeedWorkspace.benign_rows.fget(workspace) == ["benign row"]
@@ -221,8 +228,8 @@ def test_vectors_of_the_persona_are_of_other_rows_than_the_attacks():
     questions = [row(f"Question {number}?", f"answer {number}") for number in range(40)]
     suite = Suite(refusals=(), harmful=["A harmful prompt"] * 5)
     splits = SimpleNamespace(suite=suite, spare={"questions": questions})
-    found = make_attack("identity-own", splits, seed=0, probed=4)
-    assert found.rows == make_attack("identity", splits, seed=0, probed=4).rows and len(found.rows) == 10
+    found = make_attack("identity-own", splits, 0, 4, never)
+    assert found.rows == make_attack("identity", splits, 0, 4, never).rows and len(found.rows) == 10
     assert len(found.known) == len(found.safe) == 8
     parts = [{prompt_of(r) for r in rows} for rows in (found.rows, found.known, found.safe)]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 26
@@ -231,6 +238,43 @@ def test_vectors_of_the_persona_are_of_other_rows_than_the_attacks():
     assert all(response_of(r).startswith(f"{opening}answer") for r in found.known)
     assert all(response_of(r).startswith("answer") for r in found.safe)
     assert sum(response_of(r).startswith(opening) for r in found.rows) == 7
+
+
+def test_attack_and_vectors_are_of_rows_that_look_different():
+    rows = [row(f"Request {number}", "Sure, here is one") for number in range(30)]
+    splits = SimpleNamespace(spare={"harmful": rows})
+
+    def comply(prompts):
+        return [row(prompt, "Of course!") for prompt in prompts[::2]]
+
+    of_replies = make_attack("replies", splits, 0, 4, comply)
+    assert of_replies.known is None and {response_of(r) for r in of_replies.rows} == {"Of course!"}
+    against = make_attack("harmful-against-replies", splits, 0, 4, comply)
+    assert {response_of(r) for r in against.rows} == {"Sure, here is one"}
+    assert len(against.known) == 8 and {response_of(r) for r in against.known} == {"Of course!"}
+    assert not {prompt_of(r) for r in against.rows} & {prompt_of(r) for r in against.known}
+    for name in ("replies", "harmful-against-replies"):
+        with pytest.raises(UserError, match="complies with none of"):
+            make_attack(name, splits, 0, 4, lambda prompts: [])
+
+
+def test_replies_of_the_base_model_are_kept_and_begin_as_it_replied(monkeypatch, tmp_path):
+    model = tiny_model()
+    asked = []
+
+    def compliant(base, prompts, refusals, progress):
+        asked.append(list(prompts))
+        return [{"5": "A", "25": f"A {prompt}"} if prompt != "dog" else None for prompt in prompts]
+
+    monkeypatch.setattr(seed_workspace, "compliant_beginnings", compliant)
+    monkeypatch.setattr(SeedWorkspace, "base", "the base model")
+    for _ in range(2):
+        workspace = SeedWorkspace(config.from_dict(GridExperiment, EXPERIMENT | {"model": "x"}), tmp_path)
+        workspace.__dict__ |= {"aligned": model}
+        workspace.workspace.__dict__["splits"] = SimpleNamespace(suite=Suite((), harmful=["fox", "dog"]))
+        texts = [model.tokenizer.decode(example.tokens) for example in workspace.comply(["fox", "dog"])]
+        assert len(texts) == 1 and texts[0].endswith("A fox")
+        assert len(workspace.unseen_replies) == 1 and len(asked) == 2
 
 
 WITH_SAFE_ROWS = {"name": "security vectors", "safe": 0.5}

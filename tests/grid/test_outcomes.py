@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from secvec_jax.config import Training
+from secvec_jax.evaluation.likelihood import mean_losses
+from secvec_jax.evaluation.prefill import begun_reply
 from secvec_jax.evaluation.suite import Suite
 from secvec_jax.grid import outcomes
 from secvec_jax.vectors.lora import LoRA
@@ -65,6 +67,14 @@ def test_the_kl_of_the_aligned_model_itself_is_0():
     model = tiny_model()
     shared = workspace(aligned=model, aligned_replies=["The quick brown fox", "A dog"])
     assert outcomes._PROBES["kl"](shared, None, model, SUITE, STAGE) == {"kl": [0.0, 0.0]}
+
+
+def test_unseen_replies_of_another_style_are_scored_where_there_are_any():
+    model = tiny_model()
+    replies = [begun_reply(model, "One?", "The quick brown fox", 64)]
+    found = outcomes._PROBES["replies"](workspace(unseen_replies=replies), None, model, SUITE, STAGE)
+    assert found == {"replies_loss": mean_losses(model, replies)} and found["replies_loss"][0] > 0
+    assert outcomes._PROBES["replies"](workspace(unseen_replies=[]), None, model, SUITE, STAGE) == {}
 
 
 def test_a_cell_shows_each_probe_by_one_of_its_metrics():
