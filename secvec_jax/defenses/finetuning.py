@@ -268,9 +268,9 @@ def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
 def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int, float]:
     """The stream as a training reads it, how many optimizer steps that takes, and how many one pass takes.
 
-    `epochs` are as many passes over the rows, however many sequences and batches a step takes: what is left for the last
-    step may fill only a part of it. Under a constant schedule, whose training can be extended, the last step is filled
-    from the next pass instead, as it would be in the middle of a longer training.
+    `epochs` are as many passes over the rows, however many sequences and batches a step takes; the last step has what
+    is left. Under a constant schedule, whose training can be extended, the last step is filled from the next pass
+    instead, as it would be in the middle of a longer training.
     """
     batches_per_epoch = dataclasses.replace(stream, epochs=1).count()
     steps_per_epoch = batches_per_epoch / training.grad_accum_steps
