@@ -129,7 +129,7 @@ def _note(metrics: dict[str, float], pace: dict[str, float]) -> str:
     losses = [key for key in sorted(metrics) if key in ("loss", "kl") or "loss/" in key or key.endswith("/loss")]
     if "loss/all" in losses:  # the loss, of rows of one kind
         losses.remove("loss/all")
-    parts += [f"{key} {metrics[key]:.3f}" for key in losses]
+    parts += [f"{key} {metrics[key]:z.3f}" for key in losses]  # z: a KL of 0 may be rounded to less
     if "tokens_per_second" in pace:
         parts.append(f"{pace['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in pace:
