@@ -1,4 +1,4 @@
-"""What `train.py protect` shows and writes when it is done: the verdict, and the model's card."""
+"""What `train.py protect` shows and writes at its end: the verdict, and the model's card."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ def card(work: Work, audit: Audit, results: Results) -> str:
     name = work.folder.resolve().name
     earlier: list[Results] = []
     with contextlib.suppress(UserError):  # a run that was moved or changed is left out
-        earlier = list(history(str(work.asked.model)))[::-1]
+        earlier = list(history(str(work.request.model)))[::-1]
     root = str(earlier[0].config.get("model", "")) if earlier else work.model_name
     drift = work.facts["drift"]
     row = work.facts | {"name": name, "metrics": {"drift": {"value": drift, "n": 1, "ci95": [drift, drift]}}}
@@ -42,7 +42,7 @@ def _learned(audit: Audit) -> list[str]:
 def show(work: Work, audit: Audit, system: str | None, files: dict[str, str], as_json: bool) -> None:
     """Print the verdict: as JSON alone on standard output, or as a table and lines that begin with it.
 
-    system: the system prompt that the model is served with. files: what was written, by what it is.
+    system: the system prompt that the model is served with. files: {kind: path} of what was written.
     """
     if as_json:
         counts = {name: work.facts[name] for name in ("suspects", "dropped")}
