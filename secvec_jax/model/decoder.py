@@ -18,7 +18,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import chex
 import jax
@@ -29,25 +29,22 @@ from jax.typing import DTypeLike
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.attention import Attend, attention_path, cached_attention, self_attention
-from secvec_jax.model.attention_masks import KERNEL, softcapped
+from secvec_jax.model.attention_masks import softcapped
 from secvec_jax.model.kv_cache import KVCache, KVSegment
 from secvec_jax.model.layers import (
-    PRODUCT,
     Block,
     InputsFor,
     LayerOutput,
     Norm,
+    Remat,
     State,
     adapter_prefix_len,
     inputs_by_window,
+    rematerialized,
     stacked_blocks,
 )
 from secvec_jax.model.quantized import Precision, precision_of, with_precision
 from secvec_jax.sharding import LogicalAxes, constrain
-
-Remat = Literal["none", "dots", "attention", "full"]
-"""What the backward pass recomputes: nothing; all but the outputs of projections and attention; all but the outputs of
-attention; the whole layer."""
 
 _POSITION_OFFSET = 2
 """Learned positions start at this row of their table, as in OPT, where the first two rows are unused."""
@@ -252,7 +249,7 @@ class Decoder(nnx.Module):
 
         windowed = self.architecture.windowed
         stacked = (self.layers, adapters, cached, None if windowed is None else jnp.asarray(windowed))
-        x, outputs = jax.lax.scan(_rematerialized(layer, remat), x, stacked)
+        x, outputs = jax.lax.scan(rematerialized(layer, remat), x, stacked)
         return self.final_norm(x), outputs
 
     def _loop(
@@ -318,14 +315,6 @@ def _checked_inputs(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     chex.assert_equal_shape([tokens, segments, positions])
     return segments, positions
-
-
-def _rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    if remat == "none":
-        return layer
-    kept = {"dots": (PRODUCT, KERNEL), "attention": (KERNEL,), "full": ()}[remat]
-    policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def abstract_decoder(architecture: Architecture, precision: Precision = "float32") -> Decoder:

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture, rope_frequencies
 from secvec_jax.model.attention import Attend, rotate
+from secvec_jax.model.attention_masks import KERNEL
 from secvec_jax.model.kv_cache import KVSegment
 from secvec_jax.model.quantized import QuantizedKernel, weight_of
 from secvec_jax.sharding import LogicalAxes, all_gather, constrain
@@ -30,6 +31,10 @@ the residual stream after the layer."""
 
 PRODUCT = "product"
 """The name by which remat policies recognize the output of a projection, to keep it for the backward pass."""
+
+Remat = Literal["none", "dots", "attention", "full"]
+"""What the backward pass recomputes: nothing; all but the outputs of projections and attention; all but the outputs of
+attention; the whole layer."""
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -235,6 +240,15 @@ def stacked_blocks(architecture: Architecture, rngs: nnx.Rngs) -> Block:
         axes: LogicalAxes = variable.get_metadata("axes")
         variable.set_metadata(axes=("layers", *axes))
     return blocks
+
+
+def rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """The function of a layer, with a backward pass that recomputes what `remat` says."""
+    if remat == "none":
+        return layer
+    kept = {"dots": (PRODUCT, KERNEL), "attention": (KERNEL,), "full": ()}[remat]
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def adapter_prefixes(adapters: tuple[Adapter, ...], dtype: DTypeLike) -> list[KVSegment]:

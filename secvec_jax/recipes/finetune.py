@@ -111,7 +111,7 @@ class Finetune:
         check_watched(self.training, validates=self.eval_data is not None or self.eval_fraction > 0)
 
     def default_preset(self) -> str | None:
-        """The preset to take where none is named (see `preset_choice`)."""
+        """The default preset (see `preset_choice`)."""
         return preset_choice.default_preset(self, "finetune")
 
     @property

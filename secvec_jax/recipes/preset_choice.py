@@ -1,4 +1,4 @@
-"""Which preset a training takes where none is named: by the model's size, the devices and their memory.
+"""The default preset of a training, by the model's size, the devices and their memory.
 
 If the devices' memory is unknown, or no preset fits, the defaults apply. For small models on a CPU, as in the
 quickstart, these are the settings of their preset.

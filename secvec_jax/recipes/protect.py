@@ -30,7 +30,6 @@ from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import Precision
 from secvec_jax.presets import preset_field, section_of
 from secvec_jax.recipes import preset_choice, protect_report
-from secvec_jax.recipes.audit import results_of, write_report
 from secvec_jax.recipes.audit_stages import try_judge
 from secvec_jax.recipes.defend import sources_of
 from secvec_jax.recipes.precision import ARGUMENTS, check_loaded_precision, check_precision_settings, training_precision
@@ -46,7 +45,7 @@ from secvec_jax.workspace.inputs import check_there, packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS
 from secvec_jax.workspace.runs import Run, scoring_inputs
 from secvec_jax.workspace.splits import sources
-from secvec_jax.workspace.stages import Stages, release, write
+from secvec_jax.workspace.stages import Stages, release
 
 _SAME = (
     "drop", "eval_fraction", "task_lora", "frozen_weights", "training", "system", "limits", "max_prompts",
@@ -161,7 +160,7 @@ class Protect:
         return {} if values.get("task_lora") is None else {"training": PHASE2_LORA}
 
     def default_preset(self) -> str | None:
-        """The preset to take where none is named (see `preset_choice`)."""
+        """The default preset (see `preset_choice`)."""
         return preset_choice.default_preset(self, "protect")
 
 
@@ -217,17 +216,9 @@ def protect_run(settings: Protect, command: str) -> int:
     if (preset := preset_choice.line(settings.preset)) is not None:
         run.stages.console.print(preset)
     done = _run(work)
-    results = results_of(done.audit, settings, command, run.stages.seconds)
-    rows_with_facts = [row | (work.facts if row["name"] == "after" else {}) for row in results.rows]
-    results = dataclasses.replace(results, rows=rows_with_facts)
-    write_report(done.audit, results, run.folder)
-    on_main_process(lambda: write(run.folder / "model" / "README.md", protect_report.card(work, done.audit, results)))
+    files = protect_report.write(work, done.audit, settings, command)
     if settings.training.schedule != "constant":  # else the training can be extended from its last checkpoint
         on_main_process(lambda: shutil.rmtree(run.folder / "checkpoints", ignore_errors=True))
-    files = {"model": str(run.folder / "model"), "report": str(run.folder / "report.html")}
-    if settings.inspect is not None:
-        log = files["inspect"] = settings.inspect
-        on_main_process(lambda: inspect_log.write_log(done.audit, log, settings.keep_replies, command))
     protect_report.show(work, done.audit, done.system, files, settings.json)
     release(run.folder)
     return done.audit.exit_code
@@ -335,11 +326,8 @@ def _check_defense(defense: Defense, given: Sequence[Need], named: Callable[[str
     check_given(defense, [*others, *shared], [*CONTENTS, "harmful rows", "benign rows"], named)
 
 
-# ---------------------------------------------------------------------------------------------- the stages
-
-
-class _Done(NamedTuple):
-    """What the stages have made, besides the files of the model; as in `Protected`."""
+class _StageResults(NamedTuple):
+    """The results of the stages besides the model's files; the fields are as in `Protected`."""
 
     audit: Audit
     screening: Screening
@@ -347,7 +335,7 @@ class _Done(NamedTuple):
     system: str | None
 
 
-def _run(work: Work) -> _Done:
+def _run(work: Work) -> _StageResults:
     """All stages, in order."""
     if work.request.judge is not None:
         try_judge(work.request.judge, work.stages)
@@ -357,4 +345,4 @@ def _run(work: Work) -> _Done:
     rows = divide(work, screening)
     system = fine_tune(work, vectors, rows)
     audit = audit_export(work, rows.held_out, system)
-    return _Done(dataclasses.replace(audit, notes=(*work.notes, *audit.notes)), screening, vectors, system)
+    return _StageResults(dataclasses.replace(audit, notes=(*work.notes, *audit.notes)), screening, vectors, system)

@@ -92,7 +92,7 @@ class Vectors:
             raise SettingError(f"phase1.{name}", f"{problem}: leave it out, or choose that one")
 
     def default_preset(self) -> str | None:
-        """The preset to take where none is named (see `preset_choice`)."""
+        """The default preset (see `preset_choice`)."""
         return preset_choice.default_preset(self, "vectors")
 
     @property

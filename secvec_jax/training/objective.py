@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
 from secvec_jax.model.adapter import as_adapters
-from secvec_jax.model.decoder import Decoder, ForwardOptions, Remat
+from secvec_jax.model.decoder import Decoder, ForwardOptions
+from secvec_jax.model.layers import Remat
 from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
 
 LEARN, KEEP = "learn", "keep"
