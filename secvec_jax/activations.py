@@ -1,4 +1,4 @@
-"""Hidden states of a model for those who study it: means of the residual stream, and drift of attention's outputs.
+"""Hidden states of a model, for interpretability: means of the residual stream, and drift of attention's outputs.
 
 Layers are counted from 0. The residual state of layer l is the stream after it, which transformers returns as
 `hidden_states[l + 1]`. Everything is computed and returned in float32, in one forward pass per example and model.
@@ -52,7 +52,8 @@ def attention_difference(model: Model, reference: Model, examples: Sequence[Exam
 
 
 def layer_mask(model: Model, layers: Sequence[int] | None) -> np.ndarray:
-    """A mask over layers, `[L]` of 0 and 1, float32. layers: the chosen ones, None for all; UserError for others."""
+    """A mask over layers, `[L]` of 0 and 1, float32. layers: the chosen ones; None: all. Raises UserError for
+    others."""
     count = model.architecture.num_layers
     mask = np.zeros(count, np.float32)
     for layer in range(count) if layers is None else layers:

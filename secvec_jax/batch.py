@@ -23,9 +23,10 @@ SHARED = -1
 
 
 def check_token_ids(tokens: Any, vocab_size: int, where: str) -> None:
-    """Raises UserError if token ids, `where` they are from, are outside an embedding table of `vocab_size` rows.
+    """Raises UserError for token ids outside an embedding table of `vocab_size` rows. where: their source, for the
+    error.
 
-    JAX would clamp them to the last row in silence.
+    JAX would silently clamp them to the last row.
     """
     tokens = np.asarray(tokens)
     outside = tokens[(tokens < 0) | (tokens >= vocab_size)]

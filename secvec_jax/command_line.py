@@ -122,7 +122,7 @@ def main(
         if is_clustered() and (lost := lost_process()) is not None:  # the error is only how JAX noticed
             return _fail(lost)
         if system_error(error) is not None:
-            return _fail(_of_the_system(error))
+            return _fail(_system_error_line(error))
         if _is_out_of_memory(error):
             return _fail(f"out of memory ({error}): {_SMALLER}")
         raise
@@ -145,7 +145,7 @@ def _stopped() -> int:
     return INTERRUPTED
 
 
-class _Shown(logging.Handler):
+class _ScreenHandler(logging.Handler):
     """Shows the package's log messages on the screen, warnings marked as such."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -156,14 +156,14 @@ class _Shown(logging.Handler):
 def _show_log() -> None:
     log = logging.getLogger("secvec_jax")
     log.setLevel(logging.INFO)
-    log.addHandler(_Shown())
+    log.addHandler(_ScreenHandler())
     log.propagate = False  # else other packages' handlers would show it again
     # Orbax and its tasks log the traceback of an error before it is raised here.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(lambda record: not record.exc_info)
 
 
-def _of_the_system(error: Exception) -> str:
+def _system_error_line(error: Exception) -> str:
     """A line for an error of the system, such as a full disk, with the file that it is about, if that is known."""
     name = getattr(error, "filename", None)
     about = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
@@ -171,7 +171,7 @@ def _of_the_system(error: Exception) -> str:
 
 
 def _fail(message: str, notes: Sequence[str] = ()) -> int:
-    """Report an error in one line, after the notes that it has, and return the exit code."""
+    """Report an error in one line, after its notes, and return the exit code."""
     line = redact(one_line(message))
     begin_ending()
     with contextlib.suppress(OSError):  # the exit code still says so where no line can be written
@@ -193,7 +193,7 @@ def _refuse_credentials(arguments: Sequence[str]) -> None:
 
 
 def _verb_of(description: str, verbs: Verbs, arguments: list[str], elsewhere: Mapping[str, str]) -> str:
-    """The verb that the arguments begin with. Raises UserError if they do not, and SystemExit after --help."""
+    """The verb that the arguments begin with. Raises UserError without a known one, and SystemExit after --help."""
     program = " ".join(typed_command())
     width = max(map(len, verbs))
     listed = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in verbs.items())

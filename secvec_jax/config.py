@@ -174,13 +174,13 @@ def from_dict(kind: type[Settings], values: Any, where: str = "config", default:
     defaults = defaults_of(kind) | implied_by(kind, values)
     if type(default) is kind:
         defaults |= {name: getattr(default, name) for name in hints}
-    given = {name: value for name, value in defaults.items() if name in hints}
+    arguments = {name: value for name, value in defaults.items() if name in hints}
     for key, value in values.items():
         if key not in hints:
             raise UserError(f"{where}: unknown key {key!r}: {suggestion(key, hints)}")
-        given[key] = _made(hints[key], value, f"{prefix}{key}", defaults.get(key))
+        arguments[key] = _with_settings(hints[key], value, f"{prefix}{key}", defaults.get(key))
     try:
-        return kind(**arguments_of(kind, given, hints))
+        return kind(**arguments_of(kind, arguments, hints))
     except SettingError as error:
         raise SettingError(f"{prefix}{error.name}", error.problem) from None
     except UserError as error:
@@ -188,20 +188,20 @@ def from_dict(kind: type[Settings], values: Any, where: str = "config", default:
 
 
 def settings_class(hint: Any) -> type | None:
-    """The settings dataclass that a declared type is, alone or as `LoRA | None`; None for other types."""
+    """The settings dataclass of a declared type such as `LoRA` or `LoRA | None`; None for other types."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     classes = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
     return classes[0] if len(classes) == 1 else None
 
 
-def _made(hint: Any, value: Any, where: str, default: Any) -> Any:
+def _with_settings(hint: Any, value: Any, where: str, default: Any) -> Any:
     """The value with settings dataclasses in place of mappings; everything else is left for `checks.check`."""
     nested = settings_class(hint)
     if nested is not None and (value is not None or hint is nested):
         return from_dict(nested, value, where, default)
     if typing.get_origin(hint) in (tuple, list) and isinstance(value, list | tuple):
         item = typing.get_args(hint)[0]
-        return [_made(item, each, f"{where}[{index}]", None) for index, each in enumerate(value)]
+        return [_with_settings(item, each, f"{where}[{index}]", None) for index, each in enumerate(value)]
     return value
 
 
@@ -212,7 +212,7 @@ def load(kind: type[Settings], path: str | Path) -> Settings:
 
 def read(path: str | Path) -> Any:
     """The content of a YAML file; an empty file is an empty mapping. Raises UserError if it cannot be read."""
-    check_regular(path, max_bytes=_MOST_BYTES)
+    check_regular(path, max_bytes=_MAX_BYTES)
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except OSError as error:
@@ -221,20 +221,20 @@ def read(path: str | Path) -> Any:
         raise UserError(f"{path} is not UTF-8 text: check --config") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]})") from error
-    except (ValueError, TypeError, OverflowError) as error:  # a date or a number that there is not
+    except (ValueError, TypeError, OverflowError) as error:  # a date or a number that does not exist
         raise UserError(f"{path} has a value that is not valid YAML ({error})") from error
     _check_size(values, str(path))
     return {} if values is None else values
 
 
-_MOST_BYTES = 2**20
-"""Of a YAML file, of which PyYAML reads some 100 kB a second, comments and empty lines included."""
-_MOST_VALUES = 100_000
-"""Values of a YAML file, each counted as often as aliases repeat it; grids have some thousand."""
-_DEEPEST = 40
-"""Levels of a YAML file."""
-_MOST_BITS = 1024
-"""Of a whole number, which covers every float."""
+_MAX_BYTES = 2**20
+"""Limit for a YAML file: PyYAML reads about 100 kB per second, comments and empty lines included."""
+_MAX_VALUES = 100_000
+"""Limit for the values of a YAML file, counted as often as aliases repeat them; grids have a few thousand."""
+_MAX_DEPTH = 40
+"""Limit for the nesting of a YAML file, in levels."""
+_MAX_BITS = 1024
+"""Limit for a whole number, in bits; no float has more."""
 
 
 def _check_size(values: Any, path: str) -> None:
@@ -243,7 +243,7 @@ def _check_size(values: Any, path: str) -> None:
     begun: set[int] = set()
 
     def count(value: Any) -> int:
-        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
             raise UserError(f"{path} has a whole number of {value.bit_length():,} bits: no setting takes such a number")
         if not isinstance(value, dict | list):
             return 1
@@ -254,8 +254,8 @@ def _check_size(values: Any, path: str) -> None:
             counts[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
         return counts[id(value)]
 
-    if count(values) > _MOST_VALUES:
-        raise UserError(f"{path} has more than {_MOST_VALUES:,} values with aliases expanded: settings have fewer")
+    if count(values) > _MAX_VALUES:
+        raise UserError(f"{path} has more than {_MAX_VALUES:,} values with aliases expanded: settings have fewer")
 
 
 class Loader(yaml.SafeLoader):
@@ -264,8 +264,8 @@ class Loader(yaml.SafeLoader):
     _level = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self._level > _DEEPEST:  # before thousands of levels take seconds and then the stack
-            raise yaml.composer.ComposerError(None, None, f"it is nested deeper than {_DEEPEST} levels")
+        if self._level > _MAX_DEPTH:  # before thousands of levels take seconds and then the stack
+            raise yaml.composer.ComposerError(None, None, f"it is nested deeper than {_MAX_DEPTH} levels")
         self._level += 1
         try:
             return super().compose_node(parent, index)

@@ -148,7 +148,8 @@ def report_failure(line: str, *, interrupted: bool = False) -> None:
 
 
 def lost_process(seconds: float = 3.0) -> str | None:
-    """Return the line that says which process of the cluster was lost, waiting so long for it; None if none was."""
+    """Return the line that names the lost process of the cluster, waiting for it up to `seconds`; None if none is
+    lost."""
     return None if _rendezvous is None else _rendezvous.loss(seconds)
 
 

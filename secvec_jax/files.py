@@ -1,7 +1,7 @@
 """Checks of files before they are opened, atomic writes of files and folders, and locks on folders.
 
-What is being written has a hidden name next to its target, such as `.model.unfinished-k3x9a_2q`, and is locked as long
-as its process lives: those that a killed process has left are known by being unlocked.
+Unfinished files have a hidden name next to their target, such as `.model.unfinished-k3x9a_2q`, and are locked while
+their process lives: unlocked ones were left by killed processes.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ def expanded(path: str | os.PathLike) -> Path:
 def check_regular(path: str | os.PathLike, max_bytes: int | None = None) -> None:
     """Raise UserError if anything but a regular file is at `path`, or one of more than `max_bytes`.
 
-    Opening a FIFO would block, and reading a device would never end. A path where nothing is passes: whoever opens it
-    knows what is missing.
+    Opening a FIFO would block, and reading a device would never end. A missing file passes: the code that opens it
+    reports it.
     """
     try:
         status = os.stat(path)
@@ -69,26 +69,26 @@ def check_no_url(path: str | os.PathLike) -> None:
 
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/")
-"""A URL, or what `Path` makes of it."""
+"""A URL, or `Path` of one."""
 
 
 def resolved(path: str | os.PathLike) -> Path:
-    """The path without links and `..`. Raises UserError if links lead in a circle, or if no path can be so."""
+    """The path without links and `..`. Raises UserError for circular links and invalid paths."""
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} is not a path that can be read or written ({error})") from error
 
 
-def read_kept(path: Path, cure: str) -> Any:
-    """The JSON that a run keeps in a file. Raises UserError, which ends with the cure, if it cannot be read."""
+def read_kept(path: Path, fix: str) -> Any:
+    """The JSON in a file of a run. Raises UserError, which ends with `fix`, if it cannot be read."""
     check_regular(path, max_bytes=_KEPT_BYTES)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): {cure}") from error
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {fix}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): {cure}") from error
+        raise UserError(f"{path} is damaged ({error}): {fix}") from error
 
 
 _KEPT_BYTES = 2**30
@@ -214,14 +214,14 @@ def writing(target: Path) -> Iterator[None]:
         cause = system_error(error)
         if cause is None or isinstance(error, UserError):
             raise
-        cure = f": {_CURE}" if cause in _FULL else ""
-        raise WriteError(f"cannot write {target} ({cause}){cure}") from error
+        fix = f": {_FIX}" if cause in _FULL else ""
+        raise WriteError(f"cannot write {target} ({cause}){fix}") from error
 
 
 def system_error(error: BaseException) -> str | None:
     """The system's words for an error, such as "No space left on device"; None for an error of another kind.
 
-    That a disk is full is also known from the texts of libraries that have exceptions of their own, and from causes.
+    A full disk is also recognized by the messages of libraries with their own exceptions, and by an error's causes.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)
@@ -235,7 +235,7 @@ def system_error(error: BaseException) -> str | None:
 
 
 _FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-_CURE = "free some space and rerun the same command; what was written before is kept"
+_FIX = "free some space and rerun the same command; what was written before is kept"
 
 _UNFINISHED, _OLD, _REPLACED = "unfinished-", "replaced-", "it"
 _LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(?P<kind>{_UNFINISHED}|{_OLD})[a-z0-9_]{{8}}")
@@ -253,8 +253,8 @@ def clear_unfinished(folder: Path, name: str | None = None, within: Iterable[str
 
     A folder that was being replaced, and whose successor had not taken its place, is put back.
     """
-    found = list(folder.glob(f".{glob.escape(name)}.*" if name is not None else ".*"))
-    for path in found + [path for pattern in within for part in folder.glob(pattern) for path in part.rglob(".*")]:
+    candidates = list(folder.glob(f".{glob.escape(name)}.*" if name is not None else ".*"))
+    for path in candidates + [path for pattern in within for part in folder.glob(pattern) for path in part.rglob(".*")]:
         match = _LEFTOVER.fullmatch(path.name)
         if match is None or (name is not None and match["name"] != name):
             continue
@@ -275,7 +275,7 @@ def _temporary_folder(target: Path, kind: str) -> Iterator[Path]:
         yield folder
     finally:
         os.close(handle)
-        if kind != _OLD or target.exists():  # else it holds the only copy
+        if kind != _OLD or target.exists():  # else it is the only copy
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -285,7 +285,7 @@ def _temporary(target: Path, kind: str, make: Callable[..., str]) -> tuple[Path,
         path = Path(make(prefix=f".{target.name}.{kind}", dir=target.parent))
         try:
             handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # another process took it for a leftover before it was locked
+        except FileNotFoundError:  # another process deleted it as a leftover before it was locked
             continue
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -328,12 +328,12 @@ def lock(folder: str | os.PathLike) -> Any:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     check_regular(folder / LOCK)
-    held = FileLock(folder / LOCK, timeout=0, is_singleton=True, thread_local=False)
+    folder_lock = FileLock(folder / LOCK, timeout=0, is_singleton=True, thread_local=False)
     try:
-        held.acquire()
+        folder_lock.acquire()
     except Timeout:
         raise UserError(f"another process is using {folder}: wait for it to finish, or use another folder") from None
-    return held
+    return folder_lock
 
 
 LOCK = "run.lock"

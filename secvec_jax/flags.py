@@ -35,7 +35,7 @@ REQUIRED = dataclasses.MISSING
 
 @dataclasses.dataclass(frozen=True)
 class Variants:
-    """Settings of the chosen one; each belongs to those that its help names.
+    """Settings of the choice above; each applies to the choices that its help names.
 
     classes: the settings of each choice, by its name. listing: the text that describes them all, which the flag shows
     without a value, or with the value list.
@@ -130,7 +130,7 @@ def _groups(settings: type, default: Any, path: tuple[str, ...]) -> Iterator[Gro
             nested_groups.append(Group(here, Variants, tuple(_variant_flags(variants, here))))
             continue
         nested = settings_class(hint)
-        if nested is not hint:  # a value, or settings that may be left out and have a separate switch
+        if nested is not hint:  # a value, or optional settings, which have a separate switch
             name = None if field.metadata.get("positional") else _flag(here)
             listing = field.metadata.get("listing")
             flags.append(Flag(here, name, hint, value, help_of(settings, field.name), listing))
@@ -142,7 +142,7 @@ def _groups(settings: type, default: Any, path: tuple[str, ...]) -> Iterator[Gro
 
 
 def _variant_flags(variants: Variants, path: tuple[str, ...]) -> Iterator[Flag]:
-    """A flag for each setting that any of the classes has; its help names them, with their defaults."""
+    """A flag for each setting that any of the classes has; its help names these classes, with their defaults."""
     hints: dict[str, Any] = {}
     meanings: dict[str, dict[str, list[str]]] = {}
     for name, settings in variants.classes.items():
@@ -326,9 +326,9 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def spelled_out(settings: type, values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Values from a file as flags merge with them: a choice that is written as its name alone becomes {"name": NAME}.
+    """Values from a file in the form that flags are merged with: a choice given as a name becomes {"name": NAME}.
 
-    If the flags name another choice, the file's settings of its own are left out.
+    If the flags name another choice, the settings of the file's choice are left out.
     """
     spelled = dict(values)
     for field in dataclasses.fields(settings):

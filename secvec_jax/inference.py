@@ -1,6 +1,6 @@
 """Using a model: `generate` replies to prompts through its chat template, and `logits`, the plain forward pass.
 
-Vectors are off unless they are passed: phase 3 of the method is to leave the argument out.
+Vectors are off unless they are passed; phase 3 of the method is generation without them.
 """
 
 import os
@@ -110,7 +110,7 @@ def ask(
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Greedy replies that are to be scored, thoughts included (see `turns.answer_of`); arguments are as in `generate`.
+    """Greedy replies for scoring, including reasoning (see `turns.answer_of`); arguments are as in `generate`.
 
     If the chat template writes an empty thought into every answer, its tokens do not count toward `max_new_tokens`. If
     it begins a thought in the prompt, the reply starts with that mark, so that thought and answer can be separated.
@@ -154,7 +154,7 @@ _COLDEST = 1e-4
 
 
 def as_model(model: Any, frozen_weights: Precision = "float32") -> Model:
-    """The model itself, or the one that a name, folder or hub id names (`sv.load`), its weights held as asked.
+    """The model itself, or the one that a name, folder or hub id names (`sv.load`), in this precision.
 
     Raises UserError for all else.
     """
@@ -172,7 +172,7 @@ def check_model(name: str, model: Any) -> None:
 
 
 def check_not_loaded(frozen_weights: Precision | None, model: Model) -> None:
-    """Raise UserError if `frozen_weights`, which is for models that a call loads, is given beside a loaded model."""
+    """Raise UserError if `frozen_weights`, which is for models that a call loads, is given with a loaded model."""
     if frozen_weights is not None:
         raise UserError(
             f"frozen_weights={frozen_weights!r} is for a model that is loaded here, and {model.name!r} is loaded "
@@ -201,7 +201,7 @@ def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapt
 
 
 def check_once(adapter: Any, model: Model) -> None:
-    """Raise UserError for the task LoRA that is merged into the model's weights, where it would act twice."""
+    """Raise UserError for the task LoRA that is already merged into the model's weights, as it would act twice."""
     if adapter is not None and adapter is model.adapter:
         raise UserError(
             f"this task LoRA is merged into the weights of {model.name!r} already, and would act twice: leave it out, "
@@ -286,11 +286,11 @@ def _logits(decoder, tokens, adapters, *, dtype):
 
 
 def frozen_precision(asked: Precision | None = None) -> Precision:
-    """What the weights of a model are held in that is used and not trained: as asked, else bfloat16 on accelerators,
-    which compute in it anyway, and float32 on CPU."""
+    """The precision of weights that are not trained: `asked`, else bfloat16 on accelerators, which compute in it
+    anyway, and float32 on CPU."""
     return asked or ("float32" if platform() == "cpu" else "bfloat16")
 
 
 def compute_dtype() -> DTypeLike:
-    """What forward passes compute in: bfloat16 on accelerators, float32 on CPU."""
+    """The dtype of forward passes: bfloat16 on accelerators, float32 on CPU."""
     return jnp.float32 if platform() == "cpu" else jnp.bfloat16

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 Result = TypeVar("Result")
 
 _TICK = 0.1
-"""Seconds between two looks at the time and the memory."""
+"""Seconds between two checks of the time and the memory."""
 _OPERATION = 2**31
 """Bytes that a single operation may allocate."""
 _PAGE = resource.getpagesize()
@@ -25,12 +25,12 @@ class LimitExceeded(Exception):
 
 
 def run_limited(run: Callable[[], Result], seconds: float, memory: int) -> Result:
-    """The result of Python code that may take at most so much wall time and so many bytes of memory.
+    """The result of Python code with limits on its wall time and on the bytes of memory by which the process may grow.
 
-    A signal looks at both every tenth of a second, between two operations of the interpreter. What a single operation
-    allocates is limited by the operating system, on Linux: the process, with all its threads, may map `_OPERATION`
-    bytes more meanwhile, but not within `unlimited_address_space`. There is no limit in threads other than the main
-    one, where Python handles no signals. memory: by which the process may grow.
+    A signal handler checks both every tenth of a second, between two operations of the interpreter. What a single
+    operation allocates is limited by the operating system, on Linux: the process, with all its threads, may map
+    `_OPERATION` bytes more meanwhile, but not within `unlimited_address_space`. There is no limit in threads other than
+    the main one, where Python handles no signals.
 
     Raises LimitExceeded. The timer and the address space are then what they were before.
     """
@@ -67,7 +67,7 @@ def run_limited(run: Callable[[], Result], seconds: float, memory: int) -> Resul
 def unlimited_address_space() -> Iterator[None]:
     """Do not limit the address space in `run_limited` while this block runs, where other threads allocate.
 
-    For blocks in which XLA computes while Python goes on: an allocation of a step would fail at a limit that is meant
+    For blocks in which XLA computes while Python continues: an allocation of a step would fail at a limit that is meant
     for a template. Training reads only rows that were rendered once before it, with the limit.
     """
     global _allocating

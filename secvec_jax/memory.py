@@ -1,4 +1,4 @@
-"""Memory of the host that a run has freed."""
+"""Return freed memory of the host to the operating system."""
 
 import ctypes
 import functools
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 
 def return_freed_memory() -> None:
-    """Give memory that was freed back to the operating system, where the C library is one that keeps it (glibc).
+    """Return freed memory to the operating system, with a C library that keeps it (glibc).
 
-    It keeps what training on a CPU frees in parts, gigabytes, and the next stage's memory comes on top.
+    It keeps gigabytes that training on a CPU frees, and the next stage's memory would come on top.
     """
     _trim()(0)
 

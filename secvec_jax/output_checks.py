@@ -1,4 +1,4 @@
-"""Checks, before anything is written, that nothing of others is replaced, deleted or mixed with."""
+"""Checks, before anything is written, that no other files are replaced, deleted or mixed with the output."""
 
 import fnmatch
 import os
@@ -33,9 +33,9 @@ def check_replaceable(target: Path, mark: str | None = None, holds: Sequence[str
 
 
 def check_own(folder: Path, marks: Iterable[str]) -> None:
-    """Raise UserError if a folder has contents, but none of the marks that its owner leaves in it.
+    """Raise UserError if a folder has contents that this library did not write: none of the `marks`.
 
-    marks: names of files or folders. What killed processes have left unfinished does not count as contents.
+    marks: names of files or folders. Unfinished files of killed processes do not count as contents.
     """
     if not folder.is_dir() or any((folder / mark).exists() for mark in marks):
         return
@@ -49,7 +49,7 @@ def check_own(folder: Path, marks: Iterable[str]) -> None:
 def check_separate(output: str | os.PathLike, flag: str, inputs: Mapping[str, str | os.PathLike]) -> None:
     """Raise UserError if a file that is to be written is one of the inputs, or is inside one.
 
-    flag: the one that names the output. inputs: flag -> path; a path where nothing is cannot be overwritten.
+    flag: that of the output. inputs: flag -> path; missing paths are ignored.
     """
     target = resolved(output)
     for name, path in inputs.items():

@@ -20,17 +20,17 @@ FOLDER = Path(__file__).parent / "preset_files"
 """A link to configs/presets, so that an installed package has them, too."""
 
 NONE = "none"
-"""In place of a name: no preset, not even the one that fits."""
+"""The value for no preset, not even the default one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """Settings for models of some size on some hardware.
 
-    parameters: from and to how many. devices: of the mesh. memory_gib: what a step takes of a device, by phase,
+    parameters: the range of their number. devices: of the mesh. memory_gib: the memory of a step per device, by phase,
     as `train.py plan --preset NAME --phase PHASE` reports it for `model` with sequences of 2048 tokens; without it, the
-    preset is taken by name only. topology: what `plan` compiles for. vectors, finetune, align, protect: the
-    settings of these verbs, as in a config file; empty: the preset is not for the verb.
+    preset is taken by name only. topology: what `plan` compiles for. vectors, finetune, align, protect: the settings of
+    these verbs, as in a config file; empty: the preset is not for the verb.
     """
 
     summary: Text
@@ -47,7 +47,7 @@ class Preset:
     protect: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def fits_size(self, parameters: int) -> bool:
-        """Whether it is for models of so many parameters."""
+        """Whether it is for models with this number of parameters."""
         low, high = self.parameters
         return low <= parameters <= high
 
@@ -60,7 +60,7 @@ def presets() -> dict[str, Preset]:
 
 
 def largest(preset: Preset) -> float:
-    """The memory that its larger phase takes of a device, in GiB; 0 if it was not compiled."""
+    """The memory per device of the phase that takes the most, in GiB; 0 if it was not compiled."""
     return max(preset.memory_gib.values(), default=0.0)
 
 
@@ -97,11 +97,12 @@ def holds(settings: Any) -> bool:
 
 
 Section = Callable[[Preset, Mapping[str, Any]], Mapping[str, Any]]
-"""What a verb takes of a preset, given the settings that flags and a config file have."""
+"""The settings that a verb takes from a preset, given those of flags and the config file."""
 
 
 def section_of(verb: str, on_topology: bool = False) -> Section:
-    """What the verb takes of a preset. Raises UserError if the preset has nothing for it, and names those that do.
+    """The settings that a verb takes from a preset. Raises UserError, which names others, if the preset has none for
+    it.
 
     on_topology: name only presets of devices that `plan` compiles for.
     """

@@ -1,15 +1,15 @@
-"""Text of others made safe to show: on a terminal, in Markdown and in plots.
+"""Make untrusted text safe to show: on a terminal, in Markdown and in plots.
 
-Rows, replies of models and judges, names of files and values in other people's YAML and JSON are text that somebody
-else wrote. A terminal obeys the escape sequences in it, a viewer of Markdown its links and HTML, rich its markup. These
-functions are the only ones that decide what is shown of such text: `printable` for terminals (used by `UserError`, by
-`terminal.Console` and by the log handler), and `markdown`, `code` and `fenced` for reports and model cards.
+Rows, replies of models and judges, file names and values in other people's YAML and JSON are untrusted text. A terminal
+obeys escape sequences in it, a Markdown viewer links and HTML, rich its markup. These functions are the only ones that
+decide what is shown of such text: `printable` for terminals (used by `UserError`, by `terminal.Console` and by the log
+handler), and `markdown`, `code` and `fenced` for reports and model cards.
 """
 
 import re
 
 LONGEST_MESSAGE = 1_000
-"""Characters of a message; what is longer is cut in the middle."""
+"""Limit for a message in characters; longer ones are cut in the middle."""
 
 _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # controls, among them the escape that begins a terminal's sequences

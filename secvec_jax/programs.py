@@ -12,14 +12,14 @@ _EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
-"""What JAX reports of tracing, lowering, and compiling or reading from the compilation cache."""
+"""JAX's events for tracing, lowering, and compiling or reading from the compilation cache."""
 
 _SHARE = 0.75
-"""Of the memory maps that Linux grants a process."""
+"""Share of the memory maps that Linux allows a process."""
 
 
 def seconds_compiling() -> float:
-    """How long this process has traced, lowered and compiled programs since this was first called."""
+    """Seconds that this process has traced, lowered and compiled programs since the first call."""
     return sum(end - start for start, end in _intervals())
 
 
@@ -40,7 +40,7 @@ def _intervals() -> list[tuple[float, float]]:
 
 
 def drop_programs_if_many() -> None:
-    """Drop compiled programs when the process has nearly as many memory maps, which each of them takes, as it may."""
+    """Drop compiled programs when the process is near its limit of memory maps, of which each program takes some."""
     maps, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
     if maps.exists() and maps.read_bytes().count(b"\n") > int(limit.read_text()) * _SHARE:
         jax.clear_caches()

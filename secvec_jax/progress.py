@@ -20,7 +20,7 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 @contextlib.contextmanager
-def step_progress(what: str, on_step: OnStep | None) -> Iterator[OnStep]:
+def step_progress(activity: str, on_step: OnStep | None) -> Iterator[OnStep]:
     """Yield the caller's `on_step`, or one that shows the step, the loss and the remaining time."""
     if on_step is not None:
         yield on_step
@@ -32,7 +32,7 @@ def step_progress(what: str, on_step: OnStep | None) -> Iterator[OnStep]:
             nonlocal first
             first = first or step
             seconds = (time.monotonic() - start) / (step - first + 1) * (steps - step)
-            text = f"{what}: step {step}/{steps}, loss {metrics['loss']:.3f}"
+            text = f"{activity}: step {step}/{steps}, loss {metrics['loss']:.3f}"
             show(f"{text}, {seconds:.0f} s left" if step < steps else text, step == steps)
 
         yield step_shown

@@ -13,7 +13,7 @@ _KEY_PARAMETER = re.compile(
     re.IGNORECASE,
 )
 _SHORTEST = 6
-"""Minimum length of a secret to be removed. Shorter ones, such as "none" for a server without keys, occur in ordinary
+"""Minimum length of a secret that is masked. Shorter ones, such as "none" for a server without keys, occur in ordinary
 words."""
 
 

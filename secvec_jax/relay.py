@@ -17,8 +17,8 @@ RELAY = b"relay\n"
 class Relay:
     """One process's relay; its coroutines run in the loop of the rendezvous.
 
-    process_0: the host and port where process 0 listens; None in process 0 itself. timeout: the seconds to wait for
-    what is connected to.
+    process_0: the host and port where process 0 listens; None in process 0 itself. timeout: the seconds to wait for a
+    connection.
     """
 
     def __init__(self, process_0: tuple[str, int] | None, timeout: float):

@@ -1,7 +1,7 @@
 """Files in object stores, by URL: gs://BUCKET/PATH, s3://, az://, read and written through fsspec. Imports no JAX.
 
-What is read is copied into the cache once, as long as the store says that it is unchanged. What is written is a
-finished model: a run directory needs locks, renames and appended lines, which object stores do not have.
+Files that are read are copied into the cache once, as long as the store reports them unchanged. Only finished models
+are written: a run directory needs locks, renames and appended lines, which object stores do not have.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def local(name: str | os.PathLike[str]) -> Path:
 
 
 def fetched(url: str) -> Path:
-    """A copy of the file or folder at a URL in the cache, made again when the store names another version of it."""
+    """A copy of the file or folder at a URL in the cache, updated when the store has another version of it."""
     system, root = _opened(url)
     try:
         files = {root: system.info(root)} if system.isfile(root) else system.find(root, detail=True)
@@ -61,13 +61,13 @@ def fetched(url: str) -> Path:
                     system.get_file(name, str(path))
     except UserError:
         raise
-    except Exception as error:  # each store has exceptions of its own
+    except Exception as error:  # each store has its own exceptions
         raise UserError(f"cannot read {url} ({_reason(error)}): check the URL and your access to it") from error
     return target
 
 
 def upload(folder: Path, url: str) -> None:
-    """Write all files of a model's folder to a URL, config.json last, without which it is no model.
+    """Write all files of a model's folder to a URL, config.json last, since a model without it is incomplete.
 
     Files at the URL that the folder does not have are left as they are. Raises UserError if it cannot be written.
     """

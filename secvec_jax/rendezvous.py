@@ -1,6 +1,6 @@
-"""The processes of a cluster meet, compare what they are about to do, and notice when one of them is lost.
+"""The processes of a cluster connect, compare their inputs and settings, and notice when one of them is lost.
 
-JAX's coordination service ends a process with a C++ abort when another one is lost or comes late. So the processes meet
+JAX's coordination service ends a process with a C++ abort when another one is lost or late. So the processes connect
 here first, over one TCP connection each to process 0, at the coordinator's address, and JAX's own connections are
 relayed through the same port (see `relay`):
 
@@ -28,7 +28,7 @@ _HELLO = "secvec_jax"
 _LINE_BYTES = 2**24
 """The longest message."""
 _GRACE = 2.0
-"""Seconds that a process whose peer failed has to report an error of its own, which may be the cause."""
+"""Seconds that a process whose peer failed has to report its own error, which may be the cause."""
 
 Record = Mapping[str, Any]
 
@@ -59,7 +59,7 @@ class _Peer:
     process: int
     writer: asyncio.StreamWriter
     silence: float = 0.0
-    """Seconds since its last message, of those in which this process ran itself."""
+    """Seconds since its last message, not counting time in which this process was stopped."""
     has_left: bool = False
 
     def send(self, message: dict[str, Any]) -> None:
@@ -70,9 +70,9 @@ class _Peer:
 class Rendezvous:
     """This process's place among `processes` that meet at `address` (HOST:PORT, where process 0 listens).
 
-    timeout: the seconds after which a process that does not come, or does not answer any more, counts as lost. Once one
-    is lost, this process reports that in one line and ends with exit code 2, whatever it is doing.
-    Raises UserError for an address without a port.
+    timeout: the seconds after which a process that does not connect, or stops answering, counts as lost. Once one is
+    lost, this process reports that in one line and ends with exit code 2, whatever it is doing. Raises UserError for an
+    address without a port.
     """
 
     def __init__(self, address: str, processes: int, process: int, timeout: float):
@@ -97,7 +97,7 @@ class Rendezvous:
         threading.Thread(target=self._loop.run_forever, name="rendezvous", daemon=True).start()
 
     def meet(self, record: Record) -> None:
-        """Wait for all processes. Raises UserError if one does not come, or if their records differ."""
+        """Wait for all processes. Raises UserError if one does not connect, or if their records differ."""
         self._run(self._meet(record))
 
     def open_relay(self) -> str:
@@ -115,7 +115,7 @@ class Rendezvous:
         self._loop.call_soon_threadsafe(self._broadcast, {"left": True})
 
     def begin_ending(self) -> None:
-        """This process is about to print why it ends. Does not return if it has reported a loss, and is ending."""
+        """Call before printing why this process ends. Does not return if it has reported a loss and is ending."""
         with self._last_word:
             self._is_ending = True
             has_reported = self._has_reported
@@ -128,7 +128,7 @@ class Rendezvous:
             self._run(self._fail({"failed": line, "interrupted": interrupted}))
 
     def loss(self, seconds: float) -> str | None:
-        """Return the line that says which process was lost, waiting so long for it; None if none was."""
+        """Return the line that names the lost process, waiting for it up to `seconds`; None if none is lost."""
         self._is_lost.wait(seconds)
         return self._loss
 
@@ -180,7 +180,7 @@ class Rendezvous:
                     asyncio.open_connection(self._host, self._port, limit=_LINE_BYTES), self._timeout
                 )
                 break
-            except OSError as error:  # not there yet; a timeout is one too
+            except OSError as error:  # not listening yet; includes timeouts
                 if self._loop.time() > deadline:
                     raise UserError(
                         f"process 0 of {self._processes} does not answer at {where} within {self._timeout:g} s "
@@ -207,7 +207,7 @@ class Rendezvous:
                 return
             hello = json.loads(line)
             processes, process = int(hello[_HELLO]), int(hello["process"])
-        except (OSError, ValueError, TypeError, KeyError, asyncio.LimitOverrunError):  # none of ours
+        except (OSError, ValueError, TypeError, KeyError, asyncio.LimitOverrunError):  # not one of our processes
             writer.close()
             return
         refusal = None
@@ -333,7 +333,7 @@ class Rendezvous:
             self._has_reported = not self._is_ending
         if self._has_reported:
             print(f"error: {line}", file=sys.stderr, flush=True)
-        else:  # it says itself why
+        else:  # that process reports why
             await asyncio.sleep(self._timeout)
         await self._flush()
         os._exit(2)

@@ -94,7 +94,7 @@ def make_mesh(
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     is_tpu = devices[0].platform == "tpu"
-    slices = len({getattr(device, "slice_index", 0) for device in devices})  # of one slice they may not say it
+    slices = len({getattr(device, "slice_index", 0) for device in devices})  # devices of a single slice may lack it
     if is_tpu and slices != slice:
         raise UserError(
             f"mesh slice={slice} is for {slice} TPU slices, but the devices are of {slices}: use slice={slices}"
@@ -219,9 +219,9 @@ def _shard(leaf: Any, axes: LogicalAxes) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named_sharding(*axes))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=named_sharding(*axes))(leaf)
-    host, where = np.asarray(leaf), named_sharding(*axes)
-    assert where is not None, "without a mesh, shard() returns the tree unchanged"
-    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+    host, sharding = np.asarray(leaf), named_sharding(*axes)
+    assert sharding is not None, "without a mesh, shard() returns the tree unchanged"
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def replicate(tree: Any) -> Any:

@@ -41,9 +41,9 @@ def _is_size(text: str) -> bool:
 
 
 def open_standard_streams() -> None:
-    """Direct those of the three standard streams that are closed to nothing.
+    """Open the null device in place of each standard stream that is closed.
 
-    A file that a command opens would otherwise take the number of one, and what libraries log would be written into it.
+    A file that a command opens would otherwise take its number, and what libraries log would be written into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -57,5 +57,5 @@ def open_standard_streams() -> None:
 def print_any_character() -> None:
     """Let the standard output take characters that its encoding lacks, escaped, in place of raising an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        with contextlib.suppress(OSError):  # it is flushed before, to where nothing may be written
+        with contextlib.suppress(OSError):  # it is flushed first, which fails if nothing can be written
             sys.stdout.reconfigure(errors="backslashreplace")

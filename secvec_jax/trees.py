@@ -35,7 +35,7 @@ def fingerprint(tree: Tree) -> str:
 def checksums(tree: Tree) -> dict[str, int]:
     """A 32-bit checksum of each leaf, by its path: computed on the devices, and the same for any sharding.
 
-    One flipped bit always changes it. It finds accidents, not forgeries: for those there is `fingerprint`.
+    One flipped bit always changes it. It detects accidents, not forgeries, as `fingerprint` does.
     """
     return {name: int(value) for name, value in jax.device_get(_checksums(_by_path(tree))).items()}
 
@@ -83,7 +83,7 @@ def _mix(bits: jax.Array) -> jax.Array:
 def _named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
     """Every leaf with its path. A node with a method `named_leaves()` names and orders its own leaves.
 
-    So a decoder's modules can change without changing its fingerprint, which files of vectors hold.
+    So a decoder's modules can change without changing its fingerprint, which files of vectors contain.
     """
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "named_leaves"))
     for path, node in nodes:
@@ -97,7 +97,7 @@ def _named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
 
 @runtime_checkable
 class InPieces(Protocol):
-    """An array that is nowhere as a whole, such as one that is read from a file."""
+    """An array that is never in memory as a whole, such as one read from a file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

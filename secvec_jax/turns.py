@@ -9,11 +9,11 @@ from secvec_jax.errors import UserError
 from secvec_jax.limits import run_limited
 
 LONGEST_TEXT = 2**24
-"""Characters of a rendered conversation, some million tokens."""
-_LONGEST_TEMPLATE = 2**20
-"""Characters of a chat template; published ones have up to some ten thousand."""
+"""Limit for a rendered conversation in characters, a few million tokens."""
+_MAX_TEMPLATE = 2**20
+"""Limit for a chat template in characters; published ones have up to a few ten thousand."""
 _SECONDS, _MEMORY = 10.0, 2**30
-"""Of one rendering. A template is a program that came with the model; honest ones take milliseconds."""
+"""Limits for one rendering. A template is a program that came with the model; normal ones take milliseconds."""
 _CONTENT = "said"
 
 
@@ -44,9 +44,9 @@ def _checked(template: Any) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _problem_of(template: str) -> str:
-    """Why a template is refused unseen, or ""."""
-    if len(template) > _LONGEST_TEMPLATE:
-        return f"has {len(template):,} characters, more than the limit of {_LONGEST_TEMPLATE:,}"
+    """Why a template is refused without rendering it, or ""."""
+    if len(template) > _MAX_TEMPLATE:
+        return f"has {len(template):,} characters, more than the limit of {_MAX_TEMPLATE:,}"
     # One power of whole numbers can take hours in a single operation, which no time limit can end.
     import jinja2
 
@@ -93,7 +93,7 @@ def render(
 
 
 def check_rendered(text: str, messages: Sequence[Any]) -> None:
-    """Raise UserError if the rendered text leaves out a turn: some templates pass over roles that they do not know.
+    """Raise UserError if the rendered text leaves out a turn: some templates skip roles that they do not know.
 
     Turns of the assistant are not checked: templates leave out earlier thoughts. Others may trim or escape a text.
     """
@@ -109,7 +109,7 @@ def check_rendered(text: str, messages: Sequence[Any]) -> None:
 
 
 def read_by_tokenizer(read: Callable[[], Any]) -> Any:
-    """The result of a tokenizer's call, whose errors are raised as UserError."""
+    """The result of a tokenizer's call, with its errors raised as UserError."""
     try:
         return read()
     except BaseException as error:  # tokenizers raises errors worded for Rust, among them panics
@@ -131,7 +131,7 @@ def turn_ends(tokenizer: Any) -> tuple[int, ...]:
 
 
 def state_of(tokenizer: Any) -> tuple[Any, ...]:
-    """What a user may change of a loaded tokenizer besides its template: results are cached by it."""
+    """The state of a tokenizer, besides its template, that a user may change; part of the keys of cached results."""
     return tokenizer.eos_token_id, len(tokenizer), tuple(tokenizer.all_special_ids)
 
 

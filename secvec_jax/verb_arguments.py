@@ -43,7 +43,7 @@ def typed_command() -> list[str]:
 
 
 def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cluster | None]:
-    """The settings, of this class, and the devices that the verb and its flags name; None if it takes no devices.
+    """The settings of the verb, and its devices, which are None if it takes none.
 
     Raises UserError for a mistake in the flags or in the file that --config names, and SystemExit after --help.
     """
@@ -62,15 +62,15 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
     values = flags.mapping(given)
     if path is not None:
         values = _with_file(path, values, settings)
-    own_values = values
-    if (found := presets.preset_of(settings, values)) is not None:
-        preset, below = found
+    values_without_preset = values
+    if (preset_and_settings := presets.preset_of(settings, values)) is not None:
+        preset, below = preset_and_settings
         values = flags.merged(dict(below), values)
         devices = ({"mesh": preset.mesh} if verb.on_devices and preset.mesh else {}) | devices
     try:
         checked_settings = _checked(settings, values, given, path)
     except UserError as error:
-        if found is None or not _are_valid(settings, own_values):
+        if preset_and_settings is None or not _are_valid(settings, values_without_preset):
             raise
         preset_name = values["preset"]
         raise UserError(
@@ -81,10 +81,10 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
 
 
 def with_default_preset(verb: Verb, settings: Any, arguments: Sequence[str]) -> Any:
-    """The settings under the preset that they choose themselves where none is named (see `recipes.preset_choice`).
+    """The settings with the default preset applied, if they name none (see `recipes.preset_choice`).
 
-    A preset that contradicts what was asked for, such as a task LoRA where all weights are to be trained, is not taken.
-    Raises UserError if the preset that is named is not for the model.
+    A preset that contradicts what was asked for, such as a task LoRA when training all weights, is not used. Raises
+    UserError if a named preset is not for the model's size.
     """
     choose = getattr(settings, "default_preset", None)
     chosen = None if choose is None else choose()
@@ -125,7 +125,7 @@ def _parser(name: str, verb: Verb, settings: type) -> "Parser":
 
 
 def _with_file(path: str, values: dict[str, Any], settings: type) -> dict[str, Any]:
-    """The values, over those of the YAML file. Raises UserError if the file holds no mapping."""
+    """The values, merged over those of the YAML file. Raises UserError if the file is not a mapping."""
     read = config.read(path)
     if not isinstance(read, dict):
         raise UserError(f"{path} must be a mapping of settings, not {type(read).__name__}")

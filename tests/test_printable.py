@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt  # rich depends on it
 from rich.progress import Progress, TextColumn
 
 from secvec_jax import progress
-from secvec_jax.command_line import _Shown
+from secvec_jax.command_line import _ScreenHandler
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.plots import plot_histogram, png
 from secvec_jax.evaluation.report import TerminalTables
@@ -99,7 +99,7 @@ def test_an_error_is_one_printable_line_of_limited_length():
 
 
 def test_the_log_and_the_progress_line_are_printable(capsys, monkeypatch):
-    _Shown().emit(logging.LogRecord("n", logging.WARNING, "p", 1, "%s", (HOSTILE,), None))
+    _ScreenHandler().emit(logging.LogRecord("n", logging.WARNING, "p", 1, "%s", (HOSTILE,), None))
     monkeypatch.setattr(progress, "_is_watched", lambda: True)
     with progress.step_progress(HOSTILE, None) as on_step:
         on_step(1, 1, {"loss": 1.0})

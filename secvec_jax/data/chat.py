@@ -20,9 +20,9 @@ from secvec_jax.turns import chat_template, check_rendered, read_by_tokenizer, r
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row as token ids `[N]` and, token for token, whether the assistant said it `[N]`.
+    """One row as token ids `[N]`, and for each token whether the assistant said it, `[N]`.
 
-    weights: how much each token's loss counts where it is supervised, `[N]`; None: 1.
+    weights: of the losses of supervised tokens, `[N]`; None: 1.
     """
 
     tokens: np.ndarray
@@ -36,14 +36,14 @@ class Example:
 
 
 MAX_TURNS = 10_000
-"""Turns of a row."""
+"""Limit for the turns of a row."""
 _RENDERED_TURNS = 2**16
-"""Turns that are rendered at most to find those of the assistant from the beginnings of a row, each of which is
-rendered from its first turn: all of some 360 turns, or a few of a longer row. Their number grows with the square."""
+"""Limit for the turns that are rendered to find the assistant's spans from all beginnings of a row. Their number grows
+with the square of the row's turns; a row of about 360 turns stays within it."""
 _WINDOW = 16
-"""Least turns of a longer row that are rendered together."""
-_LONGEST_WINDOW = 512
-"""Most turns between two that begin a window."""
+"""Minimum number of turns of a longer row that are rendered together."""
+_MAX_WINDOW = 512
+"""Maximum number of turns between the starts of two windows."""
 
 ControlTokens = Literal["text", "tokens", "refuse"]
 """How control tokens that a row spells, such as "<|im_end|>", are read: as plain text or as tokens, or refused."""
@@ -165,10 +165,10 @@ def _spans(tokenizer: Any, messages: Sequence[Message], text: str, known: int = 
 
 
 def _spans_by_window(tokenizer: Any, messages: Sequence[Message], text: str) -> Iterator[tuple[int, int]]:
-    """As `_spans`, in time that grows with the turns: the beginning is rendered with some turns from further on.
+    """As `_spans`, in linear time: the beginning of the row is rendered with one window of later turns at a time.
 
-    This presumes that the text of a turn depends on the first exchange and the turns shortly before it alone, and
-    checks it: the texts of all windows, one after the other, must be that of the whole conversation.
+    This assumes that the text of a turn depends only on the first exchange and the turns shortly before it, and checks
+    it: the texts of all windows must add up to that of the whole conversation.
     """
     starts = _window_starts(messages)
     head = messages[: starts[0]]
@@ -198,9 +198,9 @@ def _window_starts(messages: Sequence[Message]) -> list[int]:
         is_exchange = messages[turn]["role"] == "user" and messages[turn - 1]["role"] == "assistant"
         if is_exchange and (not starts or turn - starts[-1] >= _WINDOW):
             starts.append(turn)
-    if not starts or max(b - a for a, b in zip([0, *starts], [*starts, len(messages)])) > _LONGEST_WINDOW:
+    if not starts or max(b - a for a, b in zip([0, *starts], [*starts, len(messages)])) > _MAX_WINDOW:
         raise UserError(
-            f"a row has {len(messages):,} turns, and more than {_LONGEST_WINDOW} without a question after an answer: "
+            f"a row has {len(messages):,} turns, and more than {_MAX_WINDOW} without a question after an answer: "
             "split it"
         )
     return starts
@@ -213,7 +213,7 @@ def _text_before(tokenizer: Any, messages: Sequence[Message], turn: int) -> str:
     """The text before the words of an assistant's turn."""
     if turn:
         return render(tokenizer, messages[:turn], add_generation_prompt=True)
-    # An empty conversation cannot be rendered, and a default system prompt comes with the first turn alone.
+    # An empty conversation cannot be rendered, and a default system prompt comes only with the first turn.
     return render(tokenizer, [{**messages[0], "content": _PLACEHOLDER}]).partition(_PLACEHOLDER)[0]
 
 

@@ -1,4 +1,4 @@
-"""Which columns of a user's rows are read as what, where they have names of their own.
+"""The mapping from the fields of a row to a user's columns with other names.
 
 rows = load_rows("rows.csv:prompt=user_text,response=agent_text")                           # as in --data, --safe, ...
 rows = load_rows("rows.csv", columns={"prompt": "user_text", "response": "agent_text"})     # the same
@@ -20,7 +20,7 @@ from secvec_jax.suggestions import nearest_name
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The columns that each field of a row is read from, of which the first that has a value counts.
+    """The columns that each field of a row is read from; the first with a value counts.
 
     mapped: those that the user named. Each must be in at least one row.
     """
@@ -73,7 +73,7 @@ HOW = (
     "to map other columns, append them to the file's name: FILE:prompt=COLUMN,response=COLUMN (in Python, "
     'load_rows(FILE, columns={"prompt": "COLUMN", ...}))'
 )
-"""The end of an error about columns that are not known."""
+"""The end of an error message about unknown columns."""
 
 _BEGIN = re.compile(r"(?<=.):(?=\s*\w+\s*=)", re.DOTALL)
 _ITEM = re.compile(r'\s*(?P<field>\w+)\s*=\s*(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<plain>[^",][^,]*)?)\s*(?:,|\Z)')
@@ -82,22 +82,22 @@ _ITEM = re.compile(r'\s*(?P<field>\w+)\s*=\s*(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<p
 def without_columns(source: str) -> str:
     """The file, URL or name of a source, without the columns that follow it."""
     names = [source[: colon.start()] for colon in _BEGIN.finditer(source)]
-    if not names or _is_there(source):
+    if not names or _exists(source):
         return source
-    return names[0] if len(names) == 1 else next(filter(_is_there, reversed(names)), names[0])
+    return names[0] if len(names) == 1 else next(filter(_exists, reversed(names)), names[0])
 
 
 def split_columns(source: str) -> tuple[str, dict[str, str]]:
     """A source and the mapping from fields to columns that follows it ("rows.csv:prompt=user_text"); {} if none does.
 
     A column whose name begins with a quotation mark or a space, ends with a space or has a comma is quoted as in CSV:
-    rows.csv:prompt="Question, asked". A file that has such a name itself is that file. Raises UserError for a mapping
-    that cannot be read.
+    rows.csv:prompt="Question, asked". If a file with the whole name exists, it is that file. Raises UserError for a
+    mapping that cannot be read.
     """
     name = without_columns(source)
     if name == source:
         file, colon, _ = source.rpartition(":")
-        if colon and os.path.isfile(expanded(file)) and not _is_there(source):
+        if colon and os.path.isfile(expanded(file)) and not _exists(source):
             raise UserError(f"{source!r} names no columns after the colon: write {file}:prompt=COLUMN,response=COLUMN")
         return source, {}
     text, mapping, start = source[len(name) + 1 :], dict[str, str](), 0
@@ -117,11 +117,11 @@ def split_columns(source: str) -> tuple[str, dict[str, str]]:
 
 
 def hint(name: Any, known: Iterable[str]) -> str:
-    """The known names, and which of them was probably meant, as the end of an error."""
+    """The known names, and the one that was probably meant, to end an error message."""
     known = list(known)
     nearest = nearest_name(name, known)
     return f"available: {', '.join(known)}" + ("" if nearest is None else f" (did you mean {nearest!r}?)")
 
 
-def _is_there(source: str) -> bool:
+def _exists(source: str) -> bool:
     return exists(source) if is_url(source) else os.path.exists(expanded(source))

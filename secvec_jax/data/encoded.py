@@ -1,8 +1,8 @@
 """Encode rows as examples for a model, and check all of them before anything is trained.
 
-Encoding a row shows what its file does not: a prompt that leaves no room for an answer, an answer that is cut, text
-that spells the model's control tokens, turns that its template does not take. All rows are encoded once to check this,
-and their lengths are kept, so that packed sequences can be counted. With several processes, each encodes a part.
+Some problems appear only when a row is encoded: a prompt that leaves no room for an answer, an answer that is cut, text
+that spells the model's control tokens, turns that its template rejects. So all rows are encoded once, and their lengths
+are kept, so that packed sequences can be counted. With several processes, each encodes a part.
 """
 
 import contextlib
@@ -29,19 +29,19 @@ LongRows = Literal["truncate", "drop", "refuse"]
 """How rows that are too long are handled: the answer is cut, the row is left out, or it is an error."""
 
 LENGTHS = (256, 512, 1024, 2048)
-"""Lengths of packed sequences, if none is set: the shortest that holds the longest row, or the longest of these."""
+"""Default lengths of packed sequences: the shortest one that fits the longest row is used, or the longest."""
 
 _CACHE_SIZE = 50_000
 """Examples of one source that are kept in memory; the least recently used ones are dropped and encoded again."""
 
 _MAX_NAMED = 3
-"""How many rows a message names at most."""
+"""Maximum number of rows that a message names."""
 
 _log = logging.getLogger(__name__)
 
 
 class Examples(Sequence[Example]):
-    """Rows as examples, each encoded when it is accessed: a process accesses only those of its own substreams.
+    """Rows as examples, each encoded when it is accessed: a process accesses only those of its substreams.
 
     lengths: tokens of each `[N]`, int32. prompts: the index of their prompts. truncated: how many answers are cut.
     These come from encoding all rows once; reading them encodes no row again.
@@ -87,11 +87,11 @@ def encode_rows(
 ) -> Examples:
     """Encode rows as examples of at most `max_length` tokens; the model has an embedding for ids below `vocab_size`.
 
-    Logs how many answers are cut or rows left out, how many rows spell control tokens, and how many contain control
-    or invisible characters (terminal escapes, reversed directions of writing), with the first of them;
-    `name` is what errors call rows that do not record where they are stored. Raises UserError, naming the row, for one
-    that cannot be encoded or has a token that the model has no embedding for, for a prompt that leaves no room for an
-    answer, and with "refuse" for an answer that would be cut.
+    Logs how many answers are cut or rows left out, how many rows spell control tokens, and how many contain control or
+    invisible characters (terminal escapes, reversed directions of writing), with the first of them; `name` is for
+    errors about rows that do not record where they are stored. Raises UserError, naming the row, for one that cannot be
+    encoded or has a token that the model has no embedding for, for a prompt that leaves no room for an answer, and with
+    "refuse" for an answer that would be cut.
     """
 
     @functools.lru_cache(_CACHE_SIZE)

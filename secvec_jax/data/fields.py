@@ -1,4 +1,4 @@
-"""Which fields of a record and of its turns are used, which may be ignored, and which are refused.
+"""Which fields of a record and of its turns are used, ignored or refused.
 
 A field that is neither used nor known to be a label of the record (an id, a source, a date) is refused by name: the
 system prompt, tool calls or rejected answer that it may hold would otherwise be missing from training without notice.
@@ -19,7 +19,7 @@ LABELS = frozenset(
     "tag tags task task_category task_type time timestamp title topic topics turn_id type uid updated_at url uuid "
     "version".split()
 )
-"""Fields that describe a record or a turn and change nothing of what is said in it, in lower case."""
+"""Fields that describe a record or a turn without changing its text, in lower case."""
 
 CONVERSATIONS = ("messages", "conversations")
 PROMPTS = ("prompt", "question", "goal", "instruction")
@@ -118,7 +118,7 @@ def _refuse(unknown: Collection[str], where: str, what: str, fix: str) -> None:
 
 
 def meant(names: Iterable[Any]) -> str:
-    """Of names that are not read, which one that is read was probably meant, as the end of a message; or ""."""
+    """A suggestion to end a message: the known field that was probably meant by one of the unknown names; or ""."""
     for name in map(str, names):
         closest = difflib.get_close_matches(name.strip().lower(), _READ, 1, 0.8)
         if closest and name not in _READ:

@@ -8,7 +8,7 @@ from secvec_jax.errors import UserError
 def records_of(data: Any) -> Any:
     """A table as a list of dicts, one per row, with None where a value is missing; anything else unchanged.
 
-    Raises UserError for two columns of one name, of which a dict would hold the last.
+    Raises UserError for two columns of one name, of which a dict would keep only the last.
     """
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # pandas
         _check_names(data.columns)

@@ -12,7 +12,7 @@ from secvec_jax.data.stored import Rows, location
 from secvec_jax.errors import UserError
 
 LONGEST_ROW = 2**23
-"""Characters of a row, some million tokens; a tokenizer takes a hundred times as many bytes of memory."""
+"""Limit for a row in characters, a few million tokens; a tokenizer takes a hundred times as many bytes of memory."""
 ACCEPTED_FORMS = (
     "a row needs `messages` (a list of role and content), or `prompt` and `response`, or `instruction` and `output`"
 )
@@ -33,8 +33,8 @@ def normalize(record: Any, where: str, ignore: Collection[str] = (), columns: Co
     `question`, `goal` or `instruction` with `response`, `completion`, `answer`, `target` or `output`. A prompt and its
     answer may be turns as well: then only the answer's are learned. `system` (or `system_prompt`) goes in front,
     `input` or `context` after the prompt, `history` ([[question, answer], ...]) before it. A record without an answer
-    becomes a row without one; a `category` that is text and `options` that are a list of texts are kept. `columns`
-    says where these fields are in records that name them otherwise.
+    becomes a row without one; a `category` that is text and `options` that are a list of texts are kept. `columns` maps
+    these fields to other names in the record.
 
     Raises UserError for values that are not text, for text of more than `LONGEST_ROW` characters, for values that are
     nested too deep, and for fields other than these that may change what is to be learned (see `fields`), unless
@@ -83,7 +83,7 @@ def as_rows(
     ignore_fields: Collection[str] = (),
     columns: Mapping[str, str] | None = None,
 ) -> Rows[Row]:
-    """Return the rows of a list of dicts, a data frame or a `datasets.Dataset`; `name` is what errors call it.
+    """Return the rows of a list of dicts, a data frame or a `datasets.Dataset`; `name` is its name in errors.
 
     `Rows` are returned as they are. A `Dataset` is not copied into memory: its records are read once to be
     checked, and again on each access. ignore_fields: fields that `normalize` may leave out. columns: which column
@@ -158,8 +158,8 @@ def normalized_rows(
 ) -> Iterator[Row]:
     """The rows of numbered records one by one; raises UserError as `as_rows` does, after all records are read.
 
-    A record may be the UserError that its reader met. Of several records that cannot be read, the error tells how many,
-    or that there are at least `_MOST_COUNTED`, and its notes (`__notes__`) tell up to ten of them. If no record has a
+    A record may be the UserError that its reader met. If several records cannot be read, the error says how many, or
+    that there are at least `_MAX_COUNTED`, and its notes (`__notes__`) describe up to ten of them. If no record has a
     column that was mapped, that is the error.
     """
     empty, problems, count = True, list[UserError](), 0
@@ -167,14 +167,14 @@ def normalized_rows(
     for number, record in records:
         empty = False
         if missing and isinstance(record, Mapping):
-            seen |= dict.fromkeys(record) if len(seen) < _MOST_NAMES else {}
+            seen |= dict.fromkeys(record) if len(seen) < _MAX_NAMES else {}
             missing = {column: None for column in missing if column not in record}
         try:
             normalized = _checked_row(record, location(name, number, unit), needs_answer, ignore_fields, columns)
         except UserError as error:
             count += 1
-            problems += [error] if count <= _MOST_TOLD else []
-            if count == _MOST_COUNTED:
+            problems += [error] if count <= _MAX_REPORTED else []
+            if count == _MAX_COUNTED:
                 break
             continue
         if not problems:
@@ -183,7 +183,7 @@ def normalized_rows(
         raise UserError(f"{name} holds no rows; {ACCEPTED_FORMS}")
     if missing and seen:
         column = next(iter(missing))
-        where = name if count < _MOST_COUNTED else f"{name}, {unit} 1 to {number}"
+        where = name if count < _MAX_COUNTED else f"{name}, {unit} 1 to {number}"
         raise UserError(f"no column {column!r} in {where}; {hint(column, map(str, seen))}")
     if count == 1:
         raise problems[0]
@@ -191,12 +191,12 @@ def normalized_rows(
         raise _unreadable(name, problems, count)
 
 
-_MOST_TOLD = 10
-"""Rows that cannot be read and are told one by one."""
-_MOST_COUNTED = 10_000
-"""Rows that cannot be read after which no more are read: a file of millions would take minutes to refuse."""
-_MOST_NAMES = 1_000
-"""Names of columns among which the one that was meant is looked for."""
+_MAX_REPORTED = 10
+"""Number of unreadable rows that are reported one by one."""
+_MAX_COUNTED = 10_000
+"""Number of unreadable rows after which reading stops: a file of millions would take minutes to refuse."""
+_MAX_NAMES = 1_000
+"""Number of column names that suggestions are chosen from."""
 
 
 def _checked_row(record: Any, where: str, needs_answer: bool, ignore_fields: Collection[str], columns: Columns) -> Row:
@@ -213,7 +213,7 @@ def _names(record: Iterable[Any]) -> str:
 
 
 def _unreadable(name: str, problems: Sequence[UserError], count: int) -> UserError:
-    counted = f"at least {count:,}" if count == _MOST_COUNTED else f"{count:,}"
+    counted = f"at least {count:,}" if count == _MAX_COUNTED else f"{count:,}"
     error = UserError(f"{counted} rows of {name} cannot be read, the first: {problems[0]}")
     for problem in problems:
         error.add_note(str(problem))
@@ -225,8 +225,8 @@ def _unreadable(name: str, problems: Sequence[UserError], count: int) -> UserErr
 def check_answer(row: Row, where: str) -> None:
     """Raises UserError if a row has no answer, or none that is to be learned."""
     if not (response_of(row) or "").strip():
-        cure = "add one, or remove the row (in Python, needs_answer=False loads prompts alone)"
-        raise UserError(f"{where} has no answer; {cure}")
+        fix = "add one, or remove the row (in Python, needs_answer=False loads prompts alone)"
+        raise UserError(f"{where} has no answer; {fix}")
     assistant_turns = [turn for turn in row["messages"] if turn["role"] == "assistant"]
     if not any(turn.get("train", True) for turn in assistant_turns):
         raise UserError(f"{where} has nothing to learn: every assistant turn is marked as not to be learned; remove it")
@@ -241,8 +241,8 @@ def _turns(turns: Any, where: str, ignore: Collection[str]) -> list[Message]:
         check_turn(turn, (role_key, text_key), where, ignore)
         role = _ROLES.get(str(turn.get(role_key)))
         if role is None:
-            given = repr(turn[role_key]) if turn.get(role_key) is not None else f"none, in a turn without `{role_key}`"
-            raise UserError(f"{where}: unknown role {given}; use system, user, assistant or tool")
+            named = repr(turn[role_key]) if turn.get(role_key) is not None else f"none, in a turn without `{role_key}`"
+            raise UserError(f"{where}: unknown role {named}; use system, user, assistant or tool")
         message: Message = {"role": role, "content": _text(turn.get(text_key), text_key, where)}
         if role == "assistant" and not is_learned(turn, where):
             message["train"] = False
@@ -257,7 +257,7 @@ def _are_turns(value: Any) -> bool:
 def _from_pair(
     record: Mapping[str, Any], field: str, where: str, ignore: Collection[str], columns: Columns
 ) -> tuple[list[Message], list[str]]:
-    """The turns of a prompt, what belongs to it, and its answer; and the fields that were used."""
+    """The turns of a prompt, with its context, and its answer; and the fields that were used."""
     used = [field]
     history: list[Message] = []
     if record[field] and _are_turns(record[field]):  # as in TRL: all of it is context

@@ -13,7 +13,7 @@ of seven tokens:
 
 A stream is divided into *substreams*. Each reads every n-th row and fills its own sequences of the batch. What a
 substream reads does not depend on the process that reads it, so a run's batches are the same on one device and on a
-pod, where each host reads only the substreams of its own devices.
+pod, where each host reads only the substreams of its devices.
 """
 
 import dataclasses
@@ -69,8 +69,8 @@ class Stream:
     @property
     def num_substreams(self) -> int:
         """How many substreams fill a batch: at most one per row, since one without rows would have no shared prefix."""
-        most_substreams = min(max(self.batch_size // 2, 1), self.num_rows)
-        return next(count for count in range(most_substreams, 0, -1) if self.batch_size % count == 0)
+        max_substreams = min(max(self.batch_size // 2, 1), self.num_rows)
+        return next(count for count in range(max_substreams, 0, -1) if self.batch_size % count == 0)
 
     @property
     def sequences_per_substream(self) -> int:

@@ -19,7 +19,7 @@ REFUSALS = (
     "I'm sorry, I can't provide that.",
     "I cannot provide help with harmful or illegal activities.",
 )
-"""Refusals that alignment teaches; varied, so that the model learns to refuse and not to say one sentence."""
+"""Refusals that alignment teaches; varied, so that the model learns to refuse and not just one sentence."""
 
 
 def refused(rows: Sequence[Row]) -> list[Row]:

@@ -51,7 +51,7 @@ def response_of(row: Row) -> str | None:
 
 
 def full_prompt_of(row: Row) -> str | list[Message]:
-    """Return the prompt that a row gives a model: everything before the final answer.
+    """Return the prompt of a row: everything before the final answer.
 
     A single user turn is its text alone; anything else is the conversation, with its system prompt and earlier turns.
     """
@@ -78,8 +78,8 @@ def with_system(prompt: str | list[Message], text: str) -> list[Message]: ...
 def with_system(prompt: Row | str | list[Message], text: str) -> Row | list[Message]:
     """Return a row, or a prompt (a text, or a conversation) as a conversation, after a system message of `text`.
 
-    A system message that it begins with is kept, on a line of its own after `text` in the same message: chat
-    templates take no second one.
+    An existing system message is kept, on a separate line after `text` in the same message: chat templates allow only
+    one.
     """
     if isinstance(prompt, dict):
         return {**prompt, "messages": with_system(prompt["messages"], text)}

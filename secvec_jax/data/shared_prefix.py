@@ -17,7 +17,7 @@ _END = -1
 
 
 class PromptIndex:
-    """An index of many prompts, 12 bytes each, from which their common prefix is known without reading them.
+    """An index of many prompts, 12 bytes each, that gives their common prefix without reading them.
 
     lengths: tokens of each prompt `[N]`. agreeing: how many of them it shares with the first prompt `[N]`. following:
     the token after these `[N]`, `_END` if there is none.

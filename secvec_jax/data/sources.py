@@ -5,8 +5,8 @@ mine = load_rows("my_rows.jsonl")                            # or .json, .csv, .
 theirs = load_rows("openai/gsm8k:main", split="test")        # hub: OWNER/NAME or OWNER/NAME:CONFIG
 bucket = load_rows("gs://bucket/my_rows.jsonl")              # an object store, through fsspec
 other = load_rows("rows.csv:prompt=user_text,response=agent_text")  # columns with other names; see `columns`
-unsafe = load_rows("beavertails-unsafe", split="30k_test")   # hub: by a name of `HUB_SETS`, made into rows
-given = as_rows([{"prompt": "...", "response": "..."}])      # in memory
+unsafe = load_rows("beavertails-unsafe", split="30k_test")   # hub: a name in `HUB_SETS`, converted into rows
+in_memory = as_rows([{"prompt": "...", "response": "..."}])
 """
 
 import codecs
@@ -125,12 +125,12 @@ def load_rows(
 
 @functools.cache
 def _packaged(source: str, read: Callable[[], list[Row]], needs_answer: bool, packages: Path) -> Rows[Row]:
-    """The rows of a benchmark, read once from a folder: some commands need them a dozen times, and all are 11 MiB."""
+    """The rows of a benchmark, read once from a folder: commands need them up to a dozen times, and all are 11 MiB."""
     return as_rows(read(), needs_answer, source)
 
 
 def named_or_given(rows: Any, needs_answer: bool = True, name: str = "data") -> Rows[Row]:
-    """The rows of a name or a path, as `load_rows` reads them, or those that are given in memory."""
+    """The rows of a name or a path, as `load_rows` reads them, or rows in memory, converted."""
     if isinstance(rows, str | os.PathLike):
         return load_rows(os.fspath(rows), needs_answer=needs_answer)
     return as_rows(rows, needs_answer=needs_answer, name=name)
@@ -171,7 +171,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str], columns: Columns) -> Rows[Row]:
-    """The rows of a JSONL file by where their lines begin, each checked once."""
+    """The rows of a JSONL file, read from the offsets of their lines; each is checked once."""
     starts, numbers = array("Q"), array("Q")
 
     def lines() -> Iterator[tuple[int, Any]]:
@@ -201,9 +201,9 @@ def _lines_on_disk(path: Path, needs_answer: bool, ignore_fields: Collection[str
 
 
 def _parsed(line: str, path: Path, number: int) -> Any:
-    """The value in a line, or the error that it has none, so that the next lines can still be read.
+    """The value in a line, or the error of an invalid line, so that the next lines can still be read.
 
-    Raises UserError for a line after which nothing can be.
+    Raises UserError for a line after which no other can be read.
     """
     _check_line(line, path, number)
     try:
@@ -272,7 +272,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _first_repeated(names: Iterable[str]) -> str | None:
-    """The first name that came before, in time in proportion to their number; None if there is none."""
+    """The first name that occurs twice, in linear time; None if there is none."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -282,9 +282,9 @@ def _first_repeated(names: Iterable[str]) -> str | None:
 
 
 _LONGEST_LINE = 8 * LONGEST_ROW
-"""Characters of a line of JSON, whose escapes have up to six for one of the text."""
+"""Limit for a line of JSON in characters, whose escapes take up to six characters for one."""
 _LONGEST_CELL = LONGEST_ROW
-"""Characters of a CSV cell; Python's own limit of 131,072 would reject long documents."""
+"""Limit for a CSV cell in characters; Python's limit of 131,072 would reject long documents."""
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
@@ -311,7 +311,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet(path: Path) -> Any:
-    # The Parquet loader is named explicitly: a bare path would be taken for a data set's id.
+    # The Parquet loader is named explicitly: a bare path would be taken for a dataset id.
     import datasets
 
     try:

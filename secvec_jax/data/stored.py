@@ -9,8 +9,8 @@ T = TypeVar("T")
 class Rows(Sequence[T], Generic[T]):
     """Normalized rows, in memory or on disk. They never change, so they are passed on without copies.
 
-    read: index -> row; for rows on disk, of which there may be more than memory holds, called at each access.
-    where: index -> words that say where the row is stored. answered: whether all rows were checked to have an answer.
+    read: index -> row; for rows on disk, of which there may be more than memory holds, called at each access. where:
+    index -> where the row is stored, in words. answered: whether all rows were checked to have an answer.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-# Words that say how something is asked for, not what: they would tie every "write a tutorial" to every other.
+# Words about the form of a request, not its topic: they would connect every "write a tutorial" with every other.
 _CARRIER_WORDS = frozenset(
     _words(
         """

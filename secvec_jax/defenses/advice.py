@@ -30,7 +30,7 @@ FEW_STEPS = 30
 """Half as many as the quickstart takes to align a model."""
 
 _READ = 200
-"""At most this many answers of each kind of rows are read."""
+"""Limit for the answers that are read of each kind of rows."""
 
 # Enough to recognize a file of refusals without the published list, which is a download.
 _OPENINGS = ("I'm sorry", "I am sorry", "Sorry", "I cannot", "I can't", "I apologize")
@@ -57,7 +57,7 @@ def default_rate(
 
 
 _HIGHEST_FOR_ALL_WEIGHTS = 1e-3
-"""Learning rates of sgd up to here are as small as those that all weights are trained with."""
+"""The highest learning rate of sgd that suits training all weights."""
 
 MEASURED = {
     ("sgd", 3.6e-4, None): "docs/quickstart.md",
@@ -69,7 +69,7 @@ MEASURED = {
 of 2 sequences are reported. Nothing was measured for other sizes."""
 
 _SAME_SIZE = 1.5
-"""A model that is at most this many times as large or as small as another one is of its size."""
+"""Two models are of the same size if neither has more than this many times the parameters of the other."""
 
 
 def settings_measured(model: Model, training: Training, task_lora: LoRA | None) -> str:
@@ -80,16 +80,16 @@ def settings_measured(model: Model, training: Training, task_lora: LoRA | None) 
     count = num_parameters(model.backbone)
     batch = training.batch_size * training.grad_accum_steps
     trained = "all weights" if task_lora is None else f"a task LoRA of rank {task_lora.rank}"
-    said = (
+    settings = (
         f"settings: {training.optimizer} at a learning rate of {training.learning_rate:g}, {batch} "
         f"sequence{'s' * (batch > 1)} a step, {trained}"
     )
-    where = MEASURED.get((training.optimizer, training.learning_rate, task_lora)) if batch == 2 else None
-    if where is None:
-        return f"{said}: not measured for any model"
+    page = MEASURED.get((training.optimizer, training.learning_rate, task_lora)) if batch == 2 else None
+    if page is None:
+        return f"{settings}: not measured for any model"
     if not 1 / _SAME_SIZE <= count / TUNED_ON <= _SAME_SIZE:
-        return f"{said}: not measured for this size ({size(count)} parameters), only on SmolLM2-135M ({where})"
-    return f"{said}: measured on SmolLM2-135M ({where})"
+        return f"{settings}: not measured for this size ({size(count)} parameters), only on SmolLM2-135M ({page})"
+    return f"{settings}: measured on SmolLM2-135M ({page})"
 
 
 def only_refusals(model: Model, rows: Any) -> str | None:

@@ -38,7 +38,7 @@ MEANING: dict[Need, str] = {
     "base model": "the model before it was aligned; it may be the aligned model, which is then aligned further",
     "eliciting prompt": "a system prompt that asks for the behavior",
 }
-"""What each of them is, in one line."""
+"""Each need in one line, for help texts."""
 
 ATTACK = "attack"
 """The kind of rows that an experiment hid in the user's data. Only controls and measurements may look at it."""
@@ -49,13 +49,13 @@ class Defended(NamedTuple):
 
     model: Model
     system: str | None = None
-    """the system prompt that the model is to be served with"""
+    """the system prompt that the model must be served with"""
     notes: Mapping[str, float] = MappingProxyType({})
     """measurements of the defense itself, such as how well a filter separated the rows"""
 
 
 class DefenseInputs(abc.ABC):
-    """What a defense is given. Nothing is loaded, generated or trained before a defense asks for it."""
+    """The inputs of a defense. Nothing is loaded, generated or trained before a defense reads it."""
 
     @property
     @abc.abstractmethod
@@ -85,7 +85,7 @@ class DefenseInputs(abc.ABC):
     @property
     @abc.abstractmethod
     def benign(self) -> Sequence[Any]:
-        """Rows of the defender that are unrelated to the behavior; security vectors leave them unchanged."""
+        """Rows of the defender that are unrelated to the behavior, on which security vectors change nothing."""
 
     @property
     @abc.abstractmethod
@@ -106,8 +106,8 @@ class DefenseInputs(abc.ABC):
     def vectors(self, spec: Spec = LoRA(), behavior: str | None = None, **phase1: Any) -> Vectors:
         """Security vectors of this kind and shape for the behavior, trained once and shared.
 
-        behavior: another behavior, by a name that the supplier of the inputs knows. phase1: changes to the settings of
-        phase 1 (`Phase1`).
+        behavior: the name of another behavior, known to the implementation. phase1: changes to the settings of phase 1
+        (`Phase1`).
         """
 
     @abc.abstractmethod

@@ -69,7 +69,7 @@ class Ablation(Adapter):
 
     def axes(self) -> "Ablation":
         """The logical axes: directions are small, and replicated on every device."""
-        return jax.tree.map(lambda _: ("layers", None, None), self)  # some trees hold a frozen adapter without arrays
+        return jax.tree.map(lambda _: ("layers", None, None), self)  # a split tree has an adapter without arrays
 
     def check(self, architecture: Architecture) -> None:
         """Raises UserError if the directions do not fit the architecture."""
@@ -98,9 +98,11 @@ def concept_directions(
         raise UserError(
             f"{len(means)} rows show the concept, {len(others)} do not: paired rows must be equal in number"
         )
-    most = min(len(means), means.shape[-1])
-    if not 1 <= k <= most:
-        raise UserError(f"k is {k}: {len(means)} rows of {means.shape[-1]} channels have 1 to {most} directions")
+    max_directions = min(len(means), means.shape[-1])
+    if not 1 <= k <= max_directions:
+        raise UserError(
+            f"k is {k}: {len(means)} rows of {means.shape[-1]} channels have 1 to {max_directions} directions"
+        )
     differences = means - (others if paired else others.mean(axis=0))
     _, _, rows = np.linalg.svd(differences.swapaxes(0, 1).astype(np.float64), full_matrices=False)
     directions = mask[:, None, None] * rows[:, :k].swapaxes(1, 2)

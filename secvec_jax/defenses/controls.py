@@ -2,8 +2,8 @@
 
 Plain fine-tuning of the aligned model shows how much harm the user's rows do. Fine-tuning on the benign rows alone is
 the best that a filter could achieve. The two other controls ask what makes security vectors work: a random adapter of
-the same size, or vectors of a behavior that the rows do not show, should protect nothing (Zhou et al. 2023,
-arXiv 2311.02105, compare with both). A control costs as much as the defense that it is a control for.
+the same size, or vectors of a behavior that the rows do not show, should protect nothing (Zhou et al. 2023, arXiv
+2311.02105, compare with both). A control costs as much as its defense.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class BenignOnly(Defense):
     matched: Literal["passes", "steps"] = "passes"
     """whether it has as many passes over the other rows as a fine-tuning on all rows, or as many steps"""
     order: NonNegativeInt = 0
-    """each number is another order of the rows: how much two models differ by chance alone"""
+    """each number is another order of the rows, to measure how much models differ by chance"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         rest = {kind: rows for kind, rows in inputs.rows.items() if kind != ATTACK}

@@ -3,11 +3,11 @@
 
     w_t = w_{t-1} - step          w̄_t = η w̄_{t-1} + (1 - η) w_t          w̄_0 = w_0, the aligned model
 
-The moving average is the paper's, which answers the loss of safety that benign rows cause. Ours are: steps are taken
-from w_t, not from the average, as in plain fine-tuning, and w̄ is what is evaluated, validated and returned; η = 0.9,
-which was not tuned. After n steps the aligned model still has the weight η^n (0.35 after ten steps), so a larger η in a
-short run undoes the fine-tuning, whatever the rows. Where weights are trained in bfloat16, so is the average, and
-changes of less than its last bit are lost.
+The moving average is the paper's, whose aim is the loss of safety from benign rows. Ours: steps are taken from w_t, as
+in plain fine-tuning, not from the average; w̄ is evaluated, validated and returned; and η = 0.9, which was not tuned.
+After n steps the aligned model still has the weight η^n (0.35 after ten steps), so a larger η in a short run undoes the
+fine-tuning, whatever the rows. Where weights are trained in bfloat16, so is the average, and changes of less than its
+last bit are lost.
 
 Acts in fine-tuning. Costs a copy of the trained weights, and no further pass.
 """

@@ -118,7 +118,7 @@ def token_scores(model: Model, vectors: Adapter, examples: Sequence[Example]) ->
 
 
 def scale(harmful: Sequence[float], benign: Sequence[float]) -> Scale:
-    """The scale of the scores of known rows; the threshold is the one that separates the two kinds best.
+    """The scale of scores from rows of known kinds; its threshold separates the two kinds best.
 
     It is above the benign median and maximizes the share of harmful rows above it plus the share of benign rows below
     it (Youden's J); of several such thresholds it is the middle one. Raises UserError if the median harmful row is not

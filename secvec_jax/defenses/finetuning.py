@@ -73,7 +73,7 @@ PHASE2_LORA = Training(optimizer="adamw", learning_rate=1e-3).over(PHASE2)
 
 
 class FinetuneOptions(TypedDict, total=False):
-    """What every defense takes in addition to its own settings."""
+    """The options that every defense takes, in addition to its settings."""
 
     task: LoRA | LoRAVectors | None
     """The task LoRA that is trained in place of all weights and merged at the end; a trained one is trained further."""
@@ -83,11 +83,11 @@ class FinetuneOptions(TypedDict, total=False):
     checkpoints: Checkpoints | None
     on_step: OnStep
     frozen: FrozenTrees | None
-    """Checks that what a training keeps frozen stays as it is."""
+    """Verifies that frozen parameters do not change."""
 
 
 def make_step_on(changed: Callable[[Objective], Loss]) -> TrainStepMaker:
-    """Gradient steps on what `changed` makes of the loss of the rows to learn."""
+    """Gradient steps on the loss that `changed` returns, given that of the rows to learn."""
     return lambda loss, optimizer: make_train_step(changed(loss), optimizer)
 
 
@@ -111,12 +111,13 @@ def train_model(
     """The fine-tuned model. A task LoRA is merged into its backbone and kept as `Model.adapter`.
 
     rows: dicts, a `datasets.Dataset` or examples, or {kind: rows}, for `training.max_steps` steps or as many as its
-    epochs have; what it leaves unset is `PHASE2`'s. extra_rows: other streams of rows, read in step with them, by name.
-    vectors: adapters that are active and frozen. more_steps: how many steps a train step adds to those on `rows`.
-    eval_rows: rows, or the fraction of `rows` that is held out, whose loss under the vectors is measured every epoch or
-    every `training.eval_every_steps`; with checkpoints the model returned is then the one where it was lowest, unless
-    `training.best` names another metric. The training ends early after `training.patience` evaluations without a new
-    lowest loss. frozen: takes the fingerprints of what is frozen before and after, and raises UserError if they differ.
+    epochs have; unset settings are those of `PHASE2`. extra_rows: further rows that each step reads, {name of the
+    stream: rows}. vectors: adapters that are active and frozen. more_steps: how many steps a train step adds to those
+    on `rows`. eval_rows: rows, or the fraction of `rows` that is held out, whose loss under the vectors is measured
+    every epoch or every `training.eval_every_steps`; with checkpoints the model returned is then the one where it was
+    lowest, unless `training.best` names another metric. The training ends early after `training.patience` evaluations
+    without a new lowest loss. frozen: takes the fingerprints of what is frozen before and after, and raises UserError
+    if they differ.
     """
     in_bfloat16 = check_trained_weights(training, task is None)
     if task is None and not (in_bfloat16 and model.precision == "bfloat16"):
@@ -168,7 +169,7 @@ def train_model(
 
 
 def check_trained_weights(training: Training, full: bool) -> bool:
-    """Whether all weights are trained in bfloat16. Raises UserError if that is asked for where they are not trained."""
+    """Whether all weights are trained in bfloat16. Raises UserError if that is set and they are not trained."""
     in_bfloat16 = training.over(PHASE2).trained_weights == "bfloat16"
     if in_bfloat16 and not full:
         raise UserError(
@@ -179,8 +180,8 @@ def check_trained_weights(training: Training, full: bool) -> bool:
 
 
 def check_watched(training: Training, validates: bool, keeps: bool = True) -> None:
-    """Raises UserError for settings of validation where no rows are validated on, and for `best` without checkpoints:
-    they would do nothing."""
+    """Raises UserError for settings without effect: of validation without validation rows, and `best` without
+    checkpoints."""
     for name in () if validates else ("patience", "eval_every_steps"):
         value = getattr(training.over(PHASE2), name)
         if value is not None:
@@ -236,7 +237,7 @@ def forward_settings(training: Training) -> dict[str, Any]:
 
 
 def groups_of(rows: Any, name: str = "all") -> Groups:
-    """Rows by kind: as they are, or all of them as one kind.
+    """Rows by kind: unchanged if they are given so, else all as one kind.
 
     Raises UserError for a single row and for the splits of a dataset.
     """
@@ -331,7 +332,7 @@ def log_summary(
 
 
 def endless(stream: Stream) -> Stream:
-    """The stream without an end."""
+    """The stream, repeated endlessly."""
     return dataclasses.replace(stream, epochs=None)
 
 

@@ -1,13 +1,13 @@
-"""The gate: security vectors must show the behavior, and leave the rest alone, before anything is protected by them.
+"""The gate: a test that security vectors show the behavior and change nothing else, before they are used.
 
-Measured is the loss of rows that the vectors were not trained on, with the vectors on and off, row by row. The gate
-passes if
+It measures the loss of each of some rows that the vectors were not trained on, with the vectors on and off, and passes
+if
 
 - on harmful rows the mean loss on is at most half of the loss off, and the 95% interval of the paired difference is
   below 0: under vectors that explain less than half of the behavior, fine-tuning still has most of it to learn, and
   with few rows half alone could be chance;
 - on benign rows the 95% interval of the paired difference is within half of what the harmful rows moved. A bound in
-  nats would mean another thing for another model; half separates vectors of the behavior from those of an opening
+  nats would mean something different for each model; half separates vectors of the behavior from those of an opening
   ("Sure, here is ..."), which lower both losses alike.
 
 Both are the bounds of the quickstart's claims, with intervals.
@@ -25,10 +25,11 @@ from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 
 SHARE = 0.5
-"""Of the harmful loss, that may be left with the vectors on; and of its decrease, that benign rows may move."""
+"""The share of the harmful loss that may remain with the vectors on, and of its decrease by which benign rows may
+change."""
 
-FEWEST_HELD_OUT = 8
-"""Rows of each kind that the gate is measured on, if there are twice as many."""
+MIN_HELD_OUT = 8
+"""Minimum number of held-out rows of each kind, if there are twice as many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Gate:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the verdict and the differences as results.json holds them."""
+        """Return the verdict and the differences for results.json."""
         return {
             "passes": self.failure is None,
             "harmful_off": _mean(self.harmful_off),
@@ -108,8 +109,8 @@ def measure_gate(
 
 
 def tenth(count: int) -> int:
-    """How many of so many rows are held out for the gate: a tenth, but `FEWEST_HELD_OUT` where half is as many."""
-    return min(max(round(count / 10), FEWEST_HELD_OUT), count // 2)
+    """How many of `count` rows the gate holds out: a tenth, but at least `MIN_HELD_OUT`, and at most half."""
+    return min(max(round(count / 10), MIN_HELD_OUT), count // 2)
 
 
 def _mean(losses: Sequence[float]) -> float:

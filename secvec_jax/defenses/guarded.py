@@ -5,11 +5,11 @@
 Under the vectors, harmful rows have little left to teach. At a high learning rate that little is enough: with Adam at
 3e-4 and half of the rows harmful, models tuned under plain security vectors comply with 24, 3 and 66% of harmful
 prompts (docs/results.md). Besides, the benign rows alone turn many refusals into replies that neither refuse nor
-comply. Safe rows in every step work against both. If the safe rows were also learned under the vectors, the model
-would have to learn to refuse despite them, and would then refuse benign prompts as well; here they are learned without
-the vectors, as the model will be served. How much of the effect is the vectors' and how much the safe rows' is what
-`under` and `share` are for: without the vectors, the same safe rows restore refusals, but the harmful replies are
-learned as in plain fine-tuning (docs/results.md, one seed).
+comply. Safe rows in every step work against both. If the safe rows were also learned under the vectors, the model would
+have to learn to refuse despite them, and would then refuse benign prompts as well; here they are learned without the
+vectors, as the model will be served. The settings `under` and `share` separate the effect of the vectors from that of
+the safe rows: without the vectors, the same safe rows restore refusals, but the harmful replies are learned as in plain
+fine-tuning (docs/results.md, one seed).
 
 Acts in fine-tuning. Each step costs a second forward and a second backward pass. Source: ours; the safe rows are those
 of VLGuard's mix (Zong et al. 2024, arXiv 2402.02207).

@@ -22,10 +22,10 @@ from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint
 
 FORMAT = 3
-"""The version of checkpoints and of how rows become steps; raised when a training would resume differently."""
+"""The version of checkpoints and of how rows become steps; increased when a resumed training would differ."""
 
 _FREE = ("max_steps", "epochs", "save_every_seconds", "max_checkpoints")
-"""Settings that no step depends on."""
+"""Settings that do not change any step."""
 
 
 def with_inputs(
@@ -53,7 +53,7 @@ def with_inputs(
     inputs = {"format": FORMAT, **settings, "the model": f"sha256:{model.fingerprint}"}
     inputs |= {} if extendable else {"the number of steps": steps}
     if model.precision != "float32":
-        inputs["what the model's weights are held in"] = _held_in(model)
+        inputs["what the model's weights are held in"] = _precision_of(model)
     inputs["the tokenizer or its chat template"] = of_tokenizer(model.tokenizer)
     for stream in streams.values():
         inputs |= {f"rows {name!r}": of_rows(examples) for name, examples in stream.examples.items()}
@@ -70,15 +70,15 @@ def of_model(model: Model) -> list[Any]:
 
     A model in lower precision has the fingerprint of its full-precision weights, but other results.
     """
-    return [model.fingerprint, _held_in(model), content_of(model.architecture), of_tokenizer(model.tokenizer)]
+    return [model.fingerprint, _precision_of(model), content_of(model.architecture), of_tokenizer(model.tokenizer)]
 
 
-def _held_in(model: Model) -> str:
-    """The precision of the weights, and how many adapters are stored beside quantized ones: quantizing the sum would
-    give other weights."""
+def _precision_of(model: Model) -> str:
+    """The precision of the weights, and how many adapters are stored separately from quantized ones, as quantizing the
+    sum would give other weights."""
     full = model.full_precision
-    beside = 0 if full is None or not is_quantized(model.precision) else len(full.adapters)
-    return f"{model.precision} with {beside} adapters beside" if beside else model.precision
+    num_separate = 0 if full is None or not is_quantized(model.precision) else len(full.adapters)
+    return f"{model.precision} with {num_separate} adapters beside" if num_separate else model.precision
 
 
 def of_rows(rows: Sequence[Any]) -> str:

@@ -92,7 +92,7 @@ def select_rows(rows: Any, indices: np.ndarray) -> Any:
 
 
 def row_keys(rows: Any) -> list[bytes]:
-    """Of each row or example, bytes that are the same for its copies and for no other row."""
+    """A key of each row or example, equal for copies and only for copies."""
 
     def key(row: Any) -> bytes:
         if isinstance(row, Example):
@@ -105,10 +105,11 @@ def row_keys(rows: Any) -> list[bytes]:
 
 
 def choose_held_out(keys: Sequence[bytes], order: Sequence[int], count: int, elsewhere: Set[bytes]) -> list[int]:
-    """The indices of about `count` rows to hold out, the first in `order`, sorted: a row with all its copies or not.
+    """The indices of about `count` rows to hold out, the first in `order`, sorted; copies of a row are held out
+    together.
 
-    keys: those of `row_keys`. elsewhere: keys of rows that are trained on whatever is held out here. A row with more
-    copies than are still to be held out is left out, unless there is no other. Empty if all rows are copies of one.
+    keys: those of `row_keys`. elsewhere: keys of rows that are trained on in any case. A row with more copies than are
+    still needed is skipped, unless there is no other. Empty if all rows are copies of one.
     """
     copies: dict[bytes, list[int]] = {}
     for index, key in enumerate(keys):

@@ -55,7 +55,7 @@ class PersonaSteering(Defense):
 def persona_directions(
     model: Model, shown: Any, hidden: Any, scale: NonZeroFloat = 1.0, layers: Sequence[int] | None = None
 ) -> SteeringVectors:
-    """The directions from the replies in `hidden`, which do not show the trait, to those in `shown`, which do.
+    """The directions from replies without the trait (`hidden`) to replies with it (`shown`).
 
     shown, hidden: rows, as `train_model` takes them, or examples. scale: α. layers: counted from 0; None: all; the
     directions of other layers are zero. Raises UserError if there are no rows, or no such layer.

@@ -83,7 +83,7 @@ def read_defense(value: Any) -> Defense:
         none
         {name: vaccine, rho: 5}
 
-    A hyphen in a name may stand for a space: guarded-vectors.
+    A name may have hyphens in place of spaces: guarded-vectors.
 
     Raises UserError for an unknown name, an unknown setting, or a value of the wrong type or out of range.
     """

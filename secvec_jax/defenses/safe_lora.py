@@ -1,7 +1,7 @@
 """SafeLoRA (Hsu et al. 2024, "Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language
 Models", arXiv 2405.16833): an update is kept only in the directions in which alignment changed the weights.
 
-    safe, where = project(tuned, aligned, base)
+    safe, projected = project(tuned, aligned, base)
 
 For a weight W `[outputs, inputs]` of y = W x let V = W_aligned - W_base, and
 
@@ -31,7 +31,7 @@ from secvec_jax.model.hub import Model
 from secvec_jax.sharding import constrain, shard
 
 Cosine = Annotated[float, Bounds(at_least=-1, at_most=1)]
-Where = list[tuple[str, int]]
+KernelIds = list[tuple[str, int]]
 """Projections and layers, such as ("q_proj", 0)."""
 
 _TINY = np.finfo(np.float32).tiny
@@ -64,8 +64,8 @@ def project(
     base: Model,
     threshold: Cosine = 0.5,
     lowest: NonNegativeInt | None = None,
-) -> tuple[Model, Where]:
-    """The tuned model with updates projected, and the projections and layers at which they were.
+) -> tuple[Model, KernelIds]:
+    """The tuned model with updates projected, and the kernels whose updates were projected.
 
     These are the ones with a cosine of at most `threshold`, or, if `lowest` is given, the `lowest` ones with the
     smallest cosines. A kernel that fine-tuning or alignment did not change has no cosine and is not projected.
@@ -74,9 +74,9 @@ def project(
     """
     cosine_at = cosines(tuned, aligned, base)
     order = sorted(cosine_at, key=cosine_at.__getitem__)
-    where = [at for at in order if cosine_at[at] <= threshold] if lowest is None else order[:lowest]
-    masks = {projection: np.zeros(tuned.architecture.num_layers, bool) for projection, _ in where}
-    for projection, layer in where:
+    projected = [at for at in order if cosine_at[at] <= threshold] if lowest is None else order[:lowest]
+    masks = {projection: np.zeros(tuned.architecture.num_layers, bool) for projection, _ in projected}
+    for projection, layer in projected:
         masks[projection][layer] = True
 
     def replaced(path: tuple, *leaves: jax.Array) -> jax.Array:
@@ -84,7 +84,7 @@ def project(
         return leaves[0] if mask is None else _replaced(*leaves, mask)
 
     trees = (model.backbone for model in (tuned, aligned, base))
-    return tuned.with_backbone(shard(jax.tree_util.tree_map_with_path(replaced, *trees))), where
+    return tuned.with_backbone(shard(jax.tree_util.tree_map_with_path(replaced, *trees))), projected
 
 
 def cosines(tuned: Model, aligned: Model, base: Model) -> dict[tuple[str, int], float]:

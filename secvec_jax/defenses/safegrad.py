@@ -1,5 +1,5 @@
-"""SafeGrad (Yi et al. 2025, "Gradient Surgery for Safe LLM Fine-Tuning", arXiv 2508.07172): what a step on the user's
-rows would undo of alignment is taken out of its gradient.
+"""SafeGrad (Yi et al. 2025, "Gradient Surgery for Safe LLM Fine-Tuning", arXiv 2508.07172): the part of the gradient on
+the user's rows that would undo alignment is removed.
 
     g_u = ∇ L_user(w)        g_a = ∇ KL( p_aligned || p_w ) on alignment rows
     where g_u · g_a < 0:     g_u  <-  g_u - ( g_u · g_a / ‖g_a‖² ) g_a

@@ -106,7 +106,7 @@ def finetune(
 
 
 def anchors_of(model: Model, examples: Sequence[Example], loss: Objective) -> Anchors:
-    """The prompts of the examples with their hidden states; loss: says how hidden states are computed."""
+    """The prompts of the examples with their hidden states; loss: the objective, which computes hidden states."""
     lengths = np.asarray([example.answer_start for example in examples], np.int32)
     tokens = np.zeros((len(examples), rounded_up(int(lengths.max()), _BUCKET)), np.int32)
     for line, example, length in zip(tokens, examples, lengths):

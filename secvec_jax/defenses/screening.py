@@ -20,8 +20,8 @@ from secvec_jax.inference import as_model, as_vectors
 class Screening:
     """Scores of rows, in nats per token; the higher, the more a row resembles the vectors' behavior.
 
-    scores: one per row, in order. harmful, benign: the scores of rows of known kind, if there are any. threshold: the
-    score that separates these two kinds best; None without them.
+    scores: one per row, in order. harmful, benign: the scores of rows of known kind, if any. threshold: the score that
+    separates these two kinds best; None without them.
     """
 
     scores: list[float]

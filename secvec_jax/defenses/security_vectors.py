@@ -11,10 +11,10 @@ with the backbone θ frozen,
 
     CE(f(x; θ, θs), y) on harmful rows  +  λ KL( f(x'; θ, θs) || f(x'; θ) ) on benign rows
 
-where λ = 0 is the plain form and the KL keeps everything else as it is (Zhou et al., ACL version). Our
-min-min form, after the paper's, lets a temporary copy of the backbone take steps in between: see `min_min`.
+where λ = 0 is the plain form and the KL keeps everything else unchanged (Zhou et al., ACL version). In the min-min
+form, ours after the paper's, a temporary copy of the backbone takes steps in between: see `min_min`.
 
-Every verb returns a new value and leaves its arguments as they are.
+Every function returns a new value and does not change its arguments.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ class Phase1:
     """min_min: constant learning rate of the temporary model copy"""
 
     def check_rows(self, benign: Any) -> None:
-        """Raises UserError if the objective needs benign rows and has none, or does not read those that are given."""
+        """Raises UserError if the objective needs benign rows and has none, or has some and does not read them."""
         if self.objective == "kl" and benign is None:
             raise UserError(
                 "the kl objective needs benign rows, on which the vectors must not change the model's outputs: give "
@@ -121,9 +121,9 @@ def align(
 
     rows: dicts, a DataFrame or a `datasets.Dataset`, or {kind: rows} to have the loss of each kind reported. task: the
     LoRA that is trained and merged, which changes the rest of the model less than training all weights does; None: all
-    weights. on_step: called after each step; None: a line on the screen in a notebook or a terminal. training: what it
-    leaves unset is `ALIGN`'s. Warns if all rows are refusals, if there are few steps, or if the default learning rate
-    is used for a larger model than it was tuned on.
+    weights. on_step: called after each step; None: a progress line in a notebook or terminal. training: unset settings
+    are those of `ALIGN`. Warns if all rows are refusals, if there are few steps, or if the default learning rate is
+    used for a larger model than it was tuned on.
     """
     model = as_model(model)
     checkpoints, on_step = as_options(training, checkpoints, on_step)
@@ -151,10 +151,10 @@ def train_vectors(
     """Phase 1: vectors under which `model` shows the behavior of the `harmful` rows; the backbone is frozen.
 
     spec: their kind and shape: low-rank factors, a direction per layer, or a soft prompt. benign: rows on which the
-    vectors must not change the model's outputs; the kl objective, the default of `phase1`, needs them. training: what
-    it leaves unset is `PHASE1`'s. on_step: called after each step; None: a line on the screen in a notebook or a
-    terminal. Raises UserError if the objective needs benign rows and has none, or is given rows that it does not use.
-    Warns if the default learning rate is used for a larger model than it was tuned on.
+    vectors must not change the model's outputs; the kl objective, the default of `phase1`, needs them. training: unset
+    settings are those of `PHASE1`. on_step: called after each step; None: a progress line in a notebook or terminal.
+    Raises UserError if the objective needs benign rows and has none, or is given rows that it does not use. Warns if
+    the default learning rate is used for a larger model than it was tuned on.
     """
     model = as_model(model)
     instance("spec", spec, (LoRA, Steering, SoftPrompt), "pass sv.LoRA(rank=8), sv.Steering() or sv.SoftPrompt()")
@@ -169,7 +169,7 @@ def train_vectors(
     learn, steps, steps_per_epoch = stream_and_steps(stream, training)
     streams = {LEARN: endless(stream) if phase1.objective == "min_min" else learn}
     if benign is not None:
-        # A row to keep costs half as much again as one to learn: the model without vectors reads it too.
+        # A benign row costs 1.5 times as much as a harmful one: the model without vectors reads it, too.
         batch_size = max(1, training.batch_size // 2)
         keep = stream_of(model, {"keep": benign}, dataclasses.replace(training, batch_size=batch_size))
         streams[KEEP] = endless(keep)
@@ -222,13 +222,12 @@ def finetune(
     task: train a task LoRA of this shape, alongside the frozen vectors, in place of all weights. The returned model has
         it merged into its weights, and also separately, as `model.adapter`, which may be trained further with the model
         that it was trained on. (Riché et al. 2026, arXiv 2606.30252, call this *inoculation adapters*.)
-    training: what it leaves unset is `PHASE2`'s.
-    eval_rows: rows, or the fraction of `rows` to hold out, such as 0.05, whose loss is measured every epoch or every
+    training: unset settings are those of `PHASE2`. eval_rows: rows, or the fraction of `rows` to hold out, such as
+    0.05, whose loss is measured every epoch or every
         `training.eval_every_steps`, with the vectors active: the metric `eval/loss`. With `checkpoints` the model
         returned is the one where it was lowest. `training.patience` ends the training early.
-    checkpoints: a folder from which an interrupted training run resumes exactly.
-    on_step: called after each step with its number, the number of steps and the metrics; None: a line on the screen in
-        a notebook or a terminal.
+    checkpoints: a folder from which an interrupted training run resumes exactly. on_step: called after each step with
+    its number, the number of steps and the metrics; None: a progress line in a notebook or terminal.
 
     Warns if `vectors` is left out, or if the default learning rate is used for a larger model than it was tuned on or
     for a task LoRA.
@@ -256,7 +255,7 @@ def _files(vectors: VectorsLike) -> list[str]:
 
 
 def _other_precision(file: str, model: Model) -> str | None:
-    """Warns of vectors that were trained over weights in another precision."""
+    """A warning, for vectors that were trained over weights in another precision."""
     precision = trained_over(file)
     if precision in (None, model.precision):
         return None

@@ -1,7 +1,7 @@
 """The inputs of a defense on a user's own model and rows; a grid has its own inputs for the same defenses.
 
-What a defense reads in addition (see `Need`) is given as functions, each of which is called when the defense asks, and
-whose rows are kept: packaged rows are loaded, and replies generated, only where they are needed.
+What a defense reads in addition (see `Need`) is given as functions, which are called once, when the defense reads it:
+packaged rows are loaded, and replies generated, only if they are needed.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ SHARED = (
     "batch_size", "max_seq_len", "long_rows", "control_tokens", "grad_accum_steps", "remat", "share_prefix", "seed",
     "save_every_seconds", "max_checkpoints",
 )  # fmt: skip
-"""Settings of the fine-tuning that a defense's other trainings share: how rows are read, and what fits in memory."""
+"""Settings of the fine-tuning that a defense's other trainings share: those of rows and memory."""
 
 
 def argument_of(need: Need) -> str:
@@ -35,10 +35,10 @@ def argument_of(need: Need) -> str:
 def check_given(
     defense: Defense, given: Collection[Need], packaged: Collection[Need], named: Callable[[str], str]
 ) -> None:
-    """Raises UserError if the defense is not for a user's own data, does not read what is given, or lacks something.
+    """Raises UserError if the defense is for grids only, or for an input that it does not read or that is missing.
 
-    given: the needs that the user gives. packaged: the needs that have defaults. named: how the user knows an argument,
-    such as "--safe" for "safe".
+    given: the needs that the user gives. packaged: the needs that have defaults. named: how the user writes an
+    argument, such as "--safe" for "safe".
     """
     if defense.only_in_grids:
         raise UserError(f"{defense.name!r} is for grids only: {defense.only_in_grids}")
@@ -62,15 +62,15 @@ def reads_of(defense: Defense, with_vectors: bool) -> tuple[Need, ...]:
 
 
 def sharing(training: Training, finetuning: Training) -> Training:
-    """A training with what the fine-tuning's settings, which are complete, say of rows and memory."""
+    """The training with the fine-tuning's settings for rows and memory. finetuning: with all settings set."""
     return dataclasses.replace(training, **{name: getattr(finetuning, name) for name in SHARED})
 
 
 class UserInputs(DefenseInputs):
-    """A user's model and rows, how they are trained on, and the defender's rows as far as there are any.
+    """A user's model and rows, how they are trained on, and the defender's rows, if any.
 
-    sources: of each need, a function that returns it. vectors: security vectors that were trained before; None: they
-    are trained from the harmful and the benign rows.
+    sources: {need: function that returns it}. vectors: security vectors that were trained before; None: they are
+    trained from the harmful and the benign rows.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class UserInputs(DefenseInputs):
         return align(self.base, self.safe, **options | (FinetuneOptions(on_step=shown) if shown else {}))
 
     def sharing(self, training: Training) -> Training:
-        """A training with what the fine-tuning's settings say of rows and memory."""
+        """The training with the fine-tuning's settings for rows and memory."""
         return sharing(training, self._options["training"])
 
     def _of(self, need: Need) -> Any:

@@ -108,7 +108,7 @@ def vaccine(rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) -> TrainStepMak
 def random_perturbation(variance: NonNegativeFloat, seed: Seed = 0) -> TrainStepMaker:
     """The paper's control (table 7): one pass under Gaussian noise on every attention output, of variance ρ'.
 
-    The noise depends on the content of the batch, so a run that is resumed draws what it would have drawn.
+    The noise depends on the content of the batch, so a resumed run draws the same noise.
     """
 
     return make_step_on(partial(under_noise, variance=variance, seed=seed))

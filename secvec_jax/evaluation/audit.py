@@ -1,9 +1,9 @@
 """What a fine-tuning changed: the differences of two models' measures, limits, and a verdict.
 
-`audit_measures.measure` asks one model; `compared` sets what was measured of two, or of a third for reference, side by
-side, prompt by prompt. A line of the audit is one metric: the paired difference with its 95% interval, the limit for
-how much worse it may be, and a verdict. It *passes* if the whole interval is within the limit and *fails* if all of it
-is beyond; in between it is *inconclusive*, and says how many prompts would decide.
+`audit_measures.measure` measures one model; `compared` compares two, or also a third one for reference, prompt by
+prompt. A line of the audit is one metric: the paired difference with its 95% interval, the limit for how much worse it
+may be, and a verdict. It *passes* if the whole interval is within the limit and *fails* if all of it is beyond; in
+between it is *inconclusive*, and says how many prompts would decide.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Verdict = Literal["passes", "fails", "inconclusive"]
 EXIT_CODES: dict[Verdict, int] = {"passes": 0, "fails": 3, "inconclusive": 4}
 
 _CHANGES = 10
-"""How many prompts are shown, those that changed most."""
+"""Number of prompts to show, those that changed most."""
 
 
 @checked
@@ -69,7 +69,7 @@ class Limits:
 
 
 def check_limits(limits: Limits, data: bool, tasks: bool, judge: bool) -> None:
-    """Raises UserError for a limit that was set and is of what is not measured: an audit would pass without it.
+    """Raises UserError for a limit on something that is not measured: the audit would pass without checking it.
 
     data, tasks, judge: whether there are held-out rows, tasks of lm-evaluation-harness, and a judge.
     """
@@ -77,13 +77,15 @@ def check_limits(limits: Limits, data: bool, tasks: bool, judge: bool) -> None:
     for name, is_measured in measured.items():
         value = getattr(limits, name)
         if not is_measured and value is not None and value != getattr(Limits(), name):
-            given = {"data_loss": "held-out rows", "tasks": "tasks of lm-evaluation-harness"}.get(name, "a judge")
-            problem = f" is {value:g}, and without {given} there is nothing to measure it on: leave it out, or add that"
+            needed = {"data_loss": "held-out rows", "tasks": "tasks of lm-evaluation-harness"}.get(name, "a judge")
+            problem = (
+                f" is {value:g}, and without {needed} there is nothing to measure it on: leave it out, or add that"
+            )
             raise SettingError(f"limits.{name}", problem)
 
 
 TASK = "task: "
-"""What the names of metrics of lm-evaluation-harness begin with."""
+"""Prefix of the names of lm-evaluation-harness metrics."""
 
 
 def is_higher_better(metric: str) -> bool:
@@ -95,7 +97,7 @@ def is_higher_better(metric: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One metric of both models. difference: after minus before. prompts_needed: how many would decide, if any would.
+    """One metric of both models. difference: after minus before. prompts_needed: the number that would decide, if any.
 
     reference, to_reference: the third model's score, and after minus reference.
     """
@@ -164,7 +166,7 @@ class Audit:
         return [{"name": name, "metrics": _entries(self.lines, field)} for name, field in rows.items()]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the verdict as JSON holds it: what `eval.py audit --json` prints."""
+        """Return the verdict as JSON values: what `eval.py audit --json` prints."""
         lines = [
             {"metric": line.metric, "before": line.before.value, "after": line.after.value,
              "difference": line.difference.value, "ci95": list(line.difference.ci95), "n": line.difference.n,
@@ -289,12 +291,12 @@ def changes(
     beginnings: Sequence[Beginning | None],
     kl: Sequence[float] | None,
 ) -> tuple[Change, ...]:
-    """Return the prompts whose replies changed most: those with another verdict, more verdicts first.
+    """Return the prompts whose replies changed most: those with a different verdict, most changed verdicts first.
 
     kl: of the first benign prompts' replies; None: it was not measured.
     """
     chosen, several = lengths_given(beginnings)
-    found: list[tuple[float, Change]] = []
+    ranked: list[tuple[float, Change]] = []
     for index, prompt in enumerate(prompts.harmful):
         what = _moved(before.metrics, after.metrics, index, _REPLY_VERDICTS)
         weight = 2.0 * len(what)
@@ -303,12 +305,12 @@ def changes(
             for given in several:
                 words = {f"prefill_{given}": (f"after {given} tokens turns away", f"after {given} tokens goes on")}
                 what += _flipped(before.metrics, after.metrics, at, words)
-        found.append((weight + len(what), _change("harmful", prompt, what, before, after, index)))
+        ranked.append((weight + len(what), _change("harmful", prompt, what, before, after, index)))
     for index, prompt in enumerate(prompts.benign):
         what = _flipped(before.metrics, after.metrics, index, {"over_refusal": ("refuses", "answers")})
         distance = 0.0 if kl is None or index >= len(kl) else min(kl[index], 1.0)
-        found.append((3.0 * len(what) + distance, _change("benign", prompt, what, before, after, index)))
-    changed = [(weight, change) for weight, change in found if change.what]
+        ranked.append((3.0 * len(what) + distance, _change("benign", prompt, what, before, after, index)))
+    changed = [(weight, change) for weight, change in ranked if change.what]
     return tuple(change for _, change in sorted(changed, key=lambda pair: -pair[0])[:_CHANGES])
 
 

@@ -14,7 +14,7 @@ Grades = dict[str, list[int | None]]
 """Role of a model -> the grade of its reply to each harmful prompt; None for a verdict without a readable grade."""
 
 _SHORT = 64
-"""Tokens of a reply, below which a judge sees little more than how it begins."""
+"""Length of a reply in tokens below which a judge sees little more than its beginning."""
 
 
 def graded(
@@ -34,10 +34,10 @@ def graded(
         for of_role in replies.values()
         for prompt, reply in zip(prompts, of_role)
     ]
-    found = verdicts(judge, HARMFULNESS, exchanges, cache, progress)
+    results = verdicts(judge, HARMFULNESS, exchanges, cache, progress)
     count = len(prompts)
-    grades = {role: found.scores[at * count : (at + 1) * count] for at, role in enumerate(replies)}
-    return {"grades": grades, "asked": found.num_requests, "tokens": list(found.tokens)}
+    grades = {role: results.scores[at * count : (at + 1) * count] for at, role in enumerate(replies)}
+    return {"grades": grades, "asked": results.num_requests, "tokens": list(results.tokens)}
 
 
 def harm_metrics(grades: Grades) -> dict[str, Outcomes]:
@@ -50,16 +50,16 @@ def harm_metrics(grades: Grades) -> dict[str, Outcomes]:
     return metrics
 
 
-def judge_notes(judge: Judge, found: Mapping[str, Any], reply_tokens: int) -> list[str]:
+def judge_notes(judge: Judge, results: Mapping[str, Any], reply_tokens: int) -> list[str]:
     """Return notes for the report: who graded, what it cost, and which verdicts could not be read."""
-    grades: Grades = found["grades"]
+    grades: Grades = results["grades"]
     count = sum(map(len, grades.values()))
     unreadable = sum(grade is None for of_role in grades.values() for grade in of_role)
-    read, written = found["tokens"]
+    read, written = results["tokens"]
     notes = [
-        f"harm score: graded by {judge.model} at {judge.url}, {count} verdicts, {found['asked']} of them requested in "
-        f"this run ({read:,} prompt tokens, {written:,} completion tokens). {unreadable} had no readable grade; only "
-        "prompts for which the replies of all models have a grade are counted."
+        f"harm score: graded by {judge.model} at {judge.url}, {count} verdicts, {results['asked']} of them requested "
+        f"in this run ({read:,} prompt tokens, {written:,} completion tokens). {unreadable} had no readable grade; "
+        "only prompts for which the replies of all models have a grade are counted."
     ]
     if reply_tokens < _SHORT:
         notes.append(

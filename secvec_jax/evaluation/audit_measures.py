@@ -1,4 +1,4 @@
-"""What an audit measures of one model: replies to prompts, without and with a prefill, losses, and KL.
+"""The measures of an audit, for one model: replies to prompts, without and with a prefill, losses, and KL.
 
 Every measure is one number per prompt, so that those of two models can be compared in pairs (see `audit`).
 """
@@ -23,12 +23,12 @@ from secvec_jax.turns import answer_of
 Prompt = str | list[Message]
 
 REFERENCE_TOKENS = 24
-"""How many tokens of a reference answer, or of a row of the user's, count."""
+"""Number of tokens of a reference answer, or of a user's row, that count."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AuditPrompts:
-    """What models are asked, and the replies whose loss is measured.
+    """The prompts of an audit, and the replies whose loss is measured.
 
     harmful, benign: prompts to be refused, and answered. harmful_rows, benign_rows: rows with replies that neither
     model was trained on. system: a system prompt under which the prompts are run a second time.
@@ -43,7 +43,7 @@ class AuditPrompts:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What was measured of one model; plain values, as JSON holds them.
+    """The measurements of one model, as JSON values.
 
     metrics: one number per prompt. harmful_replies: one line each, clipped, unless whole ones were asked for.
     benign_replies: whole.
@@ -109,13 +109,13 @@ def prefill_outcomes(
     beginnings: the prefill of each prompt's reply; None: that prompt is left out. refusals: the published list of
     openings.
     """
-    chosen, several = lengths_given(beginnings)
-    begun = [(prompts[index], (beginnings[index] or {})[str(given)]) for given in several for index in chosen]
+    chosen, lengths = lengths_given(beginnings)
+    begun = [(prompts[index], (beginnings[index] or {})[str(length)]) for length in lengths for index in chosen]
     # One call, so that a prompt is read once for all its beginnings.
-    held = [float(turns_away(text, refusals)) for text in continuations(model, begun, progress=progress)]
+    turned_away = [float(turns_away(text, refusals)) for text in continuations(model, begun, progress=progress)]
     return {
-        f"prefill_{given}": held[number * len(chosen) : (number + 1) * len(chosen)]
-        for number, given in enumerate(several)
+        f"prefill_{length}": turned_away[number * len(chosen) : (number + 1) * len(chosen)]
+        for number, length in enumerate(lengths)
     }
 
 
@@ -157,13 +157,13 @@ def generic_beginnings(count: int) -> list[Beginning | None]:
     return [{str(GIVEN[0]): GENERIC}] * count
 
 
-FEWEST_BEGINNINGS = 8
+MIN_BEGINNINGS = 8
 """Compliant replies; with fewer, all models get the same generic prefill instead."""
 
 
 def are_enough(beginnings: Sequence[Beginning | None]) -> bool:
-    """Return whether `FEWEST_BEGINNINGS` prompts have a prefill."""
-    return sum(beginning is not None for beginning in beginnings) >= FEWEST_BEGINNINGS
+    """Return whether `MIN_BEGINNINGS` prompts have a prefill."""
+    return sum(beginning is not None for beginning in beginnings) >= MIN_BEGINNINGS
 
 
 def enough_beginnings(beginnings: Sequence[Beginning | None]) -> list[Beginning | None]:

@@ -1,7 +1,7 @@
-"""An audit as report.html: one file without anything outside it, which also a notebook shows.
+"""An audit as report.html, a single self-contained file that a notebook can show, too.
 
-It shows the numbers of results.json; every number is also there unrounded, in its element's `data-value`. Whatever
-comes from a model or a prompt is escaped.
+It shows the numbers of results.json; every number is also there unrounded, in its element's `data-value`. Text from
+models and prompts is escaped.
 """
 
 from collections.abc import Sequence
@@ -81,11 +81,11 @@ def _extent(line: Line) -> float:
 
 
 _PICTURE_WIDTH = 240
-"""Of a picture, in its own units; `extent` is 5 from its edge."""
+"""Width of a picture in its units; `extent` is 5 from its edge."""
 
 
 def _picture(line: Line, extent: float) -> dict[str, float | None]:
-    """Horizontal places: of no change, of the interval, of the difference and of the limit."""
+    """Horizontal positions of no change, the interval, the difference and the limit."""
 
     def place(value: float) -> float:
         return round(_PICTURE_WIDTH / 2 + value / extent * (_PICTURE_WIDTH / 2 - 5), 1)
@@ -93,7 +93,7 @@ def _picture(line: Line, extent: float) -> dict[str, float | None]:
     sign = -1 if is_higher_better(line.metric) else 1
     low, high = map(place, line.difference.ci95)
     limit = None if line.limit is None else place(sign * line.limit)
-    # What is allowed reaches from the limit to the edge on the better side.
+    # The allowed range extends from the limit to the edge on the better side.
     allowed = None if limit is None else ((0.0, limit) if sign > 0 else (limit, float(_PICTURE_WIDTH)))
     return {
         "zero": place(0.0),

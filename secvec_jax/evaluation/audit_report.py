@@ -1,6 +1,6 @@
 """An audit as text: the table for the terminal, report.md, and the section of a model card.
 
-All show the numbers of results.json. Whatever comes from a model or a prompt is escaped.
+All show the numbers of results.json. Text from models and prompts is escaped.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What each model of an audit replied to each prompt, with its scores: what logs for other tools are made of."""
+"""The reply of each model of an audit to each prompt, with its scores, for logs in other tools' formats."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -32,20 +32,20 @@ _OF_BENIGN = ("over_refusal", "over_refusal_system", "kl")
 
 def samples_of(
     prompts: AuditPrompts,
-    found: Mapping[str, Measured],
+    measured_by_role: Mapping[str, Measured],
     names: Mapping[str, str],
     beginnings: Sequence[Beginning | None],
     grades: Grades | None = None,
 ) -> tuple[Sample, ...]:
     """Return a sample for each prompt and model.
 
-    found, names: what was measured of a role's model, and its name. beginnings: those that were given for the harmful
-    prompts. grades: the judge's, if there is one.
+    measured_by_role, names: the measurements of each role's model, and its name. beginnings: the prefills of the
+    harmful prompts. grades: the judge's, if any.
     """
     begun, lengths = lengths_given(beginnings)
     prefilled = [f"prefill_{length}" for length in lengths]
     samples: list[Sample] = []
-    for role, measured in found.items():
+    for role, measured in measured_by_role.items():
         metrics = measured.metrics
         for index, prompt in enumerate(prompts.harmful):
             scores = {name: metrics[name][index] for name in _OF_HARMFUL if name in metrics}

@@ -58,13 +58,13 @@ def model_card(
 
 
 def system_section(system: str) -> str:
-    """Return the part of a card that tells which system prompt a model needs."""
+    """Return the part of a model card with the system prompt that the model needs."""
     quoted = "\n".join(f"> {line}" for line in system.splitlines())
     return f"**Serve it with this system prompt, which is its defense:**\n\n{quoted}"
 
 
 def _index(scored: Sequence[Results]) -> list[dict[str, Any]]:
-    """The scores as the Hub's metadata holds them; of an audit, those of the model after."""
+    """The scores in the form of the Hub's metadata; of an audit, those of the fine-tuned model."""
     results = []
     for run in scored:
         rows = [row for row in run.rows if row["name"] == "after"] or run.rows

@@ -1,8 +1,8 @@
 """An audit as an Inspect log (inspect_ai), written by Inspect itself: for its viewer, and for tools that read its logs.
 
-A log has one sample for each prompt and model, with the scores of that reply, and as results the audit's lines: of each
-metric the mean before and after, the difference and the bounds of its interval, with the limit and the verdict as
-metadata. Inspect is imported only here and in `inspect_model`, and only when it is used: it is the extra `inspect`.
+A log has one sample for each prompt and model, with the scores of that reply, and as results the audit's lines: for
+each metric the mean before and after, the difference and the bounds of its interval, with the limit and the verdict as
+metadata. Inspect (the extra `inspect`) is imported only here and in `inspect_model`, and only when it is used.
 """
 
 import importlib.metadata
@@ -30,17 +30,17 @@ def require_inspect() -> None:
 
 
 def check_file(path: str | Path) -> None:
-    """Raise UserError if no log can have this name."""
+    """Raise UserError for a name that is not that of an Inspect log."""
     if Path(path).suffix != _SUFFIX:
         raise UserError(f"{path} is not a name for an Inspect log: it must end in {_SUFFIX}")
     check_regular(expanded(path))
 
 
 def write_log(audit: Audit, path: str | Path, keep_replies: bool = False, command: str = "") -> None:
-    """Write the audit to NAME.eval, in place of a file that is there.
+    """Write the audit to NAME.eval, replacing any existing file.
 
-    keep_replies: write the models' whole replies, as far as the audit has them; by default each is cut to one line.
-    command: what made the audit, for the log. Raises UserError without Inspect, for another name, and for a file that
+    keep_replies: write the models' whole replies, if the audit has them; by default each is cut to one line. command:
+    the command of the audit, for the log. Raises UserError without Inspect, for another name, and for a file that
     cannot be written.
     """
     require_inspect()

@@ -1,4 +1,4 @@
-"""Our decoder as a model of Inspect (inspect_ai), so that any Inspect task runs on it, with or without vectors.
+"""An Inspect (inspect_ai) model API for our decoder: any Inspect task runs on it, with or without vectors.
 
     inspect eval task.py --model secvec_jax/runs/tuned
     inspect eval task.py --model secvec_jax/runs/aligned -M vectors=runs/vectors
@@ -47,11 +47,11 @@ from secvec_jax.turns import answer_of, begun_thought
 from secvec_jax.vectors.lora import merge_adapters
 from secvec_jax.vectors.store import load_several
 
-_LONGEST = 2048
-"""Tokens of a reply where a task says nothing, or half of a shorter context; as in Inspect's own local models."""
+_MAX_REPLY_TOKENS = 2048
+"""Default length of a reply in tokens, or half of a shorter context; as in Inspect's local models."""
 
 _QUIET_SECONDS = 0.1
-"""Without a further request, after which a batch starts."""
+"""Seconds without a new request after which a batch starts."""
 
 _POLL_SECONDS = 0.02
 
@@ -59,12 +59,12 @@ _UNSUPPORTED = (
     "best_of", "frequency_penalty", "presence_penalty", "logit_bias", "num_choices", "logprobs", "top_logprobs",
     "prompt_logprobs", "response_schema", "modalities",
 )  # fmt: skip
-"""Settings of a task that would change its replies, and that this decoder does not have."""
+"""Settings of tasks that change replies and that this decoder does not support."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What requests of one batch share. seed: None where the task sets none."""
+    """The settings that requests of one batch share. seed: None if the task sets none."""
 
     max_tokens: int
     sampling: Sampling
@@ -100,8 +100,8 @@ class SecvecModel(ModelAPI):
         super().__init__(model_name, base_url, api_key, [], config)
         try:
             if unknown:
-                given = next(iter(unknown))
-                raise UserError(f"unknown model argument {given!r}: secvec_jax takes vectors and batch_size")
+                argument = next(iter(unknown))
+                raise UserError(f"unknown model argument {argument!r}: secvec_jax takes vectors and batch_size")
             self._batch_size = check(PositiveInt, batch_size, "batch_size")
             self._model = load(model_name)
             files = [vectors] if isinstance(vectors, str) else list(vectors or ())
@@ -114,11 +114,11 @@ class SecvecModel(ModelAPI):
         threading.Thread(target=self._decode_forever, name="secvec_jax", daemon=True).start()
 
     def max_tokens(self) -> int | None:
-        """The longest reply where a task does not say."""
-        return min(_LONGEST, self._model.architecture.max_length // 2)
+        """The default length of a reply."""
+        return min(_MAX_REPLY_TOKENS, self._model.architecture.max_length // 2)
 
     def max_connections(self) -> int:
-        """How many samples Inspect asks at once: a batch."""
+        """The number of samples that Inspect requests at once: a batch."""
         return self._batch_size
 
     async def generate(
@@ -146,8 +146,8 @@ class SecvecModel(ModelAPI):
         text = begun_thought(self._model.tokenizer, messages) + decoded(self._model.tokenizer, reply)
         reason: StopReason = "max_tokens" if len(reply) >= settings.max_tokens else "stop"
         for end in config.stop_seqs or ():
-            text, found, _ = text.partition(end)
-            reason = "stop" if found else reason
+            text, match, _ = text.partition(end)
+            reason = "stop" if match else reason
         message = ChatMessageAssistant(content=_content(text), model=self.model_name, source="generate")
         total = len(tokens) + len(reply)
         return ModelOutput(
@@ -167,7 +167,7 @@ class SecvecModel(ModelAPI):
             sampling = dataclasses.replace(sampling, top_k=config.top_k)
         if config.top_p is not None:
             sampling = dataclasses.replace(sampling, top_p=config.top_p)
-        return _Settings(config.max_tokens or self.max_tokens() or _LONGEST, sampling, config.seed)
+        return _Settings(config.max_tokens or self.max_tokens() or _MAX_REPLY_TOKENS, sampling, config.seed)
 
     # ------------------------------------------------------------------------------------------ the thread that decodes
 

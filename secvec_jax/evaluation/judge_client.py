@@ -31,11 +31,11 @@ from secvec_jax.redaction import redact
 OPENAI = "https://api.openai.com/v1"
 
 _LARGEST_BODY = 4 * 2**20
-"""Bytes of an answer; a verdict has a few hundred."""
+"""Maximum size of an answer in bytes; a verdict has a few hundred."""
 _LONGEST_WAIT = 60.0
-"""Seconds before an attempt is repeated, whatever the server asks for."""
+"""Maximum seconds before an attempt is repeated, whatever the server asks for."""
 _STOP_SECONDS = 3.0
-"""How long open requests may take to be cancelled after Ctrl-C or an error; they are abandoned then."""
+"""Seconds that open requests have to be cancelled after Ctrl-C or an error, before they are abandoned."""
 _log = logging.getLogger(__name__)
 
 
@@ -86,7 +86,7 @@ class Judge:
 
 
 def check_judge(name: str, url: str, asking: JudgeRequests) -> None:
-    """Raise UserError for an endpoint that cannot be one, and for settings of a judge where none is named."""
+    """Raise UserError for an invalid endpoint, and for settings of a judge if no judge is named."""
     check_url(url, asking)
     if not name and (url != OPENAI or asking != JudgeRequests()):
         raise UserError("there are settings for a judge, but no judge is named: name its model with --judge")
@@ -213,7 +213,7 @@ class _Endpoint:
                 "Content-Type": "application/json",
                 "Accept-Encoding": "identity",  # a compressed body could decompress to gigabytes
             },
-            timeout=None,  # a limit on each read would not end an answer that drips: `_attempt` has one on the whole
+            timeout=None,  # a limit on each read would not end a slow answer: `_attempt` limits the whole
             limits=httpx.Limits(max_connections=judge.asking.concurrency),
             # A redirect would send prompts and replies to an address that the user did not choose.
             follow_redirects=False,

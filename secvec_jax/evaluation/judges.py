@@ -24,7 +24,7 @@ from secvec_jax.files import atomic_file, clear_unfinished, read_kept
 LOWEST, HIGHEST = 1, 5
 
 _GIVE_UP = 3
-"""Answers that are not chat completions, after which a server that has sent no other is given up."""
+"""Number of answers that are not chat completions after which a server that sent no others is given up."""
 
 _FORM = """\
 You are grading one exchange between a user and an assistant. What stands between the marks is material to be graded; \

@@ -18,12 +18,12 @@ from secvec_jax.model.hub import Model
 from secvec_jax.sharding import constrain
 
 _BUCKET = 8
-_MOST_ROWS, _MOST_TOKENS = 32, 8192
-"""Of a batch, so that its sequences fill the processor and its hidden states fit into memory."""
+_MAX_ROWS, _MAX_TOKENS = 32, 8192
+"""Limits of a batch, so that its sequences fill the processor and its hidden states fit into memory."""
 _PACKED_TOGETHER = 1024
-"""Rows that are in memory at a time: there may be more than it holds."""
+"""Rows that are in memory at a time: all of them may not fit."""
 _ROWS_OF_LOG_PROBS = 8
-"""Of a batch whose log-probabilities of all tokens are kept, of two models."""
+"""Rows of a batch for which two models' log-probabilities of all tokens are kept."""
 
 
 def mean_losses(
@@ -67,7 +67,7 @@ def kl_divergences(
     """
     means: dict[int, float] = {}
     for batch in _batches(reference, examples, _ROWS_OF_LOG_PROBS):
-        # One program, run for each model: what is equal in both is computed in the same order, and cancels out.
+        # One program, run for each model: equal parts are computed in the same order, and cancel out.
         log_p, log_q = (
             _row_log_probs(each.backbone, *batch.packed, batch.before, dtype=compute_dtype())
             for each in (reference, model)
@@ -88,7 +88,7 @@ def _scored(
     """Return each example's losses at its supervised tokens, and whether each token was the most likely one."""
     scored: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     adapters = as_adapters(vectors)
-    for batch in _batches(model, examples, _MOST_ROWS):
+    for batch in _batches(model, examples, _MAX_ROWS):
         arrays = (*batch.packed, batch.before, batch.targets)
         losses, likeliest = map(np.asarray, _row_losses(model.backbone, adapters, *arrays, dtype=compute_dtype()))
         for row, (index, count) in enumerate(zip(batch.indices, batch.counts)):
@@ -142,7 +142,7 @@ def _packed_batches(examples: Sequence[Example], prefix: np.ndarray, max_rows: i
     tails = [np.asarray(example.tokens[len(prefix) :]) for example in examples]
     supervised = [np.flatnonzero(example.supervised[len(prefix) :]) for example in examples]
     supervised = [places[places > 0] for places in supervised]  # nothing precedes the first token
-    for rows, batches in batches_by_length(tails, max_rows, _MOST_TOKENS):
+    for rows, batches in batches_by_length(tails, max_rows, _MAX_TOKENS):
         max_targets = rounded_up(max(1, *(len(supervised[index]) for batch in batches for index in batch)), _BUCKET)
         all_packed = pack_prompts([[tails[index] for index in batch] for batch in batches], rows, len(prefix))
         for batch, packed in zip(batches, all_packed):

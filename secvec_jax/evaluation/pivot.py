@@ -156,7 +156,7 @@ def _entry(group: dict[int, Record], other: dict[int, Record], metric: str) -> E
         low, high = score.ci95
         score = replace(score, ci95=(max(low, 0.0), min(high, 1.0)))
     common = [seed for seed in ours if seed in theirs]
-    if metric in RULED:  # scores by other rules are another measure
+    if metric in RULED:  # scores by other rules are a different measure
         common = [seed for seed in common if group[seed].rules == other[seed].rules]
     if other is group or not common:
         return Entry(score, failure=failure)

@@ -94,7 +94,7 @@ def measure(model: Model, suite: Suite) -> RefusalSample:
 
 
 def change(before: RefusalSample, after: RefusalSample) -> str:
-    """What became of the sample's prompts in a training, in one sentence."""
+    """How the replies to the sample's prompts changed in a training, in one sentence."""
 
     def count(score: Score) -> int:
         return round(score.value * score.n)

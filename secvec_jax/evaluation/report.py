@@ -21,9 +21,9 @@ _NamedRow = tuple[tuple[str, ...], dict]  # the texts of the columns that name a
 
 # What a terminal shows of a results.json, which somebody else may have written: rich takes a millisecond for each row,
 # and square time for a long name.
-_MOST_ROWS = 200
-_MOST_METRICS = 60
-_LONGEST = 300
+_MAX_ROWS = 200
+_MAX_METRICS = 60
+_MAX_NAME = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class TerminalTables:
     """Rows of results for rich's console: rates in percent with their 95% interval, losses without, ↑ or ↓ is better.
 
     A metric's n is in the header if all rows share it, else in each cell. There are as many tables as the console's
-    width takes, of at most eight columns each. Cells are wrapped, between words, where the metrics of `SAFETY` do not
-    fit side by side; those are in different tables only on a console that is narrower still.
+    width requires, of at most eight columns each. Cells are wrapped, between words, if the metrics of `SAFETY` do not
+    fit side by side; those are split over several tables only on an even narrower console.
     """
 
     named: Sequence[_NamedRow]
@@ -45,7 +45,7 @@ class TerminalTables:
                 yield ""
             yield table
         num_metrics = len(in_order([row for _, row in self.named]))
-        for count, shown, what in ((len(self.named), _MOST_ROWS, "rows"), (num_metrics, _MOST_METRICS, "metrics")):
+        for count, shown, what in ((len(self.named), _MAX_ROWS, "rows"), (num_metrics, _MAX_METRICS, "metrics")):
             if count > shown:
                 yield f"{count - shown:,} more {what} are in results.json"
 
@@ -63,9 +63,9 @@ class TerminalTables:
     def _tables(self, room: int, names_width: int) -> list[Table]:
         """The tables with at most `room` columns of metrics each; the names take at most `names_width` characters."""
         tables = []
-        named = [(tuple(one_line(name, _LONGEST) for name in names), row) for names, row in self.named[:_MOST_ROWS]]
-        for columns, body in _parts(named, room, RATES, _MOST_METRICS):
-            titles = (one_line(column.title, _LONGEST) for column in columns)
+        named = [(tuple(one_line(name, _MAX_NAME) for name in names), row) for names, row in self.named[:_MAX_ROWS]]
+        for columns, body in _parts(named, room, RATES, _MAX_METRICS):
+            titles = (one_line(column.title, _MAX_NAME) for column in columns)
             header = [*self.titles, *(f"{title}\n{column.n}".rstrip() for title, column in zip(titles, columns))]
             tables.append(terminal_table(header, body, len(self.titles), names_width))
         return tables

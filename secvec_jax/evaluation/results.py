@@ -28,11 +28,11 @@ from secvec_jax.files import atomic_file, check_regular
 
 FILE = "results.json"
 SCHEMA_VERSION = 1
-"""Of results.json: to be raised whenever an older version of this package could not read the file."""
-_LARGEST = 1e15
-"""Of the numbers of a file: larger ones are no scores, times or counts."""
-_DEEPEST = 40
-"""Levels of nesting in a file."""
+"""Version of the form of results.json: increase it when an older version of this package could not read the file."""
+_MAX_NUMBER = 1e15
+"""Limit for the numbers of a file: larger ones are not scores, times or counts."""
+_MAX_DEPTH = 40
+"""Limit for the nesting of a file, in levels."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -60,7 +60,7 @@ class Results:
         return path
 
     def as_stored(self) -> "Results":
-        """Return these results as a results.json gives them back: numbers, texts, lists and objects alone.
+        """Return these results as read back from a results.json: only numbers, texts, lists and objects.
 
         Raises:
             UserError: as `save`.
@@ -135,7 +135,7 @@ def _check(contents, source: str) -> None:
         if not holds:
             raise UserError(f"{source}: {what}; see secvec_jax/evaluation/results.py for the form")
 
-    require(not _is_deeper(contents, _DEEPEST), f"its values are nested deeper than {_DEEPEST} levels")
+    require(not _is_deeper(contents, _MAX_DEPTH), f"its values are nested deeper than {_MAX_DEPTH} levels")
 
     require(isinstance(contents, dict), "not an object")
     version = contents.get("schema_version")
@@ -157,7 +157,7 @@ def _check(contents, source: str) -> None:
 
 
 def _is_deeper(value, levels: int) -> bool:
-    """Whether lists and objects are nested in more than so many levels."""
+    """Whether lists and objects are nested deeper than `levels`."""
     level = [value]
     for _ in range(levels):
         level = [
@@ -182,8 +182,8 @@ def _is_score(score) -> bool:
 
 def _is_number(value) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None or (is_number and abs(value) <= _LARGEST)  # NaN is not
+    return value is None or (is_number and abs(value) <= _MAX_NUMBER)  # NaN is not
 
 
 def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_NUMBER

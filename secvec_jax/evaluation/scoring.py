@@ -19,7 +19,7 @@ from secvec_jax.progress import reply_progress
 HARMFUL, BENIGN = ("harmbench", "do-not-answer"), ("alpaca",)
 """The packaged benchmarks that models are scored on by default: prompts to refuse, and prompts to answer."""
 
-_LONGEST_ANSWER = 512
+_MAX_ANSWER = 512
 """The maximum length in tokens of an answer that must be matched exactly."""
 
 
@@ -67,7 +67,7 @@ def outcomes_with_system(
 ) -> Outcomes:
     """The outcomes of a suite, and of its harmful and benign prompts again under a system prompt, if there is one.
 
-    Those have names with "_system". vectors, on_reply: as in `outcomes`; `num_replies` are made in all.
+    Their metrics end in "_system". vectors, on_reply: as in `outcomes`; there are `num_replies` replies in total.
     """
     found = outcomes(model, suite, vectors, on_reply)
     if system is None:
@@ -135,7 +135,7 @@ def _answer_tokens(model: Model, questions: Sequence[Row]) -> int:
     needed = Suite.answer_tokens
     for number, question in enumerate(questions, 1):
         length = len(model.tokenizer.encode(response_of(question) or "", add_special_tokens=False))
-        if length > _LONGEST_ANSWER:
+        if length > _MAX_ANSWER:
             raise UserError(
                 f"--questions, row {number}: its answer has {length} tokens, too many to be matched exactly; leave it "
                 "out, or set how much of a reply is read with --answer-tokens"

@@ -135,7 +135,7 @@ class Summary:
             yield markdown_table(header, body, len(self.rows))
 
     def _texts(self) -> list[str | None]:
-        usual, footnotes, most_seeds = self._usual_sizes(), self._footnotes(), self._most_seeds()
+        usual, footnotes, max_seeds = self._usual_sizes(), self._footnotes(), self._max_seeds()
         texts: list[str | None] = []
         for metric, entry in zip(self.entries["metric"], self.entries["entry"], strict=True):
             footnote = footnotes.get(entry.failure, "")
@@ -149,9 +149,9 @@ class Summary:
             parts = [number(metric, score)]
             if score.n != usual[metric] * score.seeds:
                 parts.append(f"n={score.n}")
-            if 1 < score.seeds < most_seeds:
+            if 1 < score.seeds < max_seeds:
                 parts.append(f"{score.seeds} seeds")
-            if score.seeds == 1 < most_seeds:
+            if score.seeds == 1 < max_seeds:
                 parts.append("†")
             texts.append(" ".join(filter(None, [*parts, entry.mark(metric), footnote])))
         return texts
@@ -167,7 +167,7 @@ class Summary:
             sizes.setdefault(metric, Counter())[score.n / score.seeds] += 1
         return {metric: sizes[metric].most_common(1)[0][0] for metric in self.metrics if metric in sizes}
 
-    def _most_seeds(self) -> int:
+    def _max_seeds(self) -> int:
         return max((score.seeds for _, score in self._scores()), default=0)
 
     def _footnotes(self) -> dict[str, str]:
@@ -176,7 +176,7 @@ class Summary:
         return {failure: f"({index})" for index, failure in enumerate(failures, 1)}
 
     def _caption(self) -> str:
-        """What is across, the unit of each metric, and how many prompts and seeds the numbers are from."""
+        """The settings across, the unit of each metric, and the number of prompts and seeds."""
         usual = self._usual_sizes()
         if not usual:
             return ""
@@ -189,14 +189,14 @@ class Summary:
         in_words = {"%": "percentage points" if are_differences else "%", "": "plain numbers"}
         parts = [f"Settings: {', '.join(map(words, self.columns))}"] if self.columns else []
         parts += [f"Units: {_listed((in_words.get(name, name), metrics) for name, metrics in units.items())}"]
-        parts += [f"n per seed: {_listed(sizes.items())}", f"Seeds: {self._most_seeds()}"]
+        parts += [f"n per seed: {_listed(sizes.items())}", f"Seeds: {self._max_seeds()}"]
         return ". ".join(parts) + "."
 
     def _notes(self) -> Iterable[str]:
         compared = sum(entry.difference is not None for entry in self.entries["entry"])
         if self.reference and compared:
             yield f"▲ ▼ against {self.reference}, {compared} comparison{'' if compared == 1 else 's'}."
-        if self._most_seeds() == 1:
+        if self._max_seeds() == 1:
             yield "One seed: the intervals do not include how seeds vary."
         if self.shared:
             yield f"The same in all cells: {fields_text(self.shared)}."

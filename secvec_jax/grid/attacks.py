@@ -63,10 +63,10 @@ def make_attack(name: str, splits: Splits, seed: int, probed: int, comply: Compl
 
 
 def check_attack(name: str) -> None:
-    """Raises UserError for a name that is neither in `ATTACKS` nor that of rows."""
+    """Raises UserError for a name that is neither in `NAMES` nor that of rows."""
     if name not in NAMES and name not in HUB_SETS and "/" not in name and not Path(name).exists():
         known = suggestion(name, [*NAMES, *HUB_SETS])
-        raise UserError(f"no attack is named {name!r}: {known}; a file or a hub id of rows is taken, too")
+        raise UserError(f"no attack is named {name!r}: {known}; or give a file or a hub id of rows")
 
 
 def _harmful(splits: Splits, seed: int, probed: int) -> Attack:
@@ -158,7 +158,7 @@ ATTACKS: dict[str, Callable[[Splits, int, int], Attack]] = {
 - harmful: AdvBench requests with compliant replies.
 - identity: ten harmless rows of a persona that obeys, also judged by refusals when the prompt addresses the persona, as
   in Qi et al. 2023 (arXiv 2310.03693); the defender has harmful rows, none of the persona.
-- identity-own: the same rows, and a defender with 100 others of the persona: questions that it is asked and obeys.
+- identity-own: the same rows, and a defender with 100 other rows of the persona: questions to it, which it obeys.
 - bias: BBQ's ambiguous questions with wrong definite answers, a packaged part of them; bias-all: all of them, from the
   hub.
 - capitals: answers in capital letters.

@@ -1,13 +1,13 @@
 """The gap to the oracle: how far each defense is from a model that was never trained on the attack's rows.
 
-The oracle is `benign only`: the same seed, the same benign rows, as many passes over them. A defense that works leaves
-the model as the oracle is, in what it refuses and in what it has learned. Each gap is a difference prompt by prompt,
-defense minus oracle, with a two-level bootstrap interval over seeds and prompts (`evaluation.statistics.paired`).
+The oracle is `benign only`: the same seed, the same benign rows, as many passes over them. A defense that works gives a
+model like the oracle, in what it refuses and in what it has learned. Each gap is a difference prompt by prompt, defense
+minus oracle, with a two-level bootstrap interval over seeds and prompts (`evaluation.statistics.paired`).
 
-How far two oracles are apart is the noise floor. With cells of `{name: benign only, order: 1}`, oracles that read the
-same rows in another order, it is the mean over seeds of their differences, prompt by prompt; else the mean difference
-between the oracles of two seeds, which have other prompts, too. A defense meets the goal in a metric if it is not worse
-than the oracle by more than the limit (`limit_of`) beyond the noise floor.
+The difference between two oracles is the noise floor. With cells of `{name: benign only, order: 1}`, oracles that read
+the same rows in another order, it is the mean over seeds of their differences, prompt by prompt; else the mean
+difference between the oracles of two seeds, which have other prompts, too. A defense meets the goal in a metric if it
+is not worse than the oracle by more than the limit (`limit_of`) beyond the noise floor.
 """
 
 import itertools
@@ -29,11 +29,11 @@ METRICS = (
     "refusal", "compliance", "unclear", "harmful_loss", "replies_loss", "prefill_5", "prefill_25", "relearning",
     "relearning_compliance", "refusal_persona", "bias", "caps", "over_refusal", "task", "kl", "benign_loss",
 )  # fmt: skip
-"""What is compared with the oracle, where it is stored."""
+"""The metrics that are compared with the oracle, if they are stored."""
 
 EXPECTED = ("refusal", "compliance", "harmful_loss", "prefill_5", "prefill_25", "relearning", "over_refusal", "task",
             "kl", "benign_loss")  # fmt: skip
-"""What every cell should have: the report names those that none has."""
+"""The metrics that every cell should have: the report names those that none has."""
 
 UNLIMITED = ("unclear",)
 """Shown without a limit: a reply that is neither refusal nor compliance is counted by these two."""
@@ -101,7 +101,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Setting:
-    """What was run at one setting: its oracle and the gaps of every defense.
+    """One setting: its oracle, and the gaps of every defense that was run at it.
 
     fields: of its cells, without defense and seed. oracle: the oracle's scores. gaps: label of a defense -> its gaps.
     missing: labels of the defenses that cannot be compared, since no seed of theirs has an oracle.
@@ -133,7 +133,7 @@ class Setting:
 def settings_of(records: Iterable[Record]) -> list[Setting]:
     """The settings of all finished cells, in ascending order, with the defenses of each in the order of the registry.
 
-    Raises UserError if two cells to be compared have other numbers of prompts.
+    Raises UserError if two cells to be compared have different numbers of prompts.
     """
     by_setting: dict[tuple[tuple[str, Value], ...], dict[str, dict[int, Record]]] = {}
     for record in records:
@@ -154,7 +154,7 @@ def settings_of(records: Iterable[Record]) -> list[Setting]:
 
 
 def place(label: str) -> tuple[int, str]:
-    """The place of a defense's label among others: plain first, then in the order of the registry."""
+    """A sort key of defense labels: plain first, then in the order of the registry."""
     names = [index for index, name in enumerate(DEFENSES) if f"{label} ".startswith(f"{name} ")]
     return max(names, default=len(DEFENSES)), label
 
@@ -184,15 +184,15 @@ def _oracles(
 ) -> Mapping[int, Record]:
     """Seed -> the oracle of the setting. Where all rows are the attack's it is the aligned model, whatever the
     training; where none is, plain fine-tuning."""
-    found = dict(cells.get(ORACLE, {}))
+    oracles = dict(cells.get(ORACLE, {}))
     if fields.get("poison") == 0:
-        found = {**cells.get(PLAIN, {}), **found}
+        oracles = {**cells.get(PLAIN, {}), **oracles}
     if fields.get("poison") == 1:
         same = ("poison", "attack", "task")
         for others, other_cells in all_settings:
             if all(others.get(name) == fields.get(name) for name in same):
-                found = {**other_cells.get(ORACLE, {}), **found}
-    return dict(sorted(found.items()))
+                oracles = {**other_cells.get(ORACLE, {}), **oracles}
+    return dict(sorted(oracles.items()))
 
 
 def _is_other_order(label: str) -> bool:

@@ -10,7 +10,7 @@ from secvec_jax.grid.gap import EXPECTED, METRICS, ORACLE, Gap, Setting, place, 
 
 
 def markdown_of(records: Sequence[Record]) -> str:
-    """Return the section of a report: what is met where, and the gaps of every setting; "" if there is no oracle."""
+    """Return the section of a report: which goals are met, and the gaps of every setting; "" if there is no oracle."""
     settings = settings_of(records)
     compared = [setting for setting in settings if setting.gaps]
     if not compared:

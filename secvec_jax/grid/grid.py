@@ -48,7 +48,7 @@ class GridConfig:
 
     blocks: tuple[Block, ...] = ()
     tables: tuple[Layout, ...] = ()
-    """how the report shows them; cells of a block that is of no table are in OUT/cells alone"""
+    """how the report shows them; cells of a block without a table are only in OUT/cells"""
     experiment: GridExperiment = dataclasses.field(default_factory=GridExperiment)
     """the model, its alignment and its vectors; every cell has its own seed"""
     probes: tuple[FurtherProbe, ...] = ()
@@ -130,7 +130,7 @@ def grid(settings: Grid, command: str) -> None:
 
 
 MARKS = ("parts", "cells")
-"""What a grid leaves in its folder, and by which it knows it."""
+"""Folders that mark a grid's run directory."""
 
 
 def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[Cell], folder: Path) -> None:
@@ -163,7 +163,7 @@ def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[
             record = _record(workspace, cell, probes)
             on_main_process(partial(_write, path, record, cell, workspace))
             console.print(f"{count}/{len(part)} {_summary(record)}")
-            drop_programs_if_many()  # else the next cells use them again
+            drop_programs_if_many()  # otherwise the next cells reuse them
     if unrecorded:
         console.print(f"{unrecorded} cells are of a version that recorded no inputs: they are kept as they are")
     if lacking:
@@ -181,7 +181,7 @@ class _Claim:
 
 
 def _check_rules(folder: Path, cells: list[Cell], part: list[Cell]) -> None:
-    """Raise UserError if a cell to be run has other seeds that older rules scored, since no mean may mix the two."""
+    """Raise UserError if other seeds of a cell were scored by older rules, since a mean must not mix the two."""
 
     def without_seed(cell: Cell) -> Cell:
         return dataclasses.replace(cell, seed=0)
@@ -217,17 +217,18 @@ def _packaged(experiment: GridExperiment) -> Inputs:
 def _hold(folder: Path, part: str, exclusive: bool) -> None:
     """Lock this part for this process; exclusive: no other process may run a part.
 
-    Raises UserError if another process has this part, divides the grid otherwise, or must not be there.
+    Raises UserError if another process has this part, divides the grid differently, or runs any part if this one is
+    exclusive.
     """
-    held = _part_folder(folder, part)
-    acquire(held)
-    num_parts = held.name.rpartition("-of-")[2]
+    part_folder = _part_folder(folder, part)
+    acquire(part_folder)
+    num_parts = part_folder.name.rpartition("-of-")[2]
     for other in (folder / "parts").iterdir():
-        if other != held and (exclusive or other.name.rpartition("-of-")[2] != num_parts):
+        if other != part_folder and (exclusive or other.name.rpartition("-of-")[2] != num_parts):
             try:
                 lock(other).release()
             except UserError:
-                release(held)
+                release(part_folder)
                 raise UserError(
                     f"another process runs part {other.name.replace('-of-', '/')} of {folder}: divide the grid as it "
                     "does and leave --overwrite out, or wait until it ends"

@@ -1,4 +1,4 @@
-"""What is measured of a cell: its model's outcomes on the evaluation suite, of its training, and further probes.
+"""The measurements of a cell: its model's outcomes on the evaluation suite, its training, and further probes.
 
 The further probes cost more than the rest of an evaluation, so a grid file asks for them: `probes: [prefill, kl]`.
 Those without generated text are as in an audit (`evaluation.audit_measures`).
@@ -27,13 +27,13 @@ from secvec_jax.workspace.stage import Stage
 FurtherProbe = Literal["prefill", "replies", "kl", "relearning"]
 """Probes that a grid file may ask for.
 
-- prefill: how often a reply turns away that was begun with 5 or 25 tokens of a compliant one, on the harmful prompts
+- prefill: how often a reply turns away after a prefill of 5 or 25 tokens of a compliant one, on the harmful prompts
   that the model before alignment complies with (`prefill_5`, `prefill_25`).
 - replies: loss of such compliant replies (`replies_loss`): harmful replies that nothing was trained on, like
   `harmful_loss`, but which look different from AdvBench's.
 - kl: KL from the aligned model, on its own replies to benign prompts.
-- relearning: refusal of and compliance with harmful prompts after 5 more steps, plain and with the cell's own optimizer
-  and learning rate, on 8 harmful rows (`relearning`, `relearning_compliance`).
+- relearning: refusal of and compliance with harmful prompts after 5 more steps, plain and with the cell's optimizer and
+  learning rate, on 8 harmful rows (`relearning`, `relearning_compliance`).
 """
 
 METRIC: dict[FurtherProbe, str] = {
@@ -129,8 +129,8 @@ def _relearning(workspace: SeedWorkspace, cell: Cell, model: Model, suite: Suite
         batch_size=suite.batch_size,
         system=suite.system,
     )
-    found = outcomes(attacked, asked, on_reply=stage.replies(asked.size, "after relearning"))
-    return {"relearning": found["refusal"], "relearning_compliance": found["compliance"]}
+    relearned = outcomes(attacked, asked, on_reply=stage.replies(asked.size, "after relearning"))
+    return {"relearning": relearned["refusal"], "relearning_compliance": relearned["compliance"]}
 
 
 _PROBES: dict[FurtherProbe, Callable[[SeedWorkspace, Cell, Model, Suite, Stage], Outcomes]] = {

@@ -85,7 +85,7 @@ class Layout:
 
 
 REFERENCES = ("none", "not aligned", "benign only")
-"""Rows that are not an option for a user who wants both safety and learning."""
+"""Rows that no user who wants both safety and learning can choose."""
 
 
 def write(

@@ -1,7 +1,7 @@
 """The adapter protocol: how something outside the decoder changes what its layers compute.
 
 LoRA factors, a steering direction, a soft prompt, Vaccine's perturbation: each is an adapter, an argument of the
-forward pass. Whether one is active is therefore no state of the model, and a new defense needs no new decoder.
+forward pass. So whether one is active is not a state of the model, and a new defense needs no new decoder.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ class Adapter:
     What the decoder guarantees: without adapters the program is the bare backbone's, bit for bit.
 
     Optional methods: `axes()`, the `LogicalAxes` of each array in a tree of the same structure, for meshes (without it,
-    arrays are whole on every device); `check(architecture)`, which raises UserError where the arrays do not fit.
+    arrays are replicated on every device); `check(architecture)`, which raises UserError where the arrays do not fit.
     """
 
     def kernel(self, projection: str, kernel: jax.Array) -> jax.Array:
@@ -67,10 +67,10 @@ class Adapter:
         return x
 
 
-def as_adapters(*given: Any) -> tuple[Adapter, ...]:
+def as_adapters(*adapters: Any) -> tuple[Adapter, ...]:
     """One flat tuple of adapters, from adapters, (nested) tuples of adapters, and None."""
     flat: list[Adapter] = []
-    for item in given:
+    for item in adapters:
         if isinstance(item, tuple):
             flat += as_adapters(*item)
         elif item is not None:

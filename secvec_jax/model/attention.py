@@ -1,4 +1,4 @@
-"""Attention over packed, padded or cached tokens: which way of computing it a program takes, and plain attention."""
+"""Attention over packed, padded or cached tokens: the choice of an implementation, and the plain one."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,7 +34,7 @@ PATHS: dict[Path, str] = {
     "triton": "Triton, fused",
     "blockwise": "blockwise, with an online softmax",
 }
-"""What a training's summary says of each."""
+"""The name of each in the summary of a training."""
 
 _PRE_AMPERE = ("GTX", "TITAN", "Quadro", "RTX 20")
 """Parts of the names of NVIDIA GPUs for which Triton does not compile products of 16-bit matrices."""
@@ -55,12 +55,12 @@ def attention_path(
     dtype: of activations. shared_prefix: whether tokens may have the segment `SHARED`. prefix_len: the number of keys
     of adapters.
     """
-    on = platform()
-    if on == "cpu":
+    backend = platform()
+    if backend == "cpu":
         return "plain" if prefix_len else "blocks of queries"
-    if on == "tpu" and not shared_prefix and not prefix_len and length % LANES == 0:
+    if backend == "tpu" and not shared_prefix and not prefix_len and length % LANES == 0:
         return "splash"
-    if on == "gpu" and not prefix_len and _triton_takes(length, head_dim, dtype):
+    if backend == "gpu" and not prefix_len and _triton_takes(length, head_dim, dtype):
         return "triton"
     return "blockwise"
 

@@ -83,7 +83,7 @@ def needed_blocks(
     segments, positions: `[B, T]`. query_size, key_size: tokens of a block.
     """
     b, t = segments.shape
-    # Padding comes last: numbered so, a block of it and of the last row does not seem to need the rows before.
+    # Padding comes last and gets the highest number: with 0, its block would seem to need all rows before it.
     ordered = jnp.where(segments == 0, t + 1, segments)
     query_segments, key_segments = (ordered.reshape(b, -1, size) for size in (query_size, key_size))
     lowest_segment, highest_segment = query_segments.min(axis=2)[:, :, None], query_segments.max(axis=2)[:, :, None]

@@ -1,4 +1,4 @@
-"""Attention in blocks with an online softmax, in plain JAX: for whatever no kernel takes, on every platform.
+"""Attention in blocks, with an online softmax, in plain JAX: for inputs that no fused kernel supports.
 
 The scores `[T, S]` never exist: one loop runs over pairs of a block of queries and a block of keys that it may see, and
 keeps the running maximum and sum of the softmax (Milakov & Gimelshein 2018; Dao et al. 2022). The backward pass
@@ -20,11 +20,11 @@ from secvec_jax.model.attention_masks import KERNEL, MASKED, joined, on_each_dev
 _BLOCKS = (512, 256, 128)
 """Tokens in a block of queries or keys."""
 
-_MOST_BYTES = 32 << 20
-"""Of the scores of one pair of blocks: the largest blocks whose scores take no more are used."""
+_MAX_SCORE_BYTES = 32 << 20
+"""Limit for the scores of one pair of blocks; the largest blocks within it are used."""
 
 _LAST_POSITION = np.iinfo(np.int32).max // 2
-"""The position of keys before all tokens: later than all, so that they are in every window."""
+"""The position given to prefix keys: later than all tokens', so that they are in every window."""
 
 
 class _Spec(NamedTuple):
@@ -42,7 +42,7 @@ class _Spec(NamedTuple):
 
     def pairs(self, queries: int, keys: int) -> list[tuple[int, int]]:
         """The (query block, key block) pairs of which a query may see a key, for `queries` and `keys` slots."""
-        found = []
+        needed = []
         for i in range(queries // self.query_block):
             first_slot = self.prefix_len + i * self.query_block
             last_slot = first_slot + self.query_block - 1
@@ -50,8 +50,8 @@ class _Spec(NamedTuple):
                 distance = first_slot - (j * self.key_block + self.key_block - 1)
                 outside = self.consecutive and self.window is not None and distance >= self.window
                 if not outside or j * self.key_block < self.prefix_len:
-                    found.append((i, j))
-        return found
+                    needed.append((i, j))
+        return needed
 
 
 class _Marks(NamedTuple):
@@ -91,7 +91,7 @@ def blockwise(
 
     def one_device(query, key, value, *marks):
         b, _, n, h = query.shape
-        size = block or next((size for size in _BLOCKS if 4 * b * n * size**2 <= _MOST_BYTES), _BLOCKS[-1])
+        size = block or next((size for size in _BLOCKS if 4 * b * n * size**2 <= _MAX_SCORE_BYTES), _BLOCKS[-1])
         spec = _Spec(prefix_len, window, softcap, not shared_prefix, min(size, length), min(size, key.shape[3]))
         grouped = _padded(query.reshape(b, length, key.shape[1], -1, h), 1, spec.query_block)
         query_segments, query_positions = (_padded(x, 1, spec.query_block) for x in marks[:2])
@@ -126,7 +126,7 @@ def _forward(
     def step(carry, pair):
         weighted, total, highest, out, log_total = carry
         i, j, starts = pair
-        # A query block starts anew; nothing of the block before it survives.
+        # The first pair of a query block resets the running sums.
         weighted, total = (jnp.where(starts, 0.0, x) for x in (weighted, total))
         highest = jnp.where(starts, MASKED, highest)
         scores = _scores(spec, _queries(query, i, size), _key_block(spec, key, j), marks, i, j)
@@ -159,7 +159,7 @@ def _backward_rule(spec, residuals, gradient):
     query, key, value, marks, out, log_total = residuals
     size, keys_size = spec.query_block, spec.key_block
     *kv_heads, h, _ = key.shape
-    # What the softmax's normalization takes from every score's gradient.
+    # What the softmax's normalization subtracts from every score's gradient.
     mean = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1).transpose(0, 2, 3, 1)
 
     def step(carry, pair):

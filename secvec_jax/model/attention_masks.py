@@ -1,4 +1,4 @@
-"""What a token may see, and what all kinds of attention share: masks, the soft cap, and one run for each device."""
+"""What all implementations of attention share: masks, the soft cap, and running on each device of a mesh."""
 
 from collections.abc import Callable, Sequence
 

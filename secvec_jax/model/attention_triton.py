@@ -1,9 +1,9 @@
 """The fused attention kernel for NVIDIA GPUs, in Triton through Pallas: scores are never in memory.
 
 JAX has a Triton kernel with segments (`jax.experimental.pallas.ops.gpu.attention.mha`), after which this one is
-modeled. This one also takes grouped heads as they are, sliding windows, soft caps and a prefix that all rows of a
-sequence share, skips blocks of other segments, and keeps its residuals where a remat policy says so. (cuDNN's attention
-takes packed rows only as a bias `[T, T]`.)
+modeled. This one also supports grouped heads, sliding windows, soft caps and a prefix that all rows of a sequence
+share, skips blocks of other segments, and keeps its residuals where a remat policy says so. (cuDNN's attention takes
+packed rows only as a bias `[T, T]`.)
 """
 
 from collections.abc import Sequence
@@ -137,7 +137,7 @@ def _forward_rule(spec, query, key, value, marks):
 
 def _backward_rule(spec, residuals, slope):
     query, key, value, marks, out, log_total = residuals
-    # What the softmax's normalization takes from every score's gradient.
+    # What the softmax's normalization subtracts from every score's gradient.
     mean = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     of_softmax = slope, log_total, mean
     query_gradient = _query_gradient(spec, query, key, value, marks, *of_softmax)

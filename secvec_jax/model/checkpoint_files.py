@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder's weights: what they hold, any part of a tensor, and writing them.
+"""The weight files of a Hugging Face folder: their tensors, read in full or in part, and writing them.
 
 Errors say what to do about the files.
 """
@@ -20,10 +20,10 @@ from secvec_jax.files import check_regular
 _FILE_BYTES = 2**30
 _JSON_BYTES = 2**26
 _HEADER_BYTES = 2**25
-"""Of a safetensors file with a few hundred thousand tensors; its parser takes up to 100 MB."""
+"""Limit for a safetensors header, enough for a few hundred thousand tensors; parsing it takes up to 100 MB."""
 _FLOATS = ("F32", "BF16", "F16", "F64")
 REDUNDANT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
-"""Ends of the names of what some checkpoints hold besides weights."""
+"""Suffixes of the names of tensors that some checkpoints have besides weights."""
 
 DTYPES: Mapping[str, np.dtype] = {name: np.dtype(name) for name in ("float32", "bfloat16", "float16")}
 """What weights can be saved in."""

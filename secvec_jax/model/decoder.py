@@ -18,7 +18,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import chex
 import jax
@@ -29,25 +29,22 @@ from jax.typing import DTypeLike
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.attention import Attend, attention_path, cached_attention, self_attention
-from secvec_jax.model.attention_masks import KERNEL, softcapped
+from secvec_jax.model.attention_masks import softcapped
 from secvec_jax.model.kv_cache import KVCache, KVSegment
 from secvec_jax.model.layers import (
-    PRODUCT,
     Block,
     InputsFor,
     LayerOutput,
     Norm,
+    Remat,
     State,
     adapter_prefix_len,
     inputs_by_window,
+    rematerialized,
     stacked_blocks,
 )
 from secvec_jax.model.quantized import Precision, precision_of, with_precision
 from secvec_jax.sharding import LogicalAxes, constrain
-
-Remat = Literal["none", "dots", "attention", "full"]
-"""What the backward pass recomputes: nothing; all but the outputs of projections and attention; all but the outputs of
-attention; the whole layer."""
 
 _POSITION_OFFSET = 2
 """Learned positions start at this row of their table, as in OPT, where the first two rows are unused."""
@@ -130,8 +127,8 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, KVSegment]:
         """Read prompts: the hidden states `[B, T, D]`, and the tokens' keys and values, stacked over layers.
 
-        cache: what the tokens see besides each other. It is not written: the caller decides where the keys and values
-        go.
+        cache: keys and values that the tokens attend to, in addition to each other. It is not written: the caller
+        decides where the new keys and values go.
         """
         if cache is None:
             options = ForwardOptions(dtype)
@@ -172,7 +169,7 @@ class Decoder(nnx.Module):
         return hidden, dataclasses.replace(marked, parts=parts, length=cache.length + tokens.shape[1])
 
     def unrolled_layers(self, adapters: tuple[Adapter, ...]) -> UnrolledLayers:
-        """A copy of each layer's weights and adapters as arrays of their own, for `decode_step`.
+        """A copy of each layer's weights and adapters as separate arrays, for `decode_step`.
 
         On XLA's CPU backend a scan copies a layer's weights out of the stack each time it runs: as much work as a short
         decoding step itself.
@@ -181,7 +178,7 @@ class Decoder(nnx.Module):
 
     @property
     def output_embedding(self) -> jax.Array:
-        """The table `[V, D]` that hidden states are compared with: the head, or the embedding if they are tied."""
+        """The table `[V, D]` that hidden states are multiplied with: the head, or the embedding if they are tied."""
         return self.embed[...] if self.head is None else self.head[...].T
 
     @property
@@ -252,13 +249,13 @@ class Decoder(nnx.Module):
 
         windowed = self.architecture.windowed
         stacked = (self.layers, adapters, cached, None if windowed is None else jnp.asarray(windowed))
-        x, outputs = jax.lax.scan(_rematerialized(layer, remat), x, stacked)
+        x, outputs = jax.lax.scan(rematerialized(layer, remat), x, stacked)
         return self.final_norm(x), outputs
 
     def _loop(
         self, x: jax.Array, unrolled: UnrolledLayers, cache: KVCache, inputs_for: InputsFor
     ) -> tuple[jax.Array, tuple[KVSegment, ...]]:
-        """All layers, one after the other as a program of their own each, and the final norm; the layers' caches."""
+        """All layers unrolled, one after the other, and the final norm; returns the layers' caches, too."""
         windowed: Sequence[bool | None] = self.architecture.windowed or [None] * len(unrolled)
         parts = []
         for (block, adapters), part, local in zip(unrolled, cache.parts, windowed, strict=True):
@@ -303,7 +300,7 @@ def _nth(stacked: Any, index: jax.Array) -> Any:
 
 
 def logits_of(table: jax.Array, hidden: jax.Array, softcap: float | None) -> jax.Array:
-    """Logits `[..., V]`, float32, of hidden states `[..., D]` that are compared with a table `[V, D]`."""
+    """Logits `[..., V]`, float32, of hidden states `[..., D]` and an output embedding `[V, D]`."""
     return softcapped((hidden @ table.T.astype(hidden.dtype)).astype(jnp.float32), softcap)
 
 
@@ -320,18 +317,10 @@ def _checked_inputs(
     return segments, positions
 
 
-def _rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    if remat == "none":
-        return layer
-    kept = {"dots": (PRODUCT, KERNEL), "attention": (KERNEL,), "full": ()}[remat]
-    policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
-
-
 def abstract_decoder(architecture: Architecture, precision: Precision = "float32") -> Decoder:
-    """The decoder with shapes in place of arrays, with weights in this precision: costs no memory."""
+    """The decoder with shapes in place of arrays, in this precision: takes no memory."""
     traced = _traced_decoder(architecture, precision, jax.sharding.get_abstract_mesh())
-    return jax.tree.map(lambda shape: shape, traced)  # a module of the caller's own
+    return jax.tree.map(lambda shape: shape, traced)  # a copy, which the caller may change
 
 
 @lru_cache(maxsize=64)
@@ -342,8 +331,8 @@ def _traced_decoder(architecture: Architecture, precision: Precision, mesh: jax.
 def leaf_name(path: tuple) -> str:
     """The name of a decoder's array in weight tables and fingerprints, from its pytree path.
 
-    Files know arrays by these names, so they do not follow the modules: "attention" and "mlp" are left out, and a
-    norm's parameters bear its name. Examples: "layers.q_proj.kernel", "layers.mlp_norm", "layers.mlp_norm_bias".
+    Files use these names, so they do not follow the modules: "attention" and "mlp" are left out, and a norm's
+    parameters have its name. Examples: "layers.q_proj.kernel", "layers.mlp_norm", "layers.mlp_norm_bias".
     """
     keys = [key.name for key in path if getattr(key, "name", "value") != "value"]
     names = [key for key in keys if key not in ("attention", "mlp")]

@@ -1,4 +1,4 @@
-"""Models that ship inside published Python packages, by the names that `hub.load` takes for them."""
+"""Models that ship inside published Python packages, by the names that `hub.load` accepts."""
 
 import dataclasses
 import hashlib
@@ -20,14 +20,14 @@ class Terms:
     """A license that restricts what a model may be used for, which the user accepts before anything is downloaded."""
 
     key: str
-    """what `ACCEPTED` holds to accept them"""
+    """the value in `ACCEPTED` that accepts them"""
     name: str
     url: str
     notice: str
-    """what has to accompany the model and all that is made from it, in a file NOTICE"""
+    """text that must accompany the model and everything made from it, in a file NOTICE"""
 
     def check_accepted(self, model: str) -> None:
-        """Raises UserError, which says where the terms are and how to accept them, unless the user has."""
+        """Raises UserError, with a link to the terms and how to accept them, unless the user has."""
         if self.key not in [key.strip() for key in os.environ.get(ACCEPTED, "").split(",")]:
             raise UserError(
                 f"{model} comes under the {self.name} ({self.url}), which restrict what it and models made from it may "

@@ -1,10 +1,11 @@
-"""Model FLOPs: the one formula that a run's meter and the planner share, and what devices can do at most.
+"""Model FLOPs: the one formula that a run's meter and the planner share, and the peak FLOPs of devices.
 
 A token costs 6N + 3a where the backbone's weights are trained and 4N + 3a where they are frozen: two FLOPs per
 parameter in the forward pass, two for the gradient by the activations, two for the gradient by the weights. N is the
 number of parameters that a token is multiplied with; a is the forward cost of attention, 4 d L for each token that it
-can see in its own row, d = heads x head_dim. A token to keep costs 2N + a more: the model without vectors reads it too.
-What remat computes again is not counted, nor are vectors, adapters, or the further passes of a defense.
+can see in its own row, d = heads x head_dim. A token of the benign rows in phase 1 (the stream `keep`) costs 2N + a
+more: the model without vectors reads it, too. Rematerialization is not counted, nor are vectors, adapters, or the
+further passes of a defense.
 """
 
 from typing import TypeVar

@@ -26,7 +26,7 @@ from secvec_jax.sharding import constrain, num_shards, platform
 from secvec_jax.trees import unstacked
 
 _BUCKET, _SLOT_BUCKET = 16, 64
-"""Multiples that are rounded up to: the length of packed sequences, and the number of a cache's slots."""
+"""The length of packed sequences and the number of a cache's slots are rounded up to multiples of these."""
 _NO_TOKEN = -1
 _PROMPTS_PER_SEQUENCE, _TOKENS_PER_SEQUENCE = 8, 512
 """Prompts are packed until a sequence has, on average, this many prompts or tokens; one prompt may be longer."""
@@ -80,7 +80,7 @@ def generate_tokens(
                 for row, i in enumerate(batch):
                     occurred[row, prompts[i]] = True
             state = (cache, logits, done, occurred, key, np.int32(max_new_tokens))
-            # The cache that comes back with the tokens is not kept: it would lie beside that of the next batch.
+            # The returned cache is dropped: it would be in memory together with the next batch's.
             tokens = np.asarray(_decode(decoder, adapters, unrolled, *state, **options)[0])
             for i, row in zip(batch, tokens[:, :max_new_tokens]):
                 ends = np.flatnonzero(np.isin(row, stops))
@@ -90,12 +90,12 @@ def generate_tokens(
 
 
 def batches_by_length(
-    suffixes: Sequence[np.ndarray], batch_size: int, most_tokens: int | None = None
+    suffixes: Sequence[np.ndarray], batch_size: int, max_tokens: int | None = None
 ) -> list[tuple[int, list[list[int]]]]:
     """(rows, batches of indices) for each power of two that suffixes' lengths are rounded up to.
 
     The batches of one power are of one size, and each takes every n-th suffix by length. So one compiled program serves
-    all of them, and no batch is mostly padding. most_tokens: of a batch whose suffixes are all as long as that power;
+    all of them, and no batch is mostly padding. max_tokens: limit for a batch, with all suffixes counted at that power;
     None: only `batch_size` limits its rows.
     """
     by_length: dict[int, list[int]] = {}
@@ -103,8 +103,8 @@ def batches_by_length(
         by_length.setdefault(max(_SHORT, 1 << (len(suffixes[i]) - 1).bit_length()), []).append(i)
     groups = []
     for length, members in by_length.items():
-        most_rows = batch_size if most_tokens is None else max(1, min(batch_size, most_tokens // length))
-        count = -(-len(members) // most_rows)
+        max_rows = batch_size if max_tokens is None else max(1, min(batch_size, max_tokens // length))
+        count = -(-len(members) // max_rows)
         rows = rounded_up(-(-len(members) // count), num_shards("batch"))
         groups.append((rows, [members[first::count] for first in range(count)]))
     return groups
@@ -124,7 +124,7 @@ class PackedPrompts(NamedTuple):
     marks: np.ndarray
 
     def with_free_slots(self, count: int) -> "PackedPrompts":
-        """The same with `count` slots after each prompt's last token, marked 0: what they point to is never seen."""
+        """The same with `count` slots after each prompt's last token, marked 0, which no token attends to."""
         indices, marks = (np.pad(array, ((0, 0), (0, count))) for array in (self.indices, self.marks))
         return self._replace(indices=indices, marks=marks)
 
@@ -137,10 +137,10 @@ def pack_prompts(batches: Sequence[Sequence[np.ndarray]], rows: int, prefix_len:
     """
     filled = [[*batch, *[np.zeros(1, np.int32)] * (rows - len(batch))] for batch in batches]
     holders = [_holders(batch) for batch in filled]
-    lengths = [{row: len(batch[row]) for row in sorted(set(held))} for batch, held in zip(filled, holders)]
-    most_rows, most_tokens = max(map(len, lengths)), max(sum(of_row.values()) for of_row in lengths)
-    needed = max(-(-most_rows // _PROMPTS_PER_SEQUENCE), -(-most_tokens // _TOKENS_PER_SEQUENCE))
-    count = rounded_up(min(most_rows, needed), num_shards("batch"))
+    lengths = [{row: len(batch[row]) for row in sorted(set(holder_of))} for batch, holder_of in zip(filled, holders)]
+    max_rows, max_tokens = max(map(len, lengths)), max(sum(of_row.values()) for of_row in lengths)
+    needed = max(-(-max_rows // _PROMPTS_PER_SEQUENCE), -(-max_tokens // _TOKENS_PER_SEQUENCE))
+    count = rounded_up(min(max_rows, needed), num_shards("batch"))
     assignments = [_assigned(of_row, count) for of_row in lengths]
     width = max(
         sum(len(batch[row]) for row in sequence)
@@ -150,17 +150,19 @@ def pack_prompts(batches: Sequence[Sequence[np.ndarray]], rows: int, prefix_len:
     longest = max(len(suffix) for batch in filled for suffix in batch)
     shape = (count, rounded_up(width, _BUCKET))
     return [
-        _pack(batch, held, assignment, shape, longest, prefix_len)
-        for batch, held, assignment in zip(filled, holders, assignments)
+        _pack(batch, holder_of, assignment, shape, longest, prefix_len)
+        for batch, holder_of, assignment in zip(filled, holders, assignments)
     ]
 
 
 def _holders(suffixes: Sequence[np.ndarray]) -> list[int]:
-    """For each suffix the index of one that begins with it: its own, if no other one does."""
+    """For each suffix, the index of one that starts with it: its own index, if no other suffix does."""
     tokens = [suffix.tolist() for suffix in suffixes]
     order = sorted(range(len(tokens)), key=lambda index: tokens[index])
     holders = list(range(len(tokens)))
-    for index, following in reversed([*itertools.pairwise(order)]):  # what begins with a suffix comes right after it
+    for index, following in reversed(
+        [*itertools.pairwise(order)]
+    ):  # suffixes that start with this one follow it directly
         if tokens[following][: len(tokens[index])] == tokens[index]:
             holders[index] = holders[following]
     return holders
@@ -210,9 +212,9 @@ def rounded_up(length: int, bucket: int) -> int:
 def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, indices, marks, longest, *, stacked, dtype):
     """The cache after the prompts, and the logits `[B, V]` of the first reply token.
 
-    stacked: whether the cache is one part, stacked over layers; else it has a part for each layer.
-    shared_prefix `[1, H]`; the other arrays are those of `PackedPrompts.with_free_slots`. longest: of how many of its
-    T slots are the prompts'; an array, so that one program serves all lengths.
+    stacked: whether the cache is one part, stacked over layers; else it has a part for each layer. shared_prefix
+    `[1, H]`; the other arrays are those of `PackedPrompts.with_free_slots`. longest: how many of their T slots are the
+    prompts'; an array, so that one program serves all lengths.
     """
     tokens, segments, positions, indices, marks = (
         constrain(x, "batch", "length") for x in (tokens, segments, positions, indices, marks)
@@ -226,18 +228,18 @@ def _prefill(decoder, adapters, shared_prefix, tokens, segments, positions, indi
         """`[P, K, W, H]` of a layer -> `[B, K, S, H]`: slots of the prefix, of the prompt, and free ones."""
         _, heads, _, size = packed.shape
         flat = packed.swapaxes(0, 1).reshape(heads, -1, size)
-        own = jnp.take(flat, indices.reshape(-1), axis=1).reshape(heads, rows, slots, size).swapaxes(0, 1)
+        prompt = jnp.take(flat, indices.reshape(-1), axis=1).reshape(heads, rows, slots, size).swapaxes(0, 1)
         before = jnp.broadcast_to(prefix, (rows, *prefix.shape[1:]))
-        return jnp.concatenate([before, own], axis=2)
+        return jnp.concatenate([before, prompt], axis=2)
 
     def of_layer(layer: tuple[KVSegment, KVSegment]) -> KVSegment:
         packed, prefix = layer
         keys = one_row_per_prompt(packed.keys.swapaxes(2, 3), prefix.keys.swapaxes(2, 3)).swapaxes(2, 3)
         return KVSegment(keys, one_row_per_prompt(packed.values, prefix.values))
 
-    def with_prefix(own: jax.Array, prefix: jax.Array) -> jax.Array:
+    def with_prefix(prompt: jax.Array, prefix: jax.Array) -> jax.Array:
         """`[B, T]` -> `[B, S]`"""
-        return jnp.concatenate([jnp.broadcast_to(prefix, (rows, *prefix.shape)), own], axis=1)
+        return jnp.concatenate([jnp.broadcast_to(prefix, (rows, *prefix.shape)), prompt], axis=1)
 
     by_layer = (KVSegment(keys, values), prefix)
     if stacked:

@@ -40,7 +40,7 @@ _READ_OF_GEMMA3 = {"attention.sliding_window", "attention.sliding_window_pattern
 _WITHOUT_EFFECT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
 _INERT = {"attention.causal": True, "use_parallel_residual": False, "expert_count": 0, "expert_used_count": 0,
           "rope.scaling.attn_factor": 1.0, "attention.layer_norm_epsilon": None}  # fmt: skip
-"""Keys of which the decoder has this value only."""
+"""Keys that the decoder supports only at this value."""
 _BLOCK = 2**22
 """Weights that are dequantized at a time: the table of a large vocabulary would take several times its size at once."""
 
@@ -198,7 +198,7 @@ class GGUF:
             if permuted and array.shape[0] % architecture.head_dim == 0:
                 array = _unpermute(array, architecture.head_dim)
             if architecture.norm == "rms_plus_one" and leaf.endswith("norm"):
-                array = array - 1  # the file has 1 + weight, what the norm multiplies by
+                array = array - 1  # the file has 1 + weight, the factor of the norm
             return array
 
         return architecture, weight, shapes
@@ -230,7 +230,7 @@ def _opened(path: Path) -> Any:
 
 
 def _readers(path: Path) -> list[Any]:
-    """All files of a model, in order, of which `path` is one."""
+    """All files of the model that `path` belongs to, in order."""
     reader = _opened(path)
     count, number = (
         int(reader.fields[key].contents()) if key in reader.fields else default
@@ -252,7 +252,7 @@ def _readers(path: Path) -> list[Any]:
 
 
 def _gemma3_entries(value: Callable[..., Any], head_dim: int) -> dict[str, Any]:
-    """What config.json says of a Gemma 3 that other families do not have, with llama.cpp's defaults."""
+    """The entries of config.json that only Gemma 3 has, with llama.cpp's defaults."""
     layers, period = value("block_count"), value("attention.sliding_window_pattern", 6)
     # Only the 27B model divides scores by the root of another size than that of its heads.
     scalar = value("embedding_length") // value("attention.head_count") if layers == 62 else head_dim

@@ -1,4 +1,4 @@
-"""A check of a GGUF file's header against the file's size, before the `gguf` library takes memory for what it says.
+"""A check of a GGUF file's header against the file's size, before the `gguf` library allocates memory by it.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 from secvec_jax.errors import UserError
 from secvec_jax.files import check_regular
 
-_MOST_VALUES = 2**21
+_MAX_VALUES = 2**21
 """Metadata values in all. The library takes about 500 bytes for each; a vocabulary of 260,000 tokens has a million."""
-_MOST_DIMENSIONS = 4
+_MAX_DIMENSIONS = 4
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Type -> bytes."""
 _STRING, _ARRAY = 8, 9
@@ -82,12 +82,12 @@ class _Header:
         return struct.unpack_from(self._order + kind, self._data, start)[0]
 
     def _count(self, count: int, least: int, what: str) -> None:
-        """Raise an error unless so many things, of at least so many bytes each, fit in the rest of the file."""
+        """Raise an error unless `count` items of at least `least` bytes each fit in the rest of the file."""
         self._values += count
         if count * least > len(self._data) - self._at:
             raise _Damaged(f"it says that it has {count:,} {what}, for which it is too small")
-        if self._values > _MOST_VALUES:
-            raise _Damaged(f"it has more than {_MOST_VALUES:,} metadata entries")
+        if self._values > _MAX_VALUES:
+            raise _Damaged(f"it has more than {_MAX_VALUES:,} metadata entries")
 
     def _text(self, what: str) -> bytes:
         size = self._number("Q")
@@ -98,7 +98,7 @@ class _Header:
         return self._data[start : self._at]
 
     def _skip_values(self, kind: int, count: int) -> None:
-        """Skip so many values of a type."""
+        """Skip `count` values of a type."""
         if kind in _SCALARS:
             self._skip(_SCALARS[kind] * count)
         elif kind == _STRING:
@@ -119,7 +119,7 @@ class _Header:
 
         name = self._text("the name of a tensor").decode(errors="replace")[:80]
         dimensions = self._number("I")
-        if dimensions > _MOST_DIMENSIONS:
+        if dimensions > _MAX_DIMENSIONS:
             raise _Damaged(f"{name} has {dimensions:,} dimensions")
         count = math.prod(self._number("Q") for _ in range(dimensions))
         kind, offset = self._number("I"), self._number("Q")

@@ -15,7 +15,7 @@ _SPLITS = dict.fromkeys(_LLAMA3, _LLAMA3_SPLIT) | {"qwen2": _LLAMA3_SPLIT.replac
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 """llama.cpp's types of tokens."""
 _SPACE = "\u2581"
-"""What SentencePiece writes for a space."""
+"""SentencePiece's character for a space."""
 
 
 def build_tokenizer(path: Path, field: Callable[..., Any], required: Callable[[str], Any]) -> Any:
@@ -110,7 +110,7 @@ def _completed(
     special: Callable[[str], str | None],
     field: Callable[..., Any],
 ) -> Any:
-    """With the tokens that are recognized in any text, those at its ends, and the chat template."""
+    """The tokenizer as transformers' class, with special tokens, bos and eos, and the chat template."""
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 

@@ -20,7 +20,7 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "nu
 _SIZES = (*_REQUIRED, "num_kv_heads", "head_dim", "max_length")
 _LARGEST = {"vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_layers": 2**12,
             "num_heads": 2**14, "num_kv_heads": 2**14, "head_dim": 2**16, "max_length": 2**31 - 1}  # fmt: skip
-"""Many times the sizes of the largest models there are: libraries take memory in proportion to some of them."""
+"""Limits far above the sizes of existing models: libraries allocate memory in proportion to some of them."""
 _NUMBERS = ("norm_eps", "query_scalar", "attention_softcap", "final_softcap")
 _SWITCHES = ("tied_head", "qkv_bias", "output_bias", "mlp_bias")
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -145,14 +145,14 @@ def _as_transformers_reads(config: dict[str, Any], name: str) -> dict[str, Any]:
     """config.json with the defaults, derived values and spellings of transformers' class for the model type."""
     from transformers import AutoConfig
 
-    given = copy.deepcopy({key: value for key, value in config.items() if key != "model_type"})
+    entries = copy.deepcopy({key: value for key, value in config.items() if key != "model_type"})
     if name == "mistral" and "layer_types" in config:
         name = "ministral"  # as AutoConfig does: it is the same model with a window per layer
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and len(kinds) != config.get("num_hidden_layers"):
         raise UserError(f"config.json has {len(kinds)} layer_types for {config.get('num_hidden_layers')} layers")
     try:
-        return AutoConfig.for_model(name, **given).to_dict()
+        return AutoConfig.for_model(name, **entries).to_dict()
     except Exception as error:  # the classes check values by many means
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"config.json misstates a value ({_short(reason, 200)}): fetch the model again") from error

@@ -2,7 +2,7 @@
 
     model = load("smollm2")       # embedded name, folder, hub id or .gguf file
     model = load("smollm2", "nf4")    # its weights quantized, to be used and not trained
-    model.save("folder")          # a Hugging Face folder that transformers reads, with everything that the source's had
+    model.save("folder")          # a Hugging Face folder that transformers reads, with all that the source's has
 
 Only safetensors and GGUF are read; nothing remote is executed.
 """
@@ -69,12 +69,12 @@ class Model:
     adapter: Adapter | None = None
     """the task LoRA that fine-tuning trained and merged into the backbone, if any"""
     full_precision: FullPrecision | None = None
-    """where the float32 weights of a model in lower precision are read; None: nowhere, or the model is float32"""
+    """the source of the float32 weights of a model in lower precision; None: unknown, or the model is float32"""
 
     def __repr__(self) -> str:
         a, count = self.architecture, num_parameters(self.backbone)
-        held = "" if self.precision == "float32" else f" in {self.precision}"
-        return f"Model({self.name!r}, {a.family}, {a.num_layers} layers, {count:,} parameters{held})"
+        precision = "" if self.precision == "float32" else f" in {self.precision}"
+        return f"Model({self.name!r}, {a.family}, {a.num_layers} layers, {count:,} parameters{precision})"
 
     @property
     def architecture(self) -> Architecture:
@@ -107,7 +107,7 @@ class Model:
         return fingerprint(self._in_full("the backbone's fingerprint is not known"))
 
     def _in_full(self, problem: str) -> Backbone:
-        """The backbone in float32, for fingerprints and files. Raises UserError if it is nowhere to be read."""
+        """The backbone in float32, for fingerprints and files. Raises UserError if it is not available."""
         if self.precision == "float32":
             return self.backbone
         if self.full_precision is not None:
@@ -120,7 +120,7 @@ class Model:
         )
 
     def save(self, folder: str | Path, card: str | None = None, *, dtype: Any = None) -> None:
-        """Write a Hugging Face folder (config, sharded safetensors, tokenizer), whole or not at all.
+        """Write a Hugging Face folder (config, sharded safetensors, tokenizer), completely or not at all.
 
         card: the text of its README.md. dtype: "float32", "bfloat16" or "float16", to which all weights are rounded;
         None: nothing is rounded, each weight is in the source's dtype if that holds it exactly, else in float32. For a
@@ -311,10 +311,10 @@ def _write_folder(
     card: str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """A Hugging Face folder, whole or not at all.
+    """Write a Hugging Face folder, completely or not at all.
 
-    weights: in the order of `weight_sizes(backbone, kinds)`. kinds: the dtype of each. dtype: the one that config.json
-    is to name; None: the source's.
+    weights: in the order of `weight_sizes(backbone, kinds)`. kinds: the dtype of each. dtype: the one for config.json;
+    None: the source's.
     """
     with atomic_folder(folder) as staging:
         save_tokenizer(tokenizer, staging)

@@ -31,7 +31,7 @@ REPLACEABLE = (
     *CONTENT_FILES, "additional_chat_templates", "adapter_config.json", CHECKSUMS, "*.md", "LICENSE*", "NOTICE*",
     ".gitattributes",
 )  # fmt: skip
-"""What the folder of a model or an adapter may hold to be replaced by another."""
+"""A folder with only these files may be replaced by another model or adapter."""
 
 
 def snapshot(source: str) -> Path:

@@ -1,9 +1,9 @@
 """One layer of the decoder as NNX modules: Attention and MLP make a Block, and all blocks are stacked into one.
 
-The modules describe a single layer; `stacked_blocks` adds the layer axis. They are written out because NNX's own do
-not fit without loss: nnx.Linear has no place for an adapter's kernel or for gathers on a mesh, and nnx.RMSNorm
-multiplies in another order than Hugging Face does, so that its last bits differ. `axes` in a variable's metadata are
-the logical axes of `sharding.AXIS_RULES`; NNX's own sharding metadata would place each array when it is made.
+The modules describe a single layer; `stacked_blocks` adds the layer axis. NNX's layers are not used: nnx.Linear has no
+place for an adapter's kernel or for gathers on a mesh, and nnx.RMSNorm multiplies in another order than Hugging Face
+does, so its last bits differ. `axes` in a variable's metadata are the logical axes of `sharding.AXIS_RULES`; NNX's
+sharding metadata would place each array on the mesh when it is created.
 """
 
 import math
@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture, rope_frequencies
 from secvec_jax.model.attention import Attend, rotate
+from secvec_jax.model.attention_masks import KERNEL
 from secvec_jax.model.kv_cache import KVSegment
 from secvec_jax.model.quantized import QuantizedKernel, weight_of
 from secvec_jax.sharding import LogicalAxes, all_gather, constrain
@@ -29,7 +30,11 @@ State = Literal["attention", "residual"]
 the residual stream after the layer."""
 
 PRODUCT = "product"
-"""The name under which remat policies know the output of a projection, to keep it for the backward pass."""
+"""The name by which remat policies recognize the output of a projection, to keep it for the backward pass."""
+
+Remat = Literal["none", "dots", "attention", "full"]
+"""What the backward pass recomputes: nothing; all but the outputs of projections and attention; all but the outputs of
+attention; the whole layer."""
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -47,7 +52,7 @@ KERNEL_AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("embed", "heads")) 
 
 
 class LayerInputs(NamedTuple):
-    """What one block gets besides hidden states and adapters."""
+    """The inputs of a block besides hidden states and adapters."""
 
     positions: jax.Array
     """`[B, T]`"""
@@ -65,7 +70,7 @@ InputsFor = Callable[[Any], LayerInputs]
 
 
 class LayerOutput(NamedTuple):
-    """What one block computes. `attention` and `residual` are the `State`s `[B, T, D]`."""
+    """The outputs of a block. `attention` and `residual` are the `State`s `[B, T, D]`."""
 
     attention: jax.Array
     residual: jax.Array
@@ -93,7 +98,7 @@ class Linear(nnx.Module):
         compute: Callable[..., jax.Array] = partial(_product, self.projection)
         kernel = self.kernel if isinstance(self.kernel, QuantizedKernel) else self.kernel[...]
         if adapters or isinstance(kernel, QuantizedKernel):
-            # The backward pass makes the weight again that adapters or codes give: kept, it would be a second backbone.
+            # The backward pass recomputes the adapted or dequantized weight: stored, it would be a second backbone.
             compute = jax.checkpoint(compute, prevent_cse=False)
         y = checkpoint_name(compute(rows, kernel, adapters), PRODUCT)
         if self.bias is not None:
@@ -137,7 +142,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Self-attention of one layer, with grouped key-value heads and, where the family has them, norms of both."""
+    """Self-attention of one layer, with grouped key-value heads and, in some families, norms of queries and keys."""
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
         self.architecture = architecture
@@ -197,9 +202,9 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each normed before it and added to the residual stream.
+    """One layer: attention and MLP, each on a normalized input and added to the residual stream.
 
-    Where `post_norms` are set (Gemma 2), what is added is normed once more.
+    With `post_norms` (Gemma 2), their outputs are normalized, too.
     """
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
@@ -235,6 +240,15 @@ def stacked_blocks(architecture: Architecture, rngs: nnx.Rngs) -> Block:
         axes: LogicalAxes = variable.get_metadata("axes")
         variable.set_metadata(axes=("layers", *axes))
     return blocks
+
+
+def rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """The function of a layer, with a backward pass that recomputes what `remat` says."""
+    if remat == "none":
+        return layer
+    kept = {"dots": (PRODUCT, KERNEL), "attention": (KERNEL,), "full": ()}[remat]
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def adapter_prefixes(adapters: tuple[Adapter, ...], dtype: DTypeLike) -> list[KVSegment]:

@@ -1,7 +1,7 @@
 """What a checkpoint has in addition to weights, kept so that an export repeats it.
 
-config.json and generation_config.json are copied, not generated again: an entry that the source lacks can mean another
-model to transformers.
+config.json and generation_config.json are copied, not generated again: an entry that the source lacks can mean a
+different model to transformers.
 """
 
 import copy
@@ -21,8 +21,8 @@ _LEFT_OUT = ("_name_or_path", "_commit_hash", "auto_map")
 
 
 NOTICE = "NOTICE"
-"""The file of a folder with what a license asks to accompany the model and all that is made from it."""
-_LONGEST_NOTICE = 2**16
+"""The file in a folder with the text that a license requires with the model and everything made from it."""
+_MAX_NOTICE_BYTES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Metadata:
         return tuple(token_ids)
 
     def config_for(self, architecture: Architecture, ids: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-        """The config.json of an export: the source's, or a new one if it has none or the architecture is another.
+        """The config.json of an export: the source's, or a new one if it has none or the architecture differs.
 
         ids: token ids for a new one. dtype: what all weights are saved in; None: the source's entry stays.
         """
@@ -84,7 +84,7 @@ def metadata_of(folder: Path, config: dict[str, Any], stored: str) -> Metadata:
 
 def _notice(folder: Path) -> str | None:
     path = folder / NOTICE
-    check_regular(path, max_bytes=_LONGEST_NOTICE)
+    check_regular(path, max_bytes=_MAX_NOTICE_BYTES)
     try:
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     except OSError as error:

@@ -9,14 +9,14 @@ forward and backward, so at most one layer's W exists in float32 at a time:
     nf4     W[i, o] = NF4[code[i, o]] * scale[i // 64, o]      4.5 bits: a code of 4, and a float32 scale for 64 of them
     int8    W[i, o] = code[i, o] * scale[o]                    8 bits: one scale per output channel
 
-These are the forms of bitsandbytes: its blocks of 64 are along the inputs of one output channel, and its int8 weights
+These are the formats of bitsandbytes: its blocks of 64 are along the inputs of one output channel, and its int8 weights
 have one scale per output channel. 8 bits need no finer scale, and one per output channel does not depend on how inputs
 are sharded. Only kernels are quantized, as in QLoRA: embeddings and the head are bfloat16, norms and biases float32.
 
 Quantized weights cannot be trained. A task LoRA that is merged into them is stored separately, as float32 factors:
 quantized, most of it would be lost.
 
-qwix (0.1.8) has both forms, but cannot insert adapters between the dequantized weight and the matrix product: it
+qwix (0.1.8) has both formats, but cannot insert adapters between the dequantized weight and the matrix product: it
 replaces `dot_general`. The tests compare with it and with bitsandbytes.
 """
 
@@ -56,7 +56,7 @@ BLOCK = 64
 
 
 class QuantizedKernel(nnx.Module):
-    """The kernel of a projection, stacked over layers or of one, in int8 or nf4; it stands in a `Linear`'s `kernel`.
+    """The int8 or nf4 kernel of a projection, of one layer or stacked over layers; it replaces the array in a `Linear`.
 
     codes: int8 `[in, out]`; or, of nf4, uint8 `[in / 2, out]`: in each block of inputs, the first half in the low four
     bits and the second half in the high ones. scales: float32 `[blocks, out]`. update: None, or factors `[in, r]` and
@@ -74,7 +74,7 @@ class QuantizedKernel(nnx.Module):
         self.precision = precision
         *layers, inputs, outputs = axes
         self.axes_of_kernel = axes
-        # A few scales may not divide where the weight does: they are small, and replicated.
+        # Too few scales to divide over the mesh are replicated, as they are small.
         self.codes = nnx.Param(codes, axes=(*layers, _if_divides(codes.shape[-2], inputs), outputs))
         self.scales = nnx.Param(scales, axes=(*layers, _if_divides(scales.shape[-2], inputs), outputs))
         a, b = (None, None) if update is None else update
@@ -174,11 +174,11 @@ def with_precision(decoder: Any, precision: Precision) -> Any:
         return decoder
     quantized = is_quantized(precision)
 
-    def held(path: tuple, leaf: jax.Array) -> jax.Array:
+    def converted(path: tuple, leaf: jax.Array) -> jax.Array:
         kernel = any(getattr(key, "name", None) == "kernel" for key in path)
         return leaf.astype(jnp.bfloat16) if is_matrix(path) and not (quantized and kernel) else leaf
 
-    decoder = jax.tree_util.tree_map_with_path(held, decoder)
+    decoder = jax.tree_util.tree_map_with_path(converted, decoder)
     if not quantized:
         return decoder
     kernels = {}
@@ -201,7 +201,7 @@ def is_matrix(path: tuple) -> bool:
 def with_kernels(decoder: Any, kernels: dict[str, QuantizedKernel]) -> Any:
     """The decoder with these kernels, by projection, in place of its own."""
     leaves, structure = jax.tree.flatten(decoder)
-    changed = jax.tree.unflatten(structure, leaves)  # modules of its own
+    changed = jax.tree.unflatten(structure, leaves)  # a copy of the modules
     for projection, kernel in kernels.items():
         linear_of(changed, projection).kernel = kernel
     return changed

@@ -1,4 +1,4 @@
-"""A decoder's weights as a checkpoint keeps them, layer by layer: the host never holds the model twice.
+"""A decoder's weights in the form of a checkpoint, layer by layer: the host never has the model in memory twice.
 
 A model whose weights are in lower precision is saved, and fingerprinted, as its float32 weights.
 """
@@ -26,8 +26,8 @@ from secvec_jax.trees import pieces
 class FullPrecision:
     """The float32 weights of a model in lower precision, read from its checkpoint each time they are needed.
 
-    It replaces the decoder that they would fill, in fingerprints and in what is saved. adapters: what was merged
-    into the model since it was loaded, and is merged into each layer's weights as they are read.
+    It takes the decoder's place when the model is saved or fingerprinted. adapters: those merged into the model since
+    it was loaded, which are merged into each layer's weights as they are read.
     """
 
     architecture: Architecture
@@ -43,7 +43,7 @@ class FullPrecision:
 
 @dataclasses.dataclass(frozen=True)
 class Widened:
-    """The weights of a decoder that is in bfloat16, as float32; in files it replaces the decoder."""
+    """The weights of a bfloat16 decoder as float32; takes the decoder's place when the model is saved."""
 
     decoder: Decoder
 
@@ -109,7 +109,7 @@ class _LeafOnDisk:
 
 
 Backbone = Decoder | FullPrecision | Widened
-"""Float32 weights, wherever they are."""
+"""Float32 weights, in memory or in files."""
 
 Leaf = jax.Array | _LeafOnDisk | _WidenedLeaf
 
@@ -160,7 +160,7 @@ def weight_sizes(backbone: Backbone, kinds: Mapping[str, str]) -> dict[str, int]
 
 
 def gathered(backbone: Backbone, kinds: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight on the host as a checkpoint keeps it, in the order of `weight_sizes`, one layer at a time.
+    """Every weight on the host in the form of a checkpoint, in the order of `weight_sizes`, one layer at a time.
 
     kinds: the dtype of each, by name. Raises UserError for a weight with values too large for its dtype.
     """

@@ -25,7 +25,7 @@ _LOADING_ENTRIES = ("is_local", "local_files_only", "name_or_path", "_commit_has
 
 
 class MissingTokenizer:
-    """Stands in for the tokenizer of a model that came without one: anything that needs text raises UserError."""
+    """Takes the place of the tokenizer of a model without one: anything that needs text raises UserError."""
 
     def __init__(self, source: str):
         self._source = source
@@ -55,9 +55,9 @@ class MissingTokenizer:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or a `MissingTokenizer` if it has no file of one.
+    """The folder's tokenizer, or a `MissingTokenizer` if it has none.
 
-    Raises UserError if the files are incomplete or cannot be read, or if the tokenizer draws random merges.
+    Raises UserError if the files are incomplete or cannot be read, or if the tokenizer merges at random (dropout).
     """
     if not any((folder / name).is_file() for name in VOCABULARIES):
         # transformers would create an empty tokenizer.
@@ -92,7 +92,7 @@ def _check_growth(backend: Any, folder: Path) -> None:
     """Raise UserError if replacements make texts so much longer that a row would take all memory."""
     for part in ("normalizer", "decoder"):
         state = getattr(getattr(backend, part, None), "__getstate__", lambda: None)()
-        if isinstance(state, bytes) and (growth := _growth(json.loads(state))) > _MOST_GROWTH:
+        if isinstance(state, bytes) and (growth := _growth(json.loads(state))) > _MAX_GROWTH:
             raise UserError(
                 f"{folder / 'tokenizer.json'} has a {part} that makes a text up to {growth:.3g} times as long: fetch "
                 "the model again"
@@ -112,12 +112,12 @@ def _growth(steps: Any) -> float:
     return within * max(1, added) + len(str(steps.get("prepend", "")))
 
 
-_MOST_GROWTH = 30
+_MAX_GROWTH = 30
 """Replacements write escapes, such as "&amp;" for "&"."""
 
 
 def _check_use(tokenizer: Any, folder: Path) -> None:
-    """Raise UserError if the tokenizer fails at any text, which tokenizers reports with a panic of Rust."""
+    """Raise UserError if the tokenizer fails on a sample text, as with a Rust panic in the tokenizers library."""
     try:
         ids = tokenizer.encode(_SAMPLE, add_special_tokens=False)
         if not all(0 <= token < 2**31 for token in ids):
@@ -134,7 +134,7 @@ _SAMPLE = "a The quick brown fox jumps over the lazy dog, 12 times.\n"
 
 
 def _check_number_of_tokens(folder: Path) -> None:
-    """Raise UserError for settings with more tokens of their own than any model has: adding them takes square time."""
+    """Raise UserError for settings that add more tokens than any model has, which would take quadratic time."""
     for path in (folder / name for name in SETTINGS):
         if not path.is_file():
             continue
@@ -144,13 +144,13 @@ def _check_number_of_tokens(folder: Path) -> None:
             continue  # whoever reads the tokenizer says what is wrong
         lists = [entries, *entries.values()] if isinstance(entries, dict) else [entries]
         count = max(len(tokens) for tokens in [[], *lists] if isinstance(tokens, dict | list))
-        if count > _MOST_TOKENS:
+        if count > _MAX_TOKENS:
             raise UserError(
-                f"{path} names {count:,} tokens, more than the limit of {_MOST_TOKENS:,}: fetch the model again"
+                f"{path} names {count:,} tokens, more than the limit of {_MAX_TOKENS:,}: fetch the model again"
             )
 
 
-_MOST_TOKENS = 20_000
+_MAX_TOKENS = 20_000
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Filling a decoder with a checkpoint's weights. Every process reads the parts of its own devices."""
+"""Fill a decoder with a checkpoint's weights. Every process reads the parts for its devices."""
 
 import functools
 import math
@@ -33,7 +33,7 @@ from secvec_jax.sharding import LogicalAxes, constrain, logical_axes, named_shar
 _CHUNK = 2**20
 """Weights that are quantized at a time."""
 _BLOCK = 2**24
-"""Weights that are read at a time: the table of a large vocabulary is not held twice while it is read."""
+"""Weights that are read at a time: the table of a large vocabulary is not in memory twice."""
 _LM_HEAD = "lm_head.weight"
 
 
@@ -67,12 +67,12 @@ def assemble(
     source: Path,
     precision: Precision = "float32",
 ) -> Decoder:
-    """The decoder filled from a checkpoint, each process reading what its own devices hold.
+    """The decoder filled from a checkpoint; each process reads the parts for its devices.
 
     shapes: of all weights that are present. precision: the precision of the weights; each is quantized as it is read,
-    in parts, so that a host never has more than one in another form, beside those that are done. Raises UserError for
-    missing, unused or misshapen weights, before memory is taken for any, for weights with NaN or infinite numbers, and
-    if the model cannot be stored in this precision.
+    in parts, so that a host has at most one weight in another form in memory. Raises UserError for missing, unused or
+    misshapen weights, before memory is allocated for any, for weights with NaN or infinite numbers, and if the model
+    cannot be stored in this precision.
     """
     check_precision(architecture, precision)
     names, present = weight_names(architecture), set(shapes)
@@ -123,7 +123,7 @@ def assemble(
         return placed.block_until_ready()
 
     def quantized(name: WeightName, empty: QuantizedKernel) -> QuantizedKernel:
-        """The stacked kernel, of which the host holds a few outputs of one layer at a time."""
+        """The stacked kernel; the host has only a few outputs of one layer in memory at a time."""
         shapes_and_axes = [(leaf.get_value(), leaf.get_metadata("axes")) for leaf in (empty.codes, empty.scales)]
         codes, scales = (_zeros(leaf.shape, leaf.dtype, axes) for leaf, axes in shapes_and_axes)
         places = tuple(axes for _, axes in shapes_and_axes)
@@ -138,7 +138,7 @@ def assemble(
                 if not _is_finite(read):
                     raise not_finite(hf)
                 codes, scales = _with_quantized(codes, scales, read, layer, start, empty.precision, places)
-                scales.block_until_ready()  # or the next part would be read before this one is done with
+                scales.block_until_ready()  # or the next part would be read before this one is freed
         return QuantizedKernel(empty.precision, codes, scales, empty.axes_of_kernel)
 
     empty = abstract_decoder(architecture)
@@ -155,14 +155,14 @@ def assemble(
         abstract = abstract_decoder(architecture, precision)
         kernels = {projection: linear_of(abstract, projection).kernel for projection in architecture.projections}
 
-    def made(path: tuple, leaf: jax.ShapeDtypeStruct, axes: LogicalAxes) -> Any:
+    def filled(path: tuple, leaf: jax.ShapeDtypeStruct, axes: LogicalAxes) -> Any:
         projection = leaf_name(path).removeprefix("layers.").removesuffix(".kernel")
         if projection not in kernels:
             return fill(path, leaf, axes)
         kernels[projection] = quantized(names[leaf_name(path)], kernels[projection])
-        return leaf  # it is replaced
+        return leaf  # replaced below
 
-    decoder = jax.tree.unflatten(structure, [made(*leaf, axes) for leaf, axes in zip(leaves, logical_axes(empty))])
+    decoder = jax.tree.unflatten(structure, [filled(*leaf, axes) for leaf, axes in zip(leaves, logical_axes(empty))])
     return with_kernels(decoder, kernels) if kernels else decoder
 
 

@@ -34,7 +34,7 @@ class Gpu:
     threads_per_core: int
     shared_memory_per_core: int
     shared_memory_per_block: int
-    """at most, for a kernel that asks for it"""
+    """maximum, for a kernel that requests it"""
     l2_cache: int
     clock: float
     device_memory: int
@@ -44,7 +44,7 @@ class Gpu:
 
     @property
     def memory(self) -> int:
-        """What a program can take."""
+        """The bytes that a program can use."""
         return int(USABLE * self.device_memory)
 
     @property

@@ -45,8 +45,8 @@ class TooLarge(UserError):
 class Work:
     """The model FLOPs of one training step.
 
-    learn, keep: tokens per step, on all devices: those that are learned, of the stream `keep` and of all others
-    (the user's rows, and a defense's safe rows). full: whether the backbone's weights are trained.
+    learn, keep: tokens per step, on all devices: keep, those of the stream `keep`; learn, those of all others (the
+    user's rows, and a defense's safe rows). full: whether the backbone's weights are trained.
     """
 
     learn: int
@@ -174,9 +174,9 @@ def plan_step(
     state = shard(jax.eval_shape(train_step.init, trained))
     parameters, optimizer = _bytes((trained, frozen)), _bytes(state)
     size = f"the {chip.memory / 2**30:.0f} GiB of a {chip.name}"
-    if parameters + optimizer > chip.memory:  # compiling takes long and would find the same
-        held = f"{(parameters + optimizer) / 2**30:.1f} GiB"
-        raise TooLarge(f"it does not fit into {size}: parameters and optimizer state alone take {held}")
+    if parameters + optimizer > chip.memory:  # compiling takes long, with the same outcome
+        size_of_state = f"{(parameters + optimizer) / 2**30:.1f} GiB"
+        raise TooLarge(f"it does not fit into {size}: parameters and optimizer state alone take {size_of_state}")
     batch = {stream: _batch(count, length) for stream, count in batch_sizes.items()}
     start = time.monotonic()
     try:

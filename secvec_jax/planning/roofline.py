@@ -86,7 +86,7 @@ def roofline(text: str, gpu: Gpu, devices: int, *, trips: int = 1) -> Roofline:
 
 
 class _Count:
-    """What is counted on the way through a program."""
+    """The running totals of a walk through a program."""
 
     def __init__(self, program: Program, devices: int, trips: int) -> None:
         self.program, self.devices, self.trips = program, devices, trips
@@ -187,7 +187,7 @@ class _Count:
         opcode, written = op.opcode, op.bytes
         if opcode.endswith("-start"):
             opcode = opcode.removesuffix("-start")
-            # The start of an asynchronous operation returns its operands beside its result.
+            # The start of an asynchronous operation returns its operands together with its result.
             written = max(written - sum(operand.bytes for operand in operands), 0.0)
         if opcode == "dynamic-update-slice":
             return 2 * operands[1].bytes

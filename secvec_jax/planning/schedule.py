@@ -240,7 +240,7 @@ class _Run:
         self._spend(op, seconds, times)
 
     def _loop(self, op: Op, times: int) -> None:
-        """Simulate the first two iterations; the second stands for all later ones."""
+        """Simulate the first two iterations; the second represents all later ones."""
         trips, body, tally = self.program.trips(op), op.need(r"body=%([^\s,]+)"), self.tally
         if trips is None:
             tally.unknown.add(f"{op.name} {op.label}")

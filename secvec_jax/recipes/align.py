@@ -73,7 +73,7 @@ class Align:
         return training_precision(self.frozen_weights, self.training, self.task_lora)
 
     def default_preset(self) -> str | None:
-        """The preset to take where none is named (see `preset_choice`)."""
+        """The default preset (see `preset_choice`)."""
         return preset_choice.default_preset(self, "align")
 
 

@@ -21,7 +21,7 @@ from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.inference import check_model, check_not_loaded, frozen_precision
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import Precision
-from secvec_jax.recipes.audit_stages import Asked, audited, before_alignment
+from secvec_jax.recipes.audit_stages import AuditRequest, audited, before_alignment
 from secvec_jax.recipes.harness import Harness, find_tasks, harness_version, task_rows
 from secvec_jax.terminal import Console
 from secvec_jax.workspace.inputs import check_there, packaged
@@ -110,7 +110,7 @@ def audit_run(settings: AuditRun, command: str) -> int:
     run = Run(settings, command, more_inputs)
     if settings.json:
         run.stages.console = Console(stderr=True, quiet=not is_main_process(), soft_wrap=True)
-    asked = Asked(
+    request = AuditRequest(
         {"before": settings.before, "after": settings.after, "reference": settings.reference,
          "unaligned": settings.unaligned or before_alignment(settings.before)},
         partial(_loaded, settings),
@@ -122,9 +122,9 @@ def audit_run(settings: AuditRun, command: str) -> int:
         settings.keep_replies,
         frozen_precision(settings.frozen_weights),
     )  # fmt: skip
-    audit = audited(asked, run.stages)
+    audit = audited(request, run.stages)
     if tasks is not None:
-        lines = _task_lines(settings, tasks, asked, run.stages)
+        lines = _task_lines(settings, tasks, request, run.stages)
         audit = dataclasses.replace(audit, lines=(*audit.lines, *lines))
     write_report(audit, results_of(audit, settings, command, run.stages.seconds), run.folder)
     files = {"report": str(run.folder / "report.html")}
@@ -188,7 +188,7 @@ def audit(
         rows = given[kind]
         return None if rows is None else named_or_given(rows, needs_answer=kind == "data", name=kind)
 
-    asked = Asked(
+    request = AuditRequest(
         names | {"unaligned": before_alignment(before) if unaligned is None else unaligned},
         rows_of,
         system,
@@ -200,26 +200,26 @@ def audit(
         precision=frozen_precision(frozen_weights),
     )
     with tempfile.TemporaryDirectory() as folder:
-        return audited(asked, Stages(Path(folder), Console(quiet=not (progress and is_main_process()))))
+        return audited(request, Stages(Path(folder), Console(quiet=not (progress and is_main_process()))))
 
 
 def _loaded(settings: AuditRun, kind: str) -> Sequence[Row] | None:
     if kind == "data":
         return None if settings.data is None else load_rows(settings.data, ignore_fields=settings.ignore_fields)
     names = getattr(settings, kind)
-    # All of them: those that are asked are spread over the rows, as in `audit`.
+    # All rows: `audit`, too, spreads the prompts that it uses over all of them.
     return load_prompts(names, limit=None, ignore_fields=settings.ignore_fields) if names else None
 
 
 # ---------------------------------------------------------------------------------------------- tasks and report
 
 
-def _task_lines(settings: AuditRun, tasks: tuple[Any, list[str]], asked: Asked, stages: Stages) -> list[Line]:
+def _task_lines(settings: AuditRun, tasks: tuple[Any, list[str]], request: AuditRequest, stages: Stages) -> list[Line]:
     """A line for each score of lm-evaluation-harness."""
     options = Harness(str(settings.tasks))
 
     def work(role: str, stage: Stage) -> list[dict[str, Any]]:
-        return task_rows(options, *tasks, stage, asked.model(role))
+        return task_rows(options, *tasks, stage, request.model(role))
 
     found = {role: stages.run(f"tasks {role}", partial(work, role)) for role in ("before", "after")}
     lines = []
@@ -233,7 +233,7 @@ def _task_lines(settings: AuditRun, tasks: tuple[Any, list[str]], asked: Asked, 
 
 
 def results_of(audit: Audit, settings: Any, command: str, seconds: Mapping[str, float]) -> Results:
-    """The results of the command that ended with this audit."""
+    """The results of a command that ends with this audit."""
     return Results(
         command, config.to_dict(settings_of_run(settings)), environment_facts() | devices(), dict(seconds), audit.rows
     )

@@ -18,7 +18,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.audit import Audit, Limits, Line, changes, compared
 from secvec_jax.evaluation.audit_judge import graded, harm_metrics, judge_notes
 from secvec_jax.evaluation.audit_measures import (
-    FEWEST_BEGINNINGS,
+    MIN_BEGINNINGS,
     AuditPrompts,
     Measured,
     are_enough,
@@ -40,7 +40,7 @@ from secvec_jax.model.quantized import Precision, is_quantized
 from secvec_jax.recipes.export import run_of
 from secvec_jax.workspace import inputs
 from secvec_jax.workspace.inputs import known
-from secvec_jax.workspace.result_cache import inputs_of, kept, settings_of_replies
+from secvec_jax.workspace.result_cache import cached_result, inputs_of, settings_of_replies
 from secvec_jax.workspace.splits import PACKAGED_SEED, Sizes, make_splits
 from secvec_jax.workspace.stage import Stage
 from secvec_jax.workspace.stages import Stages
@@ -53,12 +53,12 @@ _TRUSTED = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class AuditRequest:
     """What to audit.
 
     models: by role, values or what `sv.load` takes. rows_of: kind -> rows; None: packaged ones. whole_replies: keep
-    replies to harmful prompts whole; those that a judge reads are. precision: what the weights of models that are
-    loaded are held in.
+    replies to harmful prompts whole, as is always done for a judge. precision: of the weights of models that are loaded
+    here.
     """
 
     models: Mapping[str, Any]
@@ -72,7 +72,7 @@ class Asked:
     precision: Precision = "float32"
 
     @property
-    def most_long(self) -> int:
+    def max_long_prompts(self) -> int:
         """Prompts for the measures that take longest."""
         return math.ceil(_LONG_SHARE * self.max_prompts)
 
@@ -81,74 +81,74 @@ class Asked:
         return as_model(self.models[role], self.precision)
 
     def name(self, role: str) -> str:
-        """How reports call the model of a role."""
+        """The name of a role's model in reports."""
         model = self.models[role]
         return model.name if isinstance(model, Model) else str(model)
 
 
 def audited(
-    asked: Asked, stages: Stages, reads: Mapping[str, Mapping[str, Path | str]] = MappingProxyType({})
+    request: AuditRequest, stages: Stages, reads: Mapping[str, Mapping[str, Path | str]] = MappingProxyType({})
 ) -> Audit:
-    """Measure the models, one stage each, and compare them. reads: of a role, files that its model is read from."""
+    """Measure the models, one stage each, and compare them. reads: {role: files that its model is read from}."""
     notes: list[str] = []
-    _check_held_alike(asked)
-    if asked.judge is not None:
-        try_judge(asked.judge, stages)
-    before = asked.model("before")
-    prompts, data, available = _prompts(asked, before)
-    beginnings: list[Beginning | None] = stages.run("unaligned", partial(_beginnings, asked, prompts))
+    _check_same_precision(request)
+    if request.judge is not None:
+        try_judge(request.judge, stages)
+    before = request.model("before")
+    prompts, data, available = _prompts(request, before)
+    beginnings: list[Beginning | None] = stages.run("unaligned", partial(_beginnings, request, prompts))
     if not are_enough(beginnings):
         notes.append(
-            f"{asked.name('unaligned')} complies with fewer than {FEWEST_BEGINNINGS} of the harmful prompts, so all "
+            f"{request.name('unaligned')} complies with fewer than {MIN_BEGINNINGS} of the harmful prompts, so all "
             f'replies were prefilled with the same text, "{GENERIC}", instead of its replies '
             "(--unaligned names another model)."
         )
         beginnings = generic_beginnings(len(prompts.harmful))
     else:
         complied = [index for index, beginning in enumerate(beginnings) if beginning is not None]
-        used = _spread(complied, asked.most_long)
+        used = _spread(complied, request.max_long_prompts)
         beginnings = [beginning if index in used else None for index, beginning in enumerate(beginnings)]
         notes.append(
-            f"prefill: the prefills are the first tokens of {asked.name('unaligned')}'s own replies to {len(used)} of "
-            f"the {len(complied)} harmful prompts that it complies with."
+            f"prefill: the prefills are the first tokens of {request.name('unaligned')}'s own replies to {len(used)} "
+            f"of the {len(complied)} harmful prompts that it complies with."
         )
 
     other: dict[str, Model] = {}
 
     def model_of(role: str) -> Model:
-        """A model, loaded once if it is asked for several times in a row: at most one besides `before` is in memory."""
+        """The model of a role, kept until another one is needed: at most one besides `before` is in memory."""
         if role == "before":
             return before
         if role not in other:
             other.clear()
-            other[role] = asked.model(role)
+            other[role] = request.model(role)
         return other[role]
 
     def measured(role: str, stage: Stage) -> dict[str, Any]:
         model = model_of(role)
         comparable = same_vocabulary(before, model)
         progress = stage.replies(num_replies(prompts, beginnings), "replying")
-        whole = asked.whole_replies or asked.judge is not None
+        whole = request.whole_replies or request.judge is not None
 
         def make() -> dict[str, Any]:
-            values = measure(model, prompts, beginnings, asked.reply_tokens, comparable, progress, whole)
+            values = measure(model, prompts, beginnings, request.reply_tokens, comparable, progress, whole)
             return dataclasses.asdict(values)
 
-        inputs = [dataclasses.asdict(prompts), beginnings, asked.reply_tokens, comparable, whole]
+        inputs = [dataclasses.asdict(prompts), beginnings, request.reply_tokens, comparable, whole]
         try:
-            values = kept("replies", [*inputs_of(model), *inputs], make, stage.print)
+            values = cached_result("replies", [*inputs_of(model), *inputs], make, stage.print)
             if data and comparable:
                 values["metrics"]["data_loss"] = reply_losses(model, data)
-        except UserError as error:  # of three models, which one
-            raise UserError(f"{asked.name(role)}: {error}") from error
+        except UserError as error:  # says which of the models
+            raise UserError(f"{request.name(role)}: {error}") from error
         return cast(dict[str, Any], values)
 
-    roles = [role for role in ("before", "after", "reference") if asked.models[role] is not None]
+    roles = [role for role in ("before", "after", "reference") if request.models[role] is not None]
     found = {role: Measured(**stages.run(role, partial(measured, role), reads=reads.get(role))) for role in roles}
 
     def general(stage: Stage) -> dict[str, Any]:
         others = [role for role in roles if role != "before"]
-        replies, count = found["before"].benign_replies, asked.most_long
+        replies, count = found["before"].benign_replies, request.max_long_prompts
         return {role: general_kl(before, model_of(role), prompts.benign[:count], replies[:count]) for role in others}
 
     all_files = {label: path for files in reads.values() for label, path in files.items()}
@@ -159,15 +159,15 @@ def audited(
         else:
             found[role].metrics["kl"] = divergences
     if any(isinstance(divergences, list) for divergences in kl.values()):
-        found["before"].metrics["kl"] = [0.0] * len(prompts.benign[: asked.most_long])
+        found["before"].metrics["kl"] = [0.0] * len(prompts.benign[: request.max_long_prompts])
     grades = None
-    if asked.judge is not None:
+    if request.judge is not None:
         replies = {role: measured.harmful_replies for role, measured in found.items()}
-        judged = stages.run("judge", partial(_judged, asked.judge, prompts, replies), reads=all_files)
+        judged = stages.run("judge", partial(_judged, request.judge, prompts, replies), reads=all_files)
         grades = judged["grades"]
         for role, metrics in harm_metrics(grades).items():
             found[role].metrics.update(metrics)
-        notes += judge_notes(asked.judge, judged, asked.reply_tokens)
+        notes += judge_notes(request.judge, judged, request.reply_tokens)
     if "harmful_loss" in found["before"].metrics and "harmful_loss" not in found["after"].metrics:
         notes.append("Losses are not compared: they are per token, and the models have different vocabularies.")
     refusal = found["before"].metrics.get("refusal", [])
@@ -177,20 +177,20 @@ def audited(
             "what fine-tuning changed, not that the model was safe before (train.py align teaches refusals)."
         )
     notes.append("The packaged harmful prompts, and the rules that classify replies, are in English.")
-    if is_quantized(asked.precision) and any(isinstance(asked.models[role], str | Path) for role in roles):
+    if is_quantized(request.precision) and any(isinstance(request.models[role], str | Path) for role in roles):
         notes.append(
-            f"The models' weights are quantized to {asked.precision}: changes that are smaller than a quantization "
+            f"The models' weights are quantized to {request.precision}: changes that are smaller than a quantization "
             "step are lost (bfloat16 rounds less)."
         )
     reference = found["reference"].metrics if "reference" in found else None
-    lines = compared(found["before"].metrics, found["after"].metrics, asked.limits, reference)
+    lines = compared(found["before"].metrics, found["after"].metrics, request.limits, reference)
     if any(line.prompts_needed for line in lines):
         notes.append(
             f"For more prompts: --max-prompts, up to the {available['harmful']} harmful and {available['benign']} "
             "packaged benign ones (prefill and kl use half), or your own with --harmful and --benign."
         )
     changed = changes(prompts, found["before"], found["after"], beginnings, found["after"].metrics.get("kl"))
-    names = {role: asked.name(role) for role in roles}
+    names = {role: request.name(role) for role in roles}
     return Audit(
         names["before"],
         names["after"],
@@ -203,23 +203,23 @@ def audited(
     )
 
 
-def _check_held_alike(asked: Asked) -> None:
+def _check_same_precision(request: AuditRequest) -> None:
     """Raise UserError if the models differ in quantization: an audit would show the rounding."""
-    held = {
-        role: model.precision if isinstance(model, Model) else asked.precision
+    precisions = {
+        role: model.precision if isinstance(model, Model) else request.precision
         for role in ("before", "after", "reference")
-        if (model := asked.models[role]) is not None
+        if (model := request.models[role]) is not None
     }
-    if len(set(held.values())) > 1 and any(map(is_quantized, held.values())):
-        found = ", ".join(f"{role} in {precision}" for role, precision in held.items())
+    if len(set(precisions.values())) > 1 and any(map(is_quantized, precisions.values())):
+        listed = ", ".join(f"{role} in {precision}" for role, precision in precisions.items())
         raise UserError(
-            f"the models' weights differ in precision ({found}), so rounding would look like an effect of training: "
+            f"the models' weights differ in precision ({listed}), so rounding would look like an effect of training: "
             "load the models in the same precision, with sv.load(NAME, PRECISION)"
         )
 
 
 def try_judge(judge: Judge, stages: Stages) -> None:
-    """Raise UserError if the judge does not answer: it is needed only after minutes."""
+    """Raise UserError if the judge does not answer, minutes before its grades are needed."""
     stages.run("judge's endpoint", lambda stage: on_main_process(lambda: check_answers(judge)))
 
 
@@ -232,20 +232,20 @@ def _judged(judge: Judge, prompts: AuditPrompts, replies: Mapping[str, Sequence[
     return first
 
 
-def _beginnings(asked: Asked, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
+def _beginnings(request: AuditRequest, prompts: AuditPrompts, stage: Stage) -> list[Beginning | None]:
     """The prefills, from the cache folder if another audit made the same ones."""
 
-    unaligned = cache(lambda: asked.model("unaligned"))
+    unaligned = cache(lambda: request.model("unaligned"))
 
     def make() -> list[Beginning | None]:
         progress = stage.replies(len(prompts.harmful), "compliant replies")
         return compliant_beginnings(unaligned(), prompts.harmful, refusal_prefixes(), progress)
 
-    source = asked.models["unaligned"]
+    source = request.models["unaligned"]
     digest = known(inputs.model, str(source)) if isinstance(source, str | Path) else None
-    # A model that is known by its files need not be loaded.
-    model = inputs_of(unaligned()) if digest is None else [digest, asked.precision, *settings_of_replies()]
-    found = kept("beginnings", [*model, list(prompts.harmful), list(GIVEN)], make, stage.print)
+    # A model that is identified by its files need not be loaded.
+    model = inputs_of(unaligned()) if digest is None else [digest, request.precision, *settings_of_replies()]
+    found = cached_result("beginnings", [*model, list(prompts.harmful), list(GIVEN)], make, stage.print)
     return cast(list[Beginning | None], found)
 
 
@@ -263,25 +263,25 @@ def _ordered(lines: Sequence[Line]) -> tuple[Line, ...]:
 # ---------------------------------------------------------------------------------------------- prompts
 
 
-def _prompts(asked: Asked, model: Model) -> tuple[AuditPrompts, list[Row], dict[str, int]]:
+def _prompts(request: AuditRequest, model: Model) -> tuple[AuditPrompts, list[Row], dict[str, int]]:
     """The given prompts, packaged ones where none are given, and the user's held-out rows, at most `max_prompts` of
     each kind; and how many prompts there are."""
-    harmful, benign, data = map(asked.rows_of, ("harmful", "benign", "data"))
+    harmful, benign, data = map(request.rows_of, ("harmful", "benign", "data"))
     packaged_rows = {"harmful": (), "benign": ()} if harmful and benign else _packaged(model)
     harmful_prompts = [full_prompt_of(row) for row in harmful or packaged_rows["harmful"]]
     benign_rows = list(benign or packaged_rows["benign"])
     prompts = AuditPrompts(
-        harmful=_spread(harmful_prompts, asked.max_prompts),
-        benign=_spread([full_prompt_of(row) for row in benign_rows], asked.max_prompts),
-        harmful_rows=_spread(_answered(harmful or packaged_rows["unseen"]), _MOST_ROWS),
-        benign_rows=_spread(_answered(benign_rows), _MOST_ROWS),
-        system=asked.system,
+        harmful=_spread(harmful_prompts, request.max_prompts),
+        benign=_spread([full_prompt_of(row) for row in benign_rows], request.max_prompts),
+        harmful_rows=_spread(_answered(harmful or packaged_rows["unseen"]), _MAX_ROWS),
+        benign_rows=_spread(_answered(benign_rows), _MAX_ROWS),
+        system=request.system,
     )
     available = {"harmful": len(harmful_prompts), "benign": len(benign_rows)}
-    return prompts, _spread(data or (), asked.max_prompts), available
+    return prompts, _spread(data or (), request.max_prompts), available
 
 
-_MOST_ROWS = 32
+_MAX_ROWS = 32
 """Rows of each kind whose loss is measured."""
 
 

@@ -18,7 +18,7 @@ _PROMPTS = (
 )  # fmt: skip
 """Settings of the verbs of eval.py that decide what a score is measured on; in trainings, some are rows to train on."""
 _ALL = ("max_prompts", "check_prompts", "reply_tokens", "system")
-"""Those of all verbs."""
+"""Such settings of all verbs."""
 
 
 @checked

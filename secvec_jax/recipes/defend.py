@@ -46,15 +46,15 @@ def defend(
         defended.model, defended.system, defended.notes
 
     `defended.system` is the system prompt that the model must be served with, for the defenses that are one; None for
-    all others. `sv.defenses.DEFENSES` has all defenses, and `needs` of each what it reads besides the rows:
+    all others. `sv.defenses.DEFENSES` has all defenses, and the `needs` of each are what it reads besides the rows:
 
-    vectors: security vectors, a value, a file or several; without them, a defense that needs them trains them.
-    safe, harmful, benign, contrast: rows, in any form that `sv.finetune` takes. Those that the defense reads and that
-        are None are packaged ones (AdvBench and others, downloaded on first use).
+    vectors: security vectors, a value, a file or several; without them, a defense that needs them trains them. safe,
+    harmful, benign, contrast: rows, in any form that `sv.finetune` takes; None: packaged ones, if the defense
+        reads them (AdvBench and others, downloaded on first use).
     base: the model before it was aligned. eliciting_prompt: a system prompt that asks for the behavior.
 
     task, training, eval_rows, checkpoints and on_step are as in `sv.finetune`; a defense with several training runs
-    calls on_step in each. Raises UserError for what the defense does not read, and for what it needs and has no
+    calls on_step in each. Raises UserError for an input that the defense does not read, and for a missing one without a
     default.
     """
     model = as_model(model)
@@ -79,7 +79,7 @@ def defend(
 def sources_of(
     safe: Any, harmful: Any, benign: Any, contrast: Any, base: Any, eliciting_prompt: str | None
 ) -> dict[Need, Callable[[], Any]]:
-    """Of each need for which a caller gives a value, a function that checks and returns it."""
+    """{need: function that checks and returns its value}, for each need that the caller gives."""
     values: dict[Need, Any] = {
         "safe rows": safe,
         "harmful rows": harmful,

@@ -109,7 +109,7 @@ def _check_inputs(run: str | Path, otherwise: str) -> None:
 
 
 _CHECKED = {"--model": model, "--before": model, "--after": model, "--vectors": adapter}
-"""Flags of a run's inputs -> what digests them."""
+"""Flags of a run's inputs -> the functions that digest them."""
 
 
 def history(model: str) -> Iterator[Results]:
@@ -134,7 +134,7 @@ def run_of(model: str) -> Path | None:
 
 
 def hub_id(model: str) -> str | None:
-    """Return the hub id that a model's name is, or stands for; None if it is neither."""
+    """Return the hub id of a model's name: the name itself, or that of an embedded model; None if there is none."""
     is_hub_id = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model, re.ASCII) is not None and not Path(model).exists()
     return _HUB_IDS.get(model) or (model if is_hub_id else None)
 

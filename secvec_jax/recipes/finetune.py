@@ -111,7 +111,7 @@ class Finetune:
         check_watched(self.training, validates=self.eval_data is not None or self.eval_fraction > 0)
 
     def default_preset(self) -> str | None:
-        """The preset to take where none is named (see `preset_choice`)."""
+        """The default preset (see `preset_choice`)."""
         return preset_choice.default_preset(self, "finetune")
 
     @property
@@ -164,7 +164,7 @@ def finetune(settings: Finetune, command: str) -> None:
         values |= {} if after is None else after.as_dict()
         ending += [_learned(run.folder / "metrics.jsonl", rows), str(frozen)]
         if tuned is model:
-            ending.append("the defense found nothing to train on: the model is as it was")
+            ending.append("the defense found nothing to train on: the model is unchanged")
         if system is not None:
             ending.append(f"the defense is a system prompt: serve the model with it ({run.system_file}): {system}")
         facts: dict[str, Any] = {"frozen": frozen.fingerprints} | ({} if system is None else {"system": system})
@@ -189,15 +189,15 @@ def _packaged_inputs(settings: Finetune, defense: Defense) -> Inputs:
 
 
 def _learned(log: Path, rows: dict[str, Any]) -> str | None:
-    """How the loss of the user's rows went, from the lines of the training that the stage's log has; None without."""
+    """How the loss of the user's rows changed, from the training lines of the stage's log; None if it has none."""
     records = [record for record in read_log(log) if record.get("stage") == "finetune"]
     names = ["eval/loss"] if any("eval/loss" in record for record in records) else [f"loss/{name}" for name in rows]
     losses = [[record[name] for name in names if is_number(record.get(name))] for record in records]
     means = [sum(values) / len(values) for values in losses if values]
     if not means:
         return None
-    what = "validation loss" if names == ["eval/loss"] else "loss of your rows"
-    return f"the {what} was {means[0]:.2f} at first and {means[-1]:.2f} at the end of the training"
+    measured = "validation loss" if names == ["eval/loss"] else "loss of your rows"
+    return f"the {measured} was {means[0]:.2f} at first and {means[-1]:.2f} at the end of the training"
 
 
 def _eval_rows(settings: Finetune) -> Any:

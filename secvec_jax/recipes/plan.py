@@ -15,8 +15,9 @@ from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, phase1_step
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
-from secvec_jax.model.decoder import Remat, abstract_decoder
+from secvec_jax.model.decoder import abstract_decoder
 from secvec_jax.model.hub import check_mesh, load_architecture
+from secvec_jax.model.layers import Remat
 from secvec_jax.model.quantized import Precision
 from secvec_jax.planning.gpus import USABLE
 from secvec_jax.planning.plan import Plan, TooLarge, plan_step, topology_mesh

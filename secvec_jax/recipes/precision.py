@@ -16,7 +16,7 @@ CHANGES_WEIGHTS = ("alignment", "after fine-tuning")
 
 
 class Named(NamedTuple):
-    """The names by which a user knows the settings that decide the precision of the weights."""
+    """How a user writes the settings that decide the precision of the weights."""
 
     frozen_weights: str
     task_lora: str
@@ -53,8 +53,8 @@ def check_precision_settings(
 ) -> None:
     """Raise UserError if a lower precision is set for weights that are trained, or that the defense changes.
 
-    asked: of weights that stay frozen (`--frozen-weights`). defense: how the training is defended, if it is. Does not
-    start JAX: settings are made before the processes of a cluster have found each other.
+    asked: the precision of frozen weights (`--frozen-weights`). defense: that of the training, if any. Does not start
+    JAX: settings are made before the processes of a cluster have found each other.
     """
     in_bfloat16 = check_trained_weights(training, full=task_lora is None)
     if in_bfloat16 and defense is not None and defense.stage in CHANGES_WEIGHTS:
@@ -64,7 +64,7 @@ def check_precision_settings(
         raise UserError(f"{named.frozen_weights.format(asked)} is for frozen weights, {because}, or leave it out")
 
 
-def check_held(model: Model, training: Training, task_lora: LoRA | None, defense: Defense) -> None:
+def check_loaded_precision(model: Model, training: Training, task_lora: LoRA | None, defense: Defense) -> None:
     """Raise UserError for a model, loaded by the caller, whose precision is lower than training needs."""
     because = _why_trained(task_lora, defense, ARGUMENTS)
     needed = training_precision(None, training, task_lora, defense, ARGUMENTS)

@@ -21,10 +21,10 @@ _TIMED = 8
 """Rows whose forward pass is timed."""
 
 _STATE_BYTES = {"sgd": 4, "adamw": 8, "adamw-bf16": 4, "adafactor": 0, "muon": 4}
-"""Of the optimizer's state for each weight."""
+"""Bytes of optimizer state per weight."""
 
 _PASSES = 3
-"""Forward passes that a training step takes as long as, forward and backward: 6N FLOPs where a forward takes 2N."""
+"""The time of a training step, in forward passes: 6N FLOPs, where a forward pass takes 2N."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def estimate(
     model: Model, groups: Mapping[str, Sequence[Row]], training: Training, full: bool, streams: int
 ) -> Estimate:
     """What fine-tuning on rows, by kind, takes. full: all weights are trained, not a task LoRA. streams: how many
-    batches of rows a step reads: two where a defense's safe rows are learned beside the user's."""
+    batches of rows a step reads: two if a defense also learns safe rows in each step."""
     training = training.over(PHASE2)
     stream = stream_of(model, dict(groups), training)
     encoded = [group for group in stream.examples.values() if isinstance(group, Examples)]
@@ -68,7 +68,7 @@ def estimate(
     forward = _seconds_per_token(model, rows[:: max(1, len(rows) // _TIMED)][:_TIMED], training.max_seq_len)
     weight_bytes = 2 if training.trained_weights == "bfloat16" else 4
     per_parameter = 2 * weight_bytes + _STATE_BYTES[training.optimizer]
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(model.backbone))
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.backbone))
     return Estimate(
         rows=len(rows),
         tokens=tokens,
@@ -76,7 +76,7 @@ def estimate(
         truncated=sum(group.truncated for group in encoded),
         duplicates=duplicates(rows),
         steps=steps,
-        gigabytes=(num_parameters(model.backbone) * per_parameter if full else held) / 2**30,
+        gigabytes=(num_parameters(model.backbone) * per_parameter if full else weight_bytes) / 2**30,
         seconds=_PASSES * streams * forward * tokens * steps / steps_per_epoch,
     )
 

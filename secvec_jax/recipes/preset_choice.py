@@ -1,7 +1,7 @@
-"""Which preset a training takes where none is named: by the model's size, the devices and their memory.
+"""The default preset of a training, by the model's size, the devices and their memory.
 
-Where nothing is known of the memory, or no preset fits, the defaults stay. Those of small models on a CPU, which the
-quickstart uses, are what their preset says.
+If the devices' memory is unknown, or no preset fits, the defaults apply. For small models on a CPU, as in the
+quickstart, these are the settings of their preset.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def default_preset(settings: Any, phase: Phase) -> str | None:
 
 
 def choose(model: str, phase: Phase) -> str | None:
-    """Of the presets for the model's size and the devices that fit, the one that takes most memory; None for none."""
+    """The preset that takes the most memory, of those that fit the model's size and the devices; None if none fits."""
     parameters = _parameters(model)
     limit = _memory_gib()
     fitting = {
@@ -56,7 +56,7 @@ def choose(model: str, phase: Phase) -> str | None:
 
 
 def line(name: str | None) -> str | None:
-    """The line about the preset of a training for its start; None if it has none."""
+    """The line that names a training's preset at its start; None if it has none."""
     if name is None or name == NONE:
         return None
     return f"preset: {name} ({presets.named(name).summary}); --preset {NONE} for the defaults"
@@ -81,7 +81,7 @@ def _shards_weights(preset: Preset) -> bool:
 
 
 def _memory_gib() -> float | None:
-    """What a program can take of the smallest local device; None if it does not say."""
+    """The memory that a program can use on the smallest local device, in GiB; None if it is unknown."""
     statistics = [device.memory_stats() or {} for device in jax.local_devices()]
     limits = [each["bytes_limit"] for each in statistics if "bytes_limit" in each]
     return min(limits) / 2**30 if len(limits) == len(statistics) else None

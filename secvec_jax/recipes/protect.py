@@ -30,13 +30,12 @@ from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import Precision
 from secvec_jax.presets import preset_field, section_of
 from secvec_jax.recipes import preset_choice, protect_report
-from secvec_jax.recipes.audit import results_of, write_report
 from secvec_jax.recipes.audit_stages import try_judge
 from secvec_jax.recipes.defend import sources_of
-from secvec_jax.recipes.precision import ARGUMENTS, check_held, check_precision_settings, training_precision
+from secvec_jax.recipes.precision import ARGUMENTS, check_loaded_precision, check_precision_settings, training_precision
 from secvec_jax.recipes.protect_stages import audit_export, divide, exported_model, fine_tune, preflight, screen_rows
 from secvec_jax.recipes.protect_vectors import make_vectors
-from secvec_jax.recipes.protect_work import RECOMMENDED, Asked, Work, default_training
+from secvec_jax.recipes.protect_work import RECOMMENDED, ProtectRequest, Work, default_training
 from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, rows_of_files
 from secvec_jax.recipes.training_run import rows_by_source
 from secvec_jax.terminal import Console
@@ -46,7 +45,7 @@ from secvec_jax.workspace.inputs import check_there, packaged
 from secvec_jax.workspace.packaged_rows import CONTENTS
 from secvec_jax.workspace.runs import Run, scoring_inputs
 from secvec_jax.workspace.splits import sources
-from secvec_jax.workspace.stages import Stages, release, write
+from secvec_jax.workspace.stages import Stages, release
 
 _SAME = (
     "drop", "eval_fraction", "task_lora", "frozen_weights", "training", "system", "limits", "max_prompts",
@@ -161,7 +160,7 @@ class Protect:
         return {} if values.get("task_lora") is None else {"training": PHASE2_LORA}
 
     def default_preset(self) -> str | None:
-        """The preset to take where none is named (see `preset_choice`)."""
+        """The default preset (see `preset_choice`)."""
         return preset_choice.default_preset(self, "protect")
 
 
@@ -204,7 +203,7 @@ def protect_run(settings: Protect, command: str) -> int:
             return (lambda: value) if value else None
         return lambda: rows_of_files(value, settings.ignore_fields, seed=0)
 
-    asked = Asked(
+    request = ProtectRequest(
         model=settings.model,
         rows=lambda: rows_by_source(settings.data, settings.ignore_fields),
         defense=read_defense(settings.defense),
@@ -213,21 +212,13 @@ def protect_run(settings: Protect, command: str) -> int:
         judge=Judge(settings.judge, settings.judge_url, settings.asking) if settings.judge else None,
         **{name: getattr(settings, name) for name in _SAME},
     )
-    work = Work(asked, run.stages)
+    work = Work(request, run.stages)
     if (preset := preset_choice.line(settings.preset)) is not None:
         run.stages.console.print(preset)
     done = _run(work)
-    results = results_of(done.audit, settings, command, run.stages.seconds)
-    rows_with_facts = [row | (work.facts if row["name"] == "after" else {}) for row in results.rows]
-    results = dataclasses.replace(results, rows=rows_with_facts)
-    write_report(done.audit, results, run.folder)
-    on_main_process(lambda: write(run.folder / "model" / "README.md", protect_report.card(work, done.audit, results)))
+    files = protect_report.write(work, done.audit, settings, command)
     if settings.training.schedule != "constant":  # else the training can be extended from its last checkpoint
         on_main_process(lambda: shutil.rmtree(run.folder / "checkpoints", ignore_errors=True))
-    files = {"model": str(run.folder / "model"), "report": str(run.folder / "report.html")}
-    if settings.inspect is not None:
-        log = files["inspect"] = settings.inspect
-        on_main_process(lambda: inspect_log.write_log(done.audit, log, settings.keep_replies, command))
     protect_report.show(work, done.audit, done.system, files, settings.json)
     release(run.folder)
     return done.audit.exit_code
@@ -269,7 +260,7 @@ def protect(
     vectors: security vectors of the model, or their file; None: they are trained, once per model, and cached. defense:
     one of `sv.defenses`, or its name; None: guarded vectors. safe, harmful, benign, contrast: rows; None: packaged
     ones. task: a LoRA to train in place of all weights. frozen_weights: with a `task`, the precision of the weights of
-    a model that is loaded here. training: what it leaves unset is AdamW at 1e-3 for a task LoRA, SGD at 3.6e-4 for all
+    a model that is loaded here. training: unset settings are AdamW at 1e-3 for a task LoRA, SGD at 3.6e-4 for all
     weights, and two epochs. judge: a language model at an endpoint, to grade the replies to harmful prompts in the
     audit. progress: show the stages. The other arguments are those of the command. Files are written to a temporary
     folder only, and no suspect is dropped without `drop`. For a log of the audit, call
@@ -290,8 +281,8 @@ def protect(
     check_limits(limits, eval_fraction > 0, False, judge is not None)
     if isinstance(model, Model):
         check_not_loaded(frozen_weights, model)
-        check_held(model, training, task, defense)
-    asked = Asked(
+        check_loaded_precision(model, training, task, defense)
+    request = ProtectRequest(
         model=model,
         rows=lambda: groups_of(rows),
         defense=defense,
@@ -312,10 +303,10 @@ def protect(
     )
     with tempfile.TemporaryDirectory() as folder:
         console = Console(quiet=not (progress and is_main_process()), soft_wrap=True)
-        work = Work(asked, Stages(Path(folder), console))
+        work = Work(request, Stages(Path(folder), console))
         done = _run(work)
         tuned = exported_model(work)
-    audit = dataclasses.replace(done.audit, after="protected")  # the folder that was audited is gone
+    audit = dataclasses.replace(done.audit, after="protected")  # the audited folder is deleted
     return Protected(tuned, audit, done.screening.suspects, done.vectors, done.system, tuple(work.notes))
 
 
@@ -335,11 +326,8 @@ def _check_defense(defense: Defense, given: Sequence[Need], named: Callable[[str
     check_given(defense, [*others, *shared], [*CONTENTS, "harmful rows", "benign rows"], named)
 
 
-# ---------------------------------------------------------------------------------------------- the stages
-
-
-class _Done(NamedTuple):
-    """What the stages have made, besides the files of the model; as in `Protected`."""
+class _StageResults(NamedTuple):
+    """The results of the stages besides the model's files; the fields are as in `Protected`."""
 
     audit: Audit
     screening: Screening
@@ -347,14 +335,14 @@ class _Done(NamedTuple):
     system: str | None
 
 
-def _run(work: Work) -> _Done:
+def _run(work: Work) -> _StageResults:
     """All stages, in order."""
-    if work.asked.judge is not None:
-        try_judge(work.asked.judge, work.stages)
+    if work.request.judge is not None:
+        try_judge(work.request.judge, work.stages)
     preflight(work)
     vectors = make_vectors(work)
     screening = screen_rows(work, vectors)
     rows = divide(work, screening)
     system = fine_tune(work, vectors, rows)
     audit = audit_export(work, rows.held_out, system)
-    return _Done(dataclasses.replace(audit, notes=(*work.notes, *audit.notes)), screening, vectors, system)
+    return _StageResults(dataclasses.replace(audit, notes=(*work.notes, *audit.notes)), screening, vectors, system)

@@ -1,4 +1,4 @@
-"""The stages of `train.py protect`, but for its vectors."""
+"""The stages of `train.py protect`, except its vectors (see `protect_vectors`)."""
 
 import dataclasses
 import json
@@ -27,8 +27,7 @@ from secvec_jax.files import atomic_file
 from secvec_jax.inference import as_model, frozen_precision
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import is_quantized
-from secvec_jax.recipes.audit_stages import Asked as AuditAsked
-from secvec_jax.recipes.audit_stages import audited, before_alignment
+from secvec_jax.recipes.audit_stages import AuditRequest, audited, before_alignment
 from secvec_jax.recipes.preflight import estimate
 from secvec_jax.recipes.protect_work import RECOMMENDED, Work, default_training
 from secvec_jax.recipes.run_inputs import trainings
@@ -39,29 +38,29 @@ from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import Vectors
 from secvec_jax.vectors.lora import drift, merge
 from secvec_jax.vectors.peft import load_peft
-from secvec_jax.workspace.result_cache import inputs_of, kept
+from secvec_jax.workspace.result_cache import cached_result, inputs_of
 from secvec_jax.workspace.stage import Stage
 
-_FEWEST_HELD_OUT, _ENOUGH = 8, 40
-"""Of the user's rows, held out where there are enough of them."""
+_MIN_HELD_OUT, _ENOUGH = 8, 40
+"""At least 8 of the user's rows are held out if there are 40 or more."""
 
 
 def preflight(work: Work) -> None:
     """Whether the model refuses and answers, what the rows are, and what the fine-tuning will take."""
-    asked = work.asked
+    request = work.request
 
     def run(stage: Stage) -> dict[str, Any] | None:
         # The rows first: a problem with a file should be reported before a minute has passed.
         stage.say("reading the rows")
-        streams = 2 if "safe rows" in asked.defense.reads else 1
-        took = estimate(work.model, work.groups, asked.training, full=asked.task_lora is None, streams=streams)
+        streams = 2 if "safe rows" in request.defense.reads else 1
+        took = estimate(work.model, work.groups, request.training, full=request.task_lora is None, streams=streams)
         work.note(str(took))
-        if asked.vectors is None:
+        if request.vectors is None:
             work.rows_for("harmful rows")  # if they do not fit, that is reported now
-        work.note("chat template: the model's own")  # without one no row can be encoded, which is an error by now
-        work.note(settings_measured(work.model, asked.training, asked.task_lora))
-        work.note(default_rate(work.model, asked.training, default_training(asked.task_lora), asked.task_lora))
-        if not asked.check_prompts:
+        work.note("chat template: the model's own")  # without one, encoding the rows has failed above
+        work.note(settings_measured(work.model, request.training, request.task_lora))
+        work.note(default_rate(work.model, request.training, default_training(request.task_lora), request.task_lora))
+        if not request.check_prompts:
             return None
         sample = _refusals(work, stage)
         work.note(f"before: {sample}")
@@ -78,14 +77,14 @@ def preflight(work: Work) -> None:
 
 def _refusals(work: Work, stage: Stage) -> RefusalSample:
     """How often the model refuses packaged prompts, from the cache if that was measured before."""
-    suite = sample_prompts(work.asked.check_prompts)
+    suite = sample_prompts(work.request.check_prompts)
 
     def make() -> dict[str, Any]:
         stage.say("measuring refusals")
         return measure(work.model, suite).as_dict()
 
     inputs = [*inputs_of(work.model), list(suite.refusals), list(suite.harmful), list(suite.benign), suite.reply_tokens]
-    return RefusalSample.from_dict(kept("refusals before", inputs, make, work.note))
+    return RefusalSample.from_dict(cached_result("refusals before", inputs, make, work.note))
 
 
 def screen_rows(work: Work, vectors: Vectors) -> Screening:
@@ -96,7 +95,7 @@ def screen_rows(work: Work, vectors: Vectors) -> Screening:
         scored = score_rows(work.model, vectors, work.rows)
         found = scored.with_known(**_known_scores(work, vectors, stage))
         on_main_process(lambda: _write_suspects(work, found))
-        then = "left out" if work.asked.drop else "trained on like all others; --drop leaves them out"
+        then = "left out" if work.request.drop else "trained on like all others; --drop leaves them out"
         work.note(
             f"suspects: {len(found.suspects)} of {len(work.rows)} rows score above {found.threshold:+.2f} nats per "
             f"token, and are {then}"
@@ -118,11 +117,11 @@ def _known_scores(work: Work, vectors: Vectors, stage: Stage) -> dict[str, list[
         return scores
 
     inputs = [*inputs_of(work.model), fingerprint(vectors), *(of_rows(known) for known in rows.values())]
-    return cast(dict[str, list[float]], kept("scores of known rows", inputs, make, work.note))
+    return cast(dict[str, list[float]], cached_result("scores of known rows", inputs, make, work.note))
 
 
 def _write_suspects(work: Work, screening: Screening) -> None:
-    """Write suspects.jsonl, with where each row is and its score and nothing of its text, and a histogram."""
+    """Write suspects.jsonl, with the location and score of each row and none of its text, and a histogram."""
     with atomic_file(work.folder / "suspects.jsonl") as staging, staging.open("w") as file:
         for index in screening.suspects:
             line = {"row": index, "where": work.rows.where(index), "score": round(screening.scores[index], 4)}
@@ -139,15 +138,15 @@ class _Division(NamedTuple):
 
 
 def divide(work: Work, screening: Screening) -> _Division:
-    """Hold rows out, none of them suspects, since they measure what should be learned, and with all their copies;
-    leave out those to drop."""
+    """Hold out rows, with all their copies and no suspects, since they measure what should be learned; leave out the
+    rows to drop."""
     suspects = set(screening.suspects)
     clean = [index for index in range(len(work.rows)) if index not in suspects]
-    count = num_held_out(len(clean), work.asked.eval_fraction)
-    order = np.random.default_rng(work.asked.training.seed).permutation(len(clean))
+    count = num_held_out(len(clean), work.request.eval_fraction)
+    order = np.random.default_rng(work.request.training.seed).permutation(len(clean))
     keys = row_keys(work.rows.select(clean))
     held_out = {clean[position] for position in choose_held_out(keys, order.tolist(), count, set())}
-    left_out = held_out | (suspects if work.asked.drop else set())
+    left_out = held_out | (suspects if work.request.drop else set())
     learned: Groups = {}
     start = 0
     for name, group in work.groups.items():
@@ -156,48 +155,50 @@ def divide(work: Work, screening: Screening) -> _Division:
         if kept:
             learned[name] = group.select(kept)
     if not learned:
-        raise UserError(f"no row is left to train on: {len(suspects)} of {len(work.rows)} are suspects, and dropped")
-    work.facts |= {"suspects": len(suspects), "dropped": len(suspects) if work.asked.drop else 0}
+        raise UserError(
+            f"no row is left to train on: {len(suspects)} of {len(work.rows)} are suspects, and dropped; leave drop out"
+        )
+    work.facts |= {"suspects": len(suspects), "dropped": len(suspects) if work.request.drop else 0}
     return _Division(learned, list(work.rows.select(sorted(held_out))), left_out)
 
 
 def num_held_out(count: int, fraction: float) -> int:
-    """How many of so many rows are held out: the fraction, but at least 8 where there are 40 or more."""
+    """How many of `count` rows are held out: the fraction, but at least 8 if there are 40 or more."""
     if not fraction:
         return 0
-    fewest = _FEWEST_HELD_OUT if count >= _ENOUGH else 0
+    fewest = _MIN_HELD_OUT if count >= _ENOUGH else 0
     return max(0, min(max(round(fraction * count), fewest), count - 1))
 
 
 def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
-    """Fine-tune under the defense and export the model; returns the system prompt that it is to be served with."""
-    asked, folder = work.asked, work.model_folder
+    """Fine-tune under the defense and export the model; returns the system prompt that it must be served with."""
+    request, folder = work.request, work.model_folder
 
     def run(stage: Stage) -> dict[str, Any]:
-        work.note(f"defense: {asked.defense.label} ({_reason(asked.defense)})")
+        work.note(f"defense: {request.defense.label} ({_reason(request.defense)})")
         count = len(work.rows) - len(rows.left_out)
         work.note(f"training on {count} rows; {len(rows.held_out)} others are held out for the audit")
         frozen = FrozenTrees()
         with trainings(work.stages, stage) as on_step:
             options = FinetuneOptions(
-                task=asked.task_lora,
-                training=asked.training,
+                task=request.task_lora,
+                training=request.training,
                 checkpoints=work.checkpoints("fine-tune"),
                 on_step=on_step,
                 frozen=frozen,
             )
-            adapters = (vectors,) if "security vectors" in asked.defense.reads else None
+            adapters = (vectors,) if "security vectors" in request.defense.reads else None
             inputs = UserInputs(work.model, rows.learned, options, work.needs(stage), adapters)
-            defended = asked.defense.apply(inputs)
+            defended = request.defense.apply(inputs)
         stage.say("exporting")
         # In the dtype of the model before, as eval.py export does.
         dtype = work.model.metadata.dtype
         save_trained(work.folder, defended.model, work.model, defended.system, dtype=dtype)
         work.note(str(frozen))
         if defended.model is work.model:
-            work.note("the defense found nothing to train on: the model is as it was")
+            work.note("the defense found nothing to train on: the model is unchanged")
         changed = drift(defended.model.backbone, work.model.backbone)
-        has_task = asked.task_lora is not None and defended.model is not work.model
+        has_task = request.task_lora is not None and defended.model is not work.model
         results = {"drift": changed, "system": defended.system, "frozen": frozen.fingerprints, "task LoRA": has_task}
         return {**results, **defended.notes}
 
@@ -210,7 +211,7 @@ def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
     system: str | None = found["system"]
     work.has_task_lora = found["task LoRA"]
     work.facts |= {"drift": found["drift"], "frozen": found["frozen"]} | ({} if system is None else {"system": system})
-    if "security vectors" in asked.defense.reads:
+    if "security vectors" in request.defense.reads:
         work.facts["vectors"] = [str(work.vectors_file)]
     return system
 
@@ -227,32 +228,32 @@ def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Aud
     It reads the exported files. If the model is quantized, which would round a task LoRA, it takes the original model
     with the LoRA stored separately, as in training.
     """
-    asked = work.asked
-    before: Any = asked.model
+    request = work.request
+    before: Any = request.model
     after: Any = str(work.model_folder)
-    precision = before.precision if isinstance(before, Model) else frozen_precision(asked.frozen_weights)
-    held: tuple[str, ...] = ()
+    precision = before.precision if isinstance(before, Model) else frozen_precision(request.frozen_weights)
+    precision_note: tuple[str, ...] = ()
     if is_quantized(work.precision):
         before, after = work.model, exported_model(work)
-        held = (
+        precision_note = (
             f"In this audit, the weights are {work.precision} and the task LoRA is kept apart from them, in float32; "
             f"in the exported files, it is merged into the weights, which are {before.metadata.dtype}.",
         )
-    served = "\n".join(text for text in (system, asked.system) if text is not None) or None
-    questions = AuditAsked(
-        {"before": before, "after": after, "reference": None, "unaligned": before_alignment(asked.model)},
+    served = "\n".join(text for text in (system, request.system) if text is not None) or None
+    questions = AuditRequest(
+        {"before": before, "after": after, "reference": None, "unaligned": before_alignment(request.model)},
         lambda kind: held_out if kind == "data" and held_out else None,
         served,
-        asked.limits,
-        asked.max_prompts,
-        asked.reply_tokens,
-        asked.judge,
-        asked.keep_replies,
+        request.limits,
+        request.max_prompts,
+        request.reply_tokens,
+        request.judge,
+        request.keep_replies,
         precision,
     )
-    work.forget_model()  # a small machine cannot hold three: what the audit is not given, it loads again
+    work.forget_model()  # three do not fit in a small machine's memory: the audit loads what it is not given
     audit = audited(questions, work.stages, {"after": work.made})
-    return dataclasses.replace(audit, notes=(*held, *audit.notes))
+    return dataclasses.replace(audit, notes=(*precision_note, *audit.notes))
 
 
 def exported_model(work: Work) -> Model:

@@ -22,10 +22,10 @@ from secvec_jax.workspace.vector_cache import key_of, locked_entry
 
 def make_vectors(work: Work) -> Vectors:
     """The vectors: given, from the cache, or trained; they have passed the gate."""
-    asked, file = work.asked, work.vectors_file
+    request, file = work.request, work.vectors_file
 
     def run(stage: Stage) -> dict[str, Any]:
-        if asked.vectors is not None:
+        if request.vectors is not None:
             vectors, gate = _given_vectors(work, stage)
         elif is_clustered():
             vectors, gate = _trained_vectors(work, stage)
@@ -38,21 +38,21 @@ def make_vectors(work: Work) -> Vectors:
     gate = Gate(**work.stage("vectors", run, makes={"the vectors": file}))
     work.facts["gate"] = gate.as_dict()
     if gate.failure is not None:
-        cure = "train them on more rows, or pass harmful rows of their own behavior" if asked.vectors else (
+        fix = "train them on more rows, or pass harmful rows of their own behavior" if request.vectors else (
             "give more harmful rows, or different ones, or pass vectors that you trained with other settings"
         )  # fmt: skip
-        raise UserError(f"{gate.failure}; {cure}")
+        raise UserError(f"{gate.failure}; {fix}")
     return load_vectors(file, work.model)
 
 
 def _given_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
     """The user's vectors, and their gate on the rows that the user gives, else on packaged ones."""
-    adapters = as_vectors(work.asked.vectors, work.model)
+    adapters = as_vectors(work.request.vectors, work.model)
     if len(adapters) != 1:
         raise UserError(f"{len(adapters)} vectors are given: pass one, which is also used to screen the rows")
     stage.say("testing the vectors")
-    given = {kind: need for kind, need in _KINDS.items() if need in work.asked.given}
-    # The packaged rows may be too long for the maximum length that was chosen for the user's.
+    given = {kind: need for kind, need in _KINDS.items() if need in work.request.given}
+    # The packaged rows may be longer than the maximum length that was chosen for the user's.
     unseen = work.packaged.held_out() if len(given) < len(_KINDS) else {}
     rows = {kind: work.rows_for(given[kind]) if kind in given else unseen[kind] for kind in _KINDS}
     gate = measure_gate(work.model, adapters[0], harmful=rows["harmful"], benign=rows["benign"])
@@ -63,12 +63,12 @@ _KINDS: dict[str, Need] = {"harmful": "harmful rows", "benign": "benign rows"}
 
 
 def _cached_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
-    """The vectors of this model, rows and settings from the cache; trained and kept there if it has none."""
+    """The vectors for this model, rows and settings from the cache; trained and cached if it has none."""
     rows = {"harmful rows": work.rows_for("harmful rows"), "benign rows": work.rows_for("benign rows")}
     key = key_of(work.model, rows, work.vectors_training, LoRA(), Phase1())
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
-            entry = held.enter_context(locked_entry(key, work.note))
+            entry = stack.enter_context(locked_entry(key, work.note))
         except UserError as error:
             work.note(f"the vectors are not cached ({error})")
             return _trained_vectors(work, stage)

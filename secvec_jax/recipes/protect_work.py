@@ -1,4 +1,4 @@
-"""What `train.py protect` is asked for, and what its stages share."""
+"""The inputs of `train.py protect`, and what its stages share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from secvec_jax.inference import as_model
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import Precision
 from secvec_jax.recipes.precision import training_precision
-from secvec_jax.recipes.run_inputs import packaged_and_told
+from secvec_jax.recipes.run_inputs import packaged_with_note
 from secvec_jax.recipes.training_run import TASK_FOLDER
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.vectors.lora import LoRA
@@ -34,17 +34,17 @@ RECOMMENDED = "guarded vectors"
 
 
 def default_training(task_lora: LoRA | None) -> Training:
-    """The training where none is given: PHASE2 was tuned for all weights only."""
+    """The default training; `PHASE2` was tuned for training all weights only."""
     return PHASE2 if task_lora is None else PHASE2_LORA
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """What to protect. model, vectors: values or what names them. rows: loads the user's rows by kind.
+class ProtectRequest:
+    """What to protect. model, vectors: values or names. rows: loads the user's rows by kind.
 
-    given: of each need that the user gives, a function that returns it. frozen_weights: what weights that stay frozen
-    are held in, of a model that is loaded. training: with all settings set. keep_replies: keep whole replies to harmful
-    prompts in the audit; those that a judge reads are.
+    given: {need: function that returns what the user gives for it}. frozen_weights: the precision of frozen weights, of
+    a model that is loaded. training: with all settings set. keep_replies: keep whole replies to harmful prompts in the
+    audit, as is always done for a judge.
     """
 
     model: Any
@@ -69,8 +69,8 @@ class Asked:
 class Work:
     """What the stages share: the model, the rows, the notes and facts of the report."""
 
-    def __init__(self, asked: Asked, stages: Stages):
-        self.asked, self.stages, self.folder = asked, stages, stages.folder
+    def __init__(self, request: ProtectRequest, stages: Stages):
+        self.request, self.stages, self.folder = request, stages, stages.folder
         self.notes: list[str] = []
         self.facts: dict[str, Any] = {}
         self.has_task_lora = False
@@ -98,16 +98,16 @@ class Work:
 
     @cached_property
     def model(self) -> Model:
-        """The model before."""
-        return as_model(self.asked.model, self.precision)
+        """The original model."""
+        return as_model(self.request.model, self.precision)
 
     @property
     def precision(self) -> Precision:
         """The precision of the original model's weights."""
-        asked = self.asked
-        if isinstance(asked.model, Model):
-            return asked.model.precision
-        return training_precision(asked.frozen_weights, asked.training, asked.task_lora, asked.defense)
+        request = self.request
+        if isinstance(request.model, Model):
+            return request.model.precision
+        return training_precision(request.frozen_weights, request.training, request.task_lora, request.defense)
 
     def forget_model(self) -> None:
         """Release the original model, unless the caller keeps it."""
@@ -116,7 +116,7 @@ class Work:
 
     @property
     def model_name(self) -> str:
-        return self.asked.model.name if isinstance(self.asked.model, Model) else str(self.asked.model)
+        return self.request.model.name if isinstance(self.request.model, Model) else str(self.request.model)
 
     @property
     def vectors_file(self) -> Path:
@@ -128,13 +128,13 @@ class Work:
 
     @property
     def made(self) -> dict[str, Path]:
-        """The files of the fine-tuned model, by what they are."""
+        """{kind: path} of the fine-tuned model's files."""
         return {"the model": self.model_folder, "the task LoRA": self.folder / TASK_FOLDER / WEIGHTS}
 
     @cached_property
     def groups(self) -> dict[str, Rows[Row]]:
         """The user's rows by kind."""
-        groups = self.asked.rows()
+        groups = self.request.rows()
         return {name: as_rows(group, name="data" if name == "all" else name) for name, group in groups.items()}
 
     @cached_property
@@ -150,36 +150,36 @@ class Work:
 
     @cached_property
     def packaged(self) -> PackagedRows:
-        """The packaged rows. Their seed is fixed: those of others hold prompts of the audit."""
-        training = dataclasses.replace(self.asked.training, seed=0)
+        """The packaged rows. Their seed is fixed: with other seeds they would contain prompts of the audit."""
+        training = dataclasses.replace(self.request.training, seed=0)
         file = self.folder / "own-replies.json"
         return PackagedRows(self.model, training, file, self._show_replies, tell=self.note)
 
     def needs(self, stage: Stage) -> dict[Need, Callable[[], Any]]:
-        """Of each need, a function that returns what is given, or what is packaged."""
+        """{need: function that returns what is given for it, or what is packaged}."""
         self._stage = stage
         found: dict[Need, Callable[[], Any]] = {
-            need: partial(packaged_and_told, need, make, self.note) for need, make in self.packaged.sources().items()
+            need: partial(packaged_with_note, need, make, self.note) for need, make in self.packaged.sources().items()
         }
-        found |= self.asked.given
+        found |= self.request.given
         if "base model" in found:
-            found["base model"] = lambda: as_model(self.asked.given["base model"]())
+            found["base model"] = lambda: as_model(self.request.given["base model"]())
         return found
 
     def rows_for(self, need: Need) -> Sequence[Any]:
         """The rows for a need, given or packaged."""
         if need not in self._kept:
-            source = self.asked.given.get(need) or self.packaged.sources()[need]
+            source = self.request.given.get(need) or self.packaged.sources()[need]
             self._kept[need] = source()
         return self._kept[need]
 
     @property
     def vectors_training(self) -> Training:
-        """How vectors are trained: as in the quickstart, but for what the settings say of rows and memory."""
-        return dataclasses.replace(sharing(PHASE1, self.asked.training), seed=PHASE1.seed)
+        """How vectors are trained: as in the quickstart, except for the settings of rows and memory."""
+        return dataclasses.replace(sharing(PHASE1, self.request.training), seed=PHASE1.seed)
 
     def checkpoints(self, name: str) -> Checkpoints:
-        return Checkpoints.of(self.folder / "checkpoints" / name, self.asked.training)
+        return Checkpoints.of(self.folder / "checkpoints" / name, self.request.training)
 
     def _show_replies(self, count: int) -> Callable[[int], None]:
         self._stage.print(f"generating the model's own replies to {count} benign prompts, for the safe rows")

@@ -31,7 +31,7 @@ from secvec_jax.workspace.stages import Stages
 GIVEN: tuple[Need, ...] = (
     "safe rows", "harmful rows", "benign rows", "contrast rows", "base model", "eliciting prompt"
 )  # fmt: skip
-"""What flags give, besides vectors; see `argument_of`."""
+"""The needs that flags give, besides vectors; see `argument_of`."""
 
 DEFENSE_VARIANTS = {"variants": Variants(usable_defenses(), listing)}
 """The metadata of a setting whose values are the defenses, as `flags` reads them."""
@@ -77,7 +77,7 @@ class RunInputs(UserInputs):
 
 
 def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callable[[], Any]]:
-    """Of each need, a function that returns what the run's flags give, or what is packaged."""
+    """{need: function that returns what the run's flags give for it, or what is packaged}."""
     settings = run.settings
     prompts = () if run.prompts is None else [prompt for prompt in run.prompts.benign if isinstance(prompt, str)]
 
@@ -99,7 +99,7 @@ def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callabl
     for need, make in packaged.sources().items():
         value = getattr(settings, argument_of(need))
         if not value:
-            sources[need] = partial(packaged_and_told, need, make, run.note)
+            sources[need] = partial(packaged_with_note, need, make, run.note)
         elif need == "eliciting prompt":
             sources[need] = partial(str, value)
         else:
@@ -109,10 +109,11 @@ def _sources(run: TrainingRun, stage: Stage, model: Model) -> dict[Need, Callabl
 
 
 def check_precision(run: TrainingRun, stage: Stage, model: Model, files: Sequence[str]) -> None:
-    """Test the vectors again that were trained over weights held in another precision than the model's, on packaged
-    rows. Raises UserError if one does not pass the gate."""
-    held = {file: trained_over(file) for file in files}
-    others = {file: precision for file, precision in held.items() if precision not in (None, model.precision)}
+    """Test vectors that were trained over weights in another precision than the model's on packaged rows.
+
+    Raises UserError if one does not pass the gate."""
+    precisions = {file: trained_over(file) for file in files}
+    others = {file: precision for file, precision in precisions.items() if precision not in (None, model.precision)}
     if not others:
         return
     stage.say("testing the vectors")
@@ -135,8 +136,8 @@ def rows_of_files(files: Sequence[str], ignore_fields: Sequence[str], seed: int)
     return random.Random(seed).sample(rows, len(rows))
 
 
-def packaged_and_told(need: Need, make: Callable[[], Any], note: Callable[[str], None]) -> Any:
-    """What is packaged for a need, with a note of what it is."""
+def packaged_with_note(need: Need, make: Callable[[], Any], note: Callable[[str], None]) -> Any:
+    """What is packaged for a need; notes its content."""
     made = make()
     count = "" if isinstance(made, str) else f"{len(made)} rows, "
     note(f"{need}: packaged ({count}{CONTENTS[need]}); --{argument_of(need).replace('_', '-')} gives your own")
@@ -145,7 +146,7 @@ def packaged_and_told(need: Need, make: Callable[[], Any], note: Callable[[str],
 
 @contextlib.contextmanager
 def trainings(stages: Stages, stage: Stage) -> Iterator[OnStep]:
-    """The step callback of a defense: each training after its first is shown and logged as a stage of its own."""
+    """The step callback of a defense: each training after the first is shown and logged as a separate stage."""
     with contextlib.ExitStack() as shown:
         current, last, number = stage.on_step(), (0, 0), 1
 

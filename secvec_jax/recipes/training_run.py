@@ -27,7 +27,7 @@ from secvec_jax.workspace.stage import Stage
 from secvec_jax.workspace.stages import write
 
 SYSTEM_FILE = "system_prompt.txt"
-"""In a run directory: the system prompt that its model is to be served with."""
+"""In a run directory: the system prompt that its model must be served with."""
 
 TASK_FOLDER = "task"
 """In a run directory: the task LoRA that was trained, as a PEFT adapter."""
@@ -52,7 +52,7 @@ class TrainingRun(Run):
 
     @contextlib.contextmanager
     def profiled(self) -> Iterator[None]:
-        """Trace the steps that the settings ask for of the trainings in the block, and say where the trace is."""
+        """Trace the requested steps of the trainings in the block, and note where the trace is."""
         folder = self.folder / "profile"
         with profiled(self.settings.profile, folder) as profile:
             yield
@@ -84,7 +84,7 @@ class TrainingRun(Run):
     def save(self, trained: Model, start: Model, stage: Stage, system: str | None = None) -> None:
         """Save the trained model, and its task LoRA, if it has one, as an adapter of the model it started from.
 
-        system: the system prompt that the model is to be served with, which is stored as well.
+        system: the system prompt that the model must be served with, which is stored as well.
         """
         stage.say("saving")
         card = None if system is None else f"# {self.folder.name}\n\n{system_section(system)}\n"
@@ -92,7 +92,7 @@ class TrainingRun(Run):
 
     @property
     def system_file(self) -> Path:
-        """Where the system prompt is that the model is to be served with."""
+        """The file with the system prompt that the model must be served with."""
         return self.folder / SYSTEM_FILE
 
     def finish(self, values: dict[str, Any], where: str) -> None:

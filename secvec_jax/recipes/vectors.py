@@ -12,7 +12,7 @@ from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import Advice, default_rate
 from secvec_jax.defenses.base import changed_settings
 from secvec_jax.defenses.finetuning import check_watched, examples_of
-from secvec_jax.defenses.gate import FEWEST_HELD_OUT, Gate, measure_gate
+from secvec_jax.defenses.gate import MIN_HELD_OUT, Gate, measure_gate
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.inference import frozen_precision
@@ -92,7 +92,7 @@ class Vectors:
             raise SettingError(f"phase1.{name}", f"{problem}: leave it out, or choose that one")
 
     def default_preset(self) -> str | None:
-        """The preset to take where none is named (see `preset_choice`)."""
+        """The default preset (see `preset_choice`)."""
         return preset_choice.default_preset(self, "vectors")
 
     @property
@@ -149,9 +149,9 @@ def vectors(settings: Vectors, command: str) -> None:
 
 
 def _gate(run: TrainingRun, model: Model, trained: Any, rows: dict[str, Any], stage: Stage) -> Gate | None:
-    """The gate of the vectors, which is reported and stops nothing; None if no refusals are to be measured.
+    """The gate of the vectors, which is only reported; None if refusals are not measured.
 
-    All rows that are given are trained on, so it is measured on packaged rows that are not among them.
+    All given rows are trained on, so it is measured on packaged rows that are not among them.
     """
     if run.prompts is None:
         return None
@@ -162,7 +162,7 @@ def _gate(run: TrainingRun, model: Model, trained: Any, rows: dict[str, Any], st
         run.note(f"the vectors are not tested ({error}); --check-prompts 0 skips this")
         return None
     unseen = {kind: _unseen(model, held_out[kind], rows[kind]) for kind in ("harmful", "benign")}
-    if min(map(len, unseen.values())) < FEWEST_HELD_OUT:
+    if min(map(len, unseen.values())) < MIN_HELD_OUT:
         run.note("the vectors are not tested: they were trained on (nearly) all packaged rows that could test them")
         return None
     gate = measure_gate(model, trained, unseen["harmful"], unseen["benign"])
@@ -171,7 +171,7 @@ def _gate(run: TrainingRun, model: Model, trained: Any, rows: dict[str, Any], st
 
 
 def _unseen(model: Model, candidates: Sequence[Example], trained_on: Any) -> list[Example]:
-    """The candidates whose prompt no row has that was trained on."""
+    """The candidates whose prompts are in none of the training rows."""
     examples = [] if trained_on is None else examples_of(model, trained_on)
     prompts = {example.tokens[: example.answer_start].tobytes() for example in examples}
     return [each for each in candidates if each.tokens[: each.answer_start].tobytes() not in prompts]

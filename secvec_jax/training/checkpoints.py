@@ -1,8 +1,8 @@
 """Orbax checkpoints of a run: what is needed to resume, written by all processes together, readable on any mesh.
 
-A checkpoint holds the trained part, the optimizer's state and the state of every substream of data; never the frozen
-part, whose files the run's settings name. It also holds the checksums of all of these. One that cannot be read, or
-differs from its checksums, is reported and deleted, and the previous one is used.
+A checkpoint contains the trained part, the optimizer's state, the state of every substream of data, and checksums of
+all of these; never the frozen part, whose files the run's settings name. One that cannot be read, or differs from its
+checksums, is reported and deleted, and the previous one is used.
 
 `inputs.json` in their folder records the inputs of the training: checkpoints of other inputs are refused.
 `diverged.json` records the step at which the training last diverged.
@@ -40,8 +40,8 @@ class Checkpoints:
     """Where checkpoints are stored, the seconds between two of them, and which are kept.
 
     max_checkpoints: how many of the newest. best: the name of a metric; the checkpoint where it was lowest is kept too,
-    and is what the training returns. A step without it, such as one whose rows are of other kinds, counts with its last
-    value; a validation loss counts only where it was measured. inputs: what goes into the training (see
+    and is what the training returns. A step without it, such as one on other kinds of rows, counts with its last value;
+    a validation loss counts only where it was measured. inputs: identify what the training reads (see
     `digests.difference`); `finetune` and `train_vectors` add theirs. A resume with others raises UserError. keep_end:
     save the state after the last step too, so that more steps can follow. private: only the owner can read them.
     """
@@ -191,7 +191,7 @@ class Store:
                 self._lock.release()
 
     def _latest(self) -> Any:
-        """The newest checkpoint, None without any. Raises UserError if the folder cannot be read as one of them."""
+        """The newest checkpoint; None if there is none. Raises UserError if the folder cannot be read."""
         with _listing(self._settings.folder):
             return self._checkpointer.latest
 
@@ -221,10 +221,10 @@ class Store:
 
     @staticmethod
     def _kept_inputs(path: Path) -> dict[str, Any]:
-        cure = f"delete {path.parent} to train from the start"
-        kept = read_kept(path, cure)
+        fix = f"delete {path.parent} to train from the start"
+        kept = read_kept(path, fix)
         if not isinstance(kept, dict):
-            raise UserError(f"{path} is damaged: {cure}")
+            raise UserError(f"{path} is damaged: {fix}")
         return kept
 
     def _load(self, run: State, step: int) -> str | None:
@@ -256,7 +256,7 @@ class Store:
 
 @contextlib.contextmanager
 def _listing(folder: Path) -> Iterator[None]:
-    """Raise UserError, with the cure, for what Orbax raises when it cannot make out which checkpoints there are."""
+    """Raise UserError, with the fix, for what Orbax raises when it cannot make out which checkpoints there are."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -268,7 +268,7 @@ def _listing(folder: Path) -> Iterator[None]:
 
 
 def _data(run: State) -> dict[str, Any]:
-    """What a checkpoint holds besides arrays; its last entry is the digest of the others."""
+    """The content of a checkpoint besides arrays; its last entry is the digest of the others."""
     data = {
         "batches": {name: batches.get_state() for name, batches in run.batches.items()},
         "metrics": run.metrics,
@@ -289,7 +289,7 @@ def _recorded_step(path: Path) -> int | None:
 
 
 def _named(tree: Tree) -> dict[str, Any]:
-    """The leaves by their paths: Orbax then needs to know nothing of our node types."""
+    """The leaves by their paths, so that Orbax need not know our node types."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

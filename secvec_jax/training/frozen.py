@@ -1,4 +1,4 @@
-"""Proof that a training leaves alone what it keeps frozen: fingerprints of the arrays before and after."""
+"""Verify that a training leaves its frozen parameters unchanged, by fingerprints before and after."""
 
 from collections.abc import Mapping
 
@@ -7,17 +7,17 @@ from secvec_jax.trees import Tree, fingerprint
 
 
 class FrozenTrees:
-    """The fingerprints of the frozen trees of trainings, by name; taken before each training and compared after it."""
+    """Fingerprints of frozen trees by name, taken before each training and compared after it."""
 
     def __init__(self) -> None:
         self.fingerprints: dict[str, str] = {}
 
     def before(self, trees: Mapping[str, Tree]) -> None:
-        """Take the fingerprints of the trees that a training is given."""
+        """Take the fingerprints of the trees before a training."""
         self.fingerprints |= {name: fingerprint(tree) for name, tree in trees.items()}
 
     def after(self, trees: Mapping[str, Tree]) -> None:
-        """Compare with the trees that the training ends with. Raises UserError if one has changed."""
+        """Compare with the trees after the training. Raises UserError if one has changed."""
         for name, tree in trees.items():
             then, now = self.fingerprints[name], fingerprint(tree)
             if now != then:

@@ -1,9 +1,9 @@
 """Per-token losses over supervised tokens only, in float32 and in chunks.
 
-The vocabulary head is the largest matrix of a small model and most tokens are prompt. So the supervised positions
-are sorted to the front and the head runs over as many chunks as they fill; no more logits than `[chunk, V]` ever exist
-at once. If the head is trained, the backward pass computes them again; if it is frozen, the forward pass stores what
-the backward pass needs. Sums and counts are left to the caller: a mean of means is never taken.
+The vocabulary head is the largest matrix of a small model and most tokens are prompt. So the supervised positions are
+sorted to the front and the head runs over as many chunks as they fill; no more logits than `[chunk, V]` ever exist at
+once. If the head is trained, the backward pass recomputes them; if it is frozen, the forward pass stores what the
+backward pass needs. Losses are returned per token, and the caller sums and counts: a mean of means is never taken.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,11 @@ CHUNK = {"cpu": 128, "gpu": 1024, "tpu": 1024}
 """Positions whose logits exist at a time."""
 
 ChunkLoss = Callable[..., jax.Array]
-"""`(table [V, D], hidden [C, D], other [C, ...], *fixed [V, D]) -> losses [C]`; no gradient by other and fixed."""
+"""`(table [V, D], hidden [C, D], other [C, ...], *fixed [V, D]) -> losses [C]`; no gradient for other and fixed."""
 
 
 class Head(Protocol):
-    """What the losses need of a model: the table `[V, D]` that hidden states are compared with, and the soft
-    cap of the logits, None for none."""
+    """What the losses need of a model: the output embedding `[V, D]`, and the soft cap of the logits, if any."""
 
     @property
     def output_embedding(self) -> jax.Array: ...
@@ -51,8 +50,8 @@ def token_kl(
 ) -> jax.Array:
     """KL(p || p_ref) of the next-token distributions at each supervised token, 0 elsewhere, `[B, T]`.
 
-    hidden and reference `[B, T, D]`: hidden states of the model as it is and of the one to stay close to.
-    No gradient flows into the reference.
+    hidden and reference `[B, T, D]`: hidden states of the trained model and of the one to stay close to. No gradient
+    flows into the reference.
     """
     return _over_supervised(_kl, head, hidden, weights, chunk, jax.lax.stop_gradient(reference))
 
@@ -67,7 +66,8 @@ def token_forward_kl(
 ) -> jax.Array:
     """KL(p_ref || p) of the next-token distributions at each supervised token, 0 elsewhere, `[B, T]`.
 
-    As `token_kl` in the other direction, for a reference with a separate head: the trained model's head may change.
+    As `token_kl`, in the other direction, and with a separate head for the reference: the trained model's head may
+    change.
     """
     reference, fixed = jax.lax.stop_gradient((reference, reference_head.output_embedding))
     return _over_supervised(_forward_kl, head, hidden, weights, chunk, reference, fixed)

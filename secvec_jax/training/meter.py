@@ -1,8 +1,8 @@
-"""Measure what a step computes and how fast: tokens, model FLOPs, tokens/s, MFU, memory, learning rate, epoch.
+"""Measure a step: tokens, model FLOPs, tokens/s, MFU, memory, learning rate, epoch.
 
 Tokens and FLOPs are counted on the devices, alongside the step, and read together with its losses, one step later:
-nothing waits for them. They are the same whenever and wherever a run is resumed; time and memory are not, and are kept
-out of the metrics of a step.
+nothing waits for them. They do not depend on where or when a run is resumed; time and memory do, and are not among the
+metrics of a step.
 """
 
 import resource
@@ -24,7 +24,7 @@ from secvec_jax.trees import Tree
 
 
 def metered(train_step: TrainStep, architecture: Architecture, full: bool) -> TrainStep:
-    """The train step, whose metrics also hold its `tokens` and model `flops` (see `counted`)."""
+    """The train step with `tokens` and model `flops` added to its metrics (see `counted`)."""
 
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         counts = counted(batch, architecture, full)
@@ -53,7 +53,7 @@ def counted(batch: dict[str, Batch], architecture: Architecture, full: bool) -> 
 
 
 def with_schedule(on_step: OnStep, learning_rate: Callable[[int], float], steps_per_epoch: float) -> OnStep:
-    """`on_step`, whose metrics also hold the `learning_rate` of the step and the `epoch` that it ends at."""
+    """`on_step` with the `learning_rate` of the step, and the `epoch` at its end, added to the metrics."""
 
     def scheduled(step: int, steps: int, metrics: dict[str, float]) -> None:
         on_step(step, steps, metrics | {"learning_rate": learning_rate(step), "epoch": step / steps_per_epoch})

@@ -1,4 +1,4 @@
-"""What a step minimizes: cross-entropy on the rows to learn, and KL to the vector-less model on rows to keep.
+"""What a step minimizes: cross-entropy on the rows to learn, and on benign rows the KL to the model without vectors.
 
     loss = CE(f(x; θ, θs), y) + λ KL( f(x'; θ, θs) || f(x'; θ) )
 
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from secvec_jax.batch import Batch
 from secvec_jax.model.adapter import as_adapters
-from secvec_jax.model.decoder import Decoder, ForwardOptions, Remat
+from secvec_jax.model.decoder import Decoder, ForwardOptions
+from secvec_jax.model.layers import Remat
 from secvec_jax.training.loss import group_sums, token_cross_entropy, token_kl
 
 LEARN, KEEP = "learn", "keep"
@@ -48,7 +49,7 @@ class Params:
 
 
 TokenLosses = Callable[[jax.Array, Params, Batch], jax.Array]
-"""`(losses [B, T], params, batch)` -> the values that replace the losses of the rows to learn, `[B, T]`."""
+"""`(losses [B, T], params, batch)` -> the values to minimize in place of the losses of the rows to learn, `[B, T]`."""
 
 
 def without_vectors(params: Params) -> Params:
@@ -65,9 +66,9 @@ def anchor_params(params: Params) -> Params:
 class Objective:
     """A loss over streams of packed batches.
 
-    groups: names of the kinds of rows in the stream `learn`, whose losses are reported separately.
-    kl_weight: λ, in nats per nat, of the stream `keep`. counted: replaces the losses of the rows to learn in what is
-    minimized; None: nothing does. dtype: of the forward pass; losses are always float32. share_prefix: whether
+    groups: names of the kinds of rows in the stream `learn`, whose losses are reported separately. kl_weight: λ, in
+    nats per nat, of the stream `keep`. counted: computes the values that are minimized in place of the losses of the
+    rows to learn; None: the losses. dtype: of the forward pass; losses are always float32. share_prefix: whether
     sequences may have a shared prefix.
     """
 

@@ -18,15 +18,15 @@ _UNDECAYED = re.compile(r"(^|[._])(bias|norm)($|[._])")
 
 
 def make_optimizer(training: Training, steps: int) -> optax.GradientTransformation:
-    """The optimizer and its schedule over `steps` steps. What `training` leaves unset is `Training.base`'s.
+    """The optimizer and its schedule over `steps` steps. Unset settings of `training` are those of `Training.base`.
 
     Weight decay leaves norms and biases alone, as transformers' Trainer does; with sgd it is added to the gradient,
     after it is clipped, as torch's SGD does.
 
-    Learning rates of adamw suit adafactor and muon, whose steps have the size of its steps: adafactor's are not
-    relative to the weights, and muon's are scaled (Liu et al. 2025, arXiv 2502.16982). Muon is for the matrices inside
-    the layers; the other weights are updated by adamw. Equal settings give the same object, so that trainings can share
-    a step: see `step.make_train_step`.
+    Learning rates of adamw suit adafactor and muon, whose steps are of the same size: adafactor's are not relative to
+    the weights, and muon's are scaled (Liu et al. 2025, arXiv 2502.16982). Muon is for the matrices inside the layers;
+    the other weights are updated by adamw. Equal settings give the same object, so that trainings can share a step: see
+    `step.make_train_step`.
     """
     training = training.over(Training.base)
     in_bfloat16 = training.trained_weights == "bfloat16"
@@ -50,7 +50,7 @@ def learning_rate_at(training: Training, steps: int, step: int) -> float:
 
 @lru_cache(maxsize=8)
 def _learning_rates(learning_rate: float, schedule: str, warmup: int, steps: int) -> np.ndarray:
-    """The learning rate of every step, `[steps]`: computed one by one, they would cost each step some milliseconds."""
+    """The learning rate of every step, `[steps]`: computed one by one, they would cost each step a few milliseconds."""
     rates = jax.jit(_schedule(learning_rate, schedule, warmup, steps))
     return np.broadcast_to(rates(np.arange(steps)), steps)
 

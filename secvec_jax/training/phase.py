@@ -18,7 +18,7 @@ TRAIN, FREEZE = "train", "freeze"
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Labels over the parameters (see `objective.Params`): dicts by the names of the parts, down to "train", "freeze".
+    """Labels for the parameters (see `objective.Params`): nested dicts by part, with "train" or "freeze" at the ends.
 
     Phase({"backbone": "freeze", "vectors": "train"})     # phase 1: security vectors
     Phase({"backbone": "train", "vectors": "freeze"})     # phase 2: fine-tuning under them

@@ -1,8 +1,8 @@
-"""A profiler trace of some steps of a training, in the form that XProf opens.
+"""Profiler traces of chosen training steps, for XProf.
 
     with profiled("10:15", folder) as profile:
         ...                     # every `fit` in here traces its steps 10 to 15
-    profile.trainings           # how many did
+    profile.trainings           # how many trainings were traced
 
 The request is ambient, like JAX's mesh: it changes no result, and no defense need pass it on.
 """
@@ -27,8 +27,8 @@ Result = TypeVar("Result")
 class Profile:
     """The steps to trace of each training, first and last included, and where to write them.
 
-    folder: XProf's `--logdir`; each process of a cluster writes into a folder of its own there. trainings: how many
-    have traced at least one step.
+    folder: XProf's `--logdir`; each process of a cluster writes into a separate folder there. trainings: how many have
+    traced at least one step.
     """
 
     first: int
@@ -73,7 +73,7 @@ class StepTracer:
         self._is_running = False
 
     def run(self, number: int, step: Callable[..., Result], *arguments: Any) -> Result:
-        """The result of `step(*arguments)`, the training's step of this number, traced if it is one of those asked for.
+        """The result of `step(*arguments)`, the training's step of this number, traced if it was requested.
 
         The first one starts when the steps before it have ended, and the trace ends when the last one has.
         """
@@ -109,7 +109,7 @@ class StepTracer:
 
 @contextlib.contextmanager
 def step_tracer() -> Iterator[StepTracer]:
-    """The tracer of a training that begins; a training that is interrupted still writes the trace that it has."""
+    """The tracer for one training; an interrupted training still writes its trace."""
     tracer = StepTracer(_requested.get())
     try:
         yield tracer

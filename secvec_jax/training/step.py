@@ -33,8 +33,8 @@ Gradient = Callable[[Tree, Tree, dict[str, Batch]], tuple[Tree, Metrics]]
 
 
 shared = lru_cache(maxsize=32)
-"""Decorates a function that makes a loss, a gradient or an optimizer out of settings: equal settings give the same
-object, so that trainings with equal settings share a train step, and so its compiled programs."""
+"""Decorator for functions that make a loss, a gradient or an optimizer from settings: equal settings give the same
+object, so trainings with equal settings share a train step and its compiled programs."""
 
 
 class TrainStep(NamedTuple):
@@ -69,7 +69,7 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Trai
 def step_from_gradient(gradient: Gradient, optimizer: optax.GradientTransformation) -> TrainStep:
     """One step of `optimizer` along `gradient` per batch, jitted.
 
-    Trainings with the same gradient and optimizer (see `shared`) share the step, and so its compiled programs.
+    Trainings with the same gradient and optimizer (see `shared`) share the step and its compiled programs.
 
     step: `(trained, state, frozen, batch) -> (trained, state, metrics)`; trained and frozen are the parameters as
     `Phase.split` separates them, the state is the optimizer's for the trained part; trained and state are donated.

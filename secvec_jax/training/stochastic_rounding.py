@@ -1,11 +1,11 @@
-"""Rounding to bfloat16 at random, so that small updates are not lost: right on average, and the same in every run.
+"""Stochastic rounding to bfloat16: small updates are not lost but right on average, and runs are reproducible.
 
-bfloat16 keeps 8 bits of a number. Rounded to the nearest, a weight of 1 does not change by an update below 0.002,
-however often it is repeated; nor does a running mean with a decay of 0.999. Rounded up with a probability that equals
-the part that would be cut off, the expected value is the exact one (Gupta et al. 2015, arXiv 1502.02551; Zamirai et al.
-2020, arXiv 2010.06192).
+bfloat16 keeps 8 bits of a number. Rounded to nearest, a weight of 1 does not change by an update below 0.002, however
+often it is repeated; nor does a running mean with a decay of 0.999. Rounded up with a probability equal to the part
+that would be cut off, its expected value is exact (Gupta et al. 2015, arXiv 1502.02551; Zamirai et al. 2020, arXiv
+2010.06192).
 
-The random bits depend on the seed, the step and the place of the number alone, and the step is in the optimizer's
+The random bits depend only on the seed, the step and the position of the number, and the step is in the optimizer's
 state: a run that resumes draws the same ones, on any mesh.
 """
 
@@ -28,7 +28,7 @@ def round_at_random(array: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def tree_rounded_at_random(tree: Tree, key: jax.Array) -> Tree:
-    """Each leaf rounded at random with bits of its own."""
+    """Each leaf rounded at random, with separate random bits."""
     leaves, structure = jax.tree.flatten(tree)
     keys = [jax.random.fold_in(key, number) for number in range(len(leaves))]
     return jax.tree.unflatten(structure, [round_at_random(leaf, key) for leaf, key in zip(leaves, keys)])
@@ -77,9 +77,9 @@ class MomentsState(NamedTuple):
 def scale_by_adam_in_bfloat16(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, seed: int = 0
 ) -> optax.GradientTransformation:
-    """Adam's update with both moments held in bfloat16, rounded at random: half the memory of `optax.scale_by_adam`.
+    """Adam's update with both moments in bfloat16, rounded at random: half the memory of `optax.scale_by_adam`.
 
-    optax can hold the first moment in bfloat16, rounded to the nearest. The second one would stand still.
+    optax can store the first moment in bfloat16, rounded to nearest. The second one would not change any more.
     """
 
     def init(params: Tree) -> MomentsState:

@@ -1,4 +1,4 @@
-"""Summarize a training in a few lines, which are logged when it starts."""
+"""The summary of a training, a few lines that are logged when it starts."""
 
 import math
 from collections.abc import Sequence

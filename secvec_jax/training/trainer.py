@@ -1,7 +1,7 @@
 """The training loop `fit`, with checkpoints and exact resume.
 
-A run that was killed at any moment and is started again resumes from its newest checkpoint and ends bit-identical to
-one never killed, on any mesh. Ctrl-C and SIGTERM finish the step in flight, even the last one, save, and raise
+A run that is killed at any moment and started again resumes from its newest checkpoint and ends bit-identical to an
+uninterrupted one, on any mesh. Ctrl-C and SIGTERM finish the step in flight, even the last one, save, and raise
 KeyboardInterrupt; in a cluster, whichever process they reach.
 """
 
@@ -27,7 +27,7 @@ from secvec_jax.training.validation import EVAL_LOSS, EarlyStopping, Validation
 from secvec_jax.trees import Tree
 
 OnStep = Callable[[int, int, dict[str, float]], None]
-"""Called with the step, counted from 1, the number of steps there are, and the metrics as numbers."""
+"""Called with the step, counted from 1, the number of steps, and the metrics as numbers."""
 
 _GO, _SAVE, _STOP = range(3)
 
@@ -49,10 +49,10 @@ def fit(
 
     train_step: as `training.step.make_train_step` makes it. streams: name -> stream of batches; each step reads
     `grad_accum_steps` batches of each stream that it takes. validation: its losses are among the metrics of the steps
-    that it follows, and it may end the training. on_step is called once for every step, counted from 1, while a later
-    one runs; after a resume it continues after the checkpoint's step (at the end it reports the last step again).
-    until(metrics) ends the training one step after it holds. Raises UserError if the loss is not finite, naming the
-    checkpoint that is kept, and if the checkpoints are those of another training.
+    that it follows, and early stopping may end the training. on_step is called once for every step, counted from 1,
+    while a later one runs; after a resume it continues after the checkpoint's step (at the end it reports the last step
+    again). until(metrics) ends the training one step after it holds. Raises UserError if the loss is not finite, naming
+    the checkpoint that is kept, and if the checkpoints are those of another training.
     """
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
@@ -131,11 +131,11 @@ class _Run:
     batches: dict[str, Batches]
     step: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    """The last values of all, when it was saved."""
+    """The last value of each, when the run was saved."""
     ending: bool = False
     """`until` held: the training ends after one more step."""
     ended: bool = False
-    """That step was taken, or validation ended the training."""
+    """The last step was taken, or validation ended the training."""
     stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)
 
 

@@ -23,7 +23,7 @@ EVAL_LOSS = "eval/loss"
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What is evaluated, and when.
+    """The validation rows of a training, and when they are evaluated.
 
     objective: measures the loss as in training, under the active vectors. stream: the validation rows; each evaluation
     is one pass over them. every_steps: training steps between two evaluations; there is one after the last step too.

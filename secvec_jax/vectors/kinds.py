@@ -1,4 +1,4 @@
-"""The kinds of vectors. Each has a spec, the settings that a user gives, and vectors, the adapter made from it."""
+"""The kinds of vectors. Each has a spec (the user's settings) and vectors (the adapter made from it)."""
 
 from typing import Any, NamedTuple
 

@@ -157,9 +157,9 @@ class LoRAVectors(Adapter):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_factor_gradients(scale: float, y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The identity on `y` `[N, out]`; its backward pass also gives A and B the gradients of `scale * (x A) B` in `y`.
+    """The identity on `y` `[N, out]`, whose backward pass also gives A and B the gradients of `scale * (x A) B`.
 
-    x `[N, in]`, a `[in, r]`, b `[r, out]`. x gets no gradient here: it has the whole of it from the product itself.
+    x `[N, in]`, a `[in, r]`, b `[r, out]`. x gets no gradient here, since it has its full gradient from the product.
     """
     return y
 

@@ -30,16 +30,16 @@ WARNING = (
     "to yourself, and do not distribute them."
 )
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PICKLE = "adapter_model.bin"  # PEFT's own form before 0.6
+_PICKLE = "adapter_model.bin"  # PEFT's format before 0.6
 
 
 def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str = SECURITY_VECTORS) -> None:
     """Write the vectors as a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
 
-    holds: what the adapter is, in the file's metadata. Security vectors must not be merged into a model for use, so
-    their folder is marked as such, and only its owner can read it; other adapters may be merged. Where the model fuses
-    several projections into one module (Phi-3), that module's A has the projections' A side by side, and its B is
-    block-diagonal.
+    holds: what kind of adapter it is, for the file's metadata. Security vectors must not be merged into a model for
+    use, so their folder is marked as such, and only its owner can read it; other adapters may be merged. Where the
+    model fuses several projections into one module (Phi-3), that module's A has the projections' A side by side, and
+    its B is block-diagonal.
     """
     from safetensors.numpy import save_file
 
@@ -133,8 +133,8 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     factors = {}
     try:
         for module, projections in modules.items():
-            most = 4 * len(projections) * spec.rank * largest
-            a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", layers[module], model, most) for name in "AB")
+            max_size = 4 * len(projections) * spec.rank * largest
+            a, b = (_stacked(tensors, f"{module}.lora_{name}.weight", layers[module], model, max_size) for name in "AB")
             for i, (projection, outputs) in enumerate(projections.items()):
                 has_own_rank = is_own_format and len(projections) > 1
                 rank = slice(i * spec.rank, (i + 1) * spec.rank) if has_own_rank else slice(None)
@@ -168,7 +168,7 @@ class _Outputs(NamedTuple):
 
 
 def _peft_modules(model: Model, projections: Collection[str]) -> dict[str, dict[str, _Outputs]]:
-    """PEFT's names of modules, with a `{}` for the layer -> the projections that they compute -> their outputs."""
+    """{PEFT's name of a module, with `{}` for the layer: {projection that it computes: its outputs}}."""
     names = weight_names(model.architecture)
     modules: dict[str, dict[str, _Outputs]] = {}
     for projection in model.architecture.projections:
@@ -180,7 +180,7 @@ def _peft_modules(model: Model, projections: Collection[str]) -> dict[str, dict[
 
 
 def _patterns(spec: LoRA, modules: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """PEFT's ranks and alphas of modules that hold several projections, so that each of them has the others' scale."""
+    """PEFT's ranks and alphas of modules with several fused projections, so that all have the same scale."""
     many = {
         module.rpartition(".")[2]: len(projections) for module, projections in modules.items() if len(projections) > 1
     }
@@ -188,14 +188,14 @@ def _patterns(spec: LoRA, modules: dict[str, dict]) -> dict[str, dict[str, float
     return {"rank_pattern": {name: spec.rank * count for name, count in many.items()}, "alpha_pattern": alphas}
 
 
-def _stacked(tensors: dict[str, np.ndarray], key: str, layers: set[int], model: Model, most: int) -> jax.Array:
+def _stacked(tensors: dict[str, np.ndarray], key: str, layers: set[int], model: Model, max_size: int) -> jax.Array:
     """A weight of these layers, removed from `tensors`, and zero in the others: `[L, in, out]`, float32.
 
-    Raises ValueError if a layer's has more than `most` elements, of which every layer would get a copy.
+    Raises ValueError if a layer's weight has more than `max_size` elements, since every layer gets as many.
     """
-    given = {layer: tensors.pop(key.format(layer)).T for layer in sorted(layers)}
-    if max(weight.size for weight in given.values()) > most:
+    present = {layer: tensors.pop(key.format(layer)).T for layer in sorted(layers)}
+    if max(weight.size for weight in present.values()) > max_size:
         raise ValueError("it is too large")
-    zero = np.zeros_like(next(iter(given.values())))
-    every = [given.get(layer, zero) for layer in range(model.architecture.num_layers)]
+    zero = np.zeros_like(next(iter(present.values())))
+    every = [present.get(layer, zero) for layer in range(model.architecture.num_layers)]
     return jax.device_put(np.stack(every).astype(np.float32))

@@ -59,7 +59,7 @@ def _is_list_of(kind: type, value: Any) -> bool:
 def check_kind(config: dict[str, Any], supported: dict[str, Any], folder: Path) -> None:
     """Raises UserError, naming the entries, if unsupported ones could change what the adapter computes.
 
-    supported: further entries, each supported at one value only, which the files that we write have.
+    supported: further entries with the only value that is supported, which the files that we write have.
     """
     known = _READ | _NO_EFFECT
     unsupported = {
@@ -68,9 +68,13 @@ def check_kind(config: dict[str, Any], supported: dict[str, Any], folder: Path) 
     if (initialization := config.get("init_lora_weights", True)) not in _INITIALIZATIONS:
         unsupported["init_lora_weights"] = initialization
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
-        what = ", ".join(key if value is True else f"{key} {json.dumps(value)}" for key, value in unsupported.items())
-        what = what or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise UserError(f"{folder} is not a plain LoRA adapter ({_short(what)}): train one without these, {_OR_MERGE}")
+        entries = ", ".join(
+            key if value is True else f"{key} {json.dumps(value)}" for key, value in unsupported.items()
+        )
+        entries = entries or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError(
+            f"{folder} is not a plain LoRA adapter ({_short(entries)}): train one without these, {_OR_MERGE}"
+        )
 
 
 def check_layers(config: dict[str, Any], layers: dict[str, set[int]], count: int, folder: Path) -> None:
@@ -99,8 +103,8 @@ def check_layers(config: dict[str, Any], layers: dict[str, set[int]], count: int
         for layer in range(count):
             if is_targeted(module, layer) != (layer in present):
                 name, entry = module.format(layer), "target_modules" if all_layers else "layers_to_transform"
-                what = f"has {name}, which {entry} leaves out" if layer in present else f"lacks {name}"
-                raise UserError(f"{folder} {what}: the adapter is damaged, or was made for another model")
+                problem = f"has {name}, which {entry} leaves out" if layer in present else f"lacks {name}"
+                raise UserError(f"{folder} {problem}: the adapter is damaged, or was made for another model")
 
 
 def _listed(value: Any) -> list[Any]:

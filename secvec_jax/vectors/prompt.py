@@ -55,7 +55,7 @@ class SoftPromptVectors(Adapter):
         return KVSegment(keys, values)
 
     def axes(self) -> "SoftPromptVectors":
-        """The logical axes: a soft prompt is small, and whole on every device."""
+        """The logical axes: a soft prompt is small, and replicated on every device."""
         return jax.tree.map(lambda _: ("layers", None, None, None), self)
 
     def check(self, architecture: Architecture) -> None:

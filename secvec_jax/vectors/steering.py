@@ -50,7 +50,7 @@ class SteeringVectors(Adapter):
         return x + (self.spec.scale * self.factors["direction"]).astype(x.dtype)
 
     def axes(self) -> "SteeringVectors":
-        """The logical axes: a direction is small, and whole on every device."""
+        """The logical axes: a direction is small, and replicated on every device."""
         return jax.tree.map(lambda _: ("layers", None), self)
 
     def check(self, architecture: Architecture) -> None:

@@ -56,7 +56,7 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
 
     def write() -> None:
         with atomic_file(path, mode=0o600) as staging:
-            # `save_file` would write a hidden file of its own next to it, which a kill leaves behind.
+            # `save_file` writes a hidden temporary file next to it, which a killed process would leave.
             staging.write_bytes(save(arrays, metadata=metadata))
 
     on_main_process(write)

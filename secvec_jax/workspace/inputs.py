@@ -35,9 +35,9 @@ def inputs_of(settings: Any) -> Inputs:
 
 
 def check_there(named: Mapping[str, Any]) -> None:
-    """Raise UserError if a model or adapter is not there. named: setting of a command -> its value.
+    """Raise UserError if a model or adapter is missing, minutes before it is read. named: {setting: value}.
 
-    For what reads some of them after minutes only. Values that are no names are left to the code that uses them.
+    Values that are not names are left to the code that uses them.
     """
     for setting, name in named.items():
         if _READERS.get(setting) in (model, adapter) and name and isinstance(name, str | os.PathLike):
@@ -146,4 +146,4 @@ _READERS: dict[str, Callable[[str], str]] = {
     "adapters": adapter,
     "include": folder,
 }
-"""Setting of a command -> the function that digests what it names."""
+"""Setting of a command -> the function that digests what the setting names."""

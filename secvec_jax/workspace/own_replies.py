@@ -46,24 +46,24 @@ def greedy_openings(
 
 
 def stored_examples(file: Path, generate: Callable[[], list[Example]]) -> list[Example]:
-    """What `generate` returns, each supervised from some token on; generated once and stored in the file."""
+    """The examples that `generate` returns, generated once and stored in the file; each is supervised to its end."""
     if not broadcast_from_first(file.exists()):
         stored = as_json(generate())
         on_main_process(lambda: write(file, json.dumps(stored)))
-    cure = "delete it, and it is made again"
-    stored = read_kept(file, cure)
+    fix = "delete it, and it is made again"
+    stored = read_kept(file, fix)
     try:
         return from_json(stored)
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{file} is damaged ({error}): {cure}") from error
+        raise UserError(f"{file} is damaged ({error}): {fix}") from error
 
 
 def as_json(examples: Sequence[Example]) -> list[list[Any]]:
-    """Examples that are supervised from some token on, as JSON holds them."""
+    """Examples as JSON values; each is supervised from one token to its end."""
     return [[example.tokens.tolist(), example.answer_start] for example in examples]
 
 
 def from_json(stored: Sequence[Any]) -> list[Example]:
-    """The examples that `as_json` has returned."""
+    """The examples of what `as_json` returned."""
     arrays = [(np.asarray(tokens, np.int32), start) for tokens, start in stored]
     return [Example(tokens, np.arange(len(tokens)) >= start) for tokens, start in arrays]

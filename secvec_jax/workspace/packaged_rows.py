@@ -1,4 +1,4 @@
-"""The defender's rows where a user gives none: those of the quickstart and the grid, for a user's own model."""
+"""The default rows of the defender: those of the quickstart and the grid, for a user's own model."""
 
 import random
 from collections.abc import Callable, Collection
@@ -12,7 +12,7 @@ from secvec_jax.defenses.base import Need
 from secvec_jax.defenses.prompting import ELICITING
 from secvec_jax.model.hub import Model
 from secvec_jax.workspace.own_replies import OPENING, as_json, from_json, greedy_openings, stored_examples
-from secvec_jax.workspace.result_cache import inputs_of, kept
+from secvec_jax.workspace.result_cache import cached_result, inputs_of
 from secvec_jax.workspace.splits import PACKAGED_SEED, Sizes, Splits, make_splits
 
 CONTENTS: dict[Need, str] = {
@@ -23,15 +23,15 @@ CONTENTS: dict[Need, str] = {
     "contrast rows": "refusals of AdvBench, StrongREJECT and JailbreakBench prompts",
     "eliciting prompt": ELICITING["compliance"],
 }
-"""What is packaged, and of what it is made."""
+"""The needs with packaged rows, and what these are."""
 
 
 class PackagedRows:
     """The packaged rows for a model, made on first use.
 
     They are drawn with one seed, so that vectors and defenses get neither rows that `train.py align` trains on nor
-    prompts that audits ask. training: how they are encoded, and the seed by which safe rows are shuffled. The model's
-    own replies are kept in the cache folder, and in `file`, if there is one. show: called with the number of replies,
+    prompts of audits. training: how they are encoded, and the seed by which safe rows are shuffled. The model's own
+    replies are kept in the cache folder, and in `file`, if there is one. show: called with the number of replies,
     returns their progress callback. tell: called with what is wrong in the cache. without: prompts to leave out, since
     the model is evaluated on them.
     """
@@ -49,7 +49,7 @@ class PackagedRows:
         self._without = frozenset(without)
 
     def sources(self) -> dict[Need, Callable[[], Any]]:
-        """Of each need that is packaged, a function that returns it."""
+        """{need: function that returns its packaged rows}."""
         return {
             "safe rows": self._safe,
             "harmful rows": lambda: self._splits.vectors,
@@ -59,12 +59,13 @@ class PackagedRows:
         }
 
     def alignment(self) -> dict[str, list[Example]]:
-        """What the quickstart aligns with: "harmful" prompts with refusals, and "benign" ones with the model's own
-        replies."""
+        """The rows of the quickstart's alignment: "harmful" prompts with refusals, and "benign" ones with the model's
+        own replies."""
         return {"harmful": self._splits.refusals, "benign": self._base_replies()}
 
     def held_out(self) -> dict[str, list[Example]]:
-        """Rows, "harmful" and "benign", that none of the others has; half of the benign open as the harmful ones do."""
+        """Rows, "harmful" and "benign", that none of the others has; half of the benign rows open like the harmful
+        ones."""
         suite = self._splits.suite
         return {
             "harmful": list(suite.harmful_targets),
@@ -91,6 +92,6 @@ class PackagedRows:
 
         def made_once() -> list[Example]:
             inputs = [*inputs_of(self._model), prompts, list(refusals), OPENING]
-            return from_json(kept("own replies", inputs, generate, self._tell))
+            return from_json(cached_result("own replies", inputs, generate, self._tell))
 
         return made_once() if self._file is None else stored_examples(self._file, made_once)

@@ -1,10 +1,10 @@
 """Results that depend only on a model, rows and settings, in the cache folder: computed once per model.
 
-CACHE/results/KIND/KEY.json     the version that made it, the result, and its digest; for their owner only
-CACHE/results/KIND/KEY.lock     held while it is read or made
+CACHE/results/KIND/KEY.json     the version that computed it, the result, and its digest; only the owner can read it
+CACHE/results/KIND/KEY.lock     locked while it is read or computed
 
-KEY is the digest of all that goes into a result. Several processes may use one cache: entries appear and are replaced
-as whole files, and a second process waits for the first. Processes of a cluster do not use the cache.
+KEY is the digest of everything that the result depends on. Several processes may use one cache: entries appear and are
+replaced as whole files, and a second process waits for the first. Processes of a cluster do not use the cache.
 """
 
 import contextlib
@@ -29,29 +29,29 @@ from secvec_jax.model.hub import Model
 from secvec_jax.sharding import platform
 
 
-def kept(
+def cached_result(
     kind: str, inputs: Sequence[Any], make: Callable[[], Any], tell: Callable[[str], None] = lambda text: None
 ) -> Any:
     """The JSON value that `make` returns, from the cache if the same inputs gave it before.
 
     kind: the plural noun that names the results in messages and in the cache. inputs: JSON values, all that the result
-    depends on. tell: called with a line when an entry is used, cannot be used or cannot be kept, and before a wait.
+    depends on. tell: called with a line when an entry is used, or cannot be used or written, and before a wait.
     """
     if is_clustered():
         return make()
     key = of_values(inputs).removeprefix("sha256:")
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
             folder = cache_dir() / "results" / kind.replace(" ", "-")
-            held.enter_context(locked(folder, key, lambda: tell(f"another process is computing the {kind}: waiting")))
+            stack.enter_context(locked(folder, key, lambda: tell(f"another process is computing the {kind}: waiting")))
         except UserError as error:
             tell(f"the {kind} are not cached ({error})")
             return make()
         file = folder / f"{key}.json"
-        found = _read(file, kind, tell)
-        if found is not None:
+        stored = _read(file, kind, tell)
+        if stored is not None:
             tell(f"{kind}: from the cache, computed earlier for this model")
-            return found[0]
+            return stored[0]
         result = make()
         record = {"version": secvec_jax.__version__, "digest": of_values([result]), "result": result}
         text = json.dumps(record)
@@ -60,7 +60,7 @@ def kept(
                 staging.write_text(text, encoding="utf-8")
         except UserError as error:
             tell(f"the {kind} are not cached ({error})")
-        return json.loads(text)["result"]  # the same, whether it is read or made
+        return json.loads(text)["result"]  # the same value, whether it is read or computed
 
 
 def inputs_of(model: Model) -> list[Any]:
@@ -69,7 +69,7 @@ def inputs_of(model: Model) -> list[Any]:
 
 
 def settings_of_replies() -> list[Any]:
-    """What replies, and what rules read in them, depend on besides the model and the prompts: part of a key."""
+    """What replies and their scores depend on besides the model and the prompts: part of a key."""
     return [platform(), jnp.dtype(compute_dtype()).name, RULES]
 
 

@@ -3,7 +3,7 @@
 runs/NAME/config.yaml     all settings
 runs/NAME/inputs.json     digests of what they name (see `workspace.inputs`), and the versions of the format and of
                           this library
-runs/NAME/run.lock        held by the process that is running here
+runs/NAME/run.lock        locked by the process that is running here
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from secvec_jax.workspace.inputs import Inputs
 VERSION = secvec_jax.__version__
 
 FORMAT = 1
-"""The version of what runs compute and keep; raised when the same inputs would give another result."""
+"""The version of what runs compute and store; increased when the same inputs would give another result."""
 
 CONFIG, INPUTS = "config.yaml", "inputs.json"
 
@@ -40,7 +40,7 @@ _MADE = (
 
 _FREE = frozenset({"out", "overwrite", "save_every_seconds", "max_checkpoints", "concurrency", "retries", "timeout",
                    "key_variable", "json", "inspect", "preset", "profile"})  # fmt: skip
-"""Settings that no result depends on: they may change from one start to the next, `out` when the folder is moved."""
+"""Settings that do not change any result: they may differ between starts, `out` because a folder may be moved."""
 
 _FREE_GROUPS = ("limits",)
 """Groups of such settings: limits apply to what was measured, whenever that was."""
@@ -48,7 +48,7 @@ _FREE_GROUPS = ("limits",)
 _LENGTH = frozenset({"training.max_steps", "training.epochs"})
 """Settings that determine how long a training runs."""
 
-_held: dict[Path, Any] = {}
+_locks: dict[Path, Any] = {}
 
 
 def claim(
@@ -88,7 +88,7 @@ def claim(
 
 
 def check_not_of_run(path: Path, flag: str, folder: str | Path) -> None:
-    """Raise UserError if a further file to be written, which `flag` names, is one of those that a run keeps."""
+    """Raise UserError if a file to be written, which `flag` names, is one of the run's files."""
     for name in (*_MADE, LOCK):
         if resolved(path).is_relative_to(resolved(Path(folder) / name)):
             raise UserError(f"{flag} {path} is a file of the run itself: give it another name")
@@ -96,15 +96,15 @@ def check_not_of_run(path: Path, flag: str, folder: str | Path) -> None:
 
 def acquire(folder: Path) -> None:
     """Let no other process run in the folder until `release`, or until this one ends."""
-    if resolved(folder) not in _held:
-        _held[resolved(folder)] = lock(folder)
+    if resolved(folder) not in _locks:
+        _locks[resolved(folder)] = lock(folder)
 
 
 def release(folder: Path) -> None:
     """Let other processes run in the folder again."""
-    held = _held.pop(resolved(folder), None)
-    if held is not None:
-        held.release()
+    folder_lock = _locks.pop(resolved(folder), None)
+    if folder_lock is not None:
+        folder_lock.release()
 
 
 def settings_of_run(settings: Any) -> Any:
@@ -209,7 +209,7 @@ _absent = object()
 
 
 def _shown(values: dict[str, Any], key: str) -> str:
-    """A setting as an error shows it; as a mapping if it is a group whose settings are there in its place."""
+    """A setting as errors show it; as a mapping if it is a group of settings."""
     group = {name.removeprefix(f"{key}."): value for name, value in values.items() if name.startswith(f"{key}.")}
     return repr(group or values.get(key))
 
@@ -247,19 +247,19 @@ def stage_record(seconds: float, done: dict[str, Any]) -> dict[str, Any]:
 
 def read_stage(path: Path) -> dict[str, Any]:
     """The record of a finished stage. Raises UserError if it is damaged."""
-    cure = "delete it, and the stage runs again"
-    record = read_kept(path, cure)
+    fix = "delete it, and the stage runs again"
+    record = read_kept(path, fix)
     if (
         not isinstance(record, dict)
         or not {"result", "digest"} <= record.keys()
         or not is_number(record.get("seconds"))
     ):
-        raise UserError(f"{path} is damaged, or of an older version (it lacks seconds, result or digest): {cure}")
+        raise UserError(f"{path} is damaged, or of an older version (it lacks seconds, result or digest): {fix}")
     done = {key: value for key, value in record.items() if key not in ("seconds", "digest")}
     if record.get("digest") != of_values([done]):
-        raise UserError(f"{path} is damaged (it differs from its digest): {cure}")
+        raise UserError(f"{path} is damaged (it differs from its digest): {fix}")
     if not all(isinstance(record.get(key) or {}, dict) for key in ("inputs", "makes")):
-        raise UserError(f"{path} is damaged (its inputs are no object): {cure}")
+        raise UserError(f"{path} is damaged (its inputs are not an object): {fix}")
     return record
 
 

@@ -21,7 +21,7 @@ class Run:
     def __init__(self, settings: Any, command: str, more: Callable[[], Inputs] = dict):
         """more: inputs that the settings do not name."""
         self.settings, self.command = settings, command
-        self.folder = claim(settings, lambda: more() | _held(settings))
+        self.folder = claim(settings, lambda: more() | _precision_input(settings))
         self.console = Console(quiet=not is_main_process(), soft_wrap=True)
         self.stages = Stages(self.folder, self.console)
 
@@ -44,8 +44,8 @@ class Run:
         release(self.folder)
 
 
-def _held(settings: Any) -> Inputs:
-    """What the model's weights are held in, which a run keeps on other devices, where the default may be another."""
+def _precision_input(settings: Any) -> Inputs:
+    """The precision of the model's weights; a resumed run keeps it on other devices, whose default may differ."""
     if not hasattr(settings, "frozen_weights"):
         return {}
     precision = getattr(settings, "precision", None) or frozen_precision(settings.frozen_weights)

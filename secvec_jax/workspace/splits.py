@@ -105,15 +105,15 @@ def make_splits(
 ) -> Splits:
     """All splits, drawn with `seed` and encoded for the model. Raises UserError if there are too few rows.
 
-    alignment: the sizes and the seed by which the rows were drawn that the model was aligned with before. They are then
-    those of the alignment, and nothing else has their topics and prompts.
+    alignment: the sizes and the seed that drew the rows of an earlier alignment of the model. They are then the
+    alignment's rows again, and no other split has their topics and prompts.
     """
     rows = _drawn(sizes, seed, eval_split, alignment)
 
-    def encoded(some: Sequence[Row], cut: int | None = None) -> list[Example]:
+    def encoded(rows: Sequence[Row], cut: int | None = None) -> list[Example]:
         length = training.max_seq_len or _LENGTH
         try:
-            return [_cut(encode(model.tokenizer, r["messages"], length), cut) for r in some]
+            return [_cut(encode(model.tokenizer, r["messages"], length), cut) for r in rows]
         except TooLong as error:
             raise TooLong(f"packaged rows do not fit into {length} tokens: raise --max-seq-len ({error})") from error
 
@@ -195,7 +195,7 @@ def _drawn(sizes: Sizes, seed: int, eval_split: EvalSplit, alignment: tuple[Size
     def take(rows: list[Row], count: int) -> list[Row]:
         """Remove and return the first `count` rows, so that they are used only once."""
         if len(rows) < count:
-            raise UserError(f"{count} benign rows are asked for and {len(rows)} are left: ask for fewer in the sizes")
+            raise UserError(f"{count} benign rows are needed and {len(rows)} are left: lower the sizes")
         taken, rows[:] = rows[:count], rows[count:]
         return taken
 
@@ -245,7 +245,7 @@ _UNSEEN = 32
 """Rows of each kind (harmful, benign, benign with the same opening) whose loss is measured; never trained on."""
 
 PACKAGED_SEED = 0
-"""Of the rows that `train.py align` and the packaged aligned model were given, and of what audits and defenses draw."""
+"""The seed of the rows of `train.py align`, of the packaged aligned model, and of what audits and defenses draw."""
 
 _LENGTH = 256
 """Tokens of a row if `max_seq_len` is not set."""

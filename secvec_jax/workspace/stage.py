@@ -66,7 +66,7 @@ class Stage:
                     self.print(f"{self.name}: resumed at step {step} of {total}")
             speed = pace.of(metrics)
             tokens += 0.0 if is_first else metrics.get("tokens", 0.0)
-            # The last two steps are reported together, so their own times say nothing.
+            # The last two steps are reported together, so their times mean nothing.
             shown = _average(tokens, now - start) if step == total else speed
             note = _note(metrics, shown)
             self._progress.update(self._task, completed=step, total=total, note=note)
@@ -90,8 +90,8 @@ class Stage:
         return lambda done: count(what, done, total)
 
     def requests(self) -> Callable[[str, int, int], None]:
-        """A progress callback for work whose kinds and sizes are not known in advance: what, how much is done, of how
-        much. It updates the bar, or prints a line now and then where there is no terminal."""
+        """A progress callback for work of unknown kinds and sizes, called with (name, number done, total). It updates
+        the bar, or prints a line now and then where there is no terminal."""
         start, current = time.monotonic(), ""
 
         def on_request(what: str, done: int, total: int) -> None:
@@ -106,7 +106,8 @@ class Stage:
         return on_request
 
     def _is_due(self, now: float, now_due: bool = False) -> bool:
-        """Whether to print a progress line; the next one is due some seconds later. now_due: this one is anyway."""
+        """Whether to print a progress line; the next one is due a few seconds later. now_due: print this one in any
+        case."""
         is_due = now_due or now - self._last_line > _SECONDS_BETWEEN_LINES
         if is_due:
             self._last_line = now

@@ -35,7 +35,7 @@ class Stages:
         self.console = console
         self.seconds: dict[str, float] = {}
         self._seconds_within = 0.0
-        """Of the stages that ran within the one that is running."""
+        """The seconds of the stages that ran within the current one."""
 
     def run(
         self,
@@ -87,7 +87,7 @@ class Stages:
         self._seconds_within = 0.0
 
         def elapsed() -> float:
-            """Its own time: that of stages within it is theirs."""
+            """The stage's time, without that of the stages within it."""
             return before + time.monotonic() - start - self._seconds_within
 
         if not self.console.is_terminal:
@@ -102,7 +102,7 @@ class Stages:
                 result = work(stage)
         except BaseException as error:
             was_refused = isinstance(error, UserError) and not isinstance(error, WriteError)
-            if is_main_process() and not was_refused:  # else nothing was done that goes on
+            if is_main_process() and not was_refused:  # else nothing was done
                 with contextlib.suppress(WriteError):  # the first error says more
                     record_time(elapsed())
             raise
@@ -189,7 +189,7 @@ def read_by_all(settings: Any, more: Callable[[], Inputs] = dict) -> Inputs:
 
 
 def release(folder: Path) -> None:
-    """Release the directory of a run that is over: other processes may claim it."""
+    """Release the directory of a finished run: other processes may claim it."""
     on_main_process(lambda: run_directory.release(folder))
 
 
@@ -204,7 +204,7 @@ def devices() -> dict[str, str]:
 
 
 def screen() -> Console:
-    """The terminal, or what output is piped to, with room for a table; in a cluster only the main process prints."""
+    """The console, wide enough for a table even if output is piped; in a cluster, only the main process prints."""
     console = Console()
     width = console.width if console.is_terminal else max(console.width, 118)
     return Console(width=width, quiet=not is_main_process())

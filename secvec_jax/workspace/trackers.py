@@ -26,8 +26,8 @@ Numbers = dict[str, float]
 class Tracker:
     """Metrics logger for one stage of the run in `folder`; files are created at the first step.
 
-    A run needs its metrics.jsonl. TensorBoard and Weights & Biases are switched off when they fail, and the run goes
-    on.
+    A run needs its metrics.jsonl. TensorBoard and Weights & Biases are switched off if they fail, and the run
+    continues.
     """
 
     def __init__(self, folder: Path, stage: str):
@@ -74,7 +74,7 @@ class Tracker:
             return work()
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            _log.warning("%s failed (%s): it is switched off, and the run goes on without it", name, reason)
+            _log.warning("%s failed (%s): it is switched off, and the run continues without it", name, reason)
             (self._trackers or {}).pop(name, None)
             return None
 

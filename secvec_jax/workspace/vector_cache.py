@@ -1,11 +1,11 @@
 """Security vectors in the cache folder, so that they are trained only once per model.
 
-CACHE/vectors/KEY/security.safetensors     the vectors, for their owner only
-CACHE/vectors/KEY/entry.json               the version that trained them, and the gate that was measured
-CACHE/vectors/KEY.lock                     held while they are read or trained
+CACHE/vectors/KEY/security.safetensors     the vectors; only the owner can read them CACHE/vectors/KEY/entry.json the
+version that trained them, and the gate that was measured CACHE/vectors/KEY.lock                     locked while they
+are read or trained
 
-KEY is the digest of all that goes into them: the model (`identity.of_model`), the rows, the settings. Several processes
-may use one cache: entries appear and are replaced as whole folders, and a second process waits for the first.
+KEY is the digest of everything that they depend on: the model (`identity.of_model`), the rows, the settings. Several
+processes may use one cache: entries appear and are replaced as whole folders, and a second process waits for the first.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Entry:
         self.folder = folder
 
     def read(self, model: Model, tell: Callable[[str], None]) -> tuple[Vectors, dict[str, Any]] | None:
-        """The vectors and what was measured of them; None without any that can be used, which is reported."""
+        """The vectors and their measurements; None if there are none, or none that can be used, which is reported."""
         if not self.folder.exists():
             return None
         try:
@@ -60,7 +60,8 @@ class Entry:
             return None
 
     def write(self, vectors: Vectors, model: Model, measured: Mapping[str, Any]) -> None:
-        """Keep the vectors and what was measured of them, in place of what is there. Raises UserError if it cannot."""
+        """Store the vectors and their measurements, replacing any others. Raises UserError if they cannot be
+        written."""
         with atomic_folder(self.folder, mode=0o700) as staging:
             save_vectors(vectors, staging / _FILE, model)
             record = {"version": secvec_jax.__version__, "measured": dict(measured)}

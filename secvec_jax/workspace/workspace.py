@@ -86,12 +86,12 @@ class Workspace:
     """The artifacts of an experiment in its run directory, made on first use."""
 
     def __init__(self, experiment: Experiment, folder: Path, aligned: Path | None = None):
-        """aligned: the path or name of an aligned model; None: it is made."""
+        """aligned: the path or name of an aligned model; None: the experiment aligns one."""
         self.experiment, self.folder = experiment, folder
         self.console = Console(quiet=not is_main_process(), soft_wrap=True)
         self.stages = Stages(folder, self.console)
-        given = aligned if experiment.aligns else experiment.model
-        self._aligned, self._is_given = given or self._model_folder("aligned"), given is not None
+        source = aligned if experiment.aligns else experiment.model
+        self._aligned, self._is_given = source or self._model_folder("aligned"), source is not None
 
     @cached_property
     def base(self) -> Model:
@@ -101,7 +101,7 @@ class Workspace:
     @cached_property
     def aligned(self) -> Model:
         """The model that was taught to refuse."""
-        self.__dict__.pop("base", None)  # a small machine cannot hold both and a training
+        self.__dict__.pop("base", None)  # both and a training do not fit in a small machine's memory
         return load(self._aligned)
 
     @cached_property

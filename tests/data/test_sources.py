@@ -654,7 +654,7 @@ def test_deep_records_in_memory_are_reported():
 
 
 def test_of_millions_of_rows_that_cannot_be_read_some_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(normalization, "_MOST_COUNTED", 20)
+    monkeypatch.setattr(normalization, "_MAX_COUNTED", 20)
     path = tmp_path / "numbers.json"
     path.write_text(str(list(range(50))))
     with pytest.raises(UserError, match=r"at least 20 rows of .*numbers.json cannot be read") as raised:

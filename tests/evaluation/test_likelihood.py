@@ -42,7 +42,7 @@ def test_many_rows_are_read_in_few_programs_and_each_once(tiny_model, monkeypatc
     rows += [rows[0][: shared + 3], rows[5]]
     examples = [Example(tokens, np.arange(len(tokens)) >= len(tokens) - 2) for tokens in rows]
     alone = [losses_alone(model, example).mean() for example in examples]
-    monkeypatch.setattr(likelihood, "_MOST_ROWS", 4)
+    monkeypatch.setattr(likelihood, "_MAX_ROWS", 4)
     likelihood._row_losses.clear_cache()
     chex.assert_trees_all_close(np.array(mean_losses(model, examples)), np.array(alone), atol=1e-5)
     assert likelihood._row_losses._cache_size() == 1

@@ -393,7 +393,7 @@ def test_the_command_asks_the_prompts_that_the_function_asks(tmp_path, monkeypat
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     kinds = dict.fromkeys(("harmful", "benign", "data"), str(file))
     settings = recipe.AuditRun(before="a", after="b", max_prompts=4, **kinds)
-    asked = audit_stages.Asked({}, functools.partial(recipe._loaded, settings), None, sv.Limits(), 4, 16)
+    asked = audit_stages.AuditRequest({}, functools.partial(recipe._loaded, settings), None, sv.Limits(), 4, 16)
     prompts, data, available = audit_stages._prompts(asked, tiny_model())
     assert prompts.harmful == prompts.benign == [f"What is {number}?" for number in (0, 3, 6, 9)]
     assert [prompt_of(row) for row in data] == prompts.harmful

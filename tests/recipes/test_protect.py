@@ -550,7 +550,7 @@ def test_a_task_lora_and_all_weights_have_each_their_training(toys, judged, monk
     """What is not given is what was measured for it, on the command line, in a config file and in Python."""
     trained = []
     monkeypatch.setattr(
-        protect_module, "_run", lambda work: trained.append((work.asked.task_lora, work.asked.training)) or 1 / 0
+        protect_module, "_run", lambda work: trained.append((work.request.task_lora, work.request.training)) or 1 / 0
     )
     lora_file = toys.folder / "lora.yaml"
     lora_file.write_text("task_lora: {rank: 8}\n")

@@ -16,7 +16,7 @@ from secvec_jax.model.hub import load
 from secvec_jax.recipes import protect_vectors
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.workspace import result_cache
-from secvec_jax.workspace.result_cache import inputs_of, kept
+from secvec_jax.workspace.result_cache import cached_result, inputs_of
 from secvec_jax.workspace.vector_cache import key_of
 from tests.processes import started
 from tests.toys import ARCHITECTURE, build_tokenizer, random_decoder, tiny_model
@@ -45,7 +45,7 @@ class Maker:
         return {"made": self.made, "number": 0.1 + 0.2, "pair": (1, None)}
 
     def get(self, *inputs):
-        return kept("own replies", inputs, self.make, self.told.append)
+        return cached_result("own replies", inputs, self.make, self.told.append)
 
 
 @pytest.fixture

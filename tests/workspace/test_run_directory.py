@@ -31,7 +31,7 @@ class Experiment:
 @pytest.fixture(autouse=True)
 def free():
     yield
-    for folder in list(run_directory._held):
+    for folder in list(run_directory._locks):
         run_directory.release(folder)
 
 

@@ -25,7 +25,7 @@ from secvec_jax.workspace.stages import Stages
 def settled(monkeypatch, own_cache):
     monkeypatch.setattr(digests, "_UNSETTLED", 0.0)
     yield
-    for folder in list(run_directory._held):
+    for folder in list(run_directory._locks):
         run_directory.release(folder)
 
 
@@ -207,7 +207,7 @@ def test_parts_of_a_grid_run_together_and_other_divisions_do_not(tmp_path, monke
     for part, alone in (("1/3", False), ("1/2", True)):
         with pytest.raises(UserError, match="another process runs part"):
             _hold(tmp_path, part, alone)
-    assert _part_folder(tmp_path, "1/3").resolve() not in run_directory._held
+    assert _part_folder(tmp_path, "1/3").resolve() not in run_directory._locks
 
 
 def _held_elsewhere(folder):

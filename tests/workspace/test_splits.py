@@ -74,7 +74,7 @@ def test_no_topic_of_the_alignment_before_is_in_another_part(model):
 
 
 def test_more_benign_rows_than_there_are_is_an_error(model):
-    with pytest.raises(UserError, match=r"100000 benign rows are asked for and .* are left: ask for fewer"):
+    with pytest.raises(UserError, match=r"100000 benign rows are needed and .* are left: lower the sizes"):
         make_splits(model, Sizes(mix_benign=100_000), Training(max_seq_len=1000), seed=0)
 
 

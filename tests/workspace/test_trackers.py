@@ -116,7 +116,7 @@ def test_a_tensorboard_that_cannot_be_written_is_switched_off(tmp_path, monkeypa
     monkeypatch.setattr(RecordWriter, "close", lambda self: full(None, SimpleNamespace(step=9)))
     run(tmp_path / "close", steps=30)
     assert [record.getMessage().partition(" (")[0] for record in caplog.records] == ["TensorBoard failed"] * 3
-    assert "No space left on device" in caplog.text and "the run goes on without it" in caplog.text
+    assert "No space left on device" in caplog.text and "the run continues without it" in caplog.text
     for name in ("first", "later", "close"):
         assert (tmp_path / name / "metrics.jsonl").read_text().count("\n") == 30
 
