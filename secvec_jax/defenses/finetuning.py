@@ -39,7 +39,7 @@ from secvec_jax.defenses.inputs import (
 )
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.inference import check_once, compute_dtype
+from secvec_jax.inference import check_fits, compute_dtype
 from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import with_precision
@@ -56,6 +56,7 @@ from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.training.validation import EVAL_LOSS, Validation
 from secvec_jax.trees import Tree
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
+from secvec_jax.vectors.origin import with_origin
 
 _log = logging.getLogger(__name__)
 
@@ -122,9 +123,7 @@ def train_model(
     if task is None and not (in_bfloat16 and model.precision == "bfloat16"):
         check_trainable(model)
     for adapter in as_adapters(vectors, task if isinstance(task, LoRAVectors) else None):
-        check_once(adapter, model)
-        if hasattr(adapter, "check"):
-            adapter.check(model.architecture)
+        check_fits(adapter, model)
     check_watched(training, validates=eval_rows is not None, keeps=checkpoints is not None)
     groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)
     streams = {LEARN: stream_of(model, groups, training)}
@@ -164,7 +163,7 @@ def train_model(
     decoder, adapter = trained.backbone.decoder, trained.backbone.adapter
     if adapter is None:
         return model.with_backbone(decoder)
-    return model.with_merged(merge(decoder, adapter), adapter)
+    return model.with_merged(merge(decoder, adapter), with_origin(adapter, model))
 
 
 def check_trained_weights(training: Training, full: bool) -> bool:

@@ -51,6 +51,7 @@ from secvec_jax.defenses.min_min import min_min
 from secvec_jax.defenses.mixing import with_safe_rows
 from secvec_jax.errors import UserError
 from secvec_jax.inference import VectorsLike, as_model, as_vectors
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.progress import step_progress
 from secvec_jax.training.checkpoints import Checkpoints
@@ -62,9 +63,9 @@ from secvec_jax.training.step import TrainStep, make_train_step
 from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.origin import with_origin
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
-from secvec_jax.vectors.store import trained_over
 
 ALIGN = Training(optimizer="adamw", learning_rate=4e-3, max_grad_norm=1.0).over(Training.base)
 ALIGN_TASK = LoRA(rank=16, alpha=32.0)
@@ -199,7 +200,7 @@ def train_vectors(
             on_step=with_schedule(show, learning_rate, steps_per_epoch),
             until=lambda metrics: metrics["loss/harmful"] < phase1.stop_loss,
         )
-    return trained.vectors
+    return with_origin(trained.vectors, model)
 
 
 @checked
@@ -241,7 +242,7 @@ def finetune(
     adapters = as_vectors(vectors, model)
     if vectors is not None and not adapters:
         raise UserError("vectors is empty: pass security vectors, or vectors=None to train without protection")
-    _warn(default_rate(model, training, PHASE2, task), *(_other_precision(item, model) for item in _files(vectors)))
+    _warn(default_rate(model, training, PHASE2, task), *(_other_precision(adapter, model) for adapter in adapters))
     with step_progress("finetune", on_step) as show:
         options = FinetuneOptions(
             task=task, training=training, eval_rows=eval_rows, checkpoints=checkpoints, on_step=show
@@ -249,20 +250,14 @@ def finetune(
         return train_model(model, rows, vectors=adapters or None, **options)
 
 
-def _files(vectors: VectorsLike) -> list[str]:
-    """The vectors that are given as files."""
-    given = vectors if isinstance(vectors, list | tuple) else [vectors]
-    return [os.fspath(item) for item in given if isinstance(item, str | os.PathLike)]
-
-
-def _other_precision(file: str, model: Model) -> str | None:
+def _other_precision(vectors: Adapter, model: Model) -> str | None:
     """Warns of vectors that were trained over weights in another precision."""
-    precision = trained_over(file)
-    if precision in (None, model.precision):
+    origin = getattr(vectors, "origin", None)
+    if origin is None or origin.precision == model.precision:
         return None
     return (
-        f"{file} was trained over {precision} weights, and the model's are {model.precision}: test that the vectors "
-        "still show the behavior (train.py finetune does)"
+        f"the vectors were trained over {origin.precision} weights, and the model's are {model.precision}: test that "
+        "they still show the behavior (train.py finetune does)"
     )
 
 
