@@ -86,7 +86,7 @@ def align(settings: Align, command: str) -> None:
         model = load(settings.model, settings.precision)
         rows = packaged_rows(model, stage) if given is None else given
         _ = run.prompts  # a download that fails should fail before the training
-        run.note(preset_choice.line(settings.preset))
+        run.note(preset_choice.line(settings))
         run.note(default_rate(model, settings.training, ALIGN))
         run.note(only_refusals(model, rows))
         with run.profiled():

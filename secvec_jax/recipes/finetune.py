@@ -137,7 +137,7 @@ def finetune(settings: Finetune, command: str) -> None:
     def work(stage: Stage) -> dict[str, Any]:
         rows = rows_by_source(settings.data, settings.ignore_fields)
         model = load(settings.model, settings.precision)
-        run.note(preset_choice.line(settings.preset))
+        run.note(preset_choice.line(settings))
         vectors = load_several(settings.vector_files, model)
         run.note(f"defense: {defense.label}, {_summary(defense)}")
         run.note(default_rate(model, settings.training, PHASE2, settings.task_lora))

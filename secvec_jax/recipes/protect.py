@@ -214,7 +214,7 @@ def protect_run(settings: Protect, command: str) -> int:
         **{name: getattr(settings, name) for name in _SAME},
     )
     work = Work(asked, run.stages)
-    if (preset := preset_choice.line(settings.preset)) is not None:
+    if (preset := preset_choice.line(settings)) is not None:
         run.stages.console.print(preset)
     done = _run(work)
     results = results_of(done.audit, settings, command, run.stages.seconds)

@@ -113,7 +113,7 @@ def vectors(settings: Vectors, command: str) -> None:
         if settings.benign is not None:
             benign = load_rows(settings.benign, ignore_fields=settings.ignore_fields)
         model = load(settings.model, settings.precision)
-        run.note(preset_choice.line(settings.preset))
+        run.note(preset_choice.line(settings))
         sample = run.measure_refusals(model, stage, "at the start: ")
         if sample is not None:
             run.note(sample.no_refusals)
