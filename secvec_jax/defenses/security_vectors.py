@@ -38,15 +38,15 @@ from secvec_jax.defenses.finetuning import (
     check_watched,
     endless,
     forward_settings,
-    groups_of,
     log_summary,
+    note_long_warmup,
     stream_and_steps,
     stream_of,
     train_model,
 )
 from secvec_jax.defenses.floor import floored
 from secvec_jax.defenses.identity import with_inputs
-from secvec_jax.defenses.inputs import as_options, as_task
+from secvec_jax.defenses.inputs import as_options, as_task, groups_of
 from secvec_jax.defenses.min_min import min_min
 from secvec_jax.defenses.mixing import with_safe_rows
 from secvec_jax.errors import UserError
@@ -168,6 +168,7 @@ def train_vectors(
     _warn(default_rate(model, training, PHASE1))
     stream = stream_of(model, {"harmful": harmful}, training)
     learn, steps, steps_per_epoch = stream_and_steps(stream, training)
+    note_long_warmup(training, steps)
     streams = {LEARN: endless(stream) if phase1.objective == "min_min" else learn}
     if benign is not None:
         # A row to keep costs half as much again as one to learn: the model without vectors reads it too.
