@@ -131,8 +131,8 @@ def content_of(value: Any, depth: int = 8) -> Any:
                 closure[name] = cell.cell_contents
         return [f"{value.__module__}.{value.__qualname__}", content_of(closure, depth - 1)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        other = {field.name for field in dataclasses.fields(value) if not field.compare}
-        content = {name: item for name, item in vars(value).items() if name not in other}
+        # Not `vars`: it also has what an object remembers, such as a model's fingerprint.
+        content = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
         return [type(value).__qualname__, content_of(content, depth - 1)]
     leaves = jax.tree.leaves(value)
     if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
