@@ -117,7 +117,7 @@ def train_model(
         check_trainable(model)
     for adapter in as_adapters(vectors, task if isinstance(task, LoRAVectors) else None):
         check_fits(adapter, model)
-    check_watched(training, validates=eval_rows is not None, keeps=checkpoints is not None)
+    check_unused(training, validates=eval_rows is not None, keeps=checkpoints is not None)
     groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)
     streams = {LEARN: stream_of(model, groups, training)}
     streams |= {name: stream_of(model, {name: group}, training) for name, group in (extra_rows or {}).items()}
@@ -171,9 +171,9 @@ def check_trained_weights(training: Training, full: bool) -> bool:
     return in_bfloat16
 
 
-def check_watched(training: Training, validates: bool, keeps: bool = True) -> None:
-    """Raises UserError for settings of validation where no rows are validated on, and for `best` without checkpoints:
-    they would do nothing."""
+def check_unused(training: Training, validates: bool, keeps: bool = True) -> None:
+    """Raises UserError for settings that would do nothing: of validation where no rows are validated on, `best` without
+    checkpoints, and a momentum of another optimizer than sgd."""
     for name in () if validates else ("patience", "eval_every_steps"):
         value = getattr(training.over(PHASE2), name)
         if value is not None:
@@ -182,6 +182,11 @@ def check_watched(training: Training, validates: bool, keeps: bool = True) -> No
                 f" is {value}, and no validation rows are given, so it would do nothing: leave it out, or fine-tune "
                 "with validation rows (eval_rows in Python; finetune with --eval-data or --eval-fraction)",
             )
+    optimizer, momentum = training.over(PHASE2).optimizer, training.over(PHASE2).momentum
+    if optimizer != "sgd" and momentum not in (0, Training.base.momentum):
+        raise SettingError(
+            "training.momentum", f" is {momentum:g}, which is for sgd, and the optimizer is {optimizer}: leave it out"
+        )
     best = training.over(PHASE2).best
     if best is not None and not keeps:
         raise SettingError(

@@ -27,15 +27,15 @@ import jax
 from secvec_jax.arguments import instance
 from secvec_jax.checks import UNSET, NonNegativeFloat, PositiveFloat, PositiveInt, checked
 from secvec_jax.config import Training
-from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
-from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
+from secvec_jax.defenses.advice import Advice, also_benign, default_rate, note_few_steps, only_refusals, other_precision
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, changed_settings, lora_of_rank
 from secvec_jax.defenses.finetuning import (
     PHASE2,
     FinetuneOptions,
     TrainStepMaker,
     check_trainable,
     check_trained_weights,
-    check_watched,
+    check_unused,
     endless,
     forward_settings,
     log_summary,
@@ -46,12 +46,11 @@ from secvec_jax.defenses.finetuning import (
 )
 from secvec_jax.defenses.floor import floored
 from secvec_jax.defenses.identity import with_inputs
-from secvec_jax.defenses.inputs import as_options, as_task, groups_of
+from secvec_jax.defenses.inputs import as_examples_or_rows, as_options, as_task, groups_of
 from secvec_jax.defenses.min_min import min_min
 from secvec_jax.defenses.mixing import with_safe_rows
 from secvec_jax.errors import UserError
 from secvec_jax.inference import VectorsLike, as_model, as_vectors
-from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.progress import step_progress
 from secvec_jax.training.checkpoints import Checkpoints
@@ -106,6 +105,16 @@ class Phase1:
             raise UserError(
                 "the cross_entropy objective reads no benign rows: leave them out, or choose the objective kl"
             )
+
+    def unused(self, benign: Any) -> str | None:
+        """Warns of settings of another objective, which do nothing."""
+        unused = [] if self.objective == "min_min" else ["inner_steps", "inner_optimizer", "inner_learning_rate"]
+        unused += ["kl_weight"] if benign is None else []
+        changed = [setting for setting in changed_settings(self) if setting.partition("=")[0] in unused]
+        if not changed:
+            return None
+        rows = "" if benign is not None else " without benign rows"
+        return f"{', '.join(changed)}: not used by the objective {self.objective}{rows}; leave it out"
 
 
 @checked
@@ -162,10 +171,12 @@ def train_vectors(
     checkpoints, on_step = as_options(training, checkpoints, on_step)
     phase1.check_rows(benign)
     check_trained_weights(training.over(PHASE1), full=False)
-    check_watched(training, validates=False, keeps=checkpoints is not None)
+    check_unused(training, validates=False, keeps=checkpoints is not None)
     if phase1.objective == "min_min":
         check_trainable(model)
-    _warn(default_rate(model, training, PHASE1))
+    harmful = as_examples_or_rows(harmful, "harmful")
+    benign = None if benign is None else as_examples_or_rows(benign, "benign")
+    _warn(default_rate(model, training, PHASE1), phase1.unused(benign), also_benign(harmful, benign))
     stream = stream_of(model, {"harmful": harmful}, training)
     learn, steps, steps_per_epoch = stream_and_steps(stream, training)
     note_long_warmup(training, steps)
@@ -241,25 +252,16 @@ def finetune(
         vectors = None
         _warn("finetune has no vectors=: the model is trained unprotected; pass the vectors, or vectors=None to say so")
     adapters = as_vectors(vectors, model)
+    if any(task is adapter for adapter in adapters):
+        raise UserError("the task is also among the vectors, and would act twice: leave it out of one of them")
     if vectors is not None and not adapters:
         raise UserError("vectors is empty: pass security vectors, or vectors=None to train without protection")
-    _warn(default_rate(model, training, PHASE2, task), *(_other_precision(adapter, model) for adapter in adapters))
+    _warn(default_rate(model, training, PHASE2, task), *(other_precision(adapter, model) for adapter in adapters))
     with step_progress("finetune", on_step) as show:
         options = FinetuneOptions(
             task=task, training=training, eval_rows=eval_rows, checkpoints=checkpoints, on_step=show
         )
         return train_model(model, rows, vectors=adapters or None, **options)
-
-
-def _other_precision(vectors: Adapter, model: Model) -> str | None:
-    """Warns of vectors that were trained over weights in another precision."""
-    origin = getattr(vectors, "origin", None)
-    if origin is None or origin.precision == model.precision:
-        return None
-    return (
-        f"the vectors were trained over {origin.precision} weights, and the model's are {model.precision}: test that "
-        "they still show the behavior (train.py finetune does)"
-    )
 
 
 def _warn(*messages: str | None) -> None:
