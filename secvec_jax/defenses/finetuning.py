@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from secvec_jax.checks import PositiveInt, SettingError, checked
@@ -53,6 +54,7 @@ from secvec_jax.training.validation import EVAL_LOSS, Validation
 from secvec_jax.trees import Tree
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
 from secvec_jax.vectors.origin import with_origin
+from secvec_jax.vectors.steering import SteeringVectors
 
 _log = logging.getLogger(__name__)
 
@@ -118,6 +120,7 @@ def train_model(
     for adapter in as_adapters(vectors, task if isinstance(task, LoRAVectors) else None):
         check_fits(adapter, model)
     check_unused(training, validates=eval_rows is not None, keeps=checkpoints is not None)
+    _note_zero_vectors(as_adapters(vectors))
     groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)
     streams = {LEARN: stream_of(model, groups, training)}
     streams |= {name: stream_of(model, {name: group}, training) for name, group in (extra_rows or {}).items()}
@@ -158,6 +161,23 @@ def train_model(
     if adapter is None:
         return model.with_backbone(decoder)
     return model.with_merged(merge(decoder, adapter), with_origin(adapter, model))
+
+
+def _note_zero_vectors(vectors: Sequence[Adapter]) -> None:
+    """Warn of vectors as they are before they are trained, under which a training is one without vectors."""
+    for adapter in vectors:
+        updates = {}
+        if isinstance(adapter, LoRAVectors):
+            updates = {name: factors["b"] for name, factors in adapter.factors.items()}
+        elif isinstance(adapter, SteeringVectors):
+            updates = adapter.factors
+        changes = any([bool(jnp.any(array)) for array in updates.values()])  # every process computes all
+        if updates and not changes and is_main_process():
+            _log.warning(
+                "%r change nothing: they are as before their training, and the model is trained as without them; pass "
+                "what sv.train_vectors returned",
+                adapter,
+            )
 
 
 def check_trained_weights(training: Training, full: bool) -> bool:

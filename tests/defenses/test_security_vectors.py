@@ -207,7 +207,7 @@ def test_phase_1_ends_early_when_the_loss_is_small_enough(model):
 
 def test_benign_rows_are_read_by_the_kl_and_required_by_it(model, phase_1):
     _, told = phase_1("kl")
-    assert all(metrics["kl"] >= 0 for metrics in told) and told[-1]["kl"] > 0
+    assert all(metrics["kl"] >= -1e-6 for metrics in told) and told[-1]["kl"] > 0
     for default in ({}, {"phase1": Phase1("kl")}):
         with pytest.raises(UserError, match="kl objective needs benign rows"):
             train_vectors(model, HARMFUL, SPEC, training=QUICK, **default)

@@ -22,6 +22,7 @@ from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint, num_parameters
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.steering import Steering
 from tests.toys import losses_alone, tiny_model
 
 ROWS = [row(f"What is {n}?", f"It is {n * n}.") for n in range(12)]
@@ -165,6 +166,16 @@ def test_the_best_step_is_refused_where_no_checkpoint_could_keep_it():
     ):
         with pytest.raises(UserError, match="best is 'loss/all', and without checkpoints"):
             asked()
+
+
+def test_vectors_that_were_never_trained_are_reported(caplog, vectors):
+    short, model = Training(**(vars(TRAINING) | {"max_steps": 1})), tiny_model()
+    train(vectors=vectors, training=short)
+    assert "change nothing" not in caplog.text
+    for spec in (LoRA(rank=2), Steering()):
+        caplog.clear()
+        train(vectors=(vectors, spec.init(model.architecture, jax.random.key(0))), training=short)
+        assert f"{spec!r}, " in caplog.text and "parameters) change nothing" in caplog.text
 
 
 def test_a_warmup_as_long_as_the_training_is_reported(caplog):
