@@ -148,6 +148,21 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flattened
 
 
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one; where both have a value, that of `above`.
+
+    A value where a mapping belongs is kept, so that it is refused.
+    """
+    result = dict(below)
+    for key, value in above.items():
+        before = result.get(key)
+        if isinstance(value, dict) and before is not None:
+            result[key] = merged(before, value) if isinstance(before, dict) else before
+        else:
+            result[key] = value
+    return result
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """A settings dataclass as plain lists, dicts and scalars, without the unset settings."""
 
@@ -206,8 +221,19 @@ def _with_settings(hint: Any, value: Any, where: str, default: Any) -> Any:
 
 
 def load(kind: type[Settings], path: str | Path) -> Settings:
-    """Settings from a YAML file. Raises UserError if it cannot be read, is not valid YAML, or has invalid settings."""
-    return from_dict(kind, read(path), str(path))
+    """Settings from a YAML file, over those of the preset that it names, as on the command line.
+
+    Raises UserError if it cannot be read, is not valid YAML, or has invalid settings.
+    """
+    return from_dict(kind, _over_preset(kind, read(path)), str(path))
+
+
+def _over_preset(kind: Any, values: Any) -> Any:
+    """The values of a file over those of the preset that it names (see `presets.preset_field`)."""
+    for field in dataclasses.fields(kind) if isinstance(values, dict) else ():
+        if "preset" in field.metadata and (found := field.metadata["preset"](values)) is not None:
+            values = merged(dict(found[1]), values)
+    return values
 
 
 def read(path: str | Path) -> Any:

@@ -310,21 +310,6 @@ def mapping(given: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings as one; where both have a value, that of `above`.
-
-    A value where a mapping belongs is kept, so that it is refused.
-    """
-    result = dict(below)
-    for key, value in above.items():
-        before = result.get(key)
-        if isinstance(value, dict) and before is not None:
-            result[key] = merged(before, value) if isinstance(before, dict) else before
-        else:
-            result[key] = value
-    return result
-
-
 def spelled_out(settings: type, values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Values from a file in the form that flags are merged with: a choice given as a name becomes {"name": NAME}.
 

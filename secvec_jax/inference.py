@@ -33,6 +33,7 @@ from secvec_jax.progress import reply_progress
 from secvec_jax.sharding import platform
 from secvec_jax.turns import begun_thought, empty_thought, special_marks
 from secvec_jax.vectors.lora import merge_adapters
+from secvec_jax.vectors.origin import check_origin
 from secvec_jax.vectors.store import load_vectors
 
 VectorsLike = Adapter | str | os.PathLike[str] | list[Any] | tuple[Any, ...] | None
@@ -194,19 +195,21 @@ def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapt
         vectors = load_vectors(path(name, vectors, "the path of a vectors file"), model)
     fix = "pass what sv.train_vectors or sv.load_vectors returned, the path of a vectors file, or None"
     adapter = instance(name, vectors, Adapter, fix)
-    check_once(adapter, model)
-    if hasattr(adapter, "check"):
-        adapter.check(model.architecture)
+    check_fits(adapter, model)
     return (adapter,)
 
 
-def check_once(adapter: Any, model: Model) -> None:
-    """Raise UserError for the task LoRA that is already merged into the model's weights, as it would act twice."""
-    if adapter is not None and adapter is model.adapter:
+def check_fits(adapter: Adapter, model: Model) -> None:
+    """Raise UserError for an adapter of another shape or another model, and for the task LoRA that is already merged
+    into the model's weights, as it would act twice. All processes must call this."""
+    if adapter is model.adapter:
         raise UserError(
             f"this task LoRA is merged into the weights of {model.name!r} already, and would act twice: leave it out, "
             "or pass the model that it was trained on"
         )
+    if hasattr(adapter, "check"):
+        adapter.check(model.architecture)
+    check_origin(adapter, model)
 
 
 def as_conversations(prompts: Any) -> list[tuple[str, list[Message]]]:

@@ -96,6 +96,9 @@ def holds(settings: Any) -> bool:
     return has_task == ("task_lora" in values) and holds_as == values.get("frozen_weights")
 
 
+Found = tuple[Preset, Mapping[str, Any]]
+"""A preset, and what a verb takes of it."""
+
 Section = Callable[[Preset, Mapping[str, Any]], Mapping[str, Any]]
 """The settings that a verb takes from a preset, given those of flags and the config file."""
 
@@ -121,17 +124,30 @@ def section_of(verb: str, on_topology: bool = False) -> Section:
 
 def preset_field(section: Section) -> Any:
     """The field `preset` of a verb's settings, None by default."""
-    return dataclasses.field(default=None, metadata={"preset": section, "listing": listing})
+
+    def found(values: Mapping[str, Any]) -> Found | None:
+        name = values.get("preset")
+        if not isinstance(name, str) or name == NONE:
+            return None
+        preset = named(name)
+        return preset, section(preset, values)
+
+    return dataclasses.field(default=None, metadata={"preset": found, "listing": listing})
 
 
-def preset_of(settings: type, values: Mapping[str, Any]) -> tuple[Preset, Mapping[str, Any]] | None:
+def preset_of(settings: type, values: Mapping[str, Any]) -> Found | None:
     """The preset that the values of a verb's settings name, and its values for that verb; None if they name none.
 
     Raises UserError for an unknown name.
     """
-    name = values.get("preset")
-    sections = [field.metadata["preset"] for field in dataclasses.fields(settings) if "preset" in field.metadata]
-    if not sections or not isinstance(name, str) or name == NONE:
-        return None
-    preset = named(name)
-    return preset, sections[0](preset, values)
+    finders = [field.metadata["preset"] for field in dataclasses.fields(settings) if "preset" in field.metadata]
+    return finders[0](values) if finders else None
+
+
+def set_otherwise(settings: Any) -> tuple[list[str], bool]:
+    """The settings that the preset of a verb's settings sets and that have other values, and whether those are all."""
+    found = preset_of(type(settings), config.to_dict(settings))
+    wanted = {} if found is None else config.flat(dict(found[1]))
+    values = config.flat(config.to_dict(settings))
+    other = [key.removeprefix("training.") for key, value in wanted.items() if values.get(key) != value]
+    return other, len(other) == len(wanted)

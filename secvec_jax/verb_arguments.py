@@ -65,7 +65,7 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
     values_without_preset = values
     if (preset_and_settings := presets.preset_of(settings, values)) is not None:
         preset, below = preset_and_settings
-        values = flags.merged(dict(below), values)
+        values = config.merged(dict(below), values)
         devices = ({"mesh": preset.mesh} if verb.on_devices and preset.mesh else {}) | devices
     try:
         checked_settings = _checked(settings, values, given, path)
@@ -83,8 +83,8 @@ def parse(verb: Verb, settings: type, arguments: Sequence[str]) -> tuple[Any, Cl
 def with_default_preset(verb: Verb, settings: Any, arguments: Sequence[str]) -> Any:
     """The settings with the default preset applied, if they name none (see `recipes.preset_choice`).
 
-    A preset that contradicts what was asked for, such as a task LoRA when training all weights, is not used. Raises
-    UserError if a named preset is not for the model's size.
+    A preset that contradicts what was asked for, such as a task LoRA when training all weights, or that would change
+    nothing, is not used. Raises UserError if a named preset is not for the model's size.
     """
     choose = getattr(settings, "default_preset", None)
     chosen = None if choose is None else choose()
@@ -92,7 +92,7 @@ def with_default_preset(verb: Verb, settings: Any, arguments: Sequence[str]) -> 
         return settings
     with contextlib.suppress(UserError):
         under_preset = parse(verb, type(settings), [*arguments, "--preset", chosen])[0]
-        if presets.holds(under_preset):
+        if presets.holds(under_preset) and not presets.set_otherwise(under_preset)[1]:
             return under_preset
     return settings
 
@@ -129,7 +129,7 @@ def _with_file(path: str, values: dict[str, Any], settings: type) -> dict[str, A
     read = config.read(path)
     if not isinstance(read, dict):
         raise UserError(f"{path} must be a mapping of settings, not {type(read).__name__}")
-    return flags.merged(flags.spelled_out(settings, read, values), values)
+    return config.merged(flags.spelled_out(settings, read, values), values)
 
 
 def _are_valid(settings: type, values: dict[str, Any]) -> bool:

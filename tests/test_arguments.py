@@ -20,7 +20,7 @@ import secvec_jax as sv
 from secvec_jax import inference
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.sources import load_prompts
-from secvec_jax.defenses import advice, finetuning, security_vectors
+from secvec_jax.defenses import advice, finetuning, inputs, security_vectors
 from secvec_jax.defenses.inputs import as_row_source
 from secvec_jax.output_checks import check_replaceable
 from secvec_jax.recipes.export import Export, export
@@ -333,7 +333,7 @@ def test_settings_say_whether_they_were_measured_for_a_model_of_this_size(monkey
 REFUSALS = [{"prompt": f"Harm {n}?", "response": "I'm sorry, but I can't help with that."} for n in range(30)]
 
 
-@pytest.mark.parametrize("form", [list, pd.DataFrame, datasets.Dataset.from_list, finetuning.groups_of])
+@pytest.mark.parametrize("form", [list, pd.DataFrame, datasets.Dataset.from_list, inputs.groups_of])
 def test_refusals_alone_are_warned_of(form):
     assert "30 of 30 answers" in (advice.only_refusals(MODEL, form(REFUSALS)) or "")
     assert advice.only_refusals(MODEL, form(REFUSALS + ROWS)) is None

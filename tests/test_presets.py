@@ -113,6 +113,23 @@ def test_flags_and_files_override_it(tmp_path):
     config.save(settings, tmp_path / "run.yaml")  # a run's own file
     assert parsed("vectors", "--config", str(tmp_path / "run.yaml"))[0] == settings
     assert parsed("vectors", "--preset", "none")[0] == dataclasses.replace(parsed("vectors")[0], preset="none")
+    (tmp_path / "align.yaml").write_text(f"preset: {name}\ntraining: {{batch_size: 5}}\n")
+    loaded = config.load(Align, tmp_path / "align.yaml")
+    assert loaded == parsed("align", "--config", str(tmp_path / "align.yaml"))[0]
+    assert (loaded.training.batch_size, loaded.task_lora.rank, loaded.frozen_weights) == (5, 16, "bfloat16")
+
+
+def test_what_is_said_of_it_is_what_is_left_of_it(tmp_path):
+    def said(*arguments):
+        return preset_choice.line(parsed("vectors", *arguments)[0])
+
+    whole = said("--preset", "7-8b-24gb")
+    assert whole.startswith("preset: 7-8b-24gb (7 to 8 billion") and "except" not in whole
+    assert "), except batch_size, which flags or" in said("--preset", "7-8b-24gb", "--batch-size", "3")
+    config.save(parsed("vectors", "--preset", "none")[0], tmp_path / "config.yaml")  # as that of a run: complete
+    changed = "preset: 7-8b-24gb changes nothing, since flags or the config file set frozen_weights, batch_size, remat"
+    assert said("--config", str(tmp_path / "config.yaml"), "--preset", "7-8b-24gb") == changed
+    assert said("--preset", "none") is None
 
 
 def test_the_small_models_preset_keeps_more_for_the_backward_pass_and_is_for_every_training():

@@ -40,6 +40,7 @@ from secvec_jax.defenses import (
     security_vectors,
     vaccine,
 )
+from secvec_jax.defenses.advice import Advice
 from secvec_jax.defenses.controls import PlainFinetuning
 from secvec_jax.defenses.finetuning import PHASE2
 from secvec_jax.defenses.registry import read_defense
@@ -357,6 +358,27 @@ def test_settings_of_other_vectors_than_are_trained_are_refused(given, name):
         Vectors(data="x", **given)
     assert Vectors(data="x", kind="steering", steering=Steering(scale=2.0)).kind == "steering"
     assert Vectors(data="x", phase1=Phase1("min_min", inner_steps=8)).phase1.inner_steps == 8
+
+
+def test_settings_that_another_optimizer_or_objective_has_are_reported():
+    other = Training("adamw", momentum=0.5, max_steps=1, max_seq_len=64)
+    for asked in (
+        lambda: finetune(tiny_model(), ROWS, vectors=None, training=other),
+        lambda: train_vectors(tiny_model(), ROWS, benign=ROWS, training=Training(momentum=0.5)),  # adamw by default
+        lambda: Vectors(data="x", training=other),
+        lambda: Finetune(data=("x",), vectors=("none",), training=other),
+    ):
+        with pytest.raises(UserError, match=r"momentum is 0.5, which is for sgd, and the optimizer is adamw: leave"):
+            asked()
+    short = {"spec": LoRA(2), "training": Training(max_steps=1, max_seq_len=64)}
+    with pytest.warns(Advice, match="inner_steps=8: not used by the objective kl; leave it out"):
+        train_vectors(tiny_model(), ROWS, benign=ROWS[1:], phase1=Phase1("kl", inner_steps=8), **short)
+    with pytest.warns(Advice, match="kl_weight=2: not used by the objective cross_entropy without benign rows"):
+        train_vectors(tiny_model(), ROWS, phase1=Phase1("cross_entropy", kl_weight=2.0), **short)
+    with pytest.warns(Advice, match=f"{len(ROWS) - 1} of the harmful rows are among the benign ones"):
+        vectors = train_vectors(tiny_model(), ROWS, benign=ROWS[1:], **short)
+    with pytest.raises(UserError, match="the task is also among the vectors"):
+        finetune(tiny_model(), ROWS, vectors=[vectors], task=vectors, training=short["training"])
 
 
 # Epochs -------------------------------------------------------------------------------------------

@@ -223,13 +223,18 @@ def _unreadable(name: str, problems: Sequence[UserError], count: int) -> UserErr
 
 
 def check_answer(row: Row, where: str) -> None:
-    """Raises UserError if a row has no answer, or none that is to be learned."""
+    """Raises UserError if a row has no answer or none that is to be learned, or one to be learned that is empty."""
     if not (response_of(row) or "").strip():
         fix = "add one, or remove the row (in Python, needs_answer=False loads prompts alone)"
         raise UserError(f"{where} has no answer; {fix}")
     assistant_turns = [turn for turn in row["messages"] if turn["role"] == "assistant"]
     if not any(turn.get("train", True) for turn in assistant_turns):
         raise UserError(f"{where} has nothing to learn: every assistant turn is marked as not to be learned; remove it")
+    if any(turn.get("train", True) and not turn["content"].strip() for turn in assistant_turns):
+        raise UserError(
+            f"{where} has an empty assistant turn, which would teach the model to answer nothing: fill it in, mark it "
+            'with "train": false, or remove the row'
+        )
 
 
 def _turns(turns: Any, where: str, ignore: Collection[str]) -> list[Message]:

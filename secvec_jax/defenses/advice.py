@@ -12,7 +12,9 @@ from secvec_jax.data.chat import Example
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.rows import response_of
+from secvec_jax.defenses.inputs import row_keys
 from secvec_jax.evaluation.scorers import refuses
+from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.trainer import OnStep
 from secvec_jax.trees import num_parameters
@@ -121,6 +123,29 @@ def note_few_steps(on_step: OnStep, warn: Callable[[str], None]) -> OnStep:
         on_step(step, steps, metrics)
 
     return noted
+
+
+def also_benign(harmful: Any, benign: Any) -> str | None:
+    """Warns of harmful rows that are benign rows, too."""
+    keys = [] if benign is None else row_keys(benign)
+    count = len(set(keys).intersection(row_keys(harmful)))
+    if not count:
+        return None
+    return (
+        f"{count} of the harmful rows are among the benign ones, too, on which the vectors must change nothing: remove "
+        "them from either"
+    )
+
+
+def other_precision(vectors: Adapter, model: Model) -> str | None:
+    """Warns of vectors that were trained over weights in another precision."""
+    origin = getattr(vectors, "origin", None)
+    if origin is None or origin.precision == model.precision:
+        return None
+    return (
+        f"the vectors were trained over {origin.precision} weights, and the model's are {model.precision}: test that "
+        "they still show the behavior (train.py finetune does)"
+    )
 
 
 def size(count: int) -> str:

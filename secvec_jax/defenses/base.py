@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from secvec_jax.defenses.finetuning import FinetuneOptions, Groups, train_model
+from secvec_jax.defenses.finetuning import FinetuneOptions, train_model
+from secvec_jax.defenses.inputs import Groups
 from secvec_jax.model.hub import Model
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA

@@ -27,7 +27,8 @@ from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.data.chat import Example
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
 from secvec_jax.defenses.filters import separation
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, Groups, examples_of, groups_of, train_model
+from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, examples_of, train_model
+from secvec_jax.defenses.inputs import Groups, groups_of
 from secvec_jax.defenses.mixing import with_safe_rows
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import token_losses

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
 from secvec_jax.checks import PositiveInt, SettingError, checked
@@ -25,21 +25,18 @@ from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import LENGTHS, Examples
 from secvec_jax.data.pipeline import Stream
+from secvec_jax.defenses.held_out import hold_out
 from secvec_jax.defenses.identity import with_inputs
 from secvec_jax.defenses.inputs import (
+    Groups,
     as_examples,
-    as_examples_or_rows,
-    as_row_source,
-    choose_held_out,
-    is_row,
+    groups_of,
     longest_example,
-    row_keys,
-    select_rows,
     shown_name_of,
 )
 from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.inference import check_once, compute_dtype
+from secvec_jax.inference import check_fits, compute_dtype
 from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import with_precision
@@ -56,11 +53,10 @@ from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.training.validation import EVAL_LOSS, Validation
 from secvec_jax.trees import Tree
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, merge
+from secvec_jax.vectors.origin import with_origin
+from secvec_jax.vectors.steering import SteeringVectors
 
 _log = logging.getLogger(__name__)
-
-Groups = dict[str, Sequence[Any]]
-"""Rows by kind ("harmful", "benign"), whose losses are reported separately."""
 
 TrainStepMaker = Callable[[Objective, optax.GradientTransformation], TrainStep]
 """Makes the train step, given what is minimized on the rows to learn and the optimizer."""
@@ -123,16 +119,16 @@ def train_model(
     if task is None and not (in_bfloat16 and model.precision == "bfloat16"):
         check_trainable(model)
     for adapter in as_adapters(vectors, task if isinstance(task, LoRAVectors) else None):
-        check_once(adapter, model)
-        if hasattr(adapter, "check"):
-            adapter.check(model.architecture)
-    check_watched(training, validates=eval_rows is not None, keeps=checkpoints is not None)
+        check_fits(adapter, model)
+    check_unused(training, validates=eval_rows is not None, keeps=checkpoints is not None)
+    _note_zero_vectors(as_adapters(vectors))
     groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)
     streams = {LEARN: stream_of(model, groups, training)}
     streams |= {name: stream_of(model, {name: group}, training) for name, group in (extra_rows or {}).items()}
     streams = {name: endless(stream) for name, stream in streams.items()} | {LEARN: streams[LEARN]}
     streams[LEARN], learn_steps, steps_per_epoch = stream_and_steps(streams[LEARN], training)
     steps = learn_steps + more_steps(learn_steps)
+    note_long_warmup(training, steps)
     steps_per_epoch *= steps / learn_steps
     validation = None if eval_groups is None else validation_of(model, eval_groups, training, steps_per_epoch)
     if validation is not None and checkpoints is not None and checkpoints.best is None:
@@ -165,7 +161,24 @@ def train_model(
     decoder, adapter = trained.backbone.decoder, trained.backbone.adapter
     if adapter is None:
         return model.with_backbone(decoder)
-    return model.with_merged(merge(decoder, adapter), adapter)
+    return model.with_merged(merge(decoder, adapter), with_origin(adapter, model))
+
+
+def _note_zero_vectors(vectors: Sequence[Adapter]) -> None:
+    """Warn of vectors as they are before they are trained, under which a training is one without vectors."""
+    for adapter in vectors:
+        updates = {}
+        if isinstance(adapter, LoRAVectors):
+            updates = {name: factors["b"] for name, factors in adapter.factors.items()}
+        elif isinstance(adapter, SteeringVectors):
+            updates = adapter.factors
+        changes = any([bool(jnp.any(array)) for array in updates.values()])  # every process computes all
+        if updates and not changes and is_main_process():
+            _log.warning(
+                "%r change nothing: they are as before their training, and the model is trained as without them; pass "
+                "what sv.train_vectors returned",
+                adapter,
+            )
 
 
 def check_trained_weights(training: Training, full: bool) -> bool:
@@ -179,9 +192,9 @@ def check_trained_weights(training: Training, full: bool) -> bool:
     return in_bfloat16
 
 
-def check_watched(training: Training, validates: bool, keeps: bool = True) -> None:
-    """Raises UserError for settings without effect: of validation without validation rows, and `best` without
-    checkpoints."""
+def check_unused(training: Training, validates: bool, keeps: bool = True) -> None:
+    """Raises UserError for settings without effect: of validation without validation rows, `best` without checkpoints,
+    and the momentum of another optimizer than sgd."""
     for name in () if validates else ("patience", "eval_every_steps"):
         value = getattr(training.over(PHASE2), name)
         if value is not None:
@@ -190,6 +203,11 @@ def check_watched(training: Training, validates: bool, keeps: bool = True) -> No
                 f" is {value}, and no validation rows are given, so it would do nothing: leave it out, or fine-tune "
                 "with validation rows (eval_rows in Python; finetune with --eval-data or --eval-fraction)",
             )
+    optimizer, momentum = training.over(PHASE2).optimizer, training.over(PHASE2).momentum
+    if optimizer != "sgd" and momentum not in (0, Training.base.momentum):
+        raise SettingError(
+            "training.momentum", f" is {momentum:g}, which is for sgd, and the optimizer is {optimizer}: leave it out"
+        )
     best = training.over(PHASE2).best
     if best is not None and not keeps:
         raise SettingError(
@@ -236,22 +254,6 @@ def forward_settings(training: Training) -> dict[str, Any]:
     return {"dtype": compute_dtype(), "remat": training.remat, "share_prefix": _shares_prefix(training)}
 
 
-def groups_of(rows: Any, name: str = "all") -> Groups:
-    """Rows by kind: unchanged if they are given so, else all as one kind.
-
-    Raises UserError for a single row and for the splits of a dataset.
-    """
-    if not isinstance(rows, dict) or is_row(rows) or hasattr(rows, "num_rows"):  # a DatasetDict's splits are no kinds
-        return {name: as_row_source(rows, "rows")}
-    if "train" in rows and _HELD_OUT & {str(kind).lower() for kind in rows}:
-        splits = ", ".join(map(str, rows))
-        raise UserError(f"the data has several splits ({splits}): pass the one to train on, such as data['train']")
-    return {kind: as_row_source(group, str(kind)) for kind, group in rows.items()}
-
-
-_HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
-
-
 def stream_of(model: Model, groups: Groups, training: Training) -> Stream:
     """A stream of batches of the rows, all of which are encoded for the model and checked first (see `encoded`)."""
     training = training.over(PHASE2)
@@ -282,38 +284,6 @@ def stream_and_steps(stream: Stream, training: Training) -> tuple[Stream, int, f
     return (endless(stream) if training.schedule == "constant" else stream), steps, steps_per_epoch
 
 
-def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups | None]:
-    """The rows to train on, and those to validate on.
-
-    eval_rows: rows, by kind or not; or the fraction of each kind that is held out, chosen by the seed; or None. Copies
-    of a row are held out together, and a row of several kinds is not. Raises UserError for a fraction that holds out no
-    row or all of them.
-    """
-    if eval_rows is None:
-        return groups, None
-    if not isinstance(eval_rows, float | int):
-        return groups, groups_of(eval_rows)
-    if not 0 < eval_rows < 1:
-        raise UserError(f"eval_rows is {eval_rows}: pass rows, or the fraction of the rows to hold out, such as 0.05")
-    kept: Groups = {}
-    held_out: Groups = {}
-    groups = {name: as_examples_or_rows(rows, name) for name, rows in groups.items()}
-    keys = {name: row_keys(rows) for name, rows in groups.items()}
-    for number, (name, rows) in enumerate(groups.items()):
-        count = min(max(round(eval_rows * len(rows)), 1), len(rows) - 1)
-        order = np.random.default_rng([seed, number]).permutation(len(rows))
-        elsewhere = {key for other, of_other in keys.items() if other != name for key in of_other}
-        chosen = choose_held_out(keys[name], order.tolist(), count, elsewhere)
-        kept[name] = select_rows(rows, np.setdiff1d(np.arange(len(rows)), chosen))
-        if chosen:
-            held_out[name] = select_rows(rows, np.asarray(chosen))
-    if not held_out:
-        raise UserError(
-            "there are too few rows, or too few different ones, to hold any out for validation: pass eval_rows"
-        )
-    return kept, held_out
-
-
 def validation_of(model: Model, groups: Groups, training: Training, steps_per_epoch: float) -> Validation:
     """The validation that measures the loss of these rows during a training, computed as in training."""
     training = training.over(PHASE2)
@@ -329,6 +299,20 @@ def log_summary(
     if is_main_process():
         accumulated = training.over(PHASE2).grad_accum_steps
         _log.info("%s", summary(stream, accumulated, steps, steps_per_epoch, params, phase, compute_dtype()))
+
+
+def note_long_warmup(training: Training, steps: int) -> None:
+    """Warn of a warm-up that is as long as the training, unless it is the default's few steps."""
+    training = training.over(PHASE2)
+    if training.warmup_steps >= steps and training.warmup_steps != Training.base.warmup_steps and is_main_process():
+        _log.warning(
+            "warmup_steps is %d, and the training has %d step%s: the learning rate reaches %g in the last step only; "
+            "lower warmup_steps, or train for more steps",
+            training.warmup_steps,
+            steps,
+            "s" * (steps > 1),
+            training.learning_rate,
+        )
 
 
 def endless(stream: Stream) -> Stream:

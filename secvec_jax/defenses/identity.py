@@ -95,14 +95,17 @@ def _row(row: Any) -> Any:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """The digest of a tokenizer and of its chat template; its last settings of padding and truncation do not count."""
+    """The digest of a tokenizer, its chat template and the special tokens that this names; the last settings of padding
+    and truncation do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         vocabulary: Any = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else type(tokenizer).__qualname__
     else:
         vocabulary = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
     template, eos_token = getattr(tokenizer, "chat_template", None), getattr(tokenizer, "eos_token", None)
-    return digests.of_values([vocabulary, template, eos_token])
+    tokens = getattr(tokenizer, "special_tokens_map", {})
+    written = {name: str(token) for name, token in tokens.items() if name != "eos_token" and name in str(template)}
+    return digests.of_values([vocabulary, template, eos_token, *([written] if written else [])])
 
 
 def content_of(value: Any, depth: int = 8) -> Any:
@@ -131,7 +134,9 @@ def content_of(value: Any, depth: int = 8) -> Any:
                 closure[name] = cell.cell_contents
         return [f"{value.__module__}.{value.__qualname__}", content_of(closure, depth - 1)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [type(value).__qualname__, content_of(vars(value), depth - 1)]
+        # Not `vars`: it also has what an object remembers, such as a model's fingerprint.
+        content = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
+        return [type(value).__qualname__, content_of(content, depth - 1)]
     leaves = jax.tree.leaves(value)
     if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
         return fingerprint(value)

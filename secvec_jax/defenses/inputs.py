@@ -23,6 +23,9 @@ from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.trainer import OnStep
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 
+Groups = dict[str, Sequence[Any]]
+"""Rows by kind ("harmful", "benign"), whose losses are reported separately."""
+
 
 def as_task(task: Any) -> LoRA | LoRAVectors | None:
     """The task LoRA, fresh or trained. Raises UserError for anything else, such as a rank or a class."""
@@ -71,6 +74,22 @@ def is_row(value: Mapping[Any, Any]) -> bool:
     return any(isinstance(field, str) for field in fields) or any(
         isinstance(turn, Mapping) and {"role", "from"} & set(turn) for turn in turns
     )
+
+
+def groups_of(rows: Any, name: str = "all") -> Groups:
+    """Rows by kind: as they are, or all of them as one kind.
+
+    Raises UserError for a single row and for the splits of a dataset.
+    """
+    if not isinstance(rows, dict) or is_row(rows) or hasattr(rows, "num_rows"):  # a DatasetDict's splits are no kinds
+        return {name: as_row_source(rows, "rows")}
+    if "train" in rows and _HELD_OUT & {str(kind).lower() for kind in rows}:
+        splits = ", ".join(map(str, rows))
+        raise UserError(f"the data has several splits ({splits}): pass the one to train on, such as data['train']")
+    return {kind: as_row_source(group, str(kind)) for kind, group in rows.items()}
+
+
+_HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
 def shown_name_of(name: str) -> str:

@@ -29,6 +29,7 @@ from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
+from secvec_jax.vectors.origin import with_origin
 from secvec_jax.vectors.steering import Steering, SteeringVectors
 
 
@@ -63,4 +64,4 @@ def persona_directions(
     mask = layer_mask(model, layers)
     means = [reply_means(model, examples_of(model, rows)).mean(axis=0) for rows in (shown, hidden)]
     direction = mask[:, None] * np.subtract(*means)
-    return shard(SteeringVectors({"direction": jnp.asarray(direction)}, Steering(scale)))
+    return with_origin(shard(SteeringVectors({"direction": jnp.asarray(direction)}, Steering(scale))), model)

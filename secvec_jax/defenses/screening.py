@@ -77,9 +77,11 @@ def screen(
     if (harmful is None) != (benign is None):
         raise UserError("a threshold requires both harmful and benign rows: pass both, or neither for a ranking only")
     model = as_model(model)
-    (security_vectors,) = as_vectors(vectors, model) or (None,)
-    if security_vectors is None:
-        raise UserError("vectors is None: pass the security vectors that rows are scored with")
+    adapters = as_vectors(vectors, model)
+    if len(adapters) != 1:
+        given = f"{len(adapters)} vectors are given" if adapters else "vectors is None"
+        raise UserError(f"{given}: pass the security vectors that rows are scored with")
+    security_vectors = adapters[0]
     limit = min(max_seq_len, model.architecture.max_length)
 
     def scores(name: str, of: Any) -> list[float]:

@@ -27,26 +27,26 @@ import jax
 from secvec_jax.arguments import instance
 from secvec_jax.checks import UNSET, NonNegativeFloat, PositiveFloat, PositiveInt, checked
 from secvec_jax.config import Training
-from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
-from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
+from secvec_jax.defenses.advice import Advice, also_benign, default_rate, note_few_steps, only_refusals, other_precision
+from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, changed_settings, lora_of_rank
 from secvec_jax.defenses.finetuning import (
     PHASE2,
     FinetuneOptions,
     TrainStepMaker,
     check_trainable,
     check_trained_weights,
-    check_watched,
+    check_unused,
     endless,
     forward_settings,
-    groups_of,
     log_summary,
+    note_long_warmup,
     stream_and_steps,
     stream_of,
     train_model,
 )
 from secvec_jax.defenses.floor import floored
 from secvec_jax.defenses.identity import with_inputs
-from secvec_jax.defenses.inputs import as_options, as_task
+from secvec_jax.defenses.inputs import as_examples_or_rows, as_options, as_task, groups_of
 from secvec_jax.defenses.min_min import min_min
 from secvec_jax.defenses.mixing import with_safe_rows
 from secvec_jax.errors import UserError
@@ -62,9 +62,9 @@ from secvec_jax.training.step import TrainStep, make_train_step
 from secvec_jax.training.trainer import OnStep, fit
 from secvec_jax.vectors.kinds import Spec, Vectors
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.origin import with_origin
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
-from secvec_jax.vectors.store import trained_over
 
 ALIGN = Training(optimizer="adamw", learning_rate=4e-3, max_grad_norm=1.0).over(Training.base)
 ALIGN_TASK = LoRA(rank=16, alpha=32.0)
@@ -105,6 +105,16 @@ class Phase1:
             raise UserError(
                 "the cross_entropy objective reads no benign rows: leave them out, or choose the objective kl"
             )
+
+    def unused(self, benign: Any) -> str | None:
+        """Warns of settings of another objective, which do nothing."""
+        unused = [] if self.objective == "min_min" else ["inner_steps", "inner_optimizer", "inner_learning_rate"]
+        unused += ["kl_weight"] if benign is None else []
+        changed = [setting for setting in changed_settings(self) if setting.partition("=")[0] in unused]
+        if not changed:
+            return None
+        rows = "" if benign is not None else " without benign rows"
+        return f"{', '.join(changed)}: not used by the objective {self.objective}{rows}; leave it out"
 
 
 @checked
@@ -161,12 +171,15 @@ def train_vectors(
     checkpoints, on_step = as_options(training, checkpoints, on_step)
     phase1.check_rows(benign)
     check_trained_weights(training.over(PHASE1), full=False)
-    check_watched(training, validates=False, keeps=checkpoints is not None)
+    check_unused(training, validates=False, keeps=checkpoints is not None)
     if phase1.objective == "min_min":
         check_trainable(model)
-    _warn(default_rate(model, training, PHASE1))
+    harmful = as_examples_or_rows(harmful, "harmful")
+    benign = None if benign is None else as_examples_or_rows(benign, "benign")
+    _warn(default_rate(model, training, PHASE1), phase1.unused(benign), also_benign(harmful, benign))
     stream = stream_of(model, {"harmful": harmful}, training)
     learn, steps, steps_per_epoch = stream_and_steps(stream, training)
+    note_long_warmup(training, steps)
     streams = {LEARN: endless(stream) if phase1.objective == "min_min" else learn}
     if benign is not None:
         # A benign row costs 1.5 times as much as a harmful one: the model without vectors reads it, too.
@@ -199,7 +212,7 @@ def train_vectors(
             on_step=with_schedule(show, learning_rate, steps_per_epoch),
             until=lambda metrics: metrics["loss/harmful"] < phase1.stop_loss,
         )
-    return trained.vectors
+    return with_origin(trained.vectors, model)
 
 
 @checked
@@ -238,31 +251,16 @@ def finetune(
         vectors = None
         _warn("finetune has no vectors=: the model is trained unprotected; pass the vectors, or vectors=None to say so")
     adapters = as_vectors(vectors, model)
+    if any(task is adapter for adapter in adapters):
+        raise UserError("the task is also among the vectors, and would act twice: leave it out of one of them")
     if vectors is not None and not adapters:
         raise UserError("vectors is empty: pass security vectors, or vectors=None to train without protection")
-    _warn(default_rate(model, training, PHASE2, task), *(_other_precision(item, model) for item in _files(vectors)))
+    _warn(default_rate(model, training, PHASE2, task), *(other_precision(adapter, model) for adapter in adapters))
     with step_progress("finetune", on_step) as show:
         options = FinetuneOptions(
             task=task, training=training, eval_rows=eval_rows, checkpoints=checkpoints, on_step=show
         )
         return train_model(model, rows, vectors=adapters or None, **options)
-
-
-def _files(vectors: VectorsLike) -> list[str]:
-    """The vectors that are given as files."""
-    given = vectors if isinstance(vectors, list | tuple) else [vectors]
-    return [os.fspath(item) for item in given if isinstance(item, str | os.PathLike)]
-
-
-def _other_precision(file: str, model: Model) -> str | None:
-    """A warning, for vectors that were trained over weights in another precision."""
-    precision = trained_over(file)
-    if precision in (None, model.precision):
-        return None
-    return (
-        f"{file} was trained over {precision} weights, and the model's are {model.precision}: test that the vectors "
-        "still show the behavior (train.py finetune does)"
-    )
 
 
 def _warn(*messages: str | None) -> None:

@@ -20,12 +20,18 @@ UNSCORED = "No scores are available: the model was not scored, or its scores wer
 
 
 def model_card(
-    name: str, base: str | None, trained: Sequence[Results], scored: Sequence[Results], carried: Sequence[str] = ()
+    name: str,
+    base: str | None,
+    trained: Sequence[Results],
+    scored: Sequence[Results],
+    carried: Sequence[str] = (),
+    adapters: Sequence[str] = (),
 ) -> str:
     """Return the text of README.md, with Hugging Face Hub metadata.
 
     name: the title. base: the hub id of the model that training started from. trained: the training runs that produced
     the weights, in order. scored: the runs that evaluated them. carried: the security vectors merged into them.
+    adapters: all adapters merged into them after that.
     """
     tags = ["secvec_jax", *(["security-vectors"] if any(_vectors_of(run) for run in trained) else [])]
     facts: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
@@ -47,6 +53,8 @@ def model_card(
         parts.append(scores_table(run.rows))
     if not trained:
         parts.append(UNKNOWN)
+    if adapters:
+        parts.append(f"Merged into these weights after that: {', '.join(map(code, adapters))}.")
     parts.append("## How it was scored")
     for run in scored:
         parts += [fenced(run.command, "bash"), scores_table(run.rows)]

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from secvec_jax.defenses.base import DefenseInputs, changed_settings
-from secvec_jax.defenses.finetuning import FinetuneOptions, Groups
+from secvec_jax.defenses.finetuning import FinetuneOptions
+from secvec_jax.defenses.inputs import Groups
 from secvec_jax.grid import attacks
 from secvec_jax.grid.cells import Cell
 from secvec_jax.grid.seed_workspace import SeedWorkspace

@@ -15,8 +15,8 @@ from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.rows import Message
 from secvec_jax.defenses.base import ATTACK
-from secvec_jax.defenses.finetuning import Groups
 from secvec_jax.defenses.identity import of_rows
+from secvec_jax.defenses.inputs import Groups
 from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.evaluation.audit_measures import enough_beginnings
 from secvec_jax.evaluation.prefill import GIVEN, Beginning, begun_reply, compliant_beginnings

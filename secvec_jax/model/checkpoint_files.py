@@ -61,13 +61,18 @@ def files_of(index: Path) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, of which any part can be read."""
+    """A tensor in a safetensors file, of which any part can be read.
+
+    state: of the file when the model was loaded. A model in lower precision reads its full weights much later, when
+    another model may have been saved in their place: that is an error.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    kind: str = "F32"
+    kind: str
     """as safetensors names dtypes"""
+    state: tuple[int, int]
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         from safetensors import SafetensorError, safe_open
@@ -75,9 +80,18 @@ class StoredTensor:
         try:
             # Opened again for each part: the pages of an open file count as this process's memory.
             with safe_open(self.file, framework="numpy") as opened:
-                return opened.get_slice(self.name)[index]
+                part: np.ndarray = opened.get_slice(self.name)[index]
+            if _state(self.file) != self.state:
+                raise UserError(f"{self.file} has changed since the model was loaded: load the model again")
+            return part
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.file} changed while it was read ({error}): load the model again") from error
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """The size of a file and when it was changed, which tell another version of it."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def open_safetensors(folder: Path) -> dict[str, StoredTensor]:
@@ -94,6 +108,7 @@ def open_safetensors(folder: Path) -> dict[str, StoredTensor]:
         path = folder / file
         check_safetensors(path)
         try:
+            state = _state(path)
             with safe_open(path, framework="numpy") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}
                 shapes = {name: tuple(stored.get_shape()) for name, stored in slices.items()}
@@ -110,7 +125,7 @@ def open_safetensors(folder: Path) -> dict[str, StoredTensor]:
                     f"{path}: {name[:80]} is of type {kind}, as in quantized models: give the original model, with "
                     f"weights of {', '.join(_FLOATS)}"
                 )
-        weights |= {name: StoredTensor(path, name, shape, kinds[name]) for name, shape in shapes.items()}
+        weights |= {name: StoredTensor(path, name, shape, kinds[name], state) for name, shape in shapes.items()}
     return weights
 
 

@@ -9,10 +9,10 @@ Only safetensors and GGUF are read; nothing remote is executed.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import math
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,18 @@ class Model:
         """The tokens that end a reply: those of the chat template and the tokenizer, then generation_config.json's."""
         return tuple(dict.fromkeys([*turn_ends(self.tokenizer), *self.metadata.eos_token_ids]))
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
-        """sha256 of the backbone's parameters in float32, whatever their precision; all processes must call this."""
-        return fingerprint(self._in_full("the backbone's fingerprint is not known"))
+        """sha256 of the backbone's parameters in float32, whatever their precision; all processes must call this.
+
+        It is kept until an array of the backbone is replaced, as a caller may do in place: its modules are mutable.
+        """
+        arrays = jax.tree.leaves(self.backbone)
+        hashed, known = self.__dict__.get("_known_fingerprint", ((), ""))
+        if len(arrays) != len(hashed) or any(array is not other() for array, other in zip(arrays, hashed)):
+            known = fingerprint(self._in_full("the backbone's fingerprint is not known"))
+            self.__dict__["_known_fingerprint"] = [weakref.ref(array) for array in arrays], known
+        return known
 
     def _in_full(self, problem: str) -> Backbone:
         """The backbone in float32, for fingerprints and files. Raises UserError if it is not available."""

@@ -8,7 +8,7 @@ from typing import Any
 from secvec_jax.checks import NonNegativeInt, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.advice import default_rate, note_few_steps, only_refusals
-from secvec_jax.defenses.finetuning import check_watched, train_model
+from secvec_jax.defenses.finetuning import check_unused, train_model
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
 from secvec_jax.errors import UserError
 from secvec_jax.model.embedded import is_base
@@ -60,7 +60,7 @@ class Align:
     def __post_init__(self) -> None:
         check_steps(self.profile)
         check_precision_settings(self.frozen_weights, self.training, self.task_lora)
-        check_watched(self.training, validates=False)
+        check_unused(self.training, validates=False)
         if not self.data and is_base(self.model):
             raise UserError(
                 f"{self.model} is a base model, whose own replies are not worth keeping: give --data with refusals and "
@@ -86,7 +86,7 @@ def align(settings: Align, command: str) -> None:
         model = load(settings.model, settings.precision)
         rows = packaged_rows(model, stage) if given is None else given
         _ = run.prompts  # a download that fails should fail before the training
-        run.note(preset_choice.line(settings.preset))
+        run.note(preset_choice.line(settings))
         run.note(default_rate(model, settings.training, ALIGN))
         run.note(only_refusals(model, rows))
         with run.profiled():

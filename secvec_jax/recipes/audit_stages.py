@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -95,7 +96,7 @@ def audited(
     if request.judge is not None:
         try_judge(request.judge, stages)
     before = request.model("before")
-    prompts, data, available = _prompts(request, before)
+    prompts, data, available = _prompts(request, before, notes)
     beginnings: list[Beginning | None] = stages.run("unaligned", partial(_beginnings, request, prompts))
     if not are_enough(beginnings):
         notes.append(
@@ -170,6 +171,8 @@ def audited(
         notes += judge_notes(request.judge, judged, request.reply_tokens)
     if "harmful_loss" in found["before"].metrics and "harmful_loss" not in found["after"].metrics:
         notes.append("Losses are not compared: they are per token, and the models have different vocabularies.")
+    if not any(kl.get("after", ())) and found["after"].metrics == found["before"].metrics:
+        notes.append("Both models compute the same on every prompt: check that they are not one model.")
     refusal = found["before"].metrics.get("refusal", [])
     if refusal and sum(refusal) < _TRUSTED * len(refusal):
         notes.append(
@@ -263,22 +266,33 @@ def _ordered(lines: Sequence[Line]) -> tuple[Line, ...]:
 # ---------------------------------------------------------------------------------------------- prompts
 
 
-def _prompts(request: AuditRequest, model: Model) -> tuple[AuditPrompts, list[Row], dict[str, int]]:
+def _prompts(request: AuditRequest, model: Model, notes: list[str]) -> tuple[AuditPrompts, list[Row], dict[str, int]]:
     """The given prompts, packaged ones where none are given, and the user's held-out rows, at most `max_prompts` of
-    each kind; and how many prompts there are."""
+    each kind; and how many prompts there are.
+
+    Copies are left out, which adds a note: they get the same reply, and would only make the intervals narrower.
+    """
+
+    def distinct(what: str, items: Sequence[Any]) -> list[Any]:
+        kept = list({json.dumps(item, sort_keys=True): item for item in items}.values())
+        if len(kept) < len(items):
+            notes.append(f"{len(items) - len(kept)} of {len(items)} {what} are copies of others, and are left out.")
+        return kept
+
     harmful, benign, data = map(request.rows_of, ("harmful", "benign", "data"))
     packaged_rows = {"harmful": (), "benign": ()} if harmful and benign else _packaged(model)
-    harmful_prompts = [full_prompt_of(row) for row in harmful or packaged_rows["harmful"]]
+    harmful_prompts = distinct("harmful prompts", [full_prompt_of(row) for row in harmful or packaged_rows["harmful"]])
     benign_rows = list(benign or packaged_rows["benign"])
+    benign_prompts = distinct("benign prompts", [full_prompt_of(row) for row in benign_rows])
     prompts = AuditPrompts(
         harmful=_spread(harmful_prompts, request.max_prompts),
-        benign=_spread([full_prompt_of(row) for row in benign_rows], request.max_prompts),
+        benign=_spread(benign_prompts, request.max_prompts),
         harmful_rows=_spread(_answered(harmful or packaged_rows["unseen"]), _MAX_ROWS),
         benign_rows=_spread(_answered(benign_rows), _MAX_ROWS),
         system=request.system,
     )
-    available = {"harmful": len(harmful_prompts), "benign": len(benign_rows)}
-    return prompts, _spread(data or (), request.max_prompts), available
+    available = {"harmful": len(harmful_prompts), "benign": len(benign_prompts)}
+    return prompts, _spread(distinct("held-out rows", data or ()), request.max_prompts), available
 
 
 _MAX_ROWS = 32

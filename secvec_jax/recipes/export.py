@@ -54,7 +54,8 @@ def export(settings: Export, command: str) -> None:
     """Run `eval.py export`.
 
     Raises UserError if the model would contain security vectors without `carry_vectors`, if `out` contains anything
-    other than a model (checked before anything is loaded), and if an input of the model's runs has changed.
+    other than a model (checked before anything is loaded), if an input of the model's runs has changed, and for scores
+    of another model.
     """
     if is_url(settings.out):
         if exists(settings.out):
@@ -80,15 +81,16 @@ def _write(settings: Export, out: Path) -> None:
             "were trained on. Omit it to export a model for use; to study the behavior, pass --carry-vectors"
         )
     scored = [Results.load(run) for run in settings.scores]
-    for run in settings.scores:
+    for run, results in zip(settings.scores, scored):
         _check_inputs(run, f"score it again, or omit --scores {run}")
+        _check_scored(run, results, settings.model, adapters)
     trained = list(history(settings.model))[::-1]
     read_by_all(settings)
     loaded = load(settings.model)
     merged = _merged(loaded, adapters)
     base = hub_id(str(trained[0].config.get("model", "")) if trained else settings.model)
     dtype = settings.dtype or loaded.metadata.dtype
-    merged.save(out, model_card(resolved(out).name, base, trained, scored, carried), dtype=dtype)
+    merged.save(out, model_card(resolved(out).name, base, trained, scored, carried, adapters), dtype=dtype)
     Console(quiet=not is_main_process()).print(f"the model is in {settings.out}, in {dtype}", soft_wrap=True)
 
 
@@ -106,6 +108,30 @@ def _check_inputs(run: str | Path, otherwise: str) -> None:
     changed = difference({label: before[label] for label in now}, now)
     if changed is not None:
         raise UserError(f"{changed} since {run} was run, so the model card would be wrong: {otherwise}")
+
+
+def _check_scored(run: str, results: Results, exported: str, adapters: Sequence[str]) -> None:
+    """Raise UserError if a run scored another model than the one that is exported, or with other adapters active."""
+    if results.config.get("given"):  # a judge's run of replies that are in its rows
+        return
+    scored: dict[str, dict[str, str | None]] = {}
+    for label, digest in inputs_of_run(run).items():
+        flag, _, name = label.partition(" ")
+        scored.setdefault(flag, {})[name] = digest
+    models = scored.get("--after") or scored.get("--model") or {}
+    digest = known(model, exported)
+    if other := next((name for name, each in models.items() if None not in (each, digest) and each != digest), None):
+        raise UserError(
+            f"{run} scored another model ({other}) than {exported}, so the model card would be wrong: score the model "
+            f"that is exported, or omit --scores {run}"
+        )
+    active, merged = scored.get("--vectors", {}), {path: known(adapter, path) for path in adapters}
+    if None not in (*active.values(), *merged.values()) and set(active.values()) != set(merged.values()):
+        found, wanted = (", ".join(names) or "no adapters" for names in (active, merged))
+        raise UserError(
+            f"{run} scored the model with {found}, and it is exported with {wanted}, so the model card would be wrong: "
+            f"score it with these (--vectors), or omit --scores {run}"
+        )
 
 
 _CHECKED = {"--model": model, "--before": model, "--after": model, "--vectors": adapter}

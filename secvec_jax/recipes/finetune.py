@@ -10,7 +10,7 @@ from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import default_rate
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import FinetuneOptions, check_watched
+from secvec_jax.defenses.finetuning import FinetuneOptions, check_unused
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.defenses.user_inputs import argument_of, check_given, reads_of
@@ -108,7 +108,7 @@ class Finetune:
         check_given(defense, given, CONTENTS, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
         check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense)
-        check_watched(self.training, validates=self.eval_data is not None or self.eval_fraction > 0)
+        check_unused(self.training, validates=self.eval_data is not None or self.eval_fraction > 0)
 
     def default_preset(self) -> str | None:
         """The default preset (see `preset_choice`)."""
@@ -137,7 +137,7 @@ def finetune(settings: Finetune, command: str) -> None:
     def work(stage: Stage) -> dict[str, Any]:
         rows = rows_by_source(settings.data, settings.ignore_fields)
         model = load(settings.model, settings.precision)
-        run.note(preset_choice.line(settings.preset))
+        run.note(preset_choice.line(settings))
         vectors = load_several(settings.vector_files, model)
         run.note(f"defense: {defense.label}, {_summary(defense)}")
         run.note(default_rate(model, settings.training, PHASE2, settings.task_lora))

@@ -55,11 +55,16 @@ def choose(model: str, phase: Phase) -> str | None:
     return max(fitting, key=fitting.__getitem__) if fitting else None
 
 
-def line(name: str | None) -> str | None:
-    """The line that names a training's preset at its start; None if it has none."""
+def line(settings: Any) -> str | None:
+    """The line about the preset of a training for its start, with the settings that override it; None without one."""
+    name = settings.preset
     if name is None or name == NONE:
         return None
-    return f"preset: {name} ({presets.named(name).summary}); --preset {NONE} for the defaults"
+    other, is_all = presets.set_otherwise(settings)
+    if is_all:
+        return f"preset: {name} changes nothing, since flags or the config file set {', '.join(other)}"
+    but = f", except {', '.join(other)}, which flags or the config file set" if other else ""
+    return f"preset: {name} ({presets.named(name).summary}){but}; --preset {NONE} for the defaults"
 
 
 def _is_for_devices(preset: Preset, phase: Phase, limit: float | None) -> bool:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Texts, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, check_watched, groups_of
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, check_unused
+from secvec_jax.defenses.inputs import groups_of
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.user_inputs import argument_of, check_given
@@ -147,7 +148,7 @@ class Protect:
         _check_defense(defense, given, lambda argument: f"--{argument.replace('_', '-')}")
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
         check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense)
-        check_watched(self.training, validates=False)
+        check_unused(self.training, validates=False)
 
     @property
     def precision(self) -> Precision:
@@ -213,7 +214,7 @@ def protect_run(settings: Protect, command: str) -> int:
         **{name: getattr(settings, name) for name in _SAME},
     )
     work = Work(request, run.stages)
-    if (preset := preset_choice.line(settings.preset)) is not None:
+    if (preset := preset_choice.line(settings)) is not None:
         run.stages.console.print(preset)
     done = _run(work)
     files = protect_report.write(work, done.audit, settings, command)
@@ -277,7 +278,7 @@ def protect(
     given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)
     _check_defense(defense, list(given), lambda argument: f"{argument}=")
     check_precision_settings(frozen_weights, training, task, defense, ARGUMENTS)
-    check_watched(training, validates=False)
+    check_unused(training, validates=False)
     check_limits(limits, eval_fraction > 0, False, judge is not None)
     if isinstance(model, Model):
         check_not_loaded(frozen_weights, model)

@@ -11,9 +11,9 @@ import numpy as np
 from secvec_jax.data.rows import Row
 from secvec_jax.defenses.advice import default_rate, settings_measured
 from secvec_jax.defenses.base import Defense
-from secvec_jax.defenses.finetuning import FinetuneOptions, Groups
+from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.defenses.identity import of_rows
-from secvec_jax.defenses.inputs import choose_held_out, row_keys
+from secvec_jax.defenses.inputs import Groups, choose_held_out, row_keys
 from secvec_jax.defenses.registry import evidence_of
 from secvec_jax.defenses.screening import Screening
 from secvec_jax.defenses.screening import screen as score_rows

@@ -9,9 +9,9 @@ from secvec_jax.checks import NonNegativeInt, SettingError, Text, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.sources import load_rows
-from secvec_jax.defenses.advice import Advice, default_rate
+from secvec_jax.defenses.advice import Advice, also_benign, default_rate
 from secvec_jax.defenses.base import changed_settings
-from secvec_jax.defenses.finetuning import check_watched, examples_of
+from secvec_jax.defenses.finetuning import check_unused, examples_of
 from secvec_jax.defenses.gate import MIN_HELD_OUT, Gate, measure_gate
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, train_vectors
 from secvec_jax.errors import UserError
@@ -69,7 +69,7 @@ class Vectors:
 
     def __post_init__(self) -> None:
         check_steps(self.profile)
-        check_watched(self.training, validates=False)
+        check_unused(self.training, validates=False)
         self._check_unused()
         if self.phase1.objective == "min_min" and self.frozen_weights not in (None, "float32"):
             raise UserError(
@@ -113,7 +113,7 @@ def vectors(settings: Vectors, command: str) -> None:
         if settings.benign is not None:
             benign = load_rows(settings.benign, ignore_fields=settings.ignore_fields)
         model = load(settings.model, settings.precision)
-        run.note(preset_choice.line(settings.preset))
+        run.note(preset_choice.line(settings))
         sample = run.measure_refusals(model, stage, "at the start: ")
         if sample is not None:
             run.note(sample.no_refusals)
@@ -125,6 +125,7 @@ def vectors(settings: Vectors, command: str) -> None:
             show(step, steps, metrics)
 
         run.note(default_rate(model, settings.training, PHASE1))
+        run.note(also_benign(rows, benign))
         with warnings.catch_warnings(), run.profiled():
             warnings.simplefilter("ignore", Advice)  # it is noted above
             trained = train_vectors(

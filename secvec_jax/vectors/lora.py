@@ -50,6 +50,7 @@ from secvec_jax.model.layers import KERNEL_AXES
 from secvec_jax.model.quantized import QuantizedKernel, is_quantized, linear_of, with_kernels
 from secvec_jax.sharding import constrain, shard
 from secvec_jax.trees import distance, num_parameters
+from secvec_jax.vectors.origin import Origin, register_vectors
 
 
 @checked
@@ -106,13 +107,15 @@ class LoRA:
         return shard(LoRAVectors(factors, self))
 
 
-@jax.tree_util.register_dataclass
+@register_vectors
 @dataclasses.dataclass(frozen=True)
 class LoRAVectors(Adapter):
     """Low-rank factors of all layers: projection -> {"a": `[L, in, r]`, "b": `[L, r, out]`}, float32."""
 
     factors: dict[str, dict[str, jax.Array]]
-    spec: LoRA = dataclasses.field(metadata={"static": True})
+    spec: LoRA
+    origin: Origin | None = dataclasses.field(default=None, compare=False, repr=False)
+    """the model that they were trained on, if it is known"""
 
     def __repr__(self) -> str:
         return f"LoRAVectors({self.spec!r}, {', '.join(self.factors)}: {num_parameters(self):,} parameters)"
@@ -203,7 +206,7 @@ def random_like(vectors: LoRAVectors, key: jax.Array) -> LoRAVectors:
         a, b = (jax.random.normal(next(keys), original[name].shape) for name in ("a", "b"))
         ratio = _update_norm(original["a"], original["b"]) / _update_norm(a, b)
         factors[projection] = {"a": a * jnp.sqrt(ratio), "b": b * jnp.sqrt(ratio)}
-    return shard(dataclasses.replace(vectors, factors=factors))
+    return shard(dataclasses.replace(vectors, factors=factors, origin=None))
 
 
 def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -21,8 +21,9 @@ from secvec_jax.output_checks import check_replaceable
 from secvec_jax.sharding import replicate, shard
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
+from secvec_jax.vectors.origin import check_origin, stored_origin
 from secvec_jax.vectors.peft_config import check_kind, check_layers, read_config, unplaced_weights_message
-from secvec_jax.vectors.tensor_file import check_backbone, check_saved, pickled, precision_entry, read_tensors
+from secvec_jax.vectors.tensor_file import check_saved, pickled, precision_entry, read_tensors
 
 SECURITY_VECTORS = "security vectors"
 WARNING = (
@@ -76,7 +77,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
         "holds": holds,
         "sites": ",".join(vectors.factors),
         "fingerprint": fingerprint(tensors),
-        **precision_entry(model),
+        **precision_entry(vectors, model),
         **({"warning": WARNING} if is_private else {}),
     }
 
@@ -149,9 +150,9 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
         raise UserError(unplaced_weights_message(folder, list(tensors)))
     vectors = LoRAVectors(factors, dataclasses.replace(spec, targets=tuple(factors)))
     vectors.check(model.architecture)
-    if "backbone" in metadata:
-        check_backbone(metadata, model, folder)
-    return shard(vectors)
+    vectors = dataclasses.replace(shard(vectors), origin=stored_origin(metadata))
+    check_origin(vectors, model, f"{folder} was")
+    return vectors
 
 
 def _layers(tensors: Collection[str], module: str, count: int) -> set[int]:

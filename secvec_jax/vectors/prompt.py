@@ -19,6 +19,7 @@ from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.kv_cache import KVSegment
 from secvec_jax.sharding import shard
 from secvec_jax.trees import num_parameters
+from secvec_jax.vectors.origin import Origin, register_vectors
 
 
 @checked
@@ -37,13 +38,15 @@ class SoftPrompt:
         return shard(SoftPromptVectors({"keys": jax.random.normal(key, keys), "values": jnp.zeros(values)}, self))
 
 
-@jax.tree_util.register_dataclass
+@register_vectors
 @dataclasses.dataclass(frozen=True)
 class SoftPromptVectors(Adapter):
     """A soft prompt of every layer: {"keys": `[L, K, H, P]`, "values": `[L, K, P, H]`}, float32."""
 
     factors: dict[str, jax.Array]
-    spec: SoftPrompt = dataclasses.field(metadata={"static": True})
+    spec: SoftPrompt
+    origin: Origin | None = dataclasses.field(default=None, compare=False, repr=False)
+    """the model that they were trained on, if it is known"""
 
     def __repr__(self) -> str:
         return f"SoftPromptVectors({self.spec!r}, {num_parameters(self):,} parameters)"

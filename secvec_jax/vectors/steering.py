@@ -18,6 +18,7 @@ from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.sharding import shard
 from secvec_jax.trees import num_parameters
+from secvec_jax.vectors.origin import Origin, register_vectors
 
 
 @checked
@@ -34,13 +35,15 @@ class Steering:
         return shard(SteeringVectors({"direction": jnp.zeros(shape)}, self))
 
 
-@jax.tree_util.register_dataclass
+@register_vectors
 @dataclasses.dataclass(frozen=True)
 class SteeringVectors(Adapter):
     """One direction per layer: {"direction": `[L, D]`}, float32."""
 
     factors: dict[str, jax.Array]
-    spec: Steering = dataclasses.field(metadata={"static": True})
+    spec: Steering
+    origin: Origin | None = dataclasses.field(default=None, compare=False, repr=False)
+    """the model that they were trained on, if it is known"""
 
     def __repr__(self) -> str:
         return f"SteeringVectors({self.spec!r}, {num_parameters(self):,} parameters)"

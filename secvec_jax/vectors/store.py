@@ -26,8 +26,9 @@ from secvec_jax.run_folders import find_vectors
 from secvec_jax.sharding import replicate, shard
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import KINDS, Vectors, kind_of
+from secvec_jax.vectors.origin import check_origin, stored_origin
 from secvec_jax.vectors.peft import SECURITY_VECTORS, WARNING, WEIGHTS, load_peft
-from secvec_jax.vectors.tensor_file import check_backbone, check_saved, precision_entry, read_tensors
+from secvec_jax.vectors.tensor_file import check_saved, precision_entry, read_tensors
 
 _FORMAT = "secvec_jax/1"
 
@@ -51,7 +52,7 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
         "backbone_name": model.name,
         "fingerprint": _fingerprint(vectors),
         "warning": WARNING,
-        **precision_entry(model),
+        **precision_entry(vectors, model),
     }
 
     def write() -> None:
@@ -98,8 +99,9 @@ def load_vectors(path: str | Path, model: Model) -> Vectors:
     if not intact:
         raise UserError(f"{path} was altered after it was written: its fingerprint differs; train the vectors again")
     vectors.check(model.architecture)
-    check_backbone(metadata, model, path)
-    return shard(vectors)
+    vectors = dataclasses.replace(shard(vectors), origin=stored_origin(metadata))
+    check_origin(vectors, model, f"{path} was")
+    return vectors
 
 
 def trained_over(path: str | Path) -> str | None:
@@ -109,7 +111,8 @@ def trained_over(path: str | Path) -> str | None:
     """
     path = find_vectors(path)
     metadata, _ = read_tensors(path / WEIGHTS if path.is_dir() else path)
-    return metadata.get("precision", "float32") if "backbone" in metadata else None
+    origin = stored_origin(metadata)
+    return None if origin is None else origin.precision
 
 
 def _flat(factors: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:

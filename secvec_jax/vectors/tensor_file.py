@@ -10,6 +10,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.model.checkpoint_files import check_safetensors
 from secvec_jax.model.hub import Model
 from secvec_jax.trees import first_not_finite
+from secvec_jax.vectors.origin import check_origin
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -73,26 +74,20 @@ def pickled(path: Path) -> str:
     )
 
 
-def check_backbone(metadata: dict[str, str], model: Model, path: Path) -> None:
-    """Raises UserError if a file was made for another backbone than the model's, by its metadata."""
-    if metadata["backbone"] != model.fingerprint:
-        made_for = metadata.get("backbone_name", "another model")
-        raise UserError(
-            f"{path} was made for another backbone ({made_for}, {metadata['backbone'][:12]}), not for {model.name} "
-            f"({model.fingerprint[:12]}): train vectors on this model, or name the model they were made for"
-        )
-
-
-def precision_entry(model: Model) -> dict[str, str]:
-    """The metadata of vectors that were trained over weights in another precision than float32."""
-    return {} if model.precision == "float32" else {"precision": model.precision}
+def precision_entry(vectors: Any, model: Model) -> dict[str, str]:
+    """The metadata of vectors that were trained over weights in another precision than float32; where the vectors do
+    not know it, it is the model's."""
+    precision = model.precision if vectors.origin is None else vectors.origin.precision
+    return {} if precision == "float32" else {"precision": precision}
 
 
 def check_saved(vectors: Any, model: Any, kinds: tuple[type, ...]) -> None:
-    """Raises UserError if `vectors` are not of one of these classes or not finite, or `model` is no model."""
+    """Raises UserError if `vectors` are not of one of these classes or not finite, or `model` is no model or another
+    one than they were trained on."""
     names = " or ".join(kind.__name__ for kind in kinds)
     instance("vectors", vectors, kinds, f"pass {names}, as sv.train_vectors returns them")
     instance("model", model, Model, "pass the model that the vectors were made for, as sv.load returned it")
+    check_origin(vectors, model)
     if (wrong := first_not_finite(vectors)) is not None:
         raise UserError(
             f"the vectors are not saved: {wrong} has NaN or infinite numbers, so their training went wrong; train "

@@ -19,7 +19,8 @@ from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.rows import row
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses import finetuning, guarded, lisa, security_vectors
-from secvec_jax.defenses.finetuning import examples_of, groups_of, stream_of, train_model
+from secvec_jax.defenses.finetuning import examples_of, stream_of, train_model
+from secvec_jax.defenses.inputs import groups_of
 from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.inference import generate

@@ -212,3 +212,19 @@ def test_an_answer_that_is_no_number_is_not_compared_with_itself():
 def test_a_name_that_is_nearly_right_is_reported_with_the_right_one(record, hint):
     with pytest.raises(UserError, match=hint):
         normalize(record, "row 1")
+
+
+def test_an_empty_turn_is_not_learned_as_an_answer():
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]
+    answered = [{"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}]
+    for rows in ({"conversations": turns + answered}, {"history": [["a", ""]], "prompt": "b", "response": "c"}):
+        with pytest.raises(UserError, match="data, row 1 has an empty assistant turn"):
+            as_rows([rows])
+        assert len(as_rows([rows], needs_answer=False)) == 1
+    turns[1] = turns[1] | {"train": False}
+    assert [
+        turn.get("train", True) for turn in as_rows([{"conversations": turns + answered}])[0]["messages"][1::2]
+    ] == [
+        False,
+        True,
+    ]

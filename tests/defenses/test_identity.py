@@ -63,6 +63,15 @@ def test_what_no_step_depends_on_does_not_count(tmp_path):
     assert of_tokenizer(tokenizer) == before, "how it was last asked to pad"
 
 
+def test_a_special_token_that_the_template_writes_counts():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    digests = []
+    for tokenizer.bos_token in ("<|im_start|>", "<|endoftext|>"):
+        digests.append(of_tokenizer(tokenizer))
+    assert digests[0] != digests[1]
+
+
 def test_only_a_constant_schedule_can_be_extended(tmp_path):
     constant = dataclasses.replace(TRAINING, schedule="constant")
     assert inputs(tmp_path, training=constant, steps=9) == inputs(tmp_path, training=constant)

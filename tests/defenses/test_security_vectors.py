@@ -115,7 +115,7 @@ def test_phase_2_leaves_vectors_and_the_given_model_bit_for_bit(model, vectors):
 def test_verbs_leave_their_rows_as_they_are(model, vectors):
     rows = [dict(row) for row in CHAT]
     aligned = align(model, {"all": rows}, task=None, training=BRIEF)
-    finetune(aligned, rows, vectors=vectors, training=BRIEF)
+    finetune(model, rows, vectors=vectors, training=BRIEF)
     train_vectors(aligned, rows, SPEC, benign=rows, training=dataclasses.replace(STEADY, max_steps=2))
     assert rows == CHAT
 

@@ -10,9 +10,10 @@ import pytest
 from secvec_jax.config import Training
 from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.rows import row
-from secvec_jax.defenses.finetuning import examples_of, groups_of, hold_out, train_model
-from secvec_jax.defenses.inputs import row_keys
-from secvec_jax.defenses.security_vectors import finetune, train_vectors
+from secvec_jax.defenses.finetuning import examples_of, train_model
+from secvec_jax.defenses.held_out import hold_out
+from secvec_jax.defenses.inputs import groups_of, row_keys
+from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.recipes.align import Align
 from secvec_jax.recipes.finetune import Finetune
@@ -21,6 +22,7 @@ from secvec_jax.recipes.vectors import Vectors
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint, num_parameters
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.steering import Steering
 from tests.toys import losses_alone, tiny_model
 
 ROWS = [row(f"What is {n}?", f"It is {n * n}.") for n in range(12)]
@@ -164,6 +166,40 @@ def test_the_best_step_is_refused_where_no_checkpoint_could_keep_it():
     ):
         with pytest.raises(UserError, match="best is 'loss/all', and without checkpoints"):
             asked()
+
+
+def test_vectors_that_were_never_trained_are_reported(caplog, vectors):
+    short, model = Training(**(vars(TRAINING) | {"max_steps": 1})), tiny_model()
+    train(vectors=vectors, training=short)
+    assert "change nothing" not in caplog.text
+    for spec in (LoRA(rank=2), Steering()):
+        caplog.clear()
+        train(vectors=(vectors, spec.init(model.architecture, jax.random.key(0))), training=short)
+        assert f"{spec!r}, " in caplog.text and "parameters) change nothing" in caplog.text
+
+
+def test_a_warmup_as_long_as_the_training_is_reported(caplog):
+    for warmup_steps, steps in ((9, 5), (5, 5), (4, 5), (3, 1)):  # the last is the default
+        caplog.clear()
+        train(training=Training(**(vars(TRAINING) | {"warmup_steps": warmup_steps, "max_steps": steps})))
+        reported = f"warmup_steps is {warmup_steps}, and the training has 5 steps: the learning rate reaches 0.05"
+        assert (reported in caplog.text) == (warmup_steps >= steps > 1)
+    caplog.clear()
+    cross_entropy = {"phase1": Phase1("cross_entropy"), "training": Training(warmup_steps=9, max_steps=2)}
+    train_vectors(tiny_model(), ROWS, LoRA(rank=2), **cross_entropy)
+    assert "warmup_steps is 9, and the training has 2 steps" in caplog.text
+
+
+def test_validation_rows_that_are_trained_on_are_counted(caplog):
+    short = Training(**(vars(TRAINING) | {"max_steps": 1}))
+    train(EVAL_ROWS, training=short)
+    assert "validation rows are also" not in caplog.text
+    train({"old": [*EVAL_ROWS, ROWS[3]], "new": [dict(ROWS[5])]}, training=short, rows={"a": ROWS[:5], "b": ROWS[5:]})
+    assert "2 of 7 validation rows are also among the rows to train on" in caplog.text
+    caplog.clear()
+    examples = examples_of(tiny_model(), ROWS)
+    train(examples[:3], training=short, rows=examples)
+    assert "3 of 3 validation rows are also" in caplog.text
 
 
 def test_a_training_says_what_it_is_about_to_do_and_at_which_rate_and_epoch_it_is(caplog, vectors):

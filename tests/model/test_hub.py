@@ -254,3 +254,14 @@ def test_a_save_that_fails_leaves_the_old_model(tiny_model, tmp_path, monkeypatc
     new.save(tmp_path / "out")
     assert hub.load(tmp_path / "out").fingerprint == new.fingerprint
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_fingerprint_of_a_model_that_is_changed_in_place_is_that_of_its_weights(tiny_model, tmp_path):
+    tiny_model("llama").model.save(tmp_path / "m")
+    model = hub.load(tmp_path / "m")
+    before = model.fingerprint
+    assert model.fingerprint is before, "it is computed once"
+    kernel = model.backbone.layers.mlp.up_proj.kernel
+    kernel[...] = kernel[...].at[0].set(0.0)
+    model.save(tmp_path / "changed")
+    assert model.fingerprint == hub.load(tmp_path / "changed").fingerprint != before

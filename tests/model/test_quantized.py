@@ -249,6 +249,18 @@ def test_no_more_is_read_than_is_quantized_at_a_time(tiny_model, monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "nf4"])
+def test_another_model_in_place_of_its_files_is_not_saved_as_the_one_that_was_loaded(tiny_model, tmp_path, precision):
+    tiny_model("llama").model.save(tmp_path / "m")
+    loaded = hub.load(tmp_path / "m", precision)
+    loaded.save(tmp_path / "copy")
+    tiny_model("llama", seed=1).model.save(tmp_path / "m")
+    for use in (lambda: loaded.save(tmp_path / "copy"), lambda: loaded.fingerprint):
+        with pytest.raises(UserError, match="has changed since the model was loaded: load the model again"):
+            use()
+    assert hub.load(tmp_path / "copy").fingerprint == tiny_model("llama").model.fingerprint
+
+
 @pytest.mark.release
 @pytest.mark.slow
 def test_the_loss_of_the_embedded_model_stays_near_that_in_float32():

@@ -394,11 +394,11 @@ def test_the_command_asks_the_prompts_that_the_function_asks(tmp_path, monkeypat
     kinds = dict.fromkeys(("harmful", "benign", "data"), str(file))
     settings = recipe.AuditRun(before="a", after="b", max_prompts=4, **kinds)
     asked = audit_stages.AuditRequest({}, functools.partial(recipe._loaded, settings), None, sv.Limits(), 4, 16)
-    prompts, data, available = audit_stages._prompts(asked, tiny_model())
+    prompts, data, available = audit_stages._prompts(asked, tiny_model(), [])
     assert prompts.harmful == prompts.benign == [f"What is {number}?" for number in (0, 3, 6, 9)]
     assert [prompt_of(row) for row in data] == prompts.harmful
     assert available == {"harmful": 12, "benign": 12}, "of which the note tells"
-    monkeypatch.setattr(recipe, "audited", lambda asked, stages: audit_stages._prompts(asked, tiny_model()))
+    monkeypatch.setattr(recipe, "audited", lambda asked, stages: audit_stages._prompts(asked, tiny_model(), []))
     for given in (kinds, dict.fromkeys(kinds, file), dict.fromkeys(kinds, rows)):
         found = sv.audit(tiny_model(), tiny_model(), max_prompts=4, progress=False, **given)
         assert found == (prompts, data, available)
@@ -424,7 +424,7 @@ def test_a_value_is_audited_by_asking_it(judge_server, own_cache):
     rows = [{"prompt": f"What is {number}?", "response": "The quick brown fox"} for number in range(10)]
     model = tiny_model()
     found = sv.audit(
-        model, model, unaligned=model, harmful=rows, benign=rows, data=rows, reply_tokens=4, progress=False,
+        model, model, unaligned=model, harmful=rows + rows[:2], benign=rows, data=rows, reply_tokens=4, progress=False,
         judge=Judge("m", judge_server.url),
         limits=sv.Limits(compliance=0.3, over_refusal=0.3, prefill=0.3),
     )  # fmt: skip
@@ -434,6 +434,8 @@ def test_a_value_is_audited_by_asking_it(judge_server, own_cache):
     assert [sample.role for sample in found.samples].count("after") == 20
     assert found.samples[0].reply == sv.generate(model, rows[:1], max_new_tokens=4, temperature=0)[0]
     assert all(line.difference.value == 0.0 for line in found.lines)
+    assert "2 of 12 harmful prompts are copies of others, and are left out." in found.notes
+    assert "Both models compute the same on every prompt: check that they are not one model." in found.notes
     assert {"harmful_loss", "data_loss"} <= {line.metric for line in found.lines}
     assert set(found.seconds) == {"unaligned", "before", "after", "general", "judge's endpoint", "judge"}
     assert found._repr_html_().count('<table class="lines">') == 2

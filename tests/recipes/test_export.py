@@ -99,6 +99,27 @@ def test_the_task_is_exported_separately_and_merges_into_the_same_weights(runs, 
     assert np.abs(kernel - before).max() > 1e-4
 
 
+def test_scores_of_another_model_are_refused(runs, tmp_path):
+    """Also those of the same model with other adapters; the card would show them as those of the exported model."""
+    task, out = str(runs / "tuned/task"), str(tmp_path / "out")
+    few = {"harmful": (str(runs / "rows.jsonl"),), "benign": (), "limit": 2, "reply_tokens": 4}
+    score(ScoreRun(str(runs / "aligned"), (task,), **few, out=str(tmp_path / "with_task")), "")
+    for model, scores, adapters, hint in (
+        ("aligned", str(runs / "score"), (), r"scored another model \(.*tuned/model\) than .*aligned, so"),
+        (
+            "aligned",
+            str(tmp_path / "with_task"),
+            (),
+            "scored the model with .*task, and it is exported with no adapters",
+        ),
+        ("tuned", str(tmp_path / "with_task"), (), "scored another model"),
+    ):
+        with pytest.raises(UserError, match=hint):
+            export(Export(str(runs / model), adapters, scores=(scores,), out=out), "")
+    export(Export(str(runs / "aligned"), (str(runs / "tuned"),), scores=(str(tmp_path / "with_task"),), out=out), "")
+    assert "Merged into these weights after that: " in (tmp_path / "out/README.md").read_text()
+
+
 @pytest.mark.parametrize("form", ["vectors/security.safetensors", "vectors/peft"])
 def test_vectors_stay_behind_unless_asked(runs, tmp_path, form):
     settings = Export(str(runs / "aligned"), (str(runs / "vectors" / form),), out=str(tmp_path / "out"))

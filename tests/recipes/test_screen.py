@@ -1,5 +1,6 @@
 """`eval.py screen`: scores in the data's order, a threshold from known rows, no text longer than a clipped line."""
 
+import dataclasses
 import json
 import os
 
@@ -89,6 +90,8 @@ def test_rows_are_screened_in_a_notebook(files):
         sv.screen(tiny.model, vectors, CALM, harmful=SHOUT)
     with pytest.raises(UserError, match="vectors is None"):
         sv.screen(tiny.model, None, CALM)
+    with pytest.raises(UserError, match="2 vectors are given: pass the security vectors that rows"):
+        sv.screen(tiny.model, [vectors, dataclasses.replace(vectors)], CALM)
 
 
 @pytest.mark.parametrize(

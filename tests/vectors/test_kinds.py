@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import secvec_jax as sv
 from secvec_jax.config import Training
 from secvec_jax.data.chat import prompt_tokens
+from secvec_jax.defenses.advice import Advice
+from secvec_jax.defenses.identity import content_of
 from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import mean_losses
@@ -22,10 +25,12 @@ from secvec_jax.training.loss import token_cross_entropy
 from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import KINDS, kind_of
 from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.origin import Origin
 from secvec_jax.vectors.prompt import SoftPrompt
 from secvec_jax.vectors.steering import Steering
 from secvec_jax.vectors.store import load_vectors, save_vectors
-from tests.toys import random_examples
+from tests.toys import random_decoder, random_examples
+from tests.toys import tiny_model as toy_model
 
 SPECS = {"lora": LoRA(rank=3), "steering": Steering(scale=2.0), "prompt": SoftPrompt(virtual_tokens=5, scale=2.0)}
 
@@ -218,3 +223,39 @@ def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, k
         spread = run()
     np.testing.assert_allclose(spread[0], alone[0], rtol=2e-5)
     assert spread[1] == alone[1]
+
+
+def test_vectors_in_memory_are_refused_for_another_model_of_the_same_shape():
+    rows = [{"prompt": "What is the capital?", "response": "The capital of France is Paris."}] * 2
+    model, training = toy_model(), Training(max_steps=1, batch_size=1, max_seq_len=64)
+    other = dataclasses.replace(model, backbone=random_decoder(1))
+    trained = train_vectors(model, rows, LoRA(rank=3), phase1=Phase1("cross_entropy"), training=training)
+    task = finetune(model, rows, vectors=trained, task=LoRA(rank=3), training=training).adapter
+    uses = {
+        "finetune": lambda: finetune(other, rows, vectors=trained, training=training),
+        "a task": lambda: finetune(other, rows, vectors=None, task=task, training=training),
+        "a defense": lambda: sv.defend(other, rows, "security vectors", vectors=trained, training=training),
+        "generate": lambda: generate(other, ["Hello"], vectors=[trained]),
+        "screen": lambda: sv.screen(other, trained, rows),
+        "score": lambda: sv.score(other, vectors=trained, harmful=rows, benign=rows),
+        "save": lambda: save_vectors(trained, "never.safetensors", other),
+    }
+    for name, use in uses.items():
+        with pytest.raises(UserError, match=r"made for another backbone \(tiny"):
+            pytest.fail(f"accepted: {name}, {use()}")
+    copy = dataclasses.replace(other, backbone=random_decoder(0))  # as a model that is loaded twice
+    assert len(generate(copy, ["Hello"], vectors=trained, max_new_tokens=1)) == 1
+    elsewhere = dataclasses.replace(trained, origin=None)
+    assert len(generate(other, ["Hello"], vectors=elsewhere, max_new_tokens=1)) == 1
+
+
+def test_the_origin_of_vectors_goes_into_their_file_and_changes_no_program(tmp_path):
+    model = toy_model()
+    plain = filled(LoRA(rank=3), model)
+    trained = dataclasses.replace(plain, origin=Origin(model.fingerprint, model.name, "nf4"))
+    assert jax.tree.structure(trained) == jax.tree.structure(plain) and content_of(trained) == content_of(plain)
+    save_vectors(trained, tmp_path / "v.safetensors", model)  # whose weights are float32
+    assert load_vectors(tmp_path / "v.safetensors", model).origin == trained.origin
+    rows, training = [{"prompt": "Hello", "response": "Hi."}], Training(max_steps=1, batch_size=1, max_seq_len=64)
+    with pytest.warns(Advice, match="trained over nf4 weights, and the model's are float32"):
+        finetune(model, rows, vectors=trained, training=training)
