@@ -250,8 +250,8 @@ def finetune(
 
 def _files(vectors: VectorsLike) -> list[str]:
     """The vectors that are given as files."""
-    given = vectors if isinstance(vectors, list | tuple) else [vectors]
-    return [os.fspath(item) for item in given if isinstance(item, str | os.PathLike)]
+    items = vectors if isinstance(vectors, list | tuple) else [vectors]
+    return [os.fspath(item) for item in items if isinstance(item, str | os.PathLike)]
 
 
 def _other_precision(file: str, model: Model) -> str | None:

@@ -125,8 +125,8 @@ class SeedWorkspace:
             return enough_beginnings(compliant_beginnings(self.base, suite.harmful, suite.refusals, progress))
 
         with self._locked("beginnings"):
-            found: list[Beginning | None] = self.workspace.stages.run("beginnings", work)
-        return found
+            prefills: list[Beginning | None] = self.workspace.stages.run("beginnings", work)
+        return prefills
 
     @cached_property
     def aligned_replies(self) -> list[str]:
@@ -144,8 +144,8 @@ class SeedWorkspace:
             )
 
         with self._locked("aligned replies"):
-            found: list[str] = self.workspace.stage("aligned replies", work)
-        return found
+            replies: list[str] = self.workspace.stage("aligned replies", work)
+        return replies
 
     def safe_rows(self, attack: str) -> list[Any]:
         """The defender's rows that teach the opposite of the attack."""
