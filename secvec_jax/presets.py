@@ -85,10 +85,10 @@ def holds(settings: Any) -> bool:
 
     settings: those of a verb whose `preset` names one, and which may override it.
     """
-    found = preset_of(type(settings), config.to_dict(settings))
-    if found is None:
+    chosen = preset_of(type(settings), config.to_dict(settings))
+    if chosen is None:
         return False
-    preset, values = found
+    preset, values = chosen
     if preset.platform == "cpu":
         return True
     has_task = getattr(settings, "task_lora", None) is not None
@@ -111,13 +111,13 @@ def section_of(verb: str, on_topology: bool = False) -> Section:
     """
 
     def section(preset: Preset, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = getattr(preset, verb)
-        if not found:
+        section_values: Mapping[str, Any] = getattr(preset, verb)
+        if not section_values:
             usable = [name for name, each in presets().items() if each.topology or not on_topology]
             others = [name for name in usable if getattr(presets()[name], verb)]
             use = f", or use {' or '.join(others)}" if others else ""
             raise UserError(f"this preset has no settings for {verb}: leave it out{use}")
-        return found
+        return section_values
 
     return section
 

@@ -29,8 +29,8 @@ def printable(text: str, keep: str = "") -> str:
 
 def hidden(text: str, keep: str = "\n\r\t") -> str:
     """Return the first character that `printable` changes, as its escape; "" if there is none."""
-    found = (match[0] for match in _HIDDEN.finditer(text))
-    return next((_escaped(char) for char in found if char not in keep), "")
+    hidden_characters = (match[0] for match in _HIDDEN.finditer(text))
+    return next((_escaped(char) for char in hidden_characters if char not in keep), "")
 
 
 def _escaped(char: str) -> str:

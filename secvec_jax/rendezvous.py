@@ -173,7 +173,7 @@ class Rendezvous:
             )
 
     async def _connect(self, record: Record) -> asyncio.StreamReader:
-        where, deadline = f"{self._host}:{self._port}", self._loop.time() + self._timeout
+        address, deadline = f"{self._host}:{self._port}", self._loop.time() + self._timeout
         while True:
             try:
                 reader, writer = await asyncio.wait_for(
@@ -183,7 +183,7 @@ class Rendezvous:
             except OSError as error:  # not listening yet; includes timeouts
                 if self._loop.time() > deadline:
                     raise UserError(
-                        f"process 0 of {self._processes} does not answer at {where} within {self._timeout:g} s "
+                        f"process 0 of {self._processes} does not answer at {address} within {self._timeout:g} s "
                         f"({error.strerror or type(error).__name__}): start it, and check the address and the firewall"
                     ) from error
                 await asyncio.sleep(0.1)
@@ -193,7 +193,7 @@ class Rendezvous:
             answer = json.loads(await asyncio.wait_for(reader.readline(), self._timeout))
             refusal = answer["welcome"]
         except (OSError, ValueError, TypeError, KeyError):
-            raise UserError(f"what listens at {where} is not process 0 of this command: check --cluster") from None
+            raise UserError(f"what listens at {address} is not process 0 of this command: check --cluster") from None
         if refusal is not None:
             raise UserError(refusal)
         return reader

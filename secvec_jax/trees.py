@@ -133,9 +133,9 @@ def pieces(array: jax.Array | np.ndarray | InPieces, rows: int | None = None) ->
 
 def _with_replicated_rows(array: jax.Array) -> jax.Array:
     """Return the array with its first axis replicated, so that a block of rows is gathered without the others."""
-    where = cast(NamedSharding, array.sharding)
-    axes: list[Any] = [*where.spec, *[None] * (array.ndim - len(where.spec))]
-    mesh, first, others = where.mesh, axes[0], axes[1:]
+    sharding = cast(NamedSharding, array.sharding)
+    axes: list[Any] = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
+    mesh, first, others = sharding.mesh, axes[0], axes[1:]
     if first is None:
         return array
     if others:
@@ -146,8 +146,8 @@ def _with_replicated_rows(array: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _slice(array: jax.Array, start: int, size: int, where: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(array, start, size), where)
+def _slice(array: jax.Array, start: int, size: int, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(array, start, size), sharding)
 
 
 @jax.jit

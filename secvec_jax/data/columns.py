@@ -43,25 +43,25 @@ class Columns:
         """
         if mapping is not None and not isinstance(mapping, Mapping):
             raise UserError(f"columns is {shown(mapping)}: pass a dict, such as {{'prompt': 'user_text'}}")
-        found: dict[str, str] = {}
+        column_of: dict[str, str] = {}
         for name, column in (mapping or {}).items():
             field = _FIELDS.get(name) if isinstance(name, str) else None
             if field is None:
                 raise UserError(f"no field of a row is named {shown(name)}; {hint(name, _FIELDS)}")
             if not isinstance(column, str) or not column:
                 raise UserError(f"the column of {name!r} is {shown(column)}: pass its name")
-            if field in found:
+            if field in column_of:
                 raise UserError(f"{name!r} is the same field as another that is mapped, {field!r}: map it once")
-            if column in found.values():
+            if column in column_of.values():
                 raise UserError(f"the column {shown(column)} is mapped twice: map it to one field")
-            found[field] = column
-        pair = found.keys() & _PAIR
-        if "messages" in found and pair:
+            column_of[field] = column
+        pair = column_of.keys() & _PAIR
+        if "messages" in column_of and pair:
             raise UserError(f"'messages' is a whole conversation: map either it or {min(pair)!r}")
-        taken = tuple(found.values())
+        taken = tuple(column_of.values())
         columns = {field: tuple(name for name in names if name not in taken) for field, names in _KNOWN.items()}
-        columns |= dict.fromkeys(_PAIR if "messages" in found else ("messages",) if pair else (), ())
-        return cls(**columns | {field: (column,) for field, column in found.items()}, mapped=taken)
+        columns |= dict.fromkeys(_PAIR if "messages" in column_of else ("messages",) if pair else (), ())
+        return cls(**columns | {field: (column,) for field, column in column_of.items()}, mapped=taken)
 
 
 KNOWN = Columns()

@@ -42,14 +42,14 @@ def _control_tokens(tokenizer: Any, template: str | None, state: tuple[Any, ...]
 def spelled(tokenizer: Any, messages: Sequence[Message]) -> list[str]:
     """The control tokens that the turns spell, the longest first."""
     texts = [turn["content"] for turn in messages]
-    found = [
+    tokens = [
         token
         for first, tokens in _by_first_character(control_tokens(tokenizer)).items()
         if any(first in text for text in texts)
         for token in tokens
         if any(token in text for text in texts)
     ]
-    return sorted(found, key=len, reverse=True)
+    return sorted(tokens, key=len, reverse=True)
 
 
 @functools.lru_cache(maxsize=8)

@@ -139,16 +139,16 @@ def encode_rows(
             raise UserError(f"every row of {name} is longer than {max_length} tokens: raise `max_seq_len`")
         shortened = []
     elif shortened:
-        what = f"have answers cut at {max_length} tokens: raise `max_seq_len`, or set `long_rows`"
-        _warn(shortened, len(rows), what, where)
+        description = f"have answers cut at {max_length} tokens: raise `max_seq_len`, or set `long_rows`"
+        _warn(shortened, len(rows), description, where)
     if results.spelled:
-        what = "plain text" if control_tokens == "text" else "the tokens"
-        _warn(sorted(results.spelled), len(rows), f"spell control tokens, which are learned as {what}", where)
+        form = "plain text" if control_tokens == "text" else "the tokens"
+        _warn(sorted(results.spelled), len(rows), f"spell control tokens, which are learned as {form}", where)
     if results.hidden:
         index = min(results.hidden)
         first = next(filter(None, (hidden(turn["content"]) for turn in rows[index]["messages"])))
-        what = f"contain control or invisible characters ({first} in the first), which are learned as they are"
-        _warn(sorted(results.hidden), len(rows), what, where)
+        description = f"contain control or invisible characters ({first} in the first), which are learned as they are"
+        _warn(sorted(results.hidden), len(rows), description, where)
     lengths, prompt_lengths, agreeing, following = results.numbers[:, list(kept)]
     prompts = PromptIndex(results.first, prompt_lengths, agreeing, following)
     return Examples(lambda index: encode(index)[0], rows, kept, lengths, prompts, len(shortened))
@@ -222,11 +222,11 @@ def _gather_results(results: _EncodingResults) -> _EncodingResults:
     return merged
 
 
-def _warn(indices: Sequence[int], count: int, what: str, where: Callable[[int], str]) -> None:
+def _warn(indices: Sequence[int], count: int, description: str, where: Callable[[int], str]) -> None:
     if is_main_process():
         first = "; ".join(where(index) for index in indices[:_MAX_NAMED])
         more = _more(len(indices) - _MAX_NAMED)
-        _log.warning("%d of %d rows %s: %s%s", len(indices), count, what, first, more)
+        _log.warning("%d of %d rows %s: %s%s", len(indices), count, description, first, more)
 
 
 def _more(count: int) -> str:

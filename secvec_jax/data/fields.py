@@ -60,8 +60,8 @@ def check_record(record: Mapping[str, Any], used: Collection[str], where: str, i
         if not (_is_scalar(value) or _is_repeated(value, used_texts)):
             unknown.append(str(name))
     if unknown:
-        what = f"may contain training data but are not read (fields read: {', '.join(map(str, used))})"
-        _refuse(unknown, where, what, ", rename or map them (FILE:FIELD=COLUMN)")
+        problem = f"may contain training data but are not read (fields read: {', '.join(map(str, used))})"
+        _refuse(unknown, where, problem, ", rename or map them (FILE:FIELD=COLUMN)")
 
 
 def check_turn(turn: Mapping[str, Any], used: Collection[str], where: str, ignore: Collection[str]) -> None:
@@ -109,10 +109,10 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, list | tuple) and all(map(is_empty, value)))
 
 
-def _refuse(unknown: Collection[str], where: str, what: str, fix: str) -> None:
+def _refuse(unknown: Collection[str], where: str, problem: str, fix: str) -> None:
     named = ", ".join(f"`{' '.join(name.split())}`" for name in sorted(unknown))
     raise UserError(
-        f"{where}: unknown fields {named} {what}{meant(unknown)}; remove{fix}, or name them in "
+        f"{where}: unknown fields {named} {problem}{meant(unknown)}; remove{fix}, or name them in "
         "--ignore-fields (in Python, ignore_fields)"
     )
 

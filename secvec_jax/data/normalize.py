@@ -123,8 +123,8 @@ def _checked_again(rows: Rows[Row], needs_answer: bool, name: str) -> Rows[Row]:
         raise UserError(f"{name} holds no rows; {ACCEPTED_FORMS}")
     if rows.answered or not needs_answer:
         return rows
-    for index, found in enumerate(rows):
-        check_answer(found, rows.where(index))
+    for index, each in enumerate(rows):
+        check_answer(each, rows.where(index))
     return Rows(rows.__getitem__, len(rows), rows.where, answered=True)
 
 

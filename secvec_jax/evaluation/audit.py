@@ -295,21 +295,21 @@ def changes(
 
     kl: of the first benign prompts' replies; None: it was not measured.
     """
-    chosen, several = lengths_given(beginnings)
+    chosen, lengths = lengths_given(beginnings)
     ranked: list[tuple[float, Change]] = []
     for index, prompt in enumerate(prompts.harmful):
-        what = _moved(before.metrics, after.metrics, index, _REPLY_VERDICTS)
-        weight = 2.0 * len(what)
+        moves = _moved(before.metrics, after.metrics, index, _REPLY_VERDICTS)
+        weight = 2.0 * len(moves)
         if index in chosen:
             at = chosen.index(index)
-            for given in several:
-                words = {f"prefill_{given}": (f"after {given} tokens turns away", f"after {given} tokens goes on")}
-                what += _flipped(before.metrics, after.metrics, at, words)
-        ranked.append((weight + len(what), _change("harmful", prompt, what, before, after, index)))
+            for length in lengths:
+                words = {f"prefill_{length}": (f"after {length} tokens turns away", f"after {length} tokens goes on")}
+                moves += _flipped(before.metrics, after.metrics, at, words)
+        ranked.append((weight + len(moves), _change("harmful", prompt, moves, before, after, index)))
     for index, prompt in enumerate(prompts.benign):
-        what = _flipped(before.metrics, after.metrics, index, {"over_refusal": ("refuses", "answers")})
+        moves = _flipped(before.metrics, after.metrics, index, {"over_refusal": ("refuses", "answers")})
         distance = 0.0 if kl is None or index >= len(kl) else min(kl[index], 1.0)
-        ranked.append((3.0 * len(what) + distance, _change("benign", prompt, what, before, after, index)))
+        ranked.append((3.0 * len(moves) + distance, _change("benign", prompt, moves, before, after, index)))
     changed = [(weight, change) for weight, change in ranked if change.what]
     return tuple(change for _, change in sorted(changed, key=lambda pair: -pair[0])[:_CHANGES])
 
@@ -336,10 +336,10 @@ def _flipped(before: Outcomes, after: Outcomes, index: int, words: Mapping[str, 
 def _change(
     kind: Literal["harmful", "benign"],
     prompt: Prompt,
-    what: Sequence[str],
+    moves: Sequence[str],
     before: Measured,
     after: Measured,
     index: int,
 ) -> Change:
     lines = [clip(answer_of(getattr(side, f"{kind}_replies")[index])) for side in (before, after)]
-    return Change(kind, clip(last_user_text(prompt), 70), "; ".join(what), *lines)
+    return Change(kind, clip(last_user_text(prompt), 70), "; ".join(moves), *lines)

@@ -285,9 +285,9 @@ class _Endpoint:
         tokens = (_count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens")))
         return redact(text or "", *self._secrets), tokens
 
-    def _unreachable(self, what: str) -> UserError:
+    def _unreachable(self, problem: str) -> UserError:
         return UserError(
-            f"the judge at {self._judge.url} {what} (attempts: {self._attempts}): check that it is running, "
+            f"the judge at {self._judge.url} {problem} (attempts: {self._attempts}): check that it is running, "
             "then rerun the same command to resume"
         )
 
@@ -296,10 +296,10 @@ class _Endpoint:
         judge = self._judge
         if 300 <= status < 400:
             to = urlsplit(headers.get("location", ""))
-            where = redact(f"{to.scheme}://{to.netloc}", *self._secrets) if to.netloc else "another path"
+            target = redact(f"{to.scheme}://{to.netloc}", *self._secrets) if to.netloc else "another path"
             return (
-                f"the judge at {judge.url} redirects to {where} ({status}); redirects are not followed: if prompts and "
-                "replies may be sent there, pass that URL as --judge-url"
+                f"the judge at {judge.url} redirects to {target} ({status}); redirects are not followed: if prompts "
+                "and replies may be sent there, pass that URL as --judge-url"
             )
         if status in (401, 403):
             return f"the judge at {judge.url} rejected the key ({status}): set ${judge.asking.key_variable}"

@@ -137,8 +137,8 @@ def _by_seed(axis_values: tuple, group: pd.DataFrame, axes: Sequence[str]) -> di
     """Seed -> record, of the cells with these values of the axes."""
     mixed = [name for name in group if name not in (*axes, "seed", "record") and group[name].nunique() > 1]
     if mixed:
-        where = fields_text(dict(zip(axes, axis_values, strict=True)))
-        raise UserError(f"cells with {where} differ in {quoted(mixed)}: use it in rows or columns")
+        position = fields_text(dict(zip(axes, axis_values, strict=True)))
+        raise UserError(f"cells with {position} differ in {quoted(mixed)}: use it in rows or columns")
     by_seed: dict[int, Record] = {}
     for seed, record in zip(group["seed"], group["record"], strict=True):
         if seed in by_seed:

@@ -45,9 +45,9 @@ class TerminalTables:
                 yield ""
             yield table
         num_metrics = len(in_order([row for _, row in self.named]))
-        for count, shown, what in ((len(self.named), _MAX_ROWS, "rows"), (num_metrics, _MAX_METRICS, "metrics")):
+        for count, shown, kind in ((len(self.named), _MAX_ROWS, "rows"), (num_metrics, _MAX_METRICS, "metrics")):
             if count > shown:
-                yield f"{count - shown:,} more {what} are in results.json"
+                yield f"{count - shown:,} more {kind} are in results.json"
 
     def _widest(self, console: Console, options: ConsoleOptions) -> list[Table]:
         """The tables with as many columns each as the console takes."""

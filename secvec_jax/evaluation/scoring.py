@@ -69,15 +69,17 @@ def outcomes_with_system(
 
     Their metrics end in "_system". vectors, on_reply: as in `outcomes`; there are `num_replies` replies in total.
     """
-    found = outcomes(model, suite, vectors, on_reply)
+    results = outcomes(model, suite, vectors, on_reply)
     if system is None:
-        return found
+        return results
     once_more = _once_more(suite, system)
-    under_it = outcomes(model, once_more, vectors, lambda done: on_reply(suite.size + done))
-    unfinished = (part.pop("unfinished", [0.0] * asked.size) for part, asked in ((found, suite), (under_it, once_more)))
+    system_results = outcomes(model, once_more, vectors, lambda done: on_reply(suite.size + done))
+    unfinished = (
+        part.pop("unfinished", [0.0] * asked.size) for part, asked in ((results, suite), (system_results, once_more))
+    )
     replies_unfinished = [flag for flags in unfinished for flag in flags]
-    found |= {f"{metric}_system": values for metric, values in under_it.items()}
-    return found | ({"unfinished": replies_unfinished} if any(replies_unfinished) else {})
+    results |= {f"{metric}_system": values for metric, values in system_results.items()}
+    return results | ({"unfinished": replies_unfinished} if any(replies_unfinished) else {})
 
 
 def num_replies(suite: Suite, system: str | None) -> int:
@@ -118,16 +120,16 @@ def make_suite(
     )
 
 
-def _prompts(given: Any, limit: int) -> Sequence[Row]:
+def _prompts(source: Any, limit: int) -> Sequence[Row]:
     """At most `limit` rows of each named source, or of the rows that are given."""
-    if isinstance(given, str) or (isinstance(given, list | tuple) and given and isinstance(given[0], str)):
-        return load_prompts([given] if isinstance(given, str) else given, limit)
-    return _rows(given, needs_answer=False)[:limit]
+    if isinstance(source, str) or (isinstance(source, list | tuple) and source and isinstance(source[0], str)):
+        return load_prompts([source] if isinstance(source, str) else source, limit)
+    return _rows(source, needs_answer=False)[:limit]
 
 
-def _rows(given: Any, needs_answer: bool = True) -> Sequence[Row]:
-    empty = given is None or (isinstance(given, list | tuple) and not given)
-    return () if empty else named_or_given(given, needs_answer)
+def _rows(source: Any, needs_answer: bool = True) -> Sequence[Row]:
+    empty = source is None or (isinstance(source, list | tuple) and not source)
+    return () if empty else named_or_given(source, needs_answer)
 
 
 def _answer_tokens(model: Model, questions: Sequence[Row]) -> int:

@@ -197,12 +197,12 @@ def precision_recall_f1(flagged: Sequence[bool], labels: Sequence[bool]) -> tupl
     )
 
 
-def _checked_rows(values: Sequence[float], labels: Sequence[bool], what: str) -> tuple[np.ndarray, np.ndarray]:
+def _checked_rows(values: Sequence[float], labels: Sequence[bool], kind: str) -> tuple[np.ndarray, np.ndarray]:
     numbers, truth = np.asarray(values, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     if numbers.ndim != 1 or numbers.shape != truth.shape:
-        raise UserError(f"{numbers.shape} {what} for {truth.shape} labels: pass one of each per row, in the same order")
+        raise UserError(f"{numbers.shape} {kind} for {truth.shape} labels: pass one of each per row, in the same order")
     if np.isnan(numbers).any() or not np.isin(truth, (0, 1)).all():
-        raise UserError(f"{what} must be numbers and labels true or false (1 or 0): drop or repair rows without them")
+        raise UserError(f"{kind} must be numbers and labels true or false (1 or 0): drop or repair rows without them")
     return numbers, truth == 1
 
 

@@ -144,8 +144,8 @@ class SeedWorkspace:
             return compliant_beginnings(self.base, prompts, self.workspace.splits.suite.refusals, progress)
 
         with self._locked(name):
-            found: list[Beginning | None] = self.workspace.stages.run(name, work)
-        return found
+            prefills: list[Beginning | None] = self.workspace.stages.run(name, work)
+        return prefills
 
     def _begun(self, prompts: Sequence[str | list[Message]], beginnings: list[Beginning | None]) -> list[Example]:
         longest, model = str(max(GIVEN)), self.aligned
@@ -171,8 +171,8 @@ class SeedWorkspace:
             )
 
         with self._locked("aligned replies"):
-            found: list[str] = self.workspace.stage("aligned replies", work)
-        return found
+            replies: list[str] = self.workspace.stage("aligned replies", work)
+        return replies
 
     def safe_rows(self, attack: str) -> list[Any]:
         """The defender's rows that teach the opposite of the attack."""

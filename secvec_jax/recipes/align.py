@@ -82,9 +82,9 @@ def align(settings: Align, command: str) -> None:
     run = TrainingRun(settings, command, lambda: {} if settings.data else packaged(sources("held-out")))
 
     def work(stage: Stage) -> dict[str, Any]:
-        given = rows_by_source(settings.data, settings.ignore_fields) if settings.data else None
+        own_rows = rows_by_source(settings.data, settings.ignore_fields) if settings.data else None
         model = load(settings.model, settings.precision)
-        rows = packaged_rows(model, stage) if given is None else given
+        rows = packaged_rows(model, stage) if own_rows is None else own_rows
         _ = run.prompts  # a download that fails should fail before the training
         run.note(preset_choice.line(settings))
         run.note(default_rate(model, settings.training, ALIGN))

@@ -174,7 +174,7 @@ def audit(
     reached.
     """
     names = {"before": before, "after": after, "reference": reference, "unaligned": unaligned}
-    given = {"harmful": harmful, "benign": benign, "data": data}
+    rows_by_kind = {"harmful": harmful, "benign": benign, "data": data}
     check_limits(limits, data is not None, False, judge is not None)
     for role, model in names.items():
         if model is not None or role in ("before", "after"):
@@ -185,7 +185,7 @@ def audit(
             check_not_loaded(frozen_weights, model)
 
     def rows_of(kind: str) -> Sequence[Row] | None:
-        rows = given[kind]
+        rows = rows_by_kind[kind]
         return None if rows is None else named_or_given(rows, needs_answer=kind == "data", name=kind)
 
     request = AuditRequest(
@@ -221,9 +221,9 @@ def _task_lines(settings: AuditRun, tasks: tuple[Any, list[str]], request: Audit
     def work(role: str, stage: Stage) -> list[dict[str, Any]]:
         return task_rows(options, *tasks, stage, request.model(role))
 
-    found = {role: stages.run(f"tasks {role}", partial(work, role)) for role in ("before", "after")}
+    rows_by_role = {role: stages.run(f"tasks {role}", partial(work, role)) for role in ("before", "after")}
     lines = []
-    for before, after in zip(found["before"], found["after"], strict=True):
+    for before, after in zip(rows_by_role["before"], rows_by_role["after"], strict=True):
         for label, score in before["metrics"].items():
             pair = [score, after["metrics"][label]]
             if all(None not in entry["ci95"] for entry in pair):

@@ -145,11 +145,11 @@ def audited(
         return cast(dict[str, Any], values)
 
     roles = [role for role in ("before", "after", "reference") if request.models[role] is not None]
-    found = {role: Measured(**stages.run(role, partial(measured, role), reads=reads.get(role))) for role in roles}
+    by_role = {role: Measured(**stages.run(role, partial(measured, role), reads=reads.get(role))) for role in roles}
 
     def general(stage: Stage) -> dict[str, Any]:
         others = [role for role in roles if role != "before"]
-        replies, count = found["before"].benign_replies, request.max_long_prompts
+        replies, count = by_role["before"].benign_replies, request.max_long_prompts
         return {role: general_kl(before, model_of(role), prompts.benign[:count], replies[:count]) for role in others}
 
     all_files = {label: path for files in reads.values() for label, path in files.items()}
@@ -158,22 +158,22 @@ def audited(
         if isinstance(divergences, str):
             notes.append(f"{role}: {divergences}")
         else:
-            found[role].metrics["kl"] = divergences
+            by_role[role].metrics["kl"] = divergences
     if any(isinstance(divergences, list) for divergences in kl.values()):
-        found["before"].metrics["kl"] = [0.0] * len(prompts.benign[: request.max_long_prompts])
+        by_role["before"].metrics["kl"] = [0.0] * len(prompts.benign[: request.max_long_prompts])
     grades = None
     if request.judge is not None:
-        replies = {role: measured.harmful_replies for role, measured in found.items()}
+        replies = {role: measured.harmful_replies for role, measured in by_role.items()}
         judged = stages.run("judge", partial(_judged, request.judge, prompts, replies), reads=all_files)
         grades = judged["grades"]
         for role, metrics in harm_metrics(grades).items():
-            found[role].metrics.update(metrics)
+            by_role[role].metrics.update(metrics)
         notes += judge_notes(request.judge, judged, request.reply_tokens)
-    if "harmful_loss" in found["before"].metrics and "harmful_loss" not in found["after"].metrics:
+    if "harmful_loss" in by_role["before"].metrics and "harmful_loss" not in by_role["after"].metrics:
         notes.append("Losses are not compared: they are per token, and the models have different vocabularies.")
-    if not any(kl.get("after", ())) and found["after"].metrics == found["before"].metrics:
+    if not any(kl.get("after", ())) and by_role["after"].metrics == by_role["before"].metrics:
         notes.append("Both models compute the same on every prompt: check that they are not one model.")
-    refusal = found["before"].metrics.get("refusal", [])
+    refusal = by_role["before"].metrics.get("refusal", [])
     if refusal and sum(refusal) < _TRUSTED * len(refusal):
         notes.append(
             f"The original model refuses only {round(sum(refusal))} of {len(refusal)} harmful prompts: an audit shows "
@@ -185,14 +185,14 @@ def audited(
             f"The models' weights are quantized to {request.precision}: changes that are smaller than a quantization "
             "step are lost (bfloat16 rounds less)."
         )
-    reference = found["reference"].metrics if "reference" in found else None
-    lines = compared(found["before"].metrics, found["after"].metrics, request.limits, reference)
+    reference = by_role["reference"].metrics if "reference" in by_role else None
+    lines = compared(by_role["before"].metrics, by_role["after"].metrics, request.limits, reference)
     if any(line.prompts_needed for line in lines):
         notes.append(
             f"For more prompts: --max-prompts, up to the {available['harmful']} harmful and {available['benign']} "
             "packaged benign ones (prefill and kl use half), or your own with --harmful and --benign."
         )
-    changed = changes(prompts, found["before"], found["after"], beginnings, found["after"].metrics.get("kl"))
+    changed = changes(prompts, by_role["before"], by_role["after"], beginnings, by_role["after"].metrics.get("kl"))
     names = {role: request.name(role) for role in roles}
     return Audit(
         names["before"],
@@ -202,7 +202,7 @@ def audited(
         tuple(notes),
         names.get("reference"),
         stages.seconds,
-        samples_of(prompts, found, names, beginnings, grades),
+        samples_of(prompts, by_role, names, beginnings, grades),
     )
 
 
@@ -228,10 +228,10 @@ def try_judge(judge: Judge, stages: Stages) -> None:
 
 def _judged(judge: Judge, prompts: AuditPrompts, replies: Mapping[str, Sequence[str]], stage: Stage) -> dict[str, Any]:
     """The judge's grades. Only the main process sends requests."""
-    found: dict[str, Any] = {}
+    grades: dict[str, Any] = {}
     progress = stage.replies(sum(map(len, replies.values())), "grading")
-    on_main_process(lambda: found.update(graded(judge, prompts.harmful, replies, cache_dir() / "verdicts", progress)))
-    first: dict[str, Any] = all_gather_json(found)[0]
+    on_main_process(lambda: grades.update(graded(judge, prompts.harmful, replies, cache_dir() / "verdicts", progress)))
+    first: dict[str, Any] = all_gather_json(grades)[0]
     return first
 
 
@@ -248,8 +248,8 @@ def _beginnings(request: AuditRequest, prompts: AuditPrompts, stage: Stage) -> l
     digest = known(inputs.model, str(source)) if isinstance(source, str | Path) else None
     # A model that is identified by its files need not be loaded.
     model = inputs_of(unaligned()) if digest is None else [digest, request.precision, *settings_of_replies()]
-    found = cached_result("beginnings", [*model, list(prompts.harmful), list(GIVEN)], make, stage.print)
-    return cast(list[Beginning | None], found)
+    prefills = cached_result("beginnings", [*model, list(prompts.harmful), list(GIVEN)], make, stage.print)
+    return cast(list[Beginning | None], prefills)
 
 
 _ORDER = (

@@ -51,12 +51,12 @@ def measured_otherwise(runs: Mapping[str, Results]) -> list[str]:
             for name, run in runs.items()
             if key in run.config and (key in _ALL or "training" not in run.config)
         }
-        found: dict[str, list[str]] = {}
+        runs_by_value: dict[str, list[str]] = {}
         for name, value in values.items():
             if any(value != values[other] and metrics[name] & metrics[other] for other in values):
-                found.setdefault(_shown(value), []).append(name)
-        if found:
-            by_value = (f"{value} in {', '.join(names)}" for value, names in found.items())
+                runs_by_value.setdefault(_shown(value), []).append(name)
+        if runs_by_value:
+            by_value = (f"{value} in {', '.join(names)}" for value, names in runs_by_value.items())
             lines.append(f"--{key.replace('_', '-')} is {'; '.join(by_value)}.")
     return lines
 

@@ -67,10 +67,10 @@ def preflight(work: Work) -> None:
         work.note(sample.over_refusals)
         return {"refusal": sample.refusal.value, "no_refusals": sample.no_refusals}
 
-    found = work.stage("preflight", run)
-    if found is not None and found["no_refusals"] is not None:
+    outcome = work.stage("preflight", run)
+    if outcome is not None and outcome["no_refusals"] is not None:
         raise UserError(
-            f"{found['no_refusals']}: run train.py align --model {work.model_name} --out runs/aligned, with packaged "
+            f"{outcome['no_refusals']}: run train.py align --model {work.model_name} --out runs/aligned, with packaged "
             "rows or --data of your own, and give its --out as the model"
         )
 
@@ -93,14 +93,14 @@ def screen_rows(work: Work, vectors: Vectors) -> Screening:
     def run(stage: Stage) -> dict[str, Any]:
         stage.say("scoring data")
         scored = score_rows(work.model, vectors, work.rows)
-        found = scored.with_known(**_known_scores(work, vectors, stage))
-        on_main_process(lambda: _write_suspects(work, found))
+        screening = scored.with_known(**_known_scores(work, vectors, stage))
+        on_main_process(lambda: _write_suspects(work, screening))
         then = "left out" if work.request.drop else "trained on like all others; --drop leaves them out"
         work.note(
-            f"suspects: {len(found.suspects)} of {len(work.rows)} rows score above {found.threshold:+.2f} nats per "
-            f"token, and are {then}"
+            f"suspects: {len(screening.suspects)} of {len(work.rows)} rows score above {screening.threshold:+.2f} nats "
+            f"per token, and are {then}"
         )
-        return dataclasses.asdict(found)
+        return dataclasses.asdict(screening)
 
     return Screening(**work.stage("screen", run, reads={"the vectors": work.vectors_file}))
 
@@ -207,10 +207,10 @@ def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
             shutil.rmtree(made, ignore_errors=True)
 
     reads = {"the vectors": work.vectors_file, "which rows": of_values(sorted(rows.left_out))}
-    found = work.stage("fine-tune", run, reads=reads, makes=work.made, forget=forget)
-    system: str | None = found["system"]
-    work.has_task_lora = found["task LoRA"]
-    work.facts |= {"drift": found["drift"], "frozen": found["frozen"]} | ({} if system is None else {"system": system})
+    outcome = work.stage("fine-tune", run, reads=reads, makes=work.made, forget=forget)
+    system: str | None = outcome["system"]
+    work.has_task_lora = outcome["task LoRA"]
+    work.facts |= {name: outcome[name] for name in ("drift", "frozen")} | ({} if system is None else {"system": system})
     if "security vectors" in request.defense.reads:
         work.facts["vectors"] = [str(work.vectors_file)]
     return system

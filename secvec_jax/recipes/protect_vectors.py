@@ -51,10 +51,10 @@ def _given_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
     if len(adapters) != 1:
         raise UserError(f"{len(adapters)} vectors are given: pass one, which is also used to screen the rows")
     stage.say("testing the vectors")
-    given = {kind: need for kind, need in _KINDS.items() if need in work.request.given}
+    needs_given = {kind: need for kind, need in _KINDS.items() if need in work.request.given}
     # The packaged rows may be longer than the maximum length that was chosen for the user's.
-    unseen = work.packaged.held_out() if len(given) < len(_KINDS) else {}
-    rows = {kind: work.rows_for(given[kind]) if kind in given else unseen[kind] for kind in _KINDS}
+    unseen = work.packaged.held_out() if len(needs_given) < len(_KINDS) else {}
+    rows = {kind: work.rows_for(needs_given[kind]) if kind in needs_given else unseen[kind] for kind in _KINDS}
     gate = measure_gate(work.model, adapters[0], harmful=rows["harmful"], benign=rows["benign"])
     return cast(Vectors, adapters[0]), gate
 
@@ -72,10 +72,10 @@ def _cached_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
         except UserError as error:
             work.note(f"the vectors are not cached ({error})")
             return _trained_vectors(work, stage)
-        found = entry.read(work.model, work.note)
-        if found is not None:
+        cached = entry.read(work.model, work.note)
+        if cached is not None:
             work.note("vectors: from the cache, trained before for this model and these rows")
-            return found[0], Gate(**found[1])
+            return cached[0], Gate(**cached[1])
         vectors, gate = _trained_vectors(work, stage)
         if gate.failure is None:
             try:

@@ -159,13 +159,13 @@ class Work:
     def needs(self, stage: Stage) -> dict[Need, Callable[[], Any]]:
         """{need: function that returns what is given for it, or what is packaged}."""
         self._stage = stage
-        found: dict[Need, Callable[[], Any]] = {
+        sources: dict[Need, Callable[[], Any]] = {
             need: partial(packaged_with_note, need, make, self.note) for need, make in self.packaged.sources().items()
         }
-        found |= self.request.given
-        if "base model" in found:
-            found["base model"] = lambda: as_model(self.request.given["base model"]())
-        return found
+        sources |= self.request.given
+        if "base model" in sources:
+            sources["base model"] = lambda: as_model(self.request.given["base model"]())
+        return sources
 
     def rows_for(self, need: Need) -> Sequence[Any]:
         """The rows for a need, given or packaged."""

@@ -40,7 +40,8 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
     holds: what kind of adapter it is, for the file's metadata. Security vectors must not be merged into a model for
     use, so their folder is marked as such, and only its owner can read it; other adapters may be merged. Where the
     model fuses several projections into one module (Phi-3), that module's A has the projections' A side by side, and
-    its B is block-diagonal.
+    its B is block-diagonal. Raises UserError if the vectors are not finite, or if `folder` is a file or contains
+    anything but an adapter or a model.
     """
     from safetensors.numpy import save_file
 

@@ -37,7 +37,7 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
     """Write one safetensors file with the vectors, their shape, and the fingerprint of the model's backbone.
 
     The file is marked as security vectors, and only its owner can read it: with the vectors on, the model complies with
-    harmful requests.
+    harmful requests. Raises UserError if the vectors are not finite, or if `path` is a folder.
     """
     from safetensors.numpy import save
 

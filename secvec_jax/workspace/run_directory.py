@@ -198,9 +198,9 @@ def _check_settings(settings: Any, folder: Path) -> bool:
         _check_length(folder, before, now)
         return True
     key = differing[0]
-    what = f"{key} was {_shown(before, key)}, is now {_shown(now, key)}" if before else f"{CONFIG} cannot be read"
+    changed = f"{key} was {_shown(before, key)}, is now {_shown(now, key)}" if before else f"{CONFIG} cannot be read"
     raise UserError(
-        f"{folder} already contains a run with different settings ({what}): pass --overwrite to replace it, or give "
+        f"{folder} already contains a run with different settings ({changed}): pass --overwrite to replace it, or give "
         "another --out"
     )
 
@@ -218,17 +218,19 @@ def _check_length(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> 
     """Raises UserError if what the run has done is not the beginning of a run of the new length."""
     lengths = [f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in sorted(_LENGTH)
                if before.get(key) != now.get(key)]  # fmt: skip
-    what, schedule = ", ".join(lengths), now.get("training.schedule")
+    changed, schedule = ", ".join(lengths), now.get("training.schedule")
     if schedule != "constant":
         raise UserError(
-            f"{folder} already contains a run with different settings ({what}), and it cannot be extended: its "
+            f"{folder} already contains a run with different settings ({changed}), and it cannot be extended: its "
             f"{schedule} schedule depends on the number of steps, so a longer run would have had other learning rates. "
             "Pass --overwrite to train again, or give another --out; runs with --schedule constant can be extended"
         )
     for key in _LENGTH:
         old, new = before.get(key), now.get(key)
         if isinstance(old, int) and isinstance(new, int) and new < old:
-            raise UserError(f"{folder} already contains a longer run ({what}): pass --overwrite, or give another --out")
+            raise UserError(
+                f"{folder} already contains a longer run ({changed}): pass --overwrite, or give another --out"
+            )
 
 
 def _open_stages(folder: Path) -> None:
