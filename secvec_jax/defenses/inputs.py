@@ -38,6 +38,8 @@ def as_options(training: Training, checkpoints: Any, on_step: Any) -> tuple[Chec
     """The checkpoints, given as such or as a folder, and the step callback. Raises UserError if either is invalid."""
     if isinstance(checkpoints, str | os.PathLike):
         folder = path("checkpoints", checkpoints, "a folder")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"checkpoints is {str(folder)!r}, which is a file: pass a folder")
         checkpoints = Checkpoints.of(folder, training)
     instance("checkpoints", checkpoints, (Checkpoints, type(None)), "pass a folder, or None to keep none")
     return checkpoints, None if on_step is None else callback("on_step", on_step)

@@ -92,7 +92,8 @@ def audited(
 ) -> Audit:
     """Measure the models, one stage each, and compare them. reads: of a role, files that its model is read from."""
     notes: list[str] = []
-    _check_held_alike(asked)
+    if held := _check_held_alike(asked):
+        notes.append(held)
     if asked.judge is not None:
         try_judge(asked.judge, stages)
     before = asked.model("before")
@@ -206,19 +207,22 @@ def audited(
     )
 
 
-def _check_held_alike(asked: Asked) -> None:
-    """Raise UserError if the models differ in quantization: an audit would show the rounding."""
+def _check_held_alike(asked: Asked) -> str | None:
+    """A note if the models differ in precision. Raises UserError if one is quantized: the audit would show rounding."""
     held = {
         role: model.precision if isinstance(model, Model) else asked.precision
         for role in ("before", "after", "reference")
         if (model := asked.models[role]) is not None
     }
-    if len(set(held.values())) > 1 and any(map(is_quantized, held.values())):
-        found = ", ".join(f"{role} in {precision}" for role, precision in held.items())
+    if len(set(held.values())) == 1:
+        return None
+    found = ", ".join(f"{role} in {precision}" for role, precision in held.items())
+    if any(map(is_quantized, held.values())):
         raise UserError(
             f"the models' weights differ in precision ({found}), so rounding would look like an effect of training: "
             "load the models in the same precision, with sv.load(NAME, PRECISION)"
         )
+    return f"The models' weights differ in precision ({found}): part of a small difference is rounding."
 
 
 def try_judge(judge: Judge, stages: Stages) -> None:
