@@ -116,12 +116,23 @@ def _parser(name: str, verb: Verb, settings: type) -> "Parser":
         formatter_class=HelpFormatter,
         allow_abbrev=False,  # a flag of a later version would change what an abbreviation means
     )
-    parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file, such as a run's config.yaml")
+    parser.add_argument(
+        "--config", metavar="FILE", action=_Once, help="read settings from a YAML file, such as a run's config.yaml"
+    )
     flags.add_flags(parser, settings)
     if verb.on_devices:
         devices = parser.add_argument_group("devices", flags.summary_of(Cluster))
         flags.add_group(devices, Cluster)
     return parser
+
+
+class _Once(argparse.Action):
+    """A value that may be given once: of two files, argparse would read the last alone."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice, and one file is read: put all settings into one file")
+        setattr(namespace, self.dest, values)
 
 
 def _with_file(path: str, values: dict[str, Any], settings: type) -> dict[str, Any]:

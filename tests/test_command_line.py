@@ -178,6 +178,7 @@ def test_flags(tmp_path, arguments, expected):
         (["--oven.heat", "0"], "--oven.heat is 0: it must be at least 1"),
         (["--weights", "1", "x"], "--weights is 'x': it must be a number"),
         (["--weights", "1", "--weights", "2"], "--weights is given twice: give all values after one, --weights ONE"),
+        (["--config", "a", "--config", "b"], "--config is given twice, and one file is read: put all"),
         (["--weights", "1", "0"], "--weights is 0.0: it must be greater than 0"),
         (["--sauce", "ketchup"], "--sauce is 'ketchup': use one of none, gravy"),
         (["--max-steps", "many"], "--max-steps is 'many': it must be an integer"),

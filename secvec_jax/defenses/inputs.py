@@ -38,6 +38,8 @@ def as_options(training: Training, checkpoints: Any, on_step: Any) -> tuple[Chec
     """The checkpoints, given as such or as a folder, and the step callback. Raises UserError if either is invalid."""
     if isinstance(checkpoints, str | os.PathLike):
         folder = path("checkpoints", checkpoints, "a folder")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"checkpoints is {str(folder)!r}, which is a file: pass a folder")
         checkpoints = Checkpoints.of(folder, training)
     instance("checkpoints", checkpoints, (Checkpoints, type(None)), "pass a folder, or None to keep none")
     return checkpoints, None if on_step is None else callback("on_step", on_step)
@@ -148,14 +150,18 @@ def choose_held_out(keys: Sequence[bytes], order: Sequence[int], count: int, els
 def as_examples_or_rows(rows: Any, name: str) -> Any:
     """Examples as they are, anything else as `Rows`."""
     rows = as_row_source(rows, shown_name_of(name))
-    return rows if _are_examples(rows) else as_rows(rows, name=shown_name_of(name))
+    return rows if _are_examples(rows, shown_name_of(name)) else as_rows(rows, name=shown_name_of(name))
 
 
-def _are_examples(rows: Any) -> bool:
-    """Whether rows are encoded already; of a list, only the first item is checked."""
+def _are_examples(rows: Any, shown_name: str) -> bool:
+    """Whether rows are encoded already. Raises UserError for a list whose first item is, and another is not."""
     if isinstance(rows, Examples):
         return True
-    return isinstance(rows, Sequence) and not isinstance(rows, Rows) and len(rows) > 0 and isinstance(rows[0], Example)
+    if not isinstance(rows, Sequence) or isinstance(rows, Rows) or not len(rows) or not isinstance(rows[0], Example):
+        return False
+    if wrong := [row for row in rows if not isinstance(row, Example)]:
+        raise UserError(f"{shown_name} contains examples and {shown(wrong[0])}: encode all rows of a list, or none")
+    return True
 
 
 def as_examples(model: Model, rows: Any, training: Training, name: str = "all") -> Sequence[Example]:
@@ -167,9 +173,7 @@ def as_examples(model: Model, rows: Any, training: Training, name: str = "all") 
     rows = as_row_source(rows, shown_name)
     if isinstance(rows, Examples):
         return rows
-    if _are_examples(rows):
-        if wrong := next((row for row in rows if not isinstance(row, Example)), None):
-            raise UserError(f"{shown_name} contains examples and {shown(wrong)}: encode all rows of a list, or none")
+    if _are_examples(rows, shown_name):
         for number, example in enumerate(rows, 1):
             check_token_ids(example.tokens, model.architecture.vocab_size, f"{shown_name}, row {number}")
         return list(rows)

@@ -92,7 +92,8 @@ def audited(
 ) -> Audit:
     """Measure the models, one stage each, and compare them. reads: {role: files that its model is read from}."""
     notes: list[str] = []
-    _check_same_precision(request)
+    if (difference := _check_same_precision(request)) is not None:
+        notes.append(difference)
     if request.judge is not None:
         try_judge(request.judge, stages)
     before = request.model("before")
@@ -206,19 +207,22 @@ def audited(
     )
 
 
-def _check_same_precision(request: AuditRequest) -> None:
-    """Raise UserError if the models differ in quantization: an audit would show the rounding."""
+def _check_same_precision(request: AuditRequest) -> str | None:
+    """A note if the models differ in precision. Raise UserError if one is quantized: an audit would show the rounding."""
     precisions = {
         role: model.precision if isinstance(model, Model) else request.precision
         for role in ("before", "after", "reference")
         if (model := request.models[role]) is not None
     }
-    if len(set(precisions.values())) > 1 and any(map(is_quantized, precisions.values())):
-        listed = ", ".join(f"{role} in {precision}" for role, precision in precisions.items())
+    if len(set(precisions.values())) == 1:
+        return None
+    listed = ", ".join(f"{role} in {precision}" for role, precision in precisions.items())
+    if any(map(is_quantized, precisions.values())):
         raise UserError(
             f"the models' weights differ in precision ({listed}), so rounding would look like an effect of training: "
             "load the models in the same precision, with sv.load(NAME, PRECISION)"
         )
+    return f"The models' weights differ in precision ({listed}): part of a small difference is rounding."
 
 
 def try_judge(judge: Judge, stages: Stages) -> None:

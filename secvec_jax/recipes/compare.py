@@ -10,6 +10,7 @@ from secvec_jax.evaluation import report
 from secvec_jax.evaluation.metrics import rules_note, rules_of
 from secvec_jax.evaluation.results import Results
 from secvec_jax.printable import one_line
+from secvec_jax.workspace.run_directory import inputs_of_run
 from secvec_jax.workspace.stages import screen
 
 _PROMPTS = (
@@ -27,7 +28,7 @@ class Compare:
     """Show the results of several runs side by side."""
 
     runs: Texts
-    """run directories; only their results.json is read"""
+    """run directories; their results.json is read, and what their inputs.json says of the prompts"""
 
 
 def compare(settings: Compare, command: str) -> None:
@@ -37,7 +38,7 @@ def compare(settings: Compare, command: str) -> None:
     rows = [row | {"name": f"{name}: {row['name']}"} for name, run in runs.items() for row in run.rows]
     if len(rules_of(rows)) > 1:
         screen().print(f"Not comparable: {rules_note(rows)}")
-    for line in measured_otherwise(runs):
+    for line in [*measured_otherwise(runs), *_other_content(runs)]:
         screen().print(f"Not comparable: {line}", markup=False, highlight=False)
 
 
@@ -59,6 +60,21 @@ def measured_otherwise(runs: Mapping[str, Results]) -> list[str]:
             by_value = (f"{value} in {', '.join(names)}" for value, names in runs_by_value.items())
             lines.append(f"--{key.replace('_', '-')} is {'; '.join(by_value)}.")
     return lines
+
+
+def _other_content(runs: Mapping[str, Results]) -> list[str]:
+    """A line for each source of prompts that runs name alike and whose content was another, such as an edited file."""
+    flags = {f"--{key.replace('_', '-')}" for key in _PROMPTS}
+    contents: dict[str, dict[str, list[str]]] = {}
+    for name, run in runs.items():
+        for label, content in inputs_of_run(name).items():
+            if "training" not in run.config and label.partition(" ")[0] in flags and isinstance(content, str):
+                contents.setdefault(label, {}).setdefault(content, []).append(name)
+    return [
+        f"{label} was changed between {' and '.join(', '.join(names) for names in found.values())}."
+        for label, found in contents.items()
+        if len(found) > 1
+    ]
 
 
 def _shown(value: Any) -> str:

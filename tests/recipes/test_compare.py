@@ -1,5 +1,7 @@
 """`eval.py compare` says where runs were not measured on the same."""
 
+import json
+
 from secvec_jax import cli, command_line
 from secvec_jax.evaluation.results import Results
 from secvec_jax.recipes.compare import measured_otherwise
@@ -22,6 +24,18 @@ def test_settings_that_decide_what_is_measured_are_named_where_they_differ(tmp_p
         each.save(folder)
     assert command_line.main("", cli.EVAL, ["compare", "--runs", *map(str, folders)]) == 0
     assert "Not comparable: --harmful is" in capsys.readouterr().out
+
+
+def test_prompts_of_one_name_and_other_content_are_named(tmp_path, capsys):
+    """As those of a file that was edited between two runs."""
+    for name, content in {"a": "sha256:1", "b": "sha256:2", "c": "sha256:1"}.items():
+        run(harmful=["p.jsonl"]).save(tmp_path / name)
+        (tmp_path / name / "inputs.json").write_text(json.dumps({"--harmful p.jsonl": content, "--model m": content}))
+    folders = [str(tmp_path / name) for name in "abc"]
+    assert command_line.main("", cli.EVAL, ["compare", "--runs", *folders]) == 0
+    a, b, c = folders
+    told = [line for line in capsys.readouterr().out.replace("\n", " ").split("Not comparable: ")]
+    assert [" ".join(line.split()) for line in told[1:]] == [f"--harmful p.jsonl was changed between {a}, {c} and {b}."]
 
 
 def test_rows_to_train_on_and_runs_without_a_common_metric_are_not_named():
