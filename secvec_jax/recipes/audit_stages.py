@@ -208,7 +208,7 @@ def audited(
 
 
 def _check_same_precision(request: AuditRequest) -> str | None:
-    """A note if the models differ in precision. Raise UserError if one is quantized: an audit would show the rounding."""
+    """A note if the models differ in precision. Raises UserError if one is quantized: an audit would show rounding."""
     precisions = {
         role: model.precision if isinstance(model, Model) else request.precision
         for role in ("before", "after", "reference")
