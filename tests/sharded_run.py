@@ -55,7 +55,8 @@ def everything() -> dict[str, Any]:
         on_step=losses("task"),
     )
     told["replies"] = generate(tuned, PROMPTS, max_new_tokens=8)
-    told["replies with vectors"] = generate(tuned, PROMPTS, vectors, max_new_tokens=8)
+    elsewhere = dataclasses.replace(vectors, origin=None)  # else they are refused for the tuned model
+    told["replies with vectors"] = generate(tuned, PROMPTS, elsewhere, max_new_tokens=8)
     suite = Suite(
         refusals=[told["replies"][3][:3]],  # one reply is a refusal, and one question is answered
         harmful=PROMPTS,
