@@ -175,7 +175,8 @@ def test_models_that_are_held_differently_are_not_compared(tmp_path):
         with pytest.raises(sv.UserError, match=r"differ in precision \(before in \w+, after in \w+\).* sv.load"):
             sv.audit(**given, progress=False)
     mixed = {"before": tiny_model(), "after": load(folder, "bfloat16"), "reference": None}
-    note = audit_stages._check_held_alike(audit_stages.Asked(mixed, lambda kind: None, None, sv.Limits(), 4, 16))
+    request = audit_stages.AuditRequest(mixed, lambda kind: None, None, sv.Limits(), 4, 16)
+    note = audit_stages._check_same_precision(request)
     assert note.startswith("The models' weights differ in precision (before in float32, after in bfloat16)")
     with pytest.raises(sv.UserError, match="frozen_weights='int8' is for a model that is loaded here"):
         sv.audit(codes, codes, frozen_weights="int8", progress=False)
