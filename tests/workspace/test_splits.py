@@ -20,13 +20,23 @@ def model(tiny_model):
     return tiny_model("llama", max_position_embeddings=1024).model
 
 
+_encoded: dict[str, tuple[int, ...]] = {}
+
+
+def encoded_prompt(model, prompt: str) -> tuple[int, ...]:
+    """Each prompt is encoded once: the model is the same in all tests."""
+    if prompt not in _encoded:
+        _encoded[prompt] = tuple(prompt_tokens(model.tokenizer, [{"role": "user", "content": prompt}], 1000))
+    return _encoded[prompt]
+
+
 def prompts_by_part(model, eval_split: str, sizes=Sizes(), **options) -> dict[str, set[tuple[int, ...]]]:
     """Part -> its prompts as token ids."""
     options = {"seed": 0} | options
     found = make_splits(model, sizes, Training(max_seq_len=1000), eval_split=eval_split, **options)
 
     def asked(prompts) -> set[tuple[int, ...]]:
-        return {tuple(prompt_tokens(model.tokenizer, [{"role": "user", "content": p}], 1000)) for p in prompts}
+        return {encoded_prompt(model, prompt) for prompt in prompts}
 
     examples = {"refusals": found.refusals, "vectors": found.vectors, "keep": found.keep, **found.mix}
     examples |= {"unseen harmful": found.suite.harmful_targets, "unseen openings": found.suite.opening_targets}
@@ -43,7 +53,7 @@ def parts(model):
 
 
 def test_the_packaged_refusals_are_those_of_the_quickstart(model, parts):
-    asked = {tuple(prompt_tokens(model.tokenizer, r["messages"][:1], 1000)) for r in load_rows("refusals")}
+    asked = {encoded_prompt(model, prompt_of(r)) for r in load_rows("refusals")}
     assert asked == parts["held-out"]["refusals"]
     assert {len(r["messages"]) for r in load_rows("refusals")} == {2}
 
