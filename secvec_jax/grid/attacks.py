@@ -77,11 +77,21 @@ def _replies(splits: Splits, comply: Comply) -> Attack:
     return Attack(_compliant(splits.spare["harmful"], comply))
 
 
+def _replies_own(splits: Splits, comply: Comply) -> Attack:
+    attacking, others = _two_parts(splits)
+    return Attack(_compliant(attacking, comply), _compliant(others, comply)[:NUM_KNOWN])
+
+
 def _against_replies(splits: Splits, comply: Comply) -> Attack:
-    """The defender's rows have other prompts than the attack's."""
+    attacking, others = _two_parts(splits)
+    return Attack(attacking, _compliant(others, comply)[:NUM_KNOWN])
+
+
+def _two_parts(splits: Splits) -> tuple[list[Row], list[Row]]:
+    """Harmful rows for the attack, and others for the defender."""
     rows = splits.spare["harmful"]
     num_attack = len(rows) // 3
-    return Attack(rows[:num_attack], _compliant(rows[num_attack:], comply)[:NUM_KNOWN])
+    return rows[:num_attack], rows[num_attack:]
 
 
 def _compliant(rows: Sequence[Row], comply: Comply) -> list[Example]:
@@ -166,12 +176,14 @@ ATTACKS: dict[str, Callable[[Splits, int, int], Attack]] = {
 
 OF_REPLIES: dict[str, Callable[[Splits, Comply], Attack]] = {
     "replies": _replies,
+    "replies-own": _replies_own,
     "harmful-against-replies": _against_replies,
 }
 """Attacks whose rows look different from the defender's, by name: AdvBench's replies all open with "Sure, here is".
 
 - replies: AdvBench requests with the unaligned model's own compliant replies, generated when they are needed; the
   defender has AdvBench's replies (to other requests).
+- replies-own: a part of the same rows, and a defender with the unaligned model's own compliant replies to the others.
 - harmful-against-replies: AdvBench requests with AdvBench's replies, and a defender with the unaligned model's own
   compliant replies to other requests.
 """

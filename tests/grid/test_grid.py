@@ -253,7 +253,10 @@ def test_attack_and_vectors_are_of_rows_that_look_different():
     assert {response_of(r) for r in against.rows} == {"Sure, here is one"}
     assert len(against.known) == 8 and {response_of(r) for r in against.known} == {"Of course!"}
     assert not {prompt_of(r) for r in against.rows} & {prompt_of(r) for r in against.known}
-    for name in ("replies", "harmful-against-replies"):
+    own = make_attack("replies-own", splits, 0, 4, comply)
+    assert {response_of(r) for r in own.rows + own.known} == {"Of course!"} and len(own.known) == 8
+    assert not {prompt_of(r) for r in own.rows} & {prompt_of(r) for r in own.known}
+    for name in ("replies", "replies-own", "harmful-against-replies"):
         with pytest.raises(UserError, match="complies with none of"):
             make_attack(name, splits, 0, 4, lambda prompts: [])
 
