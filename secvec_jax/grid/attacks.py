@@ -189,3 +189,4 @@ OF_REPLIES: dict[str, Callable[[Splits, Comply], Attack]] = {
 """
 
 NAMES = (*ATTACKS, *OF_REPLIES)
+"""All attacks with a name."""
