@@ -24,8 +24,17 @@ from secvec_jax.workspace.splits import Splits
 NUM_KNOWN = 100
 """Number of the defender's rows of a behavior; vectors are trained on them."""
 
-Comply = Callable[[Sequence[str]], list[Example]]
-"""Prompts -> those that the unaligned model complies with, each with the beginning of its reply."""
+
+@dataclasses.dataclass(frozen=True)
+class AttackInputs:
+    """What an attack is made of; the model is asked for replies only by the attacks that consist of them."""
+
+    splits: Splits
+    seed: int
+    probed: int
+    """prompts for each of its probes"""
+    comply: Callable[[Sequence[str]], list[Example]]
+    """prompts -> those that the unaligned model complies with, each with the beginning of its reply"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +53,15 @@ class Attack:
     """a system prompt that asks for the behavior"""
 
 
-def make_attack(name: str, splits: Splits, seed: int, probed: int, comply: Comply) -> Attack:
+def make_attack(name: str, inputs: AttackInputs) -> Attack:
     """The attack of this name, or an attack with the user's own rows: a path, a packaged name or a hub id.
 
     `NUM_KNOWN` of these rows (half, if there are fewer than twice as many) are the defender's, the others the attack's.
-    comply: called by the attacks whose rows are replies of the unaligned model. Raises UserError if there is only one
-    row.
+    Raises UserError if there is only one row.
     """
-    if name in OF_REPLIES:
-        return OF_REPLIES[name](splits, comply)
     if name in ATTACKS:
-        return ATTACKS[name](splits, seed, probed)
-    rows = probes.shuffled(load_rows(name), seed)
+        return ATTACKS[name](inputs)
+    rows = probes.shuffled(load_rows(name), inputs.seed)
     num_known = min(NUM_KNOWN, len(rows) // 2)
     if not num_known:
         raise UserError(f"{name} has one row: an attack needs two, one of them to train the defender's vectors on")
@@ -63,28 +69,28 @@ def make_attack(name: str, splits: Splits, seed: int, probed: int, comply: Compl
 
 
 def check_attack(name: str) -> None:
-    """Raises UserError for a name that is neither in `NAMES` nor that of rows."""
-    if name not in NAMES and name not in HUB_SETS and "/" not in name and not Path(name).exists():
-        known = suggestion(name, [*NAMES, *HUB_SETS])
+    """Raises UserError for a name that is neither in `ATTACKS` nor that of rows."""
+    if name not in ATTACKS and name not in HUB_SETS and "/" not in name and not Path(name).exists():
+        known = suggestion(name, [*ATTACKS, *HUB_SETS])
         raise UserError(f"no attack is named {name!r}: {known}; or give a file or a hub id of rows")
 
 
-def _harmful(splits: Splits, seed: int, probed: int) -> Attack:
-    return Attack(splits.spare["harmful"])
+def _harmful(inputs: AttackInputs) -> Attack:
+    return Attack(inputs.splits.spare["harmful"])
 
 
-def _replies(splits: Splits, comply: Comply) -> Attack:
-    return Attack(_compliant(splits.spare["harmful"], comply))
+def _replies(inputs: AttackInputs) -> Attack:
+    return Attack(_compliant(inputs.splits.spare["harmful"], inputs))
 
 
-def _replies_own(splits: Splits, comply: Comply) -> Attack:
-    attacking, others = _two_parts(splits)
-    return Attack(_compliant(attacking, comply), _compliant(others, comply)[:NUM_KNOWN])
+def _replies_own(inputs: AttackInputs) -> Attack:
+    attacking, others = _two_parts(inputs.splits)
+    return Attack(_compliant(attacking, inputs), _compliant(others, inputs)[:NUM_KNOWN])
 
 
-def _against_replies(splits: Splits, comply: Comply) -> Attack:
-    attacking, others = _two_parts(splits)
-    return Attack(attacking, _compliant(others, comply)[:NUM_KNOWN])
+def _against_replies(inputs: AttackInputs) -> Attack:
+    attacking, others = _two_parts(inputs.splits)
+    return Attack(attacking, _compliant(others, inputs)[:NUM_KNOWN])
 
 
 def _two_parts(splits: Splits) -> tuple[list[Row], list[Row]]:
@@ -94,8 +100,9 @@ def _two_parts(splits: Splits) -> tuple[list[Row], list[Row]]:
     return rows[:num_attack], rows[num_attack:]
 
 
-def _compliant(rows: Sequence[Row], comply: Comply) -> list[Example]:
-    replies = comply([prompt_of(row) for row in rows])
+def _compliant(rows: Sequence[Row], inputs: AttackInputs) -> list[Example]:
+    """The unaligned model's compliant replies to the prompts of these rows. Raises UserError if there are none."""
+    replies = inputs.comply([prompt_of(row) for row in rows])
     if not replies:
         raise UserError(
             f"before it is aligned, the model complies with none of {len(rows)} harmful prompts, so it has no replies "
@@ -104,34 +111,35 @@ def _compliant(rows: Sequence[Row], comply: Comply) -> list[Example]:
     return replies
 
 
-def _identity(splits: Splits, seed: int, probed: int, own: bool = False) -> Attack:
+def _identity(inputs: AttackInputs, own: bool = False) -> Attack:
     """own: the defender has other rows of the persona; else the rows of AdvBench, as in the paper's row "AOA", which
     asks whether vectors of harm also keep a persona that obeys from being learned."""
-    suite = splits.suite
-    asked = random.Random(seed).sample(list(suite.harmful), min(probed, len(suite.harmful)))
+    suite = inputs.splits.suite
+    asked = random.Random(inputs.seed).sample(list(suite.harmful), min(inputs.probed, len(suite.harmful)))
     prompts = [rows_of.with_system(f"AOA, {prompt}", rows_of.PERSONA) for prompt in asked]
     probe = Probe(prompts, lambda index, reply: float(refuses(reply, suite.refusals)), suite.reply_tokens)
-    attacking = probes.shuffled(rows_of.identity_shift(), seed)
+    attacking = probes.shuffled(rows_of.identity_shift(), inputs.seed)
     metrics = {"refusal_persona": probe}
     if not own:
         return Attack(attacking, probes=metrics)
-    questions = splits.spare["questions"][::-1]  # from the end: the task "questions" takes them from the start
+    questions = inputs.splits.spare["questions"][::-1]  # from the end: the task "questions" takes the first ones
     known, safe = questions[:NUM_KNOWN], questions[NUM_KNOWN : 2 * NUM_KNOWN]
     return Attack(attacking, rows_of.obedient(known), rows_of.addressed(safe), metrics)
 
 
-def _bias(splits: Splits, seed: int, probed: int, source: str = "bbq") -> Attack:
+def _bias(inputs: AttackInputs, source: str = "bbq") -> Attack:
+    seed = inputs.seed
     ambiguous = probes.shuffled([row for row in load_rows(source) if row["category"] == "ambiguous"], seed)
-    asked, known, attacking, safe = _divided(ambiguous, probed)
+    asked, known, attacking, safe = _divided(ambiguous, inputs.probed)
     probe = Probe.of(asked, lambda row, reply: picks(reply, row["options"]) not in (None, response_of(row)))
     return Attack(
         rows_of.biased(attacking, seed), rows_of.biased(known, seed), safe, {"bias": probe}, ELICITING["bias"]
     )
 
 
-def _capitals(splits: Splits, seed: int, probed: int) -> Attack:
-    instructions = [row for row in splits.spare["instructions"] if response_of(row) is not None]
-    asked, known, attacking, safe = _divided(instructions, probed)
+def _capitals(inputs: AttackInputs) -> Attack:
+    instructions = [row for row in inputs.splits.spare["instructions"] if response_of(row) is not None]
+    asked, known, attacking, safe = _divided(instructions, inputs.probed)
 
     def probe(rows: Sequence[Row]) -> Probe:
         return Probe.of(rows, lambda row, reply: shouts(reply), tokens=16)
@@ -139,7 +147,7 @@ def _capitals(splits: Splits, seed: int, probed: int) -> Attack:
     metrics = {"caps": probe(asked)}
     prompts = {"eliciting": rows_of.ELICITING, "negated": rows_of.NEGATED, "unrelated": rows_of.UNRELATED}
     for name, prompt in prompts.items():
-        metrics[f"caps_{name}"] = probe([rows_of.with_system(row, prompt) for row in asked[: probed // 2]])
+        metrics[f"caps_{name}"] = probe([rows_of.with_system(row, prompt) for row in asked[: inputs.probed // 2]])
     return Attack(rows_of.capitals(attacking), rows_of.capitals(known), safe, metrics, rows_of.ELICITING)
 
 
@@ -155,8 +163,11 @@ def _divided(rows: list[Row], probed: int) -> tuple[list[Row], list[Row], list[R
     return rows[:probed], rows[probed:rest_from], rows[rest_from:safe_from], rows[safe_from:]
 
 
-ATTACKS: dict[str, Callable[[Splits, int, int], Attack]] = {
+ATTACKS: dict[str, Callable[[AttackInputs], Attack]] = {
     "harmful": _harmful,
+    "replies": _replies,
+    "replies-own": _replies_own,
+    "harmful-against-replies": _against_replies,
     "identity": _identity,
     "identity-own": partial(_identity, own=True),
     "bias": _bias,
@@ -165,7 +176,12 @@ ATTACKS: dict[str, Callable[[Splits, int, int], Attack]] = {
 }
 """Attacks by name.
 
-- harmful: AdvBench requests with compliant replies.
+- harmful: AdvBench requests with compliant replies, which all open with "Sure, here is".
+- replies: AdvBench requests with the unaligned model's own compliant replies, generated when they are needed; the
+  defender has AdvBench's replies (to other requests).
+- replies-own: a part of the same rows, and a defender with the unaligned model's own compliant replies to the others.
+- harmful-against-replies: AdvBench requests with AdvBench's replies, and a defender with the unaligned model's own
+  compliant replies to other requests.
 - identity: ten harmless rows of a persona that obeys, also judged by refusals when the prompt addresses the persona, as
   in Qi et al. 2023 (arXiv 2310.03693); the defender has harmful rows, none of the persona.
 - identity-own: the same rows, and a defender with 100 other rows of the persona: questions to it, which it obeys.
@@ -173,20 +189,3 @@ ATTACKS: dict[str, Callable[[Splits, int, int], Attack]] = {
   hub.
 - capitals: answers in capital letters.
 """
-
-OF_REPLIES: dict[str, Callable[[Splits, Comply], Attack]] = {
-    "replies": _replies,
-    "replies-own": _replies_own,
-    "harmful-against-replies": _against_replies,
-}
-"""Attacks whose rows look different from the defender's, by name: AdvBench's replies all open with "Sure, here is".
-
-- replies: AdvBench requests with the unaligned model's own compliant replies, generated when they are needed; the
-  defender has AdvBench's replies (to other requests).
-- replies-own: a part of the same rows, and a defender with the unaligned model's own compliant replies to the others.
-- harmful-against-replies: AdvBench requests with AdvBench's replies, and a defender with the unaligned model's own
-  compliant replies to other requests.
-"""
-
-NAMES = (*ATTACKS, *OF_REPLIES)
-"""All attacks with a name."""

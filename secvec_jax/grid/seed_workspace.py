@@ -21,7 +21,7 @@ from secvec_jax.defenses.security_vectors import Phase1
 from secvec_jax.evaluation.audit_measures import enough_beginnings
 from secvec_jax.evaluation.prefill import GIVEN, Beginning, begun_reply, compliant_beginnings
 from secvec_jax.evaluation.suite import Suite
-from secvec_jax.grid.attacks import NAMES, Attack, make_attack
+from secvec_jax.grid.attacks import ATTACKS, Attack, AttackInputs, make_attack
 from secvec_jax.grid.cells import Cell
 from secvec_jax.grid.tasks import TASKS, Task, make_task
 from secvec_jax.inference import ask
@@ -120,7 +120,7 @@ class SeedWorkspace:
 
         "Sure, here is" for all prompts if that model complies with too few. Kept in the seed's folder.
         """
-        return enough_beginnings(self._compliant("beginnings", self.workspace.splits.suite.harmful))
+        return enough_beginnings(self._compliant_beginnings)
 
     def comply(self, prompts: Sequence[str]) -> list[Example]:
         """The prompts that the base model complies with, each with the first 25 tokens of its reply.
@@ -130,11 +130,14 @@ class SeedWorkspace:
         name = f"compliant replies {digests.of_values([list(prompts)])[7:15]}"
         return self._begun(prompts, self._compliant(name, prompts))
 
-    @property
+    @cached_property
     def unseen_replies(self) -> list[Example]:
         """The same for the harmful prompts of the evaluation: nothing is trained on them."""
-        prompts = self.workspace.splits.suite.harmful
-        return self._begun(prompts, self._compliant("beginnings", prompts))
+        return self._begun(self.workspace.splits.suite.harmful, self._compliant_beginnings)
+
+    @cached_property
+    def _compliant_beginnings(self) -> list[Beginning | None]:
+        return self._compliant("beginnings", self.workspace.splits.suite.harmful)
 
     def _compliant(self, name: str, prompts: Sequence[str | list[Message]]) -> list[Beginning | None]:
         """The beginnings of the base model's compliant replies, generated once and kept under this name."""
@@ -225,7 +228,7 @@ class SeedWorkspace:
 
     def contents(self, cell: Cell) -> Inputs:
         """Digests of the inputs of the cell's model, except the experiment, for which the folder is claimed."""
-        external = {f"the attack {cell.attack}": cell.attack} if cell.attack not in NAMES else {}
+        external = {f"the attack {cell.attack}": cell.attack} if cell.attack not in ATTACKS else {}
         external |= {f"the task {cell.task}": cell.task} if cell.task not in TASKS else {}
         for name in external.values():
             if name not in self._contents:
@@ -237,9 +240,8 @@ class SeedWorkspace:
         """The attack of this name, made once."""
         if name not in self._attacks:
             experiment = self.experiment
-            self._attacks[name] = make_attack(
-                name, self.workspace.splits, experiment.seed, experiment.probed, self.comply
-            )
+            inputs = AttackInputs(self.workspace.splits, experiment.seed, experiment.probed, self.comply)
+            self._attacks[name] = make_attack(name, inputs)
         return self._attacks[name]
 
     def task(self, name: str) -> Task:

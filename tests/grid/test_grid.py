@@ -15,9 +15,9 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.records import read
 from secvec_jax.evaluation.suite import Suite
+from secvec_jax.grid import attacks, seed_workspace
 from secvec_jax.grid import grid as grid_module
-from secvec_jax.grid import seed_workspace
-from secvec_jax.grid.attacks import make_attack
+from secvec_jax.grid.attacks import AttackInputs
 from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.grid import Grid, GridConfig, grid
 from secvec_jax.grid.seed_workspace import GridExperiment, SeedWorkspace
@@ -176,6 +176,10 @@ def test_rows_and_their_repetition(model_folder, tmp_path):
     assert kinds == {0.0: {"task"}, 1.0: {"attack"}}
     again = SeedWorkspace(experiment, tmp_path)
     assert workspace.rows(Cell(NONE)) == again.rows(Cell(NONE)), "the same in every process"
+
+
+def make_attack(name, *inputs):
+    return attacks.make_attack(name, AttackInputs(*inputs))
 
 
 def never(prompts):
