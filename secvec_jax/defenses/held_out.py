@@ -21,16 +21,15 @@ def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups 
     """
     if eval_rows is None:
         return groups, None
+    if isinstance(eval_rows, float | int) and not 0 < eval_rows < 1:
+        raise UserError(f"eval_rows is {eval_rows}: pass rows, or the fraction of the rows to hold out, such as 0.05")
+    groups = {name: as_examples_or_rows(rows, name) for name, rows in groups.items()}
     if not isinstance(eval_rows, float | int):
-        groups, held_out = ({name: as_examples_or_rows(rows, name) for name, rows in each.items()}
-                            for each in (groups, groups_of(eval_rows)))  # fmt: skip
+        held_out = {name: as_examples_or_rows(rows, name) for name, rows in groups_of(eval_rows).items()}
         _note_trained_on(groups, held_out)
         return groups, held_out
-    if not 0 < eval_rows < 1:
-        raise UserError(f"eval_rows is {eval_rows}: pass rows, or the fraction of the rows to hold out, such as 0.05")
     kept: Groups = {}
     held_out = {}
-    groups = {name: as_examples_or_rows(rows, name) for name, rows in groups.items()}
     keys = {name: row_keys(rows) for name, rows in groups.items()}
     for number, (name, rows) in enumerate(groups.items()):
         count = min(max(round(eval_rows * len(rows)), 1), len(rows) - 1)
