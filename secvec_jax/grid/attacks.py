@@ -93,6 +93,14 @@ def _against_replies(inputs: AttackInputs) -> Attack:
     return Attack(attacking, _compliant(others, inputs)[:NUM_KNOWN])
 
 
+def _against_both(inputs: AttackInputs, replies: bool = False) -> Attack:
+    """replies: the attack has the unaligned model's own compliant replies; else AdvBench's."""
+    attacking, others = _two_parts(inputs.splits)
+    half = min(NUM_KNOWN, len(others)) // 2
+    known = [*others[-half:], *_compliant(others[:-half], inputs)[:half]]
+    return Attack(_compliant(attacking, inputs) if replies else attacking, known)
+
+
 def _two_parts(splits: Splits) -> tuple[list[Row], list[Row]]:
     """Harmful rows for the attack, and others for the defender."""
     rows = splits.spare["harmful"]
@@ -168,6 +176,8 @@ ATTACKS: dict[str, Callable[[AttackInputs], Attack]] = {
     "replies": _replies,
     "replies-own": _replies_own,
     "harmful-against-replies": _against_replies,
+    "harmful-against-both": _against_both,
+    "replies-against-both": partial(_against_both, replies=True),
     "identity": _identity,
     "identity-own": partial(_identity, own=True),
     "bias": _bias,
@@ -182,6 +192,8 @@ ATTACKS: dict[str, Callable[[AttackInputs], Attack]] = {
 - replies-own: a part of the same rows, and a defender with the unaligned model's own compliant replies to the others.
 - harmful-against-replies: AdvBench requests with AdvBench's replies, and a defender with the unaligned model's own
   compliant replies to other requests.
+- harmful-against-both, replies-against-both: AdvBench requests with AdvBench's replies, or with the unaligned model's
+  own compliant ones, and a defender with half of each, to other requests.
 - identity: ten harmless rows of a persona that obeys, also judged by refusals when the prompt addresses the persona, as
   in Qi et al. 2023 (arXiv 2310.03693); the defender has harmful rows, none of the persona.
 - identity-own: the same rows, and a defender with 100 other rows of the persona: questions to it, which it obeys.

@@ -260,7 +260,13 @@ def test_attack_and_vectors_are_of_rows_that_look_different():
     own = make_attack("replies-own", splits, 0, 4, comply)
     assert {response_of(r) for r in own.rows + own.known} == {"Of course!"} and len(own.known) == 8
     assert not {prompt_of(r) for r in own.rows} & {prompt_of(r) for r in own.known}
-    for name in ("replies", "replies-own", "harmful-against-replies"):
+    for name, reply in {"harmful": "Sure, here is one", "replies": "Of course!"}.items():
+        attack = make_attack(f"{name}-against-both", splits, 0, 4, comply)
+        assert {response_of(r) for r in attack.rows} == {reply}
+        assert len({prompt_of(r) for r in attack.known}) == len(attack.known)
+        assert [response_of(r) for r in attack.known] == ["Sure, here is one"] * 4 + ["Of course!"] * 4
+        assert not {prompt_of(r) for r in attack.rows} & {prompt_of(r) for r in attack.known}
+    for name in ("replies", "replies-own", "harmful-against-replies", "harmful-against-both", "replies-against-both"):
         with pytest.raises(UserError, match="complies with none of"):
             make_attack(name, splits, 0, 4, lambda prompts: [])
 
