@@ -41,16 +41,17 @@ def objectives(settings: Objectives, command: str) -> Results:
     Raises UserError if there is no quickstart with an aligned model.
     """
     source = Path(settings.quickstart)
-    if not (source / "model" / "aligned").is_dir():
+    own = source / "model" / "aligned"
+    experiment = config.load(Quickstart, source / "config.yaml") if (source / "config.yaml").is_file() else None
+    if experiment is None or (experiment.aligns_first and not own.is_dir()):
         raise UserError(f"{source} has no aligned model: run `python train.py quickstart --out {source}` first")
-    experiment = config.load(Quickstart, source / "config.yaml")
-    aligned = source / "model" / "aligned"
+    aligned = own if experiment.aligns_first else None
 
     def further_inputs() -> Inputs:
         source_settings = {
             f"the quickstart's {key}": repr(value) for key, value in run_directory.flat(experiment).items()
         }
-        source_model = {f"--quickstart {source}": known(model, str(aligned))}
+        source_model = {f"--quickstart {source}": known(model, str(aligned or experiment.model))}
         return packaged(sources(experiment.eval_split)) | source_model | source_settings | scoring_inputs()
 
     workspace = Workspace(experiment, claim(settings, further_inputs), aligned)

@@ -32,7 +32,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.results import Results, environment_facts
 from secvec_jax.evaluation.suite import Outcomes, outcomes, scores
-from secvec_jax.model.embedded import ALIGNED, is_base
+from secvec_jax.model.embedded import ALIGNED, UNALIGNED, is_base, unaligned
 from secvec_jax.model.hub import Model, load
 from secvec_jax.terminal import Console
 from secvec_jax.training.checkpoints import Checkpoints
@@ -58,8 +58,9 @@ class Experiment:
     """embedded name (smollm2, smollm2-aligned, gemma3-270m), Hugging Face folder, hub id or .gguf file"""
     seed: Seed = 0
     """seed of the data splits, the order of the rows and the initial vectors"""
-    aligns: bool = True
-    """align the model first; not needed for a chat model that refuses already"""
+    aligns: bool | None = None
+    """align the model first, which a chat model that refuses already does not need; by default, every model but
+    smollm2-aligned is"""
     eval_split: EvalSplit = "held-out"
     """prompts that models are scored on; tune settings on development only"""
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
@@ -74,12 +75,17 @@ class Experiment:
     def __post_init__(self) -> None:
         """Raises UserError for a base model, whose own replies are not worth keeping, and for an aligned one."""
         if self.aligns and self.model == ALIGNED:
-            raise UserError(f"{self.model} is aligned already: give it with --no-aligns")
-        if self.aligns and is_base(self.model):
+            raise UserError(f"{self.model} is aligned already: leave out --aligns, or align {UNALIGNED}")
+        if self.aligns_first and is_base(self.model):
             raise UserError(
                 f"{self.model} is a base model, which follows no instructions yet: train it with train.py align on "
                 "refusals and answers (docs/install.md), and give its --out as the model with --no-aligns"
             )
+
+    @property
+    def aligns_first(self) -> bool:
+        """Whether the model is aligned."""
+        return self.model != ALIGNED if self.aligns is None else self.aligns
 
 
 class Workspace:
@@ -90,13 +96,13 @@ class Workspace:
         self.experiment, self.folder = experiment, folder
         self.console = Console(quiet=not is_main_process(), soft_wrap=True)
         self.stages = Stages(folder, self.console)
-        source = aligned if experiment.aligns else experiment.model
+        source = aligned if experiment.aligns_first else experiment.model
         self._aligned, self._is_given = source or self._model_folder("aligned"), source is not None
 
     @cached_property
     def base(self) -> Model:
         """The model before alignment."""
-        return load(self.experiment.model)
+        return load(unaligned(self.experiment.model))
 
     @cached_property
     def aligned(self) -> Model:

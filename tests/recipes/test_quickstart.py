@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from secvec_jax import config
+from secvec_jax.errors import UserError
 from secvec_jax.evaluation.results import Results
+from secvec_jax.model.embedded import ALIGNED
+from secvec_jax.recipes import objectives
+from secvec_jax.recipes.quickstart import Quickstart
 from tests.processes import Program, call, run
 
 ROWS = ["base", "aligned", "benign only", "plain", "random control", "security vectors"]
@@ -109,9 +114,22 @@ def test_the_three_objectives_are_compared_in_one_report(finished, tmp_path):
     assert "min_min" in (tmp_path / "o" / "report.md").read_text()
 
 
-def test_objectives_need_a_quickstart(tmp_path):
-    code, _, errors = call("train.py", "objectives", "--quickstart", str(tmp_path), "--out", str(tmp_path / "o"))
-    assert code == 2 and f"{tmp_path} has no aligned model: run" in errors
+def test_objectives_need_a_quickstart_and_take_the_model_that_it_was_given(tmp_path, monkeypatch):
+    command = ("train.py", "objectives", "--quickstart", str(tmp_path), "--out", str(tmp_path / "o"))
+    asked = []
+
+    def workspace(experiment, folder, aligned):
+        asked.append((experiment.model, aligned))
+        raise UserError("stopped here")
+
+    monkeypatch.setattr(objectives, "Workspace", workspace)
+    for settings in (None, Quickstart(), Quickstart(model=ALIGNED)):
+        if settings is not None:
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict(settings)))
+        code, _, errors = call(*command)
+        expected = "stopped here" if asked else f"{tmp_path} has no aligned model: run"
+        assert code == 2 and expected in errors
+    assert asked == [(ALIGNED, None)]
 
 
 @pytest.mark.slow

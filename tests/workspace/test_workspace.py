@@ -16,15 +16,23 @@ def test_a_base_model_is_not_aligned_on_its_own_replies():
 
 
 def test_an_aligned_model_is_not_aligned_again():
-    with pytest.raises(UserError, match="smollm2-aligned is aligned already: give it with --no-aligns"):
-        Experiment(model=ALIGNED)
-    assert Experiment(model=ALIGNED, aligns=False).model == ALIGNED
+    with pytest.raises(UserError, match="smollm2-aligned is aligned already: leave out --aligns, or align smollm2"):
+        Experiment(model=ALIGNED, aligns=True)
+    choices = ((ALIGNED, None), (ALIGNED, False), ("smollm2", None), ("smollm2", True), ("folder", False))
+    chosen = [Experiment(model=model, aligns=aligns).aligns_first for model, aligns in choices]
+    assert chosen == [False, False, True, True, False]
+
+
+def test_the_packaged_aligned_model_was_smollm2_before(monkeypatch, tmp_path):
+    monkeypatch.setattr(workspace_module, "load", lambda source: source)
+    workspace = Workspace(Experiment(model=ALIGNED), tmp_path)
+    assert (workspace.base, workspace.aligned) == ("smollm2", ALIGNED)
 
 
 @pytest.mark.parametrize(
     ("settings", "alignment"),
     [
-        (Experiment(seed=3, model=ALIGNED, aligns=False), (Sizes(), 0)),
+        (Experiment(seed=3, model=ALIGNED), (Sizes(), 0)),
         (Experiment(seed=3, model="folder", aligns=False), None),
         (Experiment(seed=3), None),
     ],
