@@ -35,6 +35,8 @@ class AttackInputs:
     """prompts for each of its probes"""
     comply: Callable[[Sequence[str]], list[Example]]
     """prompts -> those that the unaligned model complies with, each with the beginning of its reply"""
+    encode: Callable[[Sequence[Row]], list[Example]]
+    """rows -> examples of the model, as all rows of a list are encoded or none"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _against_both(inputs: AttackInputs, replies: bool = False) -> Attack:
     """replies: the attack has the unaligned model's own compliant replies; else AdvBench's."""
     attacking, others = _two_parts(inputs.splits)
     half = min(NUM_KNOWN, len(others)) // 2
-    known = [*others[-half:], *_compliant(others[:-half], inputs)[:half]]
+    known = [*inputs.encode(others[-half:]), *_compliant(others[:-half], inputs)[:half]]
     return Attack(_compliant(attacking, inputs) if replies else attacking, known)
 
 

@@ -15,6 +15,7 @@ from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.rows import Message
 from secvec_jax.defenses.base import ATTACK
+from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.defenses.identity import of_rows
 from secvec_jax.defenses.inputs import Groups
 from secvec_jax.defenses.security_vectors import Phase1
@@ -240,7 +241,13 @@ class SeedWorkspace:
         """The attack of this name, made once."""
         if name not in self._attacks:
             experiment = self.experiment
-            inputs = AttackInputs(self.workspace.splits, experiment.seed, experiment.probed, self.comply)
+            inputs = AttackInputs(
+                self.workspace.splits,
+                experiment.seed,
+                experiment.probed,
+                comply=self.comply,
+                encode=lambda rows: examples_of(self.aligned, rows),
+            )
             self._attacks[name] = make_attack(name, inputs)
         return self._attacks[name]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import yaml
 
 from secvec_jax import config
 from secvec_jax.data.rows import prompt_of, response_of, row
+from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.defenses.registry import DEFENSES, read_defense
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import report
@@ -179,7 +181,7 @@ def test_rows_and_their_repetition(model_folder, tmp_path):
 
 
 def make_attack(name, *inputs):
-    return attacks.make_attack(name, AttackInputs(*inputs))
+    return attacks.make_attack(name, AttackInputs(*inputs, encode=lambda rows: examples_of(tiny_model(), rows)))
 
 
 def never(prompts):
@@ -260,15 +262,29 @@ def test_attack_and_vectors_are_of_rows_that_look_different():
     own = make_attack("replies-own", splits, 0, 4, comply)
     assert {response_of(r) for r in own.rows + own.known} == {"Of course!"} and len(own.known) == 8
     assert not {prompt_of(r) for r in own.rows} & {prompt_of(r) for r in own.known}
-    for name, reply in {"harmful": "Sure, here is one", "replies": "Of course!"}.items():
-        attack = make_attack(f"{name}-against-both", splits, 0, 4, comply)
-        assert {response_of(r) for r in attack.rows} == {reply}
-        assert len({prompt_of(r) for r in attack.known}) == len(attack.known)
-        assert [response_of(r) for r in attack.known] == ["Sure, here is one"] * 4 + ["Of course!"] * 4
-        assert not {prompt_of(r) for r in attack.rows} & {prompt_of(r) for r in attack.known}
     for name in ("replies", "replies-own", "harmful-against-replies", "harmful-against-both", "replies-against-both"):
         with pytest.raises(UserError, match="complies with none of"):
             make_attack(name, splits, 0, 4, lambda prompts: [])
+
+
+def test_vectors_of_both_kinds_of_rows_have_half_of_each_and_none_of_the_attacks():
+    rows = [row(f"Request {number}.", "Sure, here is one") for number in range(30)]
+    splits = SimpleNamespace(spare={"harmful": rows})
+
+    def comply(prompts):
+        return examples_of(tiny_model(), [row(prompt, "Of course!") for prompt in prompts[::2]])
+
+    for name, reply in {"harmful": "Sure, here is one", "replies": "Of course!"}.items():
+        attack = make_attack(f"{name}-against-both", splits, 0, 4, comply)
+        attacking, known = (
+            [tiny_model().tokenizer.decode(example.tokens) for example in examples_of(tiny_model(), some)]
+            for some in (attack.rows, attack.known)
+        )
+        assert all(reply in text for text in attacking)
+        assert ["Sure, here is one" in text for text in known] == [True] * 4 + [False] * 4
+        assert all("Of course!" in text for text in known[4:])
+        asked = [{re.search(r"Request \d+\.", text)[0] for text in texts} for texts in (attacking, known)]
+        assert len(asked[1]) == 8 and not asked[0] & asked[1]
 
 
 def test_replies_of_the_base_model_are_kept_and_begin_as_it_replied(monkeypatch, tmp_path):
