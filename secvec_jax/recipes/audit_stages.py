@@ -92,8 +92,10 @@ def audited(
 ) -> Audit:
     """Measure the models, one stage each, and compare them. reads: {role: files that its model is read from}."""
     notes: list[str] = []
-    if (difference := _check_same_precision(request)) is not None:
-        notes.append(difference)
+    precisions = _check_precisions(request)
+    if len(set(precisions.values())) > 1:
+        different = f"differ in precision ({_listed(precisions)})"
+        notes.append(f"The models' weights {different}: part of a small difference is rounding.")
     if request.judge is not None:
         try_judge(request.judge, stages)
     before = request.model("before")
@@ -207,22 +209,23 @@ def audited(
     )
 
 
-def _check_same_precision(request: AuditRequest) -> str | None:
-    """A note if the models differ in precision. Raises UserError if one is quantized: an audit would show rounding."""
-    precisions = {
+def _check_precisions(request: AuditRequest) -> Mapping[str, Precision]:
+    """Each model's precision. Raises UserError if they differ and one is quantized: an audit would show rounding."""
+    precisions: dict[str, Precision] = {
         role: model.precision if isinstance(model, Model) else request.precision
         for role in ("before", "after", "reference")
         if (model := request.models[role]) is not None
     }
-    if len(set(precisions.values())) == 1:
-        return None
-    listed = ", ".join(f"{role} in {precision}" for role, precision in precisions.items())
-    if any(map(is_quantized, precisions.values())):
+    if len(set(precisions.values())) > 1 and any(map(is_quantized, precisions.values())):
         raise UserError(
-            f"the models' weights differ in precision ({listed}), so rounding would look like an effect of training: "
-            "load the models in the same precision, with sv.load(NAME, PRECISION)"
+            f"the models' weights differ in precision ({_listed(precisions)}), so rounding would look like an effect "
+            "of training: load the models in the same precision, with sv.load(NAME, PRECISION)"
         )
-    return f"The models' weights differ in precision ({listed}): part of a small difference is rounding."
+    return precisions
+
+
+def _listed(precisions: Mapping[str, Precision]) -> str:
+    return ", ".join(f"{role} in {precision}" for role, precision in precisions.items())
 
 
 def try_judge(judge: Judge, stages: Stages) -> None:
