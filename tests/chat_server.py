@@ -16,6 +16,7 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 64  # of 5, a connection of many at once would wait a second
 
     def __init__(self, act: Callable[[int, dict], tuple[int, str] | Iterable[bytes] | None]):
         super().__init__(("127.0.0.1", 0), _Handler)

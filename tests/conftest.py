@@ -49,6 +49,7 @@ import numpy as np
 import pytest
 
 from secvec_jax.programs import drop_programs_if_many
+from tests import quick_libraries as quick_libraries
 from tests import quick_shuffle
 from tests.disks import Disk
 from tests.toys import VOCABULARY, build_tokenizer
@@ -165,6 +166,7 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Keep what makes the next run faster."""
     quick_shuffle.keep()
+    gc.freeze()  # pytest is about to collect five times, seconds each after all that was traced
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

@@ -19,7 +19,7 @@ from secvec_jax import cli
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.evaluation import card, plots
 from secvec_jax.training import trainer
-from tests import quick_shuffle, shared_programs
+from tests import quick_libraries, quick_shuffle, shared_programs
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # see tests/conftest.py
 
@@ -40,6 +40,7 @@ __all__ = [
     "jax",
     "orbax",
     "plots",
+    "quick_libraries",
     "quick_shuffle",
     "shared_programs",
     "tensorboardX",

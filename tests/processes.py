@@ -147,11 +147,16 @@ def call(script: str, *arguments: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def call_in_a_process(function: Callable[[], None], **environment: str) -> None:
+    """Call a module's function in a process of its own."""
+    code = f"from {function.__module__} import {function.__name__}; {function.__name__}()"
+    done = run("-c", code, **environment)
+    assert done.returncode == 0, done.stderr
+
+
 def call_as_compiled_for_users(function: Callable[[], None]) -> None:
     """Call a module's function in a process without the flags of conftest, under which two programs round alike."""
-    code = f"from {function.__module__} import {function.__name__}; {function.__name__}()"
-    done = run("-c", code, XLA_FLAGS="")
-    assert done.returncode == 0, done.stderr
+    call_in_a_process(function, XLA_FLAGS="")
 
 
 def free_port() -> int:

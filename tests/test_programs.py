@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from secvec_jax import programs
 from secvec_jax.programs import drop_programs_if_many, seconds_compiling
+from tests.processes import call_in_a_process
 
 
 def test_only_compiling_counts_and_programs_within_others_count_once():
@@ -31,7 +32,12 @@ def test_only_compiling_counts_and_programs_within_others_count_once():
     assert seconds_compiling() - before == first
 
 
-def test_programs_are_dropped_when_there_are_too_many_and_only_then(monkeypatch):
+def test_programs_are_dropped_when_there_are_too_many_and_only_then():
+    """In a process of its own, which holds few others."""
+    call_in_a_process(check_dropping)
+
+
+def check_dropping() -> None:
     traced = []
 
     @jax.jit
@@ -44,7 +50,7 @@ def test_programs_are_dropped_when_there_are_too_many_and_only_then(monkeypatch)
     double(1.0)
     assert len(traced) == 1
     if Path("/proc/self/maps").exists():
-        monkeypatch.setattr(programs, "_SHARE", 0.0)
+        programs._SHARE = 0.0
         drop_programs_if_many()
         double(1.0)
         assert len(traced) == 2

@@ -341,7 +341,7 @@ def test_a_verdict_is_kept_whatever_its_usage_says(serve, tmp_path, usage):
 def test_an_answer_that_drips_has_a_limit(serve, tmp_path, before):
     server, start = serve(lambda number, body: drips(before, b"x")), time.monotonic()
     with pytest.raises(UserError, match=r"timed out|could not be reached"):
-        verdicts(Judge("m", server.url, JudgeRequests(timeout=0.5, retries=0)), HARMFULNESS, exchanges(9), tmp_path)
+        verdicts(Judge("m", server.url, JudgeRequests(timeout=0.3, retries=0)), HARMFULNESS, exchanges(9), tmp_path)
     assert time.monotonic() - start < 3
 
 
@@ -371,7 +371,14 @@ def test_ctrl_c_ends_the_waiting_and_keeps_the_verdicts(serve, tmp_path, concurr
     server = serve(lambda number, body: graded(number, body) if number < 4 else drips())
     asking = JudgeRequests(concurrency=concurrency, timeout=600)
     start = time.monotonic()
-    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def interrupt_once_it_waits() -> None:
+        while time.monotonic() < start + 2 and (len(server.bodies) < 5 or len(list(tmp_path.iterdir())) < 4):
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_once_it_waits, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         verdicts(Judge("m", server.url, asking), HARMFULNESS, exchanges(40), tmp_path)
     assert time.monotonic() - start < 4

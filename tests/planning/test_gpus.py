@@ -12,7 +12,7 @@ from secvec_jax.planning.gpus import BY_KIND, GPUS, names_gpus, parse_gpus
 from secvec_jax.planning.plan import Plan, topology_mesh
 from secvec_jax.planning.roofline import Roofline, roofline
 from secvec_jax.recipes.plan import PlanRun, report_lines
-from tests.processes import run
+from tests.processes import call, run
 
 H100 = GPUS["h100"]
 needs_cuda = pytest.mark.skipif(
@@ -75,9 +75,9 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
 
 
 def test_an_unknown_gpu_is_reported_by_the_verb():
-    done = run("train.py", "plan", "--topology", "h1000:8")
-    assert done.returncode == 2
-    assert done.stderr.strip().count("\n") == 0 and "did you mean 'h100'?" in done.stderr
+    code, _, errors = call("train.py", "plan", "--topology", "h1000:8")
+    assert code == 2
+    assert errors.strip().count("\n") == 0 and "did you mean 'h100'?" in errors
 
 
 # ---- The roofline

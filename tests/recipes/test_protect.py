@@ -74,7 +74,7 @@ def toys(request, tmp_path, monkeypatch, own_cache):
     )
     monkeypatch.setattr(packaged_rows.PackagedRows, "held_out", lambda self: held_out)
     monkeypatch.setattr(protect_module, "packaged", lambda names: {})
-    phase1 = sv.Training(learning_rate=0.04, epochs=5).over(protect_work.PHASE1)
+    phase1 = sv.Training(learning_rate=0.06, epochs=3).over(protect_work.PHASE1)
     monkeypatch.setattr(protect_work, "PHASE1", phase1)
     prompts = {"harmful": rows("harm", 12), "unseen": rows("harmful", 4, SECRET), "benign": rows("benign", 12)}
     monkeypatch.setattr(audit_stages, "_packaged", lambda model: prompts)
@@ -144,6 +144,13 @@ def run(toys, *flags: str, out: str = "out") -> int:
     return command_line.main("", cli.TRAIN, [*given, "--out", str(toys.folder / out), *FLAGS, *flags])
 
 
+def run_until(toys, stage: str, *flags: str, out: str) -> None:
+    """A run that is interrupted in a stage whose results, as those of the stages after it, nothing reads."""
+    with pytest.MonkeyPatch.context() as patched:
+        stop_in(patched, stage)
+        assert run(toys, *flags, out=out) == command_line.INTERRUPTED
+
+
 def told(capsys) -> str:
     captured = capsys.readouterr()
     return " ".join((captured.out + captured.err).split())
@@ -180,6 +187,7 @@ STAGES = {
     "vectors": (protect_vectors, "measure_gate"),
     "screen": (protect_stages, "score_rows"),
     "fine-tune": (protect_stages, "save_trained"),
+    "division of rows": (protect_module, "divide"),
     "audit": (protect_stages, "audited"),
 }
 
@@ -197,7 +205,7 @@ def test_a_command_interrupted_in_any_stage_goes_on_there(toys, judged, monkeypa
     begun = []
     show = stages.Stages.show
     monkeypatch.setattr(stages.Stages, "show", lambda self, name: begun.append(name) or show(self, name))
-    for stage in STAGES:
+    for stage in ("preflight", "vectors", "screen", "fine-tune", "audit"):
         with monkeypatch.context() as patched:
             stop_in(patched, stage)
             assert run(toys) == command_line.INTERRUPTED
@@ -210,7 +218,8 @@ def test_a_command_interrupted_in_any_stage_goes_on_there(toys, judged, monkeypa
 
 
 def test_vectors_are_trained_once_for_a_model_and_its_rows(toys, judged, capsys):
-    assert run(toys, out="first") == 0 and run(toys, "--defense", "none", "--seed", "3", out="second") == 0
+    run_until(toys, "screen", out="first")
+    run_until(toys, "screen", "--defense", "none", "--seed", "3", out="second")
     assert toys.trained == 1 and "vectors: from the cache" in told(capsys)
     file = toys.folder / "first/vectors/security.safetensors"
     first, second = (load_vectors(toys.folder / out, load(toys.model)) for out in ("first", "second"))
@@ -219,12 +228,13 @@ def test_vectors_are_trained_once_for_a_model_and_its_rows(toys, judged, capsys)
     assert oct(entry.stat().st_mode)[-3:] == "700"
 
     (entry / "security.safetensors").write_bytes(file.read_bytes()[:-7])
-    assert run(toys, out="third") == 0 and toys.trained == 2
-    assert "the cached vectors cannot be read" in told(capsys)
+    run_until(toys, "screen", out="third")
+    assert toys.trained == 2 and "the cached vectors cannot be read" in told(capsys)
     (entry / "entry.json").write_text((entry / "entry.json").read_text().replace(sv.__version__, "0.1.9"))
-    assert run(toys, out="fourth") == 0 and toys.trained == 3
-    assert "the cached vectors are from version 0.1.9" in told(capsys)
-    assert run(toys, out="fifth") == 0 and toys.trained == 3
+    run_until(toys, "screen", out="fourth")
+    assert toys.trained == 3 and "the cached vectors are from version 0.1.9" in told(capsys)
+    run_until(toys, "screen", out="fifth")
+    assert toys.trained == 3
 
 
 def test_what_is_known_of_a_model_is_not_made_again(toys, judged, monkeypatch, capsys):
@@ -236,21 +246,24 @@ def test_what_is_known_of_a_model_is_not_made_again(toys, judged, monkeypatch, c
         "score_rows",
         lambda model, vectors, some: scored.append(len(some)) or score_rows(model, vectors, some),
     )
-    assert run(toys, out="first") == 0 and scored == [48, 24, 24] and toys.sampled == 1
+    run_until(toys, "division of rows", out="first")
+    assert scored == [48, 24, 24] and toys.sampled == 1
     first = (toys.folder / "first" / "suspects.jsonl").read_text()
     capsys.readouterr()
-    assert run(toys, out="second") == 0 and scored == [48, 24, 24, 48] and toys.sampled == 1
+    run_until(toys, "division of rows", out="second")
+    assert scored == [48, 24, 24, 48] and toys.sampled == 1
     said = told(capsys)
     assert "scores of known rows: from the cache" in said and "before: refusal 100%" in said
     assert (toys.folder / "second" / "suspects.jsonl").read_text() == first
-    assert run(toys, "--check-prompts", "0", "--vectors", str(toys.folder / "first"), out="third") == 0
+    run_until(toys, "division of rows", "--check-prompts", "0", "--vectors", str(toys.folder / "first"), out="third")
     assert scored == [48, 24, 24, 48, 48], "the same vectors, given by hand"
     (toys.folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows("harmful", 20, SECRET))))
-    assert run(toys, "--harmful", str(toys.folder / "own.jsonl"), out="fourth") == 0
+    run_until(toys, "division of rows", "--harmful", str(toys.folder / "own.jsonl"), out="fourth")
     assert scored[5:] == [48, 20, 24] and toys.trained == 2 and toys.sampled == 1
     for file in (toys.folder / "cache" / "results").glob("*/*.json"):
         file.write_text(file.read_text()[:-9])
-    assert run(toys, out="fifth") == 0 and scored[8:] == [48, 24, 24] and toys.sampled == 2
+    run_until(toys, "division of rows", out="fifth")
+    assert scored[8:] == [48, 24, 24] and toys.sampled == 2
     assert "the cached scores of known rows cannot be read" in told(capsys)
 
 
@@ -393,17 +406,18 @@ def test_rows_that_cannot_be_read_are_reported_one_by_one(toys, capsys):
 
 
 def test_given_vectors_are_tested_on_rows_they_have_not_seen(known, judged, monkeypatch, capsys):
-    assert run(known, out="first") == 0
+    run_until(known, "screen", out="first")
     measured = []
     measure_gate = protect_vectors.measure_gate
     monkeypatch.setattr(
         protect_vectors, "measure_gate", lambda *given, **kinds: measured.append(kinds) or measure_gate(*given, **kinds)
     )
     given = ("--vectors", str(known.folder / "first"))
-    assert run(known, *given, out="second") == 0 and known.trained == 0
+    run_until(known, "screen", *given, out="second")
+    assert known.trained == 0
     assert len(measured[0]["harmful"]) == 9, "the packaged held-out rows"
     (known.folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows("harmful", 10, SECRET))))
-    assert run(known, *given, "--harmful", str(known.folder / "own.jsonl"), out="third") == 0
+    run_until(known, "screen", *given, "--harmful", str(known.folder / "own.jsonl"), out="third")
     assert len(measured[1]["harmful"]) == 10
     monkeypatch.delattr(packaged_rows.PackagedRows, "held_out")
     both = ("--harmful", str(known.folder / "own.jsonl"), "--benign", str(known.folder / "user.jsonl"))

@@ -69,6 +69,23 @@ def whole(train_step):
     return run(train_step)
 
 
+NEVER = 3600.0
+"""Seconds between two checkpoints of a run whose checkpoints nothing reads."""
+
+
+@pytest.fixture(scope="module")
+def stopped_once(train_step, tmp_path_factory):
+    """The folder of a run that was stopped in its step 6, with the checkpoints of steps 4 and 5."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run(train_step, folder=folder, stop_at=6)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    return shutil.copytree(stopped_once, tmp_path / "run")
+
+
 def test_every_step_is_reported_once_with_its_loss(whole):
     _, reported, batches = whole
     assert [step for step, _ in reported] == list(range(1, STEPS + 1))
@@ -127,7 +144,7 @@ def test_only_as_many_checkpoints_are_kept_as_asked(train_step, tmp_path, keep):
 def test_accumulation_takes_as_many_batches_a_step_and_resumes(train_step, tmp_path):
     whole = run(train_step, grad_accum_steps=3)
     assert run(train_step, folder=tmp_path, stop_at=6, grad_accum_steps=3)[0] is None
-    assert run(train_step, folder=tmp_path, grad_accum_steps=3)[0] == whole[0] != run(train_step)[0]
+    assert run(train_step, folder=tmp_path, every=NEVER, grad_accum_steps=3)[0] == whole[0] != run(train_step)[0]
 
 
 # Ends ---------------------------------------------------------------------------------------------
@@ -148,7 +165,7 @@ def test_until_ends_a_run_one_step_after_it_holds(train_step, whole, tmp_path):
     for stop_at in (target, target + 2):
         folder = tmp_path / str(stop_at)
         assert run(train_step, until=until, folder=folder, stop_at=stop_at)[0] is None
-        assert run(train_step, until=until, folder=folder)[0] == result
+        assert run(train_step, until=until, folder=folder, every=NEVER)[0] == result
 
 
 def failing(train_step: TrainStep, at: int, name: str) -> TrainStep:
@@ -176,7 +193,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_checkpoint_that_is_kept(tr
     kept = "there is no checkpoint" if at == 1 else f"the checkpoint of step {at - 1} is kept"
     with pytest.raises(UserError, match=f"at step {at}: {kept} in .*: lower the learning rate, and train in another"):
         run(failing(train_step, at, name), folder=tmp_path)
-    result, reported, _ = run(train_step, folder=tmp_path)
+    result, reported, _ = run(train_step, folder=tmp_path, every=NEVER)
     assert result == whole[0]
     assert reported[0][0] == at
 
@@ -206,7 +223,7 @@ def test_parameters_that_are_not_finite_are_never_saved(train_step, whole, tmp_p
     with pytest.raises(UserError, match=problem):
         run(overflowing(train_step, 5), folder=tmp_path)
     assert steps_kept(tmp_path) == [3, 4]
-    assert run(train_step, folder=tmp_path)[0] == whole[0]
+    assert run(train_step, folder=tmp_path, every=NEVER)[0] == whole[0]
 
 
 @pytest.mark.parametrize("at", [3, STEPS])
@@ -274,7 +291,7 @@ def test_patience_ends_a_run_and_a_stopped_one_ends_the_same(train_step, tmp_pat
     for stop_at in (lowest, lowest + 1, lowest + 2):
         folder = tmp_path / str(stop_at)
         assert run(train_step, folder=folder, stop_at=stop_at, validation=Distance(1, patience=2))[0] is None
-        assert run(train_step, folder=folder, validation=Distance(1, patience=2))[0] == end
+        assert run(train_step, folder=folder, every=NEVER, validation=Distance(1, patience=2))[0] == end
 
 
 @pytest.mark.parametrize("stop_at", [None, 4, pytest.param(9, marks=pytest.mark.release)])
@@ -360,24 +377,22 @@ DAMAGES += [pytest.param(damage, marks=pytest.mark.release) for damage in (garba
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_torn_checkpoint_costs_that_checkpoint_only_and_is_reported(train_step, whole, tmp_path, damage, caplog):
-    run(train_step, folder=tmp_path, stop_at=6)
-    assert steps_kept(tmp_path) == [4, 5]
-    damage(tmp_path / "5")
-    result, reported, _ = run(train_step, folder=tmp_path)
+def test_a_torn_checkpoint_costs_that_checkpoint_only_and_is_reported(train_step, whole, stopped, damage, caplog):
+    assert steps_kept(stopped) == [4, 5]
+    damage(stopped / "5")
+    result, reported, _ = run(train_step, folder=stopped, every=NEVER)
     assert result == whole[0]
     assert reported[0][0] == 5
     assert "checkpoint of step 5" in caplog.text and "resuming from the one before it" in caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_checkpoints_that_cannot_be_read_name_their_folder(train_step, tmp_path, damage):
-    run(train_step, folder=tmp_path, stop_at=6)
-    for step in steps_kept(tmp_path):
-        damage(tmp_path / str(step))
+def test_checkpoints_that_cannot_be_read_name_their_folder(train_step, stopped, damage):
+    for step in steps_kept(stopped):
+        damage(stopped / str(step))
     with pytest.raises(UserError, match="delete that folder to start this stage from the beginning") as caught:
-        run(train_step, folder=tmp_path)
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+        run(train_step, folder=stopped)
+    assert str(stopped) in str(caught.value) and "\n" not in str(caught.value)
 
 
 ALL = pytest.param("*", 0.5, marks=pytest.mark.release), pytest.param("*", 0.9, marks=pytest.mark.release)
@@ -385,37 +400,34 @@ ALL = pytest.param("*", 0.5, marks=pytest.mark.release), pytest.param("*", 0.9, 
 
 @pytest.mark.parametrize(("files", "place"), [("data.json", 0.5), *ALL])
 def test_a_flipped_bit_in_any_file_of_a_checkpoint_never_changes_the_result(
-    train_step, whole, tmp_path, files, place, caplog
+    train_step, whole, stopped_once, tmp_path, files, place, caplog
 ):
     """It costs the checkpoint, or is in a place that restoring does not read."""
-    run(train_step, folder=tmp_path / "whole", stop_at=6)
     told = []
-    for file in sorted(path for path in (tmp_path / "whole/5").rglob(files) if path.is_file() and path.stat().st_size):
+    for file in sorted(path for path in (stopped_once / "5").rglob(files) if path.is_file() and path.stat().st_size):
         folder = tmp_path / "flipped"
-        shutil.copytree(tmp_path / "whole", folder)
-        flipped = folder / file.relative_to(tmp_path / "whole")
+        shutil.copytree(stopped_once, folder)
+        flipped = folder / file.relative_to(stopped_once)
         flip(flipped, 8 * int(place * flipped.stat().st_size) + 1)
         caplog.clear()
-        assert run(train_step, folder=folder)[0] == whole[0], flipped
+        assert run(train_step, folder=folder, every=NEVER)[0] == whole[0], flipped
         told.append("the checkpoint of step 5" in caplog.text)
         shutil.rmtree(folder)
     assert any(told), "nothing was noticed"
 
 
 @pytest.mark.parametrize("file", ["5/_CHECKPOINT_METADATA", "5/trained/manifest.ocdbt", "run.lock"])
-def test_what_is_no_file_in_a_checkpoint_is_reported_at_once(train_step, tmp_path, file):
+def test_what_is_no_file_in_a_checkpoint_is_reported_at_once(train_step, stopped, file):
     """Orbax would wait for a pipe without end, and read a device without end."""
-    run(train_step, folder=tmp_path, stop_at=6)
-    (tmp_path / file).unlink()
-    os.mkfifo(tmp_path / file)
+    (stopped / file).unlink()
+    os.mkfifo(stopped / file)
     with pytest.raises(UserError, match=rf"{file} is a named pipe"):
-        run(train_step, folder=tmp_path)
+        run(train_step, folder=stopped)
 
 
 @pytest.mark.parametrize("part", ["trained", "state"])
-def test_a_restored_number_that_differs_by_one_bit_is_noticed(train_step, whole, tmp_path, monkeypatch, caplog, part):
+def test_a_restored_number_that_differs_by_one_bit_is_noticed(train_step, whole, stopped, monkeypatch, caplog, part):
     """Whatever the files' own format notices."""
-    run(train_step, folder=tmp_path, stop_at=6)
     load = ocp.training.Checkpointer.load_checkpointables
 
     def flipped(checkpointer, step, items):
@@ -428,16 +440,16 @@ def test_a_restored_number_that_differs_by_one_bit_is_noticed(train_step, whole,
         return loaded
 
     monkeypatch.setattr(ocp.training.Checkpointer, "load_checkpointables", flipped)
-    result, reported, _ = run(train_step, folder=tmp_path)
+    result, reported, _ = run(train_step, folder=stopped, every=NEVER)
     assert result == whole[0] and reported[0][0] == 5
-    assert f"the checkpoint of step 5 in {tmp_path} is damaged (the checksum of {part}" in caplog.text
+    assert f"the checkpoint of step 5 in {stopped} is damaged (the checksum of {part}" in caplog.text
 
 
-def test_a_checkpoint_of_other_parameters_names_its_folder(train_step, tmp_path):
-    run(train_step, folder=tmp_path, stop_at=6, keep=1)
+def test_a_checkpoint_of_other_parameters_names_its_folder(train_step, stopped):
+    shutil.rmtree(stopped / "4")
     other = {"backbone": jnp.ones(()), "vectors": Table(jnp.zeros((400, 2)))}
     with pytest.raises(UserError, match="delete that folder"):
-        fit(other, PHASE, train_step, make_streams(), steps=STEPS, checkpoints=Checkpoints(tmp_path))
+        fit(other, PHASE, train_step, make_streams(), steps=STEPS, checkpoints=Checkpoints(stopped))
 
 
 def test_a_checkpoint_holds_the_trained_part_and_not_the_frozen_one(train_step, tmp_path):
@@ -488,11 +500,10 @@ def test_a_metric_that_no_step_has_is_reported(train_step, tmp_path):
         run(train_step, folder=tmp_path, best="lose")
 
 
-def test_files_of_others_in_the_folder_do_no_harm(train_step, whole, tmp_path):
-    run(train_step, folder=tmp_path, stop_at=6)
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()  # what a killed write leaves behind
-    assert run(train_step, folder=tmp_path)[0] == whole[0]
+def test_files_of_others_in_the_folder_do_no_harm(train_step, whole, stopped):
+    (stopped / "notes.txt").write_text("mine")
+    (stopped / "7.orbax-checkpoint-tmp").mkdir()  # what a killed write leaves behind
+    assert run(train_step, folder=stopped)[0] == whole[0]
 
 
 # Signals -------------------------------------------------------------------------------------------
