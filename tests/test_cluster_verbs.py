@@ -12,7 +12,7 @@ import pytest
 
 from secvec_jax.evaluation.results import Results
 from secvec_jax.model import hub
-from secvec_jax.vectors.store import load_vectors
+from secvec_jax.vectors.store import load_vectors, save_vectors
 from tests.processes import call, cluster, cluster_flags, outputs, started
 
 TRAINING = ("--batch-size", 4, "--max-seq-len", 192, "--max-steps", 4, "--learning-rate", 1e-3,
@@ -45,9 +45,11 @@ def files(tiny_model, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def vectors(files, tmp_path_factory) -> Path:
-    """The folder of vectors that this process trained."""
-    return trained_vectors(files, tmp_path_factory.mktemp("vectors"), in_this_process)
+def vectors(tiny_model, random_vectors, tmp_path_factory) -> Path:
+    """A file of vectors that matter, trained nowhere."""
+    model, path = tiny_model("llama").model, tmp_path_factory.mktemp("vectors") / "security.safetensors"
+    save_vectors(random_vectors(model, rank=4), path, model)
+    return path
 
 
 def trained_vectors(files, out: Path, run) -> Path:
@@ -70,7 +72,7 @@ def done(files, vectors, tmp_path_factory) -> dict[int, tuple[Path, dict[str, st
 
 def whole_run(files, vectors: Path, out: Path, run) -> tuple[Path, dict[str, str]]:
     finetune = ("train.py", "finetune", "--model", files["model"], "--data", files["benign"],
-                "--vectors", vectors / "vectors/security.safetensors", "--out", out / "tuned", *TRAINING)  # fmt: skip
+                "--vectors", vectors, "--out", out / "tuned", *TRAINING)  # fmt: skip
     commands = {
         "finetune": finetune,
         "score": ("eval.py", "score", "--model", out / "tuned/model", "--harmful", files["harmful"],
@@ -124,12 +126,13 @@ def check_losses(one: Path, two: Path) -> None:
 
 
 @pytest.mark.release  # phase 1 in two processes differs from phase 2 in which tree it updates alone
-def test_vectors_of_two_processes_are_those_of_one(files, vectors, tmp_path):
+def test_vectors_of_two_processes_are_those_of_one(files, tmp_path):
+    one = trained_vectors(files, tmp_path / "one", in_this_process)
     two = trained_vectors(files, tmp_path / "two", in_a_cluster)
-    assert everything_in(vectors) == everything_in(two)
-    check_losses(vectors, two)
+    assert everything_in(one) == everything_in(two)
+    check_losses(one, two)
     model = hub.load(files["model"])
-    leaves = [jax.tree.leaves(load_vectors(folder, model)) for folder in (vectors, two)]
+    leaves = [jax.tree.leaves(load_vectors(folder, model)) for folder in (one, two)]
     for expected, leaf in zip(*leaves, strict=True):
         np.testing.assert_allclose(leaf, expected, rtol=1e-3, atol=1e-5)
 

@@ -10,7 +10,6 @@ in_memory = as_rows([{"prompt": "...", "response": "..."}])
 """
 
 import codecs
-import copy
 import csv
 import functools
 import glob
@@ -100,7 +99,7 @@ def load_rows(
         raise UserError(f"{source} has no split {split!r}; benchmarks and single files have only 'train'")
     if source in PACKAGED:
         kept = _packaged(source, PACKAGED[source], needs_answer, resolved(packages_dir()))
-        rows = copy.deepcopy(list(kept))  # the caller may change them
+        rows = [_copied(row) for row in kept]  # the caller may change them
         return Rows(rows.__getitem__, len(rows), kept.where, answered=needs_answer)
     if not path.is_file():
         raise UserError(
@@ -127,6 +126,13 @@ def load_rows(
 def _packaged(source: str, read: Callable[[], list[Row]], needs_answer: bool, packages: Path) -> Rows[Row]:
     """The rows of a benchmark, read once from a folder: commands need them up to a dozen times, and all are 11 MiB."""
     return as_rows(read(), needs_answer, source)
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a JSON value, several times faster than `copy.deepcopy`."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def named_or_given(rows: Any, needs_answer: bool = True, name: str = "data") -> Rows[Row]:
