@@ -79,9 +79,12 @@ def _line(flags: Any, flag: Any) -> str:
         default = "on" if flag.default else "off"
     else:
         default = f"`{flag.shown_default}`" if flag.shown_default else ""
-    name = flag.name or flag.metavar
+    names = [flag.name or flag.metavar]
+    if flag.is_switch and flag.default is None:
+        names.append(f"--no-{flag.name.removeprefix('--')}")
+    shown_names = ", ".join(f"`{name}`" for name in names)
     meaning = flag.help.replace("|", r"\|")
-    return f"| `{flag.key}` | `{name}` | {default} | {meaning} |"
+    return f"| `{flag.key}` | {shown_names} | {default} | {meaning} |"
 
 
 def _prose(settings: type) -> str:

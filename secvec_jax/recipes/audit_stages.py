@@ -92,10 +92,8 @@ def audited(
 ) -> Audit:
     """Measure the models, one stage each, and compare them. reads: {role: files that its model is read from}."""
     notes: list[str] = []
-    precisions = _check_precisions(request)
-    if len(set(precisions.values())) > 1:
-        different = f"differ in precision ({_listed(precisions)})"
-        notes.append(f"The models' weights {different}: part of a small difference is rounding.")
+    if (difference := _precision_note(_check_precisions(request))) is not None:
+        notes.append(difference)
     if request.judge is not None:
         try_judge(request.judge, stages)
     before = request.model("before")
@@ -222,6 +220,12 @@ def _check_precisions(request: AuditRequest) -> Mapping[str, Precision]:
             "of training: load the models in the same precision, with sv.load(NAME, PRECISION)"
         )
     return precisions
+
+
+def _precision_note(precisions: Mapping[str, Precision]) -> str | None:
+    if len(set(precisions.values())) == 1:
+        return None
+    return f"The models' weights differ in precision ({_listed(precisions)}): part of a small difference is rounding."
 
 
 def _listed(precisions: Mapping[str, Precision]) -> str:

@@ -176,7 +176,7 @@ def test_models_that_are_held_differently_are_not_compared(tmp_path):
             sv.audit(**given, progress=False)
     mixed = {"before": tiny_model(), "after": load(folder, "bfloat16"), "reference": None}
     request = audit_stages.AuditRequest(mixed, lambda kind: None, None, sv.Limits(), 4, 16)
-    note = audit_stages._check_same_precision(request)
+    note = audit_stages._precision_note(audit_stages._check_precisions(request))
     assert note.startswith("The models' weights differ in precision (before in float32, after in bfloat16)")
     with pytest.raises(sv.UserError, match="frozen_weights='int8' is for a model that is loaded here"):
         sv.audit(codes, codes, frozen_weights="int8", progress=False)
