@@ -226,7 +226,7 @@ def aliases(program: Any) -> set[int]:
 
 
 @pytest.mark.parametrize("shape", [MESHES[0], pytest.param(MESHES[1], marks=pytest.mark.release)])
-@pytest.mark.parametrize("name", ["phase 1", "phase 2"])
+@pytest.mark.parametrize("name", ["phase 1", pytest.param("phase 2", marks=pytest.mark.release)])
 def test_every_trained_and_state_buffer_is_given_to_the_step(name, shape):
     program, trained, state = compiled(name, shape)
     count = len(jax.tree.leaves((trained, state)))

@@ -14,7 +14,7 @@ from secvec_jax.model.decoder import abstract_decoder
 from secvec_jax.model.flops import matmul_parameters
 from secvec_jax.model.hub import load_architecture
 from secvec_jax.planning.plan import Work, topology_mesh
-from tests.processes import run
+from tests.processes import call
 from tests.toys import ARCHITECTURE
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +69,9 @@ def test_the_published_shapes_have_their_names_many_parameters(path):
 def test_without_the_compiler_the_extra_is_named():
     with pytest.raises(UserError, match=r"pip install \"jax\[tpu\]\""):
         topology_mesh("v5e:4x4", "")
-    done = run("train.py", "plan")
-    assert done.returncode == 2
-    assert done.stderr.strip().count("\n") == 0 and "jax[tpu]" in done.stderr
+    code, _, errors = call("train.py", "plan")
+    assert code == 2
+    assert errors.strip().count("\n") == 0 and "jax[tpu]" in errors
 
 
 @needs_compiler

@@ -145,6 +145,7 @@ def test_vectors_over_another_precision_have_to_pass_the_gate_again(
         sv.finetune(quantized, random_examples(2), vectors=str(file))
 
 
+@pytest.mark.release  # by default, alignment over int8 below, and protect over int8 in test_protect
 def test_both_phases_over_nf4_end_with_a_model_in_full(tiny_model, tmp_path):
     source = str(tiny_model("llama").folder)
     rows = tmp_path / "rows.jsonl"

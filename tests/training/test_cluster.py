@@ -97,7 +97,7 @@ process of two."""
 @pytest.mark.parametrize(
     ("name", "seed", "kills"),
     [
-        ("one", 0, [TRAINING, WRITING]),
+        pytest.param("one", 0, [TRAINING, WRITING], marks=pytest.mark.release),  # see test_trainer and test_quickstart
         ("fsdp", 4, [TRAINING, ONE_ALONE]),
         pytest.param("one", 0, [TRAINING, WRITING, *[TRAINING] * 5], marks=pytest.mark.release),
         pytest.param("one", 1, [TRAINING, WRITING, *[TRAINING] * 4], marks=pytest.mark.release),

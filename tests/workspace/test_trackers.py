@@ -140,7 +140,7 @@ def test_weights_and_biases_that_fail_are_switched_off(tmp_path, monkeypatch, ca
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
 
 
-@pytest.mark.slow
+@pytest.mark.release  # Weights & Biases itself; by default, the tests of the other trackers
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "secvec-test")
     monkeypatch.setenv("WANDB_MODE", "offline")
