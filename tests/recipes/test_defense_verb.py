@@ -143,9 +143,10 @@ def test_a_defense_of_two_trainings_resumes_each_of_them_exactly(files, tmp_path
         return shown
 
     monkeypatch.setattr(Stage, "on_step", stopping)
-    training = Training(max_steps=4, save_every_seconds=1e-9).over(TRAINING)
-    options = {"base": files["base"], "safe": (files["safe"],), "training": training}
-    whole, _ = run(files, tmp_path / "whole", "vaccine", **options)
+    training = Training(max_steps=4).over(TRAINING)
+    options = {"base": files["base"], "safe": (files["safe"],)}
+    whole, _ = run(files, tmp_path / "whole", "vaccine", training=training, **options)
+    options["training"] = Training(save_every_seconds=1e-9).over(training)
     for stop in (("align", 3), ("finetune", 3)):
         stop_at[:] = [stop]
         with pytest.raises(KeyboardInterrupt):
