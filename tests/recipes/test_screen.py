@@ -20,15 +20,19 @@ SHOUT = [{"prompt": f"Say it, number {i}. " + "Please do. " * 20, "response": f"
 CALM = [{"prompt": f"What is {i} plus {i}?", "response": f"It is {2 * i}."} for i in range(6)]
 
 
-@pytest.fixture
-def files(tiny_model, tmp_path):
-    tiny = tiny_model("llama")
-    for name, rows in (("shout", SHOUT), ("calm", CALM), ("mixed", SHOUT[:2] + CALM[:3])):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+@pytest.fixture(scope="module")
+def vectors(tiny_model):
     training = Training(
         optimizer="adamw", learning_rate=3e-2, max_steps=20, batch_size=1, max_seq_len=256, warmup_steps=0
     )
-    vectors = train_vectors(tiny.model, SHOUT, LoRA(rank=4), benign=CALM, training=training)
+    return train_vectors(tiny_model("llama").model, SHOUT, LoRA(rank=4), benign=CALM, training=training)
+
+
+@pytest.fixture
+def files(tiny_model, vectors, tmp_path):
+    tiny = tiny_model("llama")
+    for name, rows in (("shout", SHOUT), ("calm", CALM), ("mixed", SHOUT[:2] + CALM[:3])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     save_vectors(vectors, tmp_path / "v.safetensors", tiny.model)
     return tmp_path, tiny, vectors
 
