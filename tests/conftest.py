@@ -112,6 +112,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Tiny configurations: what each changes in `_BASE`."""
 
+_READER_VOCABULARY = 2048
+
 _BASE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -201,6 +203,17 @@ def tiny_model(tmp_path_factory) -> Callable[..., Tiny]:
         return built[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def reader_folder(tiny_model, tmp_path_factory) -> Path:
+    """A tiny model for packaged prompts: its tokens are words and parts of them, so that lines are short."""
+    folder = tmp_path_factory.mktemp("reader")
+    plain = tiny_model("llama", vocab_size=_READER_VOCABULARY, max_position_embeddings=1024).folder
+    shutil.copytree(plain, folder, dirs_exist_ok=True)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    build_tokenizer([readme], _READER_VOCABULARY).save_pretrained(folder)
+    return folder
 
 
 @jax.jit

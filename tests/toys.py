@@ -1,6 +1,7 @@
 """Small things to train: a random decoder, a model with a tokenizer, random examples."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -61,7 +62,7 @@ def _random_decoder(architecture: Architecture, seed: int, gain: float) -> Decod
     return jax.tree_util.tree_map_with_path(drawn, Decoder(architecture, nnx.Rngs(0)))
 
 
-def build_tokenizer():
+def build_tokenizer(texts: Sequence[str] = tuple(_SENTENCES), vocabulary: int = VOCABULARY):
     """A byte-level BPE of a few sentences with a ChatML template, as a transformers tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -70,12 +71,12 @@ def build_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
