@@ -32,6 +32,9 @@ from secvec_jax.vectors.store import load_vectors, save_vectors
 from tests.toys import random_decoder, random_examples
 from tests.toys import tiny_model as toy_model
 
+ONE_STEP = Training(max_steps=1, batch_size=1, max_seq_len=64)
+"""One for all tests, which share its programs."""
+
 SPECS = {"lora": LoRA(rank=3), "steering": Steering(scale=2.0), "prompt": SoftPrompt(virtual_tokens=5, scale=2.0)}
 
 
@@ -156,8 +159,8 @@ def test_every_kind_learns_to_show_the_behavior_the_backbone_frozen(tiny_model, 
     assert on < 0.8 * off
 
 
-def test_several_vectors_are_active_at_once(tiny_model, logits, tokens):
-    model = tiny_model("llama").model
+def test_several_vectors_are_active_at_once(logits, tokens):
+    model = toy_model()
     adapters = tuple(filled(spec, model, seed) for seed, spec in enumerate(SPECS.values()))
     both = logits(model, tokens, adapters=adapters)
     for left_out in range(3):
@@ -166,11 +169,10 @@ def test_several_vectors_are_active_at_once(tiny_model, logits, tokens):
         )
 
     rows = random_examples(4, seed=3)
-    training = Training(learning_rate=1e-2, max_steps=2, batch_size=1, max_seq_len=64)
     prints = [fingerprint(adapter) for adapter in adapters]
-    tuned = finetune(model, rows, vectors=adapters, training=training)
+    tuned = finetune(model, rows, vectors=adapters, training=ONE_STEP)
     assert [fingerprint(adapter) for adapter in adapters] == prints
-    under_one = finetune(model, rows, vectors=adapters[:1], training=training)
+    under_one = finetune(model, rows, vectors=adapters[:1], training=ONE_STEP)
     assert len({fingerprint(one.backbone) for one in (model, tuned, under_one)}) == 3
 
     suite = Suite(refusals=("I can't",), harmful=["How?"], harmful_targets=rows)
@@ -183,16 +185,18 @@ def test_gradients_reach_every_factor(tiny_model, tokens):
     tokens = jnp.asarray(tokens)
 
     @jax.jit
-    def gradient(vectors):
-        def loss(vectors):
-            hidden = model.backbone(tokens[:, :-1], adapters=(vectors,), options=ForwardOptions(remat="dots"))
+    def gradient(adapters):
+        def loss(adapters):
+            hidden = model.backbone(tokens[:, :-1], adapters=adapters, options=ForwardOptions(remat="dots"))
             return token_cross_entropy(model.backbone, hidden, tokens[:, 1:], jnp.ones_like(tokens[:, 1:])).sum()
 
-        return jax.grad(loss)(vectors)
+        return jax.grad(loss)(adapters)
 
-    for spec in SPECS.values():
-        for leaf in jax.tree.leaves(gradient(filled(spec, model))):
-            assert (jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0).all()
+    adapters = tuple(filled(spec, model) for spec in SPECS.values())
+    leaves = jax.tree.leaves(gradient(adapters))
+    assert len(leaves) == len(jax.tree.leaves(adapters))
+    for leaf in leaves:
+        assert (jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0).all()
 
 
 # LoRA, and fine-tuning under it: tests/test_sharded.py.
@@ -219,7 +223,7 @@ def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, k
         return losses, generate(model, ["What is it?"], vectors, max_new_tokens=4)
 
     alone = run()
-    with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
+    with jax.set_mesh(make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])):
         spread = run()
     np.testing.assert_allclose(spread[0], alone[0], rtol=2e-5)
     assert spread[1] == alone[1]
@@ -227,7 +231,7 @@ def test_on_a_mesh_vectors_are_trained_and_active_as_on_one_device(tiny_model, k
 
 def test_vectors_in_memory_are_refused_for_another_model_of_the_same_shape():
     rows = [{"prompt": "What is the capital?", "response": "The capital of France is Paris."}] * 2
-    model, training = toy_model(), Training(max_steps=1, batch_size=1, max_seq_len=64)
+    model, training = toy_model(), ONE_STEP
     other = dataclasses.replace(model, backbone=random_decoder(1))
     trained = train_vectors(model, rows, LoRA(rank=3), phase1=Phase1("cross_entropy"), training=training)
     task = finetune(model, rows, vectors=trained, task=LoRA(rank=3), training=training).adapter
@@ -256,6 +260,6 @@ def test_the_origin_of_vectors_goes_into_their_file_and_changes_no_program(tmp_p
     assert jax.tree.structure(trained) == jax.tree.structure(plain) and content_of(trained) == content_of(plain)
     save_vectors(trained, tmp_path / "v.safetensors", model)  # whose weights are float32
     assert load_vectors(tmp_path / "v.safetensors", model).origin == trained.origin
-    rows, training = [{"prompt": "Hello", "response": "Hi."}], Training(max_steps=1, batch_size=1, max_seq_len=64)
+    rows = [{"prompt": "Hello", "response": "Hi."}]
     with pytest.warns(Advice, match="trained over nf4 weights, and the model's are float32"):
-        finetune(model, rows, vectors=trained, training=training)
+        finetune(model, rows, vectors=trained, training=ONE_STEP)
