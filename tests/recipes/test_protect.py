@@ -467,6 +467,9 @@ def test_a_task_lora_over_fewer_bits_is_audited_as_it_was_trained_and_exported_i
         for projection in task.factors:
             kernel, held = (linear_of(model.backbone, projection).kernel for model in (after, before))
             assert kernel.codes[...] is held.codes[...] and kernel.update_a.shape[-1] == 2 and held.update_a is None
+        rounded = load(toys.folder / "out" / "model", precision)
+        assert (after.fingerprint, after.precision) == (rounded.fingerprint, rounded.precision)
+        assert inputs_of(after) != inputs_of(rounded), "the codes of the sum are another model to the cache"
     stop_in(monkeypatch, "screen")
     assert run(toys, "--task-lora.rank", "2", out="float32") == command_line.INTERRUPTED
     assert toys.trained == toys.sampled == 2, "vectors and refusals over other weights are others"
@@ -485,13 +488,6 @@ def test_a_task_lora_that_is_gone_or_changed_is_not_taken_for_none(toys, judged,
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     assert run(toys, *flags) == 0 and judged.after.fingerprint == first
     assert "the task LoRA has changed, so it runs again" in told(capsys)
-
-
-def test_codes_with_a_lora_beside_them_and_codes_of_the_sum_are_two_models_to_the_cache(toys, judged):
-    assert run(toys, "--task-lora.rank", "2", "--frozen-weights", "int8", "--learning-rate", "0.5") == 0
-    beside, rounded = judged.after, load(toys.folder / "out" / "model", "int8")
-    assert (beside.fingerprint, beside.precision) == (rounded.fingerprint, rounded.precision)
-    assert inputs_of(beside) != inputs_of(rounded)
 
 
 def test_a_run_keeps_what_its_weights_are_held_in(toys, monkeypatch, capsys):
