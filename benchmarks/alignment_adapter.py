@@ -1,6 +1,6 @@
 """Make the adapter of `smollm2-aligned`, which ships in secvec_jax/adapter_files, from the quickstart's aligned model.
 
-    python train.py quickstart                                              # leaves the model, aligned with seed 0
+    python train.py quickstart --model smollm2                              # leaves the model, aligned with seed 0
     python benchmarks/alignment_adapter.py runs/quickstart/model/aligned    # writes the file and prints its SHA-256
     python benchmarks/alignment_adapter.py --toy                            # smoke test on random weights
 

@@ -79,7 +79,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="results file; rows in it are kept")
-    parser.add_argument("--model", default="runs/quickstart/model/aligned", help="an aligned model")
+    parser.add_argument("--model", default="smollm2-aligned", help="an aligned model")
     parser.add_argument("--table", action="store_true", help="only print the table of the results file")
     parser.add_argument(
         "--toy", action="store_true", help="smoke test: two steps each on a model with two small layers"

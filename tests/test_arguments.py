@@ -319,7 +319,7 @@ def test_settings_say_whether_they_were_measured_for_a_model_of_this_size(monkey
     count = num_parameters(MODEL.backbone)
     assert f"all weights: not measured for this size ({count:,} parameters), only on SmolLM2-135M" in told
     monkeypatch.setattr(advice, "TUNED_ON", count)
-    assert advice.settings_measured(MODEL, default, None).endswith("measured on SmolLM2-135M (docs/quickstart.md)")
+    assert advice.settings_measured(MODEL, default, None).endswith("measured on SmolLM2-135M (docs/results.md)")
     lora = advice.settings_measured(MODEL, default, sv.LoRA(16))
     assert lora.endswith("a task LoRA of rank 16: not measured for any model")
     lora = advice.settings_measured(MODEL, finetuning.PHASE2_LORA, sv.LoRA(16))
