@@ -140,10 +140,10 @@ def _note(metrics: dict[str, float], pace: dict[str, float]) -> str:
 
 def _left(seconds: float, done: int, to_do: int) -> str:
     """The time left, to follow a line; empty where nothing is done or nothing left."""
-    return f", {_duration(seconds / done * to_do)} left" if done and to_do else ""
+    return f", {duration(seconds / done * to_do)} left" if done and to_do else ""
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Such as 0:45 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

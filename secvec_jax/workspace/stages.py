@@ -24,7 +24,7 @@ from secvec_jax.memory import return_freed_memory
 from secvec_jax.terminal import Console
 from secvec_jax.workspace import inputs, run_directory
 from secvec_jax.workspace.inputs import Inputs
-from secvec_jax.workspace.stage import Stage, showing
+from secvec_jax.workspace.stage import Stage, duration, showing
 
 
 class Stages:
@@ -34,8 +34,13 @@ class Stages:
         self.folder = folder
         self.console = console
         self.seconds: dict[str, float] = {}
+        self._shares: dict[str, float] = {}
         self._seconds_within = 0.0
         """The seconds of the stages that ran within the current one."""
+
+    def expect(self, shares: Mapping[str, float]) -> None:
+        """Name all stages of the run with how long each takes, in any unit, so that each tells the time left after it."""
+        self._shares = dict(shares)
 
     def run(
         self,
@@ -117,8 +122,18 @@ class Stages:
 
         on_main_process(record_result)
         return_freed_memory()
-        self.console.print(f"{name}: {self.seconds[name]:.0f} s")
+        self.console.print(f"{name}: {self.seconds[name]:.0f} s{self._time_left()}")
         return result
+
+    def _time_left(self) -> str:
+        """The time of the stages to come, at the pace of those that are done; empty where it is not known."""
+        done = self._shares.keys() & self.seconds.keys()
+        to_do = sum(share for name, share in self._shares.items() if name not in done)
+        share_done = sum(self._shares[name] for name in done)
+        if not share_done or not to_do:
+            return ""
+        seconds = sum(self.seconds[name] for name in done) / share_done * to_do
+        return f"; about {duration(seconds)} left for the whole run"
 
     @contextlib.contextmanager
     def show(self, name: str) -> Iterator[Stage]:

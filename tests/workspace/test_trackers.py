@@ -17,6 +17,7 @@ from secvec_jax.config import Training
 from secvec_jax.errors import UserError
 from secvec_jax.recipes.finetune import Finetune, finetune
 from secvec_jax.workspace import stage as stage_module
+from secvec_jax.workspace import stages as stages_module
 from secvec_jax.workspace import trackers
 from secvec_jax.workspace.stages import Stages
 from tests.toys import tiny_model
@@ -90,6 +91,33 @@ def test_lines_of_a_pipe_name_their_numbers_and_are_not_broken(tmp_path):
         "tune: step 3/10, epoch 0.50, eval/loss 0.750, kl 0.125, loss 0.500, loss/a-kind-with-a-long-name 0.500, "
         "loss/another-kind-with-a-long-name 0.500, loss/harmful 0.250"
     )
+
+
+def test_each_stage_ends_with_the_time_left_for_the_whole_run(tmp_path, monkeypatch):
+    now = 0.0
+
+    def work(seconds: float):
+        def pass_time(stage):
+            nonlocal now
+            now += seconds
+
+        return pass_time
+
+    monkeypatch.setattr(stages_module, "time", SimpleNamespace(monotonic=lambda: now))
+    lines = []
+    for _ in range(4):  # the run starts again, and what was done before counts
+        out = io.StringIO()
+        tools = Stages(tmp_path, Console(file=out, width=150))
+        tools.expect({"short": 1, "long": 3, "last": 2})
+        for name, seconds in list({"short": 20, "long": 40, "last": 30, "unexpected": 5}.items())[: len(lines) + 1]:
+            tools.run(name, work(seconds))
+        lines.append(out.getvalue().splitlines()[-1])
+    assert lines == [
+        "short: 20 s; about 1:40 left for the whole run",
+        "long: 40 s; about 0:30 left for the whole run",
+        "last: 30 s",
+        "unexpected: 5 s",
+    ]
 
 
 def test_without_steps_there_are_no_files(tmp_path):
