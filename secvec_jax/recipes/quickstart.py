@@ -51,7 +51,8 @@ class Quickstart(Experiment):
 
 
 SECONDS = {
-    "align": 59, "vectors": 163, "plain": 97, "security vectors": 98, "base": 42, "benign only": 78, "random control": 90
+    "align": 59, "vectors": 163, "plain": 97, "security vectors": 98,
+    "base": 42, "benign only": 78, "random control": 90,
 }  # fmt: skip
 """What the stages took on two cores of a CPU; with their ratios, the time left is estimated."""
 SECONDS_OF_ALIGNING = 225

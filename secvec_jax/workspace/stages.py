@@ -39,7 +39,7 @@ class Stages:
         """The seconds of the stages that ran within the current one."""
 
     def expect(self, shares: Mapping[str, float]) -> None:
-        """Name all stages of the run with how long each takes, in any unit, so that each tells the time left after it."""
+        """Name all stages of the run, with how long each takes in any unit, so that each tells the time left."""
         self._shares = dict(shares)
 
     def run(
