@@ -1,6 +1,7 @@
 """Generate the table of docs/scale.md: which model fits which TPU slice, and how fast, by compile-time estimates.
 
     python benchmarks/scale.py [--part 0/2]      # compile the rows missing in docs/scale.json, 1 to 2 minutes each
+    python benchmarks/scale.py --refresh         # ... and those that another version of JAX has compiled
     python benchmarks/scale.py --table           # write the table from docs/scale.json
     python benchmarks/scale.py --toy             # smoke test: compile one small row and print it
 
@@ -107,7 +108,7 @@ def measured(row: tuple) -> dict:
                 print(f"  {lines} sequences per shard: {error}", flush=True)
                 smallest = 2 if phase == "vectors" else 1
                 if lines == smallest:
-                    return {"fits": False}
+                    return {"fits": False, "jax": jax.__version__}
                 lines //= 2
     account = plan.account
     return memory_figures(plan) | {
@@ -137,6 +138,12 @@ def memory_figures(plan: Plan) -> dict:
 
 def load(file: Path = RESULTS) -> dict[str, dict]:
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+def is_current(name: str, refresh: bool, file: Path = RESULTS) -> bool:
+    """Whether a row need not be compiled. refresh: rows of other versions of JAX do."""
+    results = load(file)
+    return name in results and not (refresh and results[name].get("jax") != jax.__version__)
 
 
 def save(name: str, result: dict, file: Path = RESULTS) -> None:
@@ -202,6 +209,7 @@ def parsed_options(description: str | None) -> argparse.Namespace:
     """The command line that both tables have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="0/1", help="i/n: every n-th row, starting with row i")
+    parser.add_argument("--refresh", action="store_true", help="also compile rows that another version of JAX compiled")
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--toy", action="store_true", help="smoke test: compile one small row and print it")
     return parser.parse_args()
@@ -217,7 +225,7 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
         part, parts = map(int, options.part.split("/"))
         for row in (ROWS + REMAT_ROWS)[part::parts]:
-            if key(row) not in load():
+            if not is_current(key(row), options.refresh):
                 print(key(row), flush=True)
                 result = measured(row)
                 save(key(row), result)

@@ -1,10 +1,12 @@
 """Generate the GPU table of docs/scale.md: which model fits which GPUs, by the compiler's account.
 
-    python benchmarks/scale_gpu.py [--part 0/2]      # compile the rows missing in docs/scale_gpu.json
+    python benchmarks/scale_gpu.py [--part 0/2]      # compile what is missing in docs/scale_gpu.json
+    python benchmarks/scale_gpu.py --refresh         # ... and rows that another version of JAX has compiled
     python benchmarks/scale_gpu.py --table           # write the table from docs/scale_gpu.json
     python benchmarks/scale_gpu.py --toy             # smoke test: compile one small row and print it
 
-Needs the compiler of `secvec_jax[cuda]`, but no GPU. A row is compiled for the first of `attempts` that fits.
+Needs the compiler of `secvec_jax[cuda]`, but no GPU. Each model, GPUs and what is trained have one row: weights in the
+most bits with which one of `attempts` fits.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from scale import load, memory_figures, parsed_options, save, write
+from scale import is_current, load, memory_figures, parsed_options, save, write
 
 from secvec_jax.model.attention import Path as AttentionPath
 from secvec_jax.model.attention import self_attention
@@ -64,18 +66,17 @@ GOALS = [
     Row("llama-2-13b", "rtx4090:1", "task_lora", "nf4"),
     Row("llama-2-7b", "h100:1", "full", "bfloat16", remat="attention"),
 ]
-FROZEN = {"vectors": ("bfloat16", "nf4"), "task_lora": ("bfloat16", "int8", "nf4"), "full": ("float32", "bfloat16")}
-"""What is compiled for one GPU; for eight, only the first of each."""
+FROZEN = ("bfloat16", "int8", "nf4")
+PRECISIONS = {"vectors": FROZEN, "task_lora": FROZEN, "full": ("float32", "bfloat16")}
+"""What the weights can be held in, from the most bits to the fewest."""
 
-ROWS = GOALS + [
-    Row(model, f"{gpu}:{count}", trained, weights)
-    for count in (1, 8)
-    for gpu in ("rtx4090", "h100")
+CHOICES = [
+    [Row(model, f"{gpu}:{count}", trained, weights) for weights in held]
+    for gpu, count in (("rtx4090", 1), ("h100", 1), ("h100", 8))
     for model in MODELS
-    for trained, held in FROZEN.items()
-    for weights in (held if count == 1 else held[:1])
-    if Row(model, f"{gpu}:{count}", trained, weights) not in GOALS
+    for trained, held in PRECISIONS.items()
 ]
+"""Rows that differ in the precision alone, of which the table has the first that fits."""
 TOY_ROW = Row("llama-3.2-1b", "h100:1", "task_lora", "bfloat16", sequences=1)
 
 
@@ -117,7 +118,7 @@ def measured(row: Row, length: int = LENGTH) -> dict:
                 print(f"  {local} sequences per GPU, remat {remat}: {reason}", flush=True)
                 if "alone" in reason:
                     break
-    return {"fits": False, "reason": reason}
+    return {"fits": False, "reason": reason, "jax": jax.__version__}
 
 
 def figures(plan: Plan, sequences: int, length: int, remat: str) -> dict:
@@ -184,14 +185,40 @@ def attention_table() -> str:
     return "\n".join(lines)
 
 
-def table(results: dict[str, dict]) -> str:
+def compile_choice(choice: list[Row], refresh: bool) -> None:
+    """Compile rows that differ in the precision, from the most bits on, until one fits."""
+    for row in choice:
+        if not is_current(row.key, refresh, RESULTS):
+            print(row.key, flush=True)
+            save(row.key, measured(row), RESULTS)
+        if load(RESULTS)[row.key]["fits"]:
+            return
+
+
+def shown(results: dict[str, dict]) -> list[Row]:
+    """Return the rows of the table: the goals, and of each choice the first that fits, or the last if none does.
+
+    Where a choice is not compiled yet, rows of earlier versions take its place.
+    """
+    rows = [row for row in GOALS if row.key in results]
+    for choice in CHOICES:
+        for row in choice:
+            if row.key not in results:
+                rows += [old for old in map(Row.of, results) if old[:3] == row[:3]]
+                break
+            if results[row.key]["fits"] or row == choice[-1]:
+                rows.append(row)
+                break
+    return list(dict.fromkeys(rows))
+
+
+def table(results: dict[str, dict], rows: list[Row]) -> str:
     """Return one Markdown table per model."""
     head = [
         "| GPUs | trained | weights | batch, remat | memory per GPU | step, at least | tokens/s, at most |",
         "| --- | --- | --- | --- | ---: | ---: | ---: |",
     ]
     lines: dict[str, list[str]] = {}
-    rows = [Row.of(key) for key in results]
     for row in sorted(rows, key=lambda row: (MODELS.index(row.model), row.topology, list(TRAINED).index(row.trained))):
         result = results[row.key]
         model_lines = lines.setdefault(row.model, [f"**{row.model}**", "", *head])
@@ -213,16 +240,15 @@ def main() -> None:
     options = parsed_options(__doc__)
     jax.config.update("jax_platforms", "cpu")
     if options.toy:
-        print(table({TOY_ROW.key: measured(TOY_ROW, 128)}))
+        print(table({TOY_ROW.key: measured(TOY_ROW, 128)}, [TOY_ROW]))
         return
     if not options.table:
         part, parts = map(int, options.part.split("/"))
-        for row in ROWS[part::parts]:
-            if row.key not in load(RESULTS):
-                print(row.key, flush=True)
-                save(row.key, measured(row), RESULTS)
+        for choice in ([[goal] for goal in GOALS] + CHOICES)[part::parts]:
+            compile_choice(choice, options.refresh)
         write("gpu attention", attention_table())
-    write("gpus", table(load(RESULTS)))
+    results = load(RESULTS)
+    write("gpus", table(results, shown(results)))
 
 
 if __name__ == "__main__":
