@@ -62,7 +62,7 @@ TrainStepMaker = Callable[[Objective, optax.GradientTransformation], TrainStep]
 """Makes the train step, given what is minimized on the rows to learn and the optimizer."""
 
 PHASE2 = Training(learning_rate=3.6e-4, epochs=2).over(Training.base)
-"""Tuned on a model of 135 million parameters. The quickstart takes one epoch at a higher rate."""
+"""Tuned on a model of 135 million parameters. The quickstart trains for one epoch at a higher rate."""
 
 PHASE2_LORA = Training(optimizer="adamw", learning_rate=1e-3).over(PHASE2)
 """How `protect` trains a task LoRA; docs/protect.md has the results for a model of 135 million parameters."""

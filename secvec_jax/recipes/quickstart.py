@@ -18,7 +18,6 @@ import jax
 
 from secvec_jax.checks import checked
 from secvec_jax.config import Training
-from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.intervals import Score, paired_difference
 from secvec_jax.evaluation.results import Results
@@ -43,9 +42,7 @@ class Quickstart(Experiment):
     smollm2-aligned are aligned first"""
     out: str = "runs/quickstart"
     """run directory"""
-    finetune_training: Training = dataclasses.replace(
-        PHASE2, learning_rate=1.1e-3, epochs=1, remat="dots", max_seq_len=256
-    )
+    finetune_training: Training = dataclasses.replace(Experiment.finetune_training, learning_rate=1.1e-3, epochs=1)
     overwrite: bool = False
     """delete the run in OUT and start over"""
 
@@ -54,9 +51,9 @@ SECONDS = {
     "align": 59, "vectors": 163, "plain": 97, "security vectors": 98,
     "base": 42, "benign only": 78, "random control": 90,
 }  # fmt: skip
-"""What the stages took on two cores of a CPU; with their ratios, the time left is estimated."""
+"""How long each stage took on two cores of a CPU. The time left is estimated from the ratios."""
 SECONDS_OF_ALIGNING = 225
-"""What the first one takes where it trains the model, too."""
+"""The stage "align" if it trains the model, too."""
 ROWS = ("benign only", "plain", "random control", "security vectors")
 """The fine-tuned models, in the order of the table, after `base` and `aligned`."""
 
@@ -115,17 +112,18 @@ def verdicts(outcomes_by_row: dict[str, Outcomes]) -> list[report.Verdict]:
         values = outcomes_by_row[row][metric]
         return sum(values) / len(values)
 
+    def difference(metric: str, row: str, reference: str) -> Score:
+        return paired_difference(outcomes_by_row[row][metric], outcomes_by_row[reference][metric])
+
     def percent(value: float) -> str:
         return f"{100 * value:.1f}%"
 
     refusal = {name: mean(name, "refusal") for name in outcomes_by_row}
     exact = {name: mean(name, "exact_match") for name in outcomes_by_row}
-    noise = paired_difference(outcomes_by_row["random control"]["refusal"], outcomes_by_row["plain"]["refusal"])
-    gap = paired_difference(outcomes_by_row["security vectors"]["refusal"], outcomes_by_row["benign only"]["refusal"])
     over = {name: mean(name, "over_refusal") for name in outcomes_by_row}
-    over_gap = paired_difference(
-        outcomes_by_row["security vectors"]["over_refusal"], outcomes_by_row["benign only"]["over_refusal"]
-    )
+    noise = difference("refusal", "random control", "plain")
+    gap = difference("refusal", "security vectors", "benign only")
+    over_gap = difference("over_refusal", "security vectors", "benign only")
     on, off = mean("vectors on", "harmful_loss"), mean("aligned", "harmful_loss")
     opening_on, opening_off = mean("vectors on", "opening_loss"), mean("aligned", "opening_loss")
     kept = exact["security vectors"] / max(exact["plain"], 1e-9)

@@ -138,12 +138,18 @@ def _note(metrics: dict[str, float], pace: dict[str, float]) -> str:
     return ", ".join(parts)
 
 
-def _left(seconds: float, done: int, to_do: int) -> str:
-    """The time left, to follow a line; empty where nothing is done or nothing left."""
-    return f", {duration(seconds / done * to_do)} left" if done and to_do else ""
+def _left(seconds: float, done: float, to_do: float) -> str:
+    """The time left, to follow a line; empty where it is not known."""
+    left = time_left(seconds, done, to_do)
+    return f", {left} left" if left else ""
 
 
-def duration(seconds: float) -> str:
+def time_left(seconds: float, done: float, to_do: float) -> str:
+    """The time left if `done` took so many seconds; empty if nothing is done or nothing is left."""
+    return _duration(seconds / done * to_do) if done and to_do else ""
+
+
+def _duration(seconds: float) -> str:
     """Such as 0:45 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

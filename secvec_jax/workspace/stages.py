@@ -24,7 +24,7 @@ from secvec_jax.memory import return_freed_memory
 from secvec_jax.terminal import Console
 from secvec_jax.workspace import inputs, run_directory
 from secvec_jax.workspace.inputs import Inputs
-from secvec_jax.workspace.stage import Stage, duration, showing
+from secvec_jax.workspace.stage import Stage, showing, time_left
 
 
 class Stages:
@@ -39,7 +39,7 @@ class Stages:
         """The seconds of the stages that ran within the current one."""
 
     def expect(self, shares: Mapping[str, float]) -> None:
-        """Name all stages of the run, with how long each takes in any unit, so that each tells the time left."""
+        """Set how long each stage of the run takes, in any unit, to estimate the time left after each."""
         self._shares = dict(shares)
 
     def run(
@@ -126,14 +126,15 @@ class Stages:
         return result
 
     def _time_left(self) -> str:
-        """The time of the stages to come, at the pace of those that are done; empty where it is not known."""
+        """The time that the remaining stages will take, to follow a line; empty where it is not known."""
         done = self._shares.keys() & self.seconds.keys()
-        to_do = sum(share for name, share in self._shares.items() if name not in done)
-        share_done = sum(self._shares[name] for name in done)
-        if not share_done or not to_do:
-            return ""
-        seconds = sum(self.seconds[name] for name in done) / share_done * to_do
-        return f"; about {duration(seconds)} left for the whole run"
+        to_do = self._shares.keys() - done
+        left = time_left(
+            sum(self.seconds[name] for name in done),
+            sum(self._shares[name] for name in done),
+            sum(self._shares[name] for name in to_do),
+        )
+        return f"; about {left} left for the whole run" if left else ""
 
     @contextlib.contextmanager
     def show(self, name: str) -> Iterator[Stage]:
