@@ -5,8 +5,8 @@
     python benchmarks/scale_gpu.py --table           # write the table from docs/scale_gpu.json
     python benchmarks/scale_gpu.py --toy             # smoke test: compile one small row and print it
 
-Needs the compiler of `secvec_jax[cuda]`, but no GPU. Each model, GPUs and what is trained have one row: weights in the
-most bits with which one of `attempts` fits.
+Needs the compiler of `secvec_jax[cuda]`, but no GPU. The table has one row for each model, GPUs and kind of training:
+that of the most precise weights with which one of `attempts` fits.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ GOALS = [
 ]
 FROZEN = ("bfloat16", "int8", "nf4")
 PRECISIONS = {"vectors": FROZEN, "task_lora": FROZEN, "full": ("float32", "bfloat16")}
-"""What the weights can be held in, from the most bits to the fewest."""
+"""The precisions that the weights can have, from the highest to the lowest."""
 
 CHOICES = [
     [Row(model, f"{gpu}:{count}", trained, weights) for weights in held]
@@ -76,7 +76,7 @@ CHOICES = [
     for model in MODELS
     for trained, held in PRECISIONS.items()
 ]
-"""Rows that differ in the precision alone, of which the table has the first that fits."""
+"""Rows that differ in precision alone, of which the table has the first that fits."""
 TOY_ROW = Row("llama-3.2-1b", "h100:1", "task_lora", "bfloat16", sequences=1)
 
 
@@ -186,7 +186,7 @@ def attention_table() -> str:
 
 
 def compile_choice(choice: list[Row], refresh: bool) -> None:
-    """Compile rows that differ in the precision, from the most bits on, until one fits."""
+    """Compile rows that differ in precision alone, from the highest on, until one fits."""
     for row in choice:
         if not is_current(row.key, refresh, RESULTS):
             print(row.key, flush=True)
