@@ -21,7 +21,7 @@ from secvec_jax.model.quantized import is_quantized
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint
 
-FORMAT = 3
+FORMAT = 4
 """The version of checkpoints and of how rows become steps; increased when a resumed training would differ."""
 
 _FREE = ("max_steps", "epochs", "save_every_seconds", "max_checkpoints")

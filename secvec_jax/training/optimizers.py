@@ -1,10 +1,11 @@
 """optax optimizers from settings."""
 
 import re
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -17,6 +18,15 @@ _UNDECAYED = re.compile(r"(^|[._])(bias|norm)($|[._])")
 """Norms and biases, by a part of their name."""
 
 
+class ScheduleState(NamedTuple):
+    """The step, counted from 0, and the schedule: data, so that trainings that differ in it share compiled programs."""
+
+    step: jax.Array
+    learning_rate: jax.Array
+    warmup_steps: jax.Array
+    steps: jax.Array
+
+
 def make_optimizer(training: Training, steps: int) -> optax.GradientTransformation:
     """The optimizer and its schedule over `steps` steps. Unset settings of `training` are those of `Training.base`.
 
@@ -25,69 +35,93 @@ def make_optimizer(training: Training, steps: int) -> optax.GradientTransformati
 
     Learning rates of adamw suit adafactor and muon, whose steps are of the same size: adafactor's are not relative to
     the weights, and muon's are scaled (Liu et al. 2025, arXiv 2502.16982). Muon is for the matrices inside the layers;
-    the other weights are updated by adamw. Equal settings give the same object, so that trainings can share a step: see
+    the other weights are updated by adamw. Equal settings give the same object, and settings that differ only in the
+    learning rate, the warm-up and the steps the same `update`, so that trainings can share a step: see
     `step.make_train_step`.
     """
     training = training.over(Training.base)
     in_bfloat16 = training.trained_weights == "bfloat16"
-    return _optimizer(
+    update_rule = _update_rule(
         training.optimizer,
-        (training.learning_rate, training.schedule, min(training.warmup_steps, steps - 1), steps),
+        training.schedule,
         training.momentum,
         training.weight_decay,
         training.max_grad_norm,
         in_bfloat16,
         training.seed if in_bfloat16 or training.optimizer == "adamw-bf16" else 0,
     )
+    return _scheduled(update_rule, training.learning_rate, min(training.warmup_steps, steps - 1), steps)
 
 
 def learning_rate_at(training: Training, steps: int, step: int) -> float:
     """The learning rate of a step, counted from 1, of a training of `steps` steps, as `make_optimizer` applies it."""
     training = training.over(Training.base)
-    warmup = min(training.warmup_steps, steps - 1)
-    return float(_learning_rates(training.learning_rate, training.schedule, warmup, steps)[step - 1])
+    warmup_steps = min(training.warmup_steps, steps - 1)
+    return float(_learning_rates(training.schedule, training.learning_rate, warmup_steps, steps)[step - 1])
 
 
 @lru_cache(maxsize=8)
-def _learning_rates(learning_rate: float, schedule: str, warmup: int, steps: int) -> np.ndarray:
+def _learning_rates(schedule: str, learning_rate: float, warmup_steps: int, steps: int) -> np.ndarray:
     """The learning rate of every step, `[steps]`: computed one by one, they would cost each step a few milliseconds."""
-    rates = jax.jit(_schedule(learning_rate, schedule, warmup, steps))
-    return np.broadcast_to(rates(np.arange(steps)), steps)
+    return np.asarray(_rate(schedule, ScheduleState(jnp.arange(steps), *_scalars(learning_rate, warmup_steps, steps))))
 
 
 @lru_cache(maxsize=32)
-def _optimizer(
+def _scheduled(
+    update_rule: optax.GradientTransformation, learning_rate: float, warmup_steps: int, steps: int
+) -> optax.GradientTransformation:
+    """The update rule, whose state has this schedule from the start."""
+
+    def init(params: Tree) -> optax.OptState:
+        schedule = ScheduleState(jnp.int32(0), *_scalars(learning_rate, warmup_steps, steps))
+        return jax.tree.map(
+            lambda node: schedule if _is_schedule(node) else node, update_rule.init(params), is_leaf=_is_schedule
+        )
+
+    return type(update_rule)(init, update_rule.update)
+
+
+def _scalars(learning_rate: float, warmup_steps: int, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return jnp.float32(learning_rate), jnp.int32(warmup_steps), jnp.int32(steps)
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, ScheduleState)
+
+
+@lru_cache(maxsize=32)
+def _update_rule(
     name: str,
-    schedule: tuple[float, str, int, int],
+    schedule: str,
     momentum: float,
     weight_decay: float,
     max_grad_norm: float,
     in_bfloat16: bool,
     seed: int,
 ) -> optax.GradientTransformation:
-    rate = _schedule(*schedule)
+    clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
+    decay = [optax.add_decayed_weights(weight_decay, decayed)] if weight_decay else []
+    descend = optax.scale_by_learning_rate(1.0)
     if name == "sgd":
-        transform = optax.sgd(rate, momentum=momentum or None)
-        if weight_decay:
-            transform = optax.chain(optax.add_decayed_weights(weight_decay, decayed), transform)
-    elif name == "adamw":
-        mask = decayed if weight_decay else None
-        transform = optax.adamw(rate, weight_decay=weight_decay, mask=mask)
+        direction = [*decay, *([optax.trace(momentum)] if momentum else []), descend]
     elif name == "muon":
-        transform = optax.contrib.muon(
-            rate,
+        muon = optax.contrib.muon(
+            1.0,
             weight_decay=weight_decay,
             weight_decay_mask=decayed,
             adam_weight_decay=weight_decay,
             muon_weight_dimension_numbers=_stacked_matrices,
             consistent_rms=0.2,
         )
+        direction = [muon]
     else:
-        scaled = _scale_by_adafactor() if name == "adafactor" else scale_by_adam_in_bfloat16(seed=seed)
-        decay = [optax.add_decayed_weights(weight_decay, decayed)] if weight_decay else []
-        transform = optax.chain(scaled, *decay, optax.scale_by_learning_rate(rate))
-    if max_grad_norm:
-        transform = optax.chain(optax.clip_by_global_norm(max_grad_norm), transform)
+        scale_by = {
+            "adamw": optax.scale_by_adam,
+            "adamw-bf16": partial(scale_by_adam_in_bfloat16, seed=seed),
+            "adafactor": _scale_by_adafactor,
+        }[name]
+        direction = [scale_by(), *decay, descend]
+    transform = optax.chain(*clip, *direction, _scale_by_schedule(schedule))
     return rounded_weights(transform, seed) if in_bfloat16 else transform
 
 
@@ -105,18 +139,36 @@ def _stacked_matrices(params: Tree) -> Tree:
     return jax.tree.map(axes, params)
 
 
-@lru_cache(maxsize=32)
-def _schedule(learning_rate: float, schedule: str, warmup: int, steps: int) -> optax.Schedule:
-    """A linear warm-up to the learning rate, then its decay to a tenth."""
-    rest = max(steps - warmup, 1)
-    fall = {
-        "cosine": optax.cosine_decay_schedule(learning_rate, rest, alpha=0.1),
-        "linear": optax.linear_schedule(learning_rate, 0.1 * learning_rate, rest),
-        "constant": optax.constant_schedule(learning_rate),
-    }[schedule]
+def _scale_by_schedule(schedule: str) -> optax.GradientTransformation:
+    """Multiplies the updates by the learning rate of the step, which the state has everything of but its kind."""
+
+    def init(params: Tree) -> ScheduleState:
+        del params
+        return ScheduleState(jnp.int32(0), *_scalars(np.nan, 0, 1))  # see _scheduled
+
+    def update(updates: Tree, state: ScheduleState, params: Tree | None = None) -> tuple[Tree, ScheduleState]:
+        del params
+        rate = _rate(schedule, state)
+        return jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates), state._replace(step=state.step + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _rate(schedule: str, state: ScheduleState) -> jax.Array:
+    """The learning rate at the state's step: a linear warm-up to the highest, then its decay to a tenth.
+
+    Not optax's schedules, whose numbers of steps are constants of the program.
+    """
     # A warm-up from zero would waste the first step.
-    rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, max(warmup, 1))
-    return optax.join_schedules([rise, fall], [warmup])
+    rise = (state.step + 1) / (state.warmup_steps + 1)
+    steps_of_decay = jnp.maximum(state.steps - state.warmup_steps, 1)
+    done = jnp.clip((state.step - state.warmup_steps) / steps_of_decay, 0.0, 1.0)
+    fall = {
+        "cosine": 0.1 + 0.9 * 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+        "linear": 1.0 - 0.9 * done,
+        "constant": jnp.ones_like(done),
+    }[schedule]
+    return state.learning_rate * jnp.where(state.step < state.warmup_steps, rise, fall)
 
 
 def decayed(params: Tree) -> Tree:

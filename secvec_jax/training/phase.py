@@ -5,6 +5,7 @@ labels, so its state exists for the trained part alone. Nothing else in the prog
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -40,7 +41,8 @@ class Phase:
     def optimizer(self, transform: optax.GradientTransformation, params: Tree) -> optax.GradientTransformation:
         """`transform` for the trained leaves, nothing for the frozen ones.
 
-        The same object for the same transform and labels, so that trainings can share a step (`step.make_train_step`).
+        The same object for the same transform and labels, and the same `update` for the same `update` and labels, so
+        that trainings can share a step (`step.make_train_step`).
         """
         labels, structure = jax.tree.flatten(self.expand(params))
         return _by_label(transform, tuple(labels), structure)
@@ -61,7 +63,22 @@ def _by_label(
     transform: optax.GradientTransformation, labels: tuple[str, ...], structure: jax.tree_util.PyTreeDef
 ) -> optax.GradientTransformation:
     by_label = {TRAIN: transform, FREEZE: optax.set_to_zero()}
-    return optax.multi_transform(by_label, jax.tree.unflatten(structure, labels))
+    init = optax.multi_transform(by_label, jax.tree.unflatten(structure, labels)).init
+    return optax.GradientTransformation(init, _update_by_label(transform.update, labels, structure))
+
+
+@lru_cache(maxsize=32)
+def _update_by_label(
+    update: Callable[..., tuple[Tree, Tree]],
+    labels: tuple[str, ...],
+    structure: jax.tree_util.PyTreeDef,
+) -> Callable[..., tuple[Tree, Tree]]:
+    by_label = {TRAIN: optax.GradientTransformation(_no_init, update), FREEZE: optax.set_to_zero()}
+    return optax.multi_transform(by_label, jax.tree.unflatten(structure, labels)).update
+
+
+def _no_init(params: Tree) -> Tree:
+    raise NotImplementedError
 
 
 def combine(trained: Tree, frozen: Tree) -> Tree:

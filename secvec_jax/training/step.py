@@ -69,7 +69,8 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Trai
 def step_from_gradient(gradient: Gradient, optimizer: optax.GradientTransformation) -> TrainStep:
     """One step of `optimizer` along `gradient` per batch, jitted.
 
-    Trainings with the same gradient and optimizer (see `shared`) share the step and its compiled programs.
+    Trainings with the same gradient and the same `optimizer.update` (see `shared` and `make_optimizer`) share the step
+    and its compiled programs.
 
     step: `(trained, state, frozen, batch) -> (trained, state, metrics)`; trained and frozen are the parameters as
     `Phase.split` separates them, the state is the optimizer's for the trained part; trained and state are donated.
@@ -81,16 +82,22 @@ def step_from_gradient(gradient: Gradient, optimizer: optax.GradientTransformati
 
 @shared
 def _shared_train_step(gradient: Gradient, optimizer: optax.GradientTransformation, device_kind: str) -> TrainStep:
+    init = jax.jit(lambda trained: shard(optimizer.init(trained)))
+    return TrainStep(init, _shared_step(gradient, optimizer.update, device_kind))
+
+
+@shared
+def _shared_step(gradient: Gradient, update: Callable[..., tuple[Tree, Tree]], device_kind: str) -> Step:
     @partial(jax.jit, donate_argnums=(0, 1), compiler_options=_COMPILER_OPTIONS.get(device_kind))
     def step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
         check_batch(batch)
         gradients, metrics = gradient(trained, frozen, batch)
         gradients = shard(gradients)
-        updates, state = optimizer.update(gradients, state, trained)
+        updates, state = update(gradients, state, trained)
         metrics |= {"grad_norm": optax.tree.norm(_in_float32(gradients))}
         return shard(optax.apply_updates(trained, updates)), shard(state), shard(metrics)
 
-    return TrainStep(jax.jit(lambda trained: shard(optimizer.init(trained))), step)
+    return step
 
 
 def check_batch(batch: dict[str, Batch]) -> None:

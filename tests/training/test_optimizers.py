@@ -17,7 +17,7 @@ from secvec_jax.model.decoder import abstract_decoder
 from secvec_jax.sharding import make_mesh, shard
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.objective import Backbone, Params
-from secvec_jax.training.optimizers import make_optimizer
+from secvec_jax.training.optimizers import learning_rate_at, make_optimizer
 from secvec_jax.training.step import make_train_step
 from secvec_jax.training.stochastic_rounding import round_at_random, rounded_weights, scale_by_adam_in_bfloat16
 from secvec_jax.training.trainer import fit
@@ -61,6 +61,46 @@ def test_each_optimizer_learns(optimizer):
         weights, state = step(weights, state)
     assert distance(weights) < 0.7 * distance(jax.tree.map(jnp.zeros_like, goal))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(weights))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup_steps, steps", [(0, 1), (0, 12), (5, 40), (30, 20)])
+def test_the_learning_rate_is_that_of_optaxs_schedules(schedule, warmup_steps, steps):
+    training = Training(optimizer="sgd", momentum=0.0, learning_rate=0.3, schedule=schedule, warmup_steps=warmup_steps)
+    warmup = min(warmup_steps, steps - 1)
+    fall = {
+        "cosine": optax.cosine_decay_schedule(0.3, steps - warmup, alpha=0.1),
+        "linear": optax.linear_schedule(0.3, 0.03, steps - warmup),
+        "constant": optax.constant_schedule(0.3),
+    }[schedule]
+    expected = optax.join_schedules([optax.linear_schedule(0.3 / (warmup + 1), 0.3, max(warmup, 1)), fall], [warmup])
+    transform = make_optimizer(dataclasses.replace(training, max_grad_norm=0.0, weight_decay=0.0), steps)
+    state, update = transform.init(jnp.zeros(2)), jax.jit(transform.update)
+    for step in range(steps + 2):
+        updates, state = update(jnp.ones(2), state, jnp.zeros(2))
+        np.testing.assert_allclose(updates, -expected(step) * np.ones(2), rtol=2e-6)
+        if step < steps:
+            assert learning_rate_at(training, steps, step + 1) == pytest.approx(float(expected(step)), rel=2e-6)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_trainings_that_differ_in_the_schedule_alone_share_a_step(optimizer):
+    start = parameters()
+
+    def step_with(steps: int, **settings):
+        training = Training(optimizer=optimizer, **settings)
+        return make_train_step(loss, PHASE.optimizer(make_optimizer(training, steps), start))
+
+    first, second = step_with(5, learning_rate=0.1), step_with(9, learning_rate=0.2, warmup_steps=3)
+    assert first.step is second.step
+    for other in ({"schedule": "linear"}, {"weight_decay": 0.5}, {"max_grad_norm": 0.5}):
+        assert step_with(5, learning_rate=0.1, **other).step is not first.step
+    slow, fast = (
+        fit(start, PHASE, step_with(5, learning_rate=rate, warmup_steps=0), make_streams(), steps=1)
+        for rate in (1e-3, 1e-2)
+    )
+    moved = [np.abs(after["vectors"].table - start["vectors"].table).max() for after in (slow, fast)]
+    assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
 
 
 def test_states_take_the_memory_that_they_say():
