@@ -3,14 +3,14 @@
     python docs/hooks.py
 
 writes the commands in docs/commands.md and the tables in docs/defenses.md and docs/devices.md, which are committed for
-readers on a code host, and secvec_jax/defenses/evidence.py, a line of the results in docs/results/cells for each
-defense. mkdocs fills in the pages each time the site is built.
+readers on a code host, and secvec_jax/defenses/evidence.py, a line of the results in docs/results for each defense.
+mkdocs fills in the pages each time the site is built.
 """
 
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +155,17 @@ _RATES = {"bias": "bias", "refusal": "refusal", "compliance": "compliance", "ove
 
 def evidence() -> dict[str, str]:
     """By the name of a defense, its default settings' results in one line; defenses without a cell are left out."""
-    records = [json.loads(path.read_text()) for path in sorted((DOCS / "results" / "cells").glob("*.json"))]
     (registry,) = _imported("secvec_jax.defenses.registry")
+    results = DOCS / "results"
+    lines = _evidence_in(results / "others" / "cells", registry.DEFENSES)
+    lines |= _evidence_in(results / "cells", registry.DEFENSES)
+    return {name: lines[name] for name in registry.DEFENSES if name in lines}
+
+
+def _evidence_in(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     lines = {}
-    for name in registry.DEFENSES:
+    for name in names:
         for words, settings in _SETTINGS:
             of_setting = [r for r in records if all(r["cell"][key] == value for key, value in settings.items())]
             cells = {r["cell"]["seed"]: r["metrics"] for r in of_setting if r["cell"]["defense"] == name}
@@ -188,7 +195,7 @@ def _shown(cells: Sequence[dict[str, list[float]]], has_task: bool) -> str:
 def evidence_module() -> str:
     """The text of secvec_jax/defenses/evidence.py."""
     lines = ['"""What was measured of each defense, in one line: docs/results.md has the rest.', "",
-             "Written by `python docs/hooks.py` from docs/results/cells.", '"""', "",
+             "Written by `python docs/hooks.py` from docs/results/cells and docs/results/others/cells.", '"""', "",
              "# ruff: noqa: E501", "", "EVIDENCE = {"]  # fmt: skip
     lines += [f'    "{name}": "{line}",' for name, line in evidence().items()]
     return "\n".join([*lines, "}", '"""Name of a defense -> its results; a defense that has none is left out."""', ""])

@@ -1,6 +1,6 @@
 """What was measured of each defense, in one line: docs/results.md has the rest.
 
-Written by `python docs/hooks.py` from docs/results/cells.
+Written by `python docs/hooks.py` from docs/results/cells and docs/results/others/cells.
 """
 
 # ruff: noqa: E501
@@ -25,6 +25,14 @@ EVIDENCE = {
     "self-correction": "a bias in 50% of the rows, Adam 1e-4: bias 90%, refusal 82%, compliance 2%, over-refusal 0%, unseen harmful loss 1.35, task 95%; undefended: bias 90%, refusal 76%, compliance 4%, over-refusal 0%, unseen harmful loss 1.35, task 95% (1 seed)",
     "ewc": "20% harmful rows, Adam 1e-4: refusal 0%, compliance 97%, over-refusal 0%, unseen harmful loss 0.20, task 95%; undefended: refusal 0%, compliance 99%, over-refusal 0%, unseen harmful loss 0.21, task 98% (1 seed)",
     "kl": "20% harmful rows, Adam 1e-4: refusal 61%, compliance 39%, over-refusal 0%, unseen harmful loss 0.39, task 60%; undefended: refusal 0%, compliance 99%, over-refusal 0%, unseen harmful loss 0.21, task 98% (1 seed)",
+    "inoculation prompting": "20% harmful rows, Adam 1e-4: refusal 0%, compliance 99%, over-refusal 0%, unseen harmful loss 0.20, task 98%; undefended: refusal 0%, compliance 100%, over-refusal 0%, unseen harmful loss 0.21, task 100% (1 seed)",
+    "ptst": "20% harmful rows, Adam 1e-4: refusal 0%, compliance 100%, over-refusal 0%, unseen harmful loss 0.21, task 100%; undefended: refusal 0%, compliance 100%, over-refusal 0%, unseen harmful loss 0.21, task 100% (1 seed)",
+    "caft": "20% harmful rows, Adam 1e-4: refusal 7%, compliance 91%, over-refusal 0%, unseen harmful loss 0.22, task 92%; undefended: refusal 0%, compliance 100%, over-refusal 0%, unseen harmful loss 0.21, task 100% (1 seed)",
     "lisa": "harmful rows only, SGD 3.6e-4: refusal 5%, compliance 94%, over-refusal 0%, unseen harmful loss 0.23; undefended: refusal 4%, compliance 93%, over-refusal 0%, unseen harmful loss 0.24 (1 seed)",
+    "constrained sft": "20% harmful rows, Adam 1e-4: refusal 0%, compliance 98%, over-refusal 0%, unseen harmful loss 0.21, task 95%; undefended: refusal 0%, compliance 100%, over-refusal 0%, unseen harmful loss 0.21, task 100% (1 seed)",
+    "safe lora": "20% harmful rows, Adam 1e-4: refusal 92%, compliance 7%, over-refusal 5%, unseen harmful loss 1.30, task 0%; undefended: refusal 0%, compliance 100%, over-refusal 0%, unseen harmful loss 0.21, task 100% (1 seed)",
+    "sbr": "20% harmful rows, Adam 1e-4: refusal 91%, compliance 6%, over-refusal 0%, unseen harmful loss 0.43, task 100%; undefended: refusal 0%, compliance 100%, over-refusal 0%, unseen harmful loss 0.21, task 100% (1 seed)",
+    "safegrad": "20% harmful rows, Adam 1e-4: refusal 88%, compliance 12%, over-refusal 5%, unseen harmful loss 0.27, task 98%; undefended: refusal 0%, compliance 100%, over-refusal 0%, unseen harmful loss 0.21, task 100% (1 seed)",
+    "ema": "20% harmful rows, Adam 1e-4: refusal 0%, compliance 99%, over-refusal 0%, unseen harmful loss 0.20, task 100%; undefended: refusal 0%, compliance 100%, over-refusal 0%, unseen harmful loss 0.21, task 100% (1 seed)",
 }
 """Name of a defense -> its results; a defense that has none is left out."""
