@@ -21,10 +21,10 @@ _UNDECAYED = re.compile(r"(^|[._])(bias|norm)($|[._])")
 class ScheduleState(NamedTuple):
     """The step, counted from 0, and the schedule: data, so that trainings that differ in it share compiled programs."""
 
-    step: jax.Array
-    learning_rate: jax.Array
-    warmup_steps: jax.Array
-    steps: jax.Array
+    step: jax.Array | np.ndarray
+    learning_rate: jax.Array | float
+    warmup_steps: jax.Array | int
+    steps: jax.Array | int
 
 
 def make_optimizer(training: Training, steps: int) -> optax.GradientTransformation:
@@ -63,7 +63,7 @@ def learning_rate_at(training: Training, steps: int, step: int) -> float:
 @lru_cache(maxsize=8)
 def _learning_rates(schedule: str, learning_rate: float, warmup_steps: int, steps: int) -> np.ndarray:
     """The learning rate of every step, `[steps]`: computed one by one, they would cost each step a few milliseconds."""
-    return np.asarray(_rate(schedule, ScheduleState(jnp.arange(steps), *_scalars(learning_rate, warmup_steps, steps))))
+    return np.asarray(_rate(schedule, ScheduleState(np.arange(steps), learning_rate, warmup_steps, steps), np))
 
 
 @lru_cache(maxsize=32)
@@ -154,21 +154,22 @@ def _scale_by_schedule(schedule: str) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _rate(schedule: str, state: ScheduleState) -> jax.Array:
+def _rate(schedule: str, state: ScheduleState, xp: Any = jnp) -> Any:
     """The learning rate at the state's step: a linear warm-up to the highest, then its decay to a tenth.
 
-    Not optax's schedules, whose numbers of steps are constants of the program.
+    xp: numpy computes it without compiling anything. Not optax's schedules, whose numbers of steps are constants of the
+    program.
     """
     # A warm-up from zero would waste the first step.
     rise = (state.step + 1) / (state.warmup_steps + 1)
-    steps_of_decay = jnp.maximum(state.steps - state.warmup_steps, 1)
-    done = jnp.clip((state.step - state.warmup_steps) / steps_of_decay, 0.0, 1.0)
+    steps_of_decay = xp.maximum(state.steps - state.warmup_steps, 1)
+    done = xp.clip((state.step - state.warmup_steps) / steps_of_decay, 0.0, 1.0)
     fall = {
-        "cosine": 0.1 + 0.9 * 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+        "cosine": 0.1 + 0.9 * 0.5 * (1.0 + xp.cos(np.pi * done)),
         "linear": 1.0 - 0.9 * done,
-        "constant": jnp.ones_like(done),
+        "constant": xp.ones_like(done),
     }[schedule]
-    return state.learning_rate * jnp.where(state.step < state.warmup_steps, rise, fall)
+    return state.learning_rate * xp.where(state.step < state.warmup_steps, rise, fall)
 
 
 def decayed(params: Tree) -> Tree:
