@@ -21,7 +21,7 @@ _UNDECAYED = re.compile(r"(^|[._])(bias|norm)($|[._])")
 class ScheduleState(NamedTuple):
     """The step, counted from 0, and the schedule: data, so that trainings that differ in it share compiled programs."""
 
-    step: jax.Array | np.ndarray
+    step: jax.Array | int
     learning_rate: jax.Array | float
     warmup_steps: jax.Array | int
     steps: jax.Array | int
@@ -57,13 +57,8 @@ def learning_rate_at(training: Training, steps: int, step: int) -> float:
     """The learning rate of a step, counted from 1, of a training of `steps` steps, as `make_optimizer` applies it."""
     training = training.over(Training.base)
     warmup_steps = min(training.warmup_steps, steps - 1)
-    return float(_learning_rates(training.schedule, training.learning_rate, warmup_steps, steps)[step - 1])
-
-
-@lru_cache(maxsize=8)
-def _learning_rates(schedule: str, learning_rate: float, warmup_steps: int, steps: int) -> np.ndarray:
-    """The learning rate of every step, `[steps]`: computed one by one, they would cost each step a few milliseconds."""
-    return np.asarray(_rate(schedule, ScheduleState(np.arange(steps), learning_rate, warmup_steps, steps), np))
+    state = ScheduleState(step - 1, training.learning_rate, warmup_steps, steps)
+    return float(_rate(training.schedule, state, np))
 
 
 @lru_cache(maxsize=32)
@@ -73,7 +68,7 @@ def _scheduled(
     """The update rule, whose state has this schedule from the start."""
 
     def init(params: Tree) -> optax.OptState:
-        schedule = ScheduleState(jnp.int32(0), *_scalars(learning_rate, warmup_steps, steps))
+        schedule = _start(learning_rate, warmup_steps, steps)
         return jax.tree.map(
             lambda node: schedule if _is_schedule(node) else node, update_rule.init(params), is_leaf=_is_schedule
         )
@@ -81,8 +76,8 @@ def _scheduled(
     return type(update_rule)(init, update_rule.update)
 
 
-def _scalars(learning_rate: float, warmup_steps: int, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return jnp.float32(learning_rate), jnp.int32(warmup_steps), jnp.int32(steps)
+def _start(learning_rate: float, warmup_steps: int, steps: int) -> ScheduleState:
+    return ScheduleState(jnp.int32(0), jnp.float32(learning_rate), jnp.int32(warmup_steps), jnp.int32(steps))
 
 
 def _is_schedule(node: Any) -> bool:
@@ -140,11 +135,11 @@ def _stacked_matrices(params: Tree) -> Tree:
 
 
 def _scale_by_schedule(schedule: str) -> optax.GradientTransformation:
-    """Multiplies the updates by the learning rate of the step, which the state has everything of but its kind."""
+    """Multiplies the updates by the step's learning rate, computed from its `ScheduleState`."""
 
     def init(params: Tree) -> ScheduleState:
         del params
-        return ScheduleState(jnp.int32(0), *_scalars(np.nan, 0, 1))  # see _scheduled
+        return _start(np.nan, 0, 1)  # `_scheduled` replaces it
 
     def update(updates: Tree, state: ScheduleState, params: Tree | None = None) -> tuple[Tree, ScheduleState]:
         del params
