@@ -85,7 +85,7 @@ def quickstart(settings: Quickstart, command: str) -> Results:
     }
     workspace.show(answer, "This is the main result. The controls follow, and then the report.")
     controls = {
-        "base": workspace.stages.run("base", lambda stage: workspace.evaluate(workspace.base, stage)),
+        "base": workspace.stages.run("base", workspace.evaluate_base),
         "benign only": fine_tuned("benign only", splits.benign_mix),
         "random control": fine_tuned("random control", splits.mix, control),
     }

@@ -247,6 +247,12 @@ class Workspace:
         suite = self.splits.suite
         return outcomes(model, suite, vectors, stage.replies(suite.size, "evaluating"))
 
+    def evaluate_base(self, stage: Stage) -> Outcomes:
+        """Evaluate the model before alignment; it is not kept, since the next training needs its memory."""
+        base_outcomes = self.evaluate(self.base, stage)
+        self.__dict__.pop("base", None)
+        return base_outcomes
+
     def show(self, outcomes_by_row: Mapping[str, Outcomes], note: str) -> None:
         """Show the table of what has been evaluated so far, with a note below it."""
         console = screen()

@@ -1,5 +1,9 @@
 """Experiments that cannot give a result are refused before anything is downloaded."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 
 from secvec_jax.errors import UserError
@@ -7,6 +11,7 @@ from secvec_jax.model.embedded import ALIGNED
 from secvec_jax.workspace import workspace as workspace_module
 from secvec_jax.workspace.splits import Sizes
 from secvec_jax.workspace.workspace import Experiment, Workspace
+from tests.toys import tiny_model
 
 
 def test_a_base_model_is_not_aligned_on_its_own_replies():
@@ -27,6 +32,15 @@ def test_the_packaged_aligned_model_was_smollm2_before(monkeypatch, tmp_path):
     monkeypatch.setattr(workspace_module, "load", lambda source: source)
     workspace = Workspace(Experiment(model=ALIGNED), tmp_path)
     assert (workspace.base, workspace.aligned) == ("smollm2", ALIGNED)
+
+
+def test_the_base_model_is_forgotten_once_it_was_evaluated(monkeypatch, tmp_path):
+    monkeypatch.setattr(workspace_module, "load", lambda source: copy.copy(tiny_model()))
+    monkeypatch.setattr(Workspace, "evaluate", lambda self, model, stage: weakref.ref(model))
+    workspace = Workspace(Experiment(model=ALIGNED), tmp_path)
+    model = workspace.evaluate_base(None)
+    gc.collect()
+    assert model() is None
 
 
 @pytest.mark.parametrize(
