@@ -1,4 +1,4 @@
-"""Experiments that cannot give a result are refused before anything is downloaded."""
+"""Which experiments are refused before anything is downloaded, and which models and rows a workspace has."""
 
 import copy
 import gc
