@@ -142,6 +142,9 @@ def parts(splits: Splits, folder: str, adapter: str, pieces: int) -> dict[str, d
     with_kl = [learn | keep for learn, keep in zip(harmful, packed(splits.keep, half, pieces, KEEP))]
     cut = windows(mix, 8, 64, pieces)
     with_safe = [learn | safe for learn, safe in zip(batches, packed(splits.refusals, FULL, pieces, SAFE))]
+    halved = dataclasses.replace(FULL, batch_size=FULL.batch_size // 2)
+    with_half = [learn | safe for learn, safe in zip(batches, packed(splits.refusals, halved, pieces, SAFE))]
+    twice = packed(mix, dataclasses.replace(FULL, batch_size=2 * FULL.batch_size), pieces)
     unshared = dataclasses.replace(FULL, share_prefix=False)  # Vaccine perturbs each row's own tokens
     unshared_batches = packed(mix, unshared, pieces)
 
@@ -174,9 +177,9 @@ def parts(splits: Splits, folder: str, adapter: str, pieces: int) -> dict[str, d
         "guarded": {
             "full, same rows": secvec_side(batches, "full"),
             "guarded vectors": secvec_side(with_safe, "guarded", under=adapter),
-            "guarded vectors, remat full": secvec_side(
-                with_safe, "guarded", dataclasses.replace(FULL, remat="full"), adapter
-            ),
+            "guarded vectors, safe_batch 0.5": secvec_side(with_half, "guarded", under=adapter),
+            # What user and safe rows in one batch would take at least, were switching the vectors row by row free.
+            "full, twice the rows": secvec_side(twice, "full"),
         },
         "raw": {
             "raw full": secvec_side(cut, "full"),
@@ -203,7 +206,8 @@ RATIOS = {
     "frozen_vectors": ("full under vectors", "full"),
     "phase1_vs_full": ("vectors", "full on their rows"),
     "guarded_vs_full": ("guarded vectors", "full, same rows"),
-    "guarded_remat": ("guarded vectors, remat full", "guarded vectors"),
+    "guarded_half_vs_full": ("guarded vectors, safe_batch 0.5", "full, same rows"),
+    "twice_the_rows_vs_full": ("full, twice the rows", "full, same rows"),
     "vaccine_vs_sft": ("Vaccine", "SFT"),
     "vaccine_lora_vs_sft": ("Vaccine, LoRA", "SFT, LoRA"),
 }

@@ -99,6 +99,7 @@ PositiveFloat = Annotated[float, Bounds(above=0)]
 NonNegativeFloat = Annotated[float, Bounds(at_least=0)]
 NonZeroFloat = Annotated[float, Bounds(other_than=0)]
 Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
+PositiveFraction = Annotated[float, Bounds(above=0, at_most=1)]
 Seed = Annotated[int, Bounds(at_least=0, at_most=2**31)]
 """The range that JAX, NumPy and grain accept, with room for the offsets that parallel data streams add."""
 Text = Annotated[str, NonEmpty()]

@@ -103,7 +103,7 @@ class Stream:
         if self.batch_size % parts:
             raise UserError(
                 f"a batch of {self.batch_size} sequences cannot be sharded over {parts} devices (data x fsdp): "
-                f"give --batch-size a multiple of {parts} (of {2 * parts} where benign rows take half as many)"
+                f"give --batch-size a multiple of {parts} (of {2 * parts} where benign or safe rows take half as many)"
             )
         slices = sharding.addressable_devices_indices_map((self.batch_size,)).values()
         local_slices = [index[0] for index in slices if index is not None]

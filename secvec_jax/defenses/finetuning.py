@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from secvec_jax.checks import PositiveInt, SettingError, checked
+from secvec_jax.checks import PositiveFraction, PositiveInt, SettingError, checked
 from secvec_jax.config import Training
 from secvec_jax.data.chat import Example
 from secvec_jax.data.encoded import LENGTHS, Examples
@@ -94,6 +94,7 @@ def train_model(
     *,
     vectors: Adapter | tuple[Adapter, ...] | None = None,
     extra_rows: dict[str, Any] | None = None,
+    extra_batch: PositiveFraction = 1.0,
     eval_rows: Any = None,
     anchor: Any = None,
     make_step: TrainStepMaker = make_train_step,
@@ -108,12 +109,12 @@ def train_model(
 
     rows: dicts, a `datasets.Dataset` or examples, or {kind: rows}, for `training.max_steps` steps or as many as its
     epochs have; unset settings are those of `PHASE2`. extra_rows: further rows that each step reads, {name of the
-    stream: rows}. vectors: adapters that are active and frozen. more_steps: how many steps a train step adds to those
-    on `rows`. eval_rows: rows, or the fraction of `rows` that is held out, whose loss under the vectors is measured
-    every epoch or every `training.eval_every_steps`; with checkpoints the model returned is then the one where it was
-    lowest, unless `training.best` names another metric. The training ends early after `training.patience` evaluations
-    without a new lowest loss. frozen: takes the fingerprints of what is frozen before and after, and raises UserError
-    if they differ.
+    stream: rows}; extra_batch: the batch size of each, as a share of `training.batch_size`, but at least one sequence.
+    vectors: adapters that are active and frozen. more_steps: how many steps a train step adds to those on `rows`.
+    eval_rows: rows, or the fraction of `rows` that is held out, whose loss under the vectors is measured every epoch or
+    every `training.eval_every_steps`; with checkpoints the model returned is then the one where it was lowest, unless
+    `training.best` names another metric. The training ends early after `training.patience` evaluations without a new
+    lowest loss. frozen: takes the fingerprints of what is frozen before and after, and raises UserError if they differ.
     """
     in_bfloat16 = check_trained_weights(training, task is None)
     if task is None and not (in_bfloat16 and model.precision == "bfloat16"):
@@ -124,7 +125,8 @@ def train_model(
     _note_zero_vectors(as_adapters(vectors))
     groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)
     streams = {LEARN: stream_of(model, groups, training)}
-    streams |= {name: stream_of(model, {name: group}, training) for name, group in (extra_rows or {}).items()}
+    extra_training = dataclasses.replace(training, batch_size=_share_of_batch(training, extra_batch))
+    streams |= {name: stream_of(model, {name: group}, extra_training) for name, group in (extra_rows or {}).items()}
     streams = {name: endless(stream) for name, stream in streams.items()} | {LEARN: streams[LEARN]}
     streams[LEARN], learn_steps, steps_per_epoch = stream_and_steps(streams[LEARN], training)
     steps = learn_steps + more_steps(learn_steps)
@@ -162,6 +164,10 @@ def train_model(
     if adapter is None:
         return model.with_backbone(decoder)
     return model.with_merged(merge(decoder, adapter), with_origin(adapter, model))
+
+
+def _share_of_batch(training: Training, share: float) -> int:
+    return max(1, round(share * training.over(PHASE2).batch_size))
 
 
 def _note_zero_vectors(vectors: Sequence[Adapter]) -> None:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from secvec_jax.batch import Batch
-from secvec_jax.checks import Fraction, NonNegativeFloat, PositiveInt, checked
+from secvec_jax.checks import Fraction, NonNegativeFloat, PositiveFraction, PositiveInt, checked
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
 from secvec_jax.defenses.controls import irrelevant_vectors, random_vectors
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make_step_on, train_model
@@ -52,6 +52,8 @@ class GuardedVectors(Defense):
     """λ, weight of the safe rows' loss"""
     rank: PositiveInt = 8
     """rank of the vectors"""
+    safe_batch: PositiveFraction = 1.0
+    """the safe rows' batch size, as a share of that of the user's rows; 0.5 saves a quarter of a training's time"""
     under: Literal["trained", "none", "random", "irrelevant"] = "trained"
     """ablation: what the user's rows are learned under: the behavior's vectors, nothing, a random adapter of their
     size, or vectors of another behavior (in grids only)"""
@@ -69,7 +71,15 @@ class GuardedVectors(Defense):
             return Defended(inputs.finetune(vectors=vectors))
         safe = inputs.safe
         safe = select_rows(safe, np.arange(max(1, round(self.share * len(safe))))) if self.share < 1 else safe
-        model = finetune(inputs.aligned, inputs.rows, vectors=vectors, safe=safe, weight=self.weight, **inputs.options)
+        model = finetune(
+            inputs.aligned,
+            inputs.rows,
+            vectors=vectors,
+            safe=safe,
+            weight=self.weight,
+            safe_batch=self.safe_batch,
+            **inputs.options,
+        )
         return Defended(model)
 
     def _vectors(self, inputs: DefenseInputs) -> Vectors | None:
@@ -92,13 +102,22 @@ def finetune(
     vectors: Adapter | tuple[Adapter, ...] | None,
     safe: Any,
     weight: NonNegativeFloat = 1.0,
+    safe_batch: PositiveFraction = 1.0,
     **options: Unpack[FinetuneOptions],
 ) -> Model:
     """The model fine-tuned on `rows` under the frozen `vectors` (None: under nothing) and on `safe` without them.
 
-    weight: λ.
+    weight: λ. safe_batch: the batch size of the safe rows, as a share of that of `rows`.
     """
-    return train_model(model, rows, extra_rows={SAFE: safe}, vectors=vectors, make_step=guarded(weight), **options)
+    return train_model(
+        model,
+        rows,
+        extra_rows={SAFE: safe},
+        extra_batch=safe_batch,
+        vectors=vectors,
+        make_step=guarded(weight),
+        **options,
+    )
 
 
 @checked

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from secvec_jax.checks import SettingError
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.finetuning import train_model
@@ -123,3 +124,26 @@ def test_the_ablations_take_away_vectors_or_safe_rows(monkeypatch, settings, nee
         assert fingerprint(seen["vectors"]) != fingerprint(vectors)
     elif under != "none":
         assert fingerprint(seen["vectors"]) == fingerprint(vectors)
+
+
+@pytest.mark.parametrize(("safe_batch", "sequences"), [(1.0, 4), (0.5, 2), (0.1, 1)])
+def test_fewer_safe_rows_in_each_step(monkeypatch, safe_batch, sequences):
+    """All safe rows are read, fewer in each step; the user's rows are read as before."""
+    seen = {}
+
+    def fit(params, phase, train_step, streams, **options):
+        seen.update(streams)
+        return params
+
+    monkeypatch.setattr("secvec_jax.defenses.finetuning.fit", fit)
+    inputs = ToyInputs(MODEL, {"task": ROWS}, training=replace(TRAINING, batch_size=4), vectors=some_vectors(),
+                       safe=SAFE_ROWS)  # fmt: skip
+    GuardedVectors(safe_batch=safe_batch).apply(inputs)
+    assert {name: stream.batch_size for name, stream in seen.items()} == {LEARN: 4, SAFE: sequences}
+    assert seen[SAFE].num_rows == len(SAFE_ROWS)
+
+
+@pytest.mark.parametrize("safe_batch", [0.0, 1.5])
+def test_a_share_of_the_batch_is_above_0_and_at_most_1(safe_batch):
+    with pytest.raises(SettingError, match="safe_batch"):
+        GuardedVectors(safe_batch=safe_batch)
