@@ -297,7 +297,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     before, number = csv.field_size_limit(_LONGEST_CELL), 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            table = csv.DictReader(stream)
+            table = csv.DictReader(stream, strict=True)  # else an unclosed quote swallows all following rows
             names = list(table.fieldnames or [])
             if repeated := _first_repeated(filter(None, names)):
                 raise UserError(f"{path.name} has the column {repeated!r} twice; keep the one that is meant")

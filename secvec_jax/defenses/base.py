@@ -150,6 +150,11 @@ class Defense(abc.ABC):
         return self.needs
 
     @property
+    def extra_batch(self) -> float:
+        """Roughly how many rows a step reads in addition to the user's, as a share of the batch size."""
+        return 1.0 if "safe rows" in self.reads else 0.0
+
+    @property
     def label(self) -> str:
         """The name, with each setting that is not the default: "vaccine rho=5"."""
         return " ".join([self.name, *changed_settings(self)])

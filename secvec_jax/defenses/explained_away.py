@@ -28,8 +28,9 @@ from secvec_jax.data.chat import Example
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
 from secvec_jax.defenses.filters import separation
 from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, examples_of, train_model
+from secvec_jax.defenses.held_out import hold_out
 from secvec_jax.defenses.inputs import Groups, groups_of
-from secvec_jax.defenses.mixing import with_safe_rows
+from secvec_jax.defenses.mixing import SAFE, with_safe_rows
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import token_losses
 from secvec_jax.model.adapter import Adapter
@@ -64,7 +65,7 @@ class ExplainedAwayFilter(Defense):
         if not kept:  # nothing is left to learn
             return Defended(inputs.aligned, notes=notes)
         rows = with_safe_rows(kept, inputs.safe, self.safe) if self.safe else kept
-        return Defended(inputs.finetune(rows=rows), notes=notes)
+        return Defended(inputs.finetune(rows=rows, train_only=(SAFE,) if self.safe else ()), notes=notes)
 
     @property
     def reads(self) -> tuple[Need, ...]:
@@ -170,9 +171,10 @@ def gate_and_finetune(
     model: Model, rows: Any, vectors: Adapter, known: Scale, by: By = "row", **options: Unpack[FinetuneOptions]
 ) -> Model:
     """The model fine-tuned under the vectors on all rows, weighted by how little the vectors explain them."""
-    length = options.get("training", PHASE2).over(PHASE2).max_seq_len
-    weighted = gated(model, rows, vectors, known, by, length)
-    return train_model(model, weighted, vectors=vectors, **options)
+    training = options.get("training", PHASE2).over(PHASE2)
+    learned, eval_rows = hold_out(groups_of(rows), options.get("eval_rows"), training.seed)  # which have no weights
+    weighted = gated(model, learned, vectors, known, by, training.max_seq_len)
+    return train_model(model, weighted, vectors=vectors, **(options | FinetuneOptions(eval_rows=eval_rows)))
 
 
 def known_scale(model: Model, vectors: Adapter, harmful: Any, benign: Any) -> Scale:

@@ -13,7 +13,7 @@ importance of weights) is the *anchor*, a frozen tree.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypedDict
 
 import jax
@@ -40,7 +40,7 @@ from secvec_jax.inference import check_fits, compute_dtype
 from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import with_precision
-from secvec_jax.sharding import platform
+from secvec_jax.sharding import num_shards, platform
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.frozen import FrozenTrees
 from secvec_jax.training.meter import metered, with_schedule
@@ -96,6 +96,7 @@ def train_model(
     extra_rows: dict[str, Any] | None = None,
     extra_batch: PositiveFraction = 1.0,
     eval_rows: Any = None,
+    train_only: Collection[str] = (),
     anchor: Any = None,
     make_step: TrainStepMaker = make_train_step,
     task: LoRA | LoRAVectors | None = None,
@@ -109,12 +110,14 @@ def train_model(
 
     rows: dicts, a `datasets.Dataset` or examples, or {kind: rows}, for `training.max_steps` steps or as many as its
     epochs have; unset settings are those of `PHASE2`. extra_rows: further rows that each step reads, {name of the
-    stream: rows}; extra_batch: the batch size of each, as a share of `training.batch_size`, but at least one sequence.
-    vectors: adapters that are active and frozen. more_steps: how many steps a train step adds to those on `rows`.
-    eval_rows: rows, or the fraction of `rows` that is held out, whose loss under the vectors is measured every epoch or
-    every `training.eval_every_steps`; with checkpoints the model returned is then the one where it was lowest, unless
-    `training.best` names another metric. The training ends early after `training.patience` evaluations without a new
-    lowest loss. frozen: takes the fingerprints of what is frozen before and after, and raises UserError if they differ.
+    stream: rows}; extra_batch: the batch size of each, as a share of `training.batch_size`. vectors: adapters that are
+    active and frozen. more_steps: how many steps a train step adds to those on `rows`. eval_rows: rows, or the fraction
+    of `rows` that is held out, whose loss under the vectors is measured every epoch or every
+    `training.eval_every_steps`; with checkpoints the model returned is then the one where it was lowest, unless
+    `training.best` names another metric; train_only: kinds of which no row is held out. The training ends early after
+    `training.patience` evaluations without a new lowest loss. frozen: takes the fingerprints of what is frozen before
+    and after, and raises UserError if they differ. Raises UserError for a kind that is named like one of the extra
+    rows.
     """
     in_bfloat16 = check_trained_weights(training, task is None)
     if task is None and not (in_bfloat16 and model.precision == "bfloat16"):
@@ -123,10 +126,12 @@ def train_model(
         check_fits(adapter, model)
     check_unused(training, validates=eval_rows is not None, keeps=checkpoints is not None)
     _note_zero_vectors(as_adapters(vectors))
-    groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed)
+    groups, eval_groups = hold_out(groups_of(rows), eval_rows, training.over(PHASE2).seed, train_only)
     streams = {LEARN: stream_of(model, groups, training)}
-    extra_training = dataclasses.replace(training, batch_size=_share_of_batch(training, extra_batch))
-    streams |= {name: stream_of(model, {name: group}, extra_training) for name, group in (extra_rows or {}).items()}
+    if extra_rows:
+        check_kinds(groups, extra_rows)
+        extra_training = dataclasses.replace(training, batch_size=extra_batch_size(training, extra_batch))
+        streams |= {name: stream_of(model, {name: group}, extra_training) for name, group in extra_rows.items()}
     streams = {name: endless(stream) for name, stream in streams.items()} | {LEARN: streams[LEARN]}
     streams[LEARN], learn_steps, steps_per_epoch = stream_and_steps(streams[LEARN], training)
     steps = learn_steps + more_steps(learn_steps)
@@ -166,8 +171,28 @@ def train_model(
     return model.with_merged(merge(decoder, adapter), with_origin(adapter, model))
 
 
-def _share_of_batch(training: Training, share: float) -> int:
-    return max(1, round(share * training.over(PHASE2).batch_size))
+def check_kinds(groups: Collection[str], reserved: Collection[str]) -> None:
+    """Raises UserError if a kind of the user's rows has the name of rows that a defense adds, whose loss has it."""
+    if both := [name for name in groups if name in reserved]:
+        raise UserError(f'the rows have a kind named "{both[0]}", reserved for those of the defense: name it otherwise')
+
+
+def extra_batch_size(training: Training, share: float) -> int:
+    """Sequences per batch of rows that a step reads in addition to the user's, given their share of the batch size.
+
+    Raises UserError if that is no whole number, or if the ambient mesh divides the batch of the user's rows alone.
+    """
+    batch_size, parts = training.over(PHASE2).batch_size, num_shards("batch")
+    size = share * batch_size
+    sequences = f"{share:g} of a batch of {batch_size} is {size:g} sequences"
+    if size < 0.5 or abs(size - round(size)) > 1e-6 * batch_size:
+        raise UserError(f"{sequences}: choose a share (safe_batch) and a batch size whose product is a whole number")
+    if batch_size % parts == 0 and round(size) % parts:
+        raise UserError(
+            f"{sequences}, which cannot be sharded over {parts} devices (data x fsdp): choose a share (safe_batch) and "
+            f"a batch size whose product is a multiple of {parts}"
+        )
+    return round(size)
 
 
 def _note_zero_vectors(vectors: Sequence[Adapter]) -> None:

@@ -65,6 +65,10 @@ class GuardedVectors(Defense):
         read: list[Need] = [] if self.under == "none" else ["security vectors"]
         return (*read, "safe rows") if self.share else tuple(read)
 
+    @property
+    def extra_batch(self) -> float:
+        return self.safe_batch if self.share else 0.0
+
     def apply(self, inputs: DefenseInputs) -> Defended:
         vectors = self._vectors(inputs)
         if not self.share:

@@ -1,6 +1,7 @@
 """Rows that are held out of a training for its validation, and those that should be."""
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ from secvec_jax.errors import UserError
 _log = logging.getLogger(__name__)
 
 
-def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups | None]:
+def hold_out(
+    groups: Groups, eval_rows: Any, seed: int, train_only: Collection[str] = ()
+) -> tuple[Groups, Groups | None]:
     """The rows to train on, and those to validate on.
 
     eval_rows: rows, by kind or not; or the fraction of each kind that is held out, chosen by the seed; or None. Copies
-    of a row are held out together, and a row of several kinds is not. Raises UserError for a fraction that holds out no
-    row or all of them.
+    of a row are held out together, and a row of several kinds is not. train_only: kinds that are not held out. Raises
+    UserError for a fraction that holds out no row or all of them.
     """
     if eval_rows is None:
         return groups, None
@@ -32,6 +35,9 @@ def hold_out(groups: Groups, eval_rows: Any, seed: int) -> tuple[Groups, Groups 
     held_out = {}
     keys = {name: row_keys(rows) for name, rows in groups.items()}
     for number, (name, rows) in enumerate(groups.items()):
+        if name in train_only:
+            kept[name] = rows
+            continue
         count = min(max(round(eval_rows * len(rows)), 1), len(rows) - 1)
         order = np.random.default_rng([seed, number]).permutation(len(rows))
         elsewhere = {key for other, of_other in keys.items() if other != name for key in of_other}

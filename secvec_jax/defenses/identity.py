@@ -19,9 +19,10 @@ from secvec_jax.data.pipeline import Stream
 from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import is_quantized
 from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.objective import LEARN
 from secvec_jax.trees import fingerprint
 
-FORMAT = 4
+FORMAT = 5
 """The version of checkpoints and of how rows become steps; increased when a resumed training would differ."""
 
 _FREE = ("max_steps", "epochs", "save_every_seconds", "max_checkpoints")
@@ -52,13 +53,13 @@ def with_inputs(
     extendable = training.schedule == "constant"
     inputs = {"format": FORMAT, **settings, "the model": f"sha256:{model.fingerprint}"}
     inputs |= {} if extendable else {"the number of steps": steps}
-    if model.precision != "float32":
-        inputs["what the model's weights are held in"] = _precision_of(model)
+    inputs["what the model's weights are held in"] = _precision_of(model)
     inputs["the tokenizer or its chat template"] = of_tokenizer(model.tokenizer)
-    for stream in streams.values():
-        inputs |= {f"rows {name!r}": of_rows(examples) for name, examples in stream.examples.items()}
-    for name, examples in ({} if eval_stream is None else eval_stream.examples).items():
-        inputs[f"validation rows {name!r}"] = of_rows(examples)
+    validation = {} if eval_stream is None else {"validation": eval_stream}
+    for name, stream in {**streams, **validation}.items():
+        of_stream = "" if name == LEARN else f"{name} "
+        inputs[f"{of_stream}batch"] = f"{stream.batch_size} x {stream.seq_len} tokens"
+        inputs |= {f"{of_stream}rows {kind!r}": of_rows(examples) for kind, examples in stream.examples.items()}
     for name, value in more.items():
         inputs[name.replace("_", " ")] = digests.of_values([content_of(value)])
     plain_inputs = {label: _plain(value) for label, value in inputs.items()} | dict(checkpoints.inputs)
@@ -144,5 +145,5 @@ def content_of(value: Any, depth: int = 8) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON returns unchanged."""
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+    """A value that JSON returns unchanged; a setting without a value is one, which differs from any other."""
+    return value if isinstance(value, str | bool | int | float) else "unset" if value is None else str(value)

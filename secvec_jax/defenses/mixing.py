@@ -19,7 +19,7 @@ from typing import Any, Unpack
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, train_model
+from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, check_kinds, train_model
 from secvec_jax.defenses.inputs import Groups, groups_of
 from secvec_jax.errors import UserError
 from secvec_jax.model.hub import Model
@@ -44,7 +44,7 @@ class VLGuard(Defense):
     """safe rows, as a share of the user's rows"""
 
     def apply(self, inputs: DefenseInputs) -> Defended:
-        return Defended(inputs.finetune(rows=with_safe_rows(inputs.rows, inputs.safe, self.share)))
+        return Defended(inputs.finetune(rows=with_safe_rows(inputs.rows, inputs.safe, self.share), train_only=(SAFE,)))
 
 
 @checked
@@ -59,7 +59,7 @@ class Replay(Defense):
     source = "baseline of ForgetFilter"
 
     def apply(self, inputs: DefenseInputs) -> Defended:
-        return Defended(inputs.finetune(rows=with_safe_rows(inputs.rows, inputs.safe, share=1.0)))
+        return Defended(inputs.finetune(rows=with_safe_rows(inputs.rows, inputs.safe, share=1.0), train_only=(SAFE,)))
 
 
 @checked
@@ -89,8 +89,7 @@ def with_safe_rows(rows: Any, safe: Sequence[Any], share: NonNegativeFloat) -> G
     Raises UserError if there are fewer, or if the user's rows have a kind of this name.
     """
     groups = groups_of(rows)
-    if SAFE in groups:
-        raise UserError(f'the rows have a kind named "{SAFE}", reserved for the added rows: give it another name')
+    check_kinds(groups, (SAFE,))
     count = round(share * sum(map(len, groups.values())))
     if not 1 <= count <= len(safe):
         raise UserError(f"the mix takes {count} safe rows, of which there are {len(safe)}: give more or another share")
@@ -121,7 +120,9 @@ def successive(
     """
     checkpoints = options.get("checkpoints")
     first_options = options | {"checkpoints": checkpoints_of(checkpoints, "noisy")}
-    noisy = train_model(model, groups_of(rows), **first_options)
+    groups = groups_of(rows)
+    check_kinds(groups, (SAFE,))
+    noisy = train_model(model, groups, **first_options)
     safe_checkpoints = checkpoints_of(checkpoints, SAFE)
     safe_checkpoints = safe_checkpoints and dataclasses.replace(safe_checkpoints, best=None)
     # Validation rows and the best step belong to the first training.

@@ -48,7 +48,7 @@ from secvec_jax.defenses.floor import floored
 from secvec_jax.defenses.identity import with_inputs
 from secvec_jax.defenses.inputs import as_examples_or_rows, as_options, as_task, groups_of
 from secvec_jax.defenses.min_min import min_min
-from secvec_jax.defenses.mixing import with_safe_rows
+from secvec_jax.defenses.mixing import SAFE, with_safe_rows
 from secvec_jax.errors import UserError
 from secvec_jax.inference import VectorsLike, as_model, as_vectors
 from secvec_jax.model.hub import Model
@@ -305,8 +305,10 @@ class SecurityVectors(Defense):
         if self.both:
             vectors = (vectors, self._vectors(inputs, self.both))
         make_step: TrainStepMaker = floored(self.floor) if self.floor else make_train_step
-        rows = with_safe_rows(inputs.rows, inputs.safe, self.safe) if self.safe else inputs.rows
-        return Defended(inputs.finetune(rows=rows, vectors=vectors, make_step=make_step))
+        rows, added = inputs.rows, (SAFE,) if self.safe else ()
+        if self.safe:
+            rows = with_safe_rows(rows, inputs.safe, self.safe)
+        return Defended(inputs.finetune(rows=rows, train_only=added, vectors=vectors, make_step=make_step))
 
     @property
     def reads(self) -> tuple[Need, ...]:

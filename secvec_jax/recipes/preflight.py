@@ -12,7 +12,7 @@ import jax
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import Examples
 from secvec_jax.data.rows import Row
-from secvec_jax.defenses.finetuning import PHASE2, examples_of, stream_and_steps, stream_of
+from secvec_jax.defenses.finetuning import PHASE2, examples_of, extra_batch_size, stream_and_steps, stream_of
 from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.model.hub import Model
 from secvec_jax.trees import num_parameters
@@ -55,14 +55,17 @@ class Estimate:
 
 
 def estimate(
-    model: Model, groups: Mapping[str, Sequence[Row]], training: Training, full: bool, streams: int
+    model: Model, groups: Mapping[str, Sequence[Row]], training: Training, full: bool, extra_batch: float
 ) -> Estimate:
-    """What fine-tuning on rows, by kind, takes. full: all weights are trained, not a task LoRA. streams: how many
-    batches of rows a step reads: two if a defense also learns safe rows in each step."""
+    """What fine-tuning on rows, by kind, takes. full: all weights are trained, not a task LoRA. extra_batch: the
+    rows that a step reads in addition to these, as a share of the batch size (`Defense.extra_batch`). Raises UserError
+    if that share of the batch cannot be had."""
     training = training.over(PHASE2)
     stream = stream_of(model, dict(groups), training)
     encoded = [group for group in stream.examples.values() if isinstance(group, Examples)]
     tokens = sum(int(group.lengths.sum()) for group in encoded)
+    if extra_batch:
+        extra_batch_size(training, extra_batch)
     _, steps, steps_per_epoch = stream_and_steps(stream, training)
     rows = [row for group in groups.values() for row in group]
     forward = _seconds_per_token(model, rows[:: max(1, len(rows) // _TIMED)][:_TIMED], training.max_seq_len)
@@ -77,7 +80,7 @@ def estimate(
         duplicates=duplicates(rows),
         steps=steps,
         gigabytes=(num_parameters(model.backbone) * per_parameter if full else weight_bytes) / 2**30,
-        seconds=_PASSES * streams * forward * tokens * steps / steps_per_epoch,
+        seconds=_PASSES * (1 + extra_batch) * forward * tokens * steps / steps_per_epoch,
     )
 
 

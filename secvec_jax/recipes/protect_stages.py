@@ -52,8 +52,8 @@ def preflight(work: Work) -> None:
     def run(stage: Stage) -> dict[str, Any] | None:
         # The rows first: a problem with a file should be reported before a minute has passed.
         stage.say("reading the rows")
-        streams = 2 if "safe rows" in request.defense.reads else 1
-        took = estimate(work.model, work.groups, request.training, full=request.task_lora is None, streams=streams)
+        full, extra_batch = request.task_lora is None, request.defense.extra_batch
+        took = estimate(work.model, work.groups, request.training, full=full, extra_batch=extra_batch)
         work.note(str(took))
         if request.vectors is None:
             work.rows_for("harmful rows")  # if they do not fit, that is reported now

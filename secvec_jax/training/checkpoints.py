@@ -33,6 +33,9 @@ from secvec_jax.trees import Tree, checksums, first_not_finite
 
 _log = logging.getLogger("secvec_jax")
 
+_ABSENT = "absent"
+"""An input that a training does not have, such as rows of a kind."""
+
 
 @checked
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +212,12 @@ class Store:
     def _check_inputs(self) -> None:
         path, now = self._settings.folder / "inputs.json", dict(self._settings.inputs)
         if self._latest() is not None and path.exists():
-            changed = difference(self._kept_inputs(path), now)
+            before = self._kept_inputs(path)
+            labels = before | now
+            changed = difference(
+                {label: before.get(label, _ABSENT) for label in labels},
+                {label: now.get(label, _ABSENT) for label in labels},
+            )
             if changed is not None:
                 raise UserError(
                     f"{changed} since the training in {path.parent} was started, which cannot resume with it: train in "

@@ -12,6 +12,7 @@ import numpy as np
 
 from secvec_jax.batch import Batch
 from secvec_jax.data.pipeline import Stream
+from secvec_jax.errors import UserError
 from secvec_jax.sharding import shard
 from secvec_jax.training.objective import LossSums, Objective
 from secvec_jax.training.phase import combine
@@ -41,7 +42,10 @@ class Validation:
         return step % self.every_steps == 0
 
     def evaluate(self, trained: Tree, frozen: Tree) -> LossSums:
-        """{name: (sum, count)} of the losses of all validation tokens; the parameters as `Phase.split` returns them."""
+        """{name: (sum, count)} of the losses of all validation tokens; the parameters as `Phase.split` returns them.
+
+        Raises UserError if no token counts.
+        """
         kinds = [f"loss/{name}" for name in self.objective.groups]
         sums = shard({name: (np.float32(0), np.float32(0)) for name in kinds})
         batches = self.stream.local_batches()
@@ -49,6 +53,8 @@ class Validation:
             sums = _added(self.objective, sums, trained, frozen, batches.take(1))
         totals = jax.device_get(sums)
         total = (sum(totals[name][0] for name in kinds), sum(totals[name][1] for name in kinds))
+        if not total[1] > 0:
+            raise UserError("no token of the validation rows counts: all their weights are 0; give others as eval_rows")
         by_kind = {f"eval/{name}": totals[name] for name in kinds} if len(kinds) > 1 else {}
         return {EVAL_LOSS: total, **by_kind}
 

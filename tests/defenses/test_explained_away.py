@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from secvec_jax.config import Training
 from secvec_jax.defenses import explained_away as ea
-from secvec_jax.defenses.finetuning import train_model
+from secvec_jax.defenses.finetuning import PHASE2, train_model
+from secvec_jax.defenses.held_out import hold_out
 from secvec_jax.defenses.security_vectors import finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.trees import distance, fingerprint
@@ -79,6 +80,17 @@ def test_a_row_of_weight_0_teaches_nothing_and_one_of_weight_1_all(model, vector
     plain = finetune(model, rows, vectors=vectors, training=BRIEF)
     assert float(distance(shut.backbone, model.backbone)) == 0
     assert float(distance(opened.backbone, plain.backbone)) < 1e-5 < float(distance(plain.backbone, model.backbone))
+
+
+def test_rows_that_the_gate_shuts_out_are_validated_on_in_full(model, vectors):
+    """Weighed by the gate, the rows that are held out might count for nothing."""
+    rows, told = random_examples(8, seed=4), []
+    shut = ea.Scale(benign=-99.0, threshold=-98.0)
+    options = {"training": BRIEF, "eval_rows": 0.25, "on_step": lambda step, steps, metrics: told.append(metrics)}
+    ea.gate_and_finetune(model, rows, vectors, shut, **options)
+    _, held_out = hold_out({"all": rows}, 0.25, BRIEF.over(PHASE2).seed)
+    losses = np.concatenate([losses_alone(model, example, vectors) for example in held_out["all"]])
+    np.testing.assert_allclose(told[-1]["eval/loss"], losses.mean(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("by", ["row", "token"])

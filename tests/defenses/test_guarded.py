@@ -11,9 +11,11 @@ import pytest
 from secvec_jax.checks import SettingError
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.defenses.finetuning import train_model
+from secvec_jax.defenses.finetuning import extra_batch_size, train_model
 from secvec_jax.defenses.guarded import GuardedVectors, finetune, with_safe
 from secvec_jax.defenses.mixing import SAFE
+from secvec_jax.errors import UserError
+from secvec_jax.sharding import make_mesh
 from secvec_jax.training.objective import LEARN, Backbone, Objective, Params
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA
@@ -126,7 +128,7 @@ def test_the_ablations_take_away_vectors_or_safe_rows(monkeypatch, settings, nee
         assert fingerprint(seen["vectors"]) == fingerprint(vectors)
 
 
-@pytest.mark.parametrize(("safe_batch", "sequences"), [(1.0, 4), (0.5, 2), (0.1, 1)])
+@pytest.mark.parametrize(("safe_batch", "sequences"), [(1.0, 4), (0.5, 2), (0.25, 1)])
 def test_fewer_safe_rows_in_each_step(monkeypatch, safe_batch, sequences):
     """All safe rows are read, fewer in each step; the user's rows are read as before."""
     seen = {}
@@ -147,3 +149,21 @@ def test_fewer_safe_rows_in_each_step(monkeypatch, safe_batch, sequences):
 def test_a_share_of_the_batch_is_above_0_and_at_most_1(safe_batch):
     with pytest.raises(SettingError, match="safe_batch"):
         GuardedVectors(safe_batch=safe_batch)
+
+
+def test_a_share_that_the_batch_or_the_mesh_cannot_have_is_refused():
+    batch = replace(TRAINING, batch_size=8)
+    for share in (0.1, 0.3, 0.01):
+        with pytest.raises(UserError, match=f"^{share} of a batch of 8 is .* whose product is a whole number"):
+            extra_batch_size(batch, share)
+    with pytest.raises(UserError, match=r"0\.5 of a batch of 1 is 0\.5 sequences"):
+        extra_batch_size(replace(TRAINING, batch_size=1), 0.5)
+    with jax.set_mesh(make_mesh(fsdp=4, devices=jax.devices()[:4])):
+        assert extra_batch_size(batch, 0.5) == 4
+        with pytest.raises(UserError, match=r"0\.25 of a batch of 8 is 2 sequences, which cannot be sharded over 4"):
+            extra_batch_size(batch, 0.25)
+
+
+def test_a_kind_named_like_the_safe_rows_is_refused():
+    with pytest.raises(UserError, match='a kind named "safe", reserved'):
+        finetune(MODEL, {"safe": ROWS, "mine": ROWS}, vectors=None, safe=SAFE_ROWS, training=TRAINING)

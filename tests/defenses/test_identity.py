@@ -17,6 +17,7 @@ from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
 from secvec_jax.defenses.vaccine import vaccine
 from secvec_jax.errors import UserError
 from secvec_jax.training.checkpoints import Checkpoints
+from secvec_jax.training.objective import LEARN
 from secvec_jax.vectors.lora import LoRA
 from tests.toys import build_tokenizer, example, random_decoder, tiny_model
 
@@ -51,6 +52,29 @@ def test_everything_that_goes_in_is_known_by_content(tmp_path, random_vectors):
     }
     for label, change in changed.items():
         now = inputs(tmp_path, **{"the_vectors": (vectors,), "the_defense": vaccine(rho=2.0)} | change)
+        assert {name for name in whole | now if whole.get(name) != now.get(name)} == {label}
+
+
+def test_each_stream_is_known_by_its_rows_and_its_batch(tmp_path):
+    """Also where the user's rows are of a kind that is named like a stream of the defense."""
+    model = tiny_model()
+
+    def inputs_with(user, safe, batch_size=2) -> dict:
+        safe_training = dataclasses.replace(TRAINING, batch_size=batch_size)
+        streams = {
+            LEARN: stream_of(model, {"safe": user}, TRAINING),
+            "safe": stream_of(model, {"safe": safe}, safe_training),
+        }
+        return dict(with_inputs(Checkpoints(tmp_path), model, TRAINING, 6, streams).inputs)
+
+    whole = inputs_with(ROWS, ROWS[:4])
+    changed = {
+        "rows 'safe'": (ROWS[1:], ROWS[:4]),
+        "safe rows 'safe'": (ROWS, ROWS[:3]),
+        "safe batch": (ROWS, ROWS[:4], 1),
+    }
+    for label, change in changed.items():
+        now = inputs_with(*change)
         assert {name for name in whole | now if whole.get(name) != now.get(name)} == {label}
 
 
@@ -127,6 +151,11 @@ def test_a_resume_on_other_rows_or_settings_is_refused_by_both_phases(tmp_path):
             work(rows=ROWS[:4])
     with pytest.raises(UserError, match=r"training.learning_rate was 0.001, is now 0.1"):
         train_model(learning_rate=0.1)
+    with pytest.raises(UserError, match=r"training.max_seq_len was 64, is now 'unset'"):
+        train_model(max_seq_len=None)
+    for rows in ({"all": ROWS, "more": ROWS[:2]}, {"others": ROWS[:2]}):
+        with pytest.raises(UserError, match=r"rows '\w+' has changed since the training in"):
+            train_model(rows=rows)
     with pytest.raises(UserError, match="the shape of the vectors has changed"):
         train(spec=LoRA(rank=2, alpha=3.0))
 

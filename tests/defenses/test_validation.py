@@ -1,5 +1,6 @@
 """Validation rows: their loss is that of the rows themselves, and training is what it would be without them."""
 
+import dataclasses
 import json
 import logging
 
@@ -13,7 +14,8 @@ from secvec_jax.data.rows import row
 from secvec_jax.defenses.finetuning import examples_of, train_model
 from secvec_jax.defenses.held_out import hold_out
 from secvec_jax.defenses.inputs import groups_of, row_keys
-from secvec_jax.defenses.security_vectors import Phase1, finetune, train_vectors
+from secvec_jax.defenses.mixing import Replay, VLGuard
+from secvec_jax.defenses.security_vectors import Phase1, SecurityVectors, finetune, train_vectors
 from secvec_jax.errors import UserError
 from secvec_jax.recipes.align import Align
 from secvec_jax.recipes.finetune import Finetune
@@ -23,6 +25,7 @@ from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.trees import fingerprint, num_parameters
 from secvec_jax.vectors.lora import LoRA
 from secvec_jax.vectors.steering import Steering
+from tests.defenses.toy_inputs import ToyInputs
 from tests.toys import losses_alone, tiny_model
 
 ROWS = [row(f"What is {n}?", f"It is {n * n}.") for n in range(12)]
@@ -130,6 +133,34 @@ def test_no_copy_of_a_row_that_is_held_out_is_trained_on():
     assert len(held["all"]) == 5, "more than asked for, where it has no row with fewer copies"
     with pytest.raises(UserError, match="too few rows"):
         hold_out({"all": ROWS[:1] * 9}, 0.1, seed=0)
+
+
+@pytest.mark.parametrize("defense", [VLGuard(), Replay(), SecurityVectors(safe=0.5)], ids=lambda d: d.label)
+def test_no_row_that_a_defense_adds_is_held_out(monkeypatch, vectors, defense):
+    seen = {}
+
+    def fit(params, phase, train_step, streams, *, validation, **options):
+        seen.update(learned=streams["learn"].examples, held_out=validation.stream.examples)
+        return params
+
+    monkeypatch.setattr("secvec_jax.defenses.finetuning.fit", fit)
+
+    class Inputs(ToyInputs):
+        @property
+        def options(self):
+            return super().options | {"eval_rows": 0.25}
+
+    defense.apply(Inputs(tiny_model(), {"mine": ROWS}, training=TRAINING, vectors=vectors, safe=EVAL_ROWS * 3))
+    assert {kind: len(rows) for kind, rows in seen["held_out"].items()} == {"mine": 3}
+    learned = {kind: len(rows) for kind, rows in seen["learned"].items()}
+    assert learned.pop("mine") == 9 and learned["safe"] in (6, 12)
+
+
+def test_validation_rows_without_weight_are_refused():
+    weightless = [dataclasses.replace(e, weights=np.zeros(len(e.tokens), np.float32))
+                  for e in examples_of(tiny_model(), EVAL_ROWS)]  # fmt: skip
+    with pytest.raises(UserError, match="no token of the validation rows counts"):
+        train(weightless)
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, True])
