@@ -7,7 +7,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -95,8 +95,8 @@ class Training:
     max_checkpoints: PositiveInt = UNSET
     """number of checkpoints to keep during training; older ones are deleted"""
     best: str | None = UNSET
-    """a metric of metrics.jsonl, such as loss/all: keep the checkpoint where it was lowest, and return that one; by
-    default the last one, or with validation rows the one with the lowest eval/loss"""
+    """a metric, such as loss/all: return the checkpoint where it was lowest; by default the last step or, with
+    validation rows, the lowest eval/loss"""
     eval_every_steps: PositiveInt | None = UNSET
     """steps between evaluations of the validation rows; by default one epoch"""
     patience: PositiveInt | None = UNSET
@@ -285,7 +285,8 @@ def _check_size(values: Any, path: str) -> None:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML that refuses duplicate keys, of which PyYAML silently keeps the last, and reads 1e-3 as a number."""
+    """YAML that refuses duplicate keys, of which PyYAML silently keeps the last, and numbers that look decimal and are
+    not (010, 1:30); reads 1e-3 as a number."""
 
     _level = 0
 
@@ -311,6 +312,22 @@ class Loader(yaml.SafeLoader):
         return node
 
 
+def _number(construct: Callable[[Loader, yaml.ScalarNode], Any]) -> Callable[[Loader, yaml.ScalarNode], Any]:
+    def constructed(loader: Loader, node: yaml.ScalarNode) -> Any:
+        if re.match(r"[-+]?0[0-9_]", node.value) or ":" in node.value:
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"line {node.start_mark.line + 1}: {node.value} is an octal number or one of base 60 in YAML 1.1, and "
+                "something else in YAML 1.2: write it as a decimal number, or as text in quotes",
+            )
+        return construct(loader, node)
+
+    return constructed
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", _number(Loader.construct_yaml_int))
+Loader.add_constructor("tag:yaml.org,2002:float", _number(Loader.construct_yaml_float))
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
 )

@@ -228,6 +228,18 @@ def test_numbers_of_numpy_paths_and_lists_are_taken(tmp_path):
     assert Align(data=tmp_path, out=tmp_path) == Align(data=(str(tmp_path),), out=str(tmp_path))
 
 
+@pytest.mark.parametrize("number", ["010", "-012", "1:04", "1:30.5", "00"])
+def test_a_number_that_only_looks_decimal_is_refused(tmp_path, number):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"training:\n  max_steps: {number}\n")
+    with pytest.raises(UserError, match=f"line 2: {number} is an octal number or one of base 60"):
+        config.load(Align, path)
+    path.write_text(f"out: '{number}'\ntraining:\n  learning_rate: 0.5\n  max_steps: 0x10\n  epochs: 1_0\n")
+    loaded = config.load(Align, path)
+    assert (loaded.out, loaded.training.learning_rate) == (number, 0.5)
+    assert (loaded.training.max_steps, loaded.training.epochs) == (16, 10)
+
+
 def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("training:\n  epochs: 1\n  epochs: 2\n")

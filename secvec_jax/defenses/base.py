@@ -150,6 +150,11 @@ class Defense(abc.ABC):
         return self.needs
 
     @property
+    def grids_only(self) -> str:
+        """Why it is useful only in experiments with these settings; empty if it can be used otherwise."""
+        return self.only_in_grids
+
+    @property
     def extra_batch(self) -> float:
         """Roughly how many rows a step reads in addition to the user's, as a share of the batch size."""
         return 1.0 if "safe rows" in self.reads else 0.0

@@ -17,6 +17,8 @@ from secvec_jax.defenses.finetuning import FinetuneOptions, stream_and_steps, st
 from secvec_jax.vectors.kinds import Vectors
 from secvec_jax.vectors.lora import LoRA, LoRAVectors, random_like
 
+OTHER_BEHAVIOR = "vectors of another behavior protect nothing: they show what security vectors add"
+
 
 @checked
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +104,20 @@ class IrrelevantControl(Defense):
     needs = ("security vectors",)
     cost = "as security vectors"
     source = "vectors of another behavior"
-    only_in_grids = "vectors of another behavior protect nothing: they show what security vectors add"
+    only_in_grids = OTHER_BEHAVIOR
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         return Defended(inputs.finetune(vectors=irrelevant_vectors(inputs)))
 
 
-def random_vectors(inputs: DefenseInputs, spec: LoRA = LoRA()) -> LoRAVectors:
-    """A random adapter whose update is as large as that of the behavior's vectors of this shape, layer by layer."""
+def random_vectors(inputs: DefenseInputs, spec: LoRA = LoRA()) -> LoRAVectors | tuple[LoRAVectors, ...]:
+    """A random adapter whose update is as large as that of the behavior's vectors of this shape, layer by layer; where
+    the user gives several vectors, as many."""
     key = jax.random.fold_in(jax.random.key(inputs.options["training"].seed), 1)
-    return random_like(cast(LoRAVectors, inputs.vectors(spec)), key)
+    vectors = inputs.vectors(spec)
+    if not isinstance(vectors, tuple):
+        return random_like(cast(LoRAVectors, vectors), key)
+    return tuple(random_like(each, jax.random.fold_in(key, number)) for number, each in enumerate(vectors))
 
 
 def irrelevant_vectors(inputs: DefenseInputs, spec: LoRA = LoRA()) -> Vectors:

@@ -26,7 +26,7 @@ import numpy as np
 from secvec_jax.batch import Batch
 from secvec_jax.checks import Fraction, NonNegativeFloat, PositiveFraction, PositiveInt, checked
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
-from secvec_jax.defenses.controls import irrelevant_vectors, random_vectors
+from secvec_jax.defenses.controls import OTHER_BEHAVIOR, irrelevant_vectors, random_vectors
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, make_step_on, train_model
 from secvec_jax.defenses.inputs import select_rows
 from secvec_jax.defenses.mixing import SAFE
@@ -34,7 +34,6 @@ from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective, Params, without_vectors
 from secvec_jax.training.step import Loss, shared
-from secvec_jax.vectors.kinds import Vectors
 
 
 @checked
@@ -53,7 +52,7 @@ class GuardedVectors(Defense):
     rank: PositiveInt = 8
     """rank of the vectors"""
     safe_batch: PositiveFraction = 1.0
-    """the safe rows' batch size, as a share of that of the user's rows; 0.5 saves a quarter of a training's time"""
+    """the safe rows of a step, as a share of the batch size"""
     under: Literal["trained", "none", "random", "irrelevant"] = "trained"
     """ablation: what the user's rows are learned under: the behavior's vectors, nothing, a random adapter of their
     size, or vectors of another behavior (in grids only)"""
@@ -64,6 +63,10 @@ class GuardedVectors(Defense):
     def reads(self) -> tuple[Need, ...]:
         read: list[Need] = [] if self.under == "none" else ["security vectors"]
         return (*read, "safe rows") if self.share else tuple(read)
+
+    @property
+    def grids_only(self) -> str:
+        return OTHER_BEHAVIOR if self.under == "irrelevant" else ""
 
     @property
     def extra_batch(self) -> float:
@@ -86,7 +89,7 @@ class GuardedVectors(Defense):
         )
         return Defended(model)
 
-    def _vectors(self, inputs: DefenseInputs) -> Vectors | None:
+    def _vectors(self, inputs: DefenseInputs) -> Any:
         spec = lora_of_rank(self.rank)
         match self.under:
             case "none":

@@ -27,13 +27,11 @@ from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, NonNegativeInt, PositiveInt, checked
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, train_model
+from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.model.hub import Model
 from secvec_jax.training.objective import LEARN, Objective
 from secvec_jax.training.step import Metrics, TrainStep, make_train_step, shared
 from secvec_jax.trees import Tree
-
-SAFE = "safe"
-"""The stream of alignment rows."""
 
 
 @checked

@@ -26,7 +26,7 @@ from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints
 
 SAFE = "safe"
-"""The kind of the rows that a defense adds."""
+"""The kind of the rows that a defense adds, which none of the user's can have."""
 
 
 @checked

@@ -311,6 +311,10 @@ class SecurityVectors(Defense):
         return Defended(inputs.finetune(rows=rows, train_only=added, vectors=vectors, make_step=make_step))
 
     @property
+    def grids_only(self) -> str:
+        return "it takes vectors of another behavior by name; give several vectors instead" if self.both else ""
+
+    @property
     def reads(self) -> tuple[Need, ...]:
         return (*self.needs, "safe rows") if self.safe else self.needs
 

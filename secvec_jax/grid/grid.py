@@ -55,11 +55,21 @@ class GridConfig:
     """what is measured in addition in every cell: prefill, kl, relearning (see `grid.outcomes`)"""
 
     def cells(self, table: str | None = None) -> list[Cell]:
-        """Every cell once, of all tables or of one, in the order of the blocks. Raises UserError if there are none."""
+        """Every cell once, of all tables or of one, in the order of the blocks.
+
+        Raises UserError if there are none, and if two would have the same file.
+        """
         blocks = [block for block in self.blocks if table in (None, block.table)]
         cells = list(dict.fromkeys(cell for block in blocks for cell in block.cells()))
         if not cells:
             raise UserError(f"the grid has no cells{f' of table {table!r}' if table else ''}: list blocks")
+        by_name: dict[str, Cell] = {}
+        for cell in cells:
+            other = by_name.setdefault(cell.name, cell)
+            if other != cell:
+                differing = [name for name, value in cell.settings.items() if value != other.settings[name]]
+                values = " and ".join(repr(each.settings[differing[0]]) for each in (other, cell))
+                raise UserError(f"two cells would share the file {cell.name}: {differing[0]} is {values}; rename one")
         return cells
 
     def cells_of_tables(self) -> list[list[Cell]]:
@@ -114,8 +124,7 @@ def grid(settings: Grid, command: str) -> None:
             text or f"no cell of {folder} has an oracle of its settings and seed: run benign only", soft_wrap=True
         )
         return
-    if settings.only == "all":
-        _run(settings, grid_config, cells, part, folder)
+    failed = _run(settings, grid_config, cells, part, folder) if settings.only == "all" else 0
     on_main_process(
         lambda: grid_report.write(
             folder,
@@ -127,14 +136,16 @@ def grid(settings: Grid, command: str) -> None:
         )
     )
     console.print(f"the report is in {folder / 'report.md'}")
+    if failed:
+        raise UserError(f"{failed} of {len(part)} cells failed, as the report says: rerun the command to retry them")
 
 
 MARKS = ("parts", "cells")
 """Folders that mark a grid's run directory."""
 
 
-def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[Cell], folder: Path) -> None:
-    """Run the cells of this part that are not finished; cells: all of the grid."""
+def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[Cell], folder: Path) -> int:
+    """Run the cells of this part that are not finished, and return how many failed; cells: all of the grid."""
     experiment, probes = grid_config.experiment, grid_config.probes
     on_main_process(partial(check_own, folder, MARKS))
     on_main_process(partial(_hold, folder, settings.part, settings.overwrite))
@@ -145,7 +156,7 @@ def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[
         claimed = _Claim(dataclasses.replace(experiment, seed=seed), str(_seed_folder(folder, seed)))
         claim(claimed, partial(_packaged, experiment), exclusive=False)
     console = screen()
-    count = unrecorded = lacking = 0
+    count = failed = unrecorded = lacking = 0
     for seed, cells_of_seed in itertools.groupby(sorted(part, key=_seed), _seed):
         workspace = SeedWorkspace(dataclasses.replace(experiment, seed=seed), _seed_folder(folder, seed))
         for cell in cells_of_seed:
@@ -162,6 +173,7 @@ def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[
                 console.print(f"{cell.name}: {changed}, so it runs again")
             record = _record(workspace, cell, probes)
             on_main_process(partial(_write, path, record, cell, workspace))
+            failed += record.error is not None
             console.print(f"{count}/{len(part)} {_summary(record)}")
             drop_programs_if_many()  # otherwise the next cells reuse them
     if unrecorded:
@@ -169,6 +181,7 @@ def _run(settings: Grid, grid_config: GridConfig, cells: list[Cell], part: list[
     if lacking:
         console.print(f"{lacking} finished cells lack a probe of the grid file: delete their files to run them again")
     on_main_process(partial(release, _part_folder(folder, settings.part)))
+    return failed
 
 
 @checked

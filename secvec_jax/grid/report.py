@@ -98,7 +98,7 @@ def write(
 ) -> None:
     """Write report.md, its plots and results.json.
 
-    cells: those of each layout. records: those that exist so far; a table without any is left out.
+    cells: those of each layout. records: those that exist so far; a table without any says so.
     """
     summaries: dict[str, Summary] = {}
     by_name = {cell_name(dict(record.cell)): record for record in records}
@@ -107,12 +107,15 @@ def write(
         shown = [cell for cell in of_table if layout.shows(cell)]
         available = [by_name[cell.name] for cell in shown if cell.name in by_name]  # in the order of the file
         parts += [f"## {markdown(layout.name)}", layout.about]
+        failed = [record for record in available if record.error is not None]
+        count = f"{len(available) - len(failed)} of {len(shown)} cells"
+        parts.append(f"{count}; {len(failed)} failed:" if failed else f"{count}.")
+        reasons = [f"- {code(cell_name(dict(record.cell)))}: {markdown(record.error or '')}" for record in failed]
+        parts.append("\n".join(reasons))
         if not any(record.metrics for record in available):
-            parts.append("No cells yet.")
             continue
         summary = summaries[layout.name] = _summary(layout, available)
         parts += [
-            f"{len(available)} of {len(shown)} cells.",
             summary.markdown().rstrip(),
             *_differences(layout, available),
             *(getattr(published, name).markdown().rstrip() for name in layout.published),

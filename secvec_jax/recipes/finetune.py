@@ -1,7 +1,8 @@
 """`train.py finetune`: phase 2, fine-tuning on the user's rows under security vectors, or by another defense."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from secvec_jax.recipes.run_inputs import DEFENSE_VARIANTS, GIVEN, RunInputs, ch
 from secvec_jax.recipes.training_run import TrainingRun, rows_by_source
 from secvec_jax.training.frozen import FrozenTrees
 from secvec_jax.training.profiling import check_steps
+from secvec_jax.training.validation import EVAL_LOSS
 from secvec_jax.vectors.lora import LoRA, drift
 from secvec_jax.vectors.store import load_several
 from secvec_jax.workspace.inputs import Inputs, packaged
@@ -188,16 +190,42 @@ def _packaged_inputs(settings: Finetune, defense: Defense) -> Inputs:
     return packaged(sources("held-out")) if from_package else {}
 
 
-def _learned(log: Path, rows: dict[str, Any]) -> str | None:
-    """How the loss of the user's rows changed, from the training lines of the stage's log; None if it has none."""
-    records = [record for record in read_log(log) if record.get("stage") == "finetune"]
-    names = ["eval/loss"] if any("eval/loss" in record for record in records) else [f"loss/{name}" for name in rows]
-    losses = [[record[name] for name in names if is_number(record.get(name))] for record in records]
-    means = [sum(values) / len(values) for values in losses if values]
-    if not means:
+def _learned(log: Path, kinds: Iterable[str]) -> str | None:
+    """How the loss of the user's rows, of these kinds, changed, by the training lines of the log; None if it has none.
+
+    Of a defense that trains several times, in the last training on these rows.
+    """
+    trainings: dict[str, list[dict[str, Any]]] = {}
+    for record in read_log(log):
+        stage = record.get("stage")
+        if isinstance(stage, str) and re.fullmatch(r"finetune( \d+)?", stage):
+            trainings.setdefault(stage, []).append(record)
+    found = {stage: losses for stage, records in trainings.items() if (losses := _losses(records, kinds))}
+    if not found:
         return None
-    measured = "validation loss" if names == ["eval/loss"] else "loss of your rows"
-    return f"the {measured} was {means[0]:.2f} at first and {means[-1]:.2f} at the end of the training"
+    stage, (measured, first, last) = list(found.items())[-1]
+    if first is None:
+        text = f"the {measured} was {last:.2f} at the end of the training, and was not measured before"
+    else:
+        text = f"the {measured} was {first:.2f} at first and {last:.2f} at the end of the training"
+    return text if stage == list(trainings)[-1] else f"{text}; another training, on other rows, followed"
+
+
+def _losses(records: Sequence[dict[str, Any]], kinds: Iterable[str]) -> tuple[str, float | None, float] | None:
+    """What was measured in a training, and its mean over the kinds at first and at the end; None if it was not.
+
+    At first is None if it was measured once. A step has the losses of the kinds that are among its rows.
+    """
+    evaluated = [record[EVAL_LOSS] for record in records if is_number(record.get(EVAL_LOSS))]
+    if evaluated:
+        return "validation loss", evaluated[0] if len(evaluated) > 1 else None, evaluated[-1]
+    names = [f"loss/{kind}" for kind in kinds]
+    by_kind = [[record[name] for record in records if is_number(record.get(name))] for name in names]
+    ends = [(losses[0], losses[-1]) for losses in by_kind if losses]
+    if not ends:
+        return None
+    first, last = (sum(values) / len(ends) for values in zip(*ends))
+    return "loss of your rows", first, last
 
 
 def _eval_rows(settings: Finetune) -> Any:

@@ -29,7 +29,7 @@ from secvec_jax.model.hub import Model
 from secvec_jax.model.quantized import is_quantized
 from secvec_jax.recipes.audit_stages import AuditRequest, audited, before_alignment
 from secvec_jax.recipes.preflight import estimate
-from secvec_jax.recipes.protect_work import RECOMMENDED, Work, default_training
+from secvec_jax.recipes.protect_work import FINE_TUNE, RECOMMENDED, Work, default_training
 from secvec_jax.recipes.run_inputs import trainings
 from secvec_jax.recipes.screen import write_histogram
 from secvec_jax.recipes.training_run import TASK_FOLDER, save_trained
@@ -183,7 +183,7 @@ def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
             options = FinetuneOptions(
                 task=request.task_lora,
                 training=request.training,
-                checkpoints=work.checkpoints("fine-tune"),
+                checkpoints=work.checkpoints(FINE_TUNE),
                 on_step=on_step,
                 frozen=frozen,
             )
@@ -193,23 +193,26 @@ def fine_tune(work: Work, vectors: Vectors, rows: _Division) -> str | None:
         stage.say("exporting")
         # In the dtype of the model before, as eval.py export does.
         dtype = work.model.metadata.dtype
-        save_trained(work.folder, defended.model, work.model, defended.system, dtype=dtype)
+        unsaved = save_trained(work.folder, defended.model, work.model, defended.system, dtype=dtype)
+        work.note(unsaved)
         work.note(str(frozen))
         if defended.model is work.model:
             work.note("the defense found nothing to train on: the model is unchanged")
         changed = drift(defended.model.backbone, work.model.backbone)
-        has_task = request.task_lora is not None and defended.model is not work.model
-        results = {"drift": changed, "system": defended.system, "frozen": frozen.fingerprints, "task LoRA": has_task}
+        task = None
+        if request.task_lora is not None and defended.model is not work.model:
+            task = "saved" if unsaved is None else "merged"
+        results = {"drift": changed, "system": defended.system, "frozen": frozen.fingerprints, "task LoRA": task}
         return {**results, **defended.notes}
 
     def forget() -> None:
-        for made in (folder, work.folder / TASK_FOLDER, work.folder / "checkpoints" / "fine-tune"):
+        for made in (folder, work.folder / TASK_FOLDER, work.folder / "checkpoints" / FINE_TUNE):
             shutil.rmtree(made, ignore_errors=True)
 
     reads = {"the vectors": work.vectors_file, "which rows": of_values(sorted(rows.left_out))}
-    outcome = work.stage("fine-tune", run, reads=reads, makes=work.made, forget=forget)
+    outcome = work.stage(FINE_TUNE, run, reads=reads, makes=work.made, forget=forget)
     system: str | None = outcome["system"]
-    work.has_task_lora = outcome["task LoRA"]
+    work.task_lora = outcome["task LoRA"]
     work.facts |= {name: outcome[name] for name in ("drift", "frozen")} | ({} if system is None else {"system": system})
     if "security vectors" in request.defense.reads:
         work.facts["vectors"] = [str(work.vectors_file)]
@@ -258,10 +261,10 @@ def audit_export(work: Work, held_out: Sequence[Row], system: str | None) -> Aud
 
 def exported_model(work: Work) -> Model:
     """The exported model, read back; a quantized one is the original model with the task LoRA stored separately."""
-    if not is_quantized(work.precision):
+    if not is_quantized(work.precision) or work.task_lora == "merged":
         return as_model(str(work.model_folder))
     model = dataclasses.replace(work.model, name=str(work.model_folder))
-    if not work.has_task_lora:
+    if work.task_lora is None:
         return model
     adapter = load_peft(work.folder / TASK_FOLDER, work.model)
     return model.with_merged(merge(model.backbone, adapter), adapter)

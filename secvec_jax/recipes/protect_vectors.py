@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from secvec_jax.defenses.base import Need
 from secvec_jax.defenses.gate import Gate, measure_gate, tenth
+from secvec_jax.defenses.inputs import choose_held_out, row_keys
 from secvec_jax.defenses.security_vectors import Phase1, train_vectors
 from secvec_jax.distributed import is_clustered
 from secvec_jax.errors import UserError
@@ -104,9 +105,15 @@ def _trained_vectors(work: Work, stage: Stage) -> tuple[Vectors, Gate]:
 
 
 def _without_tenth(rows: Sequence[Any], kind: str) -> tuple[list[Any], list[Any]]:
-    """The rows to train vectors on, and those that test them. Raises UserError if there are too few."""
-    count = tenth(len(rows))
-    if count < 2:
-        raise UserError(f"{len(rows)} {kind} rows are too few to train vectors on and to test them: give about 100")
-    shuffled = random.Random(0).sample(list(rows), len(rows))
-    return shuffled[count:], shuffled[:count]
+    """The rows to train vectors on, and those that test them, of which none has a copy among the former.
+
+    Raises UserError if there are too few, or too few different ones.
+    """
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    held_out = set(choose_held_out(row_keys(rows), order, tenth(len(rows)), set()))
+    if len(held_out) < 2:
+        raise UserError(
+            f"{len(rows)} {kind} rows, or the different ones among them, are too few to train vectors on and to test "
+            "them: give about 100"
+        )
+    return [rows[i] for i in order if i not in held_out], [rows[i] for i in order if i in held_out]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from secvec_jax.config import Training
 from secvec_jax.data.normalize import as_rows
@@ -29,6 +29,9 @@ from secvec_jax.vectors.peft import WEIGHTS
 from secvec_jax.workspace.packaged_rows import PackagedRows
 from secvec_jax.workspace.stage import Stage
 from secvec_jax.workspace.stages import Stages
+
+FINE_TUNE = "fine-tune"
+"""The stage of the fine-tuning."""
 
 RECOMMENDED = "guarded vectors"
 """The defense that is used if none is named: the best that docs/results.md shows."""
@@ -74,8 +77,8 @@ class Work:
         self.request, self.stages, self.folder = request, stages, stages.folder
         self.notes: list[str] = []
         self.facts: dict[str, Any] = {}
-        self.has_task_lora = False
-        """Whether the fine-tuning has trained a task LoRA: known once it is done."""
+        self.task_lora: Literal["saved", "merged"] | None = None
+        """Whether the task LoRA is saved by itself or only merged into the model; None: there is none, or not yet."""
         self._noted: list[str] = []
         self._kept: dict[Need, Any] = {}
 
@@ -180,7 +183,9 @@ class Work:
         return dataclasses.replace(sharing(PHASE1, self.request.training), seed=PHASE1.seed)
 
     def checkpoints(self, name: str) -> Checkpoints:
-        return Checkpoints.of(self.folder / "checkpoints" / name, self.request.training)
+        """The checkpoints of a training. `best` is a metric of the fine-tuning alone."""
+        checkpoints = Checkpoints.of(self.folder / "checkpoints" / name, self.request.training)
+        return checkpoints if name == FINE_TUNE else dataclasses.replace(checkpoints, best=None)
 
     def _show_replies(self, count: int) -> Callable[[int], None]:
         self._stage.print(f"generating the model's own replies to {count} benign prompts, for the safe rows")

@@ -11,12 +11,14 @@ from typing import Any
 from secvec_jax.data.columns import without_columns
 from secvec_jax.data.rows import Row
 from secvec_jax.data.sources import load_rows
+from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.card import system_section
 from secvec_jax.evaluation.refusal_sample import RefusalSample, measure, sample_prompts
 from secvec_jax.evaluation.suite import Suite
-from secvec_jax.model.hub import Model
+from secvec_jax.files import expanded, resolved
+from secvec_jax.model.hub import Model, load
 from secvec_jax.training.checkpoints import Checkpoints
 from secvec_jax.training.profiling import profiled
 from secvec_jax.vectors.lora import LoRAVectors
@@ -88,7 +90,7 @@ class TrainingRun(Run):
         """
         stage.say("saving")
         card = None if system is None else f"# {self.folder.name}\n\n{system_section(system)}\n"
-        save_trained(self.folder, trained, start, system, card=card)
+        self.note(save_trained(self.folder, trained, start, system, card=card))
 
     @property
     def system_file(self) -> Path:
@@ -113,14 +115,37 @@ class TrainingRun(Run):
 
 def save_trained(
     folder: Path, trained: Model, start: Model, system: str | None, *, card: str | None = None, dtype: Any = None
-) -> None:
-    """Save a trained model in a run directory, its task LoRA, if it has one, as an adapter of the model it started
-    from, and its system prompt, if it needs one. card, dtype: as in `Model.save`."""
-    if trained is not start and isinstance(trained.adapter, LoRAVectors):
-        save_peft(trained.adapter, folder / TASK_FOLDER, start, holds="a task")
+) -> str | None:
+    """Save a trained model in a run directory, its task LoRA, if it has one, as an adapter of the model that it was
+    trained on, and its system prompt, if it needs one. card, dtype: as in `Model.save`.
+
+    Returns what to tell the user if the task LoRA cannot be saved by itself.
+    """
+    note, adapter = None, trained.adapter
+    if trained is not start and isinstance(adapter, LoRAVectors):
+        base = _base_of(adapter, start)
+        if base is None:
+            note = (
+                "the task LoRA is merged into the model and not saved by itself: it was trained on a model that the "
+                "defense aligned again, which is not kept"
+            )
+        else:
+            save_peft(adapter, folder / TASK_FOLDER, base, holds="a task")
     trained.save(folder / "model", card, dtype=dtype)
     if system is not None:
         on_main_process(lambda: write(folder / SYSTEM_FILE, f"{system}\n"))
+    return note
+
+
+def _base_of(adapter: LoRAVectors, start: Model) -> Model | None:
+    """The model that a task LoRA was trained on: `start`, or one that a defense aligned again and saved; else None."""
+    origin = adapter.origin
+    if origin is None or origin.backbone == start.fingerprint:
+        return start
+    if not Path(origin.name).is_dir():
+        return None
+    saved = load(origin.name)
+    return saved if saved.fingerprint == origin.backbone else None
 
 
 def rows_by_source(sources: Sequence[str], ignore_fields: Sequence[str]) -> dict[str, Sequence[Row]]:
@@ -130,9 +155,11 @@ def rows_by_source(sources: Sequence[str], ignore_fields: Sequence[str]) -> dict
     """
     if len(sources) == 1:
         return {"all": load_rows(sources[0], ignore_fields=ignore_fields)}
-    if len(set(sources)) < len(sources):
-        raise UserError(f"--data names {max(sources, key=list(sources).count)} twice: name each source once")
     files = [without_columns(source) for source in sources]
+    # Of one file, other columns are other rows.
+    read = [(resolved(expanded(file)), source[len(file) :]) for file, source in zip(files, sources)]
+    if repeated := [source for number, source in enumerate(sources) if read[number] in read[:number]]:
+        raise UserError(f"--data names {repeated[0]} twice: name each source once")
     short = [Path(file).stem if Path(file).is_file() else source for file, source in zip(files, sources)]
-    names = short if len(set(short)) == len(short) else sources
+    names = short if len({*short, SAFE}) == len(short) + 1 else sources
     return {name: load_rows(source, ignore_fields=ignore_fields) for name, source in zip(names, sources)}

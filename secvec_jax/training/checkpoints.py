@@ -89,6 +89,7 @@ class Store:
             kept.append(policies.BestN(**by_metric, n=1))
         self._settings = settings
         self._last = time.monotonic()
+        self._lowest: tuple[int, float] | None = None
         self._lock: Any = None
         on_main_process(self._lock_folder)
         self._checkpointer: Any = None
@@ -159,6 +160,7 @@ class Store:
         values = {c.step: c.metrics[best] for c in self._checkpointer.checkpoints if c.metrics}
         if not values and best not in metrics:
             raise UserError(f"best is {best!r}, which no step reported: use one of {', '.join(sorted(metrics))}")
+        self._note_missed(min(values.values(), default=math.inf), metrics.get(best, math.inf))
         if values and min(values.values()) < metrics.get(best, math.inf):
             step = min(values, key=values.__getitem__)
             problem = self._load(run, step)
@@ -167,6 +169,23 @@ class Store:
                     f"the best checkpoint, {self._checkpointer.directory / str(step)}, is damaged ({problem}): delete "
                     "that folder, and the training ends with the best of the others"
                 )
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Remember at which step the metric `best` was lowest."""
+        value = metrics.get(self._settings.best or "")
+        if value is not None and (self._lowest is None or value < self._lowest[1]):
+            self._lowest = step, value
+
+    def _note_missed(self, kept: float, at_end: float) -> None:
+        """Warn if the metric `best` was lower at a step without a checkpoint than where the training ends."""
+        if self._lowest is None or self._lowest[1] >= min(kept, at_end) or not is_main_process():
+            return
+        step, value = self._lowest
+        _log.warning(
+            "%s was lowest at step %d (%.4g), of which there is no checkpoint: the training ends with the lowest of "
+            "its checkpoints and its last step (%.4g); lower save_every_seconds (now %g)",
+            self._settings.best, step, value, min(kept, at_end), self._settings.save_every_seconds,
+        )  # fmt: skip
 
     def diverged(self, step: int, problem: str) -> str:
         """The error message for a training that diverged at a step, which is recorded for the next start."""

@@ -152,6 +152,8 @@ def _report(metrics: dict[str, Any], step: int, steps: int, on_step: OnStep, sto
         problem = f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step {step}"
         no_store = f"{problem}: lower the learning rate; no checkpoint is kept"
         raise UserError(no_store if store is None else store.diverged(step, problem))
+    if store is not None:
+        store.note(step, values)
     on_step(step, steps, values)
     return values
 

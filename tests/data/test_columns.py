@@ -1,6 +1,7 @@
 """Columns with other names than ours are mapped after a source's name, or by `columns` in Python."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pandas
@@ -81,6 +82,21 @@ def test_every_verb_reads_the_mapping(lines, tmp_path):
     settings_of_screen = Screen(data=path + SUFFIX, vectors="v", out=str(tmp_path / "out"))
     with pytest.raises(UserError, match="would overwrite what --data"):
         _check_clean(settings_of_screen, path)
+
+
+def test_a_source_is_named_once_however_it_is_written(lines, tmp_path):
+    path, twice = lines(ANFRAGE), "names .* twice: name each source once"
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for again in (path, f"{Path(path).parent}/../{Path(path).parent.name}/{Path(path).name}", tmp_path / "link.jsonl"):
+        with pytest.raises(UserError, match=twice):
+            rows_by_source([path + SUFFIX, f"{again}{SUFFIX}"], ())
+    swapped = f"{path}:prompt=antwort,response=anfrage"
+    assert len(rows_by_source([path + SUFFIX, swapped], ())) == 2, "other columns are other rows"
+
+
+def test_a_kind_of_rows_is_not_named_like_those_of_a_defense(lines):
+    sources = [lines(ANFRAGE, name) + SUFFIX for name in ("safe.jsonl", "mine.jsonl")]
+    assert list(rows_by_source(sources, ())) == sources
 
 
 def test_a_result_belongs_to_the_mapping(lines, tmp_path):

@@ -246,6 +246,8 @@ def test_a_folder_is_loaded_by_split(tmp_path):
         ("rows.csv", b"prompt,response\na,b,c\n", "row 1 has more cells than the header"),
         ("rows.csv", b"text,label\na,b\n", "row 1: unknown fields"),
         ("rows.csv", b"prompt;response\na;b\n", "columns separated by ';'"),
+        ("rows.csv", b'prompt,response\na,b\nc,"d\ne,f\ng,h\n', "row 2 is not valid CSV"),
+        ("rows.csv", b'prompt,response\na,"b" c\n', "row 1 is not valid CSV"),
         ("rows.json", b'{"data": [{"prompt": "a", "response": "b"}]}', "found dict; its `data` is one"),
         ("rows.json", b'{"prompt": "a", "response": "b"}', "found dict; wrap it in"),
         ("rows.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "one JSON value per line: name it .jsonl"),

@@ -88,6 +88,19 @@ def test_a_block_is_the_product_of_its_lists():
     assert len({cell.name for cell in cells}) == 8
 
 
+def test_cells_that_would_share_a_file_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    for file in ("d/r.jsonl", "d-r.jsonl"):
+        Path(file).write_text(json.dumps(row("q", "a")) + "\n")
+    for block, differ in (
+        (Block(attack=("d/r.jsonl", "d-r.jsonl")), "attack is 'd/r.jsonl' and 'd-r.jsonl'"),
+        (Block(poison=(1 / 3, 0.333333)), "poison is 0.3333333333333333 and 0.333333"),
+    ):
+        with pytest.raises(UserError, match=f"two cells would share the file .*: {differ}"):
+            GridConfig(blocks=(block,)).cells()
+
+
 def test_every_setting_of_a_cell_is_in_its_name():
     cell = Cell(NONE)
     others = {"defense": read_defense("kl"), "attack": "bias", "task": "arithmetic", "poison": 0.123, "samples": 7,
@@ -413,16 +426,18 @@ def test_parts_are_disjoint_and_a_failed_cell_is_reported_and_tried_again(model_
         tables=({"name": "A"},),
         aligns=False,  # the test above has it
     )
-    grid(Grid(path, out=str(out), part="1/2"), "command")
+    with pytest.raises(UserError, match="1 of 2 cells failed"):
+        grid(Grid(path, out=str(out), part="1/2"), "command")
     first = {file.name for file in (out / "cells").iterdir()}
     grid(Grid(path, out=str(out), part="2/2"), "command")
     records = {record.cell["defense"]: record for record in read(out)}
     assert len(first) == 2 and len(records) == 3
     assert "takes 72 safe rows" in records["vlguard share=9"].error and not records["vlguard share=9"].metrics
-    assert "failed" in (out / "report.md").read_text()
+    assert "2 of 3 cells; 1 failed:" in (out / "report.md").read_text()
     failed = next(file for file in (out / "cells").iterdir() if json.loads(file.read_text())["error"])
     stamp = failed.stat().st_mtime_ns
-    grid(Grid(path, out=str(out)), "command")
+    with pytest.raises(UserError, match="1 of 3 cells failed"):
+        grid(Grid(path, out=str(out)), "command")
     assert failed.stat().st_mtime_ns > stamp
     with pytest.raises(UserError, match="part is '3/2'"):
         grid(Grid(path, out=str(out), part="3/2"), "command")

@@ -59,7 +59,7 @@ def test_every_table_of_a_shipped_grid_can_be_read(path, tmp_path, monkeypatch):
     records = [record(cell) for cell in {cell for some in shown for cell in some}]
     grid_report.write(tmp_path, "command", {}, plan.tables, shown, records)
     text = (tmp_path / "report.md").read_text()
-    assert all(f"## {layout.name}\n" in text for layout in plan.tables) and "No cells yet" not in text
+    assert all(f"## {layout.name}\n" in text for layout in plan.tables) and not re.search(r"^0 of ", text, re.M)
     assert tables(text)
     for table in tables(text):
         head = table.partition("\n")[0]

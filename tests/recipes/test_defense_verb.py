@@ -1,5 +1,6 @@
 """`train.py finetune --defense` and `sv.defend`: every defense on a model and data of one's own."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -32,7 +33,8 @@ from secvec_jax.recipes import finetune as finetune_module
 from secvec_jax.recipes import training_run
 from secvec_jax.recipes.finetune import Finetune, finetune
 from secvec_jax.training import trainer
-from secvec_jax.vectors.lora import LoRA
+from secvec_jax.vectors.lora import LoRA, merge
+from secvec_jax.vectors.peft import load_peft
 from secvec_jax.vectors.store import load_vectors, save_vectors
 from secvec_jax.workspace import packaged_rows, stages
 from secvec_jax.workspace.stage import Stage
@@ -267,8 +269,58 @@ def test_the_function_names_its_arguments(files):
         sv.defend(model, user, "lisa", contrast=user)
     with pytest.raises(UserError, match=r"defense is the class Lisa: pass one of sv.defenses"):
         sv.defend(model, user, sv.defenses.Lisa)
-    with pytest.raises(UserError, match="another behavior, 'capitals', exist only in grids"):
+    with pytest.raises(UserError, match="both=capitals' is for grids only: it takes vectors of another behavior"):
         sv.defend(model, user, sv.defenses.SecurityVectors(both="capitals"), vectors=files["vectors"])
+
+
+def test_what_it_says_of_the_loss_is_of_the_last_training_on_the_users_rows(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+
+    def said(*records) -> str | None:
+        log.write_text("".join(json.dumps({"stage": stage, "step": 1} | losses) + "\n" for stage, losses in records))
+        return finetune_module._learned(log, ["a", "b"])
+
+    first, then = ("finetune", {"loss/a": 5.0}), ("finetune", {"loss/a": 1.0, "loss/b": 3.0})
+    assert said(first, then, ("finetune", {"loss/b": 2.0})) == (
+        "the loss of your rows was 4.00 at first and 1.50 at the end of the training"
+    ), "kind by kind: not every step has rows of each"
+    safe, kept = ("finetune 2", {"loss/safe": 0.1}), ("finetune 3", {"loss/a": 0.5})
+    assert said(first, then, safe, kept).startswith("the loss of your rows was 0.50 at first and 0.50")
+    assert said(first, then, safe).endswith("at the end of the training; another training, on other rows, followed")
+    once = ("finetune", {"loss/a": 1.0, "eval/loss": 4.0})
+    assert said(first, once) == "the validation loss was 4.00 at the end of the training, and was not measured before"
+    assert said(("vectors", {"loss/a": 5.0}), safe) is None
+
+
+def test_a_task_lora_belongs_to_the_model_that_the_defense_aligned(files, tmp_path):
+    options = {"task_lora": LoRA(rank=2), "safe": (files["safe"],), "base": files["base"]}
+    tuned, _ = run(files, tmp_path / "out", "random perturbation", **options)
+    aligned = load(str(tmp_path / "out/aligned"))
+    adapter = load_peft(tmp_path / "out/task", aligned)
+    np.testing.assert_allclose(
+        jax.tree.leaves(merge(aligned.backbone, adapter))[0], jax.tree.leaves(tuned.backbone)[0], atol=1e-6
+    )
+
+
+def test_where_that_model_is_not_kept_the_task_lora_is_only_merged(files, tmp_path):
+    model, elsewhere = load(files["model"]), load(files["base"])
+    tuned = train_model(elsewhere, rows("user", 4), task=LoRA(rank=2), training=TRAINING)
+    gone = dataclasses.replace(tuned.adapter, origin=tuned.adapter.origin._replace(name="no folder"))
+    note = training_run.save_trained(tmp_path, dataclasses.replace(tuned, adapter=gone), model, None)
+    assert "merged into the model and not saved by itself" in note
+    assert not (tmp_path / "task").exists() and load(str(tmp_path / "model")).fingerprint == tuned.fingerprint
+
+
+def test_random_vectors_are_as_many_as_are_given(files):
+    model = load(files["model"])
+    given = [load_vectors(files["vectors"], model)]
+    guarded_random = sv.defenses.GuardedVectors(under="random")
+    options = {"safe": files["safe"], "training": TRAINING}
+    for vectors in (given, [*given, jax.tree.map(lambda leaf: 2 * leaf, given[0])]):
+        defended = sv.defend(model, files["user"], guarded_random, vectors=vectors, **options)
+        assert defended.model.fingerprint != model.fingerprint
+    with pytest.raises(UserError, match="under=irrelevant' is for grids only"):
+        sv.defend(model, files["user"], sv.defenses.GuardedVectors(under="irrelevant"), vectors=given, **options)
 
 
 def test_validation_rows_and_a_task_lora_work_with_a_defense_of_two_trainings(files, tmp_path, capsys):
@@ -278,7 +330,9 @@ def test_validation_rows_and_a_task_lora_work_with_a_defense_of_two_trainings(fi
     assert [(record["stage"], record["step"]) for record in log] == [
         ("finetune", 1), ("finetune", 2), ("finetune 2", 1), ("finetune 2", 2), ("finetune 2", 3)
     ]  # fmt: skip
-    assert "eval/loss" in log[1] and "the validation loss was" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "eval/loss" in log[1] and "the validation loss was" in said
+    assert "another training, on other rows, followed" in said
     assert (tmp_path / "out/task/adapter_config.json").exists()
     assert results.rows[0]["frozen"] == {"backbone": load(files["model"]).fingerprint}
 
@@ -298,7 +352,8 @@ def test_a_defense_is_given_by_flags_or_by_a_file_that_flags_override(tmp_path, 
     assert parsed("--defense", "none").defense == {"name": "none"}
     config = tmp_path / "config.yaml"
     config.write_text("defense: {name: guarded-vectors, weight: 3}\n")
-    guarded_3 = {"name": "guarded vectors", "weight": 3.0, "rank": 8, "under": "trained", "share": 1.0}
+    guarded_3 = {"name": "guarded vectors", "weight": 3.0, "rank": 8, "safe_batch": 1.0}
+    guarded_3 |= {"under": "trained", "share": 1.0}
     assert parsed("--config", str(config)).defense == guarded_3
     assert parsed("--config", str(config), "--defense.rank", "4").defense["weight"] == 3.0
     assert parsed("--config", str(config), "--defense", "lisa").defense["name"] == "lisa"

@@ -312,6 +312,15 @@ def test_vectors_that_do_not_pass_the_gate_stop_the_command(toys, judged, monkey
     assert not [path for path in (toys.folder / "cache" / "vectors").iterdir() if path.is_dir()], "not kept"
 
 
+def test_vectors_are_tested_on_rows_without_a_copy_among_those_they_are_trained_on():
+    harmful = rows("harmful", 12)
+    learned, held_out = protect_vectors._without_tenth(harmful * 2, "harmful")
+    assert len(learned) + len(held_out) == 24 and len(held_out) >= 2
+    assert not {json.dumps(each) for each in learned} & {json.dumps(each) for each in held_out}
+    with pytest.raises(sv.UserError, match="or the different ones among them, are too few"):
+        protect_vectors._without_tenth(harmful[:1] * 24, "harmful")
+
+
 @pytest.mark.parametrize(
     "harmful_on, benign_on, failure",
     [

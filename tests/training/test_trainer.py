@@ -479,6 +479,17 @@ def test_a_run_may_end_with_its_best_checkpoint(train_step, whole, tmp_path, sto
     assert result == run(train_step, steps=best)[0] != whole[0]
 
 
+def test_a_best_step_without_a_checkpoint_is_reported(train_step, whole, tmp_path, caplog):
+    losses = [value for _, value in whole[1]]
+    lowest = min(range(STEPS), key=losses.__getitem__) + 1
+    result, *_ = run(train_step, folder=tmp_path, every=1e9, best="loss")
+    assert result == whole[0]
+    assert f"loss was lowest at step {lowest} ({min(losses):.4g}), of which there is no checkpoint" in caplog.text
+    caplog.clear()
+    run(train_step, folder=tmp_path / "each", keep=1, best="loss")
+    assert "lowest" not in caplog.text
+
+
 def test_the_best_is_found_though_some_steps_lack_its_metric(train_step, whole, tmp_path):
     """As Lisa's steps on other rows do, or a batch without a row of the kind."""
     losses = [value for _, value in whole[1]]
