@@ -12,6 +12,7 @@ from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions
 from secvec_jax.defenses.inputs import as_options, as_row_source, as_task, groups_of
 from secvec_jax.defenses.registry import read_defense
 from secvec_jax.defenses.user_inputs import UserInputs, argument_of, check_given
+from secvec_jax.errors import UserError
 from secvec_jax.inference import VectorsLike, as_model, as_vectors
 from secvec_jax.model.hub import Model
 from secvec_jax.progress import step_progress
@@ -63,6 +64,8 @@ def defend(
         defense = read_defense(instance("defense", defense, (str, dict), fix))
     checkpoints, on_step = as_options(training, checkpoints, on_step)
     adapters = as_vectors(vectors, model)
+    if vectors is not None and not adapters:
+        raise UserError("vectors is empty: pass security vectors, or vectors=None for those that the defense trains")
     given = sources_of(safe, harmful, benign, contrast, base, eliciting_prompt)
     packaged = PackagedRows(model, training.over(PHASE2)).sources()
     vectors_given: tuple[Need, ...] = ("security vectors",) if adapters else ()

@@ -263,6 +263,8 @@ def test_settings_of_vectors_that_are_given_are_refused(files, tmp_path):
 def test_the_function_names_its_arguments(files):
     model = tiny_model()
     user = rows("user", 2)
+    with pytest.raises(UserError, match="vectors is empty"):
+        sv.defend(model, user, "security vectors", vectors=[])
     with pytest.raises(UserError, match=r"'vaccine' needs base=: the model before"):
         sv.defend(model, user, sv.defenses.Vaccine())
     with pytest.raises(UserError, match=r"reads no contrast rows: leave out contrast="):
