@@ -8,7 +8,7 @@ from secvec_jax.arguments import instance
 from secvec_jax.checks import checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defended, Defense, Need
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions
+from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, extra_batch_size
 from secvec_jax.defenses.inputs import as_options, as_row_source, as_task, groups_of
 from secvec_jax.defenses.registry import read_defense
 from secvec_jax.defenses.user_inputs import UserInputs, argument_of, check_given
@@ -70,6 +70,8 @@ def defend(
     packaged = PackagedRows(model, training.over(PHASE2)).sources()
     vectors_given: tuple[Need, ...] = ("security vectors",) if adapters else ()
     check_given(defense, [*given, *vectors_given], packaged, lambda argument: f"{argument}=")
+    if defense.extra_batch:
+        extra_batch_size(training, defense.extra_batch)
     sources = packaged | given
     with step_progress("defend", on_step) as show:
         options = FinetuneOptions(

@@ -11,7 +11,7 @@ from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import default_rate
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import FinetuneOptions, check_unused
+from secvec_jax.defenses.finetuning import FinetuneOptions, check_unused, extra_batch_size
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.defenses.user_inputs import argument_of, check_given, reads_of
@@ -108,6 +108,8 @@ class Finetune:
         given = [need for need in GIVEN if getattr(self, argument_of(need))]
         given += ["security vectors"] if self.vector_files else []
         check_given(defense, given, CONTENTS, lambda argument: f"--{argument.replace('_', '-')}")
+        if defense.extra_batch:
+            extra_batch_size(self.training, defense.extra_batch)
         object.__setattr__(self, "defense", as_mapping(defense))  # however it was written
         check_precision_settings(self.frozen_weights, self.training, self.task_lora, defense)
         check_unused(self.training, validates=self.eval_data is not None or self.eval_fraction > 0)
