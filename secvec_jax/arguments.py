@@ -64,9 +64,24 @@ def check_distinct(values: Iterable[Any]) -> None:
     """Raise UserError if the same thing, such as a file of rows or of vectors, is named twice: it would count twice."""
     seen: list[Any] = []
     for value in values:
-        if any(value is other or (isinstance(value, str | os.PathLike) and value == other) for other in seen):
+        is_name = isinstance(value, str | os.PathLike)
+        known = (str(value), _existing(value)) if is_name else value
+        if any(known is other or (is_name and isinstance(other, tuple) and _same(known, other)) for other in seen):
             raise UserError(f"{shown(value)} is given twice, and would count twice: give each once")
-        seen.append(value)
+        seen.append(known)
+
+
+def _existing(name: Any) -> Path | None:
+    """The file or folder of this name without links; None if there is none, as for a packaged name."""
+    try:
+        found = expanded(name)
+        return found.resolve() if found.exists() else None
+    except (OSError, RuntimeError, ValueError, UserError):
+        return None
+
+
+def _same(one: tuple[str, Path | None], other: tuple[str, Path | None]) -> bool:
+    return one[0] == other[0] or (one[1] is not None and one[1] == other[1])
 
 
 def callback(name: str, value: Any) -> Callable[..., Any]:

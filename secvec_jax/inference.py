@@ -34,7 +34,7 @@ from secvec_jax.sharding import platform
 from secvec_jax.turns import begun_thought, empty_thought, special_marks
 from secvec_jax.vectors.lora import merge_adapters
 from secvec_jax.vectors.origin import check_origin
-from secvec_jax.vectors.store import load_vectors
+from secvec_jax.vectors.store import check_different, load_vectors
 
 VectorsLike = Adapter | str | os.PathLike[str] | list[Any] | tuple[Any, ...] | None
 """Vectors as a caller passes them: one or several, values or files; None for none."""
@@ -190,7 +190,9 @@ def as_vectors(vectors: Any, model: Model, name: str = "vectors") -> tuple[Adapt
         return ()
     if isinstance(vectors, list | tuple):
         check_distinct(item for item in vectors if item is not None)
-        return tuple(adapter for item in vectors if item is not None for adapter in as_vectors(item, model, name))
+        adapters = tuple(adapter for item in vectors if item is not None for adapter in as_vectors(item, model, name))
+        check_different(adapters)
+        return adapters
     if isinstance(vectors, str | os.PathLike):
         vectors = load_vectors(path(name, vectors, "the path of a vectors file"), model)
     fix = "pass what sv.train_vectors or sv.load_vectors returned, the path of a vectors file, or None"

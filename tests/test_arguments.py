@@ -463,12 +463,21 @@ def test_a_line_is_shown_where_someone_watches(monkeypatch, capsys):
 def test_what_is_given_twice_is_refused_before_it_counts_twice(tmp_path):
     vectors = sv.LoRA(rank=2).init(MODEL.architecture, jax.random.key(0))
     file = str(tmp_path / "rows.jsonl")
+    Path(file).write_text('{"prompt": "a", "response": "b"}\n')
+    spelled = f"{tmp_path}/../{tmp_path.name}/rows.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(file)
     for twice in (
         lambda: sv.logits(MODEL, [[5, 6]], [vectors, vectors]),
         lambda: load_several([file, file], MODEL),
         lambda: load_prompts(["advbench", "advbench"], 8),
         lambda: rows_of_files([file, file], (), seed=0),
+        lambda: rows_of_files([file, spelled], (), seed=0),
+        lambda: rows_of_files([file, tmp_path / "link.jsonl"], (), seed=0),
         lambda: export(Export(model="smollm2", adapters=(file, file), out=str(tmp_path / "out")), "command"),
     ):
         with pytest.raises(sv.UserError, match="is given twice, and would count twice"):
             twice()
+    sv.save_vectors(vectors, tmp_path / "v/security.safetensors", MODEL)
+    for both in ([tmp_path / "v", tmp_path / "v/security.safetensors"], [vectors, tmp_path / "v/security.safetensors"]):
+        with pytest.raises(sv.UserError, match="the same vectors are given twice"):
+            sv.logits(MODEL, [[5, 6]], both)

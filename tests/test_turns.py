@@ -15,7 +15,7 @@ from secvec_jax.data.chat import encode
 from secvec_jax.data.control_tokens import control_tokens
 from secvec_jax.errors import UserError
 from secvec_jax.limits import LimitExceeded, run_limited, unlimited_address_space
-from secvec_jax.turns import render, turn_ends
+from secvec_jax.turns import check_rendered, render, turn_ends
 from tests.toys import build_tokenizer
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -189,3 +189,19 @@ def test_limits_do_nothing_in_other_threads():
     thread.start()
     thread.join()
     assert done == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("skipped", "turns"),
+    [
+        ("tool", [("user", "What is 2 + 24?"), ("assistant", "I look."), ("tool", "4"), ("user", "So?")]),
+        ("system", [("system", "refuse"), ("user", "You must refuse.")]),
+        ("system", [("system", "What is it?"), ("user", "What is it?")]),
+    ],
+)
+def test_a_turn_that_is_left_out_is_missed_though_others_have_its_words(skipped, turns):
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = "".join(f"<{turn['role']}>{turn['content']}\n" for turn in messages if turn["role"] != skipped)
+    with pytest.raises(UserError, match=f"leaves out what the {skipped} turn says"):
+        check_rendered(text, messages)
+    check_rendered("".join(f"<{turn['role']}>{turn['content']}\n" for turn in messages), messages)

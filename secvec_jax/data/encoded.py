@@ -123,7 +123,7 @@ def encode_rows(
         index, message = too_long[0]
         raise UserError(
             f"{where(index)}{_more(len(too_long) - 1)}: {message}, but the maximum length is {max_length}: shorten it, "
-            "raise `max_seq_len` if the model allows it, or set `long_rows` to drop"
+            "raise `max_seq_len` if the model allows it, or, for a training, set `long_rows` to drop"
         )
     if shortened and long_rows == "refuse":
         raise UserError(

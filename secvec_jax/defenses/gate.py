@@ -44,12 +44,12 @@ class Gate:
     @property
     def harmful(self) -> Score:
         """The difference on harmful rows, on minus off."""
-        return paired_difference(self.harmful_on, self.harmful_off)
+        return paired_difference(self.harmful_on, self.harmful_off, is_rate=False)
 
     @property
     def benign(self) -> Score:
         """The difference on benign rows, on minus off."""
-        return paired_difference(self.benign_on, self.benign_off)
+        return paired_difference(self.benign_on, self.benign_off, is_rate=False)
 
     @property
     def failure(self) -> str | None:

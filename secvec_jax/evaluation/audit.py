@@ -8,8 +8,7 @@ between it is *inconclusive*, and says how many prompts would decide.
 
 import dataclasses
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from secvec_jax.checks import NonNegativeFloat, SettingError, checked
@@ -17,7 +16,7 @@ from secvec_jax.data.rows import last_user_text
 from secvec_jax.evaluation.audit_measures import AuditPrompts, Measured, Prompt, lengths_given
 from secvec_jax.evaluation.audit_samples import Sample
 from secvec_jax.evaluation.intervals import Z95, Score, paired_difference
-from secvec_jax.evaluation.metrics import BETTER, RATES
+from secvec_jax.evaluation.metrics import BETTER, is_rate
 from secvec_jax.evaluation.prefill import Beginning
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.evaluation.suite import Outcomes, scores
@@ -64,8 +63,7 @@ class Limits:
 
     def of(self, metric: str) -> float | None:
         """Return the limit of a metric; None for one that has none."""
-        name = "prefill" if metric.startswith("prefill_") else metric.removesuffix("_system")
-        return self.tasks if metric.startswith(TASK) else getattr(self, name, None)
+        return getattr(self, limit_name(metric), None)
 
 
 def check_limits(limits: Limits, data: bool, tasks: bool, judge: bool) -> None:
@@ -84,22 +82,33 @@ def check_limits(limits: Limits, data: bool, tasks: bool, judge: bool) -> None:
             raise SettingError(f"limits.{name}", problem)
 
 
+def unmeasured_limits(limits: Limits, measured: Collection[str]) -> tuple[str, ...]:
+    """Return the limits, by name, that differ from the defaults and that none of the measured metrics has."""
+    changed = [
+        field.name
+        for field in dataclasses.fields(Limits)
+        if getattr(limits, field.name) not in (None, getattr(Limits(), field.name))
+    ]
+    return tuple(name for name in changed if not any(name == limit_name(metric) for metric in measured))
+
+
+def limit_name(metric: str) -> str:
+    """Return the name of the limit that a metric of an audit would have."""
+    if metric.startswith(TASK):
+        return "tasks"
+    return "prefill" if metric.startswith("prefill_") else metric.removesuffix("_system")
+
+
 TASK = "task: "
 """Prefix of the names of lm-evaluation-harness metrics."""
-
-
-def is_higher_better(metric: str) -> bool:
-    """Return whether a metric of an audit is better if it is higher."""
-    if metric.startswith(TASK):
-        return not re.search("perplexity|bits_per_byte", metric)
-    return BETTER[metric] == "higher"
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One metric of both models. difference: after minus before. prompts_needed: the number that would decide, if any.
 
-    reference, to_reference: the third model's score, and after minus reference.
+    reference, to_reference: the third model's score, and after minus reference. higher_is_better: None for a metric of
+    `metrics.BETTER`, which knows it.
     """
 
     metric: str
@@ -111,6 +120,13 @@ class Line:
     prompts_needed: int | None = None
     reference: Score | None = None
     to_reference: Score | None = None
+    higher_is_better: bool | None = None
+
+    @property
+    def sign(self) -> int:
+        """The sign of a change for the worse."""
+        higher = BETTER[self.metric] == "higher" if self.higher_is_better is None else self.higher_is_better
+        return -1 if higher else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +144,8 @@ class Change:
 class Audit:
     """What changed between two models. A notebook shows its table; `verdict` is passes, fails or inconclusive.
 
-    samples: each model's reply to each prompt, for `inspect_log.write_log`.
+    unmeasured: the limits that the user has set, by name, on what could not be measured. samples: each model's reply to
+    each prompt, for `inspect_log.write_log`.
     """
 
     before: str
@@ -139,14 +156,16 @@ class Audit:
     reference: str | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
+    unmeasured: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
-        """fails if any line fails, else inconclusive if any is or none has a limit, else passes."""
+        """fails if any line fails; else inconclusive if any is, if none has a limit, or if a limit that the user set
+        could not be checked; else passes."""
         verdicts = [line.verdict for line in self.lines if line.verdict is not None]
         if "fails" in verdicts:
             return "fails"
-        return "inconclusive" if "inconclusive" in verdicts or not verdicts else "passes"
+        return "inconclusive" if "inconclusive" in verdicts or not verdicts or self.unmeasured else "passes"
 
     @property
     def exit_code(self) -> int:
@@ -218,26 +237,18 @@ def compared(
 
 def _mean(metric: str, values: Sequence[float]) -> Score:
     (score,) = scores({metric: list(values)}).values()
-    return _exact(metric, values, score)
+    return score
 
 
 def _difference(metric: str, a: Sequence[float], b: Sequence[float]) -> Score:
-    score = dataclasses.replace(paired_difference(a, b), rules=_mean(metric, a).rules)
-    return _exact(metric, [first - second for first, second in zip(a, b)], score)
-
-
-def _exact(metric: str, values: Sequence[float], score: Score) -> Score:
-    """The score; equal losses have no interval, even if they happen to be 0 or 1 and look like rates."""
-    if metric in RATES or len(set(values)) > 1:
-        return score
-    return dataclasses.replace(score, ci95=(score.value, score.value))
+    return dataclasses.replace(paired_difference(a, b, is_rate=is_rate(metric)), rules=_mean(metric, a).rules)
 
 
 def judged_line(line: Line, limit: float | None, is_constant: bool = False) -> Line:
     """Return the line with its verdict. is_constant: whether the difference is the same on every prompt."""
     if limit is None:
         return line
-    score, sign = line.difference, -1 if is_higher_better(line.metric) else 1
+    score, sign = line.difference, line.sign
     worse, (best, worst) = sign * score.value, sorted(sign * bound for bound in score.ci95)
     if score.n == 1 and best == worst != 0:  # a single number shows nothing of how far others are from it
         return dataclasses.replace(line, limit=limit, verdict="inconclusive")
@@ -252,16 +263,16 @@ def judged_line(line: Line, limit: float | None, is_constant: bool = False) -> L
     return dataclasses.replace(line, limit=limit, verdict=verdict, prompts_needed=needed)
 
 
-def task_line(metric: str, before: Score, after: Score, limits: Limits) -> Line:
+def task_line(metric: str, before: Score, after: Score, limits: Limits, higher_is_better: bool = True) -> Line:
     """Return the line of a task of lm-evaluation-harness.
 
     The harness reports no scores by question, so the interval of the difference is that of two independent samples,
     which is wider than a paired one.
     """
     value = after.value - before.value
-    width = math.hypot(*((score.ci95[1] - score.ci95[0]) / 2 for score in (before, after)))
+    width = math.hypot(*(max(abs(bound - score.value) for bound in score.ci95) for score in (before, after)))
     difference = Score(value, after.n, (value - width, value + width))
-    return judged_line(Line(metric, before, after, difference), limits.of(metric))
+    return judged_line(Line(metric, before, after, difference, higher_is_better=higher_is_better), limits.of(metric))
 
 
 _ROUNDING = 1e-9

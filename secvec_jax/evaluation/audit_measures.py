@@ -120,7 +120,7 @@ def prefill_outcomes(
 
 
 def reply_losses(model: Model, rows: Sequence[Row]) -> list[float]:
-    """Return the loss of the first `REFERENCE_TOKENS` tokens of each row's reply, in nats per token."""
+    """Return the loss of the first `REFERENCE_TOKENS` tokens of each row's last reply, in nats per token."""
     return mean_losses(model, [_target(model, row) for row in rows])
 
 
@@ -184,9 +184,12 @@ def _ruled(harmful: Sequence[str], replies: Sequence[str], refusals: Sequence[st
 
 
 def _target(model: Model, row: Row) -> Example:
+    """The row up to the first tokens of its last answer, which alone is supervised."""
     example = encode(model.tokenizer, row["messages"], model.architecture.max_length)
-    end = example.answer_start + REFERENCE_TOKENS
-    return Example(example.tokens[:end], example.supervised[:end])
+    begins = example.supervised & ~np.append(False, example.supervised[:-1])
+    start = int(np.flatnonzero(begins)[-1]) if begins.any() else example.answer_start
+    end = start + REFERENCE_TOKENS
+    return Example(example.tokens[:end], example.supervised[:end] & (np.arange(len(example.tokens[:end])) >= start))
 
 
 def _own_reply(model: Model, prompt: Prompt, reply: str) -> Example | None:

@@ -7,7 +7,7 @@ models and prompts is escaped.
 from collections.abc import Sequence
 from typing import Any
 
-from secvec_jax.evaluation.audit import Audit, Line, is_higher_better
+from secvec_jax.evaluation.audit import Audit, Line
 from secvec_jax.evaluation.audit_report import (
     INTERVALS,
     ONE_LINE,
@@ -90,7 +90,7 @@ def _picture(line: Line, extent: float) -> dict[str, float | None]:
     def place(value: float) -> float:
         return round(_PICTURE_WIDTH / 2 + value / extent * (_PICTURE_WIDTH / 2 - 5), 1)
 
-    sign = -1 if is_higher_better(line.metric) else 1
+    sign = line.sign
     low, high = map(place, line.difference.ci95)
     limit = None if line.limit is None else place(sign * line.limit)
     # The allowed range extends from the limit to the edge on the better side.

@@ -7,7 +7,7 @@ import math
 
 from rich.table import Table
 
-from secvec_jax.evaluation.audit import Audit, Line, is_higher_better
+from secvec_jax.evaluation.audit import Audit, Line
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.metrics import RATES, percent, rules_note
 from secvec_jax.evaluation.report import environment_table
@@ -154,5 +154,5 @@ def shown_limit(line: Line) -> str:
     """The largest change for the worse that passes, with its sign."""
     if line.limit is None:
         return "-"
-    sign = "-" if is_higher_better(line.metric) else "+"
+    sign = "-" if line.sign < 0 else "+"
     return f"{sign}{100 * line.limit:g}" if is_rate(line.metric) else f"{sign}{line.limit:g}"

@@ -41,28 +41,36 @@ class Score:
         return cls(entry["value"], entry["n"], (low, high), rules=entry.get("rules"))
 
 
-def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000) -> Score:
+def bootstrap(
+    values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000, *, is_rate: bool = True
+) -> Score:
     """Return the mean of `values` with its percentile bootstrap 95% interval.
 
     If all values are 0, or all are 1, every resample is the same and the percentile interval has no width: 0 of 64
     would read as proof of "never". Wilson's interval (1927) is used instead: [0, 0.057] for 0 of 64. Other constant
-    values keep an interval of zero width, because nothing in them indicates how far they could vary.
+    values keep an interval of zero width, because nothing in them indicates how far they could vary. is_rate: whether 0
+    and 1 are the limits of the values, as in a rate, and not two of many, as in a loss or in grades from 1 to 5.
 
     Raises:
         UserError: no values, a value that is not finite, or fewer than one resample.
     """
     sample = _sample(values)
-    return _score(sample, seed, resamples, limits=(0.0, 1.0) if _is_binary(sample) else None)
+    return _score(sample, seed, resamples, limits=(0.0, 1.0) if is_rate and _is_binary(sample) else None)
 
 
 def paired_difference(
-    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    seed: int = 0,
+    resamples: int = 2000,
+    *,
+    is_rate: bool = True,
 ) -> Score:
     """Return the mean of `a - b`, both scored on the same prompts in the same order, with its 95% interval.
 
     Prompts are resampled in pairs, so what makes a prompt hard for both cancels out. The claim "within 5 points" holds
     if the whole interval is inside [-0.05, 0.05]. If 0/1 scores differ by the same amount on every prompt, the interval
-    extends by Wilson's width to each side, within [-1, 1].
+    extends by Wilson's width to each side, within [-1, 1], unless they are no rates (see `bootstrap`).
 
     Raises:
         UserError: the two differ in length, or as in `bootstrap`.
@@ -72,7 +80,7 @@ def paired_difference(
         raise UserError(
             f"paired scores differ in length ({len(first)} and {len(second)}): score both models on the same prompts"
         )
-    binary = _is_binary(first) and _is_binary(second)
+    binary = is_rate and _is_binary(first) and _is_binary(second)
     return _score(first - second, seed, resamples, limits=(-1.0, 1.0) if binary else None)
 
 

@@ -62,14 +62,15 @@ def kl_divergences(
 ) -> list[float]:
     """Return each example's mean KL(reference || model) over the assistant's tokens, in nats per token.
 
-    Exactly 0 for a model with the same parameters. The examples are token ids of both models. progress: called with
-    the number of examples done.
+    Exactly 0 for a model with the same parameters. The examples are token ids of both models; if one has more
+    embeddings, as padding, the others' ids are compared. progress: called with the number of examples done.
     """
     means: dict[int, float] = {}
+    size = min(each.architecture.vocab_size for each in (reference, model))
     for batch in _batches(reference, examples, _ROWS_OF_LOG_PROBS):
         # One program, run for each model: equal parts are computed in the same order, and cancel out.
         log_p, log_q = (
-            _row_log_probs(each.backbone, *batch.packed, batch.before, dtype=compute_dtype())
+            _row_log_probs(each.backbone, *batch.packed, batch.before, size=size, dtype=compute_dtype())
             for each in (reference, model)
         )
         divergences = np.asarray(_kl(log_p, log_q))
@@ -170,11 +171,11 @@ def _row_losses(decoder, adapters, prefix, tokens, segments, positions, before, 
     return jax.tree.map(lambda array: constrain(array, None), results)
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _row_log_probs(decoder, prefix, tokens, segments, positions, before, *, dtype):
-    """Return the log-probabilities `[B, max_targets, V]` of all tokens at each row's supervised ones."""
+@partial(jax.jit, static_argnames=("size", "dtype"))
+def _row_log_probs(decoder, prefix, tokens, segments, positions, before, *, size, dtype):
+    """Return the log-probabilities `[B, max_targets, size]` of the first `size` tokens at rows' supervised ones."""
     hidden = _hidden(decoder, (), prefix, tokens, segments, positions, dtype)
-    return jax.lax.map(partial(_log_probs, decoder, hidden), before)
+    return jax.lax.map(partial(_log_probs, decoder, hidden, size=size), before)
 
 
 @jax.jit
@@ -191,6 +192,7 @@ def _hidden(decoder, adapters, prefix, tokens, segments, positions, dtype):
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def _log_probs(decoder, hidden, before):
-    """Return the log-probabilities `[max_targets, V]` of what follows the tokens with these indices."""
-    return jax.nn.log_softmax(decoder.logits(hidden[before]))
+def _log_probs(decoder, hidden, before, size=None):
+    """Return the log-probabilities `[max_targets, V]` of what follows the tokens with these indices, among the first
+    `size` tokens (None: all)."""
+    return jax.nn.log_softmax(decoder.logits(hidden[before])[..., :size])

@@ -45,6 +45,14 @@ BETTER = dict.fromkeys(_HIGHER, "higher") | dict.fromkeys(_LOWER, "lower")
 """The direction in which a metric is better. A higher loss of harmful replies means that they are less likely."""
 
 
+_NUMBERS = frozenset((*FILTERS, *GRADES, *LOSSES, *_NATS, "embedding_drift", "score"))
+
+
+def is_rate(metric: str) -> bool:
+    """Return whether a metric's 0 and 1 are "no" and "yes", also for one of a user's own probe."""
+    return metric not in _NUMBERS
+
+
 def with_companions(metrics: Sequence[str], measured: Collection[str]) -> list[str]:
     """Return `metrics`; if "refusal" is one of them, also the rest of `SAFETY` right after it, where measured."""
     if "refusal" not in metrics:

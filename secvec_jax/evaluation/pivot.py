@@ -9,7 +9,7 @@ from dataclasses import replace
 import pandas as pd
 
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.metrics import FILTERS, RATES, RULED, with_companions
+from secvec_jax.evaluation.metrics import FILTERS, RATES, RULED, is_rate, with_companions
 from secvec_jax.evaluation.records import Record, is_number, quoted
 from secvec_jax.evaluation.statistics import paired, seeded_bootstrap
 from secvec_jax.evaluation.summary import Entry, Summary, fields_text
@@ -135,7 +135,8 @@ def _ordered(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 def _by_seed(axis_values: tuple, group: pd.DataFrame, axes: Sequence[str]) -> dict[int, Record]:
     """Seed -> record, of the cells with these values of the axes."""
-    mixed = [name for name in group if name not in (*axes, "seed", "record") and group[name].nunique() > 1]
+    finished = group[[record.error is None for record in group["record"]]]
+    mixed = [name for name in group if name not in (*axes, "seed", "record") and finished[name].nunique() > 1]
     if mixed:
         position = fields_text(dict(zip(axes, axis_values, strict=True)))
         raise UserError(f"cells with {position} differ in {quoted(mixed)}: use it in rows or columns")
@@ -151,7 +152,7 @@ def _entry(group: dict[int, Record], other: dict[int, Record], metric: str) -> E
     failure, ours, theirs = _failure(group), _finished(group, metric), _finished(other, metric)
     if not ours:
         return Entry(None, failure=failure)
-    score = seeded_bootstrap(list(ours.values()))
+    score = seeded_bootstrap(list(ours.values()), is_rate=is_rate(metric))
     if metric in (*RATES, *FILTERS):
         low, high = score.ci95
         score = replace(score, ci95=(max(low, 0.0), min(high, 1.0)))
@@ -161,7 +162,8 @@ def _entry(group: dict[int, Record], other: dict[int, Record], metric: str) -> E
     if other is group or not common:
         return Entry(score, failure=failure)
     try:
-        difference = paired([ours[seed] for seed in common], [theirs[seed] for seed in common])
+        first, second = ([scores[seed] for seed in common] for scores in (ours, theirs))
+        difference = paired(first, second, is_rate=is_rate(metric))
     except UserError as error:
         cell = fields_text(group[common[0]].cell)
         raise UserError(f"{metric} of {cell} against the reference: {error}") from None

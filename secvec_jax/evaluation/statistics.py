@@ -54,13 +54,15 @@ class Difference(SeededScore):
 # ---------------------------------------------------------------------------------------- means and differences
 
 
-def seeded_bootstrap(samples: Sequence[Sequence[float]], seed: int = 0, resamples: int = 2000) -> SeededScore:
+def seeded_bootstrap(
+    samples: Sequence[Sequence[float]], seed: int = 0, resamples: int = 2000, *, is_rate: bool = True
+) -> SeededScore:
     """Return the mean over seeds and prompts with its two-level percentile bootstrap 95% interval.
 
     `samples` holds one list per seed, with one score per prompt; the lists may differ in length. Every seed has the
     same weight: the value is the mean of the seeds' means. The interval does not depend on the order of prompts or
     seeds. If all scores are equal, the interval is that of `intervals.bootstrap` for the scores of all seeds together:
-    Wilson's for 0/1 scores, zero width for others.
+    Wilson's for 0/1 scores that are rates, zero width for others.
 
     If there are several seeds with one number each, other than 0/1, the interval is Student's t (which assumes a
     normal distribution).
@@ -75,7 +77,7 @@ def seeded_bootstrap(samples: Sequence[Sequence[float]], seed: int = 0, resample
     checked = _checked(samples)
     pooled = np.concatenate(checked)
     if np.ptp(pooled) == 0:
-        score = bootstrap(pooled, seed, resamples)
+        score = bootstrap(pooled, seed, resamples, is_rate=is_rate)
         return SeededScore(score.value, score.n, score.ci95, len(checked))
     value, ci95 = _interval(checked, seed, resamples)
     return SeededScore(value, pooled.size, ci95, len(checked))
@@ -86,6 +88,8 @@ def paired(
     samples_b: Sequence[Sequence[float]],
     seed: int = 0,
     resamples: int = 2000,
+    *,
+    is_rate: bool = True,
 ) -> Difference:
     """Return the mean of `a - b`, seed by seed and prompt by prompt, with its two-level bootstrap 95% interval.
 
@@ -106,7 +110,7 @@ def paired(
     differences = [a - b for a, b in zip(first, second, strict=True)]
     pooled = np.concatenate(differences)
     if np.ptp(pooled) == 0:
-        score = paired_difference(np.concatenate(first), np.concatenate(second), seed, resamples)
+        score = paired_difference(np.concatenate(first), np.concatenate(second), seed, resamples, is_rate=is_rate)
         return Difference(score.value, score.n, score.ci95, len(differences), _by_seed(differences))
     value, (low, high) = _interval(differences, seed, resamples)
     mirrored, (mirrored_low, mirrored_high) = _interval([-sample for sample in differences], seed, resamples)

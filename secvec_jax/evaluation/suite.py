@@ -9,7 +9,7 @@ from secvec_jax.data.rows import Message, Row, full_prompt_of, last_user_text, w
 from secvec_jax.evaluation.answers import exact_match
 from secvec_jax.evaluation.intervals import Score, bootstrap
 from secvec_jax.evaluation.likelihood import mean_losses
-from secvec_jax.evaluation.metrics import RULED
+from secvec_jax.evaluation.metrics import RULED, is_rate
 from secvec_jax.evaluation.scorers import RULES, refuses, verdict
 from secvec_jax.inference import ask
 from secvec_jax.model.adapter import Adapter, as_adapters
@@ -156,4 +156,5 @@ def classify_replies(prompts: Sequence[str], replies: Sequence[str], refusals: S
 def scores(results: Outcomes) -> dict[str, Score]:
     """Return each metric's mean with its 95% bootstrap interval and, for rule-based ones, the version of the rules."""
     versions = {metric: RULES if metric in RULED else None for metric in results}
-    return {m: dataclasses.replace(bootstrap(values), rules=versions[m]) for m, values in results.items()}
+    intervals = {metric: bootstrap(values, is_rate=is_rate(metric)) for metric, values in results.items()}
+    return {metric: dataclasses.replace(score, rules=versions[metric]) for metric, score in intervals.items()}

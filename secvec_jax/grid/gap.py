@@ -18,7 +18,7 @@ from statistics import fmean
 from secvec_jax.defenses.controls import BenignOnly, PlainFinetuning
 from secvec_jax.defenses.registry import DEFENSES
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.metrics import BETTER, RATES, RULED
+from secvec_jax.evaluation.metrics import BETTER, RATES, RULED, is_rate
 from secvec_jax.evaluation.records import Record, Value
 from secvec_jax.evaluation.statistics import Difference, SeededScore, paired, seeded_bootstrap
 from secvec_jax.evaluation.summary import fields_text
@@ -124,6 +124,18 @@ class Setting:
         """The metrics in which a defense misses the goal."""
         return [gap for gap in self.gaps[defense] if not gap.is_met]
 
+    def lacking(self, defense: str) -> list[str]:
+        """The metrics with a limit in which another defense is compared with the oracle, and this one is not: it lacks
+        them, or its replies were scored by other rules."""
+        own = {gap.metric for gap in self.gaps[defense]}
+        compared = {gap.metric for gaps in self.gaps.values() for gap in gaps if gap.allowed is not None}
+        known = compared | {metric for metric in self.oracle if limit_of(metric) is not None}
+        return [metric for metric in METRICS if metric in known and metric not in own]
+
+    def is_met(self, defense: str) -> bool:
+        """Whether a defense meets the goal in every metric that is known of the setting."""
+        return not self.unmet(defense) and not self.lacking(defense)
+
     def is_certain(self, defense: str) -> bool:
         """Whether intervals say so as well: all metrics are met with whole intervals, or one is missed with one."""
         unmet = self.unmet(defense)
@@ -175,7 +187,10 @@ def _setting(
         elif not all(of_defense[seed] is oracles[seed] for seed in common):
             pairs = [(of_defense[seed], oracles[seed]) for seed in sorted(common)]
             gaps[label] = [gap for metric in METRICS if (gap := _gap(metric, pairs, floors.get(metric))) is not None]
-    scores = {metric: seeded_bootstrap(list(samples)) for metric, samples in _samples(oracles.values()).items()}
+    scores = {
+        metric: seeded_bootstrap(list(samples), is_rate=is_rate(metric))
+        for metric, samples in _samples(oracles.values()).items()
+    }
     return Setting(fields, scores, floors, gaps, missing)
 
 
@@ -207,20 +222,32 @@ def _floors(oracles: Mapping[int, Record], other_orders: Sequence[Mapping[int, R
             (other[seed].metrics[metric], record.metrics[metric])
             for other in other_orders
             for seed, record in oracles.items()
-            if seed in other and metric in other[seed].metrics and metric in record.metrics
+            if seed in other and _are_comparable(metric, other[seed], record)
         ]
-        means = [fmean(record.metrics[metric]) for record in oracles.values() if metric in record.metrics]
-        if pairs:
-            floors[metric] = fmean(abs(fmean(one) - fmean(other)) for one, other in pairs)
-        elif len(means) > 1:
-            floors[metric] = fmean(abs(one - other) for one, other in itertools.combinations(means, 2))
+        between_seeds = [
+            (one.metrics[metric], other.metrics[metric])
+            for one, other in itertools.combinations(oracles.values(), 2)
+            if _are_comparable(metric, one, other)
+        ]
+        if pairs or between_seeds:
+            floors[metric] = fmean(abs(fmean(one) - fmean(other)) for one, other in pairs or between_seeds)
     return floors
 
 
+def _are_comparable(metric: str, one: Record, other: Record) -> bool:
+    """Whether both records have the metric, scored by the same rules."""
+    has_rules = metric in RULED
+    return metric in one.metrics and metric in other.metrics and (not has_rules or one.rules == other.rules)
+
+
 def _samples(records: Iterable[Record]) -> dict[str, list[Sequence[float]]]:
-    """Metric -> the numbers of each record that has it."""
+    """Metric -> the numbers of each record that has it, if rules scored it, by the newest of them."""
     records = list(records)
-    stored = {name: [r.metrics[name] for r in records if name in r.metrics] for name in METRICS}
+    stored = {}
+    for name in METRICS:
+        having = [record for record in records if name in record.metrics]
+        newest = max((record.rules for record in having), default=0)
+        stored[name] = [r.metrics[name] for r in having if name not in RULED or r.rules == newest]
     return {name: samples for name, samples in stored.items() if samples}
 
 
@@ -229,14 +256,12 @@ def _gap(metric: str, pairs: Sequence[tuple[Record, Record]], floor: float | Non
     kept = [
         (record.metrics[metric], oracle.metrics[metric])
         for record, oracle in pairs
-        if metric in record.metrics
-        and metric in oracle.metrics
-        and (metric not in RULED or record.rules == oracle.rules)
+        if _are_comparable(metric, record, oracle)
     ]
     if not kept:
         return None
     try:
-        difference = paired([ours for ours, _ in kept], [theirs for _, theirs in kept])
+        difference = paired([ours for ours, _ in kept], [theirs for _, theirs in kept], is_rate=is_rate(metric))
     except UserError as error:
         raise UserError(f"{metric} of {fields_text(pairs[0][0].cell)} against the oracle: {error}") from None
     return Gap(metric, difference, floor)

@@ -74,7 +74,9 @@ def _verdict(setting: Setting, label: str) -> str:
     """What a defense meets at a setting, with the metrics that it misses."""
     if label not in setting.gaps:
         return "-"
-    unmet = setting.unmet(label)
+    unmet, lacking = setting.unmet(label), setting.lacking(label)
+    if lacking and not unmet:
+        return f"incomplete: no {', '.join(map(words, lacking))}"
     sign = "✗" if unmet else "✓"
     sign = sign if setting.is_certain(label) else f"({sign})"
     return " ".join([sign, ", ".join(words(gap.metric) for gap in unmet)]).strip()
@@ -88,7 +90,7 @@ def _counts(settings: Sequence[Setting]) -> str:
         if label.startswith(ORACLE):
             continue
         tried = [setting for setting in broken if label in setting.gaps]
-        met = [setting for setting in tried if not setting.unmet(label)]
+        met = [setting for setting in tried if setting.is_met(label)]
         certain = sum(setting.is_certain(label) for setting in met)
         by_interval = f" ({certain} by whole intervals)" if met else ""
         lines.append(f"- {label}: {len(met)} of {len(tried)}{by_interval}")

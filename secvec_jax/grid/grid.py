@@ -73,7 +73,13 @@ class GridConfig:
         return cells
 
     def cells_of_tables(self) -> list[list[Cell]]:
-        """The cells of each table. Raises UserError if a table has none, or names a defense that none of them has."""
+        """The cells of each table.
+
+        Raises UserError if a table has none, names a defense that none of them has, or has the name of another.
+        """
+        names = [layout.name for layout in self.tables]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two tables are named {repeated[0]!r}, and one would replace the other: rename one")
         cells_of_tables = []
         for layout in self.tables:
             cells = self.cells(layout.of or layout.name)

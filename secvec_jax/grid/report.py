@@ -69,6 +69,8 @@ class Layout:
             raise UserError(f"rows is {self.rows}: name 1 to {MAX_COLUMNS // 2} fields, and the others in columns")
         if len(self.pareto) not in (0, 2):
             raise UserError(f"pareto is {self.pareto}: name two metrics, one of learning and one of safety")
+        if self.sweep and len(self.columns) != 1:
+            raise UserError(f"table {self.name!r} has a sweep and the columns {list(self.columns)}: name one, its axis")
         for pair in self.differences:
             first, _, second = pair.partition(" minus ")
             if not (first and second):
@@ -171,7 +173,7 @@ def _plots(folder: Path, layout: Layout, summary: Summary) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         if figure is not None:
-            paths.append(folder / f"{layout.name} {name}.png".lower().replace(" ", "-"))
+            paths.append(folder / f"{layout.name} {name}.png".lower().replace(" ", "-").replace("/", "-"))
             with atomic_file(paths[-1]) as staging:
                 staging.write_bytes(png(figure))
     return paths

@@ -78,7 +78,7 @@ class Sampling:
                 if (value := generation.get(key)) is not None and value not in harmless:
                     raise UserError(
                         f"generation_config.json has {key} {str(value)[:40]}, which is not supported: remove it there, "
-                        "or give a temperature (0 for greedy decoding) to ignore that file"
+                        "or give a temperature (0 for greedy decoding), with which it is left out"
                     )
         values = {
             name: generation[name]

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from secvec_jax.data.rows import Row
 from secvec_jax.data.sources import load_prompts, load_rows, named_or_given
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.evaluation import audit_page, audit_report, inspect_log
-from secvec_jax.evaluation.audit import TASK, Audit, Limits, Line, check_limits, task_line
+from secvec_jax.evaluation.audit import TASK, Audit, Limits, check_limits, task_line
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.judge_client import OPENAI, Judge, JudgeRequests, check_judge
 from secvec_jax.evaluation.results import Results, environment_facts
@@ -124,8 +125,7 @@ def audit_run(settings: AuditRun, command: str) -> int:
     )  # fmt: skip
     audit = audited(request, run.stages)
     if tasks is not None:
-        lines = _task_lines(settings, tasks, request, run.stages)
-        audit = dataclasses.replace(audit, lines=(*audit.lines, *lines))
+        audit = _with_tasks(audit, _task_rows(settings, tasks, request, run.stages), settings.limits)
     write_report(audit, results_of(audit, settings, command, run.stages.seconds), run.folder)
     files = {"report": str(run.folder / "report.html")}
     if settings.inspect is not None:
@@ -214,22 +214,36 @@ def _loaded(settings: AuditRun, kind: str) -> Sequence[Row] | None:
 # ---------------------------------------------------------------------------------------------- tasks and report
 
 
-def _task_lines(settings: AuditRun, tasks: tuple[Any, list[str]], request: AuditRequest, stages: Stages) -> list[Line]:
-    """A line for each score of lm-evaluation-harness."""
+def _task_rows(
+    settings: AuditRun, tasks: tuple[Any, list[str]], request: AuditRequest, stages: Stages
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows of both models for each task of lm-evaluation-harness."""
     options = Harness(str(settings.tasks))
 
     def work(role: str, stage: Stage) -> list[dict[str, Any]]:
         return task_rows(options, *tasks, stage, request.model(role))
 
     rows_by_role = {role: stages.run(f"tasks {role}", partial(work, role)) for role in ("before", "after")}
-    lines = []
-    for before, after in zip(rows_by_role["before"], rows_by_role["after"], strict=True):
+    return list(zip(rows_by_role["before"], rows_by_role["after"], strict=True))
+
+
+def _with_tasks(audit: Audit, rows: Iterable[tuple[dict[str, Any], dict[str, Any]]], limits: Limits) -> Audit:
+    """The audit with a line for each score of lm-evaluation-harness, and a note on those that have no interval."""
+    lines, left_out = list(audit.lines), []
+    for before, after in rows:
         for label, score in before["metrics"].items():
-            pair = [score, after["metrics"][label]]
-            if all(None not in entry["ci95"] for entry in pair):
-                first, second = (Score(entry["value"], entry["n"], tuple(entry["ci95"])) for entry in pair)
-                lines.append(task_line(f"{TASK}{before['name']} {label}", first, second, settings.limits))
-    return lines
+            name, pair = f"{before['name']} {label}", [score, after["metrics"][label]]
+            if any(None in entry["ci95"] for entry in pair):
+                left_out.append(name)
+                continue
+            first, second = (Score(entry["value"], entry["n"], tuple(entry["ci95"])) for entry in pair)
+            higher = score.get("higher_is_better", not re.search("perplexity|bits_per_byte", name))
+            lines.append(task_line(f"{TASK}{name}", first, second, limits, higher))
+    notes, unmeasured = audit.notes, audit.unmeasured
+    if left_out:
+        notes = (*notes, f"Scores without a standard error are not compared: {', '.join(left_out)}.")
+        unmeasured = unmeasured if limits.tasks is None else (*unmeasured, "tasks")
+    return dataclasses.replace(audit, lines=tuple(lines), notes=notes, unmeasured=unmeasured)
 
 
 def results_of(audit: Audit, settings: Any, command: str, seconds: Mapping[str, float]) -> Results:

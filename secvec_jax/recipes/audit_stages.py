@@ -16,7 +16,7 @@ from secvec_jax.data.rows import Row, full_prompt_of, response_of
 from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.distributed import all_gather_json, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.audit import Audit, Limits, Line, changes, compared
+from secvec_jax.evaluation.audit import Audit, Limits, Line, changes, compared, unmeasured_limits
 from secvec_jax.evaluation.audit_judge import graded, harm_metrics, judge_notes
 from secvec_jax.evaluation.audit_measures import (
     MIN_BEGINNINGS,
@@ -170,7 +170,8 @@ def audited(
         for role, metrics in harm_metrics(grades).items():
             by_role[role].metrics.update(metrics)
         notes += judge_notes(request.judge, judged, request.reply_tokens)
-    if "harmful_loss" in by_role["before"].metrics and "harmful_loss" not in by_role["after"].metrics:
+    measured_before, measured_after = by_role["before"].metrics, by_role["after"].metrics
+    if any(name.endswith("_loss") and name not in measured_after for name in measured_before):
         notes.append("Losses are not compared: they are per token, and the models have different vocabularies.")
     if not any(kl.get("after", ())) and by_role["after"].metrics == by_role["before"].metrics:
         notes.append("Both models compute the same on every prompt: check that they are not one model.")
@@ -188,10 +189,20 @@ def audited(
         )
     reference = by_role["reference"].metrics if "reference" in by_role else None
     lines = compared(by_role["before"].metrics, by_role["after"].metrics, request.limits, reference)
-    if any(line.prompts_needed for line in lines):
+    unmeasured = tuple(
+        name for name in unmeasured_limits(request.limits, [line.metric for line in lines]) if name != "tasks"
+    )
+    notes += [
+        f"limits.{name} is {getattr(request.limits, name):g}, and nothing was measured for it: the audit cannot pass."
+        for name in unmeasured
+    ]
+    needing = [line.metric for line in lines if line.prompts_needed]
+    if any(name in ("harmful_loss", "benign_loss") for name in needing):
+        notes.append(f"The losses of harmful and benign answers are measured on at most {_MAX_ROWS} rows each.")
+    if any(name not in ("harmful_loss", "benign_loss") for name in needing):
         notes.append(
             f"For more prompts: --max-prompts, up to the {available['harmful']} harmful and {available['benign']} "
-            "packaged benign ones (prefill and kl use half), or your own with --harmful and --benign."
+            "benign ones that there are (prefill and kl use half), or more of your own with --harmful and --benign."
         )
     changed = changes(prompts, by_role["before"], by_role["after"], beginnings, by_role["after"].metrics.get("kl"))
     names = {role: request.name(role) for role in roles}
@@ -204,6 +215,7 @@ def audited(
         names.get("reference"),
         stages.seconds,
         samples_of(prompts, by_role, names, beginnings, grades),
+        unmeasured,
     )
 
 
@@ -292,14 +304,20 @@ def _prompts(request: AuditRequest, model: Model, notes: list[str]) -> tuple[Aud
 
     harmful, benign, data = map(request.rows_of, ("harmful", "benign", "data"))
     packaged_rows = {"harmful": (), "benign": ()} if harmful and benign else _packaged(model)
+
+    def rows_of(rows: Sequence[Row]) -> list[Row]:
+        """Those that have an answer, each once: copies would make intervals narrower."""
+        answered = {json.dumps(row["messages"]): row for row in rows if response_of(row) is not None}
+        return _spread(list(answered.values()), _MAX_ROWS)
+
     harmful_prompts = distinct("harmful prompts", [full_prompt_of(row) for row in harmful or packaged_rows["harmful"]])
     benign_rows = list(benign or packaged_rows["benign"])
     benign_prompts = distinct("benign prompts", [full_prompt_of(row) for row in benign_rows])
     prompts = AuditPrompts(
         harmful=_spread(harmful_prompts, request.max_prompts),
         benign=_spread(benign_prompts, request.max_prompts),
-        harmful_rows=_spread(_answered(harmful or packaged_rows["unseen"]), _MAX_ROWS),
-        benign_rows=_spread(_answered(benign_rows), _MAX_ROWS),
+        harmful_rows=rows_of(harmful or packaged_rows["unseen"]),
+        benign_rows=rows_of(benign_rows),
         system=request.system,
     )
     available = {"harmful": len(harmful_prompts), "benign": len(benign_prompts)}
@@ -318,10 +336,6 @@ def _packaged(model: Model) -> dict[str, Sequence[Row]]:
     )
     harmful: list[Row] = [{"messages": [{"role": "user", "content": str(text)}]} for text in splits.suite.harmful]
     return {"harmful": harmful, "unseen": splits.held_out["harmful"], "benign": splits.held_out["benign"]}
-
-
-def _answered(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if response_of(row) is not None]
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:

@@ -15,7 +15,7 @@ from secvec_jax.workspace.stages import screen
 
 _PROMPTS = (
     "harmful", "benign", "questions", "data", "tasks", "limit", "fewshot", "chat", "answer_tokens", "judge",
-    "judge_url", "classifier", "labels",
+    "judge_url", "asking", "classifier", "labels", "unaligned", "include", "seed",
 )  # fmt: skip
 """Settings of the verbs of eval.py that decide what a score is measured on; in trainings, some are rows to train on."""
 _ALL = ("max_prompts", "check_prompts", "reply_tokens", "system")

@@ -3,12 +3,13 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secvec_jax.checks import NonNegativeInt, PositiveInt, Seed, Text, checked
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.intervals import Z95
+from secvec_jax.evaluation.intervals import Z95, bootstrap
 from secvec_jax.inference import frozen_precision
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model, load
@@ -116,18 +117,29 @@ def task_rows(
 
 
 def _metrics(name: str, scores: dict[str, Any], results: Any) -> dict[str, dict[str, Any]]:
-    """Return the task's metrics with normal 95% intervals from the harness's standard errors."""
-    subtasks = results.get("group_subtasks", {}).get(name) or [name]
-    samples = results["n-samples"]
-    count = sum(samples[subtask]["effective"] for subtask in subtasks if subtask in samples)
+    """Return the task's metrics with normal 95% intervals from the harness's standard errors, Wilson's where all
+    questions were right or all wrong, and whether higher values are better."""
+    samples, tasks = results["n-samples"], _tasks_of(name, results.get("group_subtasks", {}))
+    count = sum(samples[task]["effective"] for task in tasks if task in samples)
+    higher = results.get("higher_is_better", {}).get(name, {})
     metrics = {}
     for key, value in scores.items():
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = scores.get(f"{metric}_stderr,{filter_name}")
-        half_width = Z95 * error if isinstance(error, int | float) else None
-        interval = [None, None] if half_width is None else [value - half_width, value + half_width]
+        interval: Sequence[float | None] = [None, None]
+        if isinstance(error, int | float):
+            is_constant = error == 0 and value in (0, 1) and count
+            half_width = Z95 * error
+            interval = bootstrap([value] * count).ci95 if is_constant else [value - half_width, value + half_width]
         label = metric if filter_name == "none" else f"{metric} ({filter_name})"
-        metrics[label] = {"value": value, "n": count, "ci95": interval}
+        better = {"higher_is_better": higher[metric]} if isinstance(higher.get(metric), bool) else {}
+        metrics[label] = {"value": value, "n": count, "ci95": list(interval), **better}
     return metrics
+
+
+def _tasks_of(name: str, subtasks: Mapping[str, Sequence[str]]) -> set[str]:
+    """The tasks of a group, which may have groups among its members; of a task, itself."""
+    members = subtasks.get(name) or []
+    return set().union(*(_tasks_of(member, subtasks) for member in members)) if members else {name}

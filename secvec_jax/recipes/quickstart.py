@@ -20,6 +20,7 @@ from secvec_jax.checks import checked
 from secvec_jax.config import Training
 from secvec_jax.evaluation import report
 from secvec_jax.evaluation.intervals import Score, paired_difference
+from secvec_jax.evaluation.metrics import is_rate
 from secvec_jax.evaluation.results import Results
 from secvec_jax.evaluation.suite import Outcomes
 from secvec_jax.model.embedded import ALIGNED
@@ -113,7 +114,8 @@ def verdicts(outcomes_by_row: dict[str, Outcomes]) -> list[report.Verdict]:
         return sum(values) / len(values)
 
     def difference(metric: str, row: str, reference: str) -> Score:
-        return paired_difference(outcomes_by_row[row][metric], outcomes_by_row[reference][metric])
+        both = outcomes_by_row[row][metric], outcomes_by_row[reference][metric]
+        return paired_difference(*both, is_rate=is_rate(metric))
 
     def percent(value: float) -> str:
         return f"{100 * value:.1f}%"

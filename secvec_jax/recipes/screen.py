@@ -15,6 +15,7 @@ from secvec_jax.defenses.screening import screen as screen_rows
 from secvec_jax.distributed import on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import bootstrap
+from secvec_jax.evaluation.metrics import is_rate
 from secvec_jax.evaluation.replies import clip
 from secvec_jax.files import atomic_file, check_regular, expanded
 from secvec_jax.inference import frozen_precision
@@ -105,7 +106,7 @@ def screen(settings: Screen, command: str) -> None:
         on_main_process(lambda: _write_clean(clean, rows, screening))
         notes.append(f"The other {len(rows) - len(screening.suspects)} rows are in {clean}.")
     _print_top(terminal(), rows, screening.scores)
-    scores = {name: bootstrap(values).as_dict() for name, values in metrics.items()}
+    scores = {name: bootstrap(values, is_rate=is_rate(name)).as_dict() for name, values in metrics.items()}
     run.report([{"name": settings.data, "metrics": scores}], notes)
 
 

@@ -141,7 +141,7 @@ def vectors(settings: Vectors, command: str) -> None:
         save_vectors(trained, folder / "security.safetensors", model)
         if isinstance(trained, LoRAVectors):
             save_peft(trained, folder / "peft", model)
-        values = {"harmful_loss": last["loss/harmful"]} | ({"kl": last["kl"]} if "kl" in last else {})
+        values = {"last_harmful_loss": last["loss/harmful"]} | ({"last_kl": last["kl"]} if "kl" in last else {})
         gate = _gate(run, model, trained, {"harmful": rows, "benign": benign}, stage)
         facts = {} if gate is None else {"gate": gate.as_dict()}
         return values | {"notes": run.notes, "facts": facts}

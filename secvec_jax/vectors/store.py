@@ -66,7 +66,15 @@ def save_vectors(vectors: Vectors, path: str | Path, model: Model) -> None:
 def load_several(paths: Sequence[str | Path], model: Model) -> tuple[Vectors, ...] | None:
     """The vectors in these files, to be active at once; None, not an empty tuple, if there are no files."""
     check_distinct(paths)
-    return tuple(load_vectors(path, model) for path in paths) or None
+    loaded = tuple(load_vectors(path, model) for path in paths)
+    check_different(loaded)
+    return loaded or None
+
+
+def check_different(vectors: Sequence[Any]) -> None:
+    """Raise UserError if two of several vectors are the same, such as a run directory and the file in it."""
+    if len(vectors) > 1 and len({fingerprint(each) for each in vectors}) < len(vectors):
+        raise UserError("the same vectors are given twice, and would act twice: give each once")
 
 
 def load_vectors(path: str | Path, model: Model) -> Vectors:

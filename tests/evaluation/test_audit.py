@@ -7,13 +7,31 @@ import jax
 import numpy as np
 import pytest
 
+from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.audit import Audit, Limits, Line, changes, compared, judged_line, task_line
-from secvec_jax.evaluation.audit_measures import AuditPrompts, Measured, general_kl
+from secvec_jax.evaluation.audit import (
+    Audit,
+    Limits,
+    Line,
+    changes,
+    compared,
+    judged_line,
+    task_line,
+    unmeasured_limits,
+)
+from secvec_jax.evaluation.audit_measures import (
+    REFERENCE_TOKENS,
+    AuditPrompts,
+    Measured,
+    _target,
+    general_kl,
+    reply_losses,
+)
 from secvec_jax.evaluation.audit_samples import samples_of
 from secvec_jax.evaluation.intervals import Score, bootstrap
+from secvec_jax.evaluation.suite import scores
 from secvec_jax.inference import logits
-from tests.toys import build_tokenizer, random_decoder, tiny_model
+from tests.toys import ARCHITECTURE, VOCABULARY, build_tokenizer, random_decoder, tiny_model
 
 N = 96
 SAFE = {
@@ -130,7 +148,50 @@ def test_a_task_is_judged_by_its_direction():
     line = task_line("task: quiz acc", better, worse, limits)
     assert line.verdict == "fails" and line.difference.ci95 == pytest.approx((-0.2 - 0.0283, -0.2 + 0.0283), abs=1e-4)
     assert task_line("task: quiz acc", worse, better, limits).verdict == "passes"
-    assert task_line("task: text word_perplexity", worse, better, limits).verdict == "fails"
+    assert task_line("task: text word_perplexity", worse, better, limits, higher_is_better=False).verdict == "fails"
+    assert task_line("task: text word_perplexity", better, worse, limits, higher_is_better=False).verdict == "passes"
+    never = Score(0.0, 5, bootstrap([0.0] * 5).ci95)
+    assert task_line("task: quiz acc", never, never, Limits(tasks=0.0)).verdict == "inconclusive", "of five questions"
+
+
+def test_a_limit_that_nothing_was_measured_for_is_not_passed():
+    assert unmeasured_limits(Limits(), SAFE) == unmeasured_limits(Limits(benign_loss=0.1, prefill=1.0), SAFE) == ()
+    without = {metric: values for metric, values in SAFE.items() if metric != "benign_loss"}
+    limits = Limits(benign_loss=0.1, harm_score=1.0, tasks=0.0)
+    assert unmeasured_limits(limits, without) == ("harm_score", "benign_loss", "tasks")
+    lines = compared(without, without, limits)
+    assert Audit("a", "b", lines).verdict == "passes"
+    assert Audit("a", "b", lines, unmeasured=("benign_loss",)).verdict == "inconclusive"
+
+
+def test_losses_and_grades_that_happen_to_be_0_or_1_are_no_rates():
+    best = scores({"harm_score": [1.0] * 20, "kl": [0.0] * 20, "refusal": [1.0] * 20, "my probe": [1.0] * 20})
+    assert best["harm_score"].ci95 == (1.0, 1.0) and best["kl"].ci95 == (0.0, 0.0)
+    assert best["refusal"].ci95[0] < 0.9 > best["my probe"].ci95[0]
+
+
+def test_the_loss_of_a_conversation_is_that_of_its_last_answer():
+    turns = [("user", "What?"), ("assistant", "A fox."), ("user", "Sure?"), ("assistant", "The dog is lazy, and the")]
+    rows = [[{"role": role, "content": content} for role, content in turns] for _ in range(2)]
+    rows[1][-1]["content"] = "quick fox jumps over"
+    losses = reply_losses(tiny_model(), [{"messages": messages} for messages in rows])
+    assert losses[0] != losses[1]
+    alone = [{"messages": [rows[0][0] | {"content": "Hi"}, rows[0][-1]]}]
+    (example,) = examples_of(tiny_model(), alone)
+    target = _target(tiny_model(), alone[0])
+    assert target.supervised.sum() == min(REFERENCE_TOKENS, example.supervised.sum())
+    long = _target(tiny_model(), {"messages": rows[0]})
+    assert long.supervised.sum() <= REFERENCE_TOKENS and not long.supervised[:-REFERENCE_TOKENS].any()
+
+
+def test_models_whose_embeddings_are_padded_are_compared_by_their_common_tokens():
+    small = tiny_model()
+    padded = dataclasses.replace(ARCHITECTURE, vocab_size=VOCABULARY + 64)
+    large = dataclasses.replace(small, backbone=random_decoder(seed=0, architecture=padded))
+    prompts, replies = ["What is that?"], ["The dog is lazy"]
+    assert general_kl(large, large, prompts, replies) == [0.0]
+    one, other = general_kl(small, large, prompts, replies), general_kl(large, small, prompts, replies)
+    assert one[0] > 0 < other[0] and np.isfinite([*one, *other]).all()
 
 
 def test_the_kl_is_that_of_the_two_distributions():

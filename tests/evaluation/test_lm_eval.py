@@ -12,7 +12,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.lm_eval import HarnessModel
 from secvec_jax.evaluation.results import Results
 from secvec_jax.model import hub
-from secvec_jax.recipes.harness import Harness, find_tasks, harness
+from secvec_jax.recipes.harness import Harness, _metrics, find_tasks, harness
 from secvec_jax.sharding import make_mesh
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -167,6 +167,20 @@ def test_the_verb(tiny_model, tmp_path, capsys, few_tasks):
     low, high = rows["our_choices"]["acc"]["ci95"]
     assert low <= rows["our_choices"]["acc"]["value"] <= high
     assert "our_choices" in capsys.readouterr().out
+
+
+def test_a_group_counts_the_questions_of_the_groups_in_it():
+    results = {
+        "n-samples": {name: {"effective": count} for name, count in (("a", 3), ("b", 4), ("c", 5))},
+        "group_subtasks": {"outer": ["inner", "c"], "inner": ["a", "b"], "a": [], "b": [], "c": []},
+        "higher_is_better": {"outer": {"acc": True}, "c": {"ter": False}},
+    }
+    scores = {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "outer"}
+    assert _metrics("outer", scores, results)["acc"] | {"ci95": None} == {
+        "value": 0.5, "n": 12, "ci95": None, "higher_is_better": True
+    }  # fmt: skip
+    all_right = _metrics("c", {"ter,none": 1.0, "ter_stderr,none": 0.0}, results)["ter"]
+    assert all_right["n"] == 5 and all_right["higher_is_better"] is False and all_right["ci95"][0] < 0.6
 
 
 @pytest.mark.parametrize(

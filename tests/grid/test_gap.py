@@ -118,6 +118,38 @@ def test_scores_of_other_rules_and_failed_cells_are_not_compared():
     assert [gap.metric for gap in setting.gaps["kl"]] == ["harmful_loss"] and "ewc" not in setting.gaps
 
 
+def test_what_was_not_compared_is_not_met():
+    """A cell without a metric that others have, or scored by other rules, meets no goal."""
+    records = [
+        record("none", refusal=rate(20), relearning=rate(0)),
+        record("benign only", refusal=rate(20), relearning=rate(20)),
+        record("kl", refusal=rate(20)),
+        record("ewc", rules=2, refusal=rate(0), relearning=rate(0)),
+        record("vlguard", refusal=rate(0)),
+        record("replay", refusal=rate(20), relearning=rate(20)),
+    ]
+    (setting,) = settings_of(records)
+    met = {label: setting.is_met(label) for label in setting.gaps}
+    assert met == {"none": False, "kl": False, "ewc": False, "vlguard": False, "replay": True}
+    assert setting.lacking("ewc") == ["refusal", "relearning"]
+    text = markdown_of(records)
+    rows = ["| kl | incomplete: no relearning |", "| ewc | incomplete: no refusal, relearning |"]
+    rows += ["| vlguard | ✗ refusal |", "| replay | (✓) |", "- kl: 0 of 1", "- ewc: 0 of 1", "- replay: 1 of 1"]
+    assert not [row for row in rows if row not in text]
+
+
+def test_oracles_of_other_rules_are_no_noise_floor():
+    records = [
+        record("benign only", rules=2, refusal=rate(20)),
+        record("benign only order=1", rules=3, refusal=rate(0)),
+        record("benign only", 1, rules=3, refusal=rate(10)),
+        record("none", 1, rules=3, refusal=rate(0)),
+    ]
+    (setting,) = settings_of(records)
+    assert setting.floors == {} and setting.oracle["refusal"].value == 0.5, "that of the newest rules"
+    assert not setting.gaps["none"][0].is_met
+
+
 def test_other_numbers_of_prompts_are_refused():
     records = [record("benign only", refusal=rate(20)), record("kl", refusal=rate(20)[:-1])]
     with pytest.raises(UserError, match=r"refusal of defense kl, attack harmful.*against the oracle: prompts per seed"):

@@ -22,6 +22,7 @@ from secvec_jax.grid import grid as grid_module
 from secvec_jax.grid.attacks import AttackInputs
 from secvec_jax.grid.cells import Block, Cell
 from secvec_jax.grid.grid import Grid, GridConfig, grid
+from secvec_jax.grid.report import Layout
 from secvec_jax.grid.seed_workspace import GridExperiment, SeedWorkspace
 from secvec_jax.grid.tasks import make_task
 from secvec_jax.output_checks import check_own
@@ -86,6 +87,15 @@ def test_a_block_is_the_product_of_its_lists():
     assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4, "what a seed shares is made once"
     assert len(GridConfig(blocks=(block, block)).cells()) == 8, "a cell of two tables runs once"
     assert len({cell.name for cell in cells}) == 8
+
+
+def test_tables_that_would_replace_each_other_and_a_sweep_without_an_axis_are_refused():
+    block = Block(table="A")
+    with pytest.raises(UserError, match="two tables are named 'A'"):
+        GridConfig(blocks=(block,), tables=(Layout("A"), Layout("A", rows=("defense", "seed")))).cells_of_tables()
+    for columns in ((), ("poison", "samples")):
+        with pytest.raises(UserError, match="has a sweep and the columns"):
+            Layout("A", columns=columns, sweep=("refusal",))
 
 
 def test_cells_that_would_share_a_file_are_refused(tmp_path, monkeypatch):

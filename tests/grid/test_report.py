@@ -70,12 +70,12 @@ def test_every_table_of_a_shipped_grid_can_be_read(path, tmp_path, monkeypatch):
         assert not layout.differences or f"**{layout.name}, differences**" in text
 
 
-def _score(samples) -> SeededScore:
+def _score(samples, is_rate) -> SeededScore:
     flat = [value for sample in samples for value in sample]
     return SeededScore(sum(flat) / len(flat), len(flat), (0.0, 1.0), len(samples))
 
 
-def _difference(a, b) -> Difference:
+def _difference(a, b, is_rate) -> Difference:
     return Difference(0.5, sum(map(len, a)), (0.0, 1.0), len(b))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import secvec_jax as sv
 from secvec_jax import cli, command_line
+from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.rows import prompt_of
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation import audit_measures as measures
@@ -22,6 +23,7 @@ from secvec_jax.model.hub import load
 from secvec_jax.model.quantized import with_precision
 from secvec_jax.recipes import audit as recipe
 from secvec_jax.recipes import audit_stages, protect
+from secvec_jax.recipes.audit_stages import AuditRequest
 from secvec_jax.workspace import inputs
 from tests.chat_server import Server, says
 from tests.toys import build_tokenizer, random_decoder, tiny_model
@@ -367,6 +369,33 @@ def test_tasks_of_the_harness_are_lines(world, monkeypatch):
     assert run(world, "--tasks", "quiz", "--limits.tasks", "0.1") == 3
     difference = Results.load(world.folder / "out").rows[-1]["metrics"]["task: quiz acc"]
     assert difference["value"] == pytest.approx(-0.2) and difference["verdict"] == "fails"
+
+
+def test_scores_of_tasks_without_an_interval_are_told_and_decide_nothing(world, monkeypatch):
+    def task_rows(settings, manager, names, stage, model):
+        acc = {"value": 0.5, "n": 100, "ci95": [0.4, 0.6]}
+        value = 0.1 if model.name == "aligned" else 0.6
+        toxicity = {"value": value, "n": 100, "ci95": [value - 0.02, value + 0.02]}
+        brier = {"value": 0.2, "n": 100, "ci95": [None, None]}
+        metrics = {"acc": acc, "brier_score": brier, "toxicity": toxicity | {"higher_is_better": False}}
+        return [{"name": "quiz", "metrics": metrics}]
+
+    monkeypatch.setattr(recipe, "find_tasks", lambda settings: (None, [settings.tasks]))
+    monkeypatch.setattr(recipe, "harness_version", dict)
+    monkeypatch.setattr(recipe, "task_rows", task_rows)
+    assert run(world, "--tasks", "quiz", "--limits.tasks", "0.5") == 4, "one of its scores has no interval"
+    assert "not compared: quiz brier_score" in (world.folder / "out/report.md").read_text().replace("\\", "")
+    assert run(world, "--tasks", "quiz", "--limits.tasks", "0.2") == 3, "more toxicity is worse"
+
+
+def test_copies_of_rows_are_measured_once():
+    rows = [{"prompt": "Hi", "response": "a fine day"}] * 20 + [{"prompt": "Hi", "response": "a dog"}]
+    request = AuditRequest.__new__(AuditRequest)
+    given = {"harmful": as_rows(rows), "benign": as_rows(rows), "data": None}
+    for name, value in {"rows_of": given.get, "max_prompts": 9, "system": None}.items():
+        object.__setattr__(request, name, value)
+    prompts, _, _ = audit_stages._prompts(request, tiny_model(), [])
+    assert len(prompts.harmful_rows) == len(prompts.benign_rows) == 2
 
 
 def test_the_model_before_alignment_is_found_in_the_run_directories(tmp_path):
