@@ -1,5 +1,7 @@
 """Scores of a model on prompts that it should refuse, prompts that it should answer, and questions."""
 
+import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +10,7 @@ from secvec_jax.data.benchmarks import refusal_prefixes
 from secvec_jax.data.chat import Example, encode
 from secvec_jax.data.rows import Row, full_prompt_of, response_of
 from secvec_jax.data.sources import load_prompts, named_or_given
+from secvec_jax.distributed import is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.intervals import Score
 from secvec_jax.evaluation.suite import Outcomes, Suite, outcomes, scores
@@ -15,6 +18,8 @@ from secvec_jax.inference import VectorsLike, as_model, as_vectors
 from secvec_jax.model.adapter import Adapter
 from secvec_jax.model.hub import Model
 from secvec_jax.progress import reply_progress
+
+_log = logging.getLogger(__name__)
 
 HARMFUL, BENIGN = ("harmbench", "do-not-answer"), ("alpaca",)
 """The packaged benchmarks that models are scored on by default: prompts to refuse, and prompts to answer."""
@@ -99,10 +104,16 @@ def make_suite(
     reply_tokens: int,
     answer_tokens: int | None = None,
 ) -> Suite:
-    """The suite of these rows; those with answers are also targets whose loss is measured.
+    """The suite of these rows; those with answers are also targets whose loss is measured. Warns of copies.
 
-    Raises UserError if the answer to a question is too long to be matched exactly.
+    Raises UserError if there are no rows at all, and if the answer to a question is too long to be matched exactly.
     """
+
+    kinds = {"harmful prompts": harmful, "benign prompts": benign, "questions": questions}
+    if not any(map(len, kinds.values())):
+        raise UserError("there is nothing to score: give harmful or benign prompts, or questions")
+    for kind, rows in kinds.items():
+        _note_copies(kind, rows)
 
     def targets(rows: Sequence[Row]) -> list[Example]:
         answered = [row for row in rows if response_of(row) is not None]
@@ -118,6 +129,14 @@ def make_suite(
         reply_tokens=reply_tokens,
         answer_tokens=answer_tokens or _answer_tokens(model, questions),
     )
+
+
+def _note_copies(kind: str, rows: Sequence[Row]) -> None:
+    """Warn of copies of prompts: an interval is narrower with them, although they show nothing new."""
+    copies = len(rows) - len({json.dumps(full_prompt_of(row), sort_keys=True) for row in rows})
+    if copies and is_main_process():
+        _log.warning("%d of %d %s are copies of others, which makes intervals narrower: leave them out",
+                     copies, len(rows), kind)  # fmt: skip
 
 
 def _prompts(source: Any, limit: int) -> Sequence[Row]:

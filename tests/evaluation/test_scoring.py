@@ -53,3 +53,11 @@ def test_an_answer_that_is_too_long_to_be_matched_is_refused():
     long = [{"prompt": "Recite.", "response": "word " * 600}]
     with pytest.raises(UserError, match="too many to be matched exactly"):
         sv.score(tiny_model(), harmful=(), benign=(), questions=long)
+
+
+def test_copies_are_told_and_nothing_to_score_is_refused(caplog):
+    model, rows = tiny_model(), [{"prompt": "Hi"}] * 4 + [{"prompt": "Ho"}]
+    sv.score(model, harmful=rows, benign=rows[3:], reply_tokens=1)
+    assert "3 of 5 harmful prompts are copies of others" in caplog.text and "benign" not in caplog.text
+    with pytest.raises(sv.UserError, match="nothing to score"):
+        sv.score(model, harmful=(), benign=())
