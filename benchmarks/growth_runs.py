@@ -7,8 +7,9 @@
     python benchmarks/growth_runs.py --json FILE --toy              # smoke test: the smallest points
 
 Each point is a command in a process of its own, on a model with two small layers and the embedded model's tokenizer, so
-that what is not the model's arithmetic shows. Its memory is the peak of the process. The exponent is the slope of
-log(value) over log(size) between the two largest points.
+that what is not the model's arithmetic shows. Its memory is the peak of the process. Other programs on the machine
+change its seconds more than its seconds of processors. The exponent is the slope of log(value) over log(size) between
+the two largest points.
 """
 
 import argparse
@@ -36,20 +37,21 @@ STEPS, UNTIMED = 20, 5
 """Optimizer steps of a run on rows, and how many of them are left out of the median."""
 
 Point = dict[str, float]
-"""What was measured: "seconds" and "gib", and further figures by name."""
+"""What was measured: "seconds", "cpu_seconds" and "gib", and further figures by name."""
 
 _MEASURED = """\
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[2:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
 with open(sys.argv[1], "w") as file:
-    file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+    file.write(f"{used.ru_maxrss} {used.ru_utime + used.ru_stime}")
 sys.exit(code)
 """
 """A small process that starts the command: the peak of a child is at least that of the process it was forked from."""
 
 
 def run(*command: str, **variables: str) -> Point:
-    """The seconds and the peak memory of a command, with these further environment variables.
+    """The seconds, seconds of processors and peak memory of a command, with these further environment variables.
 
     Ends this process with the command's last lines if it fails.
     """
@@ -62,7 +64,8 @@ def run(*command: str, **variables: str) -> Point:
         if code not in (0, 3, 4):  # 3 and 4 are verdicts of an audit
             said.seek(0)
             sys.exit(f"{' '.join(command)} ended with {code}:\n{said.read()[-2000:]}")
-        return {"seconds": seconds, "gib": int(peak.read()) / 2**20}
+        kib, cpu_seconds = map(float, peak.read().split())
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "gib": kib / 2**20}
 
 
 def write_rows(path: Path, count: int) -> None:
