@@ -220,10 +220,11 @@ def devices() -> dict[str, str]:
 
 
 def screen() -> Console:
-    """The console, wide enough for a table even if output is piped; in a cluster, only the main process prints."""
+    """The console; in a cluster, only the main process prints. If output is piped, it is wide enough for a table, and
+    no line of text is broken."""
     console = Console()
     width = console.width if console.is_terminal else max(console.width, 118)
-    return Console(width=width, quiet=not is_main_process())
+    return Console(width=width, soft_wrap=not console.is_terminal, quiet=not is_main_process())
 
 
 def curves(log: Path, stages: dict[str, str]) -> dict[str, dict[str, list[tuple[int, float]]]]:

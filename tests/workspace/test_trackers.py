@@ -19,7 +19,7 @@ from secvec_jax.recipes.finetune import Finetune, finetune
 from secvec_jax.workspace import stage as stage_module
 from secvec_jax.workspace import stages as stages_module
 from secvec_jax.workspace import trackers
-from secvec_jax.workspace.stages import Stages
+from secvec_jax.workspace.stages import Stages, screen
 from tests.toys import tiny_model
 
 
@@ -205,3 +205,9 @@ def test_several_sources_have_separate_losses(tmp_path):
     twice = Finetune((sources[0],) * 2, model=str(tmp_path / "tiny"), out=str(tmp_path / "twice"), **options)
     with pytest.raises(UserError, match="twice"):
         finetune(twice, "")
+
+
+def test_no_line_of_text_is_broken_where_output_is_piped(capsys):
+    text = "a claim that is longer than a terminal is wide, " * 5
+    screen().print(text)
+    assert capsys.readouterr().out == f"{text}\n"
