@@ -63,12 +63,17 @@ def instance(name: str, value: Any, kinds: type[Value] | tuple[type[Value], ...]
 def check_distinct(values: Iterable[Any]) -> None:
     """Raise UserError if the same thing, such as a file of rows or of vectors, is named twice: it would count twice."""
     seen: list[Any] = []
+    names: set[str] = set()
     for value in values:
-        is_name = isinstance(value, str | os.PathLike)
-        known = (str(value), _existing(value)) if is_name else value
-        if any(known is other or (is_name and isinstance(other, tuple) and _same(known, other)) for other in seen):
+        if isinstance(value, str | os.PathLike):
+            spellings = {str(value), str(_existing(value) or value)}
+            twice = not names.isdisjoint(spellings)
+            names |= spellings
+        else:
+            twice = any(value is other for other in seen)
+            seen.append(value)
+        if twice:
             raise UserError(f"{shown(value)} is given twice, and would count twice: give each once")
-        seen.append(known)
 
 
 def _existing(name: Any) -> Path | None:
@@ -78,10 +83,6 @@ def _existing(name: Any) -> Path | None:
         return found.resolve() if found.exists() else None
     except (OSError, RuntimeError, ValueError, UserError):
         return None
-
-
-def _same(one: tuple[str, Path | None], other: tuple[str, Path | None]) -> bool:
-    return one[0] == other[0] or (one[1] is not None and one[1] == other[1])
 
 
 def callback(name: str, value: Any) -> Callable[..., Any]:

@@ -22,6 +22,10 @@ from secvec_jax.turns import answer_of
 
 Prompt = str | list[Message]
 
+MEASURES = 2
+"""The version of what is measured, part of the key of cached measures; increased when the same prompts and rows would
+give other numbers."""
+
 REFERENCE_TOKENS = 24
 """Number of tokens of a reference answer, or of a user's row, that count."""
 

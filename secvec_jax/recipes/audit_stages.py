@@ -19,6 +19,7 @@ from secvec_jax.errors import UserError
 from secvec_jax.evaluation.audit import Audit, Limits, Line, changes, compared, unmeasured_limits
 from secvec_jax.evaluation.audit_judge import graded, harm_metrics, judge_notes
 from secvec_jax.evaluation.audit_measures import (
+    MEASURES,
     MIN_BEGINNINGS,
     AuditPrompts,
     Measured,
@@ -136,7 +137,7 @@ def audited(
             values = measure(model, prompts, beginnings, request.reply_tokens, comparable, progress, whole)
             return dataclasses.asdict(values)
 
-        inputs = [dataclasses.asdict(prompts), beginnings, request.reply_tokens, comparable, whole]
+        inputs = [MEASURES, dataclasses.asdict(prompts), beginnings, request.reply_tokens, comparable, whole]
         try:
             values = cached_result("replies", [*inputs_of(model), *inputs], make, stage.print)
             if data and comparable:
