@@ -150,8 +150,8 @@ class Defense(abc.ABC):
         return self.needs
 
     @property
-    def grids_only(self) -> str:
-        """Why it is useful only in experiments with these settings; empty if it can be used otherwise."""
+    def unusable(self) -> str:
+        """Why it cannot be used on a user's own model with these settings, only in a grid; empty if it can."""
         return self.only_in_grids
 
     @property

@@ -65,7 +65,7 @@ class GuardedVectors(Defense):
         return (*read, "safe rows") if self.share else tuple(read)
 
     @property
-    def grids_only(self) -> str:
+    def unusable(self) -> str:
         return OTHER_BEHAVIOR if self.under == "irrelevant" else ""
 
     @property

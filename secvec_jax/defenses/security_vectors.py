@@ -311,7 +311,7 @@ class SecurityVectors(Defense):
         return Defended(inputs.finetune(rows=rows, train_only=added, vectors=vectors, make_step=make_step))
 
     @property
-    def grids_only(self) -> str:
+    def unusable(self) -> str:
         return "it takes vectors of another behavior by name; give several vectors instead" if self.both else ""
 
     @property

@@ -41,8 +41,8 @@ def check_given(
     given: the needs that the user gives. packaged: the needs that have defaults. named: how the user writes an
     argument, such as "--safe" for "safe".
     """
-    if defense.grids_only:
-        raise UserError(f"{defense.label!r} is for grids only: {defense.grids_only}")
+    if defense.unusable:
+        raise UserError(f"{defense.label!r} is for grids only: {defense.unusable}")
     reads = reads_of(defense, "security vectors" in given)
     for need in given:
         if need not in reads:

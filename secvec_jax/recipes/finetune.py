@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def _packaged_inputs(settings: Finetune, defense: Defense) -> Inputs:
     return packaged(sources("held-out")) if from_package else {}
 
 
-def _learned(log: Path, kinds: Iterable[str]) -> str | None:
+def _learned(log: Path, kinds: Collection[str]) -> str | None:
     """How the loss of the user's rows, of these kinds, changed, by the training lines of the log; None if it has none.
 
     Of a defense that trains several times, in the last training on these rows.
@@ -213,7 +213,7 @@ def _learned(log: Path, kinds: Iterable[str]) -> str | None:
     return text if stage == list(trainings)[-1] else f"{text}; another training, on other rows, followed"
 
 
-def _losses(records: Sequence[dict[str, Any]], kinds: Iterable[str]) -> tuple[str, float | None, float] | None:
+def _losses(records: Sequence[dict[str, Any]], kinds: Collection[str]) -> tuple[str, float | None, float] | None:
     """What was measured in a training, and its mean over the kinds at first and at the end; None if it was not.
 
     At first is None if it was measured once. A step has the losses of the kinds that are among its rows.
