@@ -46,6 +46,18 @@ def check_own(folder: Path, marks: Iterable[str]) -> None:
         )
 
 
+def check_kept(folder: str | os.PathLike, flag: str, inputs: Mapping[str, str | os.PathLike]) -> None:
+    """Raise UserError if a folder that is to be replaced is one of the inputs, or holds one.
+
+    flag: that of the folder. inputs: flag -> path; missing paths are ignored.
+    """
+    target = resolved(folder)
+    for name, path in inputs.items():
+        source = resolved(path)
+        if source.exists() and source.is_relative_to(target):
+            raise UserError(f"{flag} {folder} would replace what {name} {path} names: give another folder")
+
+
 def check_separate(output: str | os.PathLike, flag: str, inputs: Mapping[str, str | os.PathLike]) -> None:
     """Raise UserError if a file that is to be written is one of the inputs, or is inside one.
 

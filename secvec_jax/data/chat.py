@@ -2,12 +2,12 @@
 
 Only what the assistant says is supervised: its words and the token that ends its turn. Templates that mark these
 spans themselves (`{% generation %}`) are trusted; for all others a turn's span is the text that the template adds
-after the generation prompt when the turn is appended.
+after the generation prompt when the turn is appended. A token that is in a span in part is supervised.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -61,7 +61,7 @@ def prompt_tokens(tokenizer: Any, messages: list[Message], max_length: int) -> n
     turns, marks = mark(tokenizer, messages)
     text = render(tokenizer, turns, add_generation_prompt=True)
     check_rendered(text, turns)
-    tokens, _ = read_by_tokenizer(lambda: tokenize(tokenizer, text, marks, starts=False))
+    tokens, _ = read_by_tokenizer(lambda: tokenize(tokenizer, text, marks, places=False))
     if len(tokens) > max_length:
         raise TooLong(_too_long(len(tokens), max_length))
     return np.asarray(tokens, np.int32)
@@ -89,10 +89,24 @@ def encode_all(tokenizer: Any, messages: list[Message], control: ControlTokens =
             f"the text spells the control token {spelled_tokens[0]!r}: remove it, or set control_tokens to text"
         )
     turns, marks = mark(tokenizer, messages) if control == "text" else (messages, "")
-    if not marks and _GENERATION.search(chat_template(tokenizer) or ""):
-        tokens, supervised = _marked_by_template(tokenizer, turns)
+    text = render(tokenizer, turns)
+    check_rendered(text, turns)
+    tokens, begins, ends = _tokenized(tokenizer, text, marks)
+    is_end = np.zeros(len(tokens), bool)
+    if _GENERATION.search(chat_template(tokenizer) or ""):
+        spans: Iterable[tuple[int, int]] = _spans_of_template(tokenizer, turns)
     else:
-        tokens, supervised = _marked_by_difference(tokenizer, turns, marks)
+        rendered = len(turns) * sum(map(_is_learned, turns))
+        find = _spans if rendered <= _RENDERED_TURNS else _spans_by_window
+        spans = find(tokenizer, turns, text)
+        is_end = np.isin(tokens, turn_ends(tokenizer)[:1])
+    supervised = np.zeros(len(tokens), bool)
+    for first, last in spans:
+        # Also a token that is in the span in part: it may begin with the space before the answer.
+        span = np.flatnonzero(((begins >= first) | (ends > first)) & (begins < last))
+        end = span[is_end[span]][-1:]
+        # What a template adds after the end of the turn is not the assistant's.
+        supervised[span[span <= end] if len(end) else span] = True
     if not supervised.any():
         raise UserError(f"a row has no assistant turn ({_clip(messages)}): every row needs an answer to learn")
     return Example(tokens, supervised)
@@ -106,40 +120,34 @@ def cut(example: Example, length: int) -> Example:
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def _marked_by_template(tokenizer: Any, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    # This raises the template's own error for turns that it rejects, and has limits.
-    check_rendered(render(tokenizer, messages), messages)
-    options = {"chat_template": chat_template(tokenizer), "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = read_by_tokenizer(lambda: tokenizer.apply_chat_template(messages, **options))
-    supervised = np.asarray(encoded["assistant_masks"], bool)
-    learned = [message.get("train", True) for message in messages if message["role"] == "assistant"]
-    if not all(learned):
-        edges = np.flatnonzero(np.diff(np.pad(supervised.astype(int), 1)))
-        if len(edges) != 2 * len(learned):
-            raise UserError(
-                f"the chat template marks {len(edges) // 2} spans for {len(learned)} assistant turns, so those that "
-                "should not be learned cannot be found: split the row"
-            )
-        for first, last, keep in zip(edges[::2], edges[1::2], learned, strict=True):
-            supervised[first:last] &= keep
-    return np.asarray(encoded["input_ids"], np.int32), supervised
+def _tokenized(tokenizer: Any, text: str, marks: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ids of a rendered chat, and where each token begins and ends in it, `[N]` each."""
+    ids, places = read_by_tokenizer(lambda: tokenize(tokenizer, text, marks))
+    begins, ends = np.asarray(places, np.int64).reshape(-1, 2).T
+    return read_by_tokenizer(lambda: np.asarray(ids, np.int32)), begins, ends
 
 
-def _marked_by_difference(tokenizer: Any, messages: Sequence[Message], marks: str) -> tuple[np.ndarray, np.ndarray]:
-    text = render(tokenizer, messages)
-    check_rendered(text, messages)
-    ids, starts = read_by_tokenizer(lambda: tokenize(tokenizer, text, marks))
-    tokens, begins = read_by_tokenizer(lambda: np.asarray(ids, np.int32)), np.asarray(starts)
-    supervised = np.zeros(len(tokens), bool)
-    rendered = len(messages) * sum(map(_is_learned, messages))
-    find = _spans if rendered <= _RENDERED_TURNS else _spans_by_window
-    is_end = np.isin(tokens, turn_ends(tokenizer)[:1])
-    for before, after in find(tokenizer, messages, text):
-        span = np.flatnonzero((begins >= before) & (begins < after))
-        ends = span[is_end[span]]
-        # What a template adds after the end of the turn is not the assistant's.
-        supervised[span if not len(ends) else span[span <= ends[-1]]] = True
-    return tokens, supervised
+def _spans_of_template(tokenizer: Any, messages: Sequence[Message]) -> list[tuple[int, int]]:
+    """Where the spans that the template marks begin and end in the text, without those of turns not to be learned."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    conversation: list[dict[str, Any]] = [dict(message) for message in messages]
+    rendered: Any = render_jinja_template(
+        [conversation],
+        chat_template=chat_template(tokenizer),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    _, (spans,) = rendered
+    learned = [_is_learned(message) for message in messages if message["role"] == "assistant"]
+    if all(learned):
+        return list(spans)
+    if len(spans) != len(learned):
+        raise UserError(
+            f"the chat template marks {len(spans)} spans for {len(learned)} assistant turns, so those that should "
+            "not be learned cannot be found: split the row"
+        )
+    return [span for span, keep in zip(spans, learned) if keep]
 
 
 def _is_learned(message: Message) -> bool:

@@ -16,6 +16,9 @@ from secvec_jax.data.rows import Message
 from secvec_jax.errors import UserError
 from secvec_jax.turns import chat_template, read_by_tokenizer, render, state_of, turn_ends
 
+_Place = tuple[int, int]
+"""Where a token begins and ends in a text, in characters."""
+
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     """The tokens that divide a chat: the special ones, and those that the template puts around a user's turn.
@@ -79,43 +82,47 @@ _PRIVATE = range(0xF0000, 0xFFFFE)
 """Characters without a meaning: the marks are two of them that the row does not contain."""
 
 
-def tokenize(tokenizer: Any, text: str, marks: str, starts: bool = True) -> tuple[list[int], list[int]]:
-    """The ids of a rendered chat and, with `starts`, where each begins in it; what is between `marks` is plain text."""
+def tokenize(tokenizer: Any, text: str, marks: str, places: bool = True) -> tuple[list[int], list[_Place]]:
+    """The ids of a rendered chat and, with `places`, where each begins and ends in it; what is between `marks` is plain
+    text."""
     if not marks:
-        return _encoded(tokenizer, text, starts=starts)
+        return _encoded(tokenizer, text, places=places)
     ids: list[int] = []
-    places: list[int] = []
+    found: list[_Place] = []
     begin = 0
     for piece in re.split(f"({marks[0]}[^{marks}]*{marks[1]}|[{marks}])", text):  # a template may separate two marks
         inner = piece.strip(marks)
         if inner:
-            piece_ids, begins = _plain(tokenizer, inner) if inner != piece else _inside(tokenizer, inner)
-            shift = begin + piece.index(inner)
+            piece_ids, within = _plain(tokenizer, inner) if inner != piece else _inside(tokenizer, inner)
             ids += piece_ids
-            places += [shift + place for place in begins]
+            found += _shifted(within, begin + piece.index(inner))
         begin += len(piece)
-    return ids, places
+    return ids, found
 
 
-def _plain(tokenizer: Any, token: str) -> tuple[list[int], list[int]]:
+def _plain(tokenizer: Any, token: str) -> tuple[list[int], list[_Place]]:
     """A control token's characters, as ids of plain text."""
-    ids, starts = _inside(tokenizer, token, split_special_tokens=True)
+    ids, places = _inside(tokenizer, token, split_special_tokens=True)
     if tokenizer.convert_tokens_to_ids(token) not in ids:
-        return ids, starts
+        return ids, places
     # Added tokens that are not special are recognized in any text, but not if it is tokenized in two pieces.
-    (first, _), (rest, begins) = _inside(tokenizer, token[:1]), _inside(tokenizer, token[1:])
-    return first + rest, [0] * len(first) + [1 + begin for begin in begins]
+    (first, _), (rest, after) = _inside(tokenizer, token[:1]), _inside(tokenizer, token[1:])
+    return first + rest, [(0, 1)] * len(first) + _shifted(after, 1)
 
 
-def _inside(tokenizer: Any, text: str, **more: bool) -> tuple[list[int], list[int]]:
+def _inside(tokenizer: Any, text: str, **more: bool) -> tuple[list[int], list[_Place]]:
     """A piece from within a text: after a line break, or SentencePiece would put a space in front of it."""
     line_break, _ = _encoded(tokenizer, "\n")
-    ids, starts = _encoded(tokenizer, "\n" + text, **more)
+    ids, places = _encoded(tokenizer, "\n" + text, **more)
     if ids[: len(line_break)] != line_break:  # the line break joins what follows it
         return _encoded(tokenizer, text, **more)
-    return ids[len(line_break) :], [start - 1 for start in starts[len(line_break) :]]
+    return ids[len(line_break) :], _shifted(places[len(line_break) :], -1)
 
 
-def _encoded(tokenizer: Any, text: str, starts: bool = True, **more: bool) -> tuple[list[int], list[int]]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=starts, **more)
-    return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]] if starts else []
+def _shifted(places: Sequence[_Place], by: int) -> list[_Place]:
+    return [(start + by, end + by) for start, end in places]
+
+
+def _encoded(tokenizer: Any, text: str, places: bool = True, **more: bool) -> tuple[list[int], list[_Place]]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=places, **more)
+    return encoded["input_ids"], list(encoded["offset_mapping"]) if places else []

@@ -24,6 +24,7 @@ from secvec_jax.data.stored import location_of
 from secvec_jax.distributed import all_gather_json, is_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.printable import hidden
+from secvec_jax.turns import turn_ends
 
 LongRows = Literal["truncate", "drop", "refuse"]
 """How rows that are too long are handled: the answer is cut, the row is left out, or it is an error."""
@@ -87,8 +88,9 @@ def encode_rows(
 ) -> Examples:
     """Encode rows as examples of at most `max_length` tokens; the model has an embedding for ids below `vocab_size`.
 
-    Logs how many answers are cut or rows left out, how many rows spell control tokens, and how many contain control or
-    invisible characters (terminal escapes, reversed directions of writing), with the first of them; `name` is for
+    Logs how many answers are cut or rows left out, how many complete answers have no token that ends them, how many
+    rows spell control tokens, and how many contain control or invisible characters (terminal escapes, reversed
+    directions of writing), with the first of them; `name` is for
     errors about rows that do not record where they are stored. Raises UserError, naming the row, for one that cannot be
     encoded or has a token that the model has no embedding for, for a prompt that leaves no room for an answer, and with
     "refuse" for an answer that would be cut.
@@ -113,7 +115,12 @@ def encode_rows(
     def hides(index: int) -> bool:
         return any(hidden(turn["content"]) for turn in rows[index]["messages"])
 
-    results = _encode_once(encode, spells, hides, len(rows))
+    ends = functools.cache(lambda: turn_ends(tokenizer))
+
+    def stops(example: Example) -> bool:
+        return bool(np.isin(example.tokens[example.supervised], ends()).any())
+
+    results = _encode_once(encode, spells, hides, stops, len(rows))
     if results.errors:
         index, message = min(results.errors)
         raise UserError(f"{where(index)}: {message}")
@@ -141,6 +148,12 @@ def encode_rows(
     elif shortened:
         description = f"have answers cut at {max_length} tokens: raise `max_seq_len`, or set `long_rows`"
         _warn(shortened, len(rows), description, where)
+    if results.endless:
+        description = (
+            "have no token that ends the answer among what is learned, so the model may not learn to stop; use a chat "
+            "template that ends the assistant's turns with one"
+        )
+        _warn(sorted(results.endless), len(rows), description, where)
     if results.spelled:
         form = "plain text" if control_tokens == "text" else "the tokens"
         _warn(sorted(results.spelled), len(rows), f"spell control tokens, which are learned as {form}", where)
@@ -163,6 +176,8 @@ class _EncodingResults:
     numbers: np.ndarray
     """of each row: its tokens, its prompt's tokens, and its `agreement` with `first`; `[4, N]`, int32"""
     cut: list[int] = dataclasses.field(default_factory=list)
+    endless: list[int] = dataclasses.field(default_factory=list)
+    """those that are complete and have no supervised token that ends a turn"""
     spelled: list[int] = dataclasses.field(default_factory=list)
     hidden: list[int] = dataclasses.field(default_factory=list)
     """those with control or invisible characters"""
@@ -175,6 +190,7 @@ def _encode_once(
     encode: Callable[[int], tuple[Example, bool]],
     spells: Callable[[int], bool],
     hides: Callable[[int], bool],
+    stops: Callable[[Example], bool],
     count: int,
 ) -> _EncodingResults:
     """Encode all rows, of which each process takes a part, and gather the results of all."""
@@ -193,6 +209,8 @@ def _encode_once(
         results.numbers[:, index] = len(example.tokens), len(prompt), *agreement(results.first, prompt)
         if shortened:
             results.cut.append(index)
+        elif not stops(example):
+            results.endless.append(index)
         if spells(index):
             results.spelled.append(index)
         if hides(index):
@@ -211,7 +229,7 @@ def _first_prompt(encode: Callable[[int], tuple[Example, bool]], count: int) -> 
 
 def _gather_results(results: _EncodingResults) -> _EncodingResults:
     """The results of all processes; each row was encoded by one of them."""
-    lists = {name: getattr(results, name) for name in ("cut", "spelled", "hidden", "too_long", "errors")}
+    lists = {name: getattr(results, name) for name in ("cut", "endless", "spelled", "hidden", "too_long", "errors")}
     numbers = results.numbers[:, jax.process_index() :: jax.process_count()]
     parts = all_gather_json({"numbers": numbers.tolist(), "lists": lists})
     merged = _EncodingResults(results.first, np.zeros_like(results.numbers))

@@ -53,6 +53,9 @@ def check_record(record: Mapping[str, Any], used: Collection[str], where: str, i
         if key in _RECORD_MARKS:
             if _flag(value) is (key in _LEARNED) and key != "mask" and key != "label":
                 continue
+            if key == "label" and not isinstance(value, bool):
+                unknown.append(str(name))
+                continue
             raise UserError(
                 f"{where}: `{name}` is {value!r}, but only turns can have such a mark, not whole rows: remove the rows "
                 "that should not be learned, and the field, or name it in --ignore-fields (in Python, ignore_fields)"

@@ -4,7 +4,7 @@ unsafe = load_rows("beavertails-unsafe", split="30k_train")
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from secvec_jax.data.rows import Row, choice, row
@@ -14,13 +14,19 @@ from secvec_jax.errors import UserError
 def records(name: str, split: str, config: str | None = None, folder: str | None = None) -> Iterable[Mapping[str, Any]]:
     """The records of a Hub dataset, or of one in a local folder. Remote code never runs.
 
-    Raises UserError if it cannot be loaded.
+    The cells of CSV files are texts as they are, so "NA" and "007" stay so. Raises UserError if it cannot be loaded.
     """
     # Imported here because it takes seconds and most sources do without it.
     import datasets
 
+    within = {"data_dir": folder} if folder else {}
     try:
-        return datasets.load_dataset(name, config, split=split, **({"data_dir": folder} if folder else {}))
+        found = datasets.load_dataset(name, config, split=split, **within)
+        if getattr(getattr(found, "info", None), "builder_name", None) == "csv":
+            texts = datasets.Features(dict.fromkeys(found.column_names, datasets.Value("string")))
+            as_they_are = {"features": texts, "keep_default_na": False}
+            found = datasets.load_dataset(name, config, split=split, **within, **as_they_are)
+        return found
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own errors
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
@@ -66,7 +72,7 @@ def bbq(split: str) -> list[Row]:
     for name in _BBQ if split == "train" else (split,):
         for r in records("Elfsong/BBQ", name):
             options = [r[f"ans{number}"] for number in range(3)]
-            answer, target = options[int(r["answer_label"])], options[int(r["target_label"])]
+            answer, target = (_named(options, int(r[label]), name) for label in ("answer_label", "target_label"))
             category = "ambiguous" if r["context_condition"] == "ambig" else "disambiguated"
             question_row = choice(r["context"], r["question"], options, answer, category)
             rows.append(question_row | {"options": [target, *(o for o in options if o != target)]})
@@ -83,14 +89,23 @@ def sst2(split: str) -> list[Row]:
     """SST-2 (Socher et al. 2013): is a sentence of a review positive or negative?"""
     template = "{}\nIs this review positive or negative? Answer with one word."
     examples = records("stanfordnlp/sst2", split)
-    return [row(template.format(r["sentence"].strip()), ("negative", "positive")[r["label"]]) for r in examples]
+    answers = ("negative", "positive")
+    return [row(template.format(r["sentence"].strip()), _named(answers, r["label"], split)) for r in examples]
 
 
 def ag_news(split: str) -> list[Row]:
     """AG News (Zhang et al. 2015): the topic of a piece of news."""
     topics = ("World", "Sports", "Business", "Technology")
     template = f"{{}}\nIs this news about {', '.join(topics[:3])} or {topics[3]}? Answer with one word."
-    return [row(template.format(r["text"].strip()), topics[r["label"]]) for r in records("fancyzhx/ag_news", split)]
+    examples = records("fancyzhx/ag_news", split)
+    return [row(template.format(r["text"].strip()), _named(topics, r["label"], split)) for r in examples]
+
+
+def _named(names: Sequence[str], label: int, split: str) -> str:
+    """The name of a label. Raises UserError for one without a name: published test splits hide theirs as -1."""
+    if not 0 <= label < len(names):
+        raise UserError(f"split {split!r} has rows with the label {label}, which has no name: use another split")
+    return names[label]
 
 
 def gsm8k(split: str) -> list[Row]:

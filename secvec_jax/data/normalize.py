@@ -58,7 +58,7 @@ def _normalized(record: Any, where: str, ignore: Collection[str], columns: Colum
     if columns.mapped:
         ignore = [name for name in ignore if name not in columns.mapped]
     asked = (*columns.messages, *columns.prompt)
-    field = next((name for name in asked if record.get(name) is not None), None)
+    field = next((name for name in asked if record.get(name) is not None and name not in ignore), None)
     if field is None and any(name in columns.mapped for name in asked):
         raise UserError(f"{where}: the column {asked[0]!r} is missing or empty (found: {_names(record)})")
     if field is None:
@@ -263,6 +263,12 @@ def _from_pair(
     record: Mapping[str, Any], field: str, where: str, ignore: Collection[str], columns: Columns
 ) -> tuple[list[Message], list[str]]:
     """The turns of a prompt, with its context, and its answer; and the fields that were used."""
+    others = [name for name in columns.prompt if name != field and name not in ignore]
+    if other := next((name for name in others if not is_empty(record.get(name)) and record[name] != record[field]), ""):
+        raise UserError(
+            f"{where}: two prompts, `{field}` and `{other}`: remove the one that is not asked, which is often a "
+            "rendering of the whole row, or name it in --ignore-fields (in Python, ignore_fields)"
+        )
     used = [field]
     history: list[Message] = []
     if record[field] and _are_turns(record[field]):  # as in TRL: all of it is context
@@ -271,7 +277,8 @@ def _from_pair(
         prompt = _text(record[field], field, where)
         for name in columns.input:
             if not is_empty(record.get(name)) and name not in ignore:
-                prompt += "\n" + _text(record[name], name, where)
+                context = "\n" + _text(record[name], name, where)
+                prompt += "" if prompt.endswith(context) else context  # not a second time
                 used.append(name)
         if not prompt.strip():
             raise UserError(f"{where}: `{field}` is empty; write a prompt or remove the row")

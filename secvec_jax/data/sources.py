@@ -299,6 +299,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             table = csv.DictReader(stream, strict=True)  # else an unclosed quote swallows all following rows
             names = list(table.fieldnames or [])
+            if path.stat().st_size and not any(name.strip() for name in names):
+                raise UserError(f"{path.name} begins with an empty line: the first one must be the header")
             if repeated := _first_repeated(filter(None, names)):
                 raise UserError(f"{path.name} has the column {repeated!r} twice; keep the one that is meant")
             if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):

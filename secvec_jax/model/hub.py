@@ -133,12 +133,12 @@ class Model:
         card: the text of its README.md. dtype: "float32", "bfloat16" or "float16", to which all weights are rounded;
         None: nothing is rounded, each weight is in the source's dtype if that holds it exactly, else in float32. For a
         model in lower precision, the weights that it was loaded from are written, with what was merged since. Raises
-        UserError if `folder` is a file, or a folder with contents that are not a model's, which would be deleted, and
-        if a weight is not finite.
+        UserError if `folder` is a file, or a folder with contents other than a model that this library wrote, which
+        would be deleted, and if a weight is not finite.
         All processes must call this, and the first one writes. If it fails, the others raise UserError.
         """
         target = checked_path("folder", folder, "a folder to write the model into")
-        check_replaceable(target, "config.json", REPLACEABLE)
+        check_replaceable(target, CHECKSUMS, REPLACEABLE)
         if card is not None:
             instance("card", card, str, "pass the text of the folder's README.md")
         if (wrong := first_not_finite(dict(self.backbone.named_leaves()))) is not None:

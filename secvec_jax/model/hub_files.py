@@ -56,6 +56,11 @@ def fetched(source: str, files: Sequence[str], revision: str | None = None) -> P
         return Path(snapshot_download(source, allow_patterns=list(files), revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if Path(source).parent.is_dir():
+            raise UserError(
+                f"no model {source!r}: the folder {Path(source).parent} has none of this name, and the hub cannot be "
+                f"asked for it ({reason})"
+            ) from error
         raise UserError(
             f"cannot fetch {source!r} from the hub ({reason}): check the name and the network, or give a local folder"
         ) from error

@@ -57,6 +57,9 @@ class MissingTokenizer:
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or a `MissingTokenizer` if it has none.
 
+    Text is split as tokenizer.json says. `AutoTokenizer` rebuilds how some families split theirs from config.json's
+    model_type, which differs for models whose file says something else.
+
     Raises UserError if the files are incomplete or cannot be read, or if the tokenizer merges at random (dropout).
     """
     if not any((folder / name).is_file() for name in VOCABULARIES):
@@ -71,7 +74,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = _as_in_file(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), folder)
     except Exception as error:  # tokenizers raises plain Exception, transformers errors of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} has no tokenizer that can be read ({reason}): copy its files again") from error
@@ -86,6 +89,45 @@ def load_tokenizer(folder: Path) -> Any:
         _check_growth(backend, folder)
     _check_use(tokenizer, folder)
     return tokenizer
+
+
+def _as_in_file(tokenizer: Any, folder: Path) -> Any:
+    """The tokenizer, or one that is read from tokenizer.json alone if this one splits text in another way."""
+    path, backend = folder / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not path.is_file():
+        return tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if _splitting(backend) == _splitting(_without_vocabulary(path)):
+        return tokenizer
+    from_file = PreTrainedTokenizerFast.from_pretrained(folder)
+    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):  # some classes have defaults
+        if getattr(from_file, role) is None and getattr(tokenizer, role) is not None:
+            setattr(from_file, role, getattr(tokenizer, role))
+    return from_file
+
+
+def _without_vocabulary(path: Path) -> Any:
+    """The tokenizer of a file; of a BPE one without its vocabulary, which takes longer to read than all else."""
+    import tokenizers
+
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if entries["model"].get("type") == "BPE":
+        entries["model"] |= {"vocab": {}, "merges": []}
+        entries["added_tokens"], entries["post_processor"] = [], None
+    return tokenizers.Tokenizer.from_str(json.dumps(entries))
+
+
+def _splitting(backend: Any) -> list[Any]:
+    """What a tokenizer splits text by, except for its vocabulary."""
+    parts = [getattr(part, "__getstate__", lambda: None)() for part in (backend.normalizer, backend.pre_tokenizer)]
+    return [type(backend.model).__name__, *parts, *(getattr(backend.model, name, None) for name in _MODEL_SETTINGS)]
+
+
+_MODEL_SETTINGS = (
+    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+    "ignore_merges", "max_input_chars_per_word",
+)  # fmt: skip
 
 
 def _check_growth(backend: Any, folder: Path) -> None:

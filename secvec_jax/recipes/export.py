@@ -17,6 +17,7 @@ from secvec_jax.evaluation.results import FILE, Results
 from secvec_jax.files import resolved
 from secvec_jax.model.embedded import ALIGNED, UNALIGNED
 from secvec_jax.model.hub import Model, load
+from secvec_jax.output_checks import check_kept
 from secvec_jax.recipes.training_run import TASK_FOLDER
 from secvec_jax.remote import exists, is_url, local, upload
 from secvec_jax.terminal import Console
@@ -44,8 +45,8 @@ class Export:
     scores: tuple[str, ...] = ()
     """run directories of `eval.py score`, `audit`, `judge` or `harness` whose tables the model card shows"""
     out: str = "exported"
-    """folder to write; an exported model in it is replaced, and a folder with anything else is an error; or a URL such
-    as gs://bucket/model, where nothing exists yet"""
+    """folder to write; a model that was exported to it is replaced, and a folder with anything else is an error; or a
+    URL such as gs://bucket/model, where nothing exists yet"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """dtype of the exported weights; by default that of the base model"""
 
@@ -72,6 +73,9 @@ def _write(settings: Export, out: Path) -> None:
     """Write the model into a folder."""
     if out.exists() and not (out / "config.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not a model: choose a new folder for --out")
+    check_kept(out, "--out", {"--model": settings.model})
+    for path in settings.adapters:
+        check_kept(out, "--out", {"--adapters": path})
     check_distinct(settings.adapters)
     adapters = [_adapter(path) for path in settings.adapters]
     carried = [path for path in adapters if holds_security_vectors(path)]

@@ -23,7 +23,7 @@ from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.lora import LoRA, LoRAVectors
 from secvec_jax.vectors.origin import check_origin, stored_origin
 from secvec_jax.vectors.peft_config import check_kind, check_layers, read_config, unplaced_weights_message
-from secvec_jax.vectors.tensor_file import check_saved, pickled, precision_entry, read_tensors
+from secvec_jax.vectors.tensor_file import check_saved, pickled, precision_entry, read_metadata, read_tensors
 
 SECURITY_VECTORS = "security vectors"
 WARNING = (
@@ -46,7 +46,10 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
     from safetensors.numpy import save_file
 
     check_saved(vectors, model, (LoRAVectors,))
-    check_replaceable(path("folder", folder, "a folder to write the adapter into"), CONFIG, REPLACEABLE)
+    folder = path("folder", folder, "a folder to write the adapter into")
+    check_replaceable(folder, CONFIG, REPLACEABLE)
+    if (folder / WEIGHTS).is_file() and "holds" not in read_metadata(folder / WEIGHTS):
+        raise UserError(f"{folder} has an adapter of another program, which would be deleted: name a new folder")
     spec, modules = vectors.spec, _peft_modules(model, vectors.factors)
     config = {
         "peft_type": "LORA",
@@ -77,6 +80,7 @@ def save_peft(vectors: LoRAVectors, folder: str | Path, model: Model, holds: str
         "backbone": model.fingerprint,
         "holds": holds,
         "sites": ",".join(vectors.factors),
+        "scale": repr(spec.scale),
         "fingerprint": fingerprint(tensors),
         **precision_entry(vectors, model),
         **({"warning": WARNING} if is_private else {}),
@@ -130,6 +134,11 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     if config["r"] > largest:
         raise UserError(f"{folder} has rank {config['r']}, more than the {largest} of the model's largest linear map")
     spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
+    if not math.isclose(spec.scale, float(metadata.get("scale", spec.scale)), rel_tol=1e-6):
+        raise UserError(
+            f"{folder / CONFIG} was altered after it was written: r, lora_alpha and use_rslora give the scale "
+            f"{spec.scale:g} instead of {float(metadata['scale']):g}; write the adapter again, or fetch it again"
+        )
     check_kind(config, _patterns(spec, modules) if is_own_format else {}, folder)
     check_layers(config, layers, model.architecture.num_layers, folder)
     factors = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 from secvec_jax.errors import UserError
 from secvec_jax.files import check_regular
+from secvec_jax.limits import LimitExceeded, run_limited
 
 _READ = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "target_modules", "exclude_modules",
@@ -25,6 +26,10 @@ _INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 _OR_MERGE = "or merge it into its model with PEFT's merge_and_unload and give the merged model"
 
 
+_SECONDS, _MEMORY = 10.0, 2**30
+"""Limits for the regular expressions of an adapter."""
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration of a LoRA adapter.
 
@@ -36,7 +41,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict) or not {"r", "lora_alpha"} <= set(config):
             raise ValueError("r or lora_alpha is missing")
         if type(config["r"]) is not int or config["r"] < 1:
-            raise ValueError("r must be a whole number of at least 1")
+            raise ValueError("r must be a positive integer")
         if type(config["lora_alpha"]) not in (int, float) or not abs(config["lora_alpha"]) < 1e30:
             raise ValueError("lora_alpha must be a number")
         if config.get("use_rslora") not in (None, True, False):
@@ -46,7 +51,7 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError("layers_to_transform must be a number or a list of numbers")
         for entry in ("target_modules", "exclude_modules"):
             if not (config.get(entry) is None or isinstance(config[entry], str) or _is_list_of(str, config[entry])):
-                raise ValueError(f"{entry} must be a text or a list of texts")
+                raise ValueError(f"{entry} must be a string or a list of strings")
     except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a PEFT adapter folder") from error
     return config
@@ -80,12 +85,10 @@ def check_kind(config: dict[str, Any], supported: dict[str, Any], folder: Path) 
 def check_layers(config: dict[str, Any], layers: dict[str, set[int]], count: int, folder: Path) -> None:
     """Raises UserError if the modules with weights are not those that the configuration names, by PEFT's rules.
 
+    Also for a regular expression that takes more than ten seconds.
     layers: module name, with `{}` for the layer -> the layers in which it has weights. count: the layers of the model.
-    Nothing is checked where a regular expression chooses the modules.
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
-    if isinstance(targets, str) or isinstance(excluded, str):
-        return
     chosen = config.get("layers_to_transform")
     all_layers = chosen is None or chosen == []
 
@@ -93,26 +96,40 @@ def check_layers(config: dict[str, Any], layers: dict[str, set[int]], count: int
         name = module.format(layer).removeprefix("base_model.model.")
         if targets is None:
             targeted = bool(layers[module])
-        elif name in targets:
-            return not _ends_in(name, excluded)
+        elif isinstance(targets, list) and name in targets:
+            return not _matches(name, excluded)
         else:
-            targeted = _ends_in(name, targets)
-        return targeted and not _ends_in(name, excluded) and (all_layers or layer in _listed(chosen))
+            targeted = _matches(name, targets)
+        return targeted and not _matches(name, excluded) and (all_layers or layer in _listed(chosen))
 
-    for module, present in layers.items():
-        for layer in range(count):
-            if is_targeted(module, layer) != (layer in present):
-                name, entry = module.format(layer), "target_modules" if all_layers else "layers_to_transform"
-                problem = f"has {name}, which {entry} leaves out" if layer in present else f"lacks {name}"
-                raise UserError(f"{folder} {problem}: the adapter is damaged, or was made for another model")
+    def first_difference() -> tuple[str, bool] | None:
+        for module, present in layers.items():
+            for layer in range(count):
+                if is_targeted(module, layer) != (layer in present):
+                    return module.format(layer), layer in present
+        return None
+
+    try:
+        found = run_limited(first_difference, _SECONDS, _MEMORY)
+    except (re.error, LimitExceeded) as error:
+        raise UserError(
+            f"{folder / 'adapter_config.json'} has a regular expression that cannot be used ({error}): list the modules"
+        ) from error
+    if found is not None:
+        (name, is_present), entry = found, "target_modules" if all_layers else "layers_to_transform"
+        problem = f"has {name}, which {entry} leaves out" if is_present else f"lacks {name}"
+        raise UserError(f"{folder} {problem}: the adapter is damaged, or was made for another model")
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _ends_in(name: str, suffixes: list[str]) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+def _matches(name: str, chosen: str | list[str]) -> bool:
+    """Whether a module is one of those chosen by a list of last parts of names, or by a regular expression."""
+    if isinstance(chosen, str):
+        return chosen.lower() == "all-linear" or re.fullmatch(chosen, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in chosen)
 
 
 def unplaced_weights_message(folder: Path, names: list[str]) -> str:

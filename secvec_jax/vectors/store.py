@@ -28,7 +28,7 @@ from secvec_jax.trees import fingerprint
 from secvec_jax.vectors.kinds import KINDS, Vectors, kind_of
 from secvec_jax.vectors.origin import check_origin, stored_origin
 from secvec_jax.vectors.peft import SECURITY_VECTORS, WARNING, WEIGHTS, load_peft
-from secvec_jax.vectors.tensor_file import check_saved, precision_entry, read_tensors
+from secvec_jax.vectors.tensor_file import check_saved, precision_entry, read_metadata, read_tensors
 
 _FORMAT = "secvec_jax/1"
 
@@ -117,10 +117,13 @@ def trained_over(path: str | Path) -> str | None:
 
     None for an adapter that does not name its backbone. Raises UserError if it cannot be read.
     """
-    path = find_vectors(path)
-    metadata, _ = read_tensors(path / WEIGHTS if path.is_dir() else path)
-    origin = stored_origin(metadata)
+    origin = stored_origin(_metadata(path))
     return None if origin is None else origin.precision
+
+
+def _metadata(path: str | Path) -> dict[str, str]:
+    found = find_vectors(path)
+    return read_metadata(found / WEIGHTS if found.is_dir() else found)
 
 
 def _flat(factors: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:
@@ -138,6 +141,5 @@ def _fingerprint(vectors: Vectors) -> str:
 
 def holds_security_vectors(path: str | Path) -> bool:
     """Whether the file at a path says that it holds security vectors. Raises UserError if it cannot be read."""
-    path = find_vectors(path)
-    metadata, _ = read_tensors(path / WEIGHTS if path.is_dir() else path)
+    metadata = _metadata(path)
     return metadata.get("format") == _FORMAT or metadata.get("holds") == SECURITY_VECTORS

@@ -20,7 +20,7 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """The metadata and the arrays of a file.
 
-    Raises UserError if it is missing, no safetensors file, damaged, or has numbers that are not finite floats.
+    Raises UserError if it is missing, not a safetensors file, damaged, or has numbers that are not finite floats.
     """
     from safetensors import safe_open
 
@@ -34,7 +34,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
             if unsupported is None:
                 tensors = {key: np.asarray(file.get_tensor(key)) for key in kinds}
     except FileNotFoundError as error:
-        raise UserError(f"no vectors at {path}: check --vectors") from error
+        raise UserError(f"no vectors at {path}: check the path") from error
     except Exception as error:  # safetensors raises errors of many kinds
         raise UserError(_unreadable(path, error)) from error
     if unsupported is not None:
@@ -44,6 +44,20 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     if wrong := next((key for key, array in tensors.items() if not np.isfinite(array).all()), None):
         raise UserError(f"{path}: {wrong[:80]} has NaN or infinite numbers: its training went wrong, train it again")
     return metadata, tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file. Raises UserError if it is missing, not a safetensors file, or damaged."""
+    from safetensors import safe_open
+
+    check_safetensors(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except FileNotFoundError as error:
+        raise UserError(f"no vectors at {path}: check the path") from error
+    except Exception as error:  # safetensors raises errors of many kinds
+        raise UserError(_unreadable(path, error)) from error
 
 
 def _unreadable(path: Path, error: Exception) -> str:

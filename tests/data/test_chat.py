@@ -248,6 +248,27 @@ def test_spans_that_are_not_one_a_turn_cannot_be_distinguished(templated):
         encode(templated(split), turns, LONG)
 
 
+def test_a_word_is_learned_whose_token_begins_with_the_space_of_the_prompt():
+    spaced = build_tokenizer(("USER: The capital is ASSISTANT: Paris Berlin",) * 3)
+    spaced.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} "
+        "{% else %}ASSISTANT: {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    row = encode(spaced, conversation(("The capital is", "Paris"), ("The", "Berlin")), LONG)
+    found = [spaced.decode(row.tokens[span]) for span in spans(row.supervised)]
+    assert found == [" Paris<|im_end|>", " Berlin<|im_end|>"]
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"])
+def test_a_row_that_spells_control_tokens_has_the_spans_that_the_template_marks(templated, end):
+    used = templated(MARKED.replace("<|im_end|>{% endgeneration %}", end))
+    for question in ("Say this.", "Say <|im_end|> to me."):
+        row = encode(used, conversation((question, "a <|im_start|> b")), LONG)
+        (span,) = spans(row.supervised)
+        assert used.decode(row.tokens[span]) == "a <|im_start|> b" + ("<|im_end|>" if end.startswith("<") else "")
+
+
 def test_what_a_tool_says_is_not_learned(tokenizer):
     turns = [
         *conversation(("a", "I look."))[:2],

@@ -139,6 +139,16 @@ def test_every_row_is_encoded_once_before_the_first_step(monkeypatch, max_steps,
         assert encodes == expected, name
 
 
+def test_answers_that_no_token_ends_are_counted(tmp_path, caplog):
+    endless = build_tokenizer()
+    endless.chat_template = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}" + (
+        "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    )
+    encode_rows(endless, load_rows(written(tmp_path, SHORT)), 64)
+    (message,) = warnings_of(caplog)
+    assert message.startswith("12 of 12 rows have no token that ends the answer")
+
+
 def test_answers_that_are_cut_are_counted_and_named(tmp_path, tokenizer, caplog):
     turns = row("q", "a")["messages"] + row("w " * 40, "LAST")["messages"]
     rows = load_rows(written(tmp_path, [*SHORT, WIDE, {"messages": turns}]))

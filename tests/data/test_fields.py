@@ -93,6 +93,21 @@ def test_two_answers_are_refused():
         normalize(PAIR | {"completion": "5"}, "here")
 
 
+def test_two_prompts_are_refused_unless_one_is_ignored():
+    rendered = {"prompt": "### Instruction: 2+2?\n### Response: 4", "instruction": "2+2?", "output": "4"}
+    with pytest.raises(UserError, match="here: two prompts, `prompt` and `instruction`"):
+        normalize(rendered, "here")
+    assert said(normalize(rendered, "here", ignore=["prompt"])) == [("user", "2+2?"), ("assistant", "4")]
+    assert said(normalize(rendered | {"prompt": "2+2?"}, "here")) == [("user", "2+2?"), ("assistant", "4")]
+
+
+def test_a_context_is_not_appended_twice():
+    row = normalize({"question": "Who?", "context": "Ann came.", "input": "Ann came.", "answer": "Ann"}, "here")
+    assert said(row) == [("user", "Who?\nAnn came."), ("assistant", "Ann")]
+    row = normalize({"prompt": "Who?\nAnn came.", "input": "Ann came.", "answer": "Ann"}, "here")
+    assert said(row) == [("user", "Who?\nAnn came."), ("assistant", "Ann")]
+
+
 @pytest.mark.parametrize("repeated", [
     {"prompt": "Hi"}, {"prompt": "Hi", "response": "Hello."}, {"text": "### Q: Hi\n### A: Hello."},
     {"conversations": SHAREGPT}, {"chosen": TURNS}], ids=str)  # fmt: skip
@@ -111,7 +126,8 @@ def test_what_the_turns_hold_as_well_is_no_loss(repeated):
         ({"train": False}, "`train` is False"),
         ({"weight": 0.5}, "`weight` is 0.5"),
         ({"masked": True}, "`masked` is True"),
-        ({"label": False}, "`label` is False"),
+        ({"label": False}, "`label` is False, but only turns"),
+        ({"label": 3}, "unknown fields `label` may contain training data"),
     ],
 )
 def test_fields_that_say_what_is_not_to_be_learned_are_refused(more, message):

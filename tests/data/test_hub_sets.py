@@ -89,6 +89,18 @@ def test_the_papers_tasks(hub):
     assert pairs("gsm8k") == [("2+2?", "It is <<2+2=4>>4.\nThe final answer is: 4")]
 
 
+def test_labels_that_a_test_split_hides_are_refused(hub):
+    hub([{"sentence": "fine ", "label": -1}])
+    with pytest.raises(UserError, match="split 'test' has rows with the label -1"):
+        load_rows("sst2", "test")
+    hub([{"text": "Rates rise", "label": 4}])
+    with pytest.raises(UserError, match="label 4, which has no name"):
+        load_rows("ag-news", "test")
+    hub([PASSAGE | {"answer_label": -1}])
+    with pytest.raises(UserError, match="label -1, which has no name"):
+        load_rows("bbq-all", "age")
+
+
 @pytest.mark.parametrize("name", HUB_SETS)
 def test_what_cannot_be_reached_is_reported(monkeypatch, name):
     def fail(*args, **kwargs):

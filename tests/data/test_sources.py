@@ -286,6 +286,19 @@ def test_an_unreadable_file_is_named(tmp_path):
         load_rows(str(path))
 
 
+def test_the_cells_of_a_folder_of_csv_files_are_read_as_they_are(tmp_path):
+    lines = "instruction,input,output\nIn German?,null,Null\nA code?,NA,007\nWhen?,,2024-01-01\n"
+    (tmp_path / "train.csv").write_text(lines)
+    assert list(load_rows(str(tmp_path))) == list(load_rows(str(tmp_path / "train.csv")))
+    assert prompt_of(load_rows(str(tmp_path))[1]) == "A code?\nNA"
+
+
+def test_a_csv_file_that_begins_with_an_empty_line_is_reported(tmp_path):
+    (tmp_path / "rows.csv").write_text("\nprompt,response\na,b\n")
+    with pytest.raises(UserError, match="begins with an empty line: the first one must be the header"):
+        load_rows(str(tmp_path / "rows.csv"))
+
+
 def test_only_folders_and_the_hub_have_other_splits(tmp_path):
     _write(tmp_path / "rows.jsonl", RECORDS)
     for source in ("advbench", str(tmp_path / "rows.jsonl")):

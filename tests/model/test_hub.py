@@ -13,6 +13,7 @@ import safetensors.numpy
 from secvec_jax.errors import UserError
 from secvec_jax.model import checkpoint_files, hub
 from secvec_jax.model.generate import generate_tokens
+from secvec_jax.model.tokenizer import load_tokenizer, save_tokenizer
 
 VARIANTS = ["llama-llama3", "llama-biases", "mistral", "qwen2-mixed", "qwen3", "gemma2", "gemma3", "opt", "phi3"]
 REPEATED = ["llama-tied", "llama-linear", "qwen2", "qwen2-window", "qwen3-biases", "phi3-window"]
@@ -130,6 +131,33 @@ def test_a_tokenizer_without_padding_stays_so(folder, tmp_path):
     model.save(tmp_path / "out")
     assert model.tokenizer.pad_token is hub.load(tmp_path / "out").tokenizer.pad_token is None
     assert model.tokenizer.eos_token_id is not None
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_text_is_split_as_the_tokenizers_file_says(folder, tmp_path, model_type):
+    """transformers rebuilds the tokenizers of some families from config.json's model_type."""
+    from tokenizers import Tokenizer, normalizers
+
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.normalizer = normalizers.NFKC()
+    backend.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    text = "12345 + 67890 don't e\u0301 \ufb01\n\n  x"
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode(text, add_special_tokens=False) == backend.encode(text, add_special_tokens=False).ids
+    save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    again = load_tokenizer(tmp_path)
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (again.eos_token, again.pad_token, again.chat_template) == (
+        tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template)  # fmt: skip
+
+
+def test_a_model_of_another_program_is_not_replaced(tiny_model, folder):
+    (folder / "checksums.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="contains other files"):
+        tiny_model("llama").model.save(folder)
 
 
 def test_with_backbone_keeps_the_tokenizer(tiny_model):

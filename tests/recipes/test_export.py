@@ -173,6 +173,17 @@ def test_mistakes_are_reported_before_anything_is_written(runs, tmp_path, monkey
     assert (tmp_path / "taken/precious.txt").read_text() == "mine"
 
 
+def test_what_is_exported_is_not_replaced_by_the_export(runs, tmp_path):
+    folder = tmp_path / "work" / "tiny"
+    shutil.copytree(runs / "tiny", folder)
+    for out in (folder, folder.parent):
+        with pytest.raises(UserError, match=r"would replace what --model|is not a model"):
+            export(Export(str(folder), out=str(out)), "")
+    (folder.parent / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="would replace what --model"):
+        export(Export(str(folder), out=str(folder.parent)), "")
+
+
 def test_steering_has_no_place_in_weights(runs, tmp_path):
     path, model = str(tmp_path / "steering.safetensors"), tiny_model()
     save_vectors(Steering().init(model.architecture, jax.random.key(0)), path, model)

@@ -412,6 +412,50 @@ def test_weights_that_the_configuration_leaves_out_are_refused(tiny_model, tmp_p
         load_vectors(tmp_path / "peft", tiny.model)
 
 
+@pytest.mark.parametrize(
+    ("targets", "hint"),
+    [
+        (r".*q_proj", r"peft lacks .*layers\.1\..*q_proj"),
+        (r".*\.0\..*q_proj", ""),
+        (r".*v_proj", r"peft has .*q_proj, which target_modules leaves out"),
+        (r"(((a*)*)*)*b", r"peft has .*q_proj|regular expression that cannot be used"),
+        ("(", "regular expression that cannot be used"),
+    ],
+)
+def test_a_regular_expression_chooses_modules_as_in_peft(tiny_model, random_vectors, tmp_path, targets, hint):
+    from safetensors.numpy import load_file, save_file
+
+    tiny, folder = tiny_model("llama"), tmp_path / "peft"
+    _peft_adapter(tiny.hf, folder, r=2, target_modules=["q_proj"])
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    kept = {name: array for name, array in load_file(weights).items() if ".layers.1." not in name}
+    save_file(kept, weights)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": targets}))
+    if not hint:
+        load_vectors(folder, tiny.model)
+        return
+    with pytest.raises(UserError, match=hint):
+        load_vectors(folder, tiny.model)
+
+
+def test_a_scale_that_was_edited_is_reported(tiny_model, random_vectors, tmp_path):
+    model, config = tiny_model("llama").model, tmp_path / "peft/adapter_config.json"
+    save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
+    entries = json.loads(config.read_text())
+    config.write_text(json.dumps(entries | {"lora_alpha": 2 * entries["lora_alpha"]}))
+    with pytest.raises(UserError, match=r"adapter_config.json was altered after it was written: .* scale"):
+        load_peft(tmp_path / "peft", model)
+
+
+def test_an_adapter_of_another_program_is_not_replaced(tiny_model, random_vectors, tmp_path):
+    tiny = tiny_model("llama")
+    _peft_adapter(tiny.hf, tmp_path / "theirs", r=2, target_modules=["q_proj"])
+    with pytest.raises(UserError, match="has an adapter of another program"):
+        save_peft(random_vectors(tiny.model, rank=2), tmp_path / "theirs", tiny.model)
+    for _ in range(2):
+        save_peft(random_vectors(tiny.model, rank=2), tmp_path / "ours", tiny.model)
+
+
 def test_a_new_entry_that_may_change_the_adapter_is_refused_by_name(tiny_model, random_vectors, tmp_path):
     model, path = tiny_model("llama").model, tmp_path / "peft/adapter_config.json"
     save_peft(random_vectors(model, rank=2), tmp_path / "peft", model)
@@ -490,8 +534,8 @@ def test_a_folder_in_place_of_the_weights_is_reported(model, random_vectors, tmp
 @pytest.mark.parametrize(
     ("entry", "hint"),
     [
-        ({"r": 0}, "r must be a whole number of at least 1"),
-        ({"r": True}, "r must be a whole number"),
+        ({"r": 0}, "r must be a positive integer"),
+        ({"r": True}, "r must be a positive integer"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a number"),
         ({"lora_alpha": "16"}, "lora_alpha must be a number"),
         ({"lora_alpha": 10**400}, "cannot be read"),
