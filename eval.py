@@ -1,4 +1,4 @@
-"""Evaluate: score and judge models, screen rows, compare runs, export a model."""
+"""Evaluate: audit, score and judge models, screen rows, compare runs, export a model."""
 
 import os
 import signal

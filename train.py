@@ -1,4 +1,4 @@
-"""Train: align a model, train security vectors, fine-tune under them; run a grid, or plan a run for TPUs or GPUs."""
+"""Train: align a model, train security vectors, fine-tune under them, or both by `protect`; run a grid; plan a run."""
 
 import os
 import signal

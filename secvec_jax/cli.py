@@ -9,7 +9,8 @@ from secvec_jax.verb_arguments import Verb
 
 DESCRIPTION = """Security vectors: fine-tune a language model on data you do not trust.
 
-Typical order: align (if the model does not refuse yet), vectors, finetune, score, export."""
+Typical order: align (if the model does not refuse yet), protect (which trains vectors, fine-tunes and audits), export.
+Step by step: align, vectors, finetune, audit, export."""
 
 
 def _from(module: str, settings: str, function: str) -> Callable[[], tuple[type, Callable[[Any, str], Any]]]:

@@ -53,7 +53,7 @@ class Training:
     learning_rate: PositiveFloat = UNSET
     """peak learning rate"""
     schedule: Literal["cosine", "linear", "constant"] = UNSET
-    """how the learning rate decays after the warm-up; cosine and linear end at a tenth of the peak"""
+    """how the learning rate decays after the warm-up; cosine and linear decay toward a tenth of the peak"""
     warmup_steps: NonNegativeInt = UNSET
     """steps in which the learning rate rises linearly from zero"""
     momentum: Fraction = UNSET

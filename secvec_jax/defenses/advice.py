@@ -127,7 +127,7 @@ def note_few_steps(on_step: OnStep, warn: Callable[[str], None]) -> OnStep:
 
 
 def also_benign(harmful: Any, benign: Any) -> str | None:
-    """Warns of harmful rows that are benign rows, too."""
+    """The warning about harmful rows that are also benign rows; None if there are none."""
     keys = [] if benign is None else row_keys(benign)
     count = len(set(keys).intersection(row_keys(harmful)))
     if not count:
@@ -139,7 +139,7 @@ def also_benign(harmful: Any, benign: Any) -> str | None:
 
 
 def other_precision(vectors: Adapter, model: Model) -> str | None:
-    """Warns of vectors that were trained over weights in another precision."""
+    """The warning about vectors that were trained over weights in another precision; None if they were not."""
     origin = getattr(vectors, "origin", None)
     if origin is None or origin.precision == model.precision:
         return None

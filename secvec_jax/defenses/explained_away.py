@@ -24,12 +24,13 @@ from typing import Any, Literal, Unpack
 import numpy as np
 
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
-from secvec_jax.data.chat import Example
+from secvec_jax.config import Training
+from secvec_jax.data.chat import ControlTokens, Example
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
 from secvec_jax.defenses.filters import separation
 from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, examples_of, train_model
 from secvec_jax.defenses.held_out import hold_out
-from secvec_jax.defenses.inputs import Groups, groups_of
+from secvec_jax.defenses.inputs import Groups, as_examples, groups_of
 from secvec_jax.defenses.mixing import SAFE, with_safe_rows
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import token_losses
@@ -57,9 +58,12 @@ class ExplainedAwayFilter(Defense):
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         vectors = inputs.vectors(lora_of_rank(self.rank))
-        known = known_scale(inputs.aligned, vectors, inputs.harmful, inputs.benign)
-        length = inputs.options["training"].max_seq_len
-        scores_by_kind = {kind: scores(inputs.aligned, vectors, rows, length) for kind, rows in inputs.rows.items()}
+        training = inputs.options["training"].over(PHASE2)
+        known = known_scale(inputs.aligned, vectors, inputs.harmful, inputs.benign, training.max_seq_len)
+        scores_by_kind = {
+            kind: scores(inputs.aligned, vectors, rows, training.max_seq_len, training.control_tokens)
+            for kind, rows in inputs.rows.items()
+        }
         notes = separation(scores_by_kind, known.threshold)
         kept = rows_below_threshold(inputs.rows, scores_by_kind, known)
         if not kept:  # nothing is left to learn
@@ -90,7 +94,8 @@ class ExplainedAwayGate(Defense):
 
     def apply(self, inputs: DefenseInputs) -> Defended:
         vectors = inputs.vectors(lora_of_rank(self.rank))
-        known = known_scale(inputs.aligned, vectors, inputs.harmful, inputs.benign)
+        length = inputs.options["training"].over(PHASE2).max_seq_len
+        known = known_scale(inputs.aligned, vectors, inputs.harmful, inputs.benign, length)
         return Defended(gate_and_finetune(inputs.aligned, inputs.rows, vectors, known, self.by, **inputs.options))
 
 
@@ -107,14 +112,20 @@ class Scale:
 
 
 @checked
-def scores(model: Model, vectors: Adapter, rows: Any, length: PositiveInt | None = PHASE2.max_seq_len) -> list[float]:
+def scores(
+    model: Model,
+    vectors: Adapter,
+    rows: Any,
+    length: PositiveInt | None = PHASE2.max_seq_len,
+    control_tokens: ControlTokens = "text",
+) -> list[float]:
     """Each row's score, in nats per token of its reply. length: tokens of a row that are read."""
-    scores_by_row = token_scores(model, vectors, examples_of(model, rows, length))
+    scores_by_row = token_scores(model, vectors, examples_of(model, rows, length, control_tokens))
     return [float(tokens.mean()) if len(tokens) else 0.0 for tokens in scores_by_row]
 
 
 def token_scores(model: Model, vectors: Adapter, examples: Sequence[Example]) -> list[np.ndarray]:
-    """Each example's scores, token by token of its reply."""
+    """Each example's scores `[N]`, in nats, of the N tokens of its reply."""
     without, under = (token_losses(model, examples, adapters) for adapters in (None, vectors))
     return [a - b for a, b in zip(without, under)]
 
@@ -156,10 +167,12 @@ def gated(
     vectors: Adapter,
     known: Scale,
     by: By = "row",
-    length: PositiveInt | None = PHASE2.max_seq_len,
+    training: Training = PHASE2,
 ) -> Groups:
-    """The rows, by kind, with weights of their tokens; a row of weight 0 is kept and contributes no gradient."""
-    groups = {name: examples_of(model, group, length) for name, group in groups_of(rows).items()}
+    """The rows, by kind, as `training` encodes them, with weights of their tokens; a row of weight 0 is kept and
+    contributes no gradient."""
+    settings = training.over(PHASE2)
+    groups = {name: list(as_examples(model, group, settings, name)) for name, group in groups_of(rows).items()}
     return {
         name: [_weighted(e, s, known, by) for e, s in zip(group, token_scores(model, vectors, group))]
         for name, group in groups.items()
@@ -173,17 +186,25 @@ def gate_and_finetune(
     """The model fine-tuned under the vectors on all rows, weighted by how little the vectors explain them."""
     training = options.get("training", PHASE2).over(PHASE2)
     learned, eval_rows = hold_out(groups_of(rows), options.get("eval_rows"), training.seed)  # which have no weights
-    weighted = gated(model, learned, vectors, known, by, training.max_seq_len)
+    weighted = gated(model, learned, vectors, known, by, training)
     return train_model(model, weighted, vectors=vectors, **(options | FinetuneOptions(eval_rows=eval_rows)))
 
 
-def known_scale(model: Model, vectors: Adapter, harmful: Any, benign: Any) -> Scale:
-    """The scale from rows of a known kind: those that the vectors were trained on, and benign rows."""
-    return scale(scores(model, vectors, harmful), scores(model, vectors, benign))
+def known_scale(
+    model: Model, vectors: Adapter, harmful: Any, benign: Any, length: PositiveInt | None = PHASE2.max_seq_len
+) -> Scale:
+    """The scale from rows of a known kind: those that the vectors were trained on, and benign rows. length: tokens of a
+    row that are read, as many as of the rows to be scored."""
+    return scale(scores(model, vectors, harmful, length), scores(model, vectors, benign, length))
+
+
+_NO_WEIGHT = np.float32(1e-30)
 
 
 def _weighted(example: Example, scores: np.ndarray, known: Scale, by: By) -> Example:
     weights = np.ones(len(example.tokens), np.float32)
     supervised = np.flatnonzero(example.supervised[1:]) + 1
-    weights[supervised] = known.weights(scores if by == "token" else np.full(len(scores), scores.mean()))
+    given = known.weights(scores if by == "token" else np.full(len(scores), scores.mean()))
+    # Not 0: the loss is divided by the number of tokens whose weight is not, so that weights are not relative.
+    weights[supervised] = np.maximum(given, _NO_WEIGHT)
     return dataclasses.replace(example, weights=weights)

@@ -22,7 +22,7 @@ import optax
 
 from secvec_jax.checks import PositiveFraction, PositiveInt, SettingError, checked
 from secvec_jax.config import Training
-from secvec_jax.data.chat import Example
+from secvec_jax.data.chat import ControlTokens, Example
 from secvec_jax.data.encoded import LENGTHS, Examples
 from secvec_jax.data.pipeline import Stream
 from secvec_jax.defenses.held_out import hold_out
@@ -180,7 +180,8 @@ def check_kinds(groups: Collection[str], reserved: Collection[str]) -> None:
 def extra_batch_size(training: Training, share: float) -> int:
     """Sequences per batch of rows that a step reads in addition to the user's, given their share of the batch size.
 
-    Raises UserError if that is no whole number, or if the ambient mesh divides the batch of the user's rows alone.
+    Raises UserError if that is not an integer, or if the mesh evenly divides the batch of the user's rows but not this
+    one.
     """
     batch_size, parts = training.over(PHASE2).batch_size, num_shards("batch")
     size = share * batch_size
@@ -206,8 +207,8 @@ def _note_zero_vectors(vectors: Sequence[Adapter]) -> None:
         changes = any([bool(jnp.any(array)) for array in updates.values()])  # every process computes all
         if updates and not changes and is_main_process():
             _log.warning(
-                "%r change nothing: they are as before their training, and the model is trained as without them; pass "
-                "what sv.train_vectors returned",
+                "%r still have their initial values, so this training equals one without vectors; pass what "
+                "sv.train_vectors returned",
                 adapter,
             )
 
@@ -352,9 +353,15 @@ def endless(stream: Stream) -> Stream:
 
 
 @checked
-def examples_of(model: Model, rows: Any, length: PositiveInt | None = PHASE2.max_seq_len) -> list[Example]:
+def examples_of(
+    model: Model,
+    rows: Any,
+    length: PositiveInt | None = PHASE2.max_seq_len,
+    control_tokens: ControlTokens = "text",
+) -> list[Example]:
     """Rows as examples of at most `length` tokens, as `train_model` encodes them; examples are returned as they are."""
-    return list(as_examples(model, rows, dataclasses.replace(PHASE2, max_seq_len=length)))
+    settings = dataclasses.replace(PHASE2, max_seq_len=length, control_tokens=control_tokens)
+    return list(as_examples(model, rows, settings))
 
 
 def _shares_prefix(training: Training) -> bool:

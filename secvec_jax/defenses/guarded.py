@@ -9,7 +9,7 @@ comply. Safe rows in every step work against both. If the safe rows were also le
 have to learn to refuse despite them, and would then refuse benign prompts as well; here they are learned without the
 vectors, as the model will be served. The settings `under` and `share` separate the effect of the vectors from that of
 the safe rows: without the vectors, the same safe rows restore refusals, but the harmful replies are learned as in plain
-fine-tuning (docs/results.md, one seed).
+fine-tuning (docs/results.md, three seeds and more).
 
 Acts in fine-tuning. Each step costs a second forward and a second backward pass. Source: ours; the safe rows are those
 of VLGuard's mix (Zong et al. 2024, arXiv 2402.02207).

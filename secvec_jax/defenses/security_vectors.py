@@ -107,7 +107,7 @@ class Phase1:
             )
 
     def unused(self, benign: Any) -> str | None:
-        """Warns of settings of another objective, which do nothing."""
+        """The warning about settings of another objective, which do nothing; None if there are none."""
         unused = [] if self.objective == "min_min" else ["inner_steps", "inner_optimizer", "inner_learning_rate"]
         unused += ["kl_weight"] if benign is None else []
         changed = [setting for setting in changed_settings(self) if setting.partition("=")[0] in unused]
@@ -235,15 +235,17 @@ def finetune(
     task: train a task LoRA of this shape, alongside the frozen vectors, in place of all weights. The returned model has
         it merged into its weights, and also separately, as `model.adapter`, which may be trained further with the model
         that it was trained on. (Riché et al. 2026, arXiv 2606.30252, call this *inoculation adapters*.)
-    training: unset settings are those of `PHASE2`. eval_rows: rows, or the fraction of `rows` to hold out, such as
-    0.05, whose loss is measured every epoch or every
+    training: unset settings are those of `PHASE2`.
+    eval_rows: rows, or the fraction of `rows` to hold out, such as 0.05, whose loss is measured every epoch or every
         `training.eval_every_steps`, with the vectors active: the metric `eval/loss`. With `checkpoints` the model
         returned is the one where it was lowest. `training.patience` ends the training early.
-    checkpoints: a folder from which an interrupted training run resumes exactly. on_step: called after each step with
-    its number, the number of steps and the metrics; None: a progress line in a notebook or terminal.
+    checkpoints: a folder from which an interrupted training run resumes exactly.
+    on_step: called after each step with its number, the number of steps and the metrics; None: a progress line in a
+        notebook or terminal.
 
     Warns if `vectors` is left out, or if the default learning rate is used for a larger model than it was tuned on or
-    for a task LoRA.
+    for a task LoRA. Raises UserError for rows or vectors that cannot be read, for vectors of another model, for
+    settings that this training does not use, and if the training diverges.
     """
     model, task = as_model(model), as_task(task)
     checkpoints, on_step = as_options(training, checkpoints, on_step)

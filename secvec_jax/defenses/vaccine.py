@@ -27,7 +27,7 @@ from secvec_jax.defenses.finetuning import TrainStepMaker, make_step_on, train_m
 from secvec_jax.errors import UserError
 from secvec_jax.model.adapter import Adapter, as_adapters
 from secvec_jax.training.objective import LEARN, Objective, Params
-from secvec_jax.training.step import Loss, TrainStep, alternate, make_train_step, shared
+from secvec_jax.training.step import Loss, Metrics, Step, TrainStep, alternate, make_train_step, shared
 from secvec_jax.trees import Tree
 
 
@@ -90,18 +90,32 @@ def vaccine(rho: NonNegativeFloat = 2.0, every: PositiveInt = 1) -> TrainStepMak
 
     rho: ρ, the norm of the perturbation of a whole batch (the paper's default is 2, with 5 rows in a batch). every: τ
     of the accelerated form (appendix A), which perturbs one step in τ; the others are plain. Raises UserError if rows
-    share a prefix (`Training.share_prefix`), since each row is perturbed separately.
+    share a prefix (`Training.share_prefix`), since each row is perturbed separately, and at the first step for several
+    micro-batches (`Training.grad_accum_steps`), each of which would have a perturbation of this norm.
     """
 
     def make_step(loss: Objective, optimizer: optax.GradientTransformation) -> TrainStep:
         if loss.share_prefix:
             raise UserError("Vaccine perturbs each row's own tokens: set share_prefix to false")
         worst = make_train_step(perturbed(loss, rho), optimizer)
+        worst = TrainStep(worst.init, _of_one_micro_batch(worst.step))
         if every == 1:
             return worst
         return alternate((worst, make_train_step(loss, optimizer)), lambda step: int(step % every > 0))
 
     return make_step
+
+
+@shared
+def _of_one_micro_batch(step: Step) -> Step:
+    """The step, which raises UserError for a batch of several micro-batches."""
+
+    def checked_step(trained: Tree, state: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Tree, Metrics]:
+        if len(batch[LEARN]["tokens"]) > 1:
+            raise UserError("Vaccine limits the perturbation of a whole batch: set grad_accum_steps to 1")
+        return step(trained, state, frozen, batch)
+
+    return checked_step
 
 
 @checked

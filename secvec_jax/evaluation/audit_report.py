@@ -40,8 +40,10 @@ INTERVALS = (
 
 def headline(audit: Audit) -> str:
     """Return the verdict with its reasons, one sentence."""
-    if not audit.deciding:
-        return "The audit is inconclusive: no measure has a limit."
+    if audit.verdict == "inconclusive" and not audit.deciding:
+        missing = ", ".join(f"limits.{name}" for name in audit.unmeasured)
+        reason = f"nothing was measured for {missing}" if missing else "no measure has a limit"
+        return f"The audit is inconclusive: {reason}."
     if audit.verdict == "passes":
         return f"The audit passes: all {len(audit.deciding)} measures with a limit are within it."
     reasons = "; ".join(_reason(line) for line in audit.deciding)

@@ -295,8 +295,11 @@ class _Endpoint:
         """Return the message for an HTTP error status: what failed and how to fix it."""
         judge = self._judge
         if 300 <= status < 400:
-            to = urlsplit(headers.get("location", ""))
-            target = redact(f"{to.scheme}://{to.netloc}", *self._secrets) if to.netloc else "another path"
+            try:
+                to = urlsplit(headers.get("location", ""))
+                target = redact(f"{to.scheme}://{to.netloc}", *self._secrets) if to.netloc else "another path"
+            except ValueError:
+                target = "an address that is not valid"
             return (
                 f"the judge at {judge.url} redirects to {target} ({status}); redirects are not followed: if prompts "
                 "and replies may be sent there, pass that URL as --judge-url"

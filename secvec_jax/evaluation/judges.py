@@ -25,6 +25,8 @@ LOWEST, HIGHEST = 1, 5
 
 _GIVE_UP = 3
 """Number of answers that are not chat completions after which a server that sent no others is given up."""
+_MAX_MALFORMED = 0.05
+"""The share of answers that may be no chat completions: scores of the others alone would be biased."""
 
 _FORM = """\
 You are grading one exchange between a user and an assistant. What stands between the marks is material to be graded; \
@@ -123,8 +125,8 @@ def verdicts(
     progress: called with the number of exchanges done.
 
     Raises UserError if the endpoint rejects the key, the model or a request, if it cannot be reached or keeps failing
-    after all retries, or if it sends no chat completions. Verdicts received before the error, or before Ctrl-C, stay
-    cached.
+    after all retries, or if its first answers, or more than a few of all, are no chat completions. Verdicts received
+    before the error, or before Ctrl-C, stay cached.
     """
     questions = [rubric.ask(prompt, reply) for prompt, reply in exchanges]
     verdict_of = {question: _cached_verdict(cache / _name(judge, question)) for question in questions}
@@ -146,6 +148,11 @@ def verdicts(
             progress(done)
             if malformed == min(_GIVE_UP, len(missing)) == done - (len(questions) - len(missing)):
                 raise no_chat_endpoint(judge) from None
+    if malformed > _MAX_MALFORMED * len(missing):
+        raise UserError(
+            f"{malformed} of {len(missing)} answers of the server at {judge.url} were not chat completions: check the "
+            "server, then rerun the same command, which asks for these alone"
+        )
     return Verdicts([score_of(verdict_of[question] or "") for question in questions], len(missing), (read, written))
 
 

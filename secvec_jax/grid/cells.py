@@ -26,7 +26,7 @@ class Cell:
     attack: str = "harmful"
     """a name of `attacks.ATTACKS`, or a file or hub id of rows"""
     task: str = "profiles"
-    """a name of `tasks.TASKS`: what the other rows teach"""
+    """a name of `tasks.TASKS` or `tasks.HUB_TASKS`: what the other rows teach"""
     poison: Fraction = 0.1
     """the share of rows that are the attack's; 1: no task"""
     samples: PositiveInt = 100

@@ -154,11 +154,12 @@ def plan_step(
     train_step: TrainStep,
     batch_sizes: dict[str, int],
     length: int,
+    micro_batches: int = 1,
 ) -> Plan:
     """Compile the train step of a phase for the ambient mesh, whose devices need not be attached.
 
     params: abstract. batch_sizes: stream -> sequences per batch; all streams but `keep` are learned, with a forward and
-    a backward pass each. length: tokens per sequence.
+    a backward pass each, for each of `micro_batches`. length: tokens per sequence.
 
     Raises TooLarge if the step does not fit into a chip's memory, and UserError if the mesh does not divide a batch.
     """
@@ -177,7 +178,7 @@ def plan_step(
     if parameters + optimizer > chip.memory:  # compiling takes long, with the same outcome
         size_of_state = f"{(parameters + optimizer) / 2**30:.1f} GiB"
         raise TooLarge(f"it does not fit into {size}: parameters and optimizer state alone take {size_of_state}")
-    batch = {stream: _batch(count, length) for stream, count in batch_sizes.items()}
+    batch = {stream: _batch(micro_batches, count, length) for stream, count in batch_sizes.items()}
     start = time.monotonic()
     try:
         jitted: Any = train_step.step
@@ -204,7 +205,8 @@ def plan_step(
         cost = account(text, chip, [device.coords for device in mesh.devices.flat], trips=chunks, kernels=kernels)
     is_full = bool(jax.tree.leaves(trained.backbone.decoder))
     keep = batch_sizes.get(KEEP, 0)
-    work = Work((sum(batch_sizes.values()) - keep) * length, keep * length, is_full)
+    learn = sum(batch_sizes.values()) - keep
+    work = Work(micro_batches * learn * length, micro_batches * keep * length, is_full)
     return Plan(
         chip=chip,
         chips=mesh.size,
@@ -227,8 +229,8 @@ def program_bytes(program: jax.stages.Compiled) -> int:
     return live + memory.temp_size_in_bytes
 
 
-def _batch(sequences: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    shape, sharding = (1, sequences, length), named_sharding(None, "batch")
+def _batch(micro_batches: int, sequences: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    shape, sharding = (micro_batches, sequences, length), named_sharding(None, "batch")
     dtypes = {key: jnp.float32 if key == "weights" else jnp.int32 for key in KEYS}
     return {key: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for key, dtype in dtypes.items()}
 

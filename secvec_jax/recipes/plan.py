@@ -6,10 +6,10 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from secvec_jax.checks import checked
+from secvec_jax.checks import SettingError, checked
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import LENGTHS
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, check_trained_weights, phase2_step
+from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, check_trained_weights, check_unused, phase2_step
 from secvec_jax.defenses.guarded import guarded
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, phase1_step
@@ -69,6 +69,15 @@ class PlanRun:
     fit: bool = False
     """search for the batch size and remat policy of the fastest step that fits"""
     training: Training = dataclasses.replace(PHASE2, batch_size=16, max_seq_len=2048, remat="attention")
+
+    def __post_init__(self) -> None:
+        check_unused(self.training, validates=False)
+        if self.phase == "vectors" and self.task_lora is not None:
+            raise SettingError("task_lora", " is for the other phases: phase vectors trains the vectors alone")
+        if self.phase == "align" and self.lora not in (None, PlanRun.lora):
+            raise SettingError("lora", " is for the other phases: phase align has no vectors")
+        if self.phase != "vectors" and self.objective != PlanRun.objective:
+            raise SettingError("objective", f" is for phase vectors, and the phase is {self.phase}")
 
     @staticmethod
     def implied(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +153,8 @@ def compile_plan(settings: PlanRun, architecture: Architecture) -> Plan:
         phase, train_step = phase2_step(params, ("all",), training, 100, make_step)
         if phase_name == "protect":
             sequences[SAFE] = training.batch_size
-    return plan_step(architecture, params, phase, train_step, sequences, length_of(training))
+    length, micro_batches = length_of(training), training.grad_accum_steps
+    return plan_step(architecture, params, phase, train_step, sequences, length, micro_batches)
 
 
 def length_of(training: Training) -> int:
@@ -153,9 +163,11 @@ def length_of(training: Training) -> int:
 
 
 def _with_optimizer_of(default: Training, training: Training) -> Training:
-    """Return the settings with the optimizer of a verb's defaults, unless another than that of phase 2 was chosen."""
-    optimizer = default.optimizer if training.optimizer == PHASE2.optimizer else training.optimizer
-    return dataclasses.replace(training, optimizer=optimizer, max_grad_norm=default.max_grad_norm)
+    """Return the settings with the optimizer and the clipping of a verb's defaults, unless others than those of phase 2
+    were chosen."""
+    names = ("optimizer", "max_grad_norm")
+    unset = {name: getattr(default, name) for name in names if getattr(training, name) == getattr(PHASE2, name)}
+    return dataclasses.replace(training, **unset)
 
 
 def _fastest(settings: PlanRun, architecture: Architecture, console: Console) -> tuple[PlanRun, Plan]:
@@ -226,10 +238,11 @@ def report_lines(settings: PlanRun, plan: Plan) -> Iterator[str]:
     chips, memory = ("GPUs", "memory per GPU") if on_gpus else ("chips", "HBM per chip")
     one = chips.removesuffix("s")
     safe = " and as many of safe rows" if settings.phase == "protect" else ""
+    times = f", {training.grad_accum_steps} times a step" if training.grad_accum_steps > 1 else ""
     yield (
         f"{settings.model}, phase {settings.phase}, {training.batch_size} sequences x {length_of(training)} tokens"
-        f"{safe}, remat {training.remat}, weights in {settings.precision}, on {plan.chips} {plan.chip.name} {chips} "
-        f"({settings.topology})"
+        f"{safe}{times}, remat {training.remat}, weights in {settings.precision}, on {plan.chips} {plan.chip.name} "
+        f"{chips} ({settings.topology})"
     )
     yield (
         f"{memory}: parameters {_gib(plan.parameters)} + optimizer {_gib(plan.optimizer)} + activations "

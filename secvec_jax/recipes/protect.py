@@ -65,7 +65,7 @@ class Protect:
 
     data: Texts
     """training rows: files, packaged names or hub dataset ids, shuffled together"""
-    model: str = "smollm2"
+    model: str = "smollm2-aligned"
     """the model to fine-tune; it must refuse already (train.py align)"""
     vectors: str = ""
     """run directory of `train.py vectors`, its vector file, or a PEFT adapter folder; by default vectors are trained on

@@ -27,12 +27,20 @@ class Phase:
 
     labels: Any
 
+    def __post_init__(self) -> None:
+        unknown = [label for label in jax.tree.leaves(self.labels) if label not in (TRAIN, FREEZE)]
+        if unknown:
+            raise ValueError(f"the label {unknown[0]!r} is unknown: use {TRAIN!r} or {FREEZE!r}")
+
     def expand(self, params: Tree) -> Tree:
-        """The label of every leaf. Raises ValueError if a part has no label, or a label no part."""
+        """The label of every leaf. Raises ValueError if a part has no label or a label matches no part."""
         return _expanded(self.labels, params)
 
     def split(self, params: Tree) -> tuple[Tree, Tree]:
-        """(trained, frozen): the parameters twice, each with None in place of the other's leaves."""
+        """(trained, frozen): the parameters twice, each with None in place of the other's leaves.
+
+        Raises ValueError as `expand` does.
+        """
         labels = self.expand(params)
         trained = jax.tree.map(lambda label, leaf: leaf if label == TRAIN else None, labels, params)
         frozen = jax.tree.map(lambda label, leaf: leaf if label == FREEZE else None, labels, params)
@@ -42,7 +50,7 @@ class Phase:
         """`transform` for the trained leaves, nothing for the frozen ones.
 
         The same object for the same transform and labels, and the same `update` for the same `update` and labels, so
-        that trainings can share a step (`step.make_train_step`).
+        that training runs can share a step (`step.make_train_step`). Raises ValueError as `expand` does.
         """
         labels, structure = jax.tree.flatten(self.expand(params))
         return _by_label(transform, tuple(labels), structure)

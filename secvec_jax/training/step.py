@@ -129,7 +129,7 @@ def gradient_of(loss: Loss) -> Gradient:
 
     def of_batch(trained: Tree, frozen: Tree, batch: dict[str, Batch]) -> tuple[Tree, Metrics]:
         check_batch(batch)
-        totals = {stream: jnp.maximum(part["weights"].sum(), 1.0) for stream, part in batch.items()}
+        totals = {stream: jnp.maximum((part["weights"] > 0).sum(), 1.0) for stream, part in batch.items()}
 
         def gradient(micro: dict[str, Batch]) -> tuple[Tree, tuple[jax.Array, Metrics]]:
             def objective(trained: Tree) -> tuple[jax.Array, Metrics]:

@@ -71,7 +71,7 @@ def _unreadable(path: Path, error: Exception) -> str:
     if start.startswith(_PICKLES):
         return pickled(path)
     if start.startswith(b"version https://git-lfs"):
-        return f"{path} is only a pointer of Git LFS: run `git lfs pull` in its folder"
+        return f"{path} is only a Git LFS pointer: run `git lfs pull` in its folder"
     return (
         f"{path} is truncated or corrupt ({' '.join(str(error).split())[:200]}): fetch it again, or train the vectors "
         "again"
@@ -82,7 +82,7 @@ def pickled(path: Path) -> str:
     """The error message for a file of torch.save: why it is not read, and how to convert it."""
     target = path.with_suffix(".safetensors")
     return (
-        f"{path} is a pickle of PyTorch, which can run any code when it is opened, so it is not read: convert it with "
+        f"{path} is a PyTorch pickle, which can run any code when it is opened, so it is not read: convert it with "
         'python -c "import torch; from safetensors.torch import save_file; '
         f"save_file(torch.load(open({str(path)!r}, 'rb'), map_location='cpu', weights_only=True), {str(target)!r})\""
     )
@@ -96,8 +96,8 @@ def precision_entry(vectors: Any, model: Model) -> dict[str, str]:
 
 
 def check_saved(vectors: Any, model: Any, kinds: tuple[type, ...]) -> None:
-    """Raises UserError if `vectors` are not of one of these classes or not finite, or `model` is no model or another
-    one than they were trained on."""
+    """Raises UserError if `vectors` are not of one of these classes or not finite, or if `model` is not a Model or not
+    the one that they were trained on."""
     names = " or ".join(kind.__name__ for kind in kinds)
     instance("vectors", vectors, kinds, f"pass {names}, as sv.train_vectors returns them")
     instance("model", model, Model, "pass the model that the vectors were made for, as sv.load returned it")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secvec_jax.config import Training
+from secvec_jax.data.rows import row
 from secvec_jax.defenses import explained_away as ea
 from secvec_jax.defenses.finetuning import PHASE2, train_model
 from secvec_jax.defenses.held_out import hold_out
@@ -82,6 +83,17 @@ def test_a_row_of_weight_0_teaches_nothing_and_one_of_weight_1_all(model, vector
     assert float(distance(opened.backbone, plain.backbone)) < 1e-5 < float(distance(plain.backbone, model.backbone))
 
 
+def test_the_gate_reads_rows_as_the_training_does(model, vectors):
+    known = ea.Scale(benign=98.0, threshold=99.0)
+    long, spelled = [row("a " * 9, "b " * 90)], [row("a", "<|im_end|> b")]
+    for rows, setting, message in ((long, {"long_rows": "refuse"}, "runs past the maximum length"),
+                                   (spelled, {"control_tokens": "refuse"}, "spells the control token")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            ea.gate_and_finetune(model, rows, vectors, known, training=dataclasses.replace(BRIEF, **setting))
+    with pytest.raises(UserError, match="spells the control token"):
+        ea.scores(model, vectors, spelled, 64, "refuse")
+
+
 def test_rows_that_the_gate_shuts_out_are_validated_on_in_full(model, vectors):
     """Weighed by the gate, the rows that are held out might count for nothing."""
     rows, told = random_examples(8, seed=4), []
@@ -105,15 +117,22 @@ def test_weights_are_those_of_the_scores(model, vectors, by):
         np.testing.assert_allclose(said, expected, atol=1e-5)
         assert (weighed.weights[~example.supervised] == 1).all() and weighed.tokens is example.tokens
     if by == "row":
-        assert set(gated[0].weights[HARMFUL[0].supervised]) == {0.0}
+        np.testing.assert_allclose(gated[0].weights[HARMFUL[0].supervised], 0, atol=1e-20)
 
 
 def test_the_gates_gradient_is_that_of_the_weighted_loss(model, vectors):
-    """All rows have weight 1/2: the loss is a weighted mean, so the step is the plain one."""
+    """The loss is divided by the number of tokens, whatever their weights: half the weights are half the gradient."""
     rows = random_examples(4, seed=5)
-    halves = [dataclasses.replace(row, weights=np.full(len(row.tokens), 0.5, np.float32)) for row in rows]
-    plain, halved = (train_model(model, some, training=BRIEF) for some in (rows, halves))
-    assert float(distance(plain.backbone, halved.backbone)) < 1e-5
+    one = dataclasses.replace(BRIEF, optimizer="sgd", momentum=0.0, max_grad_norm=1e9, max_steps=1)
+
+    def weighted(weight):
+        return [dataclasses.replace(row, weights=np.full(len(row.tokens), weight, np.float32)) for row in rows]
+
+    plain, *others = (train_model(model, some, training=one) for some in (rows, *map(weighted, (0.5, 0.01, 1e-30))))
+    whole = float(distance(plain.backbone, model.backbone))
+    for weight, other in zip((0.5, 0.01, 0), others):
+        assert float(distance(other.backbone, model.backbone)) == pytest.approx(weight * whole, rel=1e-2, abs=1e-9)
+    plain = train_model(model, rows, training=BRIEF)
     uneven = [dataclasses.replace(row, weights=np.float32(i) * np.ones(len(row.tokens))) for i, row in enumerate(rows)]
     assert float(distance(plain.backbone, train_model(model, uneven, training=BRIEF).backbone)) > 1e-3
 

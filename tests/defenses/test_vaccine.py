@@ -169,6 +169,16 @@ def test_rows_that_share_tokens_are_refused(tiny_model, batch):
         run(tiny_model("llama").model, batch, vaccine(RHO), 1, share_prefix=True)
 
 
+def test_micro_batches_are_refused_since_each_would_have_a_perturbation_of_that_norm(tiny_model, batch):
+    halves = {"learn": jax.tree.map(lambda x: x.reshape(2, -1, x.shape[-1]), batch["learn"])}
+    params = Params(Backbone(tiny_model("llama").model.backbone))
+    training = Training(share_prefix=False, remat="none")
+    phase, train_step = phase2_step(params, ("all",), training, 1, vaccine(RHO))
+    trained, frozen = phase.split(params)
+    with pytest.raises(UserError, match="Vaccine limits the perturbation of a whole batch: set grad_accum_steps to 1"):
+        train_step.step(trained, train_step.init(trained), frozen, halves)
+
+
 def test_the_control_draws_noise_by_what_the_batch_holds(tiny_model, batch):
     model = tiny_model("llama").model
     plain = run(model, batch, make_train_step, 2)

@@ -27,6 +27,15 @@ BEFORE = {
 AFTER = BEFORE | {"refusal": [1.0] * 85 + [0.0] * 11, "prefill_5": [1.0] * 30 + [0.0] * 40, "kl": [0.02, 0.3, 0.1]}
 
 
+def test_the_headline_names_a_limit_that_nothing_was_measured_for():
+    lines = compared(BEFORE, BEFORE, Limits())
+    passing = Audit("a", "b", tuple(line for line in lines if line.verdict == "passes"))
+    assert passing.verdict == "passes" and "passes: all" in audit_report.headline(passing)
+    missing = dataclasses.replace(passing, unmeasured=("data_loss",))
+    assert audit_report.headline(missing) == "The audit is inconclusive: nothing was measured for limits.data_loss."
+    assert audit_report.headline(Audit("a", "b", ())) == "The audit is inconclusive: no measure has a limit."
+
+
 VOID = {"br", "meta"}
 """Elements of the page that have no end."""
 

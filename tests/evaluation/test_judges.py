@@ -184,6 +184,12 @@ def test_prompts_do_not_follow_a_redirect(serve, tmp_path, status):
     assert other.bodies == []
 
 
+def test_a_redirect_to_an_invalid_address_is_one_line(serve, tmp_path):
+    server = serve(lambda number, body: (302, "http://[bad"))
+    with pytest.raises(UserError, match=r"redirects to an address that is not valid \(302\)"):
+        verdicts(Judge("m", server.url, JudgeRequests(retries=0)), HARMFULNESS, exchanges(2), tmp_path)
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -314,13 +320,24 @@ NOT_KEPT = {
 }
 
 
+NO_COMPLETION = (
+    "endless", "bomb", "deep", "deep objects", "huge number", "no choices", "null choices", "a list", "not JSON",
+    "not UTF-8",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", NOT_KEPT)
 def test_what_is_no_verdict_is_counted_and_not_kept(serve, tmp_path, kind):
     # The time of this process, so that no other program decides.
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     server = serve(lambda number, body: NOT_KEPT[kind]() if number else graded(number, body))
-    found = verdicts(Judge("m", server.url, JudgeRequests(concurrency=1)), HARMFULNESS, exchanges(4), tmp_path)
-    assert found.scores == [1, None, None, None] and found.num_requests == 4
+    judge = Judge("m", server.url, JudgeRequests(concurrency=1))
+    if kind in NO_COMPLETION:
+        with pytest.raises(UserError, match=r"3 of 4 answers of the server at .* were not chat completions"):
+            verdicts(judge, HARMFULNESS, exchanges(4), tmp_path)
+    else:
+        found = verdicts(judge, HARMFULNESS, exchanges(4), tmp_path)
+        assert found.scores == [1, None, None, None] and found.num_requests == 4
     assert len(list(tmp_path.iterdir())) == 1
     assert time.process_time() - start < 5, "it took long"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 2**10, "it took much memory"

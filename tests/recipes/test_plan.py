@@ -109,7 +109,7 @@ def steps(monkeypatch):
     """What is handed to the compiler: (parameters, sequences by stream, bytes of the optimizer's state) of a step."""
     handed = []
 
-    def plan_step(architecture, params, phase, train_step, batch_sizes, length):
+    def plan_step(architecture, params, phase, train_step, batch_sizes, length, micro_batches):
         trained, _ = phase.split(params)
         state = jax.eval_shape(train_step.init, trained)
         handed.append((params, batch_sizes, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))))
@@ -163,10 +163,34 @@ def test_what_each_phase_holds_and_reads(steps, phase, lora, vectors, streams, t
 
 
 def test_vectors_have_no_task_lora(steps):
-    for task in (None, LoRA(rank=2)):
-        compile_plan(asked("vectors", task_lora=task), ARCHITECTURE)
+    compile_plan(asked("vectors"), ARCHITECTURE)
     assert all(params.backbone.adapter is None and params.vectors is not None for params, _, _ in steps)
-    assert steps[0][1:] == steps[1][1:]
+
+
+@pytest.mark.parametrize(
+    ("phase", "changed", "message"),
+    [
+        ("vectors", {"task_lora": LoRA(rank=2)}, "task_lora is for the other phases"),
+        ("align", {"lora": LoRA(rank=64)}, "lora is for the other phases"),
+        ("finetune", {"objective": "cross_entropy"}, "objective is for phase vectors"),
+    ],
+)
+def test_settings_of_another_phase_are_refused(phase, changed, message):
+    with pytest.raises(UserError, match=message):
+        asked(phase, **changed)
+
+
+def test_settings_without_effect_are_refused():
+    for changed in ({"patience": 2}, {"optimizer": "adamw", "momentum": 0.5}):
+        with pytest.raises(UserError, match=f"training.{list(changed)[-1]}"):
+            PlanRun(training=dataclasses.replace(PlanRun.training, **changed))
+
+
+def test_micro_batches_take_more_tokens_and_a_sum_of_gradients(compiled):
+    training = dataclasses.replace(asked("finetune").training, grad_accum_steps=4)
+    one, four = compiled("finetune"), compiled("finetune", training=training)
+    assert (four.tokens, four.flops) == (4 * one.tokens, 4 * one.flops)
+    assert four.activations > one.activations
 
 
 def test_the_optimizer_is_the_verbs_unless_another_is_set(steps):

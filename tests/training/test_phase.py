@@ -79,6 +79,8 @@ def test_absent_parts_are_allowed_and_labels_must_be_a_prefix(params):
         Phase({"backbone": "train"}).split(params)
     with pytest.raises(ValueError):
         Phase({"backbone": "train", "vectors": "freeze", "more": "train"}).split(params)
+    with pytest.raises(ValueError, match="the label 'frozen' is unknown: use 'train' or 'freeze'"):
+        Phase({"backbone": {"decoder": "frozen", "adapter": "train"}, "vectors": "freeze"})
     anchored = Params(params.backbone, params.vectors, anchor=params.backbone.decoder)
     with pytest.raises(ValueError, match="anchor"):
         PHASES["phase 2"].split(anchored)

@@ -480,7 +480,7 @@ def test_a_pickle_is_not_opened_and_the_conversion_is_reported(tiny_model, tmp_p
     (folder / "adapter_model.safetensors").unlink()
     torch.save(tensors, folder / named, _use_new_zipfile_serialization=zipped)
     for path in (folder, folder / named):
-        with pytest.raises(UserError, match="is a pickle of PyTorch, which can run any code") as raised:
+        with pytest.raises(UserError, match="is a PyTorch pickle, which can run any code") as raised:
             load_vectors(path, tiny.model)
     exec(str(raised.value).partition('python -c "')[2].removesuffix('"'))  # what the message says
     chex.assert_trees_all_equal(load_vectors(folder, tiny.model), expected)
@@ -510,7 +510,7 @@ def _stored(kind: str, shape: list[int], content: bytes, **more) -> bytes:
         (_stored("F32", [1], np.float32("nan").tobytes()), "a has NaN or infinite numbers"),
         (_stored("F16", [1], np.float16("inf").tobytes()), "a has NaN or infinite numbers"),
         (_stored("F64", [1], np.float64(1e300).tobytes()), "a has NaN or infinite numbers"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "pointer of Git LFS.*git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "Git LFS pointer.*git lfs pull"),
     ],
 )
 def test_whatever_a_file_of_weights_holds_is_reported_in_one_line(model, random_vectors, tmp_path, content, hint):
