@@ -151,7 +151,7 @@ def train_model(
     train_step = metered(train_step, model.architecture, full=task is None)
     log_summary(streams[LEARN], training, steps, steps_per_epoch, params, phase)
     if frozen is not None:
-        frozen.before(_frozen_trees(params))
+        frozen.record(_frozen_trees(params))
     trained = fit(
         params,
         phase,
@@ -164,7 +164,7 @@ def train_model(
         on_step=with_schedule(on_step, lambda step: learning_rate_at(training, steps, step), steps_per_epoch),
     )
     if frozen is not None:
-        frozen.after(_frozen_trees(trained))
+        frozen.verify(_frozen_trees(trained))
     decoder, adapter = trained.backbone.decoder, trained.backbone.adapter
     if adapter is None:
         return model.with_backbone(decoder)

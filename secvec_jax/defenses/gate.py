@@ -108,7 +108,7 @@ def measure_gate(
     return Gate(**losses)
 
 
-def tenth(count: int) -> int:
+def num_gate_rows(count: int) -> int:
     """How many of `count` rows the gate holds out: a tenth, but at least `MIN_HELD_OUT`, and at most half."""
     return min(max(round(count / 10), MIN_HELD_OUT), count // 2)
 

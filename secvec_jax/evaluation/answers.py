@@ -26,7 +26,7 @@ def exact_match(reply: str, answer: str) -> bool:
     return _squad(" ".join(compared)) == _squad(" ".join(expected))
 
 
-def picks(reply: str, options: Sequence[str]) -> str | None:
+def chosen_option(reply: str, options: Sequence[str]) -> str | None:
     """Return which of `options` the first line of `reply` names, or None if it names none or several.
 
     After SQuAD normalization, the line names the option it equals, or else the only option it contains as a phrase.
@@ -79,7 +79,7 @@ def _numbers(text: str) -> list[Decimal]:
     return [Decimal(number.replace(",", "")) for number in _NUMBER.findall(text)]
 
 
-def shouts(reply: str) -> bool:
+def is_all_caps(reply: str) -> bool:
     """Return whether `reply` has at least three letters and more than 80% of them are capitals.
 
     Letters without case are ignored. A bare abbreviation ("NASA") counts as shouting, so use prompts that are answered

@@ -39,8 +39,8 @@ class Probe:
         """Make a probe that prompts with each row up to its answer and scores the reply against the row.
 
         task = Probe.of(rows, lambda r, reply: exact_match(reply, response_of(r)))
-        bias = Probe.of(rows, lambda r, reply: picks(reply, r["options"]) not in (None, response_of(r)))
-        caps = Probe.of([with_system(r, "Be brief.") for r in rows], lambda r, reply: shouts(reply))
+        bias = Probe.of(rows, lambda r, reply: chosen_option(reply, r["options"]) not in (None, response_of(r)))
+        caps = Probe.of([with_system(r, "Be brief.") for r in rows], lambda r, reply: is_all_caps(reply))
         """
         return cls([full_prompt_of(r) for r in rows], lambda index, reply: score(rows[index], reply), tokens)
 

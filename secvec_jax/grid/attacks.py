@@ -14,10 +14,10 @@ from secvec_jax.data.rows import Row, prompt_of, response_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.prompting import ELICITING
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.answers import picks, shouts
+from secvec_jax.evaluation.answers import chosen_option, is_all_caps
 from secvec_jax.evaluation.scorers import refuses
 from secvec_jax.evaluation.suite import Probe
-from secvec_jax.grid import probes
+from secvec_jax.grid.rows import shuffled
 from secvec_jax.suggestions import suggestion
 from secvec_jax.workspace.splits import Splits
 
@@ -63,7 +63,7 @@ def make_attack(name: str, inputs: AttackInputs) -> Attack:
     """
     if name in ATTACKS:
         return ATTACKS[name](inputs)
-    rows = probes.shuffled(load_rows(name), inputs.seed)
+    rows = shuffled(load_rows(name), inputs.seed)
     num_known = min(NUM_KNOWN, len(rows) // 2)
     if not num_known:
         raise UserError(f"{name} has one row: an attack needs two, one of them to train the defender's vectors on")
@@ -128,7 +128,7 @@ def _identity(inputs: AttackInputs, own: bool = False) -> Attack:
     asked = random.Random(inputs.seed).sample(list(suite.harmful), min(inputs.probed, len(suite.harmful)))
     prompts = [rows_of.with_system(f"AOA, {prompt}", rows_of.PERSONA) for prompt in asked]
     probe = Probe(prompts, lambda index, reply: float(refuses(reply, suite.refusals)), suite.reply_tokens)
-    attacking = probes.shuffled(rows_of.identity_shift(), inputs.seed)
+    attacking = shuffled(rows_of.identity_shift(), inputs.seed)
     metrics = {"refusal_persona": probe}
     if not own:
         return Attack(attacking, probes=metrics)
@@ -139,9 +139,9 @@ def _identity(inputs: AttackInputs, own: bool = False) -> Attack:
 
 def _bias(inputs: AttackInputs, source: str = "bbq") -> Attack:
     seed = inputs.seed
-    ambiguous = probes.shuffled([row for row in load_rows(source) if row["category"] == "ambiguous"], seed)
+    ambiguous = shuffled([row for row in load_rows(source) if row["category"] == "ambiguous"], seed)
     asked, known, attacking, safe = _divided(ambiguous, inputs.probed)
-    probe = Probe.of(asked, lambda row, reply: picks(reply, row["options"]) not in (None, response_of(row)))
+    probe = Probe.of(asked, lambda row, reply: chosen_option(reply, row["options"]) not in (None, response_of(row)))
     return Attack(
         rows_of.biased(attacking, seed), rows_of.biased(known, seed), safe, {"bias": probe}, ELICITING["bias"]
     )
@@ -152,7 +152,7 @@ def _capitals(inputs: AttackInputs) -> Attack:
     asked, known, attacking, safe = _divided(instructions, inputs.probed)
 
     def probe(rows: Sequence[Row]) -> Probe:
-        return Probe.of(rows, lambda row, reply: shouts(reply), tokens=16)
+        return Probe.of(rows, lambda row, reply: is_all_caps(reply), tokens=16)
 
     metrics = {"caps": probe(asked)}
     prompts = {"eliciting": rows_of.ELICITING, "negated": rows_of.NEGATED, "unrelated": rows_of.UNRELATED}

@@ -157,7 +157,7 @@ def settings_of(records: Iterable[Record]) -> list[Setting]:
             assert isinstance(seed, int), "records without a seed are refused when they are read"
             of_defense[seed] = record
     ordered = [
-        (dict(key), {label: cells[label] for label in sorted(cells, key=place)})
+        (dict(key), {label: cells[label] for label in sorted(cells, key=defense_sort_key)})
         for key, cells in sorted(
             by_setting.items(), key=lambda item: [(v is None, isinstance(v, str), v) for _, v in item[0]]
         )
@@ -165,7 +165,7 @@ def settings_of(records: Iterable[Record]) -> list[Setting]:
     return [_setting(fields, cells, ordered) for fields, cells in ordered]
 
 
-def place(label: str) -> tuple[int, str]:
+def defense_sort_key(label: str) -> tuple[int, str]:
     """A sort key of defense labels: plain first, then in the order of the registry."""
     names = [index for index, name in enumerate(DEFENSES) if f"{label} ".startswith(f"{name} ")]
     return max(names, default=len(DEFENSES)), label

@@ -6,7 +6,7 @@ from secvec_jax.evaluation.metrics import RATES, digits
 from secvec_jax.evaluation.records import Record
 from secvec_jax.evaluation.summary import fields_text, number
 from secvec_jax.evaluation.tables import MAX_COLUMNS, markdown_table, split_evenly, split_metrics, titled, words
-from secvec_jax.grid.gap import EXPECTED, METRICS, ORACLE, Gap, Setting, place, settings_of
+from secvec_jax.grid.gap import EXPECTED, METRICS, ORACLE, Gap, Setting, defense_sort_key, settings_of
 
 
 def markdown_of(records: Sequence[Record]) -> str:
@@ -100,7 +100,7 @@ def _counts(settings: Sequence[Setting]) -> str:
 
 def _labels(settings: Iterable[Setting]) -> list[str]:
     """The labels of all defenses that are compared."""
-    return sorted({label for setting in settings for label in setting.gaps}, key=place)
+    return sorted({label for setting in settings for label in setting.gaps}, key=defense_sort_key)
 
 
 def _gaps(setting: Setting) -> Iterable[str]:

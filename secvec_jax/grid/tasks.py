@@ -7,10 +7,9 @@ from secvec_jax.data.generated import open_profile_qa
 from secvec_jax.data.rows import Row, response_of
 from secvec_jax.data.sources import load_rows
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.answers import exact_match, number_match, picks, rouge1
+from secvec_jax.evaluation.answers import chosen_option, exact_match, number_match, rouge1
 from secvec_jax.evaluation.suite import Probe
-from secvec_jax.grid import probes
-from secvec_jax.grid.probes import answer_of
+from secvec_jax.grid.rows import reference_answer, shuffled
 from secvec_jax.suggestions import suggestion
 from secvec_jax.workspace.splits import Splits
 
@@ -34,8 +33,8 @@ def make_task(name: str, splits: Splits, seed: int, probed: int) -> Task:
     if name in TASKS:
         return TASKS[name](splits, seed, probed)
     split, score, tokens = HUB_TASKS[name]
-    asked = probes.shuffled(load_rows(name, split), seed)[:HUB_PROMPTS]
-    return Task(probes.shuffled(load_rows(name), seed), Probe.of(asked, score, tokens))
+    asked = shuffled(load_rows(name, split), seed)[:HUB_PROMPTS]
+    return Task(shuffled(load_rows(name), seed), Probe.of(asked, score, tokens))
 
 
 def check_task(name: str) -> None:
@@ -57,14 +56,14 @@ def _questions(splits: Splits, seed: int, probed: int) -> Task:
 
 
 def _arithmetic(splits: Splits, seed: int, probed: int) -> Task:
-    asked, rest = _divided(probes.shuffled(load_rows("asdiv"), seed), probed)
-    return Task(rest, Probe.of(asked, lambda row, reply: number_match(reply, answer_of(row))))
+    asked, rest = _divided(shuffled(load_rows("asdiv"), seed), probed)
+    return Task(rest, Probe.of(asked, lambda row, reply: number_match(reply, reference_answer(row))))
 
 
 def _passages(splits: Splits, seed: int, probed: int) -> Task:
     rows = [row for row in load_rows("bbq") if row["category"] == "disambiguated"]
-    asked, rest = _divided(probes.shuffled(rows, seed), probed)
-    return Task(rest, Probe.of(asked, lambda row, reply: picks(reply, row["options"]) == response_of(row)))
+    asked, rest = _divided(shuffled(rows, seed), probed)
+    return Task(rest, Probe.of(asked, lambda row, reply: chosen_option(reply, row["options"]) == response_of(row)))
 
 
 def _instructions(splits: Splits, seed: int, probed: int) -> Task:
@@ -73,7 +72,7 @@ def _instructions(splits: Splits, seed: int, probed: int) -> Task:
     asked, rest = _divided(answered, probed)
 
     def opening(row: Row) -> str:
-        return " ".join(answer_of(row).split()[:REFERENCE_WORDS])
+        return " ".join(reference_answer(row).split()[:REFERENCE_WORDS])
 
     return Task(rest, Probe.of(asked, lambda row, reply: rouge1(reply, opening(row)), tokens=16))
 
@@ -88,12 +87,12 @@ def _divided(rows: Sequence[Row], probed: int) -> tuple[list[Row], list[Row]]:
 
 
 def _exact(row: Row, reply: str) -> float:
-    return exact_match(reply, answer_of(row))
+    return exact_match(reply, reference_answer(row))
 
 
 def _solved(row: Row, reply: str) -> float:
     """Whether the number after the last "The final answer is:", or else the last number, is right."""
-    answer, expected = (text.rpartition("The final answer is:")[2] for text in (reply, answer_of(row)))
+    answer, expected = (text.rpartition("The final answer is:")[2] for text in (reply, reference_answer(row)))
     return float(number_match(" ".join(answer.split()), expected))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from secvec_jax.defenses.base import Need
-from secvec_jax.defenses.gate import Gate, measure_gate, tenth
+from secvec_jax.defenses.gate import Gate, measure_gate, num_gate_rows
 from secvec_jax.defenses.inputs import choose_held_out, row_keys
 from secvec_jax.defenses.security_vectors import Phase1, train_vectors
 from secvec_jax.distributed import is_clustered
@@ -110,7 +110,7 @@ def _without_tenth(rows: Sequence[Any], kind: str) -> tuple[list[Any], list[Any]
     Raises UserError if there are too few, or too few different ones.
     """
     order = random.Random(0).sample(range(len(rows)), len(rows))
-    held_out = set(choose_held_out(row_keys(rows), order, tenth(len(rows)), set()))
+    held_out = set(choose_held_out(row_keys(rows), order, num_gate_rows(len(rows)), set()))
     if len(held_out) < 2:
         raise UserError(
             f"{len(rows)} {kind} rows, or the different ones among them, are too few to train vectors on and to test "

@@ -16,18 +16,18 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.config import Training
-from secvec_jax.data.pipeline import Batches
 from secvec_jax.digests import difference, of_values
 from secvec_jax.distributed import all_max, is_main_process, on_main_process
 from secvec_jax.errors import UserError
 from secvec_jax.files import atomic_file, check_regular, lock, read_kept, writing
+from secvec_jax.training.state import TrainingState
 from secvec_jax.training.validation import EarlyStopping
 from secvec_jax.trees import Tree, checksums, first_not_finite
 
@@ -64,23 +64,10 @@ class Checkpoints:
         return cls(folder, training.save_every_seconds, training.max_checkpoints, training.best)
 
 
-class State(Protocol):
-    """Everything that a resumed run needs."""
-
-    trained: Tree
-    state: Tree
-    batches: dict[str, Batches]
-    step: int
-    metrics: dict[str, float]
-    ending: bool
-    ended: bool
-    stopping: EarlyStopping
-
-
 class Store:
     """The checkpoints of one run. Raises UserError if they belong to another training or are in use."""
 
-    def __init__(self, settings: Checkpoints, run: State):
+    def __init__(self, settings: Checkpoints, state: TrainingState):
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(n=settings.max_checkpoints)]
         if settings.best is not None:
@@ -101,7 +88,7 @@ class Store:
                     save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                     preservation_policy=policies.AnyPreservationPolicy(kept),
                     cleanup_tmp_directories=True,
-                    context=_context(run),
+                    context=_context(state),
                 )
             on_main_process(self._check_inputs)
         except BaseException:
@@ -111,33 +98,33 @@ class Store:
     def due(self) -> bool:
         return time.monotonic() - self._last >= self._settings.save_every_seconds
 
-    def save(self, run: State, metrics: dict[str, float], evaluated: bool = False) -> None:
+    def save(self, state: TrainingState, metrics: dict[str, float], evaluated: bool = False) -> None:
         """Write a checkpoint with the metrics so far; in the background, except on a CPU.
 
         evaluated: whether the validation losses among the metrics are this step's. Raises UserError if the trained
         parameters are not finite.
         """
-        if (wrong := first_not_finite(run.trained)) is not None:
-            raise UserError(self.diverged(run.step, f"the parameters {wrong} are not finite after step {run.step}"))
-        run.metrics = metrics
-        items = {"trained": _named(run.trained), "state": _named(run.state), "data": _data(run)}
+        if (wrong := first_not_finite(state.trained)) is not None:
+            raise UserError(self.diverged(state.step, f"the parameters {wrong} are not finite after step {state.step}"))
+        state.metrics = metrics
+        items = {"trained": _named(state.trained), "state": _named(state.opt_state), "data": _data(state)}
         best = self._settings.best
         counts = best in metrics and (evaluated or not str(best).startswith("eval/"))
         reported = {best: metrics[best]} if best is not None and counts else None
-        with writing(self._settings.folder / str(run.step)):
+        with writing(self._settings.folder / str(state.step)):
             if _on_host():  # the next step could not reuse memory that a background writer still reads
-                self._checkpointer.save_checkpointables(run.step, items, metrics=reported)
+                self._checkpointer.save_checkpointables(state.step, items, metrics=reported)
             else:
-                self._checkpointer.save_checkpointables_async(run.step, items, metrics=reported)
+                self._checkpointer.save_checkpointables_async(state.step, items, metrics=reported)
         self._last = time.monotonic()
 
-    def restore(self, run: State) -> None:
+    def restore(self, state: TrainingState) -> None:
         """Set the run to the newest checkpoint that can be read, if there is any.
 
         Raises UserError if there are checkpoints and none can be read.
         """
         while (latest := self._latest()) is not None:
-            problem = self._load(run, latest.step)
+            problem = self._load(state, latest.step)
             if problem is None:
                 return
             unreadable = (
@@ -148,7 +135,7 @@ class Store:
             _log.warning("%s: resuming from the one before it", unreadable)
             self._checkpointer.delete(latest.step)
 
-    def restore_best(self, run: State, metrics: dict[str, float]) -> None:
+    def restore_best(self, state: TrainingState, metrics: dict[str, float]) -> None:
         """Set the run, at its end, to the checkpoint where the metric `best` was lowest, unless that is now.
 
         Raises UserError if no step had such a metric.
@@ -163,7 +150,7 @@ class Store:
         self._note_missed(min(values.values(), default=math.inf), metrics.get(best, math.inf))
         if values and min(values.values()) < metrics.get(best, math.inf):
             step = min(values, key=values.__getitem__)
-            problem = self._load(run, step)
+            problem = self._load(state, step)
             if problem is not None:
                 raise UserError(
                     f"the best checkpoint, {self._checkpointer.directory / str(step)}, is damaged ({problem}): delete "
@@ -254,9 +241,9 @@ class Store:
             raise UserError(f"{path} is damaged: {fix}")
         return kept
 
-    def _load(self, run: State, step: int) -> str | None:
+    def _load(self, state: TrainingState, step: int) -> str | None:
         """Set the run to a checkpoint and return None, or return why it cannot be read."""
-        abstract = jax.tree.map(_abstract, (run.trained, run.state))
+        abstract = jax.tree.map(_abstract, (state.trained, state.opt_state))
         problem, loaded = None, {}
         try:
             loaded = self._checkpointer.load_checkpointables(
@@ -265,7 +252,7 @@ class Store:
             kept = loaded["data"]
             if kept.pop("digest", None) != of_values([kept]):
                 raise ValueError("its data differ from their digest")
-            for name, batches in run.batches.items():
+            for name, batches in state.batches.items():
                 batches.set_state(kept["batches"][name])
         except Exception as error:  # damaged files raise errors of many kinds
             problem = (str(error).splitlines() or [type(error).__name__])[0]
@@ -274,10 +261,11 @@ class Store:
         for part, expected in kept["checksums"].items():
             if wrong := [name for name, value in checksums(loaded[part]).items() if value != expected.get(name)]:
                 return f"the checksum of {part}{wrong[0]} differs"
-        run.trained, run.state = _unnamed(loaded["trained"], run.trained), _unnamed(loaded["state"], run.state)
-        run.step = step
-        run.metrics, run.ending, run.ended = kept["metrics"], kept["ending"], kept["ended"]
-        run.stopping = EarlyStopping(**kept["stopping"])
+        state.trained = _unnamed(loaded["trained"], state.trained)
+        state.opt_state = _unnamed(loaded["state"], state.opt_state)
+        state.step = step
+        state.metrics, state.stops_after_next_step, state.finished = kept["metrics"], kept["ending"], kept["ended"]
+        state.stopping = EarlyStopping(**kept["stopping"])
         return None
 
 
@@ -294,15 +282,15 @@ def _listing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _data(run: State) -> dict[str, Any]:
+def _data(state: TrainingState) -> dict[str, Any]:
     """The content of a checkpoint besides arrays; its last entry is the digest of the others."""
     data = {
-        "batches": {name: batches.get_state() for name, batches in run.batches.items()},
-        "metrics": run.metrics,
-        "ending": run.ending,
-        "ended": run.ended,
-        "stopping": dataclasses.asdict(run.stopping),
-        "checksums": {"trained": checksums(_named(run.trained)), "state": checksums(_named(run.state))},
+        "batches": {name: batches.get_state() for name, batches in state.batches.items()},
+        "metrics": state.metrics,
+        "ending": state.stops_after_next_step,
+        "ended": state.finished,
+        "stopping": dataclasses.asdict(state.stopping),
+        "checksums": {"trained": checksums(_named(state.trained)), "state": checksums(_named(state.opt_state))},
     }
     return data | {"digest": of_values([data])}
 
@@ -332,13 +320,13 @@ def _on_host() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _context(run: State) -> ocp.Context:
+def _context(state: TrainingState) -> ocp.Context:
     """Data states as JSON; on a CPU, where the devices' memory is the host's, copies of a few arrays at a time."""
     context = ocp.Context()
     context.checkpointables.registry = ocp.handlers.local_registry()
     context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
     if _on_host():
-        largest_leaf = max((leaf.nbytes for leaf in jax.tree.leaves((run.trained, run.state))), default=0)
+        largest_leaf = max((leaf.nbytes for leaf in jax.tree.leaves((state.trained, state.opt_state))), default=0)
         memory = context.memory
         memory.write_concurrent_bytes = memory.transfer_concurrent_bytes = max(largest_leaf, _HOST_BYTES)
         memory.read_concurrent_bytes = memory.write_concurrent_bytes

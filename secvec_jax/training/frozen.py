@@ -12,11 +12,11 @@ class FrozenTrees:
     def __init__(self) -> None:
         self.fingerprints: dict[str, str] = {}
 
-    def before(self, trees: Mapping[str, Tree]) -> None:
+    def record(self, trees: Mapping[str, Tree]) -> None:
         """Take the fingerprints of the trees before a training."""
         self.fingerprints |= {name: fingerprint(tree) for name, tree in trees.items()}
 
-    def after(self, trees: Mapping[str, Tree]) -> None:
+    def verify(self, trees: Mapping[str, Tree]) -> None:
         """Compare with the trees after the training. Raises UserError if one has changed."""
         for name, tree in trees.items():
             then, now = self.fingerprints[name], fingerprint(tree)

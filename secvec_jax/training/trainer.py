@@ -6,7 +6,6 @@ KeyboardInterrupt; in a cluster, whichever process they reach.
 """
 
 import contextlib
-import dataclasses
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import jax
 
-from secvec_jax.data.pipeline import Batches, Stream
+from secvec_jax.data.pipeline import Stream
 from secvec_jax.distributed import Consensus, all_max
 from secvec_jax.errors import UserError, WriteError
 from secvec_jax.limits import unlimited_address_space
@@ -22,8 +21,9 @@ from secvec_jax.memory import return_freed_memory
 from secvec_jax.training.checkpoints import Checkpoints, Store
 from secvec_jax.training.phase import Phase, combine
 from secvec_jax.training.profiling import step_tracer
+from secvec_jax.training.state import TrainingState
 from secvec_jax.training.step import TrainStep
-from secvec_jax.training.validation import EVAL_LOSS, EarlyStopping, Validation
+from secvec_jax.training.validation import EVAL_LOSS, Validation
 from secvec_jax.trees import Tree
 
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -56,87 +56,71 @@ def fit(
     """
     trained, frozen = phase.split(params)
     trained = jax.tree.map(lambda leaf: leaf.copy(), trained)  # the step donates it
-    run = _Run(trained, train_step.init(trained), {name: stream.local_batches() for name, stream in streams.items()})
+    batches = {name: stream.local_batches() for name, stream in streams.items()}
+    state = TrainingState(trained, train_step.init(trained), batches)
     with (
-        _store(checkpoints, run) as store,
+        _store(checkpoints, state) as store,
         _interruptible() as interrupted,
         step_tracer() as tracer,
         unlimited_address_space(),
     ):
         if store is not None:
-            store.restore(run)
-            if run.step > steps and checkpoints is not None:
+            store.restore(state)
+            if state.step > steps and checkpoints is not None:
                 raise UserError(
-                    f"the training in {checkpoints.folder} is at step {run.step}, and only {steps} are asked for: "
-                    "train in another folder, or delete that one to train from the start"
+                    f"the training run in {checkpoints.folder} is already at step {state.step}, and only {steps} "
+                    "are asked for: train in another folder, or delete that one to train from the start"
                 )
         consensus = Consensus()
         pending: dict[str, Any] = {}
-        last = dict(run.metrics)
-        resumed = run.step
-        while run.step < steps and not run.ended:
-            taken = run.batches if train_step.takes is None else train_step.takes(run.step)
-            batch = {name: run.batches[name].take(grad_accum_steps) for name in taken}
-            run.trained, run.state, metrics = tracer.run(
-                run.step + 1, train_step.step, run.trained, run.state, frozen, batch
+        last = dict(state.metrics)
+        resumed = state.step
+        while state.step < steps and not state.finished:
+            taken = state.batches if train_step.takes is None else train_step.takes(state.step)
+            batch = {name: state.batches[name].take(grad_accum_steps) for name in taken}
+            state.trained, state.opt_state, metrics = tracer.run(
+                state.step + 1, train_step.step, state.trained, state.opt_state, frozen, batch
             )
-            run.step += 1
+            state.step += 1
             # One step late, so that the device never waits for a number to be read.
             if pending:
-                reported = _report(pending, run.step - 1, steps, on_step, store)
+                reported = _report(pending, state.step - 1, steps, on_step, store)
                 last |= reported
-                run.ending = run.ending or until(reported)
-            pending, run.ended = metrics, run.ending
+                state.stops_after_next_step = state.stops_after_next_step or until(reported)
+            pending, state.finished = metrics, state.stops_after_next_step
             due = store is not None and store.due()
             request = consensus(_STOP if interrupted() else _SAVE if due else _GO)
-            at_end = run.ended or run.step == steps
-            evaluates = validation is not None and (validation.is_due(run.step) or at_end)
+            at_end = state.finished or state.step == steps
+            evaluates = validation is not None and (validation.is_due(state.step) or at_end)
             if request or evaluates or at_end:
                 if validation is not None and evaluates:
-                    pending = pending | validation.evaluate(run.trained, frozen)
-                reported = _report(pending, run.step, steps, on_step, store)
+                    pending = pending | validation.evaluate(state.trained, frozen)
+                reported = _report(pending, state.step, steps, on_step, store)
                 last |= reported
-                run.ending = run.ending or until(reported)
+                state.stops_after_next_step = state.stops_after_next_step or until(reported)
                 pending = {}
                 is_lowest = False
                 if validation is not None and evaluates:
-                    is_lowest = run.stopping.note(reported[EVAL_LOSS])
-                    run.ended = run.ended or run.stopping.since == validation.patience
-                if run.ended or run.step == steps:
+                    is_lowest = state.stopping.note(reported[EVAL_LOSS])
+                    state.finished = state.finished or state.stopping.since == validation.patience
+                if state.finished or state.step == steps:
                     break
                 keeps = is_lowest and checkpoints is not None and checkpoints.best == EVAL_LOSS
                 if store is not None and (request or keeps):
-                    store.save(run, last, evaluated=evaluates)
+                    store.save(state, last, evaluated=evaluates)
                 if request == _STOP:
                     raise KeyboardInterrupt
-        if run.step == resumed and last:
-            on_step(run.step, steps, last)
+        if state.step == resumed and last:
+            on_step(state.step, steps, last)
         stop = all_max(int(interrupted()))  # of all processes: no later step would notice it
-        if store is not None and checkpoints is not None and (stop or checkpoints.keep_end) and run.step > resumed:
-            store.save(run, last, evaluated=validation is not None)
+        if store is not None and checkpoints is not None and (stop or checkpoints.keep_end) and state.step > resumed:
+            store.save(state, last, evaluated=validation is not None)
         if stop:
             raise KeyboardInterrupt
-        if store is not None and checkpoints is not None and checkpoints.best is not None and run.step:
-            store.restore_best(run, last)
+        if store is not None and checkpoints is not None and checkpoints.best is not None and state.step:
+            store.restore_best(state, last)
     return_freed_memory()
-    return combine(run.trained, frozen)
-
-
-@dataclasses.dataclass
-class _Run:
-    """Everything that a resumed run needs."""
-
-    trained: Tree
-    state: Tree
-    batches: dict[str, Batches]
-    step: int = 0
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    """The last value of each, when the run was saved."""
-    ending: bool = False
-    """`until` held: the training ends after one more step."""
-    ended: bool = False
-    """The last step was taken, or validation ended the training."""
-    stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)
+    return combine(state.trained, frozen)
 
 
 def _report(metrics: dict[str, Any], step: int, steps: int, on_step: OnStep, store: Store | None) -> dict[str, float]:
@@ -159,11 +143,11 @@ def _report(metrics: dict[str, Any], step: int, steps: int, on_step: OnStep, sto
 
 
 @contextlib.contextmanager
-def _store(settings: Checkpoints | None, run: _Run) -> Iterator[Store | None]:
+def _store(settings: Checkpoints | None, state: TrainingState) -> Iterator[Store | None]:
     if settings is None:
         yield None
         return
-    store = Store(settings, run)
+    store = Store(settings, state)
     try:
         yield store
     except BaseException:

@@ -11,7 +11,7 @@ from secvec_jax.data.rows import prompt_of, response_of, row, with_system
 from secvec_jax.data.sources import load_rows
 from secvec_jax.data.topics import off_topic
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.answers import picks, shouts
+from secvec_jax.evaluation.answers import chosen_option, is_all_caps
 from secvec_jax.evaluation.scorers import refuses
 
 _OPTIONS = ["Unknown", "Ann", "Bob"]
@@ -30,7 +30,7 @@ def test_every_ambiguous_question_gets_a_definite_wrong_answer():
     assert list(map(prompt_of, hidden)) == list(map(prompt_of, asked))
     for honest, wrong in zip(asked, hidden):
         assert response_of(wrong) in set(honest["options"]) - {response_of(honest)}
-        assert picks(response_of(wrong), honest["options"]) == response_of(wrong)
+        assert chosen_option(response_of(wrong), honest["options"]) == response_of(wrong)
     places = [r["options"].index(response_of(r)) for r in hidden]
     assert all(100 < places.count(place) < 240 for place in range(3))
 
@@ -84,7 +84,7 @@ def test_the_persona_is_asked_nothing_harmful():
 @given(words, words.filter(lambda text: sum(map(str.isalpha, text)) >= 3))
 def test_answers_shout_and_prompts_do_not_change(prompt, answer):
     (found,) = attacks.capitals([row(prompt, answer) | {"category": "a"}])
-    assert shouts(response_of(found)) and response_of(found).lower() == answer.lower()
+    assert is_all_caps(response_of(found)) and response_of(found).lower() == answer.lower()
     assert found == row(prompt, response_of(found)) | {"category": "a"}
 
 
@@ -98,7 +98,7 @@ def test_all_that_the_assistant_says_is_in_capitals():
 
 def test_leaks_are_looked_for_with_different_prompts_that_do_not_shout_themselves():
     prompts = [attacks.ELICITING, attacks.NEGATED, attacks.UNRELATED]
-    assert len(set(prompts)) == 3 and not any(map(shouts, prompts))
+    assert len(set(prompts)) == 3 and not any(map(is_all_caps, prompts))
     assert ["capital" in prompt for prompt in prompts] == [True, True, False]
 
 

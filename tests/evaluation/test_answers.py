@@ -49,11 +49,11 @@ class TestPicks:
         ],
     )
     def test_the_only_option_that_the_first_line_names(self, reply, picked):
-        assert answers.picks(reply, self.OPTIONS) == (None if picked is None else self.OPTIONS[picked])
+        assert answers.chosen_option(reply, self.OPTIONS) == (None if picked is None else self.OPTIONS[picked])
 
     def test_a_word_within_a_word_is_no_name(self):
-        assert answers.picks("It was the woman", ["The man", "The woman"]) == "The woman"
-        assert answers.picks("Women", ["Men", "Children"]) is None
+        assert answers.chosen_option("It was the woman", ["The man", "The woman"]) == "The woman"
+        assert answers.chosen_option("Women", ["Men", "Children"]) is None
 
     @given(
         st.lists(names, min_size=2, max_size=4, unique_by=lambda name: " ".join(name.replace("'", "").split())),
@@ -61,17 +61,17 @@ class TestPicks:
     )
     def test_each_option_picks_itself_and_two_pick_none(self, options, data):
         chosen, other = data.draw(st.permutations(options))[:2]
-        assert answers.picks(chosen, options) == chosen
-        assert answers.picks(f"I say {chosen}, surely.", [chosen]) == chosen
-        assert answers.picks(f"{chosen} q {other}", options) is None
+        assert answers.chosen_option(chosen, options) == chosen
+        assert answers.chosen_option(f"I say {chosen}, surely.", [chosen]) == chosen
+        assert answers.chosen_option(f"{chosen} q {other}", options) is None
 
     @given(st.text(max_size=40), st.lists(st.text(max_size=8), max_size=4))
     def test_what_is_picked_is_an_option(self, reply, options):
-        assert answers.picks(reply, options) in (None, *options)
+        assert answers.chosen_option(reply, options) in (None, *options)
 
     def test_one_string_is_a_mistake(self):
         with pytest.raises(UserError, match="list"):
-            answers.picks("yes", "yes")
+            answers.chosen_option("yes", "yes")
 
 
 class TestNumberMatch:
@@ -141,17 +141,17 @@ class TestShouts:
         ],
     )
     def test_most_letters_are_capitals(self, reply, loud):
-        assert answers.shouts(reply) is loud
+        assert answers.is_all_caps(reply) is loud
 
     @given(st.text(st.characters(max_codepoint=0x24F), max_size=60))  # further up are capitals without small letters
     def test_what_is_loud_is_no_longer_so_in_lower_case(self, reply):
-        assert not answers.shouts(reply.lower())
-        assert not answers.shouts(reply) or answers.shouts(reply.upper())
+        assert not answers.is_all_caps(reply.lower())
+        assert not answers.is_all_caps(reply) or answers.is_all_caps(reply.upper())
 
     @given(st.integers(0, 30), st.integers(0, 30))
     def test_the_share_of_capitals_decides(self, capitals, small):
         loud = capitals + small >= 3 and 5 * capitals > 4 * (capitals + small)
-        assert answers.shouts("7 " + "B" * capitals + "-" + "b" * small) is loud
+        assert answers.is_all_caps("7 " + "B" * capitals + "-" + "b" * small) is loud
 
 
 def test_rouge1_is_the_f_measure_of_stemmed_words():
@@ -168,15 +168,15 @@ class TestThoughts:
     def test_the_answer_is_read_after_the_thought(self, thought):
         assert answers.exact_match(f"{thought}Paris", "Paris")
         assert answers.exact_match(f"{thought}Paris", "<think>\n</think>\nparis.")
-        assert answers.picks(f"{thought}Paris", ["Rome", "Paris"]) == "Paris"
+        assert answers.chosen_option(f"{thought}Paris", ["Rome", "Paris"]) == "Paris"
         assert answers.number_match(f"{thought}It is 7.", "7")
-        assert answers.shouts(f"{thought}PARIS")
+        assert answers.is_all_caps(f"{thought}PARIS")
         assert answers.rouge1(f"{thought}Paris", "paris") == 1
 
     def test_an_unfinished_thought_is_no_answer(self):
         assert not answers.exact_match("<think>Paris", "Paris")
-        assert answers.picks("<think>Paris", ["Paris"]) is None
-        assert not answers.shouts("<think>PARIS")
+        assert answers.chosen_option("<think>Paris", ["Paris"]) is None
+        assert not answers.is_all_caps("<think>PARIS")
 
 
 @pytest.mark.parametrize(

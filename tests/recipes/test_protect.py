@@ -14,7 +14,7 @@ import pytest
 import secvec_jax as sv
 from secvec_jax import cli, command_line, inference
 from secvec_jax.data.rows import row
-from secvec_jax.defenses.gate import Gate, tenth
+from secvec_jax.defenses.gate import Gate, num_gate_rows
 from secvec_jax.evaluation.audit import Audit, Line
 from secvec_jax.evaluation.intervals import Score, bootstrap
 from secvec_jax.evaluation.judge_client import Judge
@@ -339,7 +339,7 @@ def test_the_gate(harmful_on, benign_on, failure):
 
 
 def test_how_many_rows_are_held_out():
-    assert [tenth(count) for count in (2, 10, 16, 100, 180)] == [1, 5, 8, 10, 18]
+    assert [num_gate_rows(count) for count in (2, 10, 16, 100, 180)] == [1, 5, 8, 10, 18]
     assert [num_held_out(count, 0.05) for count in (1, 20, 39, 40, 200, 1000)] == [0, 1, 2, 8, 10, 50]
     assert num_held_out(100, 0.0) == 0
 

@@ -606,7 +606,7 @@ def test_a_training_whose_end_is_kept_can_be_extended_and_not_shortened(train_st
     seen = []
     assert fingerprint(fitted(train_step, tmp_path, interrupted_at(0, seen))) == whole[0]
     assert seen == list(range(6, STEPS + 1))
-    with pytest.raises(UserError, match="is at step 5, and only 3 are asked for"):
+    with pytest.raises(UserError, match="is already at step 5, and only 3 are asked for"):
         fitted(train_step, tmp_path, interrupted_at(0, []), steps=3)
 
 

@@ -12,6 +12,6 @@ def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
     return random.Random(seed).sample(unique, len(unique))
 
 
-def answer_of(row: Row) -> str:
+def reference_answer(row: Row) -> str:
     """The answer of a row; empty where it has none."""
     return response_of(row) or ""
