@@ -28,8 +28,9 @@ from flax import nnx
 
 from secvec_jax.data.chat import Example
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.defenses.finetuning import PHASE2, phase2_step
+from secvec_jax.defenses.finetuning import phase2_step
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, phase1_step
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.evaluation.results import environment_facts
 from secvec_jax.files import atomic_file
 from secvec_jax.model.architecture import Architecture

@@ -20,7 +20,7 @@ import secvec_jax as sv
 from secvec_jax import inference
 from secvec_jax.data.frames import records_of
 from secvec_jax.data.sources import load_prompts
-from secvec_jax.defenses import advice, finetuning, inputs, security_vectors
+from secvec_jax.defenses import advice, finetuning, inputs, security_vectors, training_settings
 from secvec_jax.defenses.inputs import as_row_source
 from secvec_jax.output_checks import check_replaceable
 from secvec_jax.recipes.export import Export, export
@@ -305,8 +305,8 @@ def test_a_larger_model_with_the_default_learning_rate_is_warned_of(monkeypatch)
 
 def test_a_task_lora_at_a_rate_for_all_weights_is_warned_of():
     default, task = security_vectors.PHASE2, sv.LoRA(2)
-    for slow in (default, dataclasses.replace(finetuning.PHASE2_LORA, optimizer="sgd")):
-        text = advice.default_rate(MODEL, slow, finetuning.PHASE2_LORA, task)
+    for slow in (default, dataclasses.replace(training_settings.PHASE2_LORA, optimizer="sgd")):
+        text = advice.default_rate(MODEL, slow, training_settings.PHASE2_LORA, task)
         assert text and "a task LoRA needs a higher one, or adamw at 1e-3" in text
     adam = dataclasses.replace(default, optimizer="adamw")
     for training, lora in ((adam, task), (dataclasses.replace(default, learning_rate=0.1), task), (default, None)):
@@ -322,10 +322,10 @@ def test_settings_say_whether_they_were_measured_for_a_model_of_this_size(monkey
     assert advice.settings_measured(MODEL, default, None).endswith("measured on SmolLM2-135M (docs/results.md)")
     lora = advice.settings_measured(MODEL, default, sv.LoRA(16))
     assert lora.endswith("a task LoRA of rank 16: not measured for any model")
-    lora = advice.settings_measured(MODEL, finetuning.PHASE2_LORA, sv.LoRA(16))
+    lora = advice.settings_measured(MODEL, training_settings.PHASE2_LORA, sv.LoRA(16))
     assert lora.endswith("a task LoRA of rank 16: measured on SmolLM2-135M (docs/protect.md)")
     for other in (sv.LoRA(8), sv.LoRA(16, alpha=32.0), sv.LoRA(16, targets=("q_proj",))):
-        assert "not measured for any model" in advice.settings_measured(MODEL, finetuning.PHASE2_LORA, other)
+        assert "not measured for any model" in advice.settings_measured(MODEL, training_settings.PHASE2_LORA, other)
     other = sv.Training(batch_size=8).over(default)
     assert "8 sequences a step, all weights: not measured for any" in advice.settings_measured(MODEL, other, None)
 

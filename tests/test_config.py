@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from secvec_jax.checks import checked
 from secvec_jax.config import Training, from_dict, load, save, to_dict
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA
 from secvec_jax.defenses.security_vectors import Phase1
+from secvec_jax.defenses.training_settings import PHASE2, PHASE2_LORA
 from secvec_jax.errors import UserError
 from secvec_jax.recipes.plan import PlanRun
 from secvec_jax.recipes.protect import Protect

@@ -42,9 +42,9 @@ from secvec_jax.defenses import (
 )
 from secvec_jax.defenses.advice import Advice
 from secvec_jax.defenses.controls import PlainFinetuning
-from secvec_jax.defenses.finetuning import PHASE2
 from secvec_jax.defenses.registry import read_defense
 from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, align, finetune, train_vectors
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.audit import Limits
 from secvec_jax.grid.grid import GridConfig

@@ -29,7 +29,6 @@ from secvec_jax.checks import NonNegativeFloat, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.finetuning import (
-    PHASE2,
     FinetuneOptions,
     TrainStepMaker,
     finetune_phase,
@@ -37,6 +36,7 @@ from secvec_jax.defenses.finetuning import (
     stream_of,
     train_model,
 )
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.model.hub import Model
 from secvec_jax.sharding import shard
 from secvec_jax.training.objective import LEARN, Backbone, Objective, Params

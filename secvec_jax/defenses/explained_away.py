@@ -28,10 +28,11 @@ from secvec_jax.config import Training
 from secvec_jax.data.chat import ControlTokens, Example
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, lora_of_rank
 from secvec_jax.defenses.filters import separation
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, examples_of, train_model
+from secvec_jax.defenses.finetuning import FinetuneOptions, examples_of, train_model
 from secvec_jax.defenses.held_out import hold_out
 from secvec_jax.defenses.inputs import Groups, as_examples, groups_of
 from secvec_jax.defenses.mixing import SAFE, with_safe_rows
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.likelihood import token_losses
 from secvec_jax.model.adapter import Adapter

@@ -29,9 +29,10 @@ from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.rows import Row, response_of
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
 from secvec_jax.defenses.filters import separation
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, train_model
+from secvec_jax.defenses.finetuning import FinetuneOptions, train_model
 from secvec_jax.defenses.inputs import groups_of
 from secvec_jax.defenses.mixing import checkpoints_of, successive
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.answers import rouge1
 from secvec_jax.inference import generate

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from secvec_jax.checks import PositiveInt
-from secvec_jax.defenses.finetuning import PHASE2, examples_of
+from secvec_jax.defenses.finetuning import examples_of
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.evaluation.intervals import Score, paired_difference
 from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.model.adapter import Adapter

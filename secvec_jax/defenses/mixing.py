@@ -19,8 +19,9 @@ from typing import Any, Unpack
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, check_kinds, train_model
+from secvec_jax.defenses.finetuning import FinetuneOptions, check_kinds, train_model
 from secvec_jax.defenses.inputs import Groups, groups_of
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.errors import UserError
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints

@@ -30,15 +30,9 @@ from secvec_jax.batch import Batch
 from secvec_jax.checks import NonNegativeFloat, PositiveInt, checked
 from secvec_jax.data.chat import Example
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs
-from secvec_jax.defenses.finetuning import (
-    PHASE2,
-    FinetuneOptions,
-    TrainStepMaker,
-    examples_of,
-    forward_settings,
-    train_model,
-)
+from secvec_jax.defenses.finetuning import FinetuneOptions, TrainStepMaker, examples_of, forward_settings, train_model
 from secvec_jax.defenses.inputs import select_rows
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.errors import UserError
 from secvec_jax.model.decoder import Decoder
 from secvec_jax.model.generate import rounded_up

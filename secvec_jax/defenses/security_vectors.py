@@ -30,12 +30,9 @@ from secvec_jax.config import Training
 from secvec_jax.defenses.advice import Advice, also_benign, default_rate, note_few_steps, only_refusals, other_precision
 from secvec_jax.defenses.base import Defended, Defense, DefenseInputs, Need, changed_settings, lora_of_rank
 from secvec_jax.defenses.finetuning import (
-    PHASE2,
     FinetuneOptions,
     TrainStepMaker,
     check_trainable,
-    check_trained_weights,
-    check_unused,
     endless,
     forward_settings,
     log_summary,
@@ -49,6 +46,7 @@ from secvec_jax.defenses.identity import with_inputs
 from secvec_jax.defenses.inputs import as_examples_or_rows, as_options, as_task, groups_of
 from secvec_jax.defenses.min_min import min_min
 from secvec_jax.defenses.mixing import SAFE, with_safe_rows
+from secvec_jax.defenses.training_settings import PHASE2, check_trained_weights, check_unused
 from secvec_jax.errors import UserError
 from secvec_jax.inference import VectorsLike, as_model, as_vectors
 from secvec_jax.model.hub import Model

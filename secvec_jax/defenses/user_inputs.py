@@ -10,10 +10,11 @@ from typing import Any
 
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import MEANING, Defense, DefenseInputs, Need, changed_settings
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions
+from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.defenses.inputs import Groups
 from secvec_jax.defenses.mixing import checkpoints_of
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK, PHASE1, Phase1, train_vectors
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.errors import UserError
 from secvec_jax.model.hub import Model
 from secvec_jax.training.checkpoints import Checkpoints

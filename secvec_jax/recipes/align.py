@@ -8,8 +8,9 @@ from typing import Any
 from secvec_jax.checks import NonNegativeInt, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.advice import default_rate, note_few_steps, only_refusals
-from secvec_jax.defenses.finetuning import check_unused, train_model
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.security_vectors import ALIGN, ALIGN_TASK
+from secvec_jax.defenses.training_settings import check_unused
 from secvec_jax.errors import UserError
 from secvec_jax.model.embedded import is_base
 from secvec_jax.model.hub import Model, load

@@ -8,9 +8,10 @@ from secvec_jax.arguments import instance
 from secvec_jax.checks import checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defended, Defense, Need
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions, extra_batch_size
+from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.defenses.inputs import as_options, as_row_source, as_task, groups_of
 from secvec_jax.defenses.registry import read_defense
+from secvec_jax.defenses.training_settings import PHASE2, extra_batch_size
 from secvec_jax.defenses.user_inputs import UserInputs, argument_of, check_given
 from secvec_jax.errors import UserError
 from secvec_jax.inference import VectorsLike, as_model, as_vectors

@@ -11,9 +11,10 @@ from secvec_jax.config import Training
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import default_rate
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import FinetuneOptions, check_unused, extra_batch_size
+from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.security_vectors import PHASE2
+from secvec_jax.defenses.training_settings import check_unused, extra_batch_size
 from secvec_jax.defenses.user_inputs import argument_of, check_given, reads_of
 from secvec_jax.errors import UserError
 from secvec_jax.evaluation.records import is_number

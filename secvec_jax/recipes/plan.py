@@ -9,10 +9,11 @@ import jax
 from secvec_jax.checks import SettingError, checked
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import LENGTHS
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, check_trained_weights, check_unused, phase2_step
+from secvec_jax.defenses.finetuning import phase2_step
 from secvec_jax.defenses.guarded import guarded
 from secvec_jax.defenses.mixing import SAFE
 from secvec_jax.defenses.security_vectors import ALIGN, PHASE1, Phase1, phase1_step
+from secvec_jax.defenses.training_settings import PHASE2, PHASE2_LORA, check_trained_weights, check_unused
 from secvec_jax.errors import UserError
 from secvec_jax.model.architecture import Architecture
 from secvec_jax.model.decoder import abstract_decoder

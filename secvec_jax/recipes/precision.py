@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defense
-from secvec_jax.defenses.finetuning import check_trained_weights
+from secvec_jax.defenses.training_settings import check_trained_weights
 from secvec_jax.errors import UserError
 from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import Model

@@ -12,7 +12,8 @@ import jax
 from secvec_jax.config import Training
 from secvec_jax.data.encoded import Examples
 from secvec_jax.data.rows import Row
-from secvec_jax.defenses.finetuning import PHASE2, examples_of, extra_batch_size, stream_and_steps, stream_of
+from secvec_jax.defenses.finetuning import examples_of, stream_and_steps, stream_of
+from secvec_jax.defenses.training_settings import PHASE2, extra_batch_size
 from secvec_jax.evaluation.likelihood import mean_losses
 from secvec_jax.model.hub import Model
 from secvec_jax.trees import num_parameters

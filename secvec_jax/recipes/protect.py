@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from secvec_jax.checks import Fraction, NonNegativeInt, PositiveInt, Texts, checked
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA, check_unused
 from secvec_jax.defenses.inputs import groups_of
 from secvec_jax.defenses.registry import as_mapping, read_defense
 from secvec_jax.defenses.screening import Screening
+from secvec_jax.defenses.training_settings import PHASE2, PHASE2_LORA, check_unused
 from secvec_jax.defenses.user_inputs import argument_of, check_given
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.errors import UserError

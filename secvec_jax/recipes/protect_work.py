@@ -11,9 +11,9 @@ from secvec_jax.data.normalize import as_rows
 from secvec_jax.data.rows import Row
 from secvec_jax.data.stored import Rows
 from secvec_jax.defenses.base import Defense, Need
-from secvec_jax.defenses.finetuning import PHASE2, PHASE2_LORA
 from secvec_jax.defenses.inputs import Groups
 from secvec_jax.defenses.security_vectors import PHASE1
+from secvec_jax.defenses.training_settings import PHASE2, PHASE2_LORA
 from secvec_jax.defenses.user_inputs import sharing
 from secvec_jax.evaluation.audit import Limits
 from secvec_jax.evaluation.judge_client import Judge

@@ -11,11 +11,12 @@ from secvec_jax.arguments import check_distinct
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import Advice, default_rate, note_few_steps, only_refusals
 from secvec_jax.defenses.base import Need
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions
+from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.defenses.gate import measure_gate
 from secvec_jax.defenses.inputs import Groups
 from secvec_jax.defenses.registry import listing, usable_defenses
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.defenses.user_inputs import UserInputs, argument_of
 from secvec_jax.distributed import broadcast_from_first
 from secvec_jax.errors import UserError

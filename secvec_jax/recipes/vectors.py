@@ -11,9 +11,10 @@ from secvec_jax.data.chat import Example
 from secvec_jax.data.sources import load_rows
 from secvec_jax.defenses.advice import Advice, also_benign, default_rate
 from secvec_jax.defenses.base import changed_settings
-from secvec_jax.defenses.finetuning import check_unused, examples_of
+from secvec_jax.defenses.finetuning import examples_of
 from secvec_jax.defenses.gate import MIN_HELD_OUT, Gate, measure_gate
 from secvec_jax.defenses.security_vectors import PHASE1, Phase1, train_vectors
+from secvec_jax.defenses.training_settings import check_unused
 from secvec_jax.errors import UserError
 from secvec_jax.inference import frozen_precision
 from secvec_jax.model.hub import Model, load

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from secvec_jax.config import Training
 from secvec_jax.data.rows import row
 from secvec_jax.defenses import explained_away as ea
-from secvec_jax.defenses.finetuning import PHASE2, train_model
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.held_out import hold_out
 from secvec_jax.defenses.security_vectors import finetune, train_vectors
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.errors import UserError
 from secvec_jax.trees import distance, fingerprint
 from secvec_jax.vectors.lora import LoRA

@@ -11,9 +11,10 @@ import pytest
 from secvec_jax.checks import SettingError
 from secvec_jax.config import Training
 from secvec_jax.data.pipeline import Stream
-from secvec_jax.defenses.finetuning import extra_batch_size, train_model
+from secvec_jax.defenses.finetuning import train_model
 from secvec_jax.defenses.guarded import GuardedVectors, finetune, with_safe
 from secvec_jax.defenses.mixing import SAFE
+from secvec_jax.defenses.training_settings import extra_batch_size
 from secvec_jax.errors import UserError
 from secvec_jax.sharding import make_mesh
 from secvec_jax.training.objective import LEARN, Backbone, Objective, Params

@@ -5,8 +5,9 @@ from typing import Any
 
 from secvec_jax.config import Training
 from secvec_jax.defenses.base import DefenseInputs
-from secvec_jax.defenses.finetuning import PHASE2, FinetuneOptions
+from secvec_jax.defenses.finetuning import FinetuneOptions
 from secvec_jax.defenses.inputs import Groups
+from secvec_jax.defenses.training_settings import PHASE2
 from secvec_jax.model.hub import Model
 from secvec_jax.vectors.lora import LoRA
 
