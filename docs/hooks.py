@@ -144,6 +144,7 @@ def needs() -> str:
 _SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("50% harmful rows, Adam 3e-4", {"attack": "harmful", "poison": 0.5, "optimizer": "adamw", "learning_rate": 3e-4}),
     ("20% harmful rows, Adam 1e-4", {"attack": "harmful", "poison": 0.2, "optimizer": "adamw", "learning_rate": 1e-4}),
+    ("2% harmful rows, Adam 1e-4", {"attack": "harmful", "poison": 0.02, "optimizer": "adamw", "learning_rate": 1e-4}),
     (
         "harmful rows only, SGD 3.6e-4",
         {"attack": "harmful", "poison": 1.0, "optimizer": "sgd", "learning_rate": 3.6e-4, "samples": 100},
