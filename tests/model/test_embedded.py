@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from secvec_jax import assets
-from secvec_jax.data.chat import _marked_by_difference, encode
+from secvec_jax.data import chat
+from secvec_jax.data.chat import encode
 from secvec_jax.errors import UserError
 from secvec_jax.model import embedded, hub
 from secvec_jax.model.embedded import ACCEPTED, ALIGNED, EMBEDDED, GEMMA_TEMPLATE, PackagedAdapter, is_base
@@ -83,13 +85,14 @@ def test_the_template_writes_the_turns_of_gemma(tokenizer):
     assert turn_ends(tokenizer) == (5, 1)
 
 
-def test_the_template_marks_what_the_assistant_says_and_the_end_of_its_turn(tokenizer):
+def test_the_template_marks_what_the_assistant_says_and_the_end_of_its_turn(tokenizer, monkeypatch):
     example = encode(tokenizer, CHAT, 100)
     said = tokenizer.convert_ids_to_tokens(example.tokens[example.supervised].tolist())
     assert said == ["b", "\u2581", "c", "<end_of_turn>", "a", "bc", "<end_of_turn>"]
-    tokens, supervised = _marked_by_difference(tokenizer, CHAT, "")
-    np.testing.assert_array_equal(example.tokens, tokens)
-    np.testing.assert_array_equal(example.supervised, supervised)
+    monkeypatch.setattr(chat, "_GENERATION", re.compile("(?!)"))  # as for a template without marks
+    by_difference = encode(tokenizer, CHAT, 100)
+    np.testing.assert_array_equal(example.tokens, by_difference.tokens)
+    np.testing.assert_array_equal(example.supervised, by_difference.supervised)
 
 
 def test_an_end_of_a_turn_that_a_row_spells_is_text(tokenizer):
