@@ -90,10 +90,9 @@ def encode_rows(
 
     Logs how many answers are cut or rows left out, how many complete answers have no token that ends them, how many
     rows spell control tokens, and how many contain control or invisible characters (terminal escapes, reversed
-    directions of writing), with the first of them; `name` is for
-    errors about rows that do not record where they are stored. Raises UserError, naming the row, for one that cannot be
-    encoded or has a token that the model has no embedding for, for a prompt that leaves no room for an answer, and with
-    "refuse" for an answer that would be cut.
+    directions of writing), with the first of them; `name` is for errors about rows that do not record where they are
+    stored. Raises UserError, naming the row, for one that cannot be encoded or has a token that the model has no
+    embedding for, for a prompt that leaves no room for an answer, and with "refuse" for an answer that would be cut.
     """
 
     @functools.lru_cache(_CACHE_SIZE)

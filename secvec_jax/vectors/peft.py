@@ -134,10 +134,10 @@ def load_peft(folder: str | Path, model: Model) -> LoRAVectors:
     if config["r"] > largest:
         raise UserError(f"{folder} has rank {config['r']}, more than the {largest} of the model's largest linear map")
     spec = LoRA(config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
-    if not math.isclose(spec.scale, float(metadata.get("scale", spec.scale)), rel_tol=1e-6):
+    if metadata.get("scale", repr(spec.scale)) != repr(spec.scale):
         raise UserError(
             f"{folder / CONFIG} was altered after it was written: r, lora_alpha and use_rslora give the scale "
-            f"{spec.scale:g} instead of {float(metadata['scale']):g}; write the adapter again, or fetch it again"
+            f"{spec.scale:g} instead of {metadata['scale'][:20]}; write the adapter again, or fetch it again"
         )
     check_kind(config, _patterns(spec, modules) if is_own_format else {}, folder)
     check_layers(config, layers, model.architecture.num_layers, folder)
