@@ -228,7 +228,7 @@ def _first_prompt(encode: Callable[[int], tuple[Example, bool]], count: int) -> 
 
 def _gather_results(results: _EncodingResults) -> _EncodingResults:
     """The results of all processes; each row was encoded by one of them."""
-    lists = {name: getattr(results, name) for name in ("cut", "endless", "spelled", "hidden", "too_long", "errors")}
+    lists = {name: value for name, value in vars(results).items() if isinstance(value, list)}
     numbers = results.numbers[:, jax.process_index() :: jax.process_count()]
     parts = all_gather_json({"numbers": numbers.tolist(), "lists": lists})
     merged = _EncodingResults(results.first, np.zeros_like(results.numbers))

@@ -120,8 +120,13 @@ def _without_vocabulary(path: Path) -> Any:
 
 def _splitting(backend: Any) -> list[Any]:
     """What a tokenizer splits text by, except for its vocabulary."""
-    parts = [getattr(part, "__getstate__", lambda: None)() for part in (backend.normalizer, backend.pre_tokenizer)]
+    parts = map(_state_of, (backend.normalizer, backend.pre_tokenizer))
     return [type(backend.model).__name__, *parts, *(getattr(backend.model, name, None) for name in _MODEL_SETTINGS)]
+
+
+def _state_of(part: Any) -> Any:
+    """A part of a tokenizer as JSON, in bytes; None if there is none or it cannot be written."""
+    return getattr(part, "__getstate__", lambda: None)()
 
 
 _MODEL_SETTINGS = (
@@ -133,7 +138,7 @@ _MODEL_SETTINGS = (
 def _check_growth(backend: Any, folder: Path) -> None:
     """Raise UserError if replacements make texts so much longer that a row would take all memory."""
     for part in ("normalizer", "decoder"):
-        state = getattr(getattr(backend, part, None), "__getstate__", lambda: None)()
+        state = _state_of(getattr(backend, part, None))
         if isinstance(state, bytes) and (growth := _growth(json.loads(state))) > _MAX_GROWTH:
             raise UserError(
                 f"{folder / 'tokenizer.json'} has a {part} that makes a text up to {growth:.3g} times as long: fetch "

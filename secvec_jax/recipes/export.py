@@ -9,6 +9,7 @@ from typing import Literal
 
 from secvec_jax.arguments import check_distinct
 from secvec_jax.checks import Text, checked
+from secvec_jax.checksums import FILE as CHECKSUMS
 from secvec_jax.digests import difference
 from secvec_jax.distributed import is_main_process, on_main_process
 from secvec_jax.errors import UserError
@@ -17,7 +18,8 @@ from secvec_jax.evaluation.results import FILE, Results
 from secvec_jax.files import resolved
 from secvec_jax.model.embedded import ALIGNED, UNALIGNED
 from secvec_jax.model.hub import Model, load
-from secvec_jax.output_checks import check_kept
+from secvec_jax.model.hub_files import REPLACEABLE
+from secvec_jax.output_checks import check_kept, check_replaceable
 from secvec_jax.recipes.training_run import TASK_FOLDER
 from secvec_jax.remote import exists, is_url, local, upload
 from secvec_jax.terminal import Console
@@ -76,6 +78,7 @@ def _write(settings: Export, out: Path) -> None:
     check_kept(out, "--out", {"--model": settings.model})
     for path in settings.adapters:
         check_kept(out, "--out", {"--adapters": path})
+    check_replaceable(out, CHECKSUMS, REPLACEABLE)
     check_distinct(settings.adapters)
     adapters = [_adapter(path) for path in settings.adapters]
     carried = [path for path in adapters if holds_security_vectors(path)]

@@ -1,5 +1,7 @@
 """Reading safetensors files of factors; each error is one line that says what to do."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +24,13 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
     Raises UserError if it is missing, not a safetensors file, damaged, or has numbers that are not finite floats.
     """
-    from safetensors import safe_open
-
-    check_safetensors(path)
     tensors: dict[str, np.ndarray] = {}
-    try:
-        with safe_open(path, framework="flax") as file:
-            metadata = file.metadata() or {}
-            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
-            unsupported = next((key for key, kind in kinds.items() if kind not in _FLOATS), None)
-            if unsupported is None:
-                tensors = {key: np.asarray(file.get_tensor(key)) for key in kinds}
-    except FileNotFoundError as error:
-        raise UserError(f"no vectors at {path}: check the path") from error
-    except Exception as error:  # safetensors raises errors of many kinds
-        raise UserError(_unreadable(path, error)) from error
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
+        unsupported = next((key for key, kind in kinds.items() if kind not in _FLOATS), None)
+        if unsupported is None:
+            tensors = {key: np.asarray(file.get_tensor(key)) for key in kinds}
     if unsupported is not None:
         raise UserError(
             f"{path}: {unsupported[:80]} is of type {kinds[unsupported]}: factors must be of {', '.join(_FLOATS)}"
@@ -48,12 +42,19 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a file. Raises UserError if it is missing, not a safetensors file, or damaged."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, whose errors are raised as UserError."""
     from safetensors import safe_open
 
     check_safetensors(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
+        with safe_open(path, framework="flax") as file:
+            yield file
     except FileNotFoundError as error:
         raise UserError(f"no vectors at {path}: check the path") from error
     except Exception as error:  # safetensors raises errors of many kinds
