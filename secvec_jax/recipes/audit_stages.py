@@ -16,7 +16,8 @@ from secvec_jax.data.rows import Row, full_prompt_of, response_of
 from secvec_jax.defenses.security_vectors import PHASE2
 from secvec_jax.distributed import all_gather_json, on_main_process
 from secvec_jax.errors import UserError
-from secvec_jax.evaluation.audit import Audit, Limits, Line, changes, compared, unmeasured_limits
+from secvec_jax.evaluation.audit import Audit, Limits, Line, compared, unmeasured_limits
+from secvec_jax.evaluation.audit_changes import changes
 from secvec_jax.evaluation.audit_judge import graded, harm_metrics, judge_notes
 from secvec_jax.evaluation.audit_measures import (
     MEASURES,

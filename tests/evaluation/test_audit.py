@@ -13,12 +13,12 @@ from secvec_jax.evaluation.audit import (
     Audit,
     Limits,
     Line,
-    changes,
     compared,
     judged_line,
     task_line,
     unmeasured_limits,
 )
+from secvec_jax.evaluation.audit_changes import changes
 from secvec_jax.evaluation.audit_measures import (
     REFERENCE_TOKENS,
     AuditPrompts,

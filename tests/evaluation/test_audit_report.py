@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from secvec_jax.evaluation import audit_page, audit_report
-from secvec_jax.evaluation.audit import Audit, Change, Limits, compared
+from secvec_jax.evaluation.audit import Audit, Limits, compared
+from secvec_jax.evaluation.audit_changes import Change
 from secvec_jax.evaluation.report import markdown
 from secvec_jax.evaluation.results import Results
 from tests import browser
